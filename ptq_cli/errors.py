@@ -1,0 +1,57 @@
+"""The errors a user can meet, and the exit code of each.
+
+::
+
+    PtqError                    base class; never raised itself
+    ├── InputError         (1)  a file, tensor, shape or setting does not fit
+    │   └── FileError      (1)  the file system said no (missing, full, not permitted)
+    ├── GateMissed         (3)  the result is worse than a quality gate allows
+    └── NumericalError     (4)  the arithmetic failed (a factorization, an overflow)
+
+Wrong usage (exit code 2) is click's. A message is one line: what is wrong, with names and numbers;
+`hint` says what to do next.
+"""
+
+from __future__ import annotations
+
+
+class PtqError(Exception):
+    """Base of all errors that are explained to the user in one line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders; the default pickling forgets keyword arguments.
+        return _rebuild, (type(self), self.message, self.hint)
+
+
+def _rebuild(cls: type[PtqError], message: str, hint: str | None) -> PtqError:
+    return cls(message, hint=hint)
+
+
+class InputError(PtqError):
+    """Bad input or settings that contradict each other. Raised before any work where possible."""
+
+
+class FileError(InputError):
+    """An operation on the file system failed: not found, no space, no permission."""
+
+
+class GateMissed(PtqError):
+    """A quality gate (`--max-rel-err`, `--min-gain`, `--max-fallbacks`) was missed."""
+
+    exit_code = 3
+
+
+class NumericalError(PtqError):
+    """A computation failed in a way that no allowed repair mends."""
+
+    exit_code = 4

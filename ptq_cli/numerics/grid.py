@@ -1,0 +1,201 @@
+"""Scales, zeros and rounding: `weight ≈ scales · (codes − zeros)`.
+
+Every function works on any layout: `axis` is the axis along which the columns of one group lie, and
+scales and zeros come back without it. Arithmetic stays in the dtype of the weight (float32 or
+float64); scales are rounded to the dtype they are stored in before a code is chosen, so what a
+runtime decodes is what was optimised.
+
+Inside the engine codes are *centred*, `codes − zeros`: the dequantized weight is one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import NumericalError
+from ptq_cli.values import FloatArray, Grid, QuantizedWeight
+
+SCALE_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+# Smallest positive value a stored scale may take (float16: its subnormals are read by every runtime;
+# the others: their least normal value) and the largest.
+SCALE_LIMITS = {
+    "float16": (2.0**-24, 65504.0),
+    "bfloat16": (2.0**-126, 3.3895313892515355e38),
+    "float32": (2.0**-126, 3.4028234663852886e38),
+}
+
+# Shrinkage of the range tried by the scale search: 1 down to 0.35: 2-bit grids want ratios below
+# one half, and as closed-form refits follow, finer steps than these gain nothing.
+SEARCH_RATIOS = tuple(float(ratio) for ratio in np.linspace(1.0, 0.35, 14))
+
+
+def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
+    """Scales as they are stored, in the dtype they came in.
+
+    A scale too small for the stored dtype becomes its smallest positive value: the grid is then
+    coarser than asked, and every result stays finite. Zero (an all-zero group) becomes 1.
+
+    Raises:
+        NumericalError: a scale is too large for the stored dtype.
+    """
+    stored = SCALE_DTYPES[grid.scale_dtype]
+    smallest, largest = SCALE_LIMITS[grid.scale_dtype]
+    if scales.size and not float(scales.max()) <= largest:
+        raise NumericalError(
+            f"a scale of {float(scales.max()):.4g} does not fit {grid.scale_dtype}"
+            f" (at most {largest:.4g})",
+            hint="--scale-dtype float32",
+        )
+    rounded = np.maximum(scales, smallest).astype(stored).astype(scales.dtype)
+    return np.where(scales == 0, scales.dtype.type(1), rounded)
+
+
+def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArray, FloatArray]:
+    """Scales and zeros that cover [low, high] (each group's least and greatest weight).
+
+    Symmetric: `scale = absmax / ((2^bits − 1)/2)`, or with narrow range
+    `absmax / (2^(bits−1) − 1)`; `zero = 2^(bits−1)`. Asymmetric: the range is widened to hold 0, `scale = (high − low)/(2^bits −
+    1)`, `zero = round(−low/scale)` kept inside the codes.
+    """
+    if grid.sym:
+        steps = (grid.max_code - 1) / 2 if grid.narrow_range else grid.max_code / 2
+        scales = round_scales(np.maximum(-low, high) / low.dtype.type(steps), grid)
+        return scales, np.full_like(scales, grid.mid_code)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    n_steps = low.dtype.type(grid.max_code)
+    # Two quotients, so that high − low cannot overflow.
+    scales = round_scales(high / n_steps - low / n_steps, grid)
+    return scales, np.clip(np.rint(-low / scales), 0, grid.max_code)
+
+
+def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, FloatArray]:
+    """Scales and zeros of the whole range of each group, without a search."""
+    return range_grid(weight.min(axis), weight.max(axis), grid)
+
+
+def search_grid(
+    weight: FloatArray, importance: FloatArray, grid: Grid, axis: int
+) -> tuple[FloatArray, FloatArray]:
+    """Scales and zeros of the shrunken range with the least weighted squared rounding error.
+
+    weight: columns of each group along `axis`
+    importance: weight of each column's squared error, broadcastable to `weight`
+    """
+    low, high = weight.min(axis), weight.max(axis)
+    scales, zeros = range_grid(low, high, grid)
+    least = _rounding_error(weight, importance, scales, zeros, grid, axis)
+    for ratio in SEARCH_RATIOS[1:]:
+        shrink = weight.dtype.type(ratio)
+        new_scales, new_zeros = range_grid(low * shrink, high * shrink, grid)
+        error = _rounding_error(weight, importance, new_scales, new_zeros, grid, axis)
+        better = error < least
+        least = np.where(better, error, least)
+        scales = np.where(better, new_scales, scales)
+        zeros = np.where(better, new_zeros, zeros)
+    return scales, zeros
+
+
+def _rounding_error(
+    weight: FloatArray,
+    importance: FloatArray,
+    scales: FloatArray,
+    zeros: FloatArray,
+    grid: Grid,
+    axis: int,
+) -> FloatArray:
+    """`Σ importance · (weight − dequantized)²` per group, in units of nothing but the weight's."""
+    scale = np.expand_dims(scales, axis)
+    steps = weight / scale
+    error = round_centred(steps, np.expand_dims(zeros, axis), grid)
+    error -= steps
+    error *= error
+    error *= importance
+    total: FloatArray = error.sum(axis)
+    return total * scales * scales
+
+
+def round_centred(steps: FloatArray, zeros: FloatArray, grid: Grid) -> FloatArray:
+    """Centred codes nearest to `steps = weight / scale`, within the codes there are."""
+    centred = np.rint(steps)
+    np.maximum(centred, grid.min_code - zeros, out=centred)
+    np.minimum(centred, grid.max_code - zeros, out=centred)
+    return centred
+
+
+def round_to_nearest(
+    weight: FloatArray, grid: Grid, importance: FloatArray | None = None
+) -> QuantizedWeight:
+    """Each weight rounded to the nearest point of its own group's grid.
+
+    weight: float32 or float64 [out_features, in_features]
+    importance: [in_features], weights of a scale search; None for the plain range of each group
+    """
+    out_features, in_features = weight.shape
+    codes = np.empty(weight.shape, np.uint8)
+    scales = np.ones(grid.scales_shape((out_features, in_features)), weight.dtype)
+    zeros = np.zeros(scales.shape, weight.dtype)
+    if weight.size == 0:
+        zeros += grid.mid_code if grid.sym else 0
+        return pack_result(codes, scales, zeros, grid)
+    if grid.group_size == 0:
+        flat = weight.reshape(1, -1)
+        spread = None if importance is None else np.tile(importance, out_features)
+        fitted = _fit(flat, spread, grid)
+        scales[:], zeros[:] = fitted[0].reshape(1, 1), fitted[1].reshape(1, 1)
+        steps = weight / scales
+        codes[:] = round_centred(steps, zeros, grid) + zeros
+        return pack_result(codes, scales, zeros, grid)
+    for columns, n_groups, first in _group_runs(in_features, grid):
+        part = weight[:, columns].reshape(out_features, n_groups, -1)
+        weights = None if importance is None else importance[columns].reshape(n_groups, -1)
+        part_scales, part_zeros = _fit(part, weights, grid)
+        centred = round_centred(part / part_scales[..., None], part_zeros[..., None], grid)
+        centred += part_zeros[..., None]
+        codes[:, columns] = centred.reshape(out_features, -1)
+        scales[:, first : first + n_groups] = part_scales
+        zeros[:, first : first + n_groups] = part_zeros
+    return pack_result(codes, scales, zeros, grid)
+
+
+def _fit(
+    weight: FloatArray, importance: FloatArray | None, grid: Grid
+) -> tuple[FloatArray, FloatArray]:
+    if importance is None:
+        return fit_grid(weight, grid, -1)
+    return search_grid(weight, importance, grid, -1)
+
+
+def _group_runs(in_features: int, grid: Grid) -> list[tuple[slice, int, int]]:
+    """Runs of equally long groups: (columns, number of groups, first group)."""
+    width = grid.width(in_features)
+    full = in_features // width
+    runs = [(slice(0, full * width), full, 0)] if full else []
+    if in_features % width:
+        runs.append((slice(full * width, in_features), 1, full))
+    return runs
+
+
+def pack_result(
+    codes: NDArray[Any],
+    scales: FloatArray,
+    zeros: FloatArray,
+    grid: Grid,
+    g_idx: NDArray[np.int32] | None = None,
+) -> QuantizedWeight:
+    """The engine's arrays in the dtypes a `QuantizedWeight` promises."""
+    return QuantizedWeight(
+        codes=np.ascontiguousarray(codes, np.uint8),
+        scales=scales.astype(SCALE_DTYPES[grid.scale_dtype]),
+        zeros=zeros.astype(np.uint8),
+        grid=grid,
+        g_idx=g_idx,
+    )

@@ -1,0 +1,78 @@
+"""Codes as bits: least significant bit first, code i in bits [i·b, i·b + b) of one long
+little-endian number.
+
+`pack` writes bits; `unpack` reads through 16-bit windows. They are written apart on purpose: every
+output is unpacked and compared before it gets its name, and that proves nothing if both ways share
+a mistake. At 4 bits a byte is `low | high << 4`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.values import Codes
+
+_ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that hold `columns` codes."""
+    return -(-columns * bits // 8)
+
+
+def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    """Pack each row of codes, uint8 [rows, columns] → uint8 [rows, ceil(columns · bits / 8)]."""
+    rows, columns = codes.shape
+    if bits == 8:
+        return codes.copy()
+    if bits in (2, 4) and columns % (8 // bits) == 0:
+        return _pack_whole_bytes(codes, bits)
+    packed = np.empty((rows, packed_width(columns, bits)), np.uint8)
+    step = max(1, _ROWS_AT_ONCE // max(1, columns))
+    for top in range(0, rows, step):
+        part = codes[top : top + step]
+        single = np.unpackbits(part[..., None], axis=-1, count=bits, bitorder="little")
+        stream = single.reshape(len(part), columns * bits)
+        packed[top : top + step] = np.packbits(stream, axis=-1, bitorder="little")
+    return packed
+
+
+def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    per_byte = 8 // bits
+    packed = codes[:, ::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= codes[:, place::per_byte] << np.uint8(place * bits)
+    return packed
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
+    """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns]."""
+    first_bit = np.arange(columns) * bits
+    byte, shift = first_bit >> 3, (first_bit & 7).astype(np.uint8)
+    codes = packed[:, byte] >> shift
+    straddling = np.flatnonzero(shift + bits > 8)
+    high = packed[:, byte[straddling] + 1] << (8 - shift[straddling])
+    codes[:, straddling] |= high
+    codes &= np.uint8(2**bits - 1)
+    return codes
+
+
+def pack_groups(codes: Codes, bits: int, width: int) -> NDArray[np.uint8]:
+    """Pack rows so that every group of `width` columns starts on a byte; a short last group takes
+    the bytes of a full one: uint8 [rows, n_groups · ceil(width · bits / 8)]."""
+    rows, columns = codes.shape
+    n_groups = max(1, -(-columns // width))
+    if columns < n_groups * width:
+        padded = np.zeros((rows, n_groups * width), np.uint8)
+        padded[:, :columns] = codes
+        codes = padded
+    packed = pack(np.ascontiguousarray(codes).reshape(rows * n_groups, width), bits)
+    return packed.reshape(rows, n_groups * packed_width(width, bits))
+
+
+def unpack_groups(packed: NDArray[np.uint8], bits: int, width: int, columns: int) -> Codes:
+    """The inverse of `pack_groups`; padding is cut off: uint8 [rows, columns]."""
+    rows = packed.shape[0]
+    codes = unpack(packed.reshape(-1, packed_width(width, bits)), bits, width)
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns])

@@ -1,0 +1,333 @@
+"""The few frozen values that cross the walls of the house.
+
+Arrays inside them are never written to after construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+FloatArray = NDArray[np.floating[Any]]
+Codes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as a checkpoint's header states it; `dtype` is safetensors' word ("BF16", "U8")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8,
+    "BOOL": 8, "C64": 64,
+}  # fmt: skip
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points a weight may be rounded to: `weight ≈ scales · (codes − zeros)`.
+
+    bits: width of a code, 2 to 8.
+    group_size: columns that share a scale; −1 a whole row, 0 the whole tensor. The last group of
+        a row may be short.
+    sym: zero in the middle, `zeros = 2^(bits−1)`; else zeros are chosen per group.
+    narrow_range: symmetric only; codes stay within ±(2^(bits−1) − 1) of zero (±127, ±7).
+    scale_dtype: "float16", "bfloat16" or "float32"; scales are rounded to it before codes are
+        chosen.
+    """
+
+    bits: int
+    group_size: int = 128
+    sym: bool = True
+    narrow_range: bool = False
+    scale_dtype: str = "float16"
+
+    @property
+    def max_code(self) -> int:
+        return int(2**self.bits - 1)
+
+    @property
+    def min_code(self) -> int:
+        return 1 if self.narrow_range else 0
+
+    @property
+    def mid_code(self) -> int:
+        """The zero of a symmetric grid."""
+        return int(2 ** (self.bits - 1))
+
+    def width(self, in_features: int) -> int:
+        """Columns in a full group of a row with `in_features` columns (at least 1)."""
+        whole_row = self.group_size <= 0 or self.group_size > in_features
+        return max(1, in_features if whole_row else self.group_size)
+
+    def n_groups(self, in_features: int) -> int:
+        """Groups in a row."""
+        return max(1, ceil(in_features / self.width(in_features)))
+
+    def starts(self, in_features: int) -> list[int]:
+        """First column of each group, then `in_features`."""
+        return [*range(0, in_features, self.width(in_features)), in_features]
+
+    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of scales and zeros for a weight of `shape`."""
+        return (1, 1) if self.group_size == 0 else (shape[0], self.n_groups(shape[1]))
+
+    def g_idx(self, in_features: int) -> NDArray[np.int32]:
+        """Group of each column where columns were not reordered, int32 [in_features]."""
+        return (np.arange(in_features) // self.width(in_features)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A rounded weight.
+
+    codes: uint8 [out_features, in_features], 0 … 2^bits − 1
+    scales: `grid.scale_dtype` [out_features, n_groups] ([1, 1] for a whole-tensor grid)
+    zeros: uint8, the same shape as scales
+    g_idx: int32 [in_features] where `act_order desc` reordered the groups, else None
+    """
+
+    codes: Codes
+    scales: Array
+    zeros: Codes
+    grid: Grid
+    g_idx: NDArray[np.int32] | None = None
+
+    def column_groups(self) -> NDArray[np.int32]:
+        """Group of each column, int32 [in_features]."""
+        return self.grid.g_idx(self.codes.shape[1]) if self.g_idx is None else self.g_idx
+
+    def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """`scales · (codes − zeros)` as float32 [rows, in_features]."""
+        group = self.column_groups()
+        own = slice(None) if self.scales.shape[0] == 1 else rows
+        scales = self.scales[own].astype(np.float32)[:, group]
+        zeros = self.zeros[own].astype(np.float32)[:, group]
+        result: NDArray[np.float32] = (self.codes[rows].astype(np.float32) - zeros) * scales
+        return result
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tensor that is quantized, seen as a matrix.
+
+    module: the tensor's name without `.weight`
+    tensor: the tensor's name in the checkpoint
+    shape: (out_features, in_features); a tensor of higher rank is [first, all others]
+    full_shape: the shape in the checkpoint
+    dtype: safetensors' word for the float dtype in the checkpoint
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    full_shape: tuple[int, ...]
+    dtype: str
+    grid: Grid
+    reordered: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What calibration knows of the inputs of one site (of every linear that shares them).
+
+    hessian: float32 [in_features, in_features], `inputs.T @ inputs / n_tokens`
+    n_tokens: tokens behind every statistic here (held-out ones are in none)
+    absmax, absmean: float32 [in_features], per channel
+    minimum, maximum, mean, std: over all values
+    histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin
+        `histogram_start` (numerics/statistics.py states the bins)
+    heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
+    n_seen: tokens read, held-out ones included
+    """
+
+    site: str
+    linears: tuple[str, ...]
+    hessian: NDArray[np.float32]
+    n_tokens: int
+    n_seen: int
+    absmax: NDArray[np.float32]
+    absmean: NDArray[np.float32]
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    histogram: NDArray[np.int64]
+    histogram_start: int
+    heldout: Array
+
+    @property
+    def in_features(self) -> int:
+        return int(self.hessian.shape[0])
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method made of one weight: the rounded weight and what there is to say about it."""
+
+    weight: QuantizedWeight
+    damp_percent: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The least work that can be lost and redone alone: the linears of one site.
+
+    name: the site, or the module where a layer shares its input with none
+    site: the site whose statistics serve, or None where there is no calibration
+    memory: bytes that working on it needs, at most
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    site: str | None
+    memory: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of the error report. DESIGN: numbers are numbers; None is "not measured"."""
+
+    layer: str
+    module: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    sym: bool
+    method: str
+    calibrated: bool
+    loss: float
+    rel_err: float
+    heldout_rel_err: float | None
+    rtn_rel_err: float
+    rtn_heldout_rel_err: float | None
+    gain_vs_rtn: float | None
+    sqnr_db: float | None
+    max_abs_err: float
+    tokens: int
+    dead_columns: int
+    damp_percent: float | None
+    fallback: str | None
+    seconds: float
+    bytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What a worker sends back: rows of the report; tensors stay on disk under the unit's name."""
+
+    unit: str
+    rows: tuple[LayerReport, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that is copied byte for byte, and why."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first weight is read."""
+
+    method: str
+    settings: Any
+    format: str
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it)."""
+
+    command: str
+    rows: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    totals: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to round weights: a plug-in record (methods/ has one each, registry.py names them).
+
+    settings: the frozen dataclass of its settings; cli options, recipe keys and the report's
+        `settings` are made from its fields
+    prepare: what the linears of one site share (a factored Hessian, say), from the site's
+        statistics, or from None where there is no calibration; called once per unit
+    apply: rounds one weight, float32 or float64 [out_features, in_features]
+    needs_hessian: whether statistics change the result
+    memory: bytes that `prepare` and `apply` need for a weight of this shape
+    """
+
+    name: str
+    help: str
+    settings: type[Any]
+    prepare: Callable[[SiteStatistics | None, Grid, Any], Any]
+    apply: Callable[[FloatArray, Any, Grid, Any], MethodResult]
+    needs_hessian: bool
+    memory: Callable[[tuple[int, int], Grid], int]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of quantized weights in safetensors files: a plug-in record (formats/).
+
+    misfit: why a layer cannot be held and what would help, or None
+    specs: names, dtypes and shapes of the tensors a layer becomes
+    encode, decode: a rounded weight to those tensors and back; written apart from each other
+    config: config.json's `quantization_config`, from the layers and the modules left dense
+    layers: the layers of a checkpoint in this layout, from its metadata, config.json and headers
+    metadata: what the file's own metadata says of its layers
+    """
+
+    name: str
+    help: str
+    misfit: Callable[[Layer], str | None]
+    specs: Callable[[Layer], tuple[TensorSpec, ...]]
+    encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
+    decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]
+    config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None]
+    metadata: Callable[[Sequence[Layer]], Mapping[str, Any]]
+    layers: Callable[
+        [Mapping[str, Any], Mapping[str, Any], Mapping[str, TensorSpec]], tuple[Layer, ...]
+    ]
