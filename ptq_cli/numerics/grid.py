@@ -25,8 +25,8 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
 }
 
-# Smallest positive value a stored scale may take (float16: its subnormals are read by every runtime;
-# the others: their least normal value) and the largest.
+# Smallest positive value a stored scale may take (float16: its subnormals, which every runtime
+# reads; the others: their least normal value) and the largest.
 SCALE_LIMITS = {
     "float16": (2.0**-24, 65504.0),
     "bfloat16": (2.0**-126, 3.3895313892515355e38),
@@ -63,8 +63,8 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
     """Scales and zeros that cover [low, high] (each group's least and greatest weight).
 
     Symmetric: `scale = absmax / ((2^bits − 1)/2)`, or with narrow range
-    `absmax / (2^(bits−1) − 1)`; `zero = 2^(bits−1)`. Asymmetric: the range is widened to hold 0, `scale = (high − low)/(2^bits −
-    1)`, `zero = round(−low/scale)` kept inside the codes.
+    `absmax / (2^(bits−1) − 1)`; `zero = 2^(bits−1)`. Asymmetric: the range is widened to hold 0,
+    `scale = (high − low)/(2^bits − 1)`, `zero = round(−low/scale)` kept inside the codes.
     """
     if grid.sym:
         steps = (grid.max_code - 1) / 2 if grid.narrow_range else grid.max_code / 2

@@ -9,9 +9,9 @@ makes every term as small as one rounding can (Frantar et al., arXiv 2210.17323,
 et al., arXiv 2307.13304). Once a group g is rounded, and while all later columns are still
 free to compensate, its cost is `tr(E_g S Eᵀ_g) + 2 tr(E_g U_gg D_g Aᵀ)` with `A = E_{<g} U_{<g,g}`
 and the Schur complement `S = U_gg D_g U_ggᵀ`; half its gradient is `P = E_g S + A D_g U_ggᵀ`. A
-*refine* pass refits the scales in closed form with codes fixed, then revisits each code (coordinate descent as in
-QuantEase, arXiv 2309.01885, and CDQuant, arXiv 2406.17542, there on the whole row). A *sweep* does
-the same for each group with `H + λI` in place of S and `P = E H`.
+*refine* pass refits the scales in closed form with codes fixed, then revisits each code (coordinate
+descent as in QuantEase, arXiv 2309.01885, and CDQuant, arXiv 2406.17542, there on the whole row). A
+*sweep* does the same for each group with `H + λI` in place of S and `P = E H`.
 
 Layout: the weight is transposed, [in_features, rows], so that a column is contiguous. Rows do not
 depend on each other given U; they are worked on in panels of a fixed size, so that the bytes do
