@@ -78,7 +78,7 @@ def _prepare(
     if statistics is None or not statistics.hessian.diagonal().any():
         return None
     wide = statistics.in_features > FLOAT64_COLUMNS
-    hessian = statistics.hessian.astype(np.float32 if wide else np.float64)
+    hessian: FloatArray = statistics.hessian.astype(np.float32 if wide else np.float64)
     if settings.damp_percent == 0:
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
@@ -93,8 +93,8 @@ def _prepare(
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
         return _Prepared(feedback, damp, notes)
     raise NumericalError(
-        f"{statistics.site}: the Hessian [{statistics.in_features}, {statistics.in_features}] is not"
-        f" positive definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
+        f"{statistics.site}: the Hessian of {statistics.in_features} columns is not positive definite"
+        f" with damp_percent {', '.join(f'{d:g}' for d in tried)}",
         hint="calibrate on more tokens, or raise --damp-percent",
     )
 

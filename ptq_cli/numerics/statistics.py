@@ -32,7 +32,7 @@ _PASS_ELEMENTS = 1 << 16  # elementwise statistics work in the cache
 
 
 def chunk_tokens(in_features: int) -> int:
-    """Tokens per chunk: a function of the width alone, so that sums do not depend on the machine."""
+    """Tokens per chunk: a function of the width alone, so that sums depend on no machine."""
     return max(256, CHUNK_ELEMENTS // max(1, in_features))
 
 
