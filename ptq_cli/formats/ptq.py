@@ -13,7 +13,8 @@ Per linear `<module>`:
 row or the tensor. The true shape and the grid stand in the file's metadata under `layers`:
 
     {"<module>": {"shape": [...], "bits": 4, "group_size": 128, "sym": true, "narrow_range": false,
-                  "scale_dtype": "float16", "dtype": "BF16", "tensor": "<module>.weight"}}
+                  "scale_dtype": "float16", "dtype": "BF16", "tensor": "<module>.weight",
+                  "method": "gptq"}}
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         f"{layer.module}.scales": rounded.scales,
         f"{layer.module}.zeros": rounded.zeros,
     }
-    if rounded.g_idx is not None:
-        tensors[f"{layer.module}.g_idx"] = rounded.g_idx
+    if layer.reordered:
+        tensors[f"{layer.module}.g_idx"] = rounded.column_groups()
     return tensors
 
 
@@ -83,7 +84,12 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> None:
 def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
     return {
         layer.module: {key: getattr(layer.grid, key) for key in _GRID_KEYS}
-        | {"shape": list(layer.full_shape), "dtype": layer.dtype, "tensor": layer.tensor}
+        | {
+            "shape": list(layer.full_shape),
+            "dtype": layer.dtype,
+            "tensor": layer.tensor,
+            "method": layer.method,
+        }
         for layer in layers
     }
 
@@ -113,7 +119,7 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
     try:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
-        tensor, dtype = str(entry["tensor"]), str(entry["dtype"])
+        tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
         whole = isinstance(grid.bits, int) and isinstance(grid.group_size, int)
         if not (whole and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS and full_shape):
             raise ValueError
@@ -127,6 +133,7 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         dtype=dtype,
         grid=grid,
         reordered=reordered,
+        method=method,
     )
 
 

@@ -93,8 +93,8 @@ def _prepare(
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
         return _Prepared(feedback, damp, notes)
     raise NumericalError(
-        f"{statistics.site}: the Hessian of {statistics.in_features} columns is not positive definite"
-        f" with damp_percent {', '.join(f'{d:g}' for d in tried)}",
+        f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
+        f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
         hint="calibrate on more tokens, or raise --damp-percent",
     )
 

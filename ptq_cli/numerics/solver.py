@@ -105,7 +105,7 @@ def solve(
     """Round `weight` [out_features, in_features] with the feedback of its site.
 
     Raises:
-        NumericalError: a scale does not fit its stored dtype.
+        InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
     order = feedback.order

@@ -130,7 +130,7 @@ class Checkpoint:
         """
         values = self.read(name)
         weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
-        if not np.isfinite(np.dot(weight.ravel(), np.zeros(weight.size, np.float32))):
+        if not all_finite(weight):
             bad = ~np.isfinite(weight.reshape(values.shape))
             first = tuple(int(i) for i in np.argwhere(bad)[0])
             what = (
@@ -156,7 +156,7 @@ class Checkpoint:
             for offset in (0, spec.nbytes - size):
                 sample = np.empty(size, np.uint8)
                 read_into(stored.file, stored.offset + offset, sample)
-                digest.update(sample)
+                digest.update(sample.data)
         return digest.hexdigest()
 
 
@@ -330,6 +330,12 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int)
     if end != size:
         what = "cut short" if size < end else "followed by other bytes"
         raise InputError(f"{path}: {what}: the header asks for {end} bytes, the file has {size}")
+
+
+def all_finite(values: NDArray[np.float32]) -> bool:
+    """Whether there is no NaN or inf: the product with zeros would keep it."""
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(np.dot(values.ravel(), np.zeros(values.size, np.float32))))
 
 
 def is_float(spec: TensorSpec) -> bool:

@@ -1,7 +1,7 @@
 """Files: errors that name them, exact reads, durable writes, one atomic rename.
 
-Reads are `pread` of a known length, not memory maps: a file that shrinks while it is read is then an
-error and not a signal that ends the process.
+Reads are `pread` of a known length, not memory maps: a file that shrinks while it is read is then
+an error and not a signal that ends the process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def listing(folder: Path) -> list[str]:
 
 def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from the file at `offset`. Raises FileError where the file is too short."""
-    view = memoryview(buffer)
+    view = buffer.data
     with named(path), open(path, "rb", buffering=0) as file:
         done = 0
         while done < len(view):
