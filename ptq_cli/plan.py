@@ -246,7 +246,7 @@ def _units(
     included: set[str],
 ) -> tuple[Unit, ...]:
     by_module = {layer.module: layer for layer in layers.values()}
-    site_of = _sites_of(by_module, source)
+    site_of = sites_of(by_module, source)
     lost = [
         layer.module
         for layer in layers.values()
@@ -285,7 +285,7 @@ def _unit(
     )
 
 
-def _sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:
+def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:
     """The site of each module that has statistics. Raises InputError where the widths differ."""
     if source is None:
         return {}

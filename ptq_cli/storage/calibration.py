@@ -17,8 +17,9 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,16 +33,19 @@ from ptq_cli.numerics.statistics import (
     NonFiniteInput,
     SiteAccumulator,
     chunk_tokens,
+    merge,
     percentile,
     static_scale,
 )
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
-from ptq_cli.storage.tensors import write_safetensors
+from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics
 
 VERSION = 1
+
+PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def open_calibration(path: Path) -> CalibrationFile:
 
 def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
     shapes = {}
-    for part in ("hessian", "absmax", "absmean", "histogram", "heldout"):
+    for part in PARTS:
         stored = checkpoint.tensors.get(f"{site}.{part}")
         if stored is None:
             raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
@@ -158,39 +162,57 @@ def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> Sit
     return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
 
 
-def write_calibration(
-    path: Path,
-    model: str,
-    statistics: Iterable[SiteStatistics],
-    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT),
-) -> None:
-    """Write a statistics file whole or not at all."""
-    tensors: dict[str, Array] = {}
-    sites: dict[str, Any] = {}
-    for s in statistics:
-        for part in ("hessian", "absmax", "absmean", "histogram", "heldout"):
-            tensors[f"{s.site}.{part}"] = getattr(s, part)
-        sites[s.site] = {
-            "linears": list(s.linears),
-            "n_tokens": s.n_tokens,
-            "n_seen": s.n_seen,
-            "min": s.minimum,
-            "max": s.maximum,
-            "mean": s.mean,
-            "std": s.std,
-            "p99": percentile(s, 0.99),
-            "static_scale": static_scale(s),
-            "histogram_start": s.histogram_start,
-        }
-    content = {
+def site_tensors(s: SiteStatistics) -> list[Bytes]:
+    """The tensors of one site, as the file holds them."""
+    return [as_bytes(f"{s.site}.{part}", getattr(s, part)) for part in PARTS]
+
+
+def site_entry(s: SiteStatistics) -> dict[str, Any]:
+    """What the metadata says of one site."""
+    return {
+        "linears": list(s.linears),
+        "n_tokens": s.n_tokens,
+        "n_seen": s.n_seen,
+        "min": s.minimum,
+        "max": s.maximum,
+        "mean": s.mean,
+        "std": s.std,
+        "p99": percentile(s, 0.99),
+        "static_scale": static_scale(s),
+        "histogram_start": s.histogram_start,
+    }
+
+
+def file_content(model: str, heldout: tuple[int, int], sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a statistics file."""
+    return {
         "kind": "calibration",
         "version": VERSION,
         "model": model,
         "heldout_every": heldout[0],
         "heldout_limit": heldout[1],
-        "sites": sites,
+        "sites": dict(sites),
     }
-    write_safetensors(path, tensors, content)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several calibrations of one model, as one source: the union of their sites, each site merged
+    from every file that has it."""
+
+    files: tuple[CalibrationFile, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(file.name for file in self.files)
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return {site: info for file in reversed(self.files) for site, info in file.sites.items()}
+
+    def load(self, site: str) -> SiteStatistics:
+        parts = [file.load(site) for file in self.files if site in file.sites]
+        return reduce(lambda a, b: merge(a, b, self.files[0].heldout_limit), parts)
 
 
 @dataclass(frozen=True)
@@ -206,7 +228,6 @@ class Activations:
     name: str
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    progress: Callable[[int], None] | None = None
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:

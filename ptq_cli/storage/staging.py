@@ -114,7 +114,7 @@ class Staging:
             hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest() + suffix
         )
 
-    def put(self, unit: str, tensors: Sequence[Bytes], result: Mapping[str, Any]) -> None:
+    def put(self, unit: str, tensors: Sequence[Bytes], result: Any) -> None:
         """Keep a finished unit: its tensors, and what there is to say about it (JSON)."""
         path = self._path(unit, ".bin")
         partial = path.with_suffix(".tmp")

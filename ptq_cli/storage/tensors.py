@@ -9,7 +9,6 @@ makes them so. Two or more metadata keys would come out in random order: all goe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, serialize_file
 from safetensors import TensorSpec as Pointer
 
 from ptq_cli.errors import FileError
-from ptq_cli.storage.files import named, sync_file, sync_folder
+from ptq_cli.storage.files import named, sync_file
 from ptq_cli.values import Array, TensorSpec
 
 # safetensors' words in a header, and its words for the same dtypes when writing.
@@ -56,28 +55,12 @@ def as_bytes(name: str, values: Array) -> Bytes:
     return Bytes(spec, array.reshape(-1).view(np.uint8))
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Array] | Sequence[Bytes], content: Mapping[str, Any]
-) -> None:
-    """Write a safetensors file whole or not at all: another name, fsync, rename.
+def serialize(path: Path, tensors: Sequence[Bytes], content: Mapping[str, Any]) -> None:
+    """Write a safetensors file in place, in a folder that gets its name later.
 
     Raises:
-        FileError: the file system said no; nothing is left behind.
+        FileError: the file system said no.
     """
-    if isinstance(tensors, Mapping):
-        tensors = [as_bytes(name, values) for name, values in sorted(tensors.items())]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        serialize(partial, tensors, content)
-        with named(path):
-            os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def serialize(path: Path, tensors: Sequence[Bytes], content: Mapping[str, Any]) -> None:
-    """Write a safetensors file in place (for folders that get their name later)."""
     pointers = {
         tensor.spec.name: Pointer(
             dtype=_WORDS[tensor.spec.dtype],
