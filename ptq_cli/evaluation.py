@@ -1,7 +1,7 @@
 """Evaluation from files alone: what a quantized folder decodes to, against the original weights.
 
-Nothing is believed but tensors: errors are measured anew, and so is plain rounding to nearest at the
-same grid, to compare with.
+Nothing is believed but tensors: errors are measured anew, and so is plain rounding to nearest at
+the same grid, to compare with. A layer whose codes are those of plain rounding is named.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
 def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Comparison:
     """Compare, byte for byte, every tensor that is not part of a quantized layer."""
     taken = {layer.tensor for layer in quantized.layers.values()}
-    equal, different = [], []
+    equal: list[str] = []
+    different: list[str] = []
     untouched = set(quantized.untouched())
     for name in sorted(untouched):
         there = original.tensors.get(name)
@@ -124,7 +125,9 @@ def _row(
     if not np.isfinite(rounded.scales.astype(np.float32)).all():
         raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
     measures = measure(weight, rounded, hessian, heldout)
-    rtn = measure(weight, round_to_nearest(weight, layer.grid), hessian, heldout)
+    plain = round_to_nearest(weight, layer.grid)
+    rtn = measure(weight, plain, hessian, heldout)
+    same = np.array_equal(plain.codes, rounded.codes)
     size = sum(spec.nbytes for spec in quantized.fmt.specs(layer))
     return LayerReport(
         layer=layer.tensor,
@@ -138,7 +141,7 @@ def _row(
         tokens=0 if statistics is None else statistics.n_tokens,
         dead_columns=dead_columns(statistics),
         damp_percent=None,
-        fallback="rounded to nearest" if layer.method == "rtn" else None,
+        fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
         bytes=size,
         bits_per_weight=8 * size / layer.size,
