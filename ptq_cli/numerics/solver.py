@@ -128,7 +128,7 @@ def solve(
         scales[rows, group_of_start] = panel.scales.T
         zeros[rows, group_of_start] = panel.zeros.T
     if fixed is not None:
-        scales, zeros = scales[:1, :1], zeros[:1, :1]
+        scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
     g_idx = None
     if act_order == "desc":
         g_idx = np.empty(n, np.int32)
