@@ -242,6 +242,28 @@ def test_every_pass_lowers_the_cost_it_was_given(monkeypatch):
     assert min(rises) < 0
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_inputs_of_low_rank_equal_the_twin(rank):
+    """Strongly coupled columns pull whole groups past zero: the best scale for their codes would
+    be negative, and the old one stays."""
+    weight = some_weight(64, 24)
+    for group_size in (6, 8, 12):
+        inputs = np.random.default_rng((group_size, rank)).normal(size=(rank, 24))
+        grid, passes = Grid(2, group_size, sym=False), Passes(mse=False, refine=1, sweeps=2)
+        result = run(weight, inputs.T @ inputs, grid, passes=passes, damp=0.001)
+        twin = run_twin(weight, inputs.T @ inputs, grid, passes=passes, damp=0.001)
+        assert_equal_to_twin(result, twin)
+
+
+def test_a_refit_is_kept_only_where_the_cost_falls(monkeypatch):
+    """Rounding to the nearest stored scale can hardly raise the cost; a coarser one could."""
+    weight, hessian = some_weight(8, 37), some_hessian(37)
+    monkeypatch.setattr(solver, "round_scales", lambda scales, grid: 2 ** np.ceil(np.log2(scales)))
+    for what in ("refine", "sweeps"):
+        losses = row_losses(weight, hessian, Grid(3, -1, sym=False), what)
+        assert (losses[1:] <= losses[:-1] * (1 + 1e-12)).all()
+
+
 def test_compensation_beats_rounding_and_refinement_beats_both():
     weight, hessian = some_weight(32, 96), some_hessian(96)
     for bits in (2, 3, 4):
