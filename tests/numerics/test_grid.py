@@ -7,7 +7,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_cli.errors import NumericalError
@@ -89,6 +89,7 @@ def test_the_axis_of_a_group_may_be_any():
 # ---- scales as they are stored ----
 
 
+@settings(deadline=None)
 @given(st.floats(1e-9, 6e4), st.sampled_from(sorted(SCALE_DTYPES)))
 def test_a_scale_is_the_nearest_value_of_its_dtype(scale, scale_dtype):
     grid = Grid(4, scale_dtype=scale_dtype)
@@ -205,6 +206,7 @@ def test_rounding_is_the_twins(searched, bits, group_size):
 weights = st.lists(st.floats(-100, 100), min_size=1, max_size=12).map(lambda row: np.array([row]))
 
 
+@settings(deadline=None)
 @given(weights, st.integers(2, 8), st.sampled_from([ASYM, SYM, NARROW]))
 def test_no_weight_moves_further_than_half_a_step(weight, bits, grid):
     """Not at the ends either, where a symmetric grid has no code for +absmax; float32 scales are
@@ -215,6 +217,7 @@ def test_no_weight_moves_further_than_half_a_step(weight, bits, grid):
     assert error.max() <= scale / 2 * (1 + 2**-12)
 
 
+@settings(deadline=None)
 @given(weights, st.integers(2, 8))
 def test_narrow_codes_stay_within_their_range(weight, bits):
     codes = round_to_nearest(weight, replace(NARROW, bits=bits)).codes.astype(int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_cli.numerics import packing
@@ -84,6 +84,7 @@ layouts = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(layouts)
 def test_unpacking_gives_back_what_was_packed(layout):
     bits, rows, columns, width, seed = layout
@@ -93,6 +94,7 @@ def test_unpacking_gives_back_what_was_packed(layout):
     np.testing.assert_array_equal(unpack_groups(packed, bits, width, columns), codes)
 
 
+@settings(deadline=None)
 @given(layouts)
 def test_groups_are_those_of_python_integers(layout):
     bits, rows, columns, width, seed = layout
