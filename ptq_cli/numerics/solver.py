@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.numerics.factor import ldl_upper
 from ptq_cli.numerics.grid import (
+    SCALE_LIMITS,
     fit_grid,
     pack_result,
     round_scales,
@@ -128,7 +129,7 @@ def solve(
         scales[rows, group_of_start] = panel.scales.T
         zeros[rows, group_of_start] = panel.zeros.T
     if fixed is not None:
-        scales, zeros = scales[:1, :1], zeros[:1, :1]
+        scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
     g_idx = None
     if act_order == "desc":
         g_idx = np.empty(n, np.int32)
@@ -327,6 +328,7 @@ class _Panel:
         slope = np.multiply(centred, gradient).sum(axis=0)
         curvature = np.multiply(centred, spread).sum(axis=0)
         moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+        moved = np.minimum(moved, SCALE_LIMITS[self.grid.scale_dtype][1])  # a refit is no error
         moved = round_scales(np.where(moved > 0, moved, scale), self.grid)
         delta = moved - scale
         falls = delta * (2 * slope - delta * curvature) > 0
