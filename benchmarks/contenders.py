@@ -44,85 +44,93 @@ def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
     return run
 
 
-def numpy_loop() -> Run:
+def numpy_factor(hessian: Weights) -> Weights:
+    """The upper Cholesky factor of the damped Hessian's inverse."""
+    damped = hessian.copy()
+    damped.flat[:: len(damped) + 1] += np.float32(DAMP * damped.diagonal().mean())
+    return np.linalg.cholesky(np.linalg.inv(damped)).T.copy()
+
+
+def numpy_columns(weight: Weights, inverse: Weights) -> Weights:
     """The paper's algorithm (arXiv 2210.17323) as its authors' code has it, in plain NumPy."""
+    weight, decoded = weight.copy(), np.zeros_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        block, errors = weight[:, start:stop].copy(), np.zeros_like(weight[:, start:stop])
+        corner = inverse[start:stop, start:stop]
+        for i in range(stop - start):
+            if (start + i) % GROUP == 0:
+                group = weight[:, start + i : start + i + GROUP]
+                low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+                scale = (high - low) / np.float32(TOP)
+                zero = np.rint(-low / scale)
+            codes = np.clip(np.rint(block[:, i] / scale) + zero, 0, TOP)
+            decoded[:, start + i] = scale * (codes - zero)
+            error = (block[:, i] - decoded[:, start + i]) / corner[i, i]
+            block[:, i:] -= np.outer(error, corner[i, i:])
+            errors[:, i] = error
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return decoded
 
-    def factor(hessian: Weights) -> Weights:
-        damped = hessian + np.float32(DAMP * hessian.diagonal().mean()) * np.eye(
-            len(hessian), dtype=np.float32
-        )
-        return np.linalg.cholesky(np.linalg.inv(damped)).T.copy()  # upper
 
-    def columns(weight: Weights, inverse: Weights) -> Weights:
-        weight, decoded = weight.copy(), np.zeros_like(weight)
-        for start in range(0, weight.shape[1], BLOCK):
-            stop = min(start + BLOCK, weight.shape[1])
-            block, errors = weight[:, start:stop].copy(), np.zeros_like(weight[:, start:stop])
-            corner = inverse[start:stop, start:stop]
-            for i in range(stop - start):
-                if (start + i) % GROUP == 0:
-                    group = weight[:, start + i : start + i + GROUP]
-                    low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
-                    scale = (high - low) / np.float32(TOP)
-                    zero = np.rint(-low / scale)
-                codes = np.clip(np.rint(block[:, i] / scale) + zero, 0, TOP)
-                decoded[:, start + i] = scale * (codes - zero)
-                error = (block[:, i] - decoded[:, start + i]) / corner[i, i]
-                block[:, i:] -= np.outer(error, corner[i, i:])
-                errors[:, i] = error
-            weight[:, stop:] -= errors @ inverse[start:stop, stop:]
-        return decoded
-
+def numpy_loop() -> Run:
     def run(weight: Weights, hessian: Weights) -> Timed:
         start = time.perf_counter()
-        inverse = factor(hessian)
+        inverse = numpy_factor(hessian)
         middle = time.perf_counter()
-        decoded = columns(weight, inverse)
+        decoded = numpy_columns(weight, inverse)
         return middle - start, time.perf_counter() - middle, decoded
 
     return run
 
 
+def torch_factor(hessian: Any) -> Any:
+    """As the authors' code has it: Cholesky, the inverse from it, Cholesky of that."""
+    import torch
+
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMP * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def torch_columns(weight: Any, inverse: Any) -> Any:
+    """`numpy_columns` in torch."""
+    import torch
+
+    weight, decoded = weight.clone(), torch.zeros_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        block = weight[:, start:stop].clone()
+        errors, corner = torch.zeros_like(block), inverse[start:stop, start:stop]
+        for i in range(stop - start):
+            if (start + i) % GROUP == 0:
+                group = weight[:, start + i : start + i + GROUP]
+                low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+                scale = (high - low) / TOP
+                zero = torch.round(-low / scale)
+            codes = torch.clamp(torch.round(block[:, i] / scale) + zero, 0, TOP)
+            decoded[:, start + i] = scale * (codes - zero)
+            error = (block[:, i] - decoded[:, start + i]) / corner[i, i]
+            block[:, i:] -= error.unsqueeze(1).matmul(corner[i, i:].unsqueeze(0))
+            errors[:, i] = error
+        weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
+    return decoded
+
+
 def torch_loop() -> Run:
-    """The same in torch: Cholesky, inverse from it, Cholesky of that; blocks of 128 columns."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-    def factor(hessian: torch.Tensor) -> torch.Tensor:
-        damped = hessian.clone()
-        damped.diagonal().add_(DAMP * damped.diagonal().mean())
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return torch.linalg.cholesky(inverse, upper=True)
-
-    def columns(weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        weight, decoded = weight.clone(), torch.zeros_like(weight)
-        for start in range(0, weight.shape[1], BLOCK):
-            stop = min(start + BLOCK, weight.shape[1])
-            block = weight[:, start:stop].clone()
-            errors, corner = torch.zeros_like(block), inverse[start:stop, start:stop]
-            for i in range(stop - start):
-                if (start + i) % GROUP == 0:
-                    group = weight[:, start + i : start + i + GROUP]
-                    low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
-                    scale = (high - low) / TOP
-                    zero = torch.round(-low / scale)
-                codes = torch.clamp(torch.round(block[:, i] / scale) + zero, 0, TOP)
-                decoded[:, start + i] = scale * (codes - zero)
-                error = (block[:, i] - decoded[:, start + i]) / corner[i, i]
-                block[:, i:] -= error.unsqueeze(1).matmul(corner[i, i:].unsqueeze(0))
-                errors[:, i] = error
-            weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
-        return decoded
-
-    @torch.inference_mode()
     def run(weight: Weights, hessian: Weights) -> Timed:
-        tensor, matrix = torch.from_numpy(weight), torch.from_numpy(hessian)
-        start = time.perf_counter()
-        inverse = factor(matrix)
-        middle = time.perf_counter()
-        decoded = columns(tensor, inverse)
-        return middle - start, time.perf_counter() - middle, decoded.numpy()
+        with torch.inference_mode():
+            tensor, matrix = torch.from_numpy(weight), torch.from_numpy(hessian)
+            start = time.perf_counter()
+            inverse = torch_factor(matrix)
+            middle = time.perf_counter()
+            decoded = torch_columns(tensor, inverse)
+            return middle - start, time.perf_counter() - middle, decoded.numpy()
 
     return run
 
@@ -164,10 +172,10 @@ def gptqmodel_class() -> Run:
         task.quantizer.configure(perchannel=True)
         task.H, task.nsamples = torch.from_numpy(hessian.copy()), 4 * len(hessian)
         start = time.perf_counter()
-        decoded, _, _, _, _, loss, damp, samples = task.quantize(blocksize=BLOCK)
+        decoded, _, _, _, _, average, damp, samples = task.quantize(blocksize=BLOCK)
         total = time.perf_counter() - start
-        if not (isinstance(loss, float) and damp == DAMP and samples == 4 * len(hessian)):
-            raise RuntimeError(f"GPTQModel fell back: {loss=} {damp=} {samples=}")
+        if not (isinstance(average, float) and damp == DAMP and samples == 4 * len(hessian)):
+            raise RuntimeError(f"GPTQModel fell back: {average=} {damp=} {samples=}")
         return watch.seconds, total - watch.seconds, decoded.detach().numpy()
 
     return run

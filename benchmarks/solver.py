@@ -39,7 +39,7 @@ SLOW_ABOVE = 8192  # in_features beyond which contenders that are not ours run o
 OURS = ("paper", "refine", "defaults")
 NEEDS = {"torch": ("torch",), "gptqmodel": ("torch", "gptqmodel")}
 LABELS = {
-    "paper": "ptq --refine 0 --sweeps 0 (*)",
+    "paper": "ptq, paper's algorithm (*)",
     "refine": "ptq, (*) + 2 refine passes",
     "defaults": "ptq, defaults",
     "numpy": "paper's loop, NumPy",
@@ -59,7 +59,8 @@ class Cell:
     def medians(self) -> tuple[float, float, float]:
         """Factorization, columns, together (the median of the sums)."""
         sums = [f + c for f, c in zip(self.factorization, self.columns, strict=True)]
-        return tuple(map(statistics.median, (self.factorization, self.columns, sums)))  # type: ignore[return-value]
+        median = statistics.median
+        return median(self.factorization), median(self.columns), median(sums)
 
 
 class Child:
@@ -69,14 +70,15 @@ class Child:
         self.name, self.log = name, logs / f"{name}.log"
         number = {f"{kind}_NUM_THREADS": str(threads) for kind in ("OMP", "OPENBLAS", "MKL")}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "contenders.py"), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("wb"),
-            env={**os.environ, **number, "PYTHONPATH": path},
-            text=True,
-        )
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "benchmarks" / "contenders.py"), name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **number, "PYTHONPATH": path},
+                text=True,
+            )
 
     def ask(self, folder: Path, with_loss: bool) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -174,20 +176,21 @@ def summary(size: str, cells: dict[str, Cell]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> list[str]:
     """Markdown, at most 100 columns wide."""
     head = f"{result['size']} (out x in features), sgemm {result['sgemm_gflops']:.0f} GFLOP/s"
-    lines = [f"### {head}", ""]
-    titles = ("factor", "columns", "total s", "vs (*)", "vs gemm", "loss/RTN")
+    lines = [f"### {head}", ""]  # "s": seconds; "vs gemm": times the matrix products alone
+    titles = ("factor s", "columns s", "sum s", "vs (*)", "vs gemm", "loss/RTN")
     lines.append(f"| {'':<29} | " + " | ".join(titles) + " |")
     lines.append("|" + "-" * 31 + "|" + "|".join("-" * (len(t) + 1) + ":" for t in titles) + "|")
     ours, products = result["paper"]["together"], result["products"]
     for name, label in LABELS.items():
         row = result.get(name)
         if row is None:
-            cells = ["absent", *[""] * (len(titles) - 1)]
-        else:
-            cells = [f"{row[key]:.3f}" for key in ("factorization", "columns", "together")]
-            cells += [f"{row['together'] / ours:.2f}", f"{row['together'] / products:.2f}"]
-            cells.append(f"{row['loss_vs_rtn']:.4f}")
-        lines.append(line(label, cells, titles))
+            lines.append(f"| {label:<29} | not installed |")
+            continue
+        cells = [f"{row[key]:.3f}" for key in ("factorization", "columns", "together")]
+        cells += [f"{row['together'] / ours:.2f}", f"{row['together'] / products:.2f}"]
+        cells.append(f"{row['loss_vs_rtn']:.4f}")
+        once = " (once)" if row["repeats"] < result["paper"]["repeats"] else ""
+        lines.append(line(label + once, cells, titles))
     cells = ["", "", f"{products:.3f}", f"{products / ours:.2f}", "1.00", ""]
     return [*lines, line("matrix products alone", cells, titles), ""]
 
@@ -221,12 +224,8 @@ def word(met: bool) -> str:
 
 def setting(threads: int, repeats: int) -> str:
     """One line on what ran where."""
-    versions = [f"{package} {metadata.version(package)}" for package in ("numpy",)]
-    versions += [
-        f"{name} {metadata.version(name)}"
-        for name in ("torch", "gptqmodel")
-        if missing(name) is None
-    ]
+    packages = [name for name in ("numpy", "torch", "gptqmodel") if missing(name) is None]
+    versions = [f"{name} {metadata.version(name)}" for name in packages]
     what = f"{threads} thread{'s' * (threads > 1)}, median of {repeats}"
     return f"{what}; Python {platform.python_version()}, {', '.join(versions)}"
 
