@@ -186,18 +186,22 @@ def table(result: dict[str, Any]) -> list[str]:
         if row is None:
             lines.append(f"| {label:<29} | not installed |")
             continue
-        cells = [f"{row[key]:.3f}" for key in ("factorization", "columns", "together")]
+        cells = [seconds(row[key]) for key in ("factorization", "columns", "together")]
         cells += [f"{row['together'] / ours:.2f}", f"{row['together'] / products:.2f}"]
         cells.append(f"{row['loss_vs_rtn']:.4f}")
         once = " (once)" if row["repeats"] < result["paper"]["repeats"] else ""
         lines.append(line(label + once, cells, titles))
-    cells = ["", "", f"{products:.3f}", f"{products / ours:.2f}", "1.00", ""]
+    cells = ["", "", seconds(products), f"{products / ours:.2f}", "1.00", ""]
     return [*lines, line("matrix products alone", cells, titles), ""]
 
 
 def line(label: str, cells: Sequence[str], titles: Sequence[str]) -> str:
     padded = (cell.rjust(len(title)) for cell, title in zip(cells, titles, strict=True))
     return f"| {label:<29} | " + " | ".join(padded) + " |"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
