@@ -19,7 +19,7 @@ row or the tensor. The true shape and the grid stand in the file's metadata unde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -95,7 +95,10 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _layers(
-    metadata: Mapping[str, Any], config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
     """The layers that the metadata names, each checked against the headers."""
     layers = []
