@@ -140,7 +140,7 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = config.get("quantization_config") or {}
+    settings = layout.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method") != "awq":
         return ()
     where = "quantization_config"
@@ -169,7 +169,7 @@ def _layer(
     for stray in ("weight", "g_idx"):
         if f"{module}.{stray}" in specs:
             raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
-    entry = _left_dense(module, settings.get("modules_to_not_convert") or ())
+    entry = _left_dense(module, layout.strings(settings, "modules_to_not_convert", where))
     if entry is not None:
         raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     scales = layout.tensor(specs, f"{module}.scales", 2)

@@ -197,7 +197,7 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = config.get("quantization_config") or {}
+    settings = layout.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method", settings.get("method")) != "gptq":
         return ()
     stored = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -224,7 +224,10 @@ def _layer(
     read: Callable[[str], Array],
     dtype: str,
 ) -> Layer:
-    own = {**settings, **_override(module, settings.get("dynamic") or {})}
+    own = {
+        **settings,
+        **_override(module, layout.mapping(settings, "dynamic", "quantization_config")),
+    }
     where = f"quantization_config of {module}"
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
@@ -251,7 +254,7 @@ def _layer(
 
 def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `dynamic` says of a module: the first pattern that matches decides."""
-    for pattern, settings in dynamic.items():
+    for pattern in dynamic:
         sign, colon, regex = pattern.partition(":")
         regex = regex if colon and sign in ("+", "-") else pattern
         try:
@@ -261,8 +264,9 @@ def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
         if matches and pattern.startswith("-:"):
             raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
         if matches:
-            layout.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
-            return dict(settings)
+            own = layout.mapping(dynamic, pattern, "dynamic")
+            layout.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
+            return own
     return {}
 
 

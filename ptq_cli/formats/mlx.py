@@ -8,8 +8,9 @@ Per linear or embedding `<module>`, with out_features N, in_features K, n_groups
 
 `weight ≈ scales · codes + biases`: from zeros, biases are `−zeros · scales` rounded to their dtype.
 For symmetric grids that product is exact (zero is a power of two); for others the rounding shifts a
-group by up to half a unit in the last place of its bias. A layer is quantized where `.scales` is
-there; config.json gives bits and group size, `quantization` for mlx-lm and the same object under
+group by up to half a unit in the last place of its bias: in bfloat16 a sixteenth of a step at 4
+bits, and a whole one at 8 bits, which is refused. A layer is quantized where `.scales` is there;
+config.json gives bits and group size, `quantization` for mlx-lm and the same object under
 `quantization_config`.
 """
 
@@ -35,6 +36,12 @@ _LIMITS = layout.Limits(
 
 
 def _misfit(layer: Layer) -> str | None:
+    grid = layer.grid
+    if grid.bits == 8 and not grid.sym and grid.scale_dtype == "bfloat16":
+        return (
+            "mlx rounds −zero · scale to bfloat16, whose 8 digits are off by up to a whole step of"
+            " an asymmetric grid of 8 bits; --sym or --scale-dtype float16"
+        )
     return layout.misfit(layer, "mlx", _LIMITS)
 
 
@@ -85,13 +92,14 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = config.get("quantization") or config.get("quantization_config") or {}
+    settings = layout.mapping(config, "quantization", "config.json")
+    repeated = layout.mapping(config, "quantization_config", "config.json")
+    settings = settings or repeated
     if "quant_method" in settings or not {"bits", "group_size"} <= settings.keys():
         return ()
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping | bool)}
     layout.refuse_unknown(own, ("bits", "group_size", "mode"), "quantization")
-    repeated = config.get("quantization_config") or settings
-    if dict(repeated) != dict(settings):
+    if repeated and dict(repeated) != dict(settings):
         raise InputError("config.json: quantization and quantization_config differ")
     modules = layout.modules_with(specs, ".scales", ".biases")
     if not modules:

@@ -6,7 +6,9 @@ Per linear `<module>`, with out_features N, in_features K, n_blocks = ceil(K / g
                                                                       a short last block is padded
     <module>.MatMul.scales   F32 or F16 [N, n_blocks]
     <module>.MatMul.qzeros   U8 [N, ceil(n_blocks · bits / 8)]        zeros of a row, lowest bits
-                                                                      first; asymmetric grids only
+                                                                      first, the last byte filled
+                                                                      up with 2^(bits−1);
+                                                                      asymmetric grids only
 
 `weight ≈ scales · (codes − zeros)`, a missing zero is 2^(bits−1), and the node computes
 `A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. `attributes` are the node's; a
@@ -80,7 +82,10 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     }
     zeros = layout.integer_zeros(layer, rounded)
     if not grid.sym:
-        tensors[f"{name}.qzeros"] = pack(zeros, grid.bits)
+        per_byte = 8 // grid.bits
+        full = np.full((rows, -(-blocks // per_byte) * per_byte), grid.mid_code, np.uint8)
+        full[:, :blocks] = zeros
+        tensors[f"{name}.qzeros"] = pack(full, grid.bits)
     return tensors
 
 

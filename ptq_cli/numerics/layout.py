@@ -187,6 +187,22 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
 
 
+def mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object of a foreign config, {} where there is none. Raises InputError for others."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {key} is {value!r}, an object was expected")
+    return value
+
+
+def strings(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of names of a foreign config, () where there is none. Raises InputError for others."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise InputError(f"{where}: {key} is {value!r}, a list of names was expected")
+    return tuple(value)
+
+
 def integer(config: Mapping[str, Any], key: str, default: Any, where: str) -> int:
     """A whole number of a foreign config. Raises InputError for anything else."""
     value = config.get(key, default)

@@ -101,20 +101,22 @@ def recognise(
     config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Array]
 ) -> tuple[Layer, ...]:
     """The layers that config.json declares and the headers show; () for another layout."""
-    settings = config.get("quantization_config") or {}
+    settings = layout.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method") != "compressed-tensors":
         return ()
     layout.refuse_unknown(settings, _KNOWN, _WHERE)
-    sparsity = settings.get("sparsity_config") or {}
+    sparsity = layout.mapping(settings, "sparsity_config", _WHERE)
     if sparsity.get("format", "dense") != "dense":
         raise InputError(f"{_WHERE}: sparsity_config {sparsity['format']!r} is not understood")
     if settings.get("quantization_status") != "compressed":
         status = settings.get("quantization_status")
         raise InputError(f"{_WHERE}: quantization_status is {status!r}, not 'compressed'")
-    groups = settings.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    groups = layout.mapping(settings, "config_groups", _WHERE)
+    if not groups:
         raise InputError(f"{_WHERE}: config_groups is missing")
-    schemes = tuple(_scheme(name, group, settings) for name, group in groups.items())
+    schemes = tuple(
+        _scheme(name, layout.mapping(groups, name, _WHERE), settings) for name in groups
+    )
     modules = layout.modules_with(specs, ".weight_packed", ".weight_scale", ".weight_shape")
     if not modules:
         raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
@@ -127,7 +129,7 @@ def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) ->
     where = f"{_WHERE}, {name}"
     known = ("targets", "format", "weights", "input_activations")
     layout.refuse_unknown(group, known, where)
-    weights = group.get("weights") or {}
+    weights = layout.mapping(group, "weights", where)
     layout.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
     bits = layout.integer(weights, "num_bits", None, where)
     if weights.get("type", "int") != "int" or not 2 <= bits <= 8 or weights.get("dynamic"):
@@ -137,14 +139,14 @@ def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) ->
             f"{where}: actorder {weights['actorder']!r} is not understood: no current loader reads"
             " weight_g_idx"
         )
-    activation = _activation(group.get("input_activations"), where)
+    activation = _activation(layout.mapping(group, "input_activations", where), where)
     stored = group.get("format") or settings.get("format")
     wanted = _PLAIN if activation is not None and bits == 8 else _PACKED
     if stored != wanted:
         raise InputError(f"{where}: format {stored!r} is not understood here, only {wanted!r}")
     sym = layout.boolean(weights, "symmetric", True, where)
     size = _group_size(weights, stored, where)
-    return _Scheme(tuple(group.get("targets") or ()), stored, bits, size, sym, activation)
+    return _Scheme(layout.strings(group, "targets", where), stored, bits, size, sym, activation)
 
 
 def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
@@ -164,7 +166,7 @@ def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
     raise InputError(f"{where}: strategy {strategy!r} with group_size {size} is not understood")
 
 
-def _activation(inputs: Mapping[str, Any] | None, where: str) -> Activation | None:
+def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
     if not inputs:
         return None
     layout.refuse_unknown(inputs, _SCHEME_KEYS, f"{where}, input_activations")
@@ -213,7 +215,7 @@ def _layer(
     read: Callable[[str], Array],
 ) -> Layer:
     settings = config["quantization_config"]
-    scheme = _scheme_of(module, schemes, settings.get("ignore") or ())
+    scheme = _scheme_of(module, schemes, layout.strings(settings, "ignore", _WHERE))
     scales = layout.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
     if scheme.sym and f"{module}.weight_zero_point" in specs:
         raise InputError(f"module {module!r} has zero points, but {_WHERE} says symmetric")

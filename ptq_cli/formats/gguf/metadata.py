@@ -1,7 +1,8 @@
 """The metadata of a GGUF file, from config.json, tokenizer.json and tokenizer_config.json.
 
-Dictionaries in, dictionary out: key → `Value(kind, value)`, the kind `u32`, `f32`, `bool`, `str`, or
-`str[]`, `i32[]`, `f32[]` for arrays. What llama.cpp could not compute from these keys is refused: rope scaling, sliding windows, a tokenizer of an unknown kind.
+Dictionaries in, dictionary out: key → `Value(kind, value)`; kinds are `u32`, `f32`, `bool`, `str`
+and, for arrays, `str[]`, `i32[]`, `f32[]`. What llama.cpp could not compute from these keys is
+refused: rope scaling, sliding windows, a tokenizer of an unknown kind.
 """
 
 from __future__ import annotations
@@ -65,28 +66,25 @@ def model_metadata(config: Mapping[str, Any], name: str, file_type: str) -> dict
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings in one place, where older and newer config.json have them in two."""
-    base = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
+    """Settings of the rotary embedding, which older and newer versions of config.json have in
+    different places, as `rope_theta`, `rope_type` and more."""
+    found: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
     for key in ("rope_scaling", "rope_parameters"):
-        own = config.get(key) or {}
-        base |= {"rope_type": own["type"]} if "type" in own else {}
-        base |= own
-    return base
+        own = dict(config.get(key) or {})
+        kind = own.pop("type", None) or own.pop("rope_type", None)
+        if kind not in (None, "default"):
+            raise InputError(f"gguf: rope_type {kind!r} in config.json is not covered")
+        found |= own
+    return found
 
 
 def _refuse_what_has_no_key(config: Mapping[str, Any]) -> None:
-    rope = _rope(config)
-    wrong = {
-        "rope_type": rope["rope_type"] not in (None, "default"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0
-        or config.get("partial_rotary_factor", 1.0) != 1.0,
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-    }
-    for key, refused in wrong.items():
-        if refused:
-            value = rope.get(key, config.get(key))
-            raise InputError(f"gguf: {key} {value!r} in config.json is not covered")
+    settings = {**config, **_rope(config)}
+    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
+    for key, value in plain.items():
+        found = settings.get(key, value)
+        if found != value:
+            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
 
 
 def tokenizer_metadata(
