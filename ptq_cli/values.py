@@ -347,6 +347,8 @@ class Format:
     scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
     config_keys: where in config.json the object of `config` belongs
     config_file: a file beside config.json that repeats that object
+    file_metadata: the metadata of the weights file where its readers want just that; None: this
+        tool's own entry, which holds `metadata`
     """
 
     name: str
@@ -364,3 +366,4 @@ class Format:
     scale_dtype: Callable[[str], str] | None = None
     config_keys: tuple[str, ...] = ("quantization_config",)
     config_file: str | None = None
+    file_metadata: Mapping[str, str] | None = None

@@ -202,7 +202,8 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=_config,
-    metadata=lambda layers: {"format": "pt"},
+    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: "float16",
+    file_metadata={"format": "pt"},
 )

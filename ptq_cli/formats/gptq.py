@@ -279,9 +279,10 @@ def _record(version: int, text: str) -> Format:
         encode=partial(_encode, version),
         decode=partial(_decode, version),
         config=partial(_config, version),
-        metadata=lambda layers: {"format": "pt"},
+        metadata=lambda layers: {},
         layers=partial(_layers, version),
         scale_dtype=lambda model: "float16",
+        file_metadata={"format": "pt"},
         config_file="quantize_config.json",
     )
 

@@ -144,8 +144,9 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=_config,
-    metadata=lambda layers: {"format": "pt"},
+    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
+    file_metadata={"format": "pt"},
     config_keys=("quantization", "quantization_config"),
 )

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
 from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
 from ptq_cli.values import Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
@@ -56,7 +57,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     tensors: dict[str, Array] = {
         f"{layer.module}.qweight": pack_groups(rounded.codes, layer.grid.bits, width),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.zeros": rounded.zeros,
+        f"{layer.module}.zeros": layout.integer_zeros(layer, rounded),
     }
     if layer.reordered:
         tensors[f"{layer.module}.g_idx"] = rounded.column_groups()

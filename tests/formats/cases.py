@@ -59,7 +59,7 @@ def layer(
 ) -> Layer:
     grid = Grid(bits, group_size, sym, scale_dtype=scale_dtype)
     tensor = f"{module}.weight"
-    return Layer(module, tensor, shape, shape, dtype, grid, reordered, activation)
+    return Layer(module, tensor, shape, shape, dtype, grid, reordered, activation=activation)
 
 
 def rounded(own: Layer, seed: int = 0, lowest_zero: int = 0) -> QuantizedWeight:

@@ -215,7 +215,8 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=declare,
-    metadata=lambda layers: {"format": "pt"},
+    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
+    file_metadata={"format": "pt"},
 )
