@@ -322,6 +322,20 @@ def test_compressed_tensors_declaration() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("modules", "dense", "ignored"), [
+    ([DOWN], [], ["lm_head"]),
+    ([DOWN], [UP], [UP, "lm_head"]),
+    ([DOWN], ["lm_head"], ["lm_head"]),
+    ([DOWN, "lm_head"], [UP], [UP]),
+])  # fmt: skip
+def test_compressed_tensors_ignores_a_tied_head(
+    modules: list[str], dense: list[str], ignored: list[str]
+) -> None:
+    config = FORMATS[CT].config([layer(module=module) for module in modules], dense)
+    assert config is not None
+    assert config["ignore"] == ignored
+
+
 def test_compressed_tensors_asymmetric_asks_to_be_dequantized() -> None:
     config = FORMATS[CT].config([layer(sym=False)], [])
     assert config is not None

@@ -49,7 +49,7 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dense),
+        "ignore": _ignored(layers, dense),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -60,6 +60,13 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
         # transformers with compressed-tensors 0.18 to 0.20 loads packed zeros only in this way
         config["dequantize"] = True
     return config
+
+
+def _ignored(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
+    """Every linear left dense, and `lm_head` where it is tied and has no tensor of its own."""
+    heads = [*dense, *(layer.module for layer in layers)]
+    tied = not any(module.endswith("lm_head") for module in heads)
+    return [*dense, "lm_head"] if tied else list(dense)
 
 
 def _group(layer: Layer) -> dict[str, Any]:
