@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError
-from ptq_cli.values import Activation, Array, Layer
+from ptq_cli.values import Activation, Array
 from tests.formats.cases import FORMATS, folder, layer, read_back
 
-DOWN, UP, GATE = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "up", "gate"))
-Q, K = (f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k"))
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 def change(**settings: Any) -> Callable[[dict[str, Any], dict[str, Array]], None]:
@@ -85,7 +83,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("gptq", put("g_idx", words(128)), "more than 32 columns"),
     ("gptq", put("weight", np.zeros((64, 128), np.float16)), "both 'weight' and 'qweight'"),
     ("gptq", put("scales", np.zeros((4, 64), np.int32)), "scales are F16, BF16 or F32"),
-    ("gptq_v2", change(quantization_config="no"), "group_size|object"),
+    (
+        "gptq_v2",
+        lambda config, tensors: config.update(quantization_config="no"),
+        "quantization_config is 'no', an object was expected",
+    ),
     ("awq", drop("scales"), f"'{DOWN}.scales' is missing"),
     ("awq", drop("qzeros"), f"'{DOWN}.qzeros' is missing"),
     ("awq", change(version="gemv"), "version 'gemv' is not understood"),
@@ -136,10 +138,7 @@ REFUSED: list[tuple[str, Any, str]] = [
 def test_refused(name: str, damage: Any, message: str) -> None:
     config, tensors = folder(FORMATS[name], [layer()])
     assert len(read_back(FORMATS[name], config, tensors)) == 1
-    if name == "gptq_v2":
-        config["quantization_config"] = "no"
-    else:
-        damage(config, tensors)
+    damage(config, tensors)
     with pytest.raises(InputError, match=message):
         read_back(FORMATS[name], config, tensors)
 
@@ -160,82 +159,6 @@ def test_each_knows_its_own(name: str) -> None:
         if {name, other.name} & {"gguf"}:
             continue
         assert bool(read_back(other, config, tensors, metadata)) == (other.name == name)
-
-
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", CT])
-def test_fused_layers_must_agree(name: str) -> None:
-    record = FORMATS[name]
-    layers = [layer(module=Q), layer(module=K, bits=8)]
-    with pytest.raises(InputError, match=f"{Q} has 4 bits.* {K} 8 bits"):
-        record.config(layers, [])
-    with pytest.raises(InputError, match=r"4 bits.*8 bits"):
-        record.config([layer(module=GATE), layer(module=UP, bits=8)], [])
-    config, tensors = folder(record, [layer(module=Q), layer(module="model.layers.1.x", bits=8)])
-    _, wide = folder(record, [layer(module=K, bits=8)])
-    if name == CT:
-        config["quantization_config"]["config_groups"]["group_1"]["targets"].append(K)
-    else:
-        config["quantization_config"]["dynamic"]["+:.*k_proj"] = {"bits": 8}
-    with pytest.raises(InputError, match="fuse the two"):
-        read_back(record, config, tensors | wide)
-
-
-def mixed(name: str) -> list[Layer]:
-    bits = 4 if name == "awq" else 8
-    return [
-        layer(module=Q),
-        layer(module=K),
-        layer(module=DOWN, bits=bits),
-        layer(module="model.layers.10.mlp.down_proj"),
-        layer(module="model.layers.9.mlp.down_proj"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", CT, "mlx"])
-def test_several_layers(name: str) -> None:
-    dense = ("model.layers.0.mlp.up_proj", "lm_head")
-    config, tensors = folder(FORMATS[name], mixed(name), dense)
-    found = read_back(FORMATS[name], config, tensors)
-    assert [own.module for own in found] == [
-        DOWN, K, Q, "model.layers.9.mlp.down_proj", "model.layers.10.mlp.down_proj",
-    ]  # fmt: skip
-    assert [own.grid.bits for own in found] == [4 if name == "awq" else 8, 4, 4, 4, 4]
-
-
-def test_gptq_declares_dense_layers_for_both_loaders() -> None:
-    config = FORMATS["gptq"].config(mixed("gptq"), [UP, "lm_head", "model.embed_tokens"])
-    assert config == {
-        "quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True,
-        "checkpoint_format": "gptq", "lm_head": False,
-        "dynamic": {
-            f"-:^{re.escape(UP)}$": {},
-            f"+:^{re.escape(DOWN)}$": {"bits": 8, "group_size": 32, "sym": True},
-        },
-        "modules_in_block_to_quantize": [["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"]],
-    }  # fmt: skip
-
-
-def test_gptq_names_whole_modules_where_one_of_a_kind_is_dense() -> None:
-    one, other = (f"model.layers.{number}.mlp.down_proj" for number in (0, 1))
-    config = FORMATS["gptq"].config([layer(module=one)], [other])
-    assert config is not None
-    assert config["modules_in_block_to_quantize"] == [[one]]
-
-
-@pytest.mark.parametrize(
-    ("own", "named"),
-    [
-        (layer(group_size=-1), True),
-        (layer(group_size=16), True),
-        (layer((72, 128)), True),
-        (layer(), False),
-        (layer(bits=8, group_size=-1), False),
-    ],
-)
-def test_gptq_names_a_kernel_that_can(own: Layer, named: bool) -> None:
-    config = FORMATS["gptq"].config([own], [])
-    assert config is not None
-    assert config.get("backend") == ("gptq_torch" if named else None)
 
 
 def test_gptq_desc_act_with_trivial_order_is_not_reordered() -> None:
@@ -276,70 +199,6 @@ def test_awq_symmetry_is_read_from_the_zeros() -> None:
     config["quantization_config"]["zero_point"] = False
     with pytest.raises(InputError, match="zero_point is false"):
         read_back(FORMATS["awq"], config, tensors)
-
-
-def test_awq_cannot_mix_or_leave_a_lookalike_dense() -> None:
-    with pytest.raises(InputError, match="one group size"):
-        FORMATS["awq"].config([layer(), layer(module=UP, group_size=64)], [])
-    with pytest.raises(InputError, match=r"cannot leave layers\.0 dense"):
-        FORMATS["awq"].config([layer(module="layers.0.x")], ["layers.0"])
-    config = FORMATS["awq"].config([layer()], [])
-    assert config is not None
-    assert config["modules_to_not_convert"] is None
-
-
-def test_compressed_tensors_declaration() -> None:
-    w8a8 = layer(module=DOWN, bits=8, group_size=-1, activation=Activation())
-    config = FORMATS[CT].config([layer(module=Q), layer(module=K), w8a8], ["lm_head"])
-    assert config is not None
-    assert config["format"] == "mixed-precision"
-    assert config["quantization_status"] == "compressed"
-    assert config["ignore"] == ["lm_head"]
-    assert config["config_groups"] == {
-        "group_0": {
-            "targets": ["Linear"],
-            "format": "pack-quantized",
-            "weights": {
-                "num_bits": 4, "type": "int", "symmetric": True, "dynamic": False,
-                "strategy": "group", "group_size": 32,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        },
-        "group_1": {
-            "targets": [DOWN],
-            "format": "int-quantized",
-            "weights": {
-                "num_bits": 8, "type": "int", "symmetric": True, "dynamic": False,
-                "strategy": "channel",
-            },
-            "input_activations": {
-                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
-                "dynamic": True,
-            },
-            "output_activations": None,
-        },
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("modules", "dense", "ignored"), [
-    ([DOWN], [], ["lm_head"]),
-    ([DOWN], [UP], [UP, "lm_head"]),
-    ([DOWN], ["lm_head"], ["lm_head"]),
-    ([DOWN, "lm_head"], [UP], [UP]),
-])  # fmt: skip
-def test_compressed_tensors_ignores_a_tied_head(
-    modules: list[str], dense: list[str], ignored: list[str]
-) -> None:
-    config = FORMATS[CT].config([layer(module=module) for module in modules], dense)
-    assert config is not None
-    assert config["ignore"] == ignored
-
-
-def test_compressed_tensors_asymmetric_asks_to_be_dequantized() -> None:
-    config = FORMATS[CT].config([layer(sym=False)], [])
-    assert config is not None
-    assert config["dequantize"] is True
 
 
 @pytest.mark.parametrize(("columns", "version", "understood"), [
@@ -383,12 +242,6 @@ def test_compressed_tensors_weight_shape_is_compared() -> None:
     tensors[f"{DOWN}.weight_shape"] = np.array([64, 120])
     with pytest.raises(InputError, match=r"says \[64, 120\], the weight is \[64, 128\]"):
         FORMATS[CT].decode(found, tensors)
-
-
-def test_mlx_declaration() -> None:
-    config, _ = folder(FORMATS["mlx"], [layer(module=Q), layer(module=K), layer(bits=8)])
-    wanted = {"group_size": 32, "bits": 4, "mode": "affine", DOWN: {"group_size": 32, "bits": 8}}
-    assert config["quantization"] == config["quantization_config"] == wanted
 
 
 def test_onnx_nodes() -> None:
