@@ -112,7 +112,8 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense)
     if declared is None:
         return {}
-    documents: dict[str, Any] = {"config.json": {**source.config, **dict.fromkeys(fmt.config_keys, declared)}}
+    config = {**source.config, **dict.fromkeys(fmt.config_keys, declared)}
+    documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
     return documents
