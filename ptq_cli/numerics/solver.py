@@ -292,26 +292,27 @@ class _Panel:
         error = self.error[start:stop]
         if self.fixed is None:
             scale = self._refit(quadratic, gradient, centred, error, scale)
-        change = np.empty_like(error)  # of E, by moving codes
+        # From here on in codes: column k goes to the code nearest to where its derivative is zero.
+        diagonal = quadratic.diagonal()
+        coupling, target, change = quadratic / diagonal, gradient, np.empty_like(error)
+        target /= scale
+        target /= diagonal[:, None]
+        target += centred
         low, high = self.grid.min_code - zero, self.grid.max_code - zero
         step, row = self._step, self._row
 
         def visit(a: int, b: int) -> None:
-            block = quadratic[a:b, a:b]
+            block = coupling[a:b, a:b]
             for k in range(a, b):
                 if k > a:
                     np.matmul(block[: k - a, k - a], change[a:k], out=row)
-                    gradient[k] += row
-                np.divide(gradient[k], scale, out=step)
-                np.divide(step, quadratic[k, k], out=step)
-                np.add(step, centred[k], out=step)
-                np.copyto(row, centred[k])
-                _round_into(step, low, high, centred[k])
-                np.subtract(row, centred[k], out=change[k])
-                change[k] *= scale
-                error[k] += change[k]
+                    target[k] += row
+                _round_into(target[k], low, high, step)
+                np.subtract(centred[k], step, out=change[k])
 
-        _by_halves(_leaves(0, stop - start), quadratic, change, gradient, visit)
+        _by_halves(_leaves(0, stop - start), coupling, change, target, visit)
+        centred -= change
+        error += np.multiply(change, scale, out=change)
         return scale
 
     def _refit(
@@ -325,8 +326,8 @@ class _Panel:
         """The best scales for the codes as they are: `Δs = Σ_k c_k P_k / (c S cᵀ)`, rounded to the
         stored dtype and kept only where the cost falls."""
         spread = quadratic @ centred
-        slope = np.multiply(centred, gradient).sum(axis=0)
-        curvature = np.multiply(centred, spread).sum(axis=0)
+        slope = np.einsum("kr,kr->r", centred, gradient)
+        curvature = np.einsum("kr,kr->r", centred, spread)
         moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
         moved = np.minimum(moved, SCALE_LIMITS[self.grid.scale_dtype][1])  # a refit is no error
         moved = round_scales(np.where(moved > 0, moved, scale), self.grid)

@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.values import Array, SiteStatistics
 
-CHUNK_ELEMENTS = 1 << 24  # inputs converted to float32 at a time: 64 MiB
+CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
+PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
 BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
 _BINS = 1 << 15
-_PASS_ELEMENTS = 1 << 16  # elementwise statistics work in the cache
 
 
-def chunk_tokens(in_features: int) -> int:
-    """Tokens per chunk: a function of the width alone, so that sums depend on no machine."""
-    return max(256, CHUNK_ELEMENTS // max(1, in_features))
+def piece_tokens(in_features: int) -> int:
+    """Tokens to read and hand to `SiteAccumulator.update` at a time."""
+    return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
 class NonFiniteInput(InputError):
@@ -48,9 +48,10 @@ class NonFiniteInput(InputError):
 
 
 class SiteAccumulator:
-    """Sums over the inputs of one site, a chunk at a time.
+    """Sums over the inputs of one site. Feed it with `update`, a piece at a time, then `result`.
 
-    Feed it with `update`, in chunks of at most `chunk_tokens(in_features)` tokens, then `result`.
+    Pieces are gathered to chunks of a size that depends on the width alone, so that the sums depend
+    neither on the pieces nor on the machine.
     """
 
     def __init__(
@@ -68,65 +69,74 @@ class SiteAccumulator:
         self.sum, self.sum_abs = np.zeros((2, in_features), np.float64)
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
+        self._room = heldout_limit
+        rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
+        self._chunk = np.empty((rows, in_features), np.float32)
+        self._filled = 0
 
     def update(self, inputs: Array) -> None:
         """Take in the next tokens, [n, in_features] of any float dtype.
 
         Raises:
-            NonFiniteInput: there is NaN or inf; nothing of the chunk was added.
+            NonFiniteInput: there is NaN or inf.
         """
-        keep = self._split_heldout(inputs)
-        chunk = np.ascontiguousarray(inputs[keep], np.float32)
-        self._check_finite(inputs)
+        with np.errstate(over="ignore", invalid="ignore"):
+            piece = inputs.astype(np.float32)
+            self._check_finite(piece)
+        if self._room > 0 and self.every > 0:
+            piece = self._hold_out(inputs, piece)
         self.n_seen += len(inputs)
-        self._add(chunk)
+        if len(piece):
+            self.n_tokens += len(piece)
+            self._add_elements(piece)
+            self._gather(piece)
 
-    def _split_heldout(self, inputs: Array) -> slice | NDArray[np.intp]:
-        room = self.limit - sum(map(len, self._heldout))
-        if room <= 0 or self.every <= 0:
-            return slice(None)
+    def _check_finite(self, piece: NDArray[np.float32]) -> None:
+        if np.isfinite(piece.sum()):
+            return
+        for token, channel in np.argwhere(~np.isfinite(piece))[:1]:
+            value = float(piece[token, channel])
+            raise NonFiniteInput(self.n_seen + int(token), int(channel), value)
+
+    def _hold_out(self, inputs: Array, piece: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Keep the held-out tokens; the others are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
-        chosen = np.flatnonzero(token % self.every == self.every - 1)[:room]
+        chosen = np.flatnonzero(token % self.every == self.every - 1)[: self._room]
+        self._room -= len(chosen)
         self._heldout.append(inputs[chosen])
-        return np.setdiff1d(np.arange(len(inputs)), chosen)
+        return np.delete(piece, chosen, axis=0)
 
-    def _check_finite(self, inputs: Array) -> None:
-        rows = max(1, _PASS_ELEMENTS // max(1, self.in_features))
-        for top in range(0, len(inputs), rows):
-            part = inputs[top : top + rows].astype(np.float32)
-            if np.isfinite(part.sum()):
-                continue
-            where = np.argwhere(~np.isfinite(part))
-            if len(where):
-                token, channel = (int(i) for i in where[0])
-                value = float(part[token, channel])
-                raise NonFiniteInput(self.n_seen + top + token, channel, value)
+    def _add_elements(self, piece: NDArray[np.float32]) -> None:
+        np.minimum(self.low, piece.min(axis=0), out=self.low)
+        np.maximum(self.high, piece.max(axis=0), out=self.high)
+        ones = np.ones(len(piece), np.float32)
+        self.sum += ones @ piece
+        magnitude = np.abs(piece)
+        self.sum_abs += ones @ magnitude
+        bins = magnitude.view(np.uint32) >> np.uint32(16)
+        self.counts += np.bincount(bins.ravel(), minlength=_BINS)
 
-    def _add(self, chunk: NDArray[np.float32]) -> None:
+    def _gather(self, piece: NDArray[np.float32]) -> None:
+        while len(piece):
+            part = piece[: len(self._chunk) - self._filled]
+            self._chunk[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            piece = piece[len(part) :]
+            if self._filled == len(self._chunk):
+                self._multiply()
+
+    def _multiply(self) -> None:
+        """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
+        chunk, self._filled = self._chunk[: self._filled], 0
         if len(chunk) == 0:
             return
-        self.n_tokens += len(chunk)
-        self._add_products(chunk)
-        rows = max(1, _PASS_ELEMENTS // max(1, self.in_features))
-        for top in range(0, len(chunk), rows):
-            self._add_elements(chunk[top : top + rows])
-
-    def _add_products(self, chunk: NDArray[np.float32]) -> None:
         for start in range(0, self.in_features, BLOCK_COLUMNS):
             block = chunk[:, start : start + BLOCK_COLUMNS]
             rows = slice(start, start + BLOCK_COLUMNS)
-            if start:
-                self.hessian[rows, :start] += block.T @ chunk[:, :start]
-            self.hessian[rows, rows] += block.T @ block
-
-    def _add_elements(self, part: NDArray[np.float32]) -> None:
-        np.minimum(self.low, part.min(axis=0), out=self.low)
-        np.maximum(self.high, part.max(axis=0), out=self.high)
-        self.sum += part.sum(axis=0)
-        magnitude = np.abs(part)
-        self.sum_abs += magnitude.sum(axis=0)
-        bins = (magnitude.view(np.uint32) >> 16).ravel()
-        self.counts += np.bincount(bins, minlength=_BINS)
+            with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
+                if start:
+                    self.hessian[rows, :start] += block.T @ chunk[:, :start]
+                self.hessian[rows, rows] += block.T @ block
 
     def result(self, site: str, linears: tuple[str, ...]) -> SiteStatistics:
         """The statistics so far. The accumulator is used up: its Hessian is handed over.
@@ -134,6 +144,7 @@ class SiteAccumulator:
         Raises:
             InputError: there was no token, or the sums left the range of float32.
         """
+        self._multiply()
         if self.n_tokens == 0:
             raise InputError(f"{site}: no tokens to calibrate on ({self.n_seen} seen)")
         if not np.isfinite(self.hessian.diagonal()).all():

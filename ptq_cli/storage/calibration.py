@@ -32,9 +32,9 @@ from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     NonFiniteInput,
     SiteAccumulator,
-    chunk_tokens,
     merge,
     percentile,
+    piece_tokens,
     static_scale,
 )
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
@@ -268,7 +268,7 @@ class Activations:
         entry = self.entries[site]
         info = entry.info
         sums = SiteAccumulator(info.in_features, *self.heldout)
-        step = chunk_tokens(info.in_features)
+        step = piece_tokens(info.in_features)
         for file in entry.files:
             before = sums.n_seen
             for start in range(0, file.n_tokens, step):

@@ -201,7 +201,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
     fmt = format_named(str(name))
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     try:
-        layers = fmt.layers(entries, checkpoint.config, specs)
+        layers = fmt.layers(entries, checkpoint.config, specs, checkpoint.read)
     except InputError as error:
         raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
     return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq_cli.errors import NumericalError
+from ptq_cli.errors import InputError
 from ptq_cli.numerics.grid import (
     SCALE_DTYPES,
     SCALE_LIMITS,
@@ -119,10 +119,10 @@ def test_the_limits_are_those_of_the_dtypes(scale_dtype):
 def test_a_scale_too_big_for_its_dtype_is_an_error_with_a_way_out():
     grid = Grid(4, scale_dtype="float16")
     assert round_scales(np.array([65504.0]), grid) == 65504
-    with pytest.raises(NumericalError, match="of 7e\\+04 does not fit float16") as caught:
+    with pytest.raises(InputError, match="of 7e\\+04 does not fit float16") as caught:
         round_scales(np.array([1.0, 7e4]), grid)
     assert caught.value.hint == "--scale-dtype float32"
-    with pytest.raises(NumericalError, match="does not fit bfloat16"):
+    with pytest.raises(InputError, match="does not fit bfloat16"):
         round_scales(np.array([3.4e38]), replace(grid, scale_dtype="bfloat16"))
 
 
@@ -131,7 +131,7 @@ def test_a_scale_too_big_for_its_dtype_is_an_error_with_a_way_out():
 def test_weights_that_are_no_numbers_are_an_error(grid, bad):
     weight = some_weight(3, 8)
     weight[1, 2] = bad
-    with pytest.raises(NumericalError):
+    with pytest.raises(InputError):
         round_to_nearest(weight, grid)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptq_cli.errors import NumericalError
+from ptq_cli.errors import InputError
 from ptq_cli.numerics import solver
 from ptq_cli.numerics.factor import NotPositiveDefinite
 from ptq_cli.numerics.grid import SEARCH_RATIOS, round_to_nearest
@@ -406,7 +406,7 @@ def test_tiny_weights_stay_finite(passes):
 @pytest.mark.parametrize("passes", [PLAIN, THOROUGH], ids=["plain", "thorough"])
 def test_a_scale_that_float16_cannot_hold_is_an_error(passes):
     weight, hessian = some_weight(4, 32) * 1e9, some_hessian(32)
-    with pytest.raises(NumericalError, match="does not fit float16") as caught:
+    with pytest.raises(InputError, match="does not fit float16") as caught:
         run(weight, hessian, Grid(4, 16), passes=passes)
     assert caught.value.hint == "--scale-dtype float32"
     assert np.isfinite(run(weight, hessian, Grid(4, 16, scale_dtype="float32")).scales).all()
@@ -427,7 +427,7 @@ def test_a_refit_never_leaves_the_stored_dtype():
 def test_weights_that_are_no_numbers_are_an_error(bad, sym):
     weight = some_weight(4, 32)
     weight[2, 20] = bad
-    with pytest.raises(NumericalError):
+    with pytest.raises(InputError):
         run(weight, some_hessian(32), Grid(4, 16, sym))
 
 
