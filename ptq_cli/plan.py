@@ -325,8 +325,9 @@ def _units(
         if source is not None and layer.module not in site_of and layer.tensor not in included
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:
+        surplus = f"; left over: {', '.join(source.surplus[:10])}" if source.surplus else ""
         raise InputError(
-            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}",
+            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}{surplus}",
             hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
         )
     units = []
