@@ -17,6 +17,7 @@ from ptq_cli.models.siblings import sites
 from ptq_cli.numerics import layout
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
+from ptq_cli.storage.folder import check_container
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
@@ -132,6 +133,7 @@ def make_plan(
         reason = f"format {fmt.name} cannot hold it"
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
+    check_container(fmt, checkpoint, list(layers.values()))
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     units = _units(layers, method, source, missing, included)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
