@@ -65,6 +65,8 @@ def open_npy(path: Path) -> NpyFile:
     shape, fortran, dtype = header
     if dtype.hasobject:
         raise InputError(f"{path}: holds Python objects (a pickle), which are never loaded")
+    if any(n < 0 for n in shape):
+        raise InputError(f"{path}: a shape of {list(shape)}")
     wanted = offset + prod(shape) * dtype.itemsize
     if wanted != size:
         what = "cut short" if size < wanted else "followed by other bytes"
