@@ -110,9 +110,10 @@ class SiteAccumulator:
         np.minimum(self.low, piece.min(axis=0), out=self.low)
         np.maximum(self.high, piece.max(axis=0), out=self.high)
         ones = np.ones(len(piece), np.float32)
-        self.sum += ones @ piece
         magnitude = np.abs(piece)
-        self.sum_abs += ones @ magnitude
+        with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
+            self.sum += ones @ piece
+            self.sum_abs += ones @ magnitude
         bins = magnitude.view(np.uint32) >> np.uint32(16)
         self.counts += np.bincount(bins.ravel(), minlength=_BINS)
 
