@@ -7,7 +7,7 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -103,6 +103,7 @@ def make_plan(
     chosen, skipped = choose_tensors(checkpoint, settings)
     layers = {tensor.spec.name: _layer(tensor, settings, method_settings) for tensor in chosen}
     _check_layers(list(layers.values()), fmt)
+    _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     units = _units(layers, method, source, missing, included)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
@@ -156,11 +157,11 @@ def choose_tensors(
     checkpoint: Checkpoint, settings: GridSettings
 ) -> tuple[list[StoredTensor], list[Skipped]]:
     """The tensors to quantize, in the order of the files, and those that are copied."""
-    ignore = _patterns("ignore", settings.ignore, checkpoint)
-    include = _patterns("include", settings.include, checkpoint)
-    skip = [rule["match"] for rule in settings.layers if rule.get("skip")]
-    ignore += _patterns("layers", tuple(skip), checkpoint)
-    _patterns("layers", tuple(rule["match"] for rule in settings.layers), checkpoint)
+    ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    include = _patterns("--include", settings.include, checkpoint)
+    rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
+    pairs = zip(rules, settings.layers, strict=True)
+    ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
     chosen, skipped = [], []
     for tensor in checkpoint.tensors.values():
         spec, reason = tensor.spec, default_reason(tensor)
@@ -192,11 +193,11 @@ def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> lis
     for word in words:
         try:
             pattern = re.compile(word)
-        except re.error as error:
-            raise InputError(f"--{setting} {word!r}: not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{setting} {word!r}: not a regular expression: {error}") from None
         if not any(pattern.search(name) for name in checkpoint.tensors):
             raise InputError(
-                f"--{setting} {word!r} matches no tensor of {checkpoint.path}",
+                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
                 hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
             )
         patterns.append(pattern)
@@ -236,6 +237,22 @@ def _check_layers(layers: Sequence[Layer], fmt: Format) -> None:
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
+
+
+def _check_names(
+    checkpoint: Checkpoint, layers: Iterable[Layer], skipped: Iterable[Skipped], fmt: Format
+) -> None:
+    """Refuse a packed tensor's name that another tensor of the output has already."""
+    taken = {entry.tensor for entry in skipped}
+    for layer in layers:
+        for spec in fmt.specs(layer):
+            if spec.name in taken:
+                raise InputError(
+                    f"{checkpoint.path}: {layer.tensor!r} would be packed as {spec.name!r}, which"
+                    " is a name that is taken",
+                    hint="leave the former out with --ignore",
+                )
+            taken.add(spec.name)
 
 
 def _units(
