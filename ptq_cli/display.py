@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -38,9 +39,11 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def say(kind: str, text: str) -> None:
-    """One line on stderr: `ptq: <kind>: <text>`. A closed stderr is not an error."""
+    """One line on stderr: `ptq: <kind>: <text>`, very long words cut in their middle. A closed
+    stderr is not an error."""
     with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr, f"ptq: {kind}: {printable(text)}")
+        words = re.sub(r"\S{201,}", lambda word: middle(word[0], 200), printable(text))
+        _write(sys.stderr, f"ptq: {kind}: {words}")
 
 
 def warn(text: str) -> None:
