@@ -7,9 +7,11 @@ and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -309,7 +311,9 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
         begin, end = offsets
         numbers = [*shape, begin, end]
         name.encode()  # half a surrogate pair is no text
-        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if not all(type(n) is int and 0 <= n < 2**64 for n in numbers):
+            raise ValueError
+        if any(size >= 2**64 for size in accumulate(shape, operator.mul)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name!r}: its header entry is damaged") from None
