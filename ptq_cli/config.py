@@ -12,7 +12,7 @@ from typing import Any
 from ptq_cli.errors import InputError
 from ptq_cli.options import make_settings, settings_fields
 from ptq_cli.plan import LAYER_KEYS, GridSettings
-from ptq_cli.storage.files import MAX_JSON, named, regular_file
+from ptq_cli.storage.files import read_small
 
 
 def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mapping[str, Any]:
@@ -22,10 +22,7 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
         InputError: not TOML, an unknown key (the nearest known one is named), another command's
             recipe, a layer rule without a pattern.
     """
-    if regular_file(path) > MAX_JSON:
-        raise InputError(f"{path}: too large for a recipe")
-    with named(path):
-        content = path.read_bytes()
+    content = read_small(path)
     try:
         recipe = tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
