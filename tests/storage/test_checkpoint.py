@@ -18,7 +18,7 @@ from ptq_cli.storage.tensors import as_bytes, serialize
 from ptq_cli.values import DTYPE_BITS
 from tests.builders import raw_safetensors, read_model, safetensors, small_tensors, write_model
 
-MUTANTS = 2500
+MUTANTS = 2000
 
 
 def verdict(path):

@@ -15,7 +15,7 @@ from ptq_cli.errors import PtqError
 from ptq_cli.storage.npy import open_inputs, open_npy
 from tests.builders import random_inputs
 
-MUTANTS = 2000
+MUTANTS = 1500
 
 
 class Canary:
