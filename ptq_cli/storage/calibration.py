@@ -295,10 +295,11 @@ class Activations:
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
     """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
 
-    paths: folders that hold those, or the files themselves
+    paths: folders that hold those, or the files themselves; what several of them hold of one
+        module is put together
 
     Raises:
-        InputError: a damaged file, shards of different widths, a module found twice.
+        InputError: a damaged file, shards of different widths.
     """
     found: dict[str, list[Path]] = {}
     for path in paths:

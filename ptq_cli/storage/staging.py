@@ -241,3 +241,14 @@ def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
         for path in (p.resolve() for p in keep):
             if path == target or target in path.parents:
                 raise InputError(f"{output}: holds {path}, which is being read")
+        if output.is_dir() and not _is_own(output):
+            raise InputError(
+                f"{output}: a folder that this tool did not write; --force does not replace it",
+                hint="remove it yourself, or choose another output with -o",
+            )
+
+
+def _is_own(folder: Path) -> bool:
+    """An empty folder, or an output of this tool."""
+    names = os.listdir(folder)
+    return not names or "quantization.json" in names
