@@ -38,6 +38,8 @@ from ptq_cli.storage.files import (
     write_file,
 )
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.onnx_file import library as onnx_library
+from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
@@ -73,6 +75,8 @@ def check_container(fmt: Format, source: Checkpoint, layers: Sequence[Layer]) ->
     """Whatever could keep the container from being written. Raises InputError."""
     if fmt.container == "gguf":
         check_gguf(source, layers)
+    if fmt.container == "onnx":
+        onnx_library()
 
 
 def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
@@ -107,6 +111,8 @@ def _write_weights(out: Path, assembly: Assembly) -> None:
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
+    if assembly.fmt.container == "onnx":
+        write_graph(out, names, assembly.layers, assembly.fmt)
 
 
 def _metadata(layers: Sequence[Layer], fmt: Format) -> Mapping[str, str]:

@@ -84,10 +84,15 @@ def transformers_gptq(job: dict[str, Any]) -> Result:
 
 
 def gptqmodel(job: dict[str, Any]) -> Result:
+    import torch
     from gptqmodel import BACKEND, GPTQModel
 
     backend = BACKEND.AWQ_TORCH if job["format"] == "awq" else BACKEND.GPTQ_TORCH
-    return _forward(GPTQModel.load(job["folder"], device="cpu", backend=backend).model.eval())
+    return _forward(
+        GPTQModel.load(
+            job["folder"], device="cpu", backend=backend, dtype=torch.float16
+        ).model.eval()
+    )
 
 
 def mlx(job: dict[str, Any]) -> Result:

@@ -33,7 +33,7 @@ SAMPLE, QWEN = "llama", "qwen2"
 TOLERANCES = {
     "transformers": 1e-6,
     "transformers+gptqmodel": 2e-3,
-    "gptqmodel": 1e-2,
+    "gptqmodel": 5e-3,
     "mlx": 1e-5,
 }
 
