@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.measures import Measures, measure
+from ptq_cli.numerics.grid import SCALE_DTYPES, round_piece, round_to_nearest
+from ptq_cli.numerics.measures import Measures, measure, measure_rows
 from ptq_cli.values import (
     Array,
     Format,
-    Grid,
     Layer,
     LayerReport,
     Method,
@@ -30,7 +29,9 @@ from ptq_cli.values import (
     Unit,
 )
 
-LoadWeight = Callable[[Layer], NDArray[np.float32]]
+# Rows of a weight as float32, every value finite; and how to get at them for a layer.
+Rows = Callable[[slice], NDArray[np.float32]]
+LoadWeight = Callable[[Layer], Rows]
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def quantize_unit(
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        weight = load(layer)
+        rows = load(layer)
         try:
             chosen = _round(
-                weight, layer.grid, statistics, method, prepared, method_settings, failure
+                rows, layer, statistics, method, prepared, method_settings, failure
             )
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
@@ -100,8 +101,8 @@ def quantize_unit(
 
 
 def _round(
-    weight: NDArray[np.float32],
-    grid: Grid,
+    rows: Rows,
+    layer: Layer,
     statistics: SiteStatistics | None,
     method: Method,
     prepared: Any,
@@ -112,11 +113,11 @@ def _round(
     any, else on the Hessian, else on the weight itself."""
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    plain = round_to_nearest(weight, grid)
-    rtn = measure(weight, plain, hessian, heldout)
-    if failure is not None:
+    plain, rtn = _nearest(rows, layer, hessian, heldout)
+    if failure is not None or method.is_nearest(method_settings):
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
-    result: MethodResult = method.apply(weight, prepared, grid, method_settings)
+    weight = rows(slice(None))
+    result: MethodResult = method.apply(weight, prepared, layer.grid, method_settings)
     measures = measure(weight, result.weight, hessian, heldout)
     if _error(measures) > _error(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
@@ -127,6 +128,29 @@ def _round(
     return _Chosen(
         result.weight, measures, rtn, method.name, None, result.damp_percent, result.notes
     )
+
+
+def _nearest(
+    rows_of: Rows, layer: Layer, hessian: NDArray[np.float32] | None, heldout: Array | None
+) -> tuple[QuantizedWeight, Measures]:
+    """Plain rounding to nearest and its errors, a few rows at a time."""
+    if layer.grid.group_size == 0:
+        weight = rows_of(slice(None))
+        plain = round_to_nearest(weight, layer.grid)
+        return plain, measure(weight, plain, hessian, heldout)
+    codes = np.empty(layer.shape, np.uint8)
+    shape = layer.grid.scales_shape(layer.shape)
+    scales = np.empty(shape, SCALE_DTYPES[layer.grid.scale_dtype])
+    plain = QuantizedWeight(codes, scales, np.empty(shape, np.uint8), layer.grid)
+
+    def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        weight = rows_of(rows)
+        part = round_piece(weight, layer.grid)
+        codes[rows], scales[rows], plain.zeros[rows] = part.codes, part.scales, part.zeros
+        error = part.dequantized()
+        return weight, np.subtract(weight, error, out=error)
+
+    return plain, measure_rows(layer.shape, work, hessian, heldout)
 
 
 def _error(measures: Measures) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
@@ -38,12 +38,14 @@ from ptq_cli.numerics.statistics import (
     static_scale,
 )
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics
 
 VERSION = 1
+DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
 
@@ -68,6 +70,14 @@ class StatisticsSource(Protocol):
     def sites(self) -> Mapping[str, SiteInfo]: ...
 
     def load(self, site: str) -> SiteStatistics: ...
+
+    def only(self, site: str | None) -> StatisticsSource:
+        """The same for one site alone: all that a worker needs, and quickly sent."""
+        ...
+
+    def digest(self, site: str) -> str:
+        """A digest of all that the site's statistics are made from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,25 @@ class CalibrationFile:
             histogram_start=int(entry["histogram_start"]),
             heldout=read("heldout"),
         )
+
+    def only(self, site: str | None) -> CalibrationFile:
+        names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint.part(names), metadata={}),
+            content={**self.content, "sites": _only(self.content["sites"], site)},
+            sites=_only(self.sites, site),
+        )
+
+    def digest(self, site: str) -> str:
+        digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
+        for part in PARTS:
+            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
+        return digest.hexdigest()
+
+
+def _only(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if name == site}
 
 
 def open_calibration(path: Path) -> CalibrationFile:
@@ -214,6 +243,13 @@ class Merged:
         parts = [file.load(site) for file in self.files if site in file.sites]
         return reduce(lambda a, b: merge(a, b, self.files[0].heldout_limit), parts)
 
+    def only(self, site: str | None) -> Merged:
+        return Merged(tuple(file.only(site) for file in self.files))
+
+    def digest(self, site: str) -> str:
+        parts = [file.digest(site) for file in self.files if site in file.sites]
+        return digest_words(*parts, str(self.files[0].heldout_limit))
+
 
 @dataclass(frozen=True)
 class ActivationSite:
@@ -252,6 +288,20 @@ class Activations:
                         hint="capture the activations again",
                     ) from None
         return sums.result(site, info.linears)
+
+    def only(self, site: str | None) -> Activations:
+        return replace(self, entries=_only(self.entries, site))
+
+    def digest(self, site: str) -> str:
+        entry = self.entries[site]
+        digest = Digest(repr((entry.info, self.heldout)))
+        for file in entry.files:
+            digest.update(np.empty(0, np.uint8))
+            step = DIGEST_PIECE // max(1, file.in_features * file.npy.dtype.itemsize) or 1
+            for start in range(0, file.n_tokens, step):
+                tokens = file.read(start, min(file.n_tokens, start + step))
+                digest.update(tokens.reshape(-1).view(np.uint8))
+        return digest.hexdigest()
 
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:

@@ -7,12 +7,12 @@ and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -122,26 +122,49 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
+    def rows(
+        self, name: str, shape: tuple[int, int], data: NDArray[np.uint8] | None = None
+    ) -> Callable[[slice], NDArray[np.float32]]:
+        """A float tensor seen as [out_features, in_features], from which rows are taken as float32,
+        every value finite.
+
+        data: its bytes, where they were read already
+        """
+        stored = self.tensors[name]
+        raw = self.read_bytes(name) if data is None else data
+        values = raw.view(NUMPY_DTYPES[stored.spec.dtype]).reshape(shape)
+
+        def take(rows: slice) -> NDArray[np.float32]:
+            with np.errstate(over="ignore"):
+                part = values[rows].astype(np.float32)
+            if not all_finite(part):
+                self._refuse(name, values.reshape(stored.spec.shape))
+            return part
+
+        return take
+
     def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.
 
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        values = self.read(name)
-        weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
-        if not all_finite(weight):
-            bad = ~np.isfinite(weight.reshape(values.shape))
-            first = tuple(int(i) for i in np.argwhere(bad)[0])
-            what = (
-                "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
-            )
-            raise InputError(
-                f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
-                f" {list(first)}, {int(bad.sum())} in all",
-                hint="mend the checkpoint, or leave the tensor out with --ignore",
-            )
-        return weight
+        return self.rows(name, shape)(slice(None))
+
+    def _refuse(self, name: str, values: Array) -> NoReturn:
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(values.astype(np.float32))
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        what = "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
+        raise InputError(
+            f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
+            f" {list(first)}, {int(bad.sum())} in all",
+            hint="mend the checkpoint, or leave the tensor out with --ignore",
+        )
+
+    def part(self, names: Iterable[str]) -> Checkpoint:
+        """Some of its tensors alone: all that a worker needs, and quickly sent."""
+        return replace(self, tensors={name: self.tensors[name] for name in names})
 
     @cached_property
     def fingerprint(self) -> str:
