@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
-from ptq_cli.numerics.grid import SCALE_DTYPES, round_piece, round_to_nearest
+from ptq_cli.numerics.grid import blank, round_piece, round_to_nearest
 from ptq_cli.numerics.measures import Measures, measure, measure_rows
 from ptq_cli.values import (
     Array,
@@ -29,9 +29,7 @@ from ptq_cli.values import (
     Unit,
 )
 
-# Rows of a weight as float32, every value finite; and how to get at them for a layer.
-Rows = Callable[[slice], NDArray[np.float32]]
-LoadWeight = Callable[[Layer], Rows]
+LoadWeight = Callable[[Layer], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,10 @@ def quantize_unit(
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        rows = load(layer)
+        weight = load(layer)
         try:
             chosen = _round(
-                rows, layer, statistics, method, prepared, method_settings, failure
+                weight, layer, statistics, method, prepared, method_settings, fmt, failure
             )
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
@@ -101,56 +99,58 @@ def quantize_unit(
 
 
 def _round(
-    rows: Rows,
+    weight: NDArray[np.float32],
     layer: Layer,
     statistics: SiteStatistics | None,
     method: Method,
     prepared: Any,
     method_settings: Any,
+    fmt: Format,
     failure: str | None,
 ) -> _Chosen:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
-    any, else on the Hessian, else on the weight itself."""
+    any, else on the Hessian, else on the weight itself. What is measured is what the format's
+    tensors unpack to."""
+    grid = layer.grid
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    plain, rtn = _nearest(rows, layer, hessian, heldout)
+    plain, rtn = _nearest(weight, layer, fmt, hessian, heldout)
     if failure is not None or method.is_nearest(method_settings):
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
-    weight = rows(slice(None))
-    result: MethodResult = method.apply(weight, prepared, layer.grid, method_settings)
-    measures = measure(weight, result.weight, hessian, heldout)
+    result: MethodResult = method.apply(weight, prepared, grid, method_settings)
+    stored = _as_stored(layer, result.weight, fmt)
+    measures = measure(weight, stored, hessian, heldout)
     if _error(measures) > _error(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
         note = ("the whole range of each group is better than the searched one",)
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
         return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
-    return _Chosen(
-        result.weight, measures, rtn, method.name, None, result.damp_percent, result.notes
-    )
+    return _Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
 
 
 def _nearest(
-    rows_of: Rows, layer: Layer, hessian: NDArray[np.float32] | None, heldout: Array | None
+    weight: NDArray[np.float32],
+    layer: Layer,
+    fmt: Format,
+    hessian: NDArray[np.float32] | None,
+    heldout: Array | None,
 ) -> tuple[QuantizedWeight, Measures]:
     """Plain rounding to nearest and its errors, a few rows at a time."""
     if layer.grid.group_size == 0:
-        weight = rows_of(slice(None))
-        plain = round_to_nearest(weight, layer.grid)
+        plain = _as_stored(layer, round_to_nearest(weight, layer.grid), fmt)
         return plain, measure(weight, plain, hessian, heldout)
-    codes = np.empty(layer.shape, np.uint8)
-    shape = layer.grid.scales_shape(layer.shape)
-    scales = np.empty(shape, SCALE_DTYPES[layer.grid.scale_dtype])
-    plain = QuantizedWeight(codes, scales, np.empty(shape, np.uint8), layer.grid)
+    plain = blank(layer.shape, layer.grid)
 
     def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        weight = rows_of(rows)
-        part = round_piece(weight, layer.grid)
-        codes[rows], scales[rows], plain.zeros[rows] = part.codes, part.scales, part.zeros
-        error = part.dequantized()
-        return weight, np.subtract(weight, error, out=error)
+        error = round_piece(weight[rows], plain, rows)
+        return weight[rows], error
 
-    return plain, measure_rows(layer.shape, work, hessian, heldout)
+    measures = measure_rows(layer.shape, work, hessian, heldout)
+    stored = _as_stored(layer, plain, fmt)
+    if stored.offsets is not None:  # then it does not decode to quite what was measured
+        measures = measure(weight, stored, hessian, heldout)
+    return stored, measures
 
 
 def _error(measures: Measures) -> float:
@@ -162,7 +162,6 @@ def _finish(
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
     tensors = fmt.encode(layer, chosen.rounded)
-    _compare(layer, fmt.decode(layer, tensors), chosen.rounded)
     size = sum(spec.nbytes for spec in fmt.specs(layer))
     row = LayerReport(
         layer=layer.tensor,
@@ -207,8 +206,9 @@ def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     }
 
 
-def _compare(layer: Layer, unpacked: QuantizedWeight, rounded: QuantizedWeight) -> None:
-    """Refuse a layer whose packed tensors do not unpack to what was computed."""
+def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> QuantizedWeight:
+    """What the packed tensors unpack to. Refuses a layer where that is not what was computed."""
+    unpacked = fmt.decode(layer, fmt.encode(layer, rounded))
     same = (
         np.array_equal(unpacked.codes, rounded.codes)
         and np.array_equal(unpacked.scales, rounded.scales)
@@ -217,3 +217,4 @@ def _compare(layer: Layer, unpacked: QuantizedWeight, rounded: QuantizedWeight) 
     )
     if not same:
         raise InputError("what was packed does not unpack to the same", hint="report this bug")
+    return unpacked

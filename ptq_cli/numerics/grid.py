@@ -165,13 +165,23 @@ def round_to_nearest(
     return pack_result(codes, scales, zeros, grid)
 
 
-def round_piece(weight: FloatArray, grid: Grid) -> QuantizedWeight:
-    """`round_to_nearest` of a few rows on the calling thread (the group is not the whole tensor)."""
-    codes = np.empty(weight.shape, np.uint8)
-    scales = np.empty(grid.scales_shape(weight.shape), weight.dtype)
+def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
+    """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
+    scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
+    return QuantizedWeight(
+        np.empty(shape, np.uint8), scales, np.empty(scales.shape, np.uint8), grid
+    )
+
+
+def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
+    """`round_to_nearest` of a few rows, written into those rows of `into`; gives their error,
+    `weight − dequantized`. (The group is not the whole tensor.)"""
+    scales = np.empty(into.scales[rows].shape, weight.dtype)
     zeros = np.empty_like(scales)
-    round_rows(weight, grid, None, codes, scales, zeros)
-    return pack_result(codes, scales, zeros, grid)
+    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros)
+    into.scales[rows], into.zeros[rows] = scales, zeros
+    error = into.dequantized(rows)
+    return np.subtract(weight, error, out=error)
 
 
 def pieces(start: int, stop: int, columns: int) -> list[slice]:

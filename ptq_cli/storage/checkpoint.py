@@ -7,7 +7,7 @@ and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -26,9 +26,11 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
 
 MAX_HEADER = 25 << 20
+PIECE_ELEMENTS = 1 << 18  # converted and looked at while they are in the cache
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
@@ -122,34 +124,30 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
-    def rows(
+    def matrix(
         self, name: str, shape: tuple[int, int], data: NDArray[np.uint8] | None = None
-    ) -> Callable[[slice], NDArray[np.float32]]:
-        """A float tensor seen as [out_features, in_features], from which rows are taken as float32,
-        every value finite.
-
-        data: its bytes, where they were read already
-        """
-        stored = self.tensors[name]
-        raw = self.read_bytes(name) if data is None else data
-        values = raw.view(NUMPY_DTYPES[stored.spec.dtype]).reshape(shape)
-
-        def take(rows: slice) -> NDArray[np.float32]:
-            with np.errstate(over="ignore"):
-                part = values[rows].astype(np.float32)
-            if not all_finite(part):
-                self._refuse(name, values.reshape(stored.spec.shape))
-            return part
-
-        return take
-
-    def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    ) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.
+
+        data: the tensor's bytes, where they were read already
 
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        return self.rows(name, shape)(slice(None))
+        stored = self.tensors[name]
+        raw = self.read_bytes(name) if data is None else data
+        values = raw.view(NUMPY_DTYPES[stored.spec.dtype])
+        weight = np.empty(values.shape, np.float32)
+
+        def convert(start: int) -> bool:
+            part = slice(start, start + PIECE_ELEMENTS)
+            with np.errstate(over="ignore"):
+                weight[part] = values[part]
+            return all_finite(weight[part])
+
+        if not all(each(convert, range(0, values.size, PIECE_ELEMENTS))):
+            self._refuse(name, values.reshape(stored.spec.shape))
+        return weight.reshape(shape)
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
         with np.errstate(over="ignore"):
