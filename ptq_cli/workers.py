@@ -147,8 +147,9 @@ class ProcessPool(Executor):
         with theirs, self._lock:
             if self._stopped:
                 raise EOFError
+            numbers = [str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ptq_cli.worker", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", "ptq_cli.worker", *numbers],
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -37,6 +37,13 @@ def piece_tokens(in_features: int) -> int:
     return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
+def statistics_memory(in_features: int) -> int:
+    """Bytes that the accumulator of one site takes at most."""
+    rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
+    blocks = 2 * BLOCK_COLUMNS * in_features
+    return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
+
+
 class NonFiniteInput(InputError):
     """The inputs hold NaN or inf. `token` and `channel` say where it is first met."""
 

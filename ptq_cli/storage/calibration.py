@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -80,7 +80,12 @@ class StatisticsSource(Protocol):
 
     def load(self, site: str) -> SiteStatistics: ...
 
-    def only(self, site: str | None) -> StatisticsSource:
+
+@runtime_checkable
+class PortableSource(StatisticsSource, Protocol):
+    """A source whose sites do not depend on one another: workers can make them, in any order."""
+
+    def only(self, site: str | None) -> PortableSource:
         """The same for one site alone: all that a worker needs, and quickly sent."""
         ...
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.threads import each
 from ptq_cli.storage.files import (
     listing,
     parse_json,
@@ -26,7 +27,6 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
-from ptq_cli.numerics.threads import each
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
 
 MAX_HEADER = 25 << 20

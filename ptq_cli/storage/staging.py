@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, PtqError
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -28,9 +28,11 @@ from ptq_cli.storage.files import (
     to_json,
     write_whole,
 )
-from ptq_cli.storage.units import UnitStore, plain
+from ptq_cli.storage.tensors import Bytes
+from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
 _SLACK = 1 << 20
+_OWN = ("job.json", "units", "out", "stream", "published.json")
 
 
 class Staging:
@@ -50,6 +52,8 @@ class Staging:
         keep: Sequence[Path] = (),
     ) -> None:
         self.output, self.force = output, force
+        if output.name in ("", ".."):
+            raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         self.store = UnitStore(self.folder / "units")
         _check_place(output)
@@ -81,7 +85,7 @@ class Staging:
         while True:
             with named(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_ino == self.folder.stat().st_ino:
@@ -120,23 +124,45 @@ class Staging:
         path = self.folder / "job.json"
         if path.exists() and not restart:
             earlier, now = read_json(path), plain(dict(job))
-            differing = [
-                f"{key} ({_shown(earlier.get(key))}, now {_shown(now.get(key))})"
-                for key in sorted({*earlier, *now})
-                if earlier.get(key) != now.get(key)
-            ]
+            if not isinstance(earlier, dict):
+                raise InputError(f"{path}: damaged", hint="--restart begins anew")
+            keys = sorted({*earlier, *now})
+            differing = [key for key in keys if earlier.get(key) != now.get(key)]
             if differing:
                 raise InputError(
                     f"{self.folder}: an interrupted run with other {', '.join(differing)}",
                     hint="--restart drops its work, -o chooses another output",
                 )
             return True
-        self._fresh = True
         with named(self.folder):
-            for entry in list(self.folder.iterdir()):
-                _remove(entry)
+            entries = list(self.folder.iterdir())
+        for entry in entries:
+            if entry.name not in _OWN and not entry.name.startswith("."):
+                raise InputError(
+                    f"{entry}: not a run's; {self.folder} is where this run would work",
+                    hint="move it away, or choose another output with -o",
+                )
+        self._fresh = True
+        for entry in entries:
+            _remove(entry)
         write_whole(path, to_json(dict(job)))
         return False
+
+    def _path(self, unit: str, suffix: str) -> Path:
+        return self.store.path(unit, suffix)
+
+    def put(self, unit: str, tensors: Sequence[Bytes], result: Any) -> None:
+        """Keep a finished unit that is known by the job alone."""
+        self.store.put(unit, {}, tensors, result)
+
+    def finished(self, unit: str) -> bool:
+        return self.store.exists(unit) and self.store.reusable(unit, {})
+
+    def result(self, unit: str) -> Any:
+        return self.store.result(unit)
+
+    def tensors(self, unit: str) -> list[Bytes]:
+        return self.store.tensors(unit)
 
     def check_space(self, staged: int, final: int) -> None:
         """Refuse to begin where the disk cannot hold `staged` bytes of units (less what is there
@@ -170,6 +196,11 @@ class Staging:
         sync_folder(self.output.parent)
         self.drop()
 
+    def give_up(self, error: PtqError) -> None:
+        """After an error nothing is left, unless that would throw away an earlier run's work."""
+        if not isinstance(error, ChangedInput):
+            self.drop()
+
     def drop(self) -> None:
         """Remove the work folder and give up the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -195,11 +226,6 @@ def _remove(path: Path) -> None:
     else:
         with named(path):
             path.unlink(missing_ok=True)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:10]}…{text[-4:]}"
 
 
 def _megabytes(count: int) -> str:

@@ -1,8 +1,8 @@
 """Finished units in the work folder: files found by hash, believed by key and checksum.
 
     <hash>.bin   the tensors of a unit, one after the other
-    <hash>.json  `check`, a digest of the rest: `unit`, `key` (digests of every input tensor, of the
-                 statistics and of the settings), `data` (digest of the tensors), `tensors`,
+    <hash>.json  `sha256`, a digest of the rest: `unit`, `key` (digests of every input tensor, of
+                 the statistics and of the settings), `data` (digest of the tensors), `tensors`,
                  `result`; its being there makes the unit finished
 
 Every file is written under another name and renamed. A tensor's name never chooses a path.
@@ -44,7 +44,7 @@ class UnitStore:
 
     folder: Path
 
-    def _path(self, unit: str, suffix: str) -> Path:
+    def path(self, unit: str, suffix: str) -> Path:
         name = hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
         return self.folder / (name + suffix)
 
@@ -63,9 +63,9 @@ class UnitStore:
             "result": result,
         }
         durable = seconds >= WORTH_SYNCING
-        self._write(self._path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
-        text = to_json(entry | {"check": _check(entry)}).encode()
-        self._write(self._path(unit, ".json"), [text], durable)
+        self._write(self.path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
+        text = to_json(entry | {"sha256": _check(entry)}).encode()
+        self._write(self.path(unit, ".json"), [text], durable)
         if durable:
             sync_folder(self.folder)
 
@@ -83,6 +83,10 @@ class UnitStore:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+    def exists(self, unit: str) -> bool:
+        """Whether there is something to look at."""
+        return self.path(unit, ".json").exists()
 
     def drop_partials(self) -> None:
         """Remove what killed processes left half written."""
@@ -116,9 +120,10 @@ class UnitStore:
             return False
 
     def _entry(self, unit: str) -> Any:
-        path = self._path(unit, ".json")
+        path = self.path(unit, ".json")
         entry = read_json(path, limit=1 << 30)
-        if entry.pop("check") != _check(entry) or entry["unit"] != unit:
+        whole = isinstance(entry, dict) and entry.pop("sha256", None) == _check(entry)
+        if not whole or entry["unit"] != unit:
             raise InputError(f"{path}: damaged")
         return entry
 
@@ -127,7 +132,7 @@ class UnitStore:
 
     def tensors(self, unit: str) -> list[Bytes]:
         """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
-        path = self._path(unit, ".bin")
+        path = self.path(unit, ".bin")
         specs = [TensorSpec(n, d, tuple(s)) for n, d, s in self._entry(unit)["tensors"]]
         size = sum(spec.nbytes for spec in specs)
         if regular_file(path) != size:
