@@ -88,7 +88,7 @@ def calibrate(
 
     \b
     ptq calibrate model.safetensors --activations acts/
-    ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors -o ab.safetensors
+    ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
     if merge and activations:
         raise click.UsageError("--merge and --activations exclude each other")

@@ -125,6 +125,8 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
             max_shard_size=options["max_shard_size"],
             listen=listen,
         )
+    for warning in report.warnings[len(job.plan.warnings) :]:
+        display.warn(warning)
     emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
     check_gates(
         report,

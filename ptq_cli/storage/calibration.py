@@ -37,7 +37,7 @@ from ptq_cli.numerics.statistics import (
     piece_tokens,
     static_scale,
 )
-from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
@@ -129,24 +129,23 @@ class CalibrationFile:
         def read(part: str) -> Array:
             return self.checkpoint.read(f"{site}.{part}")
 
-        hessian = read("hessian")
-        if not np.isfinite(hessian.sum(dtype=np.float64)) or (hessian.diagonal() < 0).any():
+        parts = {part: read(part) for part in PARTS}
+        for part, values in parts.items():
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
+        if (parts["hessian"].diagonal() < 0).any():
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
         return SiteStatistics(
             site=site,
             linears=self.sites[site].linears,
-            hessian=hessian,
             n_tokens=int(entry["n_tokens"]),
             n_seen=int(entry["n_seen"]),
-            absmax=read("absmax"),
-            absmean=read("absmean"),
             minimum=float(entry["min"]),
             maximum=float(entry["max"]),
             mean=float(entry["mean"]),
             std=float(entry["std"]),
-            histogram=read("histogram"),
             histogram_start=int(entry["histogram_start"]),
-            heldout=read("heldout"),
+            **parts,
         )
 
     def only(self, site: str | None) -> CalibrationFile:
@@ -188,8 +187,8 @@ def open_calibration(path: Path) -> CalibrationFile:
             site: _site_info(path, checkpoint, site, entry)
             for site, entry in sorted(content["sites"].items())
         }
-        str(content["model"]), int(content["heldout_limit"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not a statistics file", hint="make one with ptq calibrate"
         ) from None
@@ -197,18 +196,27 @@ def open_calibration(path: Path) -> CalibrationFile:
 
 
 def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
-    shapes = {}
+    specs = {}
     for part in PARTS:
         stored = checkpoint.tensors.get(f"{site}.{part}")
         if stored is None:
             raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
-        shapes[part] = stored.spec.shape
-    n = shapes["absmax"][0]
+        specs[part] = stored.spec
+    n = specs["absmax"].shape[0]
+    wanted = {"hessian": (n, n), "absmax": (n,), "absmean": (n,)}
     good = (
-        shapes["hessian"] == (n, n) and shapes["absmean"] == (n,) and shapes["heldout"][1:] == (n,)
+        all((specs[part].dtype, specs[part].shape) == ("F32", wanted[part]) for part in wanted)
+        and (specs["histogram"].dtype, len(specs["histogram"].shape)) == ("I64", 1)
+        and specs["histogram"].shape[0] > 0
+        and is_float(specs["heldout"])
+        and specs["heldout"].shape[1:] == (n,)
+        and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
+        and type(entry["histogram_start"]) is int
+        and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry["linears"], list)
+        and all(isinstance(linear, str) for linear in entry["linears"])
     )
-    numbers = [entry[key] for key in ("min", "max", "mean", "std")]
-    if not good or int(entry["n_tokens"]) < 1 or not all(isfinite(x) for x in numbers):
+    if not good:
         raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
     return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
 
