@@ -44,7 +44,7 @@ from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
 GGUF_SUFFIX = ".gguf"
-MAX_SHARD = 4 << 30
+MAX_SHARD = 4 * 10**9
 _VERIFY_BYTES = 1 << 24
 
 
@@ -79,14 +79,16 @@ def check_container(fmt: Format, source: Checkpoint, layers: Sequence[Layer]) ->
         onnx_library()
 
 
-def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
+def write_folder(
+    out: Path, assembly: Assembly, source: Checkpoint, max_shard: int = MAX_SHARD
+) -> None:
     """Write the folder at its temporary place and prove it equal to what was staged."""
     with named(out):
         out.mkdir()
     if assembly.fmt.container == "gguf":
         write_gguf_model(out, assembly.parts, assembly.layers, assembly.fmt, source)
     else:
-        _write_weights(out, assembly)
+        _write_weights(out, assembly, max_shard)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
     root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
@@ -95,9 +97,9 @@ def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
     sync_folder(out)
 
 
-def _write_weights(out: Path, assembly: Assembly) -> None:
+def _write_weights(out: Path, assembly: Assembly, max_shard: int) -> None:
     """Shards of safetensors, with an index where there are several."""
-    shards = _shards(assembly.parts)
+    shards = _shards(assembly.parts, max_shard)
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}
     total = 0
@@ -134,7 +136,6 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense)
     if declared is None:
         return {}
-    config = {**source.config, **dict.fromkeys(fmt.config_keys, declared)}
     more = {} if fmt.model_config is None else fmt.model_config(source.config)
     config = {**source.config, **more, **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
@@ -144,16 +145,16 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
 
 
 def _shards(
-    parts: Sequence[tuple[str, Sequence[Bytes]]],
+    parts: Sequence[tuple[str, Sequence[Bytes]]], max_shard: int
 ) -> list[list[tuple[str, Sequence[Bytes]]]]:
-    """Parts in order, in shards of at most MAX_SHARD bytes; a larger part is a shard of its own."""
+    """Parts in order, in shards of at most `max_shard` bytes; a larger part is one of its own."""
     shards: list[list[tuple[str, Sequence[Bytes]]]] = [[]]
-    room = MAX_SHARD
+    room = max_shard
     for part in parts:
         size = sum(tensor.spec.nbytes for tensor in part[1])
         if size > room and shards[-1]:
             shards.append([])
-            room = MAX_SHARD
+            room = max_shard
         shards[-1].append(part)
         room -= size
     return shards
