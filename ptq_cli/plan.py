@@ -378,7 +378,7 @@ def _unit(
 def _unit_memory(site: str | None, members: Sequence[Layer], method: Method) -> int:
     """Bytes that a unit takes at most, its process' own 60 MB aside.
 
-    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes a weight; rows
+    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
     of weight and error while it is measured. The site: its Hessian, and before anything else the
     sums it is made of.
     """

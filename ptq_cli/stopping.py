@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM, for the command line alone: one line, and the exit code of the signal.
 
 As long as no work folder is open there is nothing to tidy up, and the process ends inside the
-handler: an exception would be at the mercy of whatever import it lands in. Later the handler raises
-`Stopped`; work folders and workers are then closed on the way out, and finished units stay. A second
+handler: an exception would be at the mercy of any import it lands in. Later the handler raises
+`Stopped`; work folders and workers are closed on the way out, and finished units stay. A second
 signal ends the process at once.
 """
 
