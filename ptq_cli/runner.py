@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
@@ -31,7 +29,7 @@ from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import PortableSource, StatisticsSource
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
 from ptq_cli.storage.staging import Staging
@@ -164,10 +162,10 @@ def _work(job: UnitJob) -> Any:
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
-    def load(layer: Layer) -> NDArray[np.float32]:
+    def load(layer: Layer) -> StoredRows:
         data = job.checkpoint.read_bytes(layer.tensor)
         digests[layer.tensor] = digest_of(data)
-        return job.checkpoint.matrix(layer.tensor, layer.shape, data)
+        return job.checkpoint.rows(layer.tensor, layer.shape, data)
 
     site = unit.site
     statistics = None if job.source is None or site is None else job.source.load(site)
