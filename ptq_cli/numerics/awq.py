@@ -61,7 +61,8 @@ def awq_factors(input_absmean: Array, ratio: float) -> Factors:
     scales = np.maximum(input_absmean.astype(np.float64) ** ratio, 1e-4)
     if scales.size == 0:
         return scales.astype(np.float32)
-    return (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
+    factors: Factors = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
+    return factors
 
 
 def search_scales(
@@ -139,7 +140,8 @@ def search_clip(
 def clip(weight: FloatArray, limits: Array, grid: Grid) -> FloatArray:
     """The weight [out_features, in_features] with each group kept within ±limits."""
     bound = limits[:, grid.g_idx(weight.shape[1])].astype(weight.dtype)
-    return np.clip(weight, -bound, bound)
+    clipped: FloatArray = np.clip(weight, -bound, bound)
+    return clipped
 
 
 def hessian_root(hessian: FloatArray, damp: float = 1e-4) -> FloatArray:
@@ -162,7 +164,7 @@ def hessian_root(hessian: FloatArray, damp: float = 1e-4) -> FloatArray:
 
 
 def _condensed(inputs: FloatArray) -> tuple[FloatArray, bool]:
-    """The smaller of inputs / sqrt(n) [n, in] and their Gram matrix [in, in]; True for the latter."""
+    """The smaller of inputs / sqrt(n) [n, in] and `inputs.T @ inputs / n` [in, in], then True."""
     n = max(1, len(inputs))
     if n < inputs.shape[1]:
         return inputs / inputs.dtype.type(np.sqrt(n)), False
@@ -204,7 +206,8 @@ def _clip_group(
 ) -> FloatArray:
     """Best limits [rows] of one group [rows, columns]."""
     absmax = np.abs(part).max(axis=1)
-    best, least = absmax.copy(), np.full(len(part), np.inf, part.dtype)
+    best: FloatArray = absmax
+    least = np.full(len(part), np.inf, part.dtype)
     for ratio in ratios:
         limit = absmax * part.dtype.type(ratio)
         clipped = np.clip(part, -limit[:, None], limit[:, None])

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
 from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.integer_matmul import ActivationSettings, quantize_activations
 from ptq_cli.values import Array, FloatArray, Grid
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
@@ -56,7 +56,9 @@ class AlphaSearch:
 
 def weights_absmax(weights: Sequence[Array]) -> NDArray[np.float32]:
     """`max_i |W_ij|` over the rows of all weights: float32 [in_features]."""
-    return np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0).astype(np.float32)
+    columns = [np.abs(weight).max(axis=0, initial=0) for weight in weights]
+    result: NDArray[np.float32] = np.max(columns, axis=0).astype(np.float32)
+    return result
 
 
 def smooth_factors(input_absmax: Array, weight_absmax: Array, alpha: float) -> Factors:
@@ -121,7 +123,8 @@ def tied(values: Array, ties: NDArray[np.integer] | None, how: str = "max") -> A
 
 def powers_of_two(factors: Factors) -> Factors:
     """Each factor's nearest power of two (in the exponent): folding is then exact in any dtype."""
-    return np.exp2(np.rint(np.log2(factors))).astype(np.float32)
+    nearest: Factors = np.exp2(np.rint(np.log2(factors))).astype(np.float32)
+    return nearest
 
 
 def quantized_error(
@@ -213,7 +216,8 @@ def channel_importance(input_absmax: Array, weights: Sequence[Array]) -> NDArray
     if rows == 0:
         return np.zeros(input_absmax.shape, np.float32)
     total = sum(np.abs(weight).sum(axis=0, dtype=np.float64) for weight in weights)
-    return (input_absmax * (total / rows)).astype(np.float32)
+    importance: NDArray[np.float32] = (input_absmax * (total / rows)).astype(np.float32)
+    return importance
 
 
 def _floored(absmax: Array) -> NDArray[np.float64] | None:
