@@ -1,19 +1,20 @@
 """Folding the factors of smoothing into weights: the float model computes what it did before.
 
 A site's inputs are to be divided by s, float [in_features], and the columns of its linears
-multiplied by it. Arithmetic is in float32 (float64 for float64 arrays), whatever the tensors' dtype.
+multiplied by it. Arithmetic is in float32 (float64 for float64 arrays), whatever the tensors'
+dtype.
 
 A norm is folded first and rounded to the dtype it is stored in; the columns are then scaled by what
-the stored gain really divides by, `old gain / stored gain`. So rounding the gain, coarse where it is
-stored less one (Gemma: BF16 cannot tell gains below 1/256 apart there), costs nothing.
+the stored gain really divides by, `old gain / stored gain`. So rounding the gain costs nothing,
+however coarse it is where the gain is stored less one (Gemma: steps of 1/256 in BF16).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -153,20 +154,17 @@ def inputs_after(
     return shifted
 
 
-def as_stored(name: str, values: FloatArray, dtype: np.dtype) -> Array:  # type: ignore[type-arg]
+def as_stored(name: str, values: FloatArray, dtype: np.dtype[Any]) -> Array:
     """`values` in the dtype of the checkpoint.
 
     Raises:
-        NumericalError: a finite value is beyond the dtype's range.
+        NumericalError: a value is beyond the dtype's range, or not finite.
     """
-    largest = float(ml_dtypes.finfo(dtype).max)
     with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(dtype)
-    if np.isfinite(values).all() and not np.isfinite(stored.astype(np.float32)).all():
-        raise NumericalError(
-            f"{name}: {float(np.abs(values).max()):.4g} after smoothing does not fit {dtype.name}"
-            f" (at most {largest:.4g})"
-        )
+    if not np.isfinite(stored.astype(np.float32)).all():
+        greatest = float(np.abs(values).max())
+        raise NumericalError(f"{name}: {greatest:.4g} after smoothing does not fit {dtype.name}")
     return stored
 
 
