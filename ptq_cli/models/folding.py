@@ -162,7 +162,7 @@ def as_stored(name: str, values: FloatArray, dtype: np.dtype[Any]) -> Array:
     """
     with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(dtype)
-    if not np.isfinite(stored.astype(np.float32)).all():
+    if not np.isfinite(stored).all():
         greatest = float(np.abs(values).max())
         raise NumericalError(f"{name}: {greatest:.4g} after smoothing does not fit {dtype.name}")
     return stored

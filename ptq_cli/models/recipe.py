@@ -27,7 +27,7 @@ from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.sites import Layout, Norm, Preceding, Site, SiteLinear, rows_of
+from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
 from ptq_cli.values import TensorSpec
 
 Specs = Mapping[str, TensorSpec]
@@ -105,12 +105,24 @@ def recipe_sites(entries: Sequence[Mapping[str, Any]], specs: Specs) -> tuple[Si
 
 
 def merge_sites(detected: Sequence[Site], named: Sequence[Site]) -> tuple[Site, ...]:
-    """A recipe's sites, and those detected ones that share no linear with them."""
+    """A recipe's sites, and those detected ones that share no linear with them.
+
+    Raises:
+        InputError: a recipe's norm is known to feed a linear that its entry leaves out, or one norm
+            or linear feeds two sites.
+    """
+    for site in named:
+        listed = {linear.module for linear in site.linears}
+        for other in detected:
+            if site.feeder is None or other.feeder is None or _source(site) != _source(other):
+                continue
+            for linear in other.linears:
+                if linear.module not in listed:
+                    raise InputError(f"{site.feeder.weight} feeds {linear.module} too")
     taken = {linear.module for site in named for linear in site.linears}
     free = [s for s in detected if not any(linear.module in taken for linear in s.linears)]
-    merged = (*free, *named)
-    _check_disjoint(merged)
-    return merged
+    _check_disjoint((*free, *named))
+    return (*free, *named)
 
 
 def _numbers(entry: SiteEntry, specs: Specs) -> list[tuple[str, ...]]:
@@ -186,7 +198,14 @@ def _check_disjoint(sites: Sequence[Site]) -> None:
             if linear.module in linears:
                 raise InputError(f"{linear.module} is in two sites")
             linears.add(linear.module)
-        key = (site.feeder.weight, getattr(site.feeder, "rows", None)) if site.feeder else None
-        if key in feeders and key is not None:
-            raise InputError(f"{key[0]} feeds two sites, the second is {site.name}")
+        key = _source(site)
+        if site.feeder is not None and key in feeders:
+            raise InputError(f"{site.feeder.weight} feeds two sites, the second is {site.name}")
         feeders.add(key)
+
+
+def _source(site: Site) -> tuple[str, Rows | None] | None:
+    """The tensor, and the part of it, that feeds a site."""
+    if site.feeder is None:
+        return None
+    return site.feeder.weight, site.feeder.rows if isinstance(site.feeder, Preceding) else None
