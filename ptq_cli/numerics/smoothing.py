@@ -42,7 +42,8 @@ class AlphaSearch:
     """The best balance of a site.
 
     alpha: None where no smoothing at all is best; factors are then ones
-    error: `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of the site with `factors`
+    factors: float32 [in_features], made from all the inputs known
+    error: `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of the site at `alpha`, as tried out
     plain_error: the same without smoothing
     errors: (alpha, error) of every candidate; infinite where a scale did not fit its dtype
     """
@@ -157,9 +158,14 @@ def search_alpha(
     ties: NDArray[np.integer] | None = None,
     alphas: Sequence[float] = ALPHAS,
 ) -> AlphaSearch:
-    """The alpha with the least `quantized_error` on a sample; no smoothing is a candidate too.
+    """The alpha with the least `quantized_error`; no smoothing is a candidate too.
 
-    inputs: float32 sample [n, in_features]
+    Factors are tried out on inputs that they were not made from: maxima of the first half of the
+    sample, errors on the second. Maxima fit their own inputs so well that on the same rows alpha
+    near 1 always looks best, and on others it is often worse than no smoothing. The factors that
+    come back are made from all of `input_absmax`.
+
+    inputs: float32 sample [n, in_features]; with a single row, it serves as both halves
     input_absmax: [in_features] of all calibration tokens; the sample's own by default
     ties: channels that share a factor (see `tied`)
 
@@ -169,24 +175,26 @@ def search_alpha(
     """
     absmax = np.abs(inputs).max(axis=0) if input_absmax is None else input_absmax
     loud, heavy = tied(absmax, ties), tied(weights_absmax(weights), ties)
-    products = _products(inputs, weights)
-    candidates = [(alpha, smooth_factors(loud, heavy, alpha)) for alpha in alphas]
+    half = len(inputs) // 2
+    seen, tried = (inputs[:half], inputs[half:]) if half else (inputs, inputs)
+    trial = tied(np.abs(seen).max(axis=0), ties)
+    products = _products(tried, weights)
 
     def error(factors: Factors | None) -> float:
         try:
-            return _relative(inputs, weights, products, grid, activations, factors)
+            return _relative(tried, weights, products, grid, activations, factors)
         except NumericalError:
             return float("inf")
 
-    errors = tuple((alpha, error(factors)) for alpha, factors in candidates)
+    errors = tuple((alpha, error(smooth_factors(trial, heavy, alpha))) for alpha in alphas)
     plain = error(None)
     least = min((e for _, e in errors), default=plain)
     if not min(plain, least) < float("inf"):
         raise NumericalError("no smoothing gives scales that fit", hint="--scale-dtype float32")
     if plain <= least:
         return AlphaSearch(None, np.ones(inputs.shape[1], np.float32), plain, plain, errors)
-    best = [e for _, e in errors].index(least)
-    return AlphaSearch(candidates[best][0], candidates[best][1], least, plain, errors)
+    alpha = next(a for a, e in errors if e == least)
+    return AlphaSearch(alpha, smooth_factors(loud, heavy, alpha), least, plain, errors)
 
 
 def function_change(

@@ -87,6 +87,7 @@ def fold_everything(tensors, config):
     specs = {name: TensorSpec(name, "F64", array.shape) for name, array in tensors.items()}
     rng = np.random.default_rng(4)
     count = 0
+    assert find_sites(specs).family is not None  # by names alone
     for site in find_sites(specs, config).sites:
         if site.feeder is not None:
             factors = np.exp2(rng.uniform(-4, 4, site.in_features)).astype(np.float32)

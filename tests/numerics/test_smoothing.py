@@ -141,10 +141,12 @@ def test_loud_channels_are_smoothed_a_hundredfold(rng):
     inputs, weights = site(rng, 128, 400, loud)
     rng.bit_generator.state = state
     calm_inputs, calm_weights = site(rng, 128, 400)
-    found = search_alpha(inputs, weights, W8, TENSOR)
-    calm = quantized_error(calm_inputs, calm_weights, W8, TENSOR)
-    assert found.plain_error > 100 * found.error
-    assert found.error < 1.5 * calm
+    found = search_alpha(inputs[:96], weights, W8, TENSOR)
+    before = quantized_error(inputs[96:], weights, W8, TENSOR)
+    after = quantized_error(inputs[96:], weights, W8, TENSOR, found.factors)
+    calm = quantized_error(calm_inputs[96:], calm_weights, W8, TENSOR)
+    assert before > 100 * after
+    assert after < 1.5 * calm
 
 
 def test_the_search_takes_the_best_of_all_alphas(rng):
@@ -155,11 +157,16 @@ def test_the_search_takes_the_best_of_all_alphas(rng):
     assert ALPHAS[-1] == 1
     assert len(ALPHAS) == 21
     assert found.error == min(error for _, error in found.errors) < found.plain_error
-    loud, heavy = np.abs(inputs).max(0), weights_absmax(weights)
-    for alpha, error in found.errors[::5]:
-        factors = smooth_factors(loud, heavy, alpha)
-        assert error == quantized_error(inputs, weights, W8, TOKEN, factors)
-    np.testing.assert_array_equal(found.factors, smooth_factors(loud, heavy, found.alpha))
+    heavy = weights_absmax(weights)
+    for alpha, error in found.errors[::5]:  # made from one half, tried on the other
+        factors = smooth_factors(np.abs(inputs[:16]).max(0), heavy, alpha)
+        assert error == quantized_error(inputs[16:], weights, W8, TOKEN, factors)
+    final = smooth_factors(np.abs(inputs).max(0), heavy, found.alpha)
+    np.testing.assert_array_equal(found.factors, final)
+    known = search_alpha(inputs, weights, W8, TOKEN, input_absmax=np.abs(inputs).max(0) * 2)
+    assert known.errors == found.errors
+    np.testing.assert_allclose(known.factors, final * 2**found.alpha, rtol=1e-6)
+    assert search_alpha(inputs[:1], weights, W8, TOKEN).error > 0
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):
