@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.factor import NotPositiveDefinite, ldl_upper
-from ptq_cli.numerics.grid import fit_grid, round_centred, round_to_nearest
-from ptq_cli.numerics.smoothing import Factors, tied
+from ptq_cli.numerics.grid import fit_grid, round_centred
+from ptq_cli.numerics.smoothing import Factors, nearest, tied
 from ptq_cli.values import Array, FloatArray, Grid
 
-_PANEL_ROWS = 2048
-_ELEMENTS = 1 << 20  # weights of one group looked at together by the clip search
+_PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
+_ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _scaled_loss(
         for top in range(0, weight.shape[0], step):
             part = weight[top : top + step]
             try:
-                error = round_to_nearest(part * factors, grid).dequantized()
+                error = nearest(part * factors, grid)
             except NumericalError:
                 return float("inf")
             error /= factors

@@ -32,7 +32,7 @@ EPSILON = 1e-5
 # 0, 0.05, …, 1.
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 
-_PANEL_ROWS = 2048
+_PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
 
 Factors = NDArray[np.float32]
 
@@ -126,6 +126,19 @@ def powers_of_two(factors: Factors) -> Factors:
     """Each factor's nearest power of two (in the exponent): folding is then exact in any dtype."""
     nearest: Factors = np.exp2(np.rint(np.log2(factors))).astype(np.float32)
     return nearest
+
+
+def nearest(weight: FloatArray, grid: Grid) -> NDArray[np.float32]:
+    """`round_to_nearest(weight, grid).dequantized()`, group by group without index arrays."""
+    rounded = round_to_nearest(weight, grid)
+    out_features, in_features = weight.shape
+    if weight.size == 0 or in_features % grid.width(in_features):
+        return rounded.dequantized()
+    values = rounded.codes.astype(np.float32)
+    groups = values.reshape(out_features, -1, grid.width(in_features))
+    groups -= rounded.zeros[:, :, None]
+    groups *= rounded.scales[:, :, None].astype(np.float32)
+    return values
 
 
 def quantized_error(
@@ -258,7 +271,7 @@ def _relative(
         for top in range(0, weight.shape[0], step):
             rows = slice(top, top + step)
             part = weight[rows] if factors is None else weight[rows] * factors
-            rounded = round_to_nearest(part, grid).dequantized()
+            rounded = nearest(part, grid)
             change += _squares(product[:, rows] - smoothed @ rounded.T)
         total += _squares(product)
     return _ratio(change, total)

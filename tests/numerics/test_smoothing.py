@@ -17,6 +17,7 @@ from ptq_cli.numerics.smoothing import (
     channel_importance,
     check_factors,
     function_change,
+    nearest,
     powers_of_two,
     quantized_error,
     search_alpha,
@@ -167,6 +168,16 @@ def test_the_search_takes_the_best_of_all_alphas(rng):
     assert known.errors == found.errors
     np.testing.assert_allclose(known.factors, final * 2**found.alpha, rtol=1e-6)
     assert search_alpha(inputs[:1], weights, W8, TOKEN).error > 0
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 16, 20])
+@pytest.mark.parametrize("sym", [True, False])
+def test_nearest_is_what_the_codes_say(rng, group_size, sym):
+    weight = rng.standard_normal((7, 48)).astype(np.float32)
+    grid = Grid(4, group_size, sym)
+    expected = round_to_nearest(weight, grid).dequantized()
+    np.testing.assert_array_equal(nearest(weight, grid), expected)
+    assert nearest(weight[:0], grid).shape == (0, 48)
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):
