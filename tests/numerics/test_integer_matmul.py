@@ -176,6 +176,15 @@ def test_products_equal_int64_at_the_extremes(rng, k):
     assert same_sign.dtype == np.int32
 
 
+def test_sums_that_float32_cannot_hold_are_exact(rng):
+    """Odd products of one sign: 9000 of them go far beyond 2²⁴."""
+    left = rng.choice(np.array([125, 127], np.int8), (3, 9001))
+    right = rng.choice(np.array([-127, -123], np.int8), (4, 9001))
+    expected = left.astype(np.int64) @ right.astype(np.int64).T
+    assert not np.array_equal(left.astype(np.float32) @ right.T.astype(np.float32), expected)
+    np.testing.assert_array_equal(integer_product(left, right), expected)
+
+
 def test_products_with_minus_128_on_both_sides_stay_exact():
     codes = np.full((2, 3000), -128, np.int8)
     assert (integer_product(codes, codes) == 3000 * 128 * 128).all()
