@@ -17,7 +17,7 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
@@ -59,10 +59,19 @@ class SiteInfo:
 
 
 class StatisticsSource(Protocol):
-    """Statistics by the site's name. `name` is what messages call the source."""
+    """Statistics by the site's name.
+
+    name: what messages call the source; files: what it reads; surplus: what of it fits no linear
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def surplus(self) -> Sequence[str]: ...
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]: ...
@@ -81,6 +90,14 @@ class CalibrationFile:
     @property
     def name(self) -> str:
         return str(self.checkpoint.path)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.checkpoint.weights, *self.checkpoint.files)
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
 
     @property
     def model(self) -> str:
@@ -200,19 +217,27 @@ class Merged:
     """Several calibrations of one model, as one source: the union of their sites, each site merged
     from every file that has it."""
 
-    files: tuple[CalibrationFile, ...]
+    parts: tuple[CalibrationFile, ...]
 
     @property
     def name(self) -> str:
-        return ", ".join(file.name for file in self.files)
+        return ", ".join(part.name for part in self.parts)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [path for part in self.parts for path in part.files]
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
-        return {site: info for file in reversed(self.files) for site, info in file.sites.items()}
+        return {site: info for part in reversed(self.parts) for site, info in part.sites.items()}
 
     def load(self, site: str) -> SiteStatistics:
-        parts = [file.load(site) for file in self.files if site in file.sites]
-        return reduce(lambda a, b: merge(a, b, self.files[0].heldout_limit), parts)
+        statistics = [part.load(site) for part in self.parts if site in part.sites]
+        return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
 
 @dataclass(frozen=True)
@@ -228,6 +253,11 @@ class Activations:
     name: str
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+    surplus: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [file.npy.path for entry in self.entries.values() for file in entry.files]
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
