@@ -331,8 +331,8 @@ def evaluate(
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
     """The dequantized weight of a module, float32 in its original shape."""
     folder = open_quantized(Path(quantized))
-    weight = folder.load(module).dequantized()
-    return weight.reshape(folder.layers[module].full_shape)
+    weight, layer = folder.load(module).dequantized(), folder.layers[module]
+    return (weight.T if layer.transposed else weight).reshape(layer.full_shape)
 
 
 def load_linear(quantized: AnyPath, module: str) -> QuantizedLinear:

@@ -11,8 +11,14 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError, PtqError
-from ptq_cli.models.siblings import sites
-from ptq_cli.plan import check_float, default_reason, few_tokens
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.plan import (
+    check_float,
+    default_reason,
+    few_tokens,
+    model_sites,
+    transposed_tensors,
+)
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
@@ -54,7 +60,13 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
     entries: dict[str, ActivationSite] = {}
     missing: list[str] = []
     wrong: list[str] = []
-    for group in sites(weights):
+    sites = model_sites(checkpoint).sites
+    turned = transposed_tensors(sites)
+    widths = {
+        module: stored.spec.shape[0 if stored.spec.name in turned else 1]
+        for module, stored in weights.items()
+    }
+    for group in group_modules(weights, sites):
         named = [module for module in group if module in found]
         rest = [module for module in group if module not in found]
         if not named:
@@ -64,7 +76,7 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
             linears = (module, *(rest if module == named[0] else ()))
             files = found[module]
             info = SiteInfo(module, linears, files[0].in_features, sum(f.n_tokens for f in files))
-            wrong += _mistakes(info, files, weights)
+            wrong += _mistakes(info, files, weights, widths)
             entries[module] = ActivationSite(info, files)
     if wrong:
         more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
@@ -74,16 +86,19 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
 
 
 def _mistakes(
-    info: SiteInfo, files: tuple[InputsFile, ...], weights: Mapping[str, Any]
+    info: SiteInfo,
+    files: tuple[InputsFile, ...],
+    weights: Mapping[str, Any],
+    widths: Mapping[str, int],
 ) -> list[str]:
     if info.n_tokens == 0:
         return [f"{files[0].npy.path}: shape {list(files[0].npy.shape)} holds no tokens"]
     return [
         f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}, but"
         f" tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
-        f" {weights[linear].spec.shape[1]}"
+        f" {widths[linear]}"
         for linear in info.linears
-        if weights[linear].spec.shape[1] != info.in_features
+        if widths[linear] != info.in_features
     ]
 
 

@@ -118,7 +118,7 @@ def _row(
     statistics: SiteStatistics | None,
 ) -> LayerReport:
     begin = time.perf_counter()
-    weight = original.matrix(layer.tensor, layer.shape)
+    weight = original.weight(layer)
     rounded = quantized.load(layer.module)
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout

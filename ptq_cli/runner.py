@@ -111,7 +111,7 @@ def _work(
     """Read, quantize and stage one unit."""
 
     def load(layer: Layer) -> NDArray[np.float32]:
-        return checkpoint.matrix(layer.tensor, layer.shape)
+        return checkpoint.weight(layer)
 
     statistics = None if source is None or unit.site is None else source.load(unit.site)
     try:

@@ -19,6 +19,7 @@ from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.measures import Measures, measure
 from ptq_cli.values import (
     Array,
+    FloatArray,
     Format,
     Layer,
     LayerReport,
@@ -42,7 +43,9 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
+    """What is written of a layer, and how good it is."""
+
     rounded: QuantizedWeight
     measures: Measures
     rtn: Measures
@@ -61,9 +64,11 @@ def quantize_unit(
     fmt: Format,
     *,
     on_failure: str = "error",
+    importance: Callable[[Layer], FloatArray | None] = lambda _: None,
 ) -> list[LayerResult]:
     """Quantize the layers of one unit.
 
+    importance: what weighs each layer's scale search, where it is not the method's own business
     on_failure: "rtn" rounds to nearest where the factorization fails for good; "error" raises
 
     Raises:
@@ -86,9 +91,8 @@ def quantize_unit(
         begin = time.perf_counter()
         weight = load(layer)
         try:
-            chosen = _round(
-                weight, layer, statistics, method, prepared, method_settings, fmt, failure
-            )
+            rounding = Rounding(method, prepared, method_settings, fmt, failure, importance(layer))
+            chosen = choose(weight, layer, statistics, rounding)
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
             error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
@@ -98,44 +102,55 @@ def quantize_unit(
     return results
 
 
-def _round(
+@dataclass(frozen=True)
+class Rounding:
+    """How a layer is rounded. failure: why it is only rounded to nearest, or None."""
+
+    method: Method
+    prepared: Any
+    settings: Any
+    fmt: Format
+    failure: str | None = None
+    importance: FloatArray | None = None
+
+
+def choose(
     weight: NDArray[np.float32],
     layer: Layer,
     statistics: SiteStatistics | None,
-    method: Method,
-    prepared: Any,
-    method_settings: Any,
-    fmt: Format,
-    failure: str | None,
-) -> _Chosen:
+    rounding: Rounding,
+) -> Chosen:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
     tensors unpack to."""
-    grid = layer.grid
+    grid, method, fmt = layer.grid, rounding.method, rounding.fmt
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     plain = _as_stored(layer, round_to_nearest(weight, grid), fmt)
     rtn = measure(weight, plain, hessian, heldout)
-    if failure is not None:
-        return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
-    result: MethodResult = method.apply(weight, prepared, grid, method_settings)
+    if rounding.failure is not None:
+        return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
+    result: MethodResult = method.apply(
+        weight, rounding.prepared, grid, rounding.settings, rounding.importance
+    )
     stored = _as_stored(layer, result.weight, fmt)
     measures = measure(weight, stored, hessian, heldout)
-    if _error(measures) > _error(rtn):
+    if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
         note = ("the whole range of each group is better than the searched one",)
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
-        return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
-    return _Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
+        return Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
+    return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
 
 
-def _error(measures: Measures) -> float:
+def error_of(measures: Measures) -> float:
+    """The error that counts: on held-out inputs where there are any."""
     return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
 
 
 def _finish(
-    layer: Layer, chosen: _Chosen, statistics: SiteStatistics | None, fmt: Format
+    layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
     tensors = fmt.encode(layer, chosen.rounded)
@@ -169,7 +184,7 @@ def dead_columns(statistics: SiteStatistics | None) -> int:
 
 def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     """The columns of the report that say how wrong the result is."""
-    ours, plain = _error(measures), _error(rtn)
+    ours, plain = error_of(measures), error_of(rtn)
     gain = plain / ours if ours > 0 else (1.0 if plain == 0 else None)
     return {
         "loss": measures.loss,

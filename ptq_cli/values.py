@@ -162,6 +162,7 @@ class Layer:
     reordered: whether the groups follow a g_idx of their own (act_order desc)
     method: what rounded it, once that is known
     activation: how the layer's inputs are rounded too, or None
+    transposed: stored [in_features, out_features] in the checkpoint (GPT-2's Conv1D)
     """
 
     module: str
@@ -173,6 +174,7 @@ class Layer:
     reordered: bool = False
     method: str = ""
     activation: Activation | None = None
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -190,6 +192,8 @@ class SiteStatistics:
     histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin
         `histogram_start` (numerics/statistics.py states the bins)
     heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
+    sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
+        themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
     """
 
@@ -207,6 +211,7 @@ class SiteStatistics:
     histogram: NDArray[np.int64]
     histogram_start: int
     heldout: Array
+    sample: Array
 
     @property
     def in_features(self) -> int:
@@ -317,7 +322,9 @@ class Method:
         `settings` are made from its fields
     prepare: what the linears of one site share (a factored Hessian, say), from the site's
         statistics, or from None where there is no calibration; called once per unit
-    apply: rounds one weight, float32 or float64 [out_features, in_features]
+    apply: rounds one weight, float32 or float64 [out_features, in_features]; the last argument is
+        the weight of each squared rounding error in the scale search, of the same shape (Fisher
+        information), or None where the method's own serves
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape
     """
@@ -326,7 +333,7 @@ class Method:
     help: str
     settings: type[Any]
     prepare: Callable[[SiteStatistics | None, Grid, Any], Any]
-    apply: Callable[[FloatArray, Any, Grid, Any], MethodResult]
+    apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
 

@@ -91,6 +91,7 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
             "tensor": layer.tensor,
             "method": layer.method,
         }
+        | ({"transposed": True} if layer.transposed else {})
         for layer in layers
     }
 
@@ -124,20 +125,23 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
         tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
+        transposed = entry.get("transposed", False) is True
         whole = isinstance(grid.bits, int) and isinstance(grid.group_size, int)
         if not (whole and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS and full_shape):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error
+    shape = (full_shape[0], prod(full_shape[1:]))
     return Layer(
         module=module,
         tensor=tensor,
-        shape=(full_shape[0], prod(full_shape[1:])),
+        shape=shape[::-1] if transposed else shape,
         full_shape=full_shape,
         dtype=dtype,
         grid=grid,
         reordered=reordered,
         method=method,
+        transposed=transposed,
     )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.factor import NotPositiveDefinite, ldl_upper
-from ptq_cli.numerics.grid import fit_grid, round_centred
+from ptq_cli.numerics.grid import ScaleOverflow, fit_grid, round_centred
 from ptq_cli.numerics.smoothing import Factors, nearest, tied
 from ptq_cli.values import Array, FloatArray, Grid
 
@@ -194,7 +194,7 @@ def _scaled_loss(
             part = weight[top : top + step]
             try:
                 error = nearest(part * factors, grid)
-            except NumericalError:
+            except ScaleOverflow:
                 return float("inf")
             error /= factors
             total += float(_losses(np.subtract(part, error), sample).sum(dtype=np.float64))

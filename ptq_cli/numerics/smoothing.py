@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
-from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.grid import ScaleOverflow, round_to_nearest
 from ptq_cli.values import Array, FloatArray, Grid
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
@@ -196,7 +196,7 @@ def search_alpha(
     def error(factors: Factors | None) -> float:
         try:
             return _relative(tried, weights, products, grid, activations, factors)
-        except NumericalError:
+        except ScaleOverflow:
             return float("inf")
 
     errors = tuple((alpha, error(smooth_factors(trial, heavy, alpha))) for alpha in alphas)

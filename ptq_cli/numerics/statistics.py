@@ -8,6 +8,10 @@ Held-out inputs: every `heldout_every`-th token, until `heldout_limit` of them a
 statistic; the report measures errors on them. Tokens after that all enter. Two halves merge to the
 whole: what the merged sample has no room for is added to the statistics then.
 
+The sample: tokens that *are* in the statistics, evenly spaced, at most `SAMPLE_LIMIT`, kept for
+searches that need inputs themselves (the held-out ones judge what a search has found). Every
+2^k-th token is kept, with the least k that stays within the limit.
+
 Percentiles come from a histogram of |value| in bins of 1/128 octave (the upper 16 bits of the
 float32 number, bfloat16's resolution): a reported percentile is within 2^−8 (0.4 %) of the exact
 order statistic.
@@ -28,6 +32,7 @@ PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: the
 BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
+SAMPLE_LIMIT = 512
 _BINS = 1 << 15
 
 
@@ -70,6 +75,8 @@ class SiteAccumulator:
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
         self._room = heldout_limit
+        self._sampled: list[Array] = []
+        self._stride = 1
         rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
         self._chunk = np.empty((rows, in_features), np.float32)
         self._filled = 0
@@ -83,10 +90,13 @@ class SiteAccumulator:
         with np.errstate(over="ignore", invalid="ignore"):
             piece = inputs.astype(np.float32)
             self._check_finite(piece)
+        kept = inputs
         if self._room > 0 and self.every > 0:
-            piece = self._hold_out(inputs, piece)
+            chosen = self._hold_out(inputs)
+            kept, piece = np.delete(inputs, chosen, axis=0), np.delete(piece, chosen, axis=0)
         self.n_seen += len(inputs)
         if len(piece):
+            self._sample(kept)
             self.n_tokens += len(piece)
             self._add_elements(piece)
             self._gather(piece)
@@ -98,13 +108,21 @@ class SiteAccumulator:
             value = float(piece[token, channel])
             raise NonFiniteInput(self.n_seen + int(token), int(channel), value)
 
-    def _hold_out(self, inputs: Array, piece: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Keep the held-out tokens; the others are given back."""
+    def _hold_out(self, inputs: Array) -> NDArray[np.intp]:
+        """Keep the held-out tokens; their places are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
         chosen = np.flatnonzero(token % self.every == self.every - 1)[: self._room]
         self._room -= len(chosen)
         self._heldout.append(inputs[chosen])
-        return np.delete(piece, chosen, axis=0)
+        return chosen
+
+    def _sample(self, inputs: Array) -> None:
+        """Keep every `_stride`-th calibration token; where they become too many, every second."""
+        first = -self.n_tokens % self._stride
+        self._sampled.append(inputs[first :: self._stride].copy())
+        while sum(map(len, self._sampled)) > SAMPLE_LIMIT:
+            self._sampled = [np.concatenate(self._sampled)[::2]]
+            self._stride *= 2
 
     def _add_elements(self, piece: NDArray[np.float32]) -> None:
         np.minimum(self.low, piece.min(axis=0), out=self.low)
@@ -175,14 +193,15 @@ class SiteAccumulator:
             std=sqrt(max(0.0, squares / n - mean * mean)),
             histogram=self.counts[first:last].copy(),
             histogram_start=first,
-            heldout=self._sample(),
+            heldout=self._joined(self._heldout),
+            sample=self._joined(self._sampled),
         )
 
-    def _sample(self) -> Array:
-        if not self._heldout:
+    def _joined(self, pieces: list[Array]) -> Array:
+        if not pieces:
             return np.zeros((0, self.in_features), np.float32)
-        sample = np.concatenate(self._heldout)
-        return sample.astype(np.float32) if sample.dtype.itemsize > 4 else sample
+        tokens = np.concatenate(pieces)
+        return tokens.astype(np.float32) if tokens.dtype.itemsize > 4 else tokens
 
 
 def _mirror(matrix: NDArray[np.float32]) -> None:
@@ -227,9 +246,25 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
         extra = SiteAccumulator(first.in_features, heldout_every=0)
         extra.update(surplus)
         second = _combine(second, extra.result(second.site, second.linears), second.heldout[:room])
-    dtype = np.result_type(first.heldout, second.heldout[:room])
-    sample = np.concatenate([first.heldout.astype(dtype), second.heldout[:room].astype(dtype)])
-    return _combine(first, second, sample, first.n_seen + second.n_seen)
+    heldout = _stacked(first.heldout, second.heldout[:room])
+    return _combine(first, second, heldout, first.n_seen + second.n_seen)
+
+
+def _stacked(first: Array, second: Array) -> Array:
+    dtype = np.result_type(first, second)
+    return np.concatenate([first.astype(dtype), second.astype(dtype)])
+
+
+def _merged_sample(a: SiteStatistics, b: SiteStatistics) -> Array:
+    """Tokens of both samples, in proportion to the tokens behind them, evenly spaced."""
+    total = min(SAMPLE_LIMIT, len(a.sample) + len(b.sample))
+    of_a = round(total * a.n_tokens / (a.n_tokens + b.n_tokens))
+    of_a = min(len(a.sample), max(of_a, total - len(b.sample)))
+    return _stacked(_thinned(a.sample, of_a), _thinned(b.sample, total - of_a))
+
+
+def _thinned(tokens: Array, count: int) -> Array:
+    return tokens[np.arange(count) * len(tokens) // max(1, count)]
 
 
 def _combine(
@@ -261,4 +296,5 @@ def _combine(
         histogram=histogram,
         histogram_start=start,
         heldout=heldout,
+        sample=_merged_sample(a, b),
     )

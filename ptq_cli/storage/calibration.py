@@ -7,6 +7,7 @@ A statistics file is a safetensors file. Per site `<site>`:
     <site>.absmean    F32 [in_features]
     <site>.histogram  I64 [bins], counts of |value| (numerics/statistics.py states the bins)
     <site>.heldout    F16, BF16 or F32 [n, in_features], inputs that no statistic has seen
+    <site>.sample     the same, evenly spaced inputs that the statistics have seen
 
 Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
 fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
@@ -43,9 +44,9 @@ from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics
 
-VERSION = 1
+VERSION = 2
 
-PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
+PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class CalibrationFile:
             histogram=read("histogram"),
             histogram_start=int(entry["histogram_start"]),
             heldout=read("heldout"),
+            sample=read("sample"),
         )
 
 

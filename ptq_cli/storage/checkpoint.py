@@ -26,7 +26,7 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
-from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
+from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -142,6 +142,13 @@ class Checkpoint:
                 hint="mend the checkpoint, or leave the tensor out with --ignore",
             )
         return weight
+
+    def weight(self, layer: Layer) -> NDArray[np.float32]:
+        """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
+        if not layer.transposed:
+            return self.matrix(layer.tensor, layer.shape)
+        out_features, in_features = layer.shape
+        return np.ascontiguousarray(self.matrix(layer.tensor, (in_features, out_features)).T)
 
     @cached_property
     def fingerprint(self) -> str:
