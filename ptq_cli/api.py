@@ -188,6 +188,11 @@ def find_source(
     return Source(streamed, warnings, fingerprint)
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Every setting of a plan by its name."""
+    return {k: v for part in plan.settings for k, v in dataclasses.asdict(part).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A quantization that is planned and ready to run."""
@@ -206,8 +211,7 @@ class Job:
         inputs = {"model": self.checkpoint.fingerprint}
         if self.source.fingerprint is not None:
             inputs["calibration"] = self.source.fingerprint
-        grid, own = self.plan.settings
-        settings = {**dataclasses.asdict(grid), **dataclasses.asdict(own)}
+        settings = settings_of(self.plan)
         job = {
             "command": self.command,
             "version": __version__,

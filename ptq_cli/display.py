@@ -154,6 +154,12 @@ def line(text: str = "") -> None:
 
 def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:
     """Worst layers first, then the totals."""
+    if report.sites:
+        show_sites(report.sites)
+    if not report.rows:
+        if output is not None:
+            line(f"written: {output}")
+        return
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
     common = _common_parents([row.module for row in rows])
@@ -174,6 +180,37 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     _show_totals(report.totals)
     if output is not None:
         line(f"written: {output}")
+
+
+def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
+    """What smoothing made of each site."""
+    common = _common_parents([site["site"] for site in sites])
+    table(
+        [
+            (f"site ({common}...)" if common else "site", "left"),
+            ("strength", "right"),
+            ("rel err", "right"),
+            ("without", "right"),
+            ("float change", "right"),
+            ("", "left"),
+        ],
+        [
+            [
+                site["site"].removeprefix(common),
+                number(site["strength"]),
+                number(site["error"]),
+                number(site["plain_error"]),
+                number(site["function_change"]),
+                "; ".join([*([site["reason"]] if site["reason"] else []), *site["notes"]]),
+            ]
+            for site in sites
+        ],
+    )
+    folded = sum(site["fed_by"] is not None for site in sites)
+    change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
+    line(
+        f"{folded} of {len(sites)} sites smoothed; float outputs change by at most {number(change)}"
+    )
 
 
 def _common_parents(modules: Sequence[str]) -> str:

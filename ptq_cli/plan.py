@@ -23,6 +23,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
+    Activation,
     Format,
     Grid,
     Layer,
@@ -122,8 +123,11 @@ def make_plan(
     source: StatisticsSource | None,
     *,
     missing: str = "error",
+    activation: Activation | None = None,
 ) -> Plan:
     """Make the plan of a quantization.
+
+    activation: how the layers' inputs are rounded when they run, None: not at all
 
     source: where statistics come from; None: there is no calibration
     missing: what a linear without statistics gets: "error" or "rtn"
@@ -139,6 +143,7 @@ def make_plan(
         tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint, turned)
         for tensor in chosen
     }
+    layers = {name: replace(layer, activation=activation) for name, layer in layers.items()}
     kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
     for layer in kept:
         del layers[layer.tensor]

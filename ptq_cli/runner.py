@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,18 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class After:
+    """What a pass before the rounding has to say about the result.
+
+    annotate: completes a row; sites: what it did; write: files of its own in the output folder
+    """
+
+    annotate: Callable[[LayerReport], LayerReport] = lambda row: row
+    sites: tuple[Mapping[str, Any], ...] = ()
+    write: Callable[[Path], None] = lambda _: None
+
+
 def run(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -56,6 +69,7 @@ def run(
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
     listen: Listener = lambda _: None,
+    after: After = After(),
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
@@ -68,8 +82,11 @@ def run(
     try:
         with threadpool_limits(1):
             rows = _run_units(plan, checkpoint, source, staging, on_failure, listen)
+        rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
+        report = replace(report, sites=after.sites)
         _assemble(plan, checkpoint, staging, report, inputs or {})
+        after.write(staging.out)
         staging.publish()
     except PtqError:
         staging.drop()

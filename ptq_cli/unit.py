@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
+from ptq_cli.numerics.activations import absmax_scale
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.measures import Measures, measure
 from ptq_cli.values import (
@@ -126,14 +127,16 @@ def choose(
     grid, method, fmt = layer.grid, rounding.method, rounding.fmt
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    plain = _as_stored(layer, round_to_nearest(weight, grid), fmt)
+    scale = _input_scale(layer, statistics)
+    nearest = replace(round_to_nearest(weight, grid), input_scale=scale)
+    plain = _as_stored(layer, nearest, fmt)
     rtn = measure(weight, plain, hessian, heldout)
     if rounding.failure is not None:
         return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
     result: MethodResult = method.apply(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
-    stored = _as_stored(layer, result.weight, fmt)
+    stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, stored, hessian, heldout)
     if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
@@ -142,6 +145,26 @@ def choose(
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
         return Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
     return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
+
+
+def measure_plain(
+    weight: NDArray[np.float32], layer: Layer, statistics: SiteStatistics | None, fmt: Format
+) -> Measures:
+    """Errors of the layer plainly rounded to nearest."""
+    scale = _input_scale(layer, statistics)
+    nearest = replace(round_to_nearest(weight, layer.grid), input_scale=scale)
+    hessian = None if statistics is None else statistics.hessian
+    heldout = None if statistics is None else statistics.heldout
+    return measure(weight, _as_stored(layer, nearest, fmt), hessian, heldout)
+
+
+def _input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
+    """The static scale of the layer's inputs, or None where it has none."""
+    if layer.activation is None or layer.activation.dynamic:
+        return None
+    if statistics is None:
+        raise InputError("no statistics of its inputs to take a static scale from")
+    return absmax_scale(statistics.absmax, layer.activation.bits)
 
 
 def error_of(measures: Measures) -> float:

@@ -99,13 +99,14 @@ class Grid:
 class Activation:
     """How a layer's inputs are rounded when it runs (W8A8).
 
-    dynamic: every token finds its own scale; else one scale for the tensor, known beforehand
-        (QuantizedWeight.input_scale)
+    dynamic: every token finds its own scale (without `per_token`: all tokens together find one);
+        else one scale for the tensor, known beforehand (QuantizedWeight.input_scale)
     """
 
     bits: int = 8
     sym: bool = True
     dynamic: bool = True
+    per_token: bool = True
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row of the error report. DESIGN: numbers are numbers; None is "not measured"."""
+    """One row of the error report. Numbers are numbers; None is "not measured".
+
+    compared, best: the error of every method that was tried on the layer, and the least one's name
+    activations: of `ptq eval --activation-scheme`
+    """
 
     layer: str
     module: str
@@ -272,6 +277,29 @@ class LayerReport:
     bytes: int
     bits_per_weight: float
     notes: tuple[str, ...] = ()
+    compared: Mapping[str, float] | None = None
+    best: str | None = None
+    activations: ActivationErrors | None = None
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Of a layer's outputs on inputs: mean absolute error, Σ‖ΔY‖²/Σ‖Y‖², and that in decibels."""
+
+    mae: float
+    rel_err: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ActivationErrors:
+    """Errors of a layer's outputs with integer inputs, beside those of its weight alone, and of the
+    original weight plainly rounded at the same grid with integer inputs."""
+
+    scheme: str
+    integer: OutputErrors
+    weight_only: OutputErrors
+    plain: OutputErrors
 
 
 @dataclass(frozen=True)
@@ -304,7 +332,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunReport:
-    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it)."""
+    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
+
+    sites: what smoothing made of each site (smoothing.SiteOutcome)
+    """
 
     command: str
     rows: tuple[LayerReport, ...]
@@ -312,6 +343,7 @@ class RunReport:
     totals: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sites: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -336,6 +368,51 @@ class Method:
     apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
+
+
+@dataclass(frozen=True)
+class SmoothingCase:
+    """What a search for smoothing factors looks at: one site.
+
+    weights: of its linears, float32 [out_features, in_features]
+    statistics: of its inputs; `sample` holds some of them
+    ties: int [in_features], numbers of channels that must share a factor, or None
+    grid: the points its weights will be rounded to
+    """
+
+    weights: tuple[FloatArray, ...]
+    statistics: SiteStatistics
+    ties: NDArray[np.integer[Any]] | None
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class SmoothingChoice:
+    """Factors that a search proposes: the inputs' divisors, float32 [in_features], all positive.
+
+    strength: the setting they came from: alpha, or AWQ's ratio
+    """
+
+    strength: float
+    factors: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """A way to move difficulty between inputs and weights before rounding: a plug-in record.
+
+    settings: the frozen dataclass of its settings
+    defaults: defaults of the grid's settings that differ under it
+    method: the name of the method that rounds what it has smoothed, unless another is asked for
+    search: factors for a site, the best first; empty where none is better than no factors
+    """
+
+    name: str
+    help: str
+    settings: type[Any]
+    defaults: Mapping[str, Any]
+    method: str
+    search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
 
 
 @dataclass(frozen=True)

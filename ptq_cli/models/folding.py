@@ -11,7 +11,7 @@ however coarse it is where the gain is stored less one (Gemma: steps of 1/256 in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,21 @@ def fold_into_linear_rows(
     check_factors(factors, len(factors))
     work = _working(weight)
     outputs = work.shape[1] if transposed else work.shape[0]
+    divisor = _row_divisor(outputs, factors, rows).astype(work.dtype)
+    new = work / (divisor if transposed else divisor[:, None])
+    return new, None if bias is None else _working(bias) / divisor
+
+
+def _row_divisor(outputs: int, factors: Array, rows: Rows) -> FloatArray:
+    """What each output is divided by, [outputs]."""
     index = rows.index(len(factors))
     if index.size and int(index.max()) >= outputs:
         raise InputError(f"{outputs} outputs do not feed {len(factors)} inputs")
-    divisor = np.ones(outputs, work.dtype)
+    divisor = np.ones(outputs, factors.dtype)
     divisor[index] = factors
-    if not np.array_equal(divisor[index], factors.astype(work.dtype)):
+    if not np.array_equal(divisor[index], factors):
         raise InputError("inputs fed by the same output need the same smoothing factor")
-    new = work / (divisor if transposed else divisor[:, None])
-    return new, None if bias is None else _working(bias) / divisor
+    return divisor
 
 
 def scale_columns(weight: Array, factors: Array, transposed: bool = False) -> FloatArray:
@@ -121,17 +127,74 @@ def fold_site(
     absent = [name for name in site.tensors if name not in tensors]
     if absent:
         raise InputError(f"site {site.name}: {absent[0]} is not in the checkpoint")
-    check_factors(factors, site.in_features)
-    if isinstance(site.feeder, Norm):
-        changed, used, notes = _fold_norm(site.feeder, tensors, factors, keep_dtype)
-    else:
-        changed, used, notes = _fold_rows(site.feeder, tensors, factors), factors, ()
-    for linear in site.linears:
-        weight = changed.get(linear.tensor, tensors[linear.tensor])
-        changed[linear.tensor] = scale_columns(weight, used, linear.transposed)
-    if keep_dtype:
-        changed = {name: as_stored(name, a, tensors[name].dtype) for name, a in changed.items()}
+    used, notes = settle_factors(site, tensors, factors, keep_dtype)
+    changed: dict[str, Array] = {}
+    for name in site.tensors:
+        changed[name] = fold_tensor(name, tensors[name], [(site, used)])
+        if keep_dtype:
+            changed[name] = as_stored(name, changed[name], tensors[name].dtype)
     return Folded(changed, used, notes)
+
+
+def settle_factors(
+    site: Site, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool = True
+) -> tuple[FloatArray, tuple[str, ...]]:
+    """The factors that a fold can really use, [in_features], and notes on those it cannot.
+
+    A norm's gain is stored rounded (with `keep_dtype`), and what it then divides by is what the
+    columns have to be multiplied by. A gain that would be stored as 0 stays as it is.
+    tensors: at least the feeder's
+
+    Raises:
+        InputError: factors of the wrong length.
+        NumericalError: a factor is not a positive number, or the gain does not fit its dtype.
+    """
+    check_factors(factors, site.in_features)
+    if not isinstance(site.feeder, Norm):
+        return factors, ()
+    weight = tensors[site.feeder.weight]
+    new, _ = fold_into_norm(weight, None, factors, site.feeder.plus_one)
+    if keep_dtype:
+        new = as_stored(site.feeder.weight, new, weight.dtype)
+    offset = 1 if site.feeder.plus_one else 0
+    old_gain, new_gain = _working(weight) + offset, _working(new) + offset
+    lost = (old_gain != 0) & (new_gain == 0)
+    new_gain = np.where(lost, old_gain, new_gain)
+    used = np.divide(old_gain, new_gain, out=_divisor(weight, factors), where=new_gain != 0)
+    count = int(lost.sum())
+    note = f"{site.feeder.weight}: {count} channels not smoothed, their gain would be stored as 0"
+    return used, (note,) if count else ()
+
+
+def fold_tensor(name: str, values: Array, folds: Sequence[tuple[Site, Array]]) -> FloatArray:
+    """One tensor after the folds of sites that it belongs to, one after the other; not rounded.
+
+    folds: sites with their settled factors
+
+    Raises:
+        InputError: factors that do not fit; a tensor that belongs to none of the sites.
+    """
+    for site, factors in folds:
+        values = _folded(name, values, site, factors)
+    return _working(values)
+
+
+def _folded(name: str, values: Array, site: Site, factors: Array) -> FloatArray:
+    for linear in site.linears:
+        if linear.tensor == name:
+            return scale_columns(values, factors, linear.transposed)
+    feeder = site.feeder
+    if isinstance(feeder, Norm):
+        if name == feeder.weight:
+            return fold_into_norm(values, None, factors, feeder.plus_one)[0]
+        if name == feeder.bias:
+            return fold_into_norm(values, None, factors)[0]
+    if isinstance(feeder, Preceding):
+        if name == feeder.weight:
+            return fold_into_linear_rows(values, None, factors, feeder.rows, feeder.transposed)[0]
+        if name == feeder.bias:
+            return _working(values) / _row_divisor(values.shape[0], factors, feeder.rows)
+    raise InputError(f"{name} does not belong to site {site.name}")
 
 
 def inputs_after(
@@ -166,39 +229,6 @@ def as_stored(name: str, values: FloatArray, dtype: np.dtype[Any]) -> Array:
         greatest = float(np.abs(values).max())
         raise NumericalError(f"{name}: {greatest:.4g} after smoothing does not fit {dtype.name}")
     return stored
-
-
-def _fold_norm(
-    norm: Norm, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool
-) -> tuple[dict[str, Array], FloatArray, tuple[str, ...]]:
-    weight = tensors[norm.weight]
-    bias = None if norm.bias is None else tensors[norm.bias]
-    new, _ = fold_into_norm(weight, None, factors, norm.plus_one)
-    if keep_dtype:
-        new = as_stored(norm.weight, new, weight.dtype)
-    offset = 1 if norm.plus_one else 0
-    old_gain, new_gain = _working(weight) + offset, _working(new) + offset
-    lost = (old_gain != 0) & (new_gain == 0)
-    new = np.where(lost, weight.astype(new.dtype), new)
-    new_gain = np.where(lost, old_gain, new_gain)
-    used = np.divide(old_gain, new_gain, out=_divisor(weight, factors), where=new_gain != 0)
-    changed: dict[str, Array] = {norm.weight: new}
-    if norm.bias is not None and bias is not None:
-        changed[norm.bias] = fold_into_norm(bias, None, used)[0]
-    count = int(lost.sum())
-    note = f"{norm.weight}: {count} channels not smoothed, their gain would be stored as 0"
-    return changed, used, (note,) if count else ()
-
-
-def _fold_rows(feeder: Preceding, tensors: Mapping[str, Array], factors: Array) -> dict[str, Array]:
-    bias = None if feeder.bias is None else tensors[feeder.bias]
-    weight, moved = fold_into_linear_rows(
-        tensors[feeder.weight], bias, factors, feeder.rows, feeder.transposed
-    )
-    changed: dict[str, Array] = {feeder.weight: weight}
-    if feeder.bias is not None and moved is not None:
-        changed[feeder.bias] = moved
-    return changed
 
 
 def _gain(norm: Norm, tensors: Mapping[str, Array]) -> NDArray[np.float64]:

@@ -108,6 +108,11 @@ def quantize_per_tensor(
     return _round(inputs, activation_range(inputs, percentile) / _largest_code(bits), bits)
 
 
+def absmax_scale(absmax: Array, bits: int = 8) -> float:
+    """The static scale that clips nothing of inputs whose channels reach absmax [in_features]."""
+    return float(absmax.max(initial=0)) / _largest_code(bits)
+
+
 def quantize_static(inputs: Array, scale: float, bits: int = 8) -> QuantizedActivations:
     """Round inputs [n, in_features] with a scale known beforehand; what lies beyond is clipped.
 

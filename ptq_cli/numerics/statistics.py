@@ -19,6 +19,7 @@ order statistic.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil, sqrt
 
 import numpy as np
@@ -297,4 +298,36 @@ def _combine(
         histogram_start=start,
         heldout=heldout,
         sample=_merged_sample(a, b),
+    )
+
+
+def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
+    """Statistics of `inputs / factors`, factors [in_features].
+
+    Exact but for the histogram, which the sample gives anew, and the mean and least and greatest
+    value, which follow from it and the channels' extrema.
+    """
+    divisor = factors.astype(np.float32)
+    sample = statistics.sample.astype(np.float32) / divisor
+    hessian = statistics.hessian / divisor
+    hessian /= divisor[:, None]
+    bins = np.abs(sample).view(np.uint32) >> np.uint32(16)
+    counts = np.bincount(bins.ravel(), minlength=1)
+    first = int(np.flatnonzero(counts)[0]) if counts.any() else 0
+    absmax = statistics.absmax / divisor
+    mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
+    power = float(hessian.diagonal().mean(dtype=np.float64))
+    return replace(
+        statistics,
+        hessian=hessian,
+        absmax=absmax,
+        absmean=statistics.absmean / divisor,
+        minimum=max(-float(absmax.max()), float(sample.min(initial=0))),
+        maximum=float(absmax.max()),
+        mean=mean,
+        std=sqrt(max(0.0, power - mean * mean)),
+        histogram=counts[first:].astype(np.int64),
+        histogram_start=first,
+        heldout=statistics.heldout.astype(np.float32) / divisor,
+        sample=sample,
     )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -167,6 +168,14 @@ class Staging:
             tensors.append(Bytes(spec, data[start : start + spec.nbytes]))
             start += spec.nbytes
         return tensors
+
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The same tensors, each as a place in a file."""
+        path, start, places = self._path(unit, ".bin"), 0, []
+        for tensor in self.tensors(unit):
+            places.append(StoredTensor(tensor.spec, path, start))
+            start += tensor.spec.nbytes
+        return places
 
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
