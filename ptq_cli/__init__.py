@@ -16,6 +16,7 @@ __all__ = [
     "PtqError",
     "QuantizedLinear",
     "__version__",
+    "awq",
     "calibrate",
     "evaluate",
     "gptq",
@@ -23,6 +24,7 @@ __all__ = [
     "load_weight",
     "pack",
     "rtn",
+    "smoothquant",
 ]
 
 _HOME = {"PtqError": "ptq_cli.errors", "QuantizedLinear": "ptq_cli.linear"}

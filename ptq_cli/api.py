@@ -23,6 +23,7 @@ from ptq_cli.calibration import (
 )
 from ptq_cli.errors import InputError
 from ptq_cli.linear import QuantizedLinear
+from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
 from ptq_cli.plan import GridSettings, make_plan
@@ -40,7 +41,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.staging import Staging
-from ptq_cli.values import Plan, RunReport
+from ptq_cli.values import Activation, Plan, RunReport
 
 AnyPath = str | Path
 Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
@@ -292,11 +293,15 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
     own = ("calibration", "activations", "bf16", "output", "fallback", "require_calibration")
     where = {key: options.pop(key) for key in own if key in options}
     chosen = method("rtn" if command == "pack" else command)
-    known = {field.name for field, _ in settings_fields(GridSettings, chosen.settings)}
+    _refuse_unknown(options, (GridSettings, chosen.settings))
+    return prepare(command, model, options, **where).run(**run_options)
+
+
+def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
+    known = {field.name for field, _ in settings_fields(*classes)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
-    return prepare(command, model, options, **where).run(**run_options)
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:
@@ -321,15 +326,32 @@ def evaluate(
     calibration: AnyPath | None = None,
     activations: Iterable[AnyPath] = (),
     bf16: bool = False,
+    activation_scheme: str | None = None,
+    activation_bits: int | None = None,
+    percentile: float = 1.0,
     listen: Callable[[int, int, Any], None] = lambda done, total, row: None,
 ) -> RunReport:
-    """Measure a quantized folder against the original, from their tensors alone."""
+    """Measure a quantized folder against the original, from their tensors alone.
+
+    activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
+        integer inputs of `activation_bits` (default: 8), their range at `percentile`
+    """
     from ptq_cli.evaluation import evaluate as run_evaluation
+    from ptq_cli.evaluation import open_sides
 
     checkpoint = open_checkpoint(Path(original))
     folder = open_quantized(Path(quantized))
     source = find_source(checkpoint, calibration, activations, bf16=bf16)
-    return run_evaluation(checkpoint, folder, source.statistics, listen)
+    activation = None
+    if activation_scheme not in (None, "none"):
+        activation = ActivationSettings(
+            8 if activation_bits is None else activation_bits,
+            activation_scheme,
+            percentile,
+            static_scale=0.0,
+        )
+    sides = open_sides(checkpoint, folder, source.statistics, activation)
+    return run_evaluation(sides, listen)
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
@@ -339,12 +361,52 @@ def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
     return (weight.T if layer.transposed else weight).reshape(layer.full_shape)
 
 
-def load_linear(quantized: AnyPath, module: str) -> QuantizedLinear:
-    """A module of an output folder as something to call: `linear(inputs)`."""
+def _stated(activation: Activation | None, scale: float | None) -> ActivationSettings | None:
+    """How a layer's metadata says its inputs are rounded."""
+    if activation is None:
+        return None
+    if not activation.dynamic:
+        return ActivationSettings(activation.bits, "static", static_scale=scale)
+    scheme = "dynamic-token" if activation.per_token else "dynamic-tensor"
+    return ActivationSettings(activation.bits, scheme)
+
+
+def load_linear(
+    quantized: AnyPath, module: str, activations: ActivationSettings | None = None
+) -> QuantizedLinear:
+    """A module of an output folder as something to call: `linear(inputs)`.
+
+    Inputs are rounded as the folder states (W8A8: an integer product), or as `activations` say.
+    """
     folder = open_quantized(Path(quantized))
+    weight = folder.load(module)
+    if activations is None:
+        activations = _stated(folder.layers[module].activation, weight.input_scale)
     bias = f"{module}.bias"
     present = bias in folder.checkpoint.tensors
     return QuantizedLinear(
-        folder.load(module),
+        weight,
         folder.checkpoint.read(bias).astype(np.float32) if present else None,
+        activations,
     )
+
+
+def smoothquant(model: AnyPath, **options: Any) -> RunReport:
+    """Smooth, and quantize weights and inputs; options as in `quantize`, `bits` may be 16."""
+    return _smooth(model, "smoothquant", options)
+
+
+def awq(model: AnyPath, **options: Any) -> RunReport:
+    """Scale weights by their inputs' loudness, then round; options as in `quantize`."""
+    return _smooth(model, "awq", options)
+
+
+def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
+    from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
+
+    runs = ("force", "restart", "listen", "listen_sites")
+    run_options = {key: options.pop(key) for key in runs if key in options}
+    own = ("calibration", "activations", "bf16", "output")
+    where = {key: options.pop(key) for key in own if key in options}
+    _refuse_unknown(options, smooth_settings(command))
+    return prepare_smoothing(command, model, options, **where).run(**run_options)

@@ -175,11 +175,31 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         ],
         [_cells(row, common) for row in shown],
     )
+    _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
         line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
     _show_totals(report.totals)
     if output is not None:
         line(f"written: {output}")
+
+
+def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
+    """Errors with integer inputs, beside those of the weight alone and of plain rounding."""
+    if not rows:
+        return
+    columns = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
+    cells = []
+    for row in rows:
+        assert row.activations is not None
+        ours, alone, plain = (
+            getattr(row.activations, part) for part in ("integer", "weight_only", "plain")
+        )
+        numbers = (ours.mae, ours.rel_err, ours.sqnr_db, alone.rel_err, alone.sqnr_db)
+        values = (*numbers, plain.rel_err, plain.sqnr_db)
+        cells.append([row.module.removeprefix(common), *(number(value) for value in values)])
+    scheme = rows[0].activations.scheme if rows[0].activations else ""
+    line(f"outputs with integer inputs ({scheme}):")
+    table([("layer", "left"), *((name, "right") for name in columns)], cells)
 
 
 def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:

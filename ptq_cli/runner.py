@@ -140,6 +140,7 @@ def _work(
             plan.settings[1],
             format_named(plan.format),
             on_failure=on_failure,
+            outputs=checkpoint.output_scale,
         )
     except NumericalError as error:
         error.hint = f"{error.hint}, or allow --fallback rtn"

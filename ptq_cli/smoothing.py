@@ -20,7 +20,9 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.activations import ActivationSettings, absmax_scale
-from ptq_cli.numerics.smoothing import function_change, quantized_error
+from ptq_cli.numerics.integer_matmul import linear_w8a8
+from ptq_cli.numerics.measures import output_errors
+from ptq_cli.numerics.smoothing import function_change
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.registry import method
 from ptq_cli.storage.calibration import StatisticsSource
@@ -28,7 +30,7 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import FoldedCheckpoint, folded_checkpoint, smoothed_source
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
-from ptq_cli.unit import Rounding, choose, error_of, measure_plain
+from ptq_cli.unit import Chosen, Rounding, choose, error_of, measure_plain
 from ptq_cli.values import (
     Array,
     Format,
@@ -312,31 +314,34 @@ class _Group:
         }
 
     def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
+        """Of the layer as it would be written, with integer inputs where they are rounded."""
+        chosen, outputs = self._rounded(owner, linear, folds, *self.job.rounding)
         if self.job.activations.scheme == "none":
-            return self._rounded(owner, linear, folds, *self.job.rounding)
+            return error_of(chosen.measures)
         statistics = self.statistics(owner, folds)
         assert statistics is not None
         inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
-        return quantized_error(
-            inputs.astype(np.float32),
-            [self.weight(linear, folds)],
-            self.job.layers[linear.tensor].grid,
-            activations_for(statistics, self.job.activations),
-        )
+        inputs = inputs.astype(np.float32)
+        scheme = activations_for(statistics, self.job.activations)
+        product = linear_w8a8(inputs, chosen.rounded, None, scheme)
+        return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
 
     def _rounded(
         self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], name: str, settings: Any
-    ) -> float:
-        """Error of the layer as it would be written under `folds`."""
+    ) -> tuple[Chosen, Array | None]:
+        """The layer as it would be written under `folds`, and the scale of its outputs."""
         statistics = self.statistics(owner, folds)
         layer, how = self.job.layers[linear.tensor], method(name)
         own = [id(factors) for site, factors in folds if site is owner]
         key = (owner.name, own, name, layer.grid)
         if self._prepared[0] != key:
             self._prepared = (key, how.prepare(statistics, layer.grid, settings))
-        rounding = Rounding(how, self._prepared[1], settings, self.job.fmt)
-        chosen = choose(self.weight(linear, folds), layer, statistics, rounding)
-        return error_of(chosen.measures)
+        outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
+        rounding = Rounding(how, self._prepared[1], settings, self.job.fmt, outputs=outputs)
+        return choose(self.weight(linear, folds), layer, statistics, rounding), outputs
+
+    def _method_error(self, site: Site, linear: SiteLinear, *how: Any) -> float:
+        return error_of(self._rounded(site, linear, *how)[0].measures)
 
     def _baseline(self) -> None:
         """Errors of plain rounding, before anything is folded."""
@@ -374,9 +379,9 @@ class _Group:
         result = {}
         for name, settings in self.job.compare.items():
             if name != own:
-                result[name] = self._rounded(site, linear, (), name, settings)
+                result[name] = self._method_error(site, linear, (), name, settings)
             label = name if name == own else f"{own}+{name}"
-            result[label] = self._rounded(site, linear, self.folds, name, settings)
+            result[label] = self._method_error(site, linear, self.folds, name, settings)
         rel, heldout = self.rtn[linear.module]
         return {"rtn": rel if heldout is None else heldout} | result
 

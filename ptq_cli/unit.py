@@ -66,10 +66,12 @@ def quantize_unit(
     *,
     on_failure: str = "error",
     importance: Callable[[Layer], FloatArray | None] = lambda _: None,
+    outputs: Callable[[Layer], FloatArray | None] = lambda _: None,
 ) -> list[LayerResult]:
     """Quantize the layers of one unit.
 
     importance: what weighs each layer's scale search, where it is not the method's own business
+    outputs: what each layer's outputs are multiplied by before they are measured, or None
     on_failure: "rtn" rounds to nearest where the factorization fails for good; "error" raises
 
     Raises:
@@ -92,7 +94,9 @@ def quantize_unit(
         begin = time.perf_counter()
         weight = load(layer)
         try:
-            rounding = Rounding(method, prepared, method_settings, fmt, failure, importance(layer))
+            rounding = Rounding(
+                method, prepared, method_settings, fmt, failure, importance(layer), outputs(layer)
+            )
             chosen = choose(weight, layer, statistics, rounding)
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
@@ -105,7 +109,11 @@ def quantize_unit(
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a layer is rounded. failure: why it is only rounded to nearest, or None."""
+    """How a layer is rounded and measured.
+
+    failure: why it is only rounded to nearest, or None
+    importance, outputs: of this layer, as in `quantize_unit`
+    """
 
     method: Method
     prepared: Any
@@ -113,6 +121,7 @@ class Rounding:
     fmt: Format
     failure: str | None = None
     importance: FloatArray | None = None
+    outputs: FloatArray | None = None
 
 
 def choose(
@@ -130,14 +139,14 @@ def choose(
     scale = _input_scale(layer, statistics)
     nearest = replace(round_to_nearest(weight, grid), input_scale=scale)
     plain = _as_stored(layer, nearest, fmt)
-    rtn = measure(weight, plain, hessian, heldout)
+    rtn = measure(weight, plain, hessian, heldout, rounding.outputs)
     if rounding.failure is not None:
         return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
     result: MethodResult = method.apply(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
     stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, stored, hessian, heldout)
+    measures = measure(weight, stored, hessian, heldout, rounding.outputs)
     if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"

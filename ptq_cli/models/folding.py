@@ -75,12 +75,12 @@ def fold_into_linear_rows(
     check_factors(factors, len(factors))
     work = _working(weight)
     outputs = work.shape[1] if transposed else work.shape[0]
-    divisor = _row_divisor(outputs, factors, rows).astype(work.dtype)
+    divisor = row_divisor(outputs, factors, rows).astype(work.dtype)
     new = work / (divisor if transposed else divisor[:, None])
     return new, None if bias is None else _working(bias) / divisor
 
 
-def _row_divisor(outputs: int, factors: Array, rows: Rows) -> FloatArray:
+def row_divisor(outputs: int, factors: Array, rows: Rows) -> FloatArray:
     """What each output is divided by, [outputs]."""
     index = rows.index(len(factors))
     if index.size and int(index.max()) >= outputs:
@@ -193,7 +193,7 @@ def _folded(name: str, values: Array, site: Site, factors: Array) -> FloatArray:
         if name == feeder.weight:
             return fold_into_linear_rows(values, None, factors, feeder.rows, feeder.transposed)[0]
         if name == feeder.bias:
-            return _working(values) / _row_divisor(values.shape[0], factors, feeder.rows)
+            return _working(values) / row_divisor(values.shape[0], factors, feeder.rows)
     raise InputError(f"{name} does not belong to site {site.name}")
 
 

@@ -19,7 +19,7 @@ from math import log10
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.values import Array, FloatArray, QuantizedWeight
+from ptq_cli.values import Array, FloatArray, OutputErrors, QuantizedWeight
 
 ROWS_AT_ONCE = 1024
 
@@ -40,14 +40,16 @@ def measure(
     rounded: QuantizedWeight,
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    outputs: FloatArray | None = None,
 ) -> Measures:
     """Measure one rounded weight.
 
     weight: [out_features, in_features]
     hessian: [in_features, in_features], or None for the identity
     heldout: [n, in_features], or None
+    outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
     """
-    return measure_against(weight, rounded.dequantized, hessian, heldout)
+    return measure_against(weight, rounded.dequantized, hessian, heldout, outputs)
 
 
 def measure_against(
@@ -55,13 +57,18 @@ def measure_against(
     dequantized: Callable[[slice], NDArray[np.float32]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    outputs: FloatArray | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
     sums = _Sums(weight.shape[1], hessian, heldout)
     for top in range(0, weight.shape[0], ROWS_AT_ONCE):
         rows = slice(top, min(top + ROWS_AT_ONCE, weight.shape[0]))
         original = weight[rows].astype(np.float32, copy=False)
-        sums.add(original, original - dequantized(rows))
+        error = original - dequantized(rows)
+        if outputs is not None:
+            scale = outputs[rows, None].astype(np.float32)
+            original, error = original * scale, error * scale
+        sums.add(original, error)
     return sums.result()
 
 
@@ -112,3 +119,26 @@ def _square(values: NDArray[np.float32]) -> float:
 def _ratio(part: float, whole: float) -> float:
     """part / whole; nothing lost of nothing is 0."""
     return part / whole if whole > 0 else 0.0
+
+
+def output_errors(
+    inputs: FloatArray,
+    weight: FloatArray,
+    outputs: NDArray[np.float32],
+    scale: FloatArray | None = None,
+) -> OutputErrors:
+    """How far `outputs` [n, out_features] are from `inputs @ weight.T`.
+
+    inputs: [n, in_features]; weight: [out_features, in_features]
+    scale: [out_features], what both are multiplied by before they are compared, or None
+    """
+    exact = (inputs @ weight.T).astype(np.float32, copy=False)
+    error = exact - outputs
+    if scale is not None:
+        exact, error = exact * scale.astype(np.float32), error * scale.astype(np.float32)
+    change, power = _square(error), _square(exact)
+    return OutputErrors(
+        mae=float(np.abs(error).mean(dtype=np.float64)) if error.size else 0.0,
+        rel_err=_ratio(change, power),
+        sqnr_db=-10 * log10(change / power) if change and power else None,
+    )

@@ -150,6 +150,11 @@ class Checkpoint:
         out_features, in_features = layer.shape
         return np.ascontiguousarray(self.matrix(layer.tensor, (in_features, out_features)).T)
 
+    def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
+        """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
+        disk, [out_features]; None: they are."""
+        return None
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of every tensor's name, dtype, shape, and first and last 4 KiB: tells one set of

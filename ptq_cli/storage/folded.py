@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.folding import as_stored, fold_tensor
+from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothing import check_factors
 from ptq_cli.numerics.statistics import smoothed
@@ -22,7 +22,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, Layer, SiteStatistics
 
 FOLDS_FILE = "smooth_scales.st"
 
@@ -55,6 +55,16 @@ class FoldedCheckpoint(Checkpoint):
         if name not in self.folds:
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
+        scale = np.ones(layer.shape[0], np.float32)
+        feeds = False
+        for site, factors in self.folds.get(layer.tensor, ()):
+            feeder = site.feeder
+            if isinstance(feeder, Preceding) and feeder.weight == layer.tensor:
+                scale *= row_divisor(len(scale), factors, feeder.rows)
+                feeds = True
+        return scale if feeds else None
 
 
 def folded_checkpoint(base: Checkpoint, folds: Folds) -> FoldedCheckpoint:
