@@ -20,6 +20,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "gptq",
+    "inspect",
     "load_linear",
     "load_weight",
     "pack",

@@ -26,7 +26,7 @@ from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import GridSettings, make_plan
+from ptq_cli.plan import SCHEMES, GridSettings, is_quantized, make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.runner import Listener, run
 from ptq_cli.storage.calibration import (
@@ -40,6 +40,8 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.gradients import GradientSite, match_gradients
+from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
 from ptq_cli.values import Activation, Plan, RunReport
 
@@ -62,6 +64,7 @@ def calibrate(
     output: AnyPath | None = None,
     *,
     merge: Iterable[AnyPath] = (),
+    gradients: Iterable[AnyPath] = (),
     bf16: bool = False,
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
@@ -74,6 +77,8 @@ def calibrate(
     """Stream activations into a statistics file, or merge statistics files.
 
     output: default `<model>.calibration.safetensors` beside the model
+    gradients: folders of per-sample gradients `<module>.npy`; their diagonal Fisher information is
+        stored too, and alone where there are no activations
 
     Returns:
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
@@ -94,17 +99,22 @@ def calibrate(
         job_inputs = [file.checkpoint.fingerprint for file in files]
         inputs = list(source.files)
     else:
-        folders = [Path(path) for path in activations] or [_activations_beside(checkpoint)]
+        found = match_gradients(checkpoint, find_activations(map(Path, gradients), bf16))
+        folders = [Path(path) for path in activations]
+        if not folders and (not found or beside(checkpoint)[1] is not None):
+            folders = [_activations_beside(checkpoint)]
         match = match_activations(checkpoint, find_activations(folders, bf16))
-        if (match.missing and missing == "error") or not match.entries:
+        alone = bool(found) and not folders
+        if ((match.missing and missing == "error") or not match.entries) and not alone:
             raise missing_error(match, ", ".join(map(str, folders)))
         warnings = match_warnings(match)
         if match.missing:
             warnings.append(
                 f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
             )
-        source = Activations(", ".join(map(str, folders)), match.entries, heldout)
-        job_inputs = activations_fingerprint(match)
+        name = ", ".join(map(str, folders))
+        source = Activations(name, match.entries, heldout, gradients=found)
+        job_inputs = activations_fingerprint(match) + gradients_fingerprint(found)
         inputs = list(source.files)
     for warning in warnings:
         warn(warning)
@@ -122,17 +132,26 @@ def calibrate(
 
 def activations_fingerprint(match: Match) -> list[str]:
     """What tells one set of activations from another: their headers and a sample of each file."""
+    return [
+        _fingerprint((site, entry.info.linears), entry.files)
+        for site, entry in match.entries.items()
+    ]
+
+
+def gradients_fingerprint(gradients: Mapping[str, GradientSite]) -> list[str]:
+    """The same for gradients."""
+    return [_fingerprint((module, "gradients"), g.files) for module, g in gradients.items()]
+
+
+def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
     import hashlib
 
-    prints = []
-    for site, entry in match.entries.items():
-        digest = hashlib.sha256(repr((site, entry.info.linears)).encode())
-        for file in entry.files:
-            digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
-            for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
-                digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
-        prints.append(digest.hexdigest())
-    return prints
+    digest = hashlib.sha256(repr(key).encode())
+    for file in files:
+        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
+        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
+            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
+    return digest.hexdigest()
 
 
 def _activations_beside(checkpoint: Checkpoint) -> Path:
@@ -255,6 +274,7 @@ def prepare(
     given, recipe: settings by name; `given` wins
     """
     chosen = method("rtn" if command == "pack" else command)
+    recipe = with_scheme(given, recipe)
     settings = make_settings(GridSettings, given, recipe)
     own = make_settings(chosen.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
@@ -267,10 +287,27 @@ def prepare(
             hint="--calibration FILE or --activations DIR",
         )
     fmt = format_named(settings.format)
-    plan = make_plan(checkpoint, chosen, settings, own, fmt, source.statistics, missing=fallback)
+    plan = make_plan(
+        checkpoint,
+        chosen,
+        settings,
+        own,
+        fmt,
+        source.statistics,
+        missing=fallback,
+        activation=Activation() if settings.scheme == "W8A8" else None,
+    )
     plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings))
     target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
     return Job(plan, checkpoint, source, target, command, fallback)
+
+
+def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with what `scheme` is short for: named on the command line it wins over the recipe's
+    own values, named in the recipe the recipe's own values win over it."""
+    if given.get("scheme"):
+        return {**recipe, **SCHEMES.get(given["scheme"], {})}
+    return {**SCHEMES.get(recipe.get("scheme", ""), {}), **recipe}
 
 
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
@@ -352,6 +389,23 @@ def evaluate(
         )
     sides = open_sides(checkpoint, folder, source.statistics, activation)
     return run_evaluation(sides, listen)
+
+
+def inspect(
+    path: AnyPath,
+    *,
+    calibration: AnyPath | None = None,
+    activations: Iterable[AnyPath] = (),
+    bf16: bool = False,
+) -> dict[str, Any]:
+    """What a float model or a quantized folder holds (ptq_cli/inspection.py says what)."""
+    from ptq_cli.inspection import inspect_model, inspect_quantized
+
+    checkpoint = open_checkpoint(Path(path))
+    if is_quantized(checkpoint):
+        return inspect_quantized(open_quantized(Path(path)))
+    source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    return inspect_model(checkpoint, source.statistics)
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

@@ -31,7 +31,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import own_metadata, serialize
+from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,10 @@ def calibrate_sites(
                     staging.put(site, site_tensors(statistics), site_entry(statistics))
                 entries[site] = staging.result(site)
                 listen(done + 1, len(source.sites), site)
-        tensors = [tensor for site in source.sites for tensor in staging.tensors(site)]
-        content = file_content(model, heldout, entries)
+        fisher = _stage_fisher(source, staging)
+        units = [*source.sites, *fisher]
+        tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
+        content = file_content(model, heldout, entries, source.fisher)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
     except PtqError:
@@ -155,6 +157,17 @@ def calibrate_sites(
     finally:
         staging.close()
     return {"sites": entries, "seconds": time.perf_counter() - begin}
+
+
+def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:
+    """Stage the Fisher information of every module that has gradients; the units' names."""
+    units = []
+    for module in source.fisher:
+        unit = f"{module}.fisher"
+        if not staging.finished(unit):
+            staging.put(unit, [as_bytes(unit, source.load_fisher(module))], None)
+        units.append(unit)
+    return units
 
 
 def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:

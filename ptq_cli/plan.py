@@ -7,7 +7,7 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -47,10 +47,25 @@ _QUANTIZED_NAMES = re.compile(
 )
 
 
+# What --scheme is short for.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
+    "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
+}
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """Settings of the grid, the tensors and the layout: common to every quantizing command."""
 
+    scheme: str = field(
+        default="",
+        metadata={
+            "help": "Short for: W4A16, 4 bits in groups of 128; W8A8, int8 weights per channel and"
+            " inputs per token.",
+            "choices": tuple(SCHEMES),
+        },
+    )
     bits: int = field(
         default=4, metadata={"help": "Bits per weight.", "min": 2, "max": 8, "short": "-b"}
     )
@@ -150,7 +165,10 @@ def make_plan(
         reason = f"format {fmt.name} cannot hold it"
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
+    _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
+    if getattr(method_settings, "weight", "hessian") == "fisher":
+        _check_fisher(layers.values(), source)
     units = _units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
@@ -187,11 +205,23 @@ def transposed_tensors(sites: Sequence[Site]) -> frozenset[str]:
     return frozenset(linear.tensor for linear in linears if linear.transposed)
 
 
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds packed weights."""
+    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
+
+
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    return [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+
+
+def _declared(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.get("quantization_config"))
+
+
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
-    config = checkpoint.config if checkpoint.root else {}
-    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    if packed or config.get("quantization_config"):
+    packed = _packed(checkpoint)
+    if is_quantized(checkpoint):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(
             f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
@@ -223,11 +253,11 @@ def choose_tensors(
     checkpoint: Checkpoint, settings: GridSettings
 ) -> tuple[list[StoredTensor], list[Skipped]]:
     """The tensors to quantize, in the order of the files, and those that are copied."""
-    ignore = _patterns("ignore", settings.ignore, checkpoint)
-    include = _patterns("include", settings.include, checkpoint)
-    skip = [rule["match"] for rule in settings.layers if rule.get("skip")]
-    ignore += _patterns("layers", tuple(skip), checkpoint)
-    _patterns("layers", tuple(rule["match"] for rule in settings.layers), checkpoint)
+    ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    include = _patterns("--include", settings.include, checkpoint)
+    rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
+    pairs = zip(rules, settings.layers, strict=True)
+    ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
     chosen, skipped = [], []
     for tensor in checkpoint.tensors.values():
         spec, reason = tensor.spec, default_reason(tensor)
@@ -259,11 +289,11 @@ def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> lis
     for word in words:
         try:
             pattern = re.compile(word)
-        except re.error as error:
-            raise InputError(f"--{setting} {word!r}: not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{setting} {word!r}: not a regular expression: {error}") from None
         if not any(pattern.search(name) for name in checkpoint.tensors):
             raise InputError(
-                f"--{setting} {word!r} matches no tensor of {checkpoint.path}",
+                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
                 hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
             )
         patterns.append(pattern)
@@ -314,6 +344,24 @@ def _layer(
     )
 
 
+def _check_fisher(layers: Iterable[Layer], source: StatisticsSource | None) -> None:
+    """Every layer needs Fisher information, in the shape of its weight."""
+    found = {} if source is None else source.fisher
+    lost = [layer.module for layer in layers if layer.module not in found]
+    if lost:
+        raise InputError(
+            f"--weight fisher: no Fisher information of {len(lost)} layers: {', '.join(lost[:10])}",
+            hint="ptq calibrate --gradients DIR",
+        )
+    for layer in layers:
+        shape = found[layer.module].shape
+        if shape != layer.full_shape:
+            raise InputError(
+                f"--weight fisher: {layer.module} has {list(shape)}, its weight"
+                f" {list(layer.full_shape)}"
+            )
+
+
 def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     """The dtype a runtime computes in: config.json's, else the tensor's."""
     config = checkpoint.config
@@ -352,6 +400,22 @@ def check_layers(
     together = [group for group in groups if not misfits.keys().isdisjoint(group)]
     kept = {module for group in together for module in group}
     return [layer for layer in layers if layer.module in kept]
+
+
+def _check_names(
+    checkpoint: Checkpoint, layers: Iterable[Layer], skipped: Iterable[Skipped], fmt: Format
+) -> None:
+    """Refuse a packed tensor's name that another tensor of the output has already."""
+    taken = {entry.tensor for entry in skipped}
+    for layer in layers:
+        for spec in fmt.specs(layer):
+            if spec.name in taken:
+                raise InputError(
+                    f"{checkpoint.path}: {layer.tensor!r} would be packed as {spec.name!r}, which"
+                    " is a name that is taken",
+                    hint="leave the former out with --ignore",
+                )
+            taken.add(spec.name)
 
 
 def _units(

@@ -140,6 +140,7 @@ def _work(
             plan.settings[1],
             format_named(plan.format),
             on_failure=on_failure,
+            importance=lambda layer: _importance(layer, plan, source),
             outputs=checkpoint.output_scale,
         )
     except NumericalError as error:
@@ -149,6 +150,17 @@ def _work(
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
     staging.put(unit.name, tensors, [asdict(result.row) for result in results])
+
+
+def _importance(
+    layer: Layer, plan: Plan, source: StatisticsSource | None
+) -> NDArray[np.float32] | None:
+    """What weighs the layer's scale search: its Fisher information, where that is asked for."""
+    if source is None or getattr(plan.settings[1], "weight", "hessian") != "fisher":
+        return None
+    values = source.load_fisher(layer.module)
+    values = values.reshape(layer.shape[::-1]).T if layer.transposed else values
+    return np.ascontiguousarray(values).reshape(layer.shape)
 
 
 def _assemble(

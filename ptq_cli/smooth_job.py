@@ -12,7 +12,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
-from ptq_cli.api import AnyPath, Source, default_output, find_source, settings_of
+from ptq_cli.api import AnyPath, Source, default_output, find_source, settings_of, with_scheme
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
@@ -146,7 +146,7 @@ def prepare_smoothing(
     command: a smoother's name; given, recipe: settings by name, `given` wins; `bits` may be 16
     """
     how = smoother(command)
-    recipe = {**how.defaults, **recipe}
+    recipe = {**how.defaults, **with_scheme(given, recipe)}
     floats = (given.get("bits") or recipe.get("bits")) == FLOAT_BITS
     if floats:
         given, recipe = {**given, "bits": None}, {**recipe, "bits": how.defaults.get("bits", 4)}

@@ -169,4 +169,5 @@ def tree(folder: Path) -> dict[str, bytes]:
         os.path.relpath(os.path.join(top, name), folder): Path(top, name).read_bytes()
         for top, _, names in os.walk(folder)
         for name in names
+        if Path(top, name).is_file()
     }

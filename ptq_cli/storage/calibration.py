@@ -9,23 +9,28 @@ A statistics file is a safetensors file. Per site `<site>`:
     <site>.heldout    F16, BF16 or F32 [n, in_features], inputs that no statistic has seen
     <site>.sample     the same, evenly spaced inputs that the statistics have seen
 
+Per module whose gradients were given:
+
+    <module>.fisher   F32 in the shape of its weight, the diagonal Fisher information mean_n g²
+
 Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
 fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
 `linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
-`histogram_start`.
+`histogram_start`; under `fisher` the samples behind each module's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
@@ -38,8 +43,9 @@ from ptq_cli.numerics.statistics import (
     piece_tokens,
     static_scale,
 )
-from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.files import listing
+from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics
@@ -63,6 +69,8 @@ class StatisticsSource(Protocol):
     """Statistics by the site's name.
 
     name: what messages call the source; files: what it reads; surplus: what of it fits no linear
+    fisher: modules whose Fisher information it has; `load_fisher` gives it, float32 in the shape
+        of the weight
     """
 
     @property
@@ -77,7 +85,12 @@ class StatisticsSource(Protocol):
     @property
     def sites(self) -> Mapping[str, SiteInfo]: ...
 
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]: ...
+
     def load(self, site: str) -> SiteStatistics: ...
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,20 @@ class CalibrationFile:
     def heldout_limit(self) -> int:
         return int(self.content["heldout_limit"])
 
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {
+            module: FisherInfo(module, self.checkpoint.tensors[f"{module}.fisher"].spec.shape, n)
+            for module, n in self.content.get("fisher", {}).items()
+        }
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Raises InputError where the file holds what no calibration writes."""
+        values = self.checkpoint.read(f"{module}.fisher").astype(np.float32)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise InputError(f"{self.name}: {module}.fisher is damaged", hint="calibrate again")
+        return values
+
     def load(self, site: str) -> SiteStatistics:
         """Raises InputError where the file holds what no calibration writes."""
         entry = self.content["sites"][site]
@@ -115,25 +142,23 @@ class CalibrationFile:
         def read(part: str) -> Array:
             return self.checkpoint.read(f"{site}.{part}")
 
-        hessian = read("hessian")
-        if not np.isfinite(hessian.sum(dtype=np.float64)) or (hessian.diagonal() < 0).any():
+        parts = {part: read(part) for part in PARTS}
+        for part, values in parts.items():
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
+        if (parts["hessian"].diagonal() < 0).any():
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
         return SiteStatistics(
             site=site,
             linears=self.sites[site].linears,
-            hessian=hessian,
             n_tokens=int(entry["n_tokens"]),
             n_seen=int(entry["n_seen"]),
-            absmax=read("absmax"),
-            absmean=read("absmean"),
             minimum=float(entry["min"]),
             maximum=float(entry["max"]),
             mean=float(entry["mean"]),
             std=float(entry["std"]),
-            histogram=read("histogram"),
             histogram_start=int(entry["histogram_start"]),
-            heldout=read("heldout"),
-            sample=read("sample"),
+            **parts,
         )
 
 
@@ -156,8 +181,11 @@ def open_calibration(path: Path) -> CalibrationFile:
             site: _site_info(path, checkpoint, site, entry)
             for site, entry in sorted(content["sites"].items())
         }
-        str(content["model"]), int(content["heldout_limit"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+        for module, n in content.get("fisher", {}).items():
+            if f"{module}.fisher" not in checkpoint.tensors or int(n) < 1:
+                raise KeyError(module)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not a statistics file", hint="make one with ptq calibrate"
         ) from None
@@ -165,18 +193,27 @@ def open_calibration(path: Path) -> CalibrationFile:
 
 
 def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
-    shapes = {}
+    specs = {}
     for part in PARTS:
         stored = checkpoint.tensors.get(f"{site}.{part}")
         if stored is None:
             raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
-        shapes[part] = stored.spec.shape
-    n = shapes["absmax"][0]
+        specs[part] = stored.spec
+    n = specs["absmax"].shape[0]
+    wanted = {"hessian": (n, n), "absmax": (n,), "absmean": (n,)}
     good = (
-        shapes["hessian"] == (n, n) and shapes["absmean"] == (n,) and shapes["heldout"][1:] == (n,)
+        all((specs[part].dtype, specs[part].shape) == ("F32", wanted[part]) for part in wanted)
+        and (specs["histogram"].dtype, len(specs["histogram"].shape)) == ("I64", 1)
+        and specs["histogram"].shape[0] > 0
+        and is_float(specs["heldout"])
+        and specs["heldout"].shape[1:] == (n,)
+        and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
+        and type(entry["histogram_start"]) is int
+        and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry["linears"], list)
+        and all(isinstance(linear, str) for linear in entry["linears"])
     )
-    numbers = [entry[key] for key in ("min", "max", "mean", "std")]
-    if not good or int(entry["n_tokens"]) < 1 or not all(isfinite(x) for x in numbers):
+    if not good:
         raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
     return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
 
@@ -202,9 +239,15 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
     }
 
 
-def file_content(model: str, heldout: tuple[int, int], sites: Mapping[str, Any]) -> dict[str, Any]:
+def file_content(
+    model: str,
+    heldout: tuple[int, int],
+    sites: Mapping[str, Any],
+    fisher: Mapping[str, FisherInfo],
+) -> dict[str, Any]:
     """The metadata of a statistics file."""
-    return {
+    more = {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
+    return more | {
         "kind": "calibration",
         "version": VERSION,
         "model": model,
@@ -241,6 +284,25 @@ class Merged:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        found: dict[str, FisherInfo] = {}
+        for part in self.parts:
+            for module, info in part.fisher.items():
+                before = found[module].n_samples if module in found else 0
+                found[module] = FisherInfo(module, info.shape, before + info.n_samples)
+        return found
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """The mean over all samples."""
+        own = [part for part in self.parts if module in part.fisher]
+        total = sum(part.fisher[module].n_samples for part in own)
+        weighted = [
+            part.load_fisher(module) * (part.fisher[module].n_samples / total) for part in own
+        ]
+        mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
+        return mean
+
 
 @dataclass(frozen=True)
 class ActivationSite:
@@ -256,10 +318,20 @@ class Activations:
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
     surplus: tuple[str, ...] = ()
+    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
 
     @property
     def files(self) -> Sequence[Path]:
-        return [file.npy.path for entry in self.entries.values() for file in entry.files]
+        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
+        return [*found, *gradient_files(self.gradients)]
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {module: entry.info for module, entry in self.gradients.items()}
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Stream the module's gradients."""
+        return self.gradients[module].load()
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
@@ -289,10 +361,11 @@ class Activations:
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
     """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
 
-    paths: folders that hold those, or the files themselves
+    paths: folders that hold those, or the files themselves; what several of them hold of one
+        module is put together
 
     Raises:
-        InputError: a damaged file, shards of different widths, a module found twice.
+        InputError: a damaged file, shards of different widths.
     """
     found: dict[str, list[Path]] = {}
     for path in paths:

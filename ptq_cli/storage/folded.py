@@ -20,6 +20,7 @@ from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing
+from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 from ptq_cli.values import Array, Layer, SiteStatistics
@@ -102,6 +103,13 @@ class SmoothedSource:
     @property
     def surplus(self) -> Sequence[str]:
         return self.base.surplus
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {}  # it was taken of other weights
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        raise KeyError(module)
 
     def load(self, site: str) -> SiteStatistics:
         statistics = self.base.load(site)

@@ -36,6 +36,8 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import TensorSpec
 
+_OWN = ("job.json", "units", "out")
+
 
 class Staging:
     """The locked work folder of one output.
@@ -53,6 +55,8 @@ class Staging:
         keep: Sequence[Path] = (),
     ) -> None:
         self.output, self.force = output, force
+        if output.name in ("", ".."):
+            raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         _check_output(output, force, keep)
         self._lock = self._locked_folder()
@@ -76,7 +80,8 @@ class Staging:
         while True:
             with named(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                descriptor = os.open(self.folder, flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_ino == self.folder.stat().st_ino:
@@ -96,6 +101,8 @@ class Staging:
         path = self.folder / "job.json"
         if path.exists() and not restart:
             earlier = read_json(path)
+            if not isinstance(earlier, dict):
+                raise InputError(f"{path}: damaged", hint="--restart begins anew")
             differing = sorted(
                 key for key in {*earlier, *job} if earlier.get(key) != _plain(job.get(key))
             )
@@ -105,7 +112,14 @@ class Staging:
                     hint="--restart drops its work, -o chooses another output",
                 )
             return True
-        for entry in list(self.folder.iterdir()):
+        entries = list(self.folder.iterdir())
+        for entry in entries:
+            if entry.name not in _OWN and not entry.name.startswith(".job.json."):
+                raise InputError(
+                    f"{entry}: not a run's; {self.folder} is where this run would work",
+                    hint="move it away, or choose another output with -o",
+                )
+        for entry in entries:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_whole(path, to_json(dict(job)))
         return False
@@ -130,21 +144,24 @@ class Staging:
             os.replace(partial, path)
         entry = {
             "unit": unit,
-            "sha256": digest.hexdigest(),
             "tensors": [[t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in tensors],
             "result": result,
         }
-        write_whole(self._path(unit, ".json"), to_json(entry))
+        digest.update(to_json(entry).encode())
+        write_whole(self._path(unit, ".json"), to_json({**entry, "sha256": digest.hexdigest()}))
 
     def finished(self, unit: str) -> bool:
-        """Whether the unit is there, whole: its bytes match their checksum."""
+        """Whether the unit is there, whole: its bytes and its entry match their checksum."""
         if not self._path(unit, ".json").exists():
             return False
         try:
             tensors, digest = self.tensors(unit), hashlib.sha256()
             for tensor in tensors:
                 digest.update(tensor.data.data)
-            return bool(self._entry(unit)["sha256"] == digest.hexdigest())
+            entry = dict(self._entry(unit))
+            checksum = entry.pop("sha256")
+            digest.update(to_json(entry).encode())
+            return bool(entry["unit"] == unit and checksum == digest.hexdigest())
         except (InputError, KeyError, TypeError, ValueError):
             return False
 
@@ -233,3 +250,14 @@ def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
         for path in (p.resolve() for p in keep):
             if path == target or target in path.parents:
                 raise InputError(f"{output}: holds {path}, which is being read")
+        if output.is_dir() and not _is_own(output):
+            raise InputError(
+                f"{output}: a folder that this tool did not write; --force does not replace it",
+                hint="remove it yourself, or choose another output with -o",
+            )
+
+
+def _is_own(folder: Path) -> bool:
+    """An empty folder, or an output of this tool."""
+    names = os.listdir(folder)
+    return not names or "quantization.json" in names
