@@ -74,8 +74,20 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
         if family is not None:
             raise InputError(message)
         return Sites(None, (), (*notes, message))
+    if family is not None:
+        _check_family(row, blocks, settings)
     sites = tuple(_site(block, row, p, settings, specs) for block in blocks for p in row.sites)
     return Sites(row.name, sites, (*notes, *_assumed(row, settings)))
+
+
+def _check_family(row: Family, blocks: list[_Block], config: Config | None) -> None:
+    """Refuse a family that the model is not of, by its config.json or its tensors."""
+    kind = None if config is None else config.get("model_type")
+    if kind in BY_MODEL_TYPE and kind not in row.model_types:
+        raise InputError(f"family {row.name}: config.json says the model is a {kind}")
+    for mark in row.marks:
+        if not any(mark in block.tensors for block in blocks):
+            raise InputError(f"family {row.name}: no block of the checkpoint has a {mark}")
 
 
 def _text_config(config: Config | None) -> Config | None:
