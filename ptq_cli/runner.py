@@ -99,7 +99,7 @@ def run(
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
         staging.publish()
-    except PtqError as error:
+    except (PtqError, OSError) as error:
         staging.give_up(error)
         raise
     finally:
