@@ -171,7 +171,7 @@ def calibrate_sites(
         content = file_content(model, heldout, entries, source.fisher)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
-    except PtqError as error:
+    except (PtqError, OSError) as error:
         staging.give_up(error)
         raise
     finally:

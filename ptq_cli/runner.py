@@ -118,7 +118,7 @@ def run(
         _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
         after.write(staging.out)
         staging.publish()
-    except PtqError as error:
+    except (PtqError, OSError) as error:
         staging.give_up(error)
         raise
     finally:

@@ -11,6 +11,7 @@ worker, and a worker that is killed would take the whole pool with it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -227,8 +228,9 @@ def _cluster(address: str) -> Crew:
     executor = client.get_executor(pure=False, retries=0)
 
     def stop() -> None:
+        for name in ("distributed", "tornado", "asyncio"):  # what breaks off is meant to
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         with contextlib.suppress(Exception):
-            executor.shutdown(wait=False, cancel_futures=True)
-        client.close()
+            client.close(timeout=5)
 
     return Crew(executor, len(workers), stop, memory, remote=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli import stopping
-from ptq_cli.errors import FileError, InputError, PtqError
+from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
@@ -210,7 +210,7 @@ class Staging:
         sync_folder(self.output.parent)
         self.drop()
 
-    def give_up(self, error: PtqError) -> None:
+    def give_up(self, error: Exception) -> None:
         """After an error nothing is left, unless that would throw away an earlier run's work."""
         if not isinstance(error, ChangedInput):
             self.drop()

@@ -1,0 +1,168 @@
+"""What a run costs on a model of `make_model.py`, next to what the machine can do at all.
+
+    python benchmarks/make_model.py DIR --parameters 2.0
+    python benchmarks/scale.py DIR [--rtn-only] [--gptq-options "--sweeps 0"]
+
+rtn: seconds over those that one process needs to read the shards and convert them to float32 with
+ml_dtypes. gptq: the gain of two workers over one, next to the gain of two processes that do plain
+sgemm over one, measured before and after. Peak anonymous memory is the sum over all processes of a
+run, sampled every 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+PIECE = 1 << 18
+SGEMM = """
+import os, sys, time
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import numpy as np
+a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+a @ a
+print("ready", flush=True)
+sys.stdin.readline()
+begin = time.perf_counter()
+for _ in range(int(sys.argv[1])):
+    a @ a
+print(time.perf_counter() - begin, flush=True)
+"""
+
+
+def read_and_convert(folder: Path) -> float:
+    """Seconds to read every shard and convert it, a piece that fits the cache at a time."""
+    raw, floats = np.empty(2 * PIECE, np.uint8), np.empty(PIECE, np.float32)
+    begin = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while n := file.readinto(raw.data) // 2:
+                np.copyto(floats[:n], raw[: 2 * n].view(ml_dtypes.bfloat16))
+    return time.perf_counter() - begin
+
+
+def sgemm(processes: int, count: int = 40) -> float:
+    """Products per second of so many processes together, one BLAS thread each."""
+    command = [sys.executable, "-c", SGEMM, str(count)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    for process in running:
+        process.stdout.readline()
+    begin = time.perf_counter()
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in running:
+        process.stdout.readline()
+    seconds = time.perf_counter() - begin
+    for process in running:
+        process.communicate()
+    return processes * count / seconds
+
+
+def anonymous(root: int) -> int:
+    """Anonymous memory of a process and all below it, in bytes."""
+    children: dict[int, list[int]] = {}
+    memory: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            lines = Path(f"/proc/{entry}/status").read_text().splitlines()
+        except OSError:
+            continue
+        words = dict(line.split(":", 1) for line in lines)
+        children.setdefault(int(words["PPid"]), []).append(int(entry))
+        memory[int(entry)] = int(words.get("RssAnon", "0 kB").split()[0]) << 10
+    total, todo = 0, [root]
+    while todo:
+        process = todo.pop()
+        total += memory.get(process, 0)
+        todo += children.get(process, [])
+    return total
+
+
+def timed(*arguments: str) -> tuple[float, int]:
+    """Seconds and peak anonymous memory of `ptq` with these arguments."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "ptq_cli", *arguments, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    errors = process.communicate()[1]
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(errors.decode())
+    return time.perf_counter() - begin, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rtn-only", action="store_true")
+    parser.add_argument("--gptq-options", default="")
+    parser.add_argument("--repeat", type=int, default=3)
+    given = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="scale-", dir=given.folder.resolve().parent))
+    bare = work / "bare"  # the same weights without activations beside them
+    bare.mkdir()
+    for path in given.folder.glob("*.*"):
+        (bare / path.name).symlink_to(path.resolve())
+    try:
+        measure(given, work, bare)
+    finally:
+        shutil.rmtree(work)
+
+
+def measure(given: argparse.Namespace, work: Path, bare: Path) -> None:
+    read_and_convert(given.folder)  # into the page cache
+    for _ in range(given.repeat):
+        reading = read_and_convert(given.folder)
+        rtn, peak = timed("rtn", str(bare), "--no-mse", "-o", str(work / "rtn"), "--force")
+        show(
+            "rtn", seconds=rtn, read_and_convert=reading, ratio=rtn / reading, peak_gib=peak / 2**30
+        )
+    if given.rtn_only:
+        return
+    shutil.rmtree(work / "rtn")
+    plain = [sgemm(1), sgemm(2)]
+    seconds, peaks = [], []
+    for workers in ("1", "2"):
+        more = ["--workers", workers, *given.gptq_options.split()]
+        spent, peak = timed("gptq", str(given.folder), "-o", str(work / f"gptq{workers}"), *more)
+        seconds.append(spent)
+        peaks.append(peak)
+    after = [sgemm(1), sgemm(2)]
+    gain = (plain[1] + after[1]) / (plain[0] + after[0])
+    ours = seconds[0] / seconds[1]
+    show("gptq", one=seconds[0], two=seconds[1], gain=ours, sgemm_gain=gain, part=ours / gain,
+         peak_gib=peaks[1] / 2**30)  # fmt: skip
+
+
+def show(what: str, **figures: float) -> None:
+    print(what, json.dumps({key: round(value, 3) for key, value in figures.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
