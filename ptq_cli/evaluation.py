@@ -129,8 +129,6 @@ def _row(
     rounded = quantized.load(layer.module)
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    if not np.isfinite(rounded.scales.astype(np.float32)).all():
-        raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
     measures = measure(weight, rounded, hessian, heldout)
     # Some layouts do not say that a grid is symmetric; its zeros do.
     sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())
