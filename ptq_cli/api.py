@@ -25,10 +25,11 @@ from ptq_cli.errors import InputError
 from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import GridSettings, make_plan
+from ptq_cli.plan import GridSettings, dense_modules, make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
 from ptq_cli.runner import Listener, Progress, run
+from ptq_cli.runtimes import NOTE, Artifact, Fact, facts
 from ptq_cli.storage.calibration import (
     Activations,
     CalibrationFile,
@@ -39,11 +40,12 @@ from ptq_cli.storage.calibration import (
     open_calibration,
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, is_quantized, open_quantized
+from ptq_cli.storage.files import listing
+from ptq_cli.storage.folder import MAX_SHARD, declared_config, is_quantized, open_quantized
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import LayerReport, Plan, RunReport
+from ptq_cli.values import LayerReport, Plan, RunReport, Skipped
 
 AnyPath = str | Path
 Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
@@ -299,7 +301,11 @@ class RepackJob:
 
 
 def _prepare_repack(
-    path: Path, given: Mapping[str, Any], recipe: Mapping[str, Any], output: AnyPath | None
+    path: Path,
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: AnyPath | None,
+    runtime: str | None,
 ) -> RepackJob:
     """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
     known = {field.name for field in dataclasses.fields(RepackSettings)}
@@ -317,6 +323,9 @@ def _prepare_repack(
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     folder = open_quantized(path)
     repack = plan_repack(folder, format_named(settings.format), settings)
+    said = runtime_warnings(repack.plan, folder.checkpoint, runtime)
+    plan = dataclasses.replace(repack.plan, warnings=(*repack.plan.warnings, *said))
+    repack = dataclasses.replace(repack, plan=plan)
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
     return RepackJob(repack, target)
@@ -334,14 +343,16 @@ def prepare(
     output: AnyPath | None = None,
     fallback: str = "error",
     require_calibration: bool = False,
+    runtime: str | None = None,
 ) -> Job | RepackJob:
     """Plan a quantization: every mistake that can be known is found here.
 
     command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
     given, recipe: settings by name; `given` wins
+    runtime: warn of what this runtime could not load (`check`)
     """
     if command == "pack" and is_quantized(Path(model)):
-        return _prepare_repack(Path(model), given, recipe, output)
+        return _prepare_repack(Path(model), given, recipe, output, runtime)
     chosen = method("rtn" if command == "pack" else command)
     settings = make_settings(GridSettings, given, recipe)
     own = make_settings(chosen.settings, given, recipe)
@@ -356,7 +367,8 @@ def prepare(
         )
     fmt = format_named(settings.format)
     plan = make_plan(checkpoint, chosen, settings, own, fmt, source.statistics, missing=fallback)
-    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings))
+    said = runtime_warnings(plan, checkpoint, runtime)
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings, *said))
     target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
     return Job(plan, checkpoint, source, target, command, fallback)
 
@@ -381,7 +393,15 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
         if key in options
     }
     run_options["resources"] = take_resources(options)
-    own = ("calibration", "activations", "bf16", "output", "fallback", "require_calibration")
+    own = (
+        "calibration",
+        "activations",
+        "bf16",
+        "output",
+        "fallback",
+        "require_calibration",
+        "runtime",
+    )
     where = {key: options.pop(key) for key in own if key in options}
     chosen = method("rtn" if command == "pack" else command)
     known = {field.name for field, _ in settings_fields(GridSettings, chosen.settings)}
@@ -430,6 +450,43 @@ def evaluate(
     folder = open_quantized(Path(quantized))
     source = find_source(checkpoint, calibration, activations, bf16=bf16)
     return run_evaluation(checkpoint, folder, source.statistics, listen)
+
+
+def check(quantized: AnyPath, runtime: str) -> tuple[str, list[Fact]]:
+    """The format of an output, and what a runtime makes of it, from files alone."""
+    folder = open_quantized(Path(quantized))
+    untouched = [
+        Skipped(name, spec.shape, spec.dtype, "")
+        for name in folder.untouched()
+        for spec in (folder.checkpoint.tensors[name].spec,)
+    ]
+    artifact = Artifact(
+        folder.fmt.name,
+        list(folder.layers.values()),
+        dense_modules(untouched),
+        declared_config(folder.checkpoint),
+        listing(folder.checkpoint.folder),
+    )
+    return folder.fmt.name, facts(artifact, runtime)
+
+
+def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) -> tuple[str, ...]:
+    """What `check` would say of the output of a plan, but for mere notes."""
+    if runtime is None:
+        return ()
+    fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
+    declared = fmt.config(plan.layers, dense)
+    config = dict(checkpoint.config)
+    if declared is not None:
+        more = {} if fmt.model_config is None else fmt.model_config(config)
+        config |= {**more, **dict.fromkeys(fmt.config_keys, declared)}
+    files = [] if checkpoint.root is None else listing(checkpoint.root)
+    artifact = Artifact(plan.format, plan.layers, dense, config, files)
+    return tuple(
+        f"{runtime}: {', '.join(fact.modules[:5]) + ': ' if fact.modules else ''}{fact.text}"
+        for fact in facts(artifact, runtime)
+        if fact.level != NOTE
+    )
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

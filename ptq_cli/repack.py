@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -238,6 +238,8 @@ def run_repack(
             rows.append(_row(layer, weight, job.fmt.decode(layer, tensors), job.fmt))
             listen(len(rows), len(job.plan.layers), rows[-1])
         report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
+        chosen = {key: value for key, value in report.settings.items() if value is not None}
+        report = replace(report, settings=chosen)
         _assemble(job, staging, report, inputs, max_shard)
         staging.publish()
     except BaseException:
@@ -309,7 +311,7 @@ def _assemble(
             "method": "repack",
             "format": job.fmt.name,
             "from": folder.fmt.name,
-            "settings": asdict(job.plan.settings[0]),
+            "settings": dict(report.settings),
             "inputs": dict(inputs),
             "layers": {module: layer.method for module, layer in layers.items()},
         },

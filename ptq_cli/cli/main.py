@@ -21,7 +21,8 @@ COMMANDS = {
     ),
     "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
     "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
-    "pack": ("ptq_cli.cli.quantize:pack", "Round a float model to nearest and pack it."),
+    "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
+    "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
 }
 

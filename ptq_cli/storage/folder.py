@@ -225,6 +225,9 @@ class QuantizedFolder:
         layer = self.layers[module]
         tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
         weight = self.fmt.decode(layer, tensors)
+        for values in (weight.scales, weight.offsets):
+            if values is not None and not np.isfinite(values.astype(np.float32)).all():
+                raise InputError(f"{self.checkpoint.path}: scales of {module!r} are not finite")
         groups, there = weight.g_idx, weight.scales.shape[1]
         if groups is not None and groups.size and not 0 <= groups.min() <= groups.max() < there:
             raise InputError(
