@@ -192,8 +192,6 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
     rounded = quantized.load(layer.module)
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    if not np.isfinite(rounded.scales.astype(np.float32)).all():
-        raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
     measures = measure(weight, rounded, hessian, heldout, sides.smoothed.output_scale(layer))
     # Some layouts do not say that a grid is symmetric; its zeros do.
     sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())

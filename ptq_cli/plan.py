@@ -168,7 +168,8 @@ def make_plan(
         reason = f"format {fmt.name} cannot hold it"
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
-    check_container(fmt, checkpoint, list(layers.values()))
+    left = [entry.tensor for entry in skipped]
+    check_container(fmt, checkpoint, list(layers.values()), left)
     _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     if getattr(method_settings, "weight", "hessian") == "fisher":
@@ -373,6 +374,29 @@ def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     return layout.model_dtype(config) if stated else spec.dtype
 
 
+def keep_together(
+    modules: Sequence[str], misfits: Mapping[str, str], sites: Sequence[Site] = ()
+) -> set[str]:
+    """Modules that do not fit, and those that share an input with one: runtimes fuse them."""
+    groups = group_modules(modules, sites)
+    together = [group for group in groups if not misfits.keys().isdisjoint(group)]
+    return {module for group in together for module in group}
+
+
+def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputError:
+    """All layers that a format cannot hold, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for module, reason in misfits.items():
+        reasons.setdefault(reason, []).append(module)
+    said = "; ".join(f"{', '.join(modules)}: {reason}" for reason, modules in reasons.items())
+    if len(misfits) == total:
+        return InputError(f"format {fmt.name} can hold none of the {total} layers; {said}")
+    return InputError(
+        f"format {fmt.name} cannot hold {len(misfits)} layers: {said}",
+        hint="--on-misfit keep leaves such layers dense",
+    )
+
+
 def check_layers(
     layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
 ) -> list[Layer]:
@@ -383,15 +407,8 @@ def check_layers(
             would become one module.
     """
     misfits = {layer.module: reason for layer in layers if (reason := fmt.misfit(layer))}
-    if misfits and on_misfit == "error":
-        shown = "; ".join(f"{module}: {reason}" for module, reason in list(misfits.items())[:10])
-        more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
-        raise InputError(f"format {fmt.name} cannot hold {len(misfits)} layers: {shown}{more}")
-    if len(misfits) == len(layers):
-        raise InputError(
-            f"format {fmt.name} can hold none of the {len(layers)} layers;"
-            f" {next(iter(misfits))}: {next(iter(misfits.values()))}"
-        )
+    if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
+        raise misfit_error(fmt, misfits, len(layers))
     modules = [layer.module for layer in layers]
     twice = (
         {module for module in modules if modules.count(module) > 1}
@@ -400,9 +417,7 @@ def check_layers(
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
-    groups = group_modules(modules, sites)
-    together = [group for group in groups if not misfits.keys().isdisjoint(group)]
-    kept = {module for group in together for module in group}
+    kept = keep_together(modules, misfits, sites)
     return [layer for layer in layers if layer.module in kept]
 
 

@@ -26,8 +26,9 @@ COMMANDS = {
         "Smooth inputs into weights; W8A8 or float weights.",
     ),
     "awq": ("ptq_cli.cli.smooth:awq", "Scale weights by their inputs, then round."),
-    "pack": ("ptq_cli.cli.quantize:pack", "Round a float model to nearest and pack it."),
+    "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
+    "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
 }
 

@@ -25,6 +25,7 @@ from ptq_cli.plan import GridSettings
 from ptq_cli.registry import method
 from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress
+from ptq_cli.runtimes import RUNTIMES
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -41,12 +42,17 @@ _HELP = {
 
     Statistics of the inputs, where there are any, weigh the search and measure the error.
     """,
-    "pack": """Round the float MODEL to nearest and pack it, without calibration.
+    "pack": """Round the float MODEL to nearest and pack it, without calibration; or repack a
+    quantized MODEL in another --format, without loss or not at all.
 
     \b
     ptq pack model.safetensors --bits 8 --group-size -1
+    ptq pack model-gptq-w4g128/ --format gguf
     """,
 }
+
+
+_SOURCE = ("calibration", "activations", "bf16", "require_calibration")
 
 
 def _command(name: str) -> click.Command:
@@ -78,6 +84,11 @@ def _command(name: str) -> click.Command:
         help=f"[default: <model>-{name}-w<bits>g<group> in the current folder]",
     )(command)
     command = click.option(
+        "--runtime",
+        type=click.Choice(list(RUNTIMES)),
+        help="Warn of what this runtime could not load (ptq check).",
+    )(command)
+    command = click.option(
         "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
     )(command)
     if name != "pack":
@@ -104,11 +115,7 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
     recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
     if name == "pack":
         recipe = {"mse": False, **recipe}
-    where = {
-        key: options.pop(key)
-        for key in ("calibration", "activations", "bf16", "require_calibration", "fallback")
-        if key in options
-    }
+    where = {key: options.pop(key) for key in (*_SOURCE, "fallback", "runtime") if key in options}
     job = api.prepare(name, model, options, recipe, output=options["output"], **where)
     resources = api.take_resources(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))

@@ -32,6 +32,7 @@ from ptq_cli.storage.files import (
     listing,
     named,
     read_into,
+    read_json,
     regular_file,
     sync_folder,
     to_json,
@@ -44,6 +45,9 @@ from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
 GGUF_SUFFIX = ".gguf"
+_WEIGHTS = (SUFFIX, INDEX_SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".npy", ".h5", ".onnx")
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
+_DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 MAX_SHARD = 4 * 10**9
 _VERIFY_BYTES = 1 << 24
 
@@ -57,6 +61,7 @@ class Assembly:
     dense: Sequence[str]
     fmt: Format
     documents: dict[str, Any]
+    config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
 
 
 def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
@@ -71,10 +76,15 @@ def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
         return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
 
 
-def check_container(fmt: Format, source: Checkpoint, layers: Sequence[Layer]) -> None:
-    """Whatever could keep the container from being written. Raises InputError."""
+def check_container(
+    fmt: Format, source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
+) -> None:
+    """Whatever could keep the container from being written. Raises InputError.
+
+    dense: names of the tensors that are not quantized
+    """
     if fmt.container == "gguf":
-        check_gguf(source, layers)
+        check_gguf(source, layers, dense)
     if fmt.container == "onnx":
         onnx_library()
 
@@ -136,8 +146,9 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense)
     if declared is None:
         return {}
-    more = {} if fmt.model_config is None else fmt.model_config(source.config)
-    config = {**source.config, **more, **dict.fromkeys(fmt.config_keys, declared)}
+    own = source.config if assembly.config is None else assembly.config
+    more = {} if fmt.model_config is None else fmt.model_config(own)
+    config = {**own, **more, **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
@@ -188,7 +199,7 @@ def copy_companions(root: Path, out: Path) -> None:
     taken = set(listing(out))
     for name in listing(root):
         path = root / name
-        weights = name.endswith((SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".gguf", ".npy", ".h5"))
+        weights = name.endswith(_WEIGHTS) or name in _DECLARED
         if not path.is_file() or weights or name in taken or name.startswith("."):
             continue
         with named(path):
@@ -214,6 +225,9 @@ class QuantizedFolder:
         layer = self.layers[module]
         tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
         weight = self.fmt.decode(layer, tensors)
+        for values in (weight.scales, weight.offsets):
+            if values is not None and not np.isfinite(values.astype(np.float32)).all():
+                raise InputError(f"{self.checkpoint.path}: scales of {module!r} are not finite")
         groups, there = weight.g_idx, weight.scales.shape[1]
         if groups is not None and groups.size and not 0 <= groups.min() <= groups.max() < there:
             raise InputError(
@@ -247,11 +261,12 @@ def open_quantized(path: Path) -> QuantizedFolder:
         return QuantizedFolder(opened, fmt, {layer.module: layer for layer in found})
     checkpoint = open_checkpoint(path)
     names, entries = _own_entry(checkpoint)
+    config = declared_config(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     for name in names:
         try:
             fmt = format_named(name)
-            layers = fmt.layers(entries, checkpoint.config, specs, checkpoint.read)
+            layers = fmt.layers(entries, config, specs, checkpoint.read)
         except InputError as error:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
@@ -260,6 +275,42 @@ def open_quantized(path: Path) -> QuantizedFolder:
         f"{path}: not a quantized checkpoint in a layout this tool knows",
         hint=f"it knows {', '.join(FORMATS)}",
     )
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a path holds quantized weights, in whatever layout. Raises InputError."""
+    if _gguf_of(path) is not None:
+        return True
+    checkpoint = open_checkpoint(path)
+    config = declared_config(checkpoint) if checkpoint.root is not None else {}
+    return (
+        "ptq" in checkpoint.metadata
+        or any(name.endswith(_PACKED) for name in checkpoint.tensors)
+        or any(config.get(key) for key in ("quantization_config", "quantization"))
+    )
+
+
+def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json, with what quantize_config.json says where config.json does not.
+
+    Raises:
+        InputError: the two contradict one another.
+    """
+    config, name = checkpoint.config, "quantize_config.json"
+    if name not in listing(checkpoint.folder):
+        return config
+    beside = read_json(checkpoint.folder / name)
+    if not isinstance(beside, dict):
+        raise InputError(f"{checkpoint.folder / name}: not a JSON object")
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict) or not stated:
+        return {**config, "quantization_config": {"quant_method": "gptq", **beside}}
+    differing = sorted(k for k in stated.keys() & beside.keys() if stated[k] != beside[k])
+    if differing:
+        raise InputError(
+            f"{checkpoint.folder}: config.json and {name} differ in {', '.join(differing)}"
+        )
+    return config
 
 
 def _gguf_of(path: Path) -> Path | None:

@@ -109,18 +109,23 @@ def _own_layers(path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
         raise InputError(f"{path}: its key 'ptq' is damaged") from None
 
 
-def check_gguf(source: Checkpoint, layers: Sequence[Layer]) -> None:
+def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
     _metadata(source, layers, {})
-    quantized = {layer.tensor for layer in layers}
-    for name, stored in source.tensors.items():
+    architecture = architecture_of(source.config)
+    for layer in layers:
+        tensor_name(layer.tensor, architecture)
+    for name in dense:
         if name.endswith(_DROPPED):
             continue
-        tensor_name(name, architecture_of(source.config))
-        if stored.spec.dtype not in FLOAT_DTYPES or len(stored.spec.shape) > 2:
-            raise InputError(f"tensor {name!r} {stored.spec.dtype} has no place in a GGUF file")
-        if name not in quantized and len(stored.spec.shape) == 2 and stored.spec.dtype != "F16":
+        tensor_name(name, architecture)
+        if name not in source.tensors:
+            continue
+        spec = source.tensors[name].spec
+        if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
+            raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
+        if len(spec.shape) == 2 and spec.dtype != "F16":
             _dense(name, source.read(name))
 
 

@@ -1,0 +1,53 @@
+"""`ptq check`: will a runtime load it?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ptq_cli import api, display
+from ptq_cli.cli.common import PATH
+from ptq_cli.errors import GateMissed
+from ptq_cli.runtimes import FAILS, RUNTIMES, loads
+
+_SHOWN = 5
+
+
+@click.command("check")
+@click.argument("out", type=PATH)
+@click.option("--runtime", required=True, type=click.Choice(list(RUNTIMES)), help="Which one.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def check(out: Path, runtime: str, as_json: bool) -> None:
+    """Say from files alone whether a runtime loads OUT, and within which limits of its kernels.
+
+    Exits 0 where it loads, 3 where it does not; every fact has its reason.
+
+    \b
+    ptq check model-gptq-w4g128 --runtime transformers
+    """
+    name, found = api.check(out, runtime)
+    if as_json:
+        display.print_json(
+            {
+                "path": str(out),
+                "format": name,
+                "runtime": runtime,
+                "loads": loads(found),
+                "facts": [asdict(fact) for fact in found],
+            }
+        )
+    else:
+        for fact in found:
+            display.line(f"{fact.level}: {words(fact.text, fact.modules)}")
+        display.line(f"{out}: {runtime} {'loads' if loads(found) else 'does not load'} it ({name})")
+    if not loads(found):
+        first = next(fact for fact in found if fact.level == FAILS)
+        raise GateMissed(f"{out}: {runtime} does not load it: {words(first.text, first.modules)}")
+
+
+def words(text: str, modules: tuple[str, ...]) -> str:
+    """A fact with the first few modules that it is about."""
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    return f"{', '.join(modules[:_SHOWN])}{more}: {text}" if modules else text

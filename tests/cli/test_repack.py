@@ -1,0 +1,245 @@
+"""`ptq pack` of quantized folders: lossless, or refused with every layer and its reason."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ptq_cli
+from ptq_cli.storage.folder import open_quantized
+from tests.builders import ptq
+
+pytest.importorskip("gguf")
+pytest.importorskip("onnx")
+
+FORMATS = ("ptq", "gptq", "gptq_v2", "awq", "compressed-tensors", "mlx", "gguf", "onnx")
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def half(sample, tmp_path_factory):
+    """The sample as a float16 model, in which every layout of scales is at home."""
+    import ml_dtypes
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("half") / "sample"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((sample / name).read_bytes())
+    config = json.loads((sample / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    assert ml_dtypes
+    tensors = {k: v.astype(np.float16) for k, v in load_file(sample / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def values(path):
+    folder = open_quantized(Path(path))
+    return {module: folder.load(module) for module in folder.layers}
+
+
+def same_values(first, second):
+    ours, theirs = values(first), values(second)
+    assert ours.keys() == theirs.keys()
+    for module, weight in ours.items():
+        np.testing.assert_array_equal(weight.codes, theirs[module].codes)
+        np.testing.assert_array_equal(weight.dequantized(), theirs[module].dequantized())
+
+
+def pack(*arguments, code=0, words=()):
+    outcome = ptq("pack", *arguments)
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert word in outcome.err
+    return outcome
+
+
+@pytest.mark.parametrize("there", FORMATS)
+def test_there_and_back(half, there, check_report):
+    ptq("rtn", half, "-g", 64, "--format", "gptq", "-o", "first")
+    outcome = pack("first", "--format", there, "-o", "second", "--json")
+    report = check_report(outcome.document)
+    assert report["totals"]["worst_rel_err"] == 0.0
+    pack("second", "--format", "gptq", "-o", "third")
+    same_values("first", "second")
+    same_values("first", "third")
+    assert (
+        Path("third/quantize_config.json").read_text()
+        == Path("first/quantize_config.json").read_text()
+    )
+    first, third = (json.loads(Path(f, "config.json").read_text()) for f in ("first", "third"))
+    assert first["quantization_config"] == third["quantization_config"]
+    assert "quantization" not in third
+    assert ptq("eval", half, "third", "--json").document["settings"]["format"] == "gptq"
+    if there != "gguf":
+        tensors = [Path(folder, "model.safetensors").read_bytes() for folder in ("first", "third")]
+        assert tensors[0] == tensors[1]
+
+
+def test_asymmetric(half):
+    ptq("rtn", half, "-g", 32, "--asym", "--format", "awq", "-o", "first")
+    for there in ("ptq", "gptq_v2", "compressed-tensors", "onnx"):
+        pack("first", "--format", there, "-o", there)
+        same_values("first", there)
+    pack("first", "--format", "gguf", "-o", "x", code=1, words=["would round −zero · scale"])
+    pack("first", "--format", "mlx", "-o", "x", code=1, words=["--scale-dtype float32"])
+    pack("first", "--format", "mlx", "--scale-dtype", "float32", "-o", "mlx")
+    same_values("first", "mlx")
+    pack("first", "--format", "gptq", "-o", "x", code=1, words=["--format gptq_v2"])
+
+
+def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
+    recipe = 'bits = 4\ngroup_size = 32\n[[layers]]\nmatch = "down_proj"\nbits = 3\n'
+    Path("recipe.toml").write_text(recipe)
+    assert ptq("rtn", sample, "--config", "recipe.toml", "-o", "first").code == 0
+    downs = [f"model.layers.{number}.mlp.down_proj" for number in range(4)]
+    hints = ["awq holds 4 bits, not 3", "--on-misfit keep"]
+    outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[*downs, *hints])
+    assert len(outcome.err.splitlines()) == 1
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+    pack("first", "--format", "awq", "--on-misfit", "keep", "-o", "out")
+    config = json.loads(Path("out/config.json").read_text())["quantization_config"]
+    assert set(config["modules_to_not_convert"]) == {*downs, "lm_head"}
+    folder = open_quantized(Path("out"))
+    assert set(folder.layers) == set(values("first")) - set(downs)
+    stored = folder.checkpoint.tensors[f"{DOWN}.weight"].spec
+    assert (stored.dtype, stored.shape) == ("BF16", (128, 384))
+    kept = folder.checkpoint.read(f"{DOWN}.weight").astype(np.float32)
+    np.testing.assert_allclose(kept, values("first")[DOWN].dequantized(), rtol=2**-8)
+
+
+def test_scales_that_the_target_cannot_hold(sample):
+    ptq("rtn", sample, "--format", "gptq", "-o", "first")
+    words = ["some of which bfloat16 cannot hold", "--scale-dtype bfloat16"]
+    pack("first", "--format", "compressed-tensors", "-o", "out", code=1, words=words)
+    ptq("rtn", sample, "--scale-dtype", "bfloat16", "-o", "second")
+    pack("second", "--format", "compressed-tensors", "-o", "out")
+    same_values("second", "out")
+
+
+def test_groups(sample):
+    ptq("rtn", sample, "-g", -1, "-o", "first")
+    pack("first", "--format", "mlx", "-o", "x", code=1, words=["--group-size 128"])
+    pack("first", "--format", "mlx", "--group-size", 128, "-o", "second")
+    same_values("first", "second")
+    pack("second", "--format", "ptq", "--group-size", -1, "-o", "third")
+    same_values("first", "third")
+    ptq("rtn", sample, "-g", 32, "-o", "fine")
+    words = ["groups of 32 columns do not fit into groups of 64"]
+    pack("fine", "--format", "ptq", "--group-size", 64, "-o", "x", code=1, words=words)
+
+
+def test_act_order_goes_to_gptq_only(sample):
+    assert ptq("gptq", sample, "--act-order", "desc", "-o", "first").code == 0
+    pack("first", "--format", "gptq", "-o", "second")
+    same_values("first", "second")
+    for there in ("awq", "compressed-tensors", "mlx", "gguf", "onnx"):
+        pack("first", "--format", there, "-o", "x", code=1, words=["no g_idx", "--format gptq"])
+    words = ["columns were reordered"]
+    pack("first", "--format", "gptq", "-g", 64, "-o", "x", code=1, words=words)
+
+
+def test_codes_stay(sample):
+    ptq("rtn", sample, "-o", "first")
+    words = ["--bits", "start from the float model"]
+    pack("first", "--bits", 3, "-o", "x", code=1, words=words)
+    pack("first", "-o", "first", "--force", code=1, words=["being read"])
+
+
+def test_a_name_by_default(sample):
+    ptq("rtn", sample, "-o", "first")
+    pack("first", "--format", "awq")
+    same_values("first", "first-awq")
+
+
+def test_quantize_config_beside(sample):
+    ptq("rtn", sample, "--format", "gptq", "-o", "first")
+    path = Path("first/config.json")
+    config = json.loads(path.read_text())
+    declared = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    assert len(values("first")) == 28
+    beside = Path("first/quantize_config.json")
+    beside.write_text(json.dumps({k: v for k, v in declared.items() if k != "quant_method"}))
+    assert len(values("first")) == 28
+    path.write_text(json.dumps({**config, "quantization_config": {**declared, "bits": 8}}))
+    with pytest.raises(ptq_cli.PtqError, match=r"quantize_config\.json differ in bits"):
+        values("first")
+
+
+def test_gguf_files(sample):
+    assert ptq("rtn", sample, "--format", "gguf", "-o", "out").code == 0
+    report = ptq("eval", sample, "out/model.gguf", "--json").document
+    assert not [text for text in report["warnings"] if "differ" in text]
+    assert {row["group_size"] for row in report["layers"]} == {128}
+    Path("bare").mkdir()
+    Path("bare/model.safetensors").write_bytes((sample / "model.safetensors").read_bytes())
+    outcome = ptq("rtn", "bare/model.safetensors", "--format", "gguf", "-o", "x")
+    assert (outcome.code, "config.json" in outcome.err) == (1, True)
+
+
+def damaged(data: bytearray, number: int) -> bytes:
+    at = {"magic": 0, "version": 4, "tensors": 8, "values": 16, "key": 24}
+    if number == 0:
+        data[0] = 0
+    elif number == 1:
+        data[at["version"] : 8] = struct.pack("<I", 2)
+    elif number < 5:
+        start = list(at.values())[number]
+        data[start : start + 8] = struct.pack("<Q", 2**60)
+    elif number == 5:
+        del data[-64:]
+    elif number == 6:
+        data += b"\0" * 64
+    else:
+        start = data.index(b"blk.0.attn_q.weight") + 19
+        field = {7: (0, "<I", 9), 8: (4, "<Q", 33), 9: (20, "<I", 99), 10: (24, "<Q", 32)}[number]
+        offset, kind, value = field
+        data[start + offset : start + offset + struct.calcsize(kind)] = struct.pack(kind, value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_damaged_gguf_files(sample, number):
+    ptq("rtn", sample, "--format", "gguf", "-o", "out")
+    path = Path("out/model.gguf")
+    path.write_bytes(damaged(bytearray(path.read_bytes()), number))
+    outcome = ptq("eval", sample, "out")
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert "model.gguf" in outcome.err
+    assert "internal error" not in outcome.err
+
+
+def test_the_extra_is_named(sample, monkeypatch):
+    for extra in ("gguf", "onnx"):
+        monkeypatch.setitem(__import__("sys").modules, extra, None)
+        outcome = ptq("rtn", sample, "--format", extra, "-o", "x")
+        assert (outcome.code, f"ptq[{extra}]" in outcome.err) == (1, True)
+
+
+def test_the_whole_file_by_ggufwriter():
+    """Our reader on the peer's file; the writer is the peer's library itself."""
+    from safetensors.numpy import load_file
+
+    from ptq_cli.storage.gguf_file import read_gguf_header, write_gguf
+
+    golden = Path(__file__).parent.parent / "golden"
+    arrays = load_file(golden / "gguf_file_by_ggufwriter.safetensors")
+    header = read_gguf_header(golden / "gguf_file_by_ggufwriter.gguf")
+    data = (golden / "gguf_file_by_ggufwriter.gguf").read_bytes()
+    ordered = [arrays["q4_0"], arrays["b"], arrays["a"].astype(np.float16)]
+    for tensor, own in zip(header.tensors, ordered, strict=True):
+        assert data[tensor.offset : tensor.offset + tensor.nbytes] == own.tobytes()
+    kinds = {str: "str", bool: "bool", float: "f32", int: "u32"}
+    metadata = {key: (kinds.get(type(v), "[]"), v) for key, v in header.metadata.items()}
+    specs = [(tensor.spec, tensor.nbytes) for tensor in header.tensors]
+    architecture = header.metadata["general.architecture"]
+    write_gguf(Path("own.gguf"), architecture, metadata, specs, ordered)
+    assert read_gguf_header(Path("own.gguf")) == header
+    assert Path("own.gguf").read_bytes() == data
