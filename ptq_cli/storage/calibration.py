@@ -178,6 +178,7 @@ class CalibrationFile:
 
     def only(self, site: str | None) -> CalibrationFile:
         names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+        names += [f"{module}.fisher" for module in self.fisher]
         return replace(
             self,
             checkpoint=replace(self.checkpoint.part(names), metadata={}),

@@ -18,7 +18,7 @@ from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothing import check_factors
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
-from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
@@ -56,6 +56,10 @@ class FoldedCheckpoint(Checkpoint):
         if name not in self.folds:
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
+        stored = super().rows(name, shape, data)
+        return replace(stored, values=self.matrix(name, shape)) if name in self.folds else stored
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         scale = np.ones(layer.shape[0], np.float32)
