@@ -39,10 +39,12 @@ from ptq_cli.storage.calibration import (
     open_calibration,
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, open_quantized
 from ptq_cli.storage.gradients import GradientSite, match_gradients
+from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
+from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport
 
 AnyPath = str | Path
@@ -71,6 +73,7 @@ def calibrate(
     missing: str = "error",
     force: bool = False,
     restart: bool = False,
+    resources: Resources = ALL_THERE_IS,
     listen: Callable[[int, int, str], None] = lambda done, total, site: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def calibrate(
         "heldout": list(heldout),
     }
     staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
-    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen)
+    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen, resources)
     return {"output": str(target), "warnings": warnings, **result}
 
 
@@ -225,7 +228,13 @@ class Job:
     on_failure: str
 
     def run(
-        self, *, force: bool = False, restart: bool = False, listen: Listener = lambda _: None
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+        listen: Listener = lambda _: None,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError."""
         inputs = {"model": self.checkpoint.fingerprint}
@@ -236,6 +245,7 @@ class Job:
             "command": self.command,
             "version": __version__,
             "fallback": self.on_failure,
+            "max_shard_size": parse_size(str(max_shard_size)),
             **settings,
             **inputs,
         }
@@ -252,7 +262,24 @@ class Job:
             on_failure=self.on_failure,
             inputs=inputs,
             listen=listen,
+            resources=resources,
+            max_shard=parse_size(str(max_shard_size)),
         )
+
+    def memory_warnings(self, resources: Resources) -> list[str]:
+        """Units that take more memory than there is. (No part of the report: that depends on
+        nothing but what was asked.)"""
+        if resources.scheduler is not None:
+            return []
+        limit = resources.memory
+        big = [unit for unit in self.plan.units if unit.memory > limit]
+        if not big:
+            return []
+        most = max(unit.memory for unit in big)
+        return [
+            f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
+        ]
 
 
 def prepare(
@@ -324,9 +351,12 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
 
     >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
     """
-    run_options = {
-        key: options.pop(key) for key in ("force", "restart", "listen") if key in options
+    run_options: dict[str, Any] = {
+        key: options.pop(key)
+        for key in ("force", "restart", "listen", "max_shard_size")
+        if key in options
     }
+    run_options["resources"] = take_resources(options)
     own = ("calibration", "activations", "bf16", "output", "fallback", "require_calibration")
     where = {key: options.pop(key) for key in own if key in options}
     chosen = method("rtn" if command == "pack" else command)
@@ -339,6 +369,13 @@ def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) ->
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
+
+
+def take_resources(options: dict[str, Any]) -> Resources:
+    """Take `workers`, `max_memory` (bytes, or words like 2GiB) and `scheduler` out of `options`."""
+    workers, memory = options.pop("workers", None), options.pop("max_memory", None)
+    size = None if memory is None else parse_size(str(memory))
+    return Resources(workers, size, options.pop("scheduler", None))
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:

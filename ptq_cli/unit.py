@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
 from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.measures import Measures, measure
+from ptq_cli.numerics.grid import blank, round_piece, round_to_nearest
+from ptq_cli.numerics.measures import Measures, measure, measure_rows
 from ptq_cli.values import (
     Array,
     FloatArray,
@@ -31,7 +31,18 @@ from ptq_cli.values import (
     Unit,
 )
 
-LoadWeight = Callable[[Layer], NDArray[np.float32]]
+
+class Rows(Protocol):
+    """A weight [out_features, in_features] whose rows are float32 and finite: an array, or
+    something that reads like one (`rows[:]` is all of it)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
+
+
+LoadWeight = Callable[[Layer], Rows]
 
 
 @dataclass(frozen=True)
@@ -94,12 +105,12 @@ def quantize_unit(
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        weight = load(layer)
+        rows = load(layer)
         try:
             rounding = Rounding(
                 method, prepared, method_settings, fmt, failure, importance(layer), outputs(layer)
             )
-            chosen = choose(weight, layer, statistics, rounding)
+            chosen = choose(rows, layer, statistics, rounding)
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
             error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
@@ -127,7 +138,7 @@ class Rounding:
 
 
 def choose(
-    weight: NDArray[np.float32],
+    rows: Rows,
     layer: Layer,
     statistics: SiteStatistics | None,
     rounding: Rounding,
@@ -139,11 +150,10 @@ def choose(
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     scale = _input_scale(layer, statistics)
-    nearest = replace(round_to_nearest(weight, grid), input_scale=scale)
-    plain = _as_stored(layer, nearest, fmt)
-    rtn = measure(weight, plain, hessian, heldout, rounding.outputs)
-    if rounding.failure is not None:
+    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, scale, rounding.outputs)
+    if rounding.failure is not None or method.is_nearest(rounding.settings):
         return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
+    weight = rows[:]
     result: MethodResult = method.apply(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
@@ -158,15 +168,45 @@ def choose(
     return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
 
 
+def _nearest(
+    weight: Rows,
+    layer: Layer,
+    fmt: Format,
+    hessian: NDArray[np.float32] | None,
+    heldout: Array | None,
+    input_scale: float | None = None,
+    outputs: FloatArray | None = None,
+) -> tuple[QuantizedWeight, Measures]:
+    """Plain rounding to nearest and its errors, a few rows at a time."""
+    if layer.grid.group_size == 0:
+        whole = weight[:]
+        plain = replace(round_to_nearest(whole, layer.grid), input_scale=input_scale)
+        stored = _as_stored(layer, plain, fmt)
+        return stored, measure(whole, stored, hessian, heldout, outputs)
+    plain = replace(blank(layer.shape, layer.grid), input_scale=input_scale)
+
+    def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        part = weight[rows]
+        error = round_piece(part, plain, rows)
+        if outputs is None:
+            return part, error
+        scale = outputs[rows, None].astype(np.float32)
+        return part * scale, error * scale
+
+    measures = measure_rows(layer.shape, work, hessian, heldout)
+    stored = _as_stored(layer, plain, fmt)
+    if stored.offsets is not None:  # then it does not decode to quite what was measured
+        measures = measure(weight[:], stored, hessian, heldout, outputs)
+    return stored, measures
+
+
 def measure_plain(
-    weight: NDArray[np.float32], layer: Layer, statistics: SiteStatistics | None, fmt: Format
+    weight: Rows, layer: Layer, statistics: SiteStatistics | None, fmt: Format
 ) -> Measures:
     """Errors of the layer plainly rounded to nearest."""
-    scale = _input_scale(layer, statistics)
-    nearest = replace(round_to_nearest(weight, layer.grid), input_scale=scale)
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    return measure(weight, _as_stored(layer, nearest, fmt), hessian, heldout)
+    return _nearest(weight, layer, fmt, hessian, heldout, _input_scale(layer, statistics))[1]
 
 
 def _input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:

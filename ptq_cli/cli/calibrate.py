@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ptq_cli import api, display
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 
 
@@ -67,6 +68,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
     metavar="FILE",
     help="[default: <model>.calibration.safetensors beside MODEL]",
 )
+@resource_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
@@ -85,6 +87,7 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
+    **resources: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
 
@@ -111,6 +114,7 @@ def calibrate(
             missing=fallback,
             force=force,
             restart=restart,
+            resources=api.take_resources(resources),
             listen=line,
             warn=lambda warning: emit_warnings([warning], strict),
         )

@@ -12,16 +12,20 @@ calibration H is the identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log10
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.numerics.grid import pieces
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, FloatArray, OutputErrors, QuantizedWeight
 
 ROWS_AT_ONCE = 1024
+STRIP_ROWS = 256
+BLOCK_COLUMNS = 1024  # of ⟨H, Eᵀ E⟩, computed at a time
 
 
 @dataclass(frozen=True)
@@ -60,42 +64,81 @@ def measure_against(
     outputs: FloatArray | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
-    sums = _Sums(weight.shape[1], hessian, heldout)
-    for top in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = slice(top, min(top + ROWS_AT_ONCE, weight.shape[0]))
+
+    def rows_of(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         original = weight[rows].astype(np.float32, copy=False)
         error = original - dequantized(rows)
-        if outputs is not None:
-            scale = outputs[rows, None].astype(np.float32)
-            original, error = original * scale, error * scale
-        sums.add(original, error)
+        if outputs is None:
+            return original, error
+        scale = outputs[rows, None].astype(np.float32)
+        return original * scale, error * scale
+
+    return measure_rows(weight.shape, rows_of, hessian, heldout)
+
+
+def measure_rows(
+    shape: tuple[int, ...],
+    rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+    hessian: NDArray[np.float32] | None,
+    heldout: Array | None,
+) -> Measures:
+    """The same, for anything that gives rows of the weight and of its error; each row is asked for
+    once, on any thread."""
+    sums = _Sums(hessian, heldout)
+    for top in range(0, shape[0], ROWS_AT_ONCE):
+        stop = min(top + ROWS_AT_ONCE, shape[0])
+        kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
+        sums.add(top, pieces(top, stop, shape[1]), rows_of, kept)
     return sums.result()
 
 
 class _Sums:
     """Sums over rows of the weight and of its error."""
 
-    def __init__(
-        self, in_features: int, hessian: NDArray[np.float32] | None, heldout: Array | None
-    ) -> None:
+    def __init__(self, hessian: NDArray[np.float32] | None, heldout: Array | None) -> None:
         self.hessian = hessian
         has_heldout = heldout is not None and len(heldout) > 0
         self.heldout = heldout.astype(np.float32).T if has_heldout and heldout is not None else None
         self.error = self.power = self.loss = self.energy = 0.0
         self.heldout_loss = self.heldout_energy = self.largest = 0.0
 
-    def add(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
-        if error.size == 0:
-            return
-        self.error += _square(error)
-        self.power += _square(weight)
-        self.largest = max(self.largest, float(error.max()), -float(error.min()))
+    @property
+    def has_products(self) -> bool:
+        return self.hessian is not None or self.heldout is not None
+
+    def add(
+        self,
+        top: int,
+        parts: Sequence[slice],
+        rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+        kept: NDArray[np.float32],
+    ) -> None:
+        """Take in rows from `top` on; `kept` has room for weight and error where products need
+        them whole."""
+
+        def work(rows: slice) -> tuple[float, float, float]:
+            weight, error = rows_of(rows)
+            if self.has_products:
+                place = slice(rows.start - top, rows.stop - top)
+                kept[0, place], kept[1, place] = weight, error
+            largest = max(float(error.max()), -float(error.min())) if error.size else 0.0
+            return _square(error), _square(weight), largest
+
+        for error, power, largest in each(work, parts):
+            self.error += error
+            self.power += power
+            self.largest = max(self.largest, largest)
+        if self.has_products and kept.size:
+            self._add_products(*kept)
+
+    def _add_products(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
         if self.hessian is not None:
-            self.loss += float(np.vdot(self.hessian, error.T @ error))
-            self.energy += float(np.vdot(self.hessian, weight.T @ weight))
+            self.loss += _trace(self.hessian, error)
+            self.energy += _trace(self.hessian, weight)
         if self.heldout is not None:
-            self.heldout_loss += _square(error @ self.heldout)
-            self.heldout_energy += _square(weight @ self.heldout)
+            heldout = self.heldout
+            self.heldout_loss += sum(each(lambda e: _square(e @ heldout), _strips(error)))
+            self.heldout_energy += sum(each(lambda w: _square(w @ heldout), _strips(weight)))
 
     def result(self) -> Measures:
         loss = self.error if self.hessian is None else max(0.0, self.loss)
@@ -109,6 +152,25 @@ class _Sums:
             sqnr_db=-10 * log10(self.error / self.power) if self.error and self.power else None,
             max_abs_err=self.largest,
         )
+
+
+def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
+    """tr(rows · H · rowsᵀ) as ⟨H, rowsᵀ rows⟩, of which only the lower triangle is computed."""
+
+    def block(start: int) -> float:
+        columns = slice(start, start + BLOCK_COLUMNS)
+        left = rows[:, columns].T
+        total = float(np.vdot(hessian[columns, columns], left @ left.T))
+        if start:
+            total += 2 * float(np.vdot(hessian[columns, :start], left @ rows[:, :start]))
+        return total
+
+    # The last blocks are the longest, so they come first.
+    return sum(each(block, reversed(range(0, len(hessian), BLOCK_COLUMNS))))
+
+
+def _strips(rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return [rows[top : top + STRIP_ROWS] for top in range(0, len(rows), STRIP_ROWS)]
 
 
 def _square(values: NDArray[np.float32]) -> float:

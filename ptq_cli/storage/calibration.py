@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ from ptq_cli.numerics.statistics import (
     static_scale,
 )
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
+from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
@@ -51,6 +52,7 @@ from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics
 
 VERSION = 2
+DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
@@ -91,6 +93,19 @@ class StatisticsSource(Protocol):
     def load(self, site: str) -> SiteStatistics: ...
 
     def load_fisher(self, module: str) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class PortableSource(StatisticsSource, Protocol):
+    """A source whose sites do not depend on one another: workers can make them, in any order."""
+
+    def only(self, site: str | None) -> PortableSource:
+        """The same for one site alone: all that a worker needs, and quickly sent."""
+        ...
+
+    def digest(self, site: str) -> str:
+        """A digest of all that the site's statistics are made from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,25 @@ class CalibrationFile:
             histogram_start=int(entry["histogram_start"]),
             **parts,
         )
+
+    def only(self, site: str | None) -> CalibrationFile:
+        names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint.part(names), metadata={}),
+            content={**self.content, "sites": _only(self.content["sites"], site)},
+            sites=_only(self.sites, site),
+        )
+
+    def digest(self, site: str) -> str:
+        digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
+        for part in PARTS:
+            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
+        return digest.hexdigest()
+
+
+def _only(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if name == site}
 
 
 def open_calibration(path: Path) -> CalibrationFile:
@@ -284,6 +318,13 @@ class Merged:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
+    def only(self, site: str | None) -> Merged:
+        return Merged(tuple(part.only(site) for part in self.parts))
+
+    def digest(self, site: str) -> str:
+        parts = [part.digest(site) for part in self.parts if site in part.sites]
+        return digest_words(*parts, str(self.parts[0].heldout_limit))
+
     @property
     def fisher(self) -> Mapping[str, FisherInfo]:
         found: dict[str, FisherInfo] = {}
@@ -356,6 +397,20 @@ class Activations:
                         hint="capture the activations again",
                     ) from None
         return sums.result(site, info.linears)
+
+    def only(self, site: str | None) -> Activations:
+        return replace(self, entries=_only(self.entries, site))
+
+    def digest(self, site: str) -> str:
+        entry = self.entries[site]
+        digest = Digest(repr((entry.info, self.heldout)))
+        for file in entry.files:
+            digest.update(np.empty(0, np.uint8))
+            step = DIGEST_PIECE // max(1, file.in_features * file.npy.dtype.itemsize) or 1
+            for start in range(0, file.n_tokens, step):
+                tokens = file.read(start, min(file.n_tokens, start + step))
+                digest.update(tokens.reshape(-1).view(np.uint8))
+        return digest.hexdigest()
 
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:

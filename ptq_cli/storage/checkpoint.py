@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.grid import pieces
+from ptq_cli.numerics.threads import each
 from ptq_cli.storage.files import (
     listing,
     parse_json,
@@ -31,6 +33,7 @@ from ptq_cli.storage.files import (
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
+_ZEROS = np.zeros(1 << 18, np.float32)
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
@@ -65,6 +68,34 @@ class StoredTensor:
 class Header:
     metadata: Mapping[str, str]
     tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A float matrix whose rows are float32, finite, and converted only when they are asked for:
+    `rows[a:b]`, and `rows[:]` for all."""
+
+    values: Array
+    refuse: Callable[[], NoReturn]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        """Raises InputError for NaN and inf."""
+        values = self.values[rows]
+        result = np.empty(values.shape, np.float32)
+
+        def convert(part: slice) -> bool:
+            with np.errstate(over="ignore"):
+                result[part] = values[part]
+            return all_finite(result[part])
+
+        parts = pieces(0, len(values), values.shape[1])
+        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
+            self.refuse()
+        return result
 
 
 @dataclass(frozen=True)
@@ -130,28 +161,40 @@ class Checkpoint:
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        values = self.read(name)
-        with np.errstate(over="ignore"):  # named below
-            weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
-        if not all_finite(weight):
-            bad = ~np.isfinite(weight.reshape(values.shape))
-            first = tuple(int(i) for i in np.argwhere(bad)[0])
-            what = (
-                "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
-            )
-            raise InputError(
-                f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
-                f" {list(first)}, {int(bad.sum())} in all",
-                hint="mend the checkpoint, or leave the tensor out with --ignore",
-            )
-        return weight
+        return self.rows(name, shape, self.read_bytes(name))[:]
+
+    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
+        """The same from the tensor's bytes, a few rows at a time."""
+        spec = self.tensors[name].spec
+        values = data.view(NUMPY_DTYPES[spec.dtype])
+        refuse = partial(self._refuse, name, values.reshape(spec.shape))
+        return StoredRows(values.reshape(shape), refuse)
+
+    def _refuse(self, name: str, values: Array) -> NoReturn:
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(values.astype(np.float32))
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        what = "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
+        raise InputError(
+            f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
+            f" {list(first)}, {int(bad.sum())} in all",
+            hint="mend the checkpoint, or leave the tensor out with --ignore",
+        )
+
+    def part(self, names: Iterable[str]) -> Checkpoint:
+        """Some of its tensors alone: all that a worker needs, and quickly sent."""
+        return replace(self, tensors={name: self.tensors[name] for name in names})
 
     def weight(self, layer: Layer) -> NDArray[np.float32]:
         """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
+        return self.weight_rows(layer, self.read_bytes(layer.tensor))[:]
+
+    def weight_rows(self, layer: Layer, data: NDArray[np.uint8]) -> StoredRows:
+        """The same from the tensor's bytes, a few rows at a time."""
         if not layer.transposed:
-            return self.matrix(layer.tensor, layer.shape)
-        out_features, in_features = layer.shape
-        return np.ascontiguousarray(self.matrix(layer.tensor, (in_features, out_features)).T)
+            return self.rows(layer.tensor, layer.shape, data)
+        stored = self.rows(layer.tensor, layer.shape[::-1], data)
+        return replace(stored, values=np.ascontiguousarray(stored.values.T))
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
@@ -356,8 +399,12 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int)
 
 def all_finite(values: NDArray[np.float32]) -> bool:
     """Whether there is no NaN or inf: the product with zeros would keep it."""
+    flat = values.reshape(-1)
     with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(np.dot(values.ravel(), np.zeros(values.size, np.float32))))
+        return all(
+            np.isfinite(np.dot(flat[start : start + len(_ZEROS)], _ZEROS[: len(flat) - start]))
+            for start in range(0, len(flat), len(_ZEROS))
+        )
 
 
 def is_float(spec: TensorSpec) -> bool:

@@ -295,21 +295,26 @@ def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
 
     model, activations = small_job(tmp_path)
     done = []
-    work = runner._work
+    work = runner.quantize_unit
 
-    def interrupt(unit, *rest):
+    def interrupt(unit, *rest, **options):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(unit.name)
-        return work(unit, *rest)
+        return work(unit, *rest, **options)
 
-    monkeypatch.setattr(runner, "_work", interrupt)
+    monkeypatch.setattr(runner, "quantize_unit", interrupt)
     arguments = ["gptq", model, "--activations", activations, "-o", "out"]
     with pytest.raises(KeyboardInterrupt):
         ptq(*arguments)
     assert Path("out.partial/job.json").is_file()
     redone = []
-    monkeypatch.setattr(runner, "_work", lambda u, *rest: (redone.append(u.name), work(u, *rest)))
+
+    def count(unit, *rest, **options):
+        redone.append(unit.name)
+        return work(unit, *rest, **options)
+
+    monkeypatch.setattr(runner, "quantize_unit", count)
     refused = ptq(*arguments, "--bits", 3)
     assert refused.code == 1
     assert "other bits" in refused.errors[0]
