@@ -200,6 +200,7 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
         line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
+    _show_compared(rows)
     _show_totals(report.totals)
     if output is not None:
         line(f"written: {output}")
@@ -222,6 +223,15 @@ def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
     scheme = rows[0].activations.scheme if rows[0].activations else ""
     line(f"outputs with integer inputs ({scheme}):")
     table([("layer", "left"), *((name, "right") for name in columns)], cells)
+
+
+def _show_compared(rows: Sequence[LayerReport]) -> None:
+    """Mean errors of the methods that were compared, and how often each was best."""
+    tried = [row for row in rows if row.compared]
+    for name in tried[0].compared or () if tried else ():
+        errors = [row.compared[name] for row in tried if row.compared]
+        best = sum(row.best == name for row in tried)
+        line(f"{name}: mean {number(sum(errors) / len(errors))}, best on {best} of {len(tried)}")
 
 
 def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:

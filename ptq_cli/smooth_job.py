@@ -20,7 +20,7 @@ from ptq_cli.options import make_settings
 from ptq_cli.plan import GridSettings, make_plan, model_sites
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, run
+from ptq_cli.runner import After, quantization_document, run
 from ptq_cli.runner import Listener as RowListener
 from ptq_cli.smoothing import Listener, Smoothed, Smoothing, smooth
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -106,7 +106,11 @@ class SmoothJob:
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=_entries(smoothed), settings=settings)
         parts = [(name, [mapped(checkpoint, name)]) for name in checkpoint.tensors]
-        documents = {"report.json": as_document(report, times=False)}
+        inputs = {"model": self.checkpoint.fingerprint}
+        documents = {
+            "report.json": as_document(report, times=False),
+            "quantization.json": quantization_document(plan, report.settings, inputs, ()),
+        }
         fmt = format_named("ptq")
         write_folder(staging.out, Assembly(parts, {}, (), fmt, documents), self.checkpoint)
         _keep(smoothed, staging.out)
@@ -150,6 +154,11 @@ def prepare_smoothing(
     floats = (given.get("bits") or recipe.get("bits")) == FLOAT_BITS
     if floats:
         given, recipe = {**given, "bits": None}, {**recipe, "bits": how.defaults.get("bits", 4)}
+    if "fisher" in (given.get("weight"), recipe.get("weight")):
+        raise InputError(
+            f"{command} scales the weights that the Fisher information was taken of",
+            hint="--weight hessian",
+        )
     settings = make_settings(GridSettings, given, recipe)
     own = make_settings(how.settings, given, recipe)
     rounder = method(own.then)
@@ -167,7 +176,7 @@ def prepare_smoothing(
     )  # fmt: skip
     found = model_sites(checkpoint, settings)
     require_whole(found.sites)
-    _check(command, settings, own, rounding, found.sites, str(checkpoint.path), found.notes)
+    _check(command, settings, own, found.sites, str(checkpoint.path), found.notes)
     fmt = format_named(settings.format)
     plan = make_plan(
         checkpoint, rounder, settings, rounding, fmt, source.statistics,
@@ -230,7 +239,6 @@ def _check(
     command: str,
     settings: GridSettings,
     own: Any,
-    rounding: Any,
     sites: Sequence[Any],
     path: str,
     notes: Sequence[str],
@@ -241,11 +249,6 @@ def _check(
         raise InputError(
             f"{path}: no sites are known that {command} could work on{why}",
             hint="name them in a recipe: [[sites]]",
-        )
-    if getattr(rounding, "weight", "hessian") != "hessian":
-        raise InputError(
-            f"{command} scales the weights that the Fisher information was taken of",
-            hint="--weight hessian",
         )
     groups = {settings.group_size, *(rule.get("group_size") for rule in settings.layers)}
     if getattr(own, "clip", False) and own.then == "awq" and 0 in groups:

@@ -10,7 +10,17 @@ import ptq_cli
 from tests.builders import copy_sample, ptq, tree
 from tests.cli.conftest import check_report  # noqa: F401
 
-GRIDS = [{"bits": 4}, {"bits": 3, "sym": False}, {"bits": 4, "group_size": -1}, {"bits": 8}]
+SLOW = [
+    {"bits": bits, "group_size": size, "sym": sym, "then": then}
+    for bits in (3, 4, 8)
+    for size in (-1, 32)
+    for sym in (True, False)
+    for then in ("awq", "gptq")
+]
+GRIDS = [
+    {"bits": 4, "sym": False, "then": "awq"},
+    *(pytest.param(grid, marks=pytest.mark.slow) for grid in SLOW),
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +33,9 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("then", ["awq", "gptq"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_no_layer_ends_above_round_to_nearest_on_heldout_inputs(sample, grid, then):
-    report = ptq_cli.awq(sample, then=then, compare=False, output="out", **grid)
+def test_no_layer_ends_above_round_to_nearest_on_heldout_inputs(sample, grid):
+    report = ptq_cli.awq(sample, compare=False, output="out", **grid)
     seen = {row.module: row for row in ptq_cli.evaluate(sample, "out").rows}
     for row in report.rows:
         assert row.heldout_rel_err <= row.rtn_heldout_rel_err
@@ -56,6 +65,7 @@ def test_the_report_names_the_best_of_four_on_every_layer(sample, check_report):
             assert compared["gptq"] == compared["awq+gptq"]
 
 
+@pytest.mark.slow
 def test_gptq_after_awq_is_written_and_named(sample):
     report = ptq_cli.awq(sample, then="gptq", output="out")
     folded = {m for site in report.sites if site["fed_by"] for m in site["linears"]}
@@ -75,6 +85,7 @@ def test_what_makes_no_sense_is_refused_in_the_plan(sample):
     assert "Fisher" in outcome.err
 
 
+@pytest.mark.slow
 def test_clip_and_scales_are_both_worth_their_while(sample):
     def mean(**options):
         rows = ptq_cli.awq(sample, compare=False, output="out", force=True, **options).rows
@@ -85,6 +96,7 @@ def test_clip_and_scales_are_both_worth_their_while(sample):
     assert whole < mean(clip=False)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(sample):
     for name in ("a", "b"):
         ptq_cli.awq(sample, compare=False, output=name)

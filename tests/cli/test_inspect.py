@@ -1,0 +1,59 @@
+"""ptq inspect: tensors, sites, loud channels, importance; of float models and quantized folders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ptq_cli.storage.checkpoint import open_checkpoint
+from tests.builders import ptq
+from tests.methods.rescaled import rescaled_sample
+
+SITE = "model.layers.0.self_attn.q_proj"
+
+
+def test_tensors_and_sites_of_a_float_model(sample):
+    document = ptq("inspect", sample, "--json").document
+    assert document["family"] == "llama"
+    assert document["totals"]["dtypes"] == {"BF16": 39}
+    tensors = {entry["tensor"]: entry for entry in document["tensors"]}
+    assert tensors["model.norm.weight"]["left_alone"] is not None
+    assert tensors[f"{SITE}.weight"] == {
+        "tensor": f"{SITE}.weight", "dtype": "BF16", "shape": [128, 128], "bytes": 32768,
+        "left_alone": None,
+    }  # fmt: skip
+    first = document["sites"][0]
+    assert first["fed_by"] == "model.layers.0.input_layernorm.weight"
+    assert [name.rpartition(".")[2] for name in first["linears"]] == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_importance_is_the_loudest_input_times_the_mean_weight(sample):
+    site = ptq("inspect", sample, "--json").document["sites"][0]
+    inputs = np.load(sample / "activations" / f"{SITE}.npy").astype(np.float64)
+    seen = np.delete(inputs, np.arange(7, len(inputs), 8), axis=0)
+    checkpoint = open_checkpoint(sample)
+    rows = [checkpoint.read(f"{name}.weight").astype(np.float64) for name in site["linears"]]
+    importance = np.abs(seen).max(axis=0) * np.abs(np.concatenate(rows)).mean(axis=0)
+    top = np.argsort(-importance)[:5]
+    assert [entry["channel"] for entry in site["importance"]] == top.tolist()
+    found = [entry["importance"] for entry in site["importance"]]
+    np.testing.assert_allclose(found, importance[top], rtol=1e-5)
+
+
+def test_loud_channels_are_listed(tmp_path):
+    loud = rescaled_sample(tmp_path / "loud")
+    sites = ptq("inspect", loud, "--json").document["sites"]
+    counts = [len(site["loud_channels"]) for site in sites]
+    assert counts == [1, 0, 1, 0] * 4
+    assert "loud" in ptq("inspect", loud).out
+
+
+@pytest.mark.parametrize("command", ["rtn", "smoothquant"])
+def test_a_quantized_folder(sample, command):
+    assert ptq(command, sample, "--bits", 8, "-o", "out").code == 0
+    document = ptq("inspect", "out", "--json").document
+    assert document["kind"] == "quantized"
+    assert {layer["bits"] for layer in document["layers"]} == {8}
+    inputs = {layer["inputs"] for layer in document["layers"]}
+    assert inputs == ({None} if command == "rtn" else {"8 bits, dynamic per token"})
+    assert ptq("inspect", "out").code == 0
