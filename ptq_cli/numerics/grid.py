@@ -214,8 +214,10 @@ def round_rows(
         part = weight[:, columns].reshape(len(weight), n_groups, -1)
         weights = None if importance is None else importance[columns].reshape(n_groups, -1)
         part_scales, part_zeros = _fit(part, weights, grid)
-        centred = round_centred(part / part_scales[..., None], part_zeros[..., None], grid)
+        centred = part / part_scales[..., None]
+        np.rint(centred, out=centred)
         centred += part_zeros[..., None]
+        np.clip(centred, grid.min_code, grid.max_code, out=centred)
         codes[:, columns] = centred.reshape(len(weight), -1)
         scales[:, groups] = part_scales
         zeros[:, groups] = part_zeros
