@@ -45,6 +45,8 @@ def misfit(layer: Layer, name: str, limits: Limits) -> str | None:
     grid = layer.grid
     if len(layer.full_shape) != 2:
         return f"{name} holds matrices, this tensor has {len(layer.full_shape)} dimensions"
+    if layer.transposed:
+        return f"{name} holds [out, in] matrices, this one is stored [in, out]; --format ptq"
     if not limits.embeddings and _EMBEDDING.search(layer.module):
         return f"{name} holds linears, this is an embedding; --ignore {layer.module}"
     if grid.bits not in limits.bits:
@@ -185,6 +187,18 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     """The model's dtype as config.json states it, in safetensors' word; F32 where it does not."""
     word = config.get("dtype") or config.get("torch_dtype") or "float32"
     return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
+
+
+def rope_of_old(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` where config.json has them only in `rope_parameters`, which
+    mlx-lm 0.32 does not read."""
+    newer = config.get("rope_parameters")
+    if not isinstance(newer, Mapping) or "rope_theta" not in newer:
+        return {}
+    found = {} if "rope_theta" in config else {"rope_theta": newer["rope_theta"]}
+    if newer.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = {k: v for k, v in newer.items() if k != "rope_theta"}
+    return found
 
 
 def mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

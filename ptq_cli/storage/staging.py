@@ -21,6 +21,7 @@ from typing import Any
 
 from ptq_cli import stopping
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -187,6 +188,14 @@ class Staging:
                 hint="free some space, or choose another place with -o",
             )
 
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The same tensors, each as a place in a file."""
+        path, start, places = self._path(unit, ".bin"), 0, []
+        for tensor in self.tensors(unit):
+            places.append(StoredTensor(tensor.spec, path, start))
+            start += tensor.spec.nbytes
+        return places
+
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         sync_folder(self.out if self.out.is_dir() else self.folder)
@@ -269,3 +278,14 @@ def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
     for path in (p.resolve() for p in keep):
         if path == target or target in path.parents:
             raise InputError(f"{output}: holds {path}, which is being read")
+    if output.is_dir() and not _is_own(output):
+        raise InputError(
+            f"{output}: a folder that this tool did not write; --force does not replace it",
+            hint="remove it yourself, or choose another output with -o",
+        )
+
+
+def _is_own(folder: Path) -> bool:
+    """An empty folder, or an output of this tool."""
+    names = os.listdir(folder)
+    return not names or "quantization.json" in names
