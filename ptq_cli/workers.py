@@ -38,6 +38,12 @@ _BLAS_THREADS = (
     "NUMEXPR_NUM_THREADS",
 )
 
+# Pages that one unit gives back serve the next; the C library would return them to the system.
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
 
 class WorkerLost(InputError):
     """A worker ended without an answer (killed, most likely for lack of memory)."""
@@ -204,7 +210,7 @@ def _environment() -> dict[str, str]:
     """One BLAS thread from the start, and modules found where this process finds them."""
     paths = [path or os.getcwd() for path in sys.path]
     one = dict.fromkeys(_BLAS_THREADS, "1")
-    return {**os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**_KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _cluster(address: str) -> Crew:

@@ -225,8 +225,10 @@ def round_rows(
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], n_groups, -1)
         part_scales, part_zeros = _fit(part, weights, grid)
-        centred = round_centred(part / part_scales[..., None], part_zeros[..., None], grid)
+        centred = part / part_scales[..., None]
+        np.rint(centred, out=centred)
         centred += part_zeros[..., None]
+        np.clip(centred, grid.min_code, grid.max_code, out=centred)
         codes[:, columns] = centred.reshape(len(weight), -1)
         scales[:, groups] = part_scales
         zeros[:, groups] = part_zeros

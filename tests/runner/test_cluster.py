@@ -22,7 +22,7 @@ MODEL = SAMPLE / "model.safetensors"
 
 @pytest.fixture
 def cluster():
-    """Two worker processes; their workers find this package, and nothing else is shared but disks."""
+    """Two worker processes that find this package; nothing else is shared but disks."""
     os.environ["PYTHONPATH"] = str(ROOT)
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
