@@ -379,7 +379,8 @@ def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings)
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
     group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
-    return f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+    name = f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+    return name if settings.format == "ptq" else f"{name}-{settings.format}"
 
 
 def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport:
