@@ -16,13 +16,16 @@ __all__ = [
     "PtqError",
     "QuantizedLinear",
     "__version__",
+    "awq",
     "calibrate",
     "evaluate",
     "gptq",
+    "inspect",
     "load_linear",
     "load_weight",
     "pack",
     "rtn",
+    "smoothquant",
 ]
 
 _HOME = {"PtqError": "ptq_cli.errors", "QuantizedLinear": "ptq_cli.linear"}

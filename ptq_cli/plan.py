@@ -13,14 +13,20 @@ from math import prod
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.siblings import sites
+from ptq_cli.models.detection import Sites, find_sites
+from ptq_cli.models.recipe import merge_sites, recipe_sites
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.sites import Site
 from ptq_cli.numerics import layout
+from ptq_cli.numerics.measures import ROWS_AT_ONCE
+from ptq_cli.numerics.statistics import statistics_memory
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
 from ptq_cli.storage.folder import check_container
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
+    Activation,
     Format,
     Grid,
     Layer,
@@ -44,10 +50,25 @@ _QUANTIZED_NAMES = re.compile(
 )
 
 
+# What --scheme is short for.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
+    "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
+}
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """Settings of the grid, the tensors and the layout: common to every quantizing command."""
 
+    scheme: str = field(
+        default="",
+        metadata={
+            "help": "Short for: W4A16, 4 bits in groups of 128; W8A8, int8 weights per channel and"
+            " inputs per token.",
+            "choices": tuple(SCHEMES),
+        },
+    )
     bits: int = field(
         default=4, metadata={"help": "Bits per weight.", "min": 2, "max": 8, "short": "-b"}
     )
@@ -89,6 +110,14 @@ class GridSettings:
     layers: tuple[Mapping[str, Any], ...] = field(
         default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
     )
+    family: str = field(
+        default="",
+        metadata={"help": "The family of models that tells the sites.", "recipe_only": True},
+    )
+    sites: tuple[Mapping[str, Any], ...] = field(
+        default=(),
+        metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
+    )
     format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
     on_misfit: str = field(
         default="error",
@@ -112,8 +141,11 @@ def make_plan(
     source: StatisticsSource | None,
     *,
     missing: str = "error",
+    activation: Activation | None = None,
 ) -> Plan:
     """Make the plan of a quantization.
+
+    activation: how the layers' inputs are rounded when they run, None: not at all
 
     source: where statistics come from; None: there is no calibration
     missing: what a linear without statistics gets: "error" or "rtn"
@@ -123,11 +155,14 @@ def make_plan(
     """
     check_float(checkpoint)
     chosen, skipped = choose_tensors(checkpoint, settings)
+    sites = model_sites(checkpoint, settings).sites
+    turned = transposed_tensors(sites)
     layers = {
-        tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint)
+        tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint, turned)
         for tensor in chosen
     }
-    kept = check_layers(list(layers.values()), fmt, settings.on_misfit)
+    layers = {name: replace(layer, activation=activation) for name, layer in layers.items()}
+    kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
     for layer in kept:
         del layers[layer.tensor]
         reason = f"format {fmt.name} cannot hold it"
@@ -137,7 +172,9 @@ def make_plan(
     check_container(fmt, checkpoint, list(layers.values()), left)
     _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
-    units = _units(layers, method, source, missing, included)
+    if getattr(method_settings, "weight", "hessian") == "fisher":
+        _check_fisher(layers.values(), source)
+    units = _units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
     packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
@@ -153,11 +190,43 @@ def make_plan(
     )
 
 
+def model_sites(checkpoint: Checkpoint, settings: GridSettings | None = None) -> Sites:
+    """The sites of a model: those a recipe names, and those its family's table tells.
+
+    Raises:
+        InputError: a recipe's family or sites do not fit the checkpoint.
+    """
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    family, named = (settings.family, settings.sites) if settings else ("", ())
+    found = find_sites(specs, checkpoint.config or None, family or None)
+    if not named:
+        return found
+    return replace(found, sites=merge_sites(found.sites, recipe_sites(named, specs)))
+
+
+def transposed_tensors(sites: Sequence[Site]) -> frozenset[str]:
+    """Tensors that are stored [in_features, out_features]."""
+    linears = (linear for site in sites for linear in site.linears)
+    return frozenset(linear.tensor for linear in linears if linear.transposed)
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds packed weights."""
+    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
+
+
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    return [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+
+
+def _declared(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.get("quantization_config"))
+
+
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
-    config = checkpoint.config if checkpoint.root else {}
-    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    if packed or config.get("quantization_config"):
+    packed = _packed(checkpoint)
+    if is_quantized(checkpoint):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(
             f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
@@ -254,6 +323,7 @@ def _layer(
     method_settings: Any,
     fmt: Format,
     checkpoint: Checkpoint,
+    turned: frozenset[str],
 ) -> Layer:
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
@@ -266,15 +336,35 @@ def _layer(
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
+    shape = (spec.shape[0], prod(spec.shape[1:]))
     return Layer(
         module=spec.name.removesuffix(".weight"),
         tensor=spec.name,
-        shape=(spec.shape[0], prod(spec.shape[1:])),
+        shape=shape[::-1] if spec.name in turned else shape,
         full_shape=spec.shape,
         dtype=spec.dtype,
         grid=grid,
         reordered=getattr(method_settings, "act_order", "none") == "desc",
+        transposed=spec.name in turned,
     )
+
+
+def _check_fisher(layers: Iterable[Layer], source: StatisticsSource | None) -> None:
+    """Every layer needs Fisher information, in the shape of its weight."""
+    found = {} if source is None else source.fisher
+    lost = [layer.module for layer in layers if layer.module not in found]
+    if lost:
+        raise InputError(
+            f"--weight fisher: no Fisher information of {len(lost)} layers: {', '.join(lost[:10])}",
+            hint="ptq calibrate --gradients DIR",
+        )
+    for layer in layers:
+        shape = found[layer.module].shape
+        if shape != layer.full_shape:
+            raise InputError(
+                f"--weight fisher: {layer.module} has {list(shape)}, its weight"
+                f" {list(layer.full_shape)}"
+            )
 
 
 def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
@@ -284,10 +374,10 @@ def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     return layout.model_dtype(config) if stated else spec.dtype
 
 
-def keep_together(modules: Sequence[str], misfits: Mapping[str, str]) -> set[str]:
+def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, str]) -> set[str]:
     """Modules that do not fit, and those that share an input with one: runtimes fuse them."""
-    groups = [group for group in sites(modules) if not misfits.keys().isdisjoint(group)]
-    return {module for group in groups for module in group}
+    together = [group for group in groups if not misfits.keys().isdisjoint(group)]
+    return {module for group in together for module in group}
 
 
 def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputError:
@@ -304,7 +394,9 @@ def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputEr
     )
 
 
-def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[Layer]:
+def check_layers(
+    layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
+) -> list[Layer]:
     """The layers to keep as they are, with those that share their input: runtimes fuse them.
 
     Raises:
@@ -322,7 +414,7 @@ def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[L
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
-    kept = keep_together(modules, misfits)
+    kept = keep_together(group_modules(modules, sites), misfits)
     return [layer for layer in layers if layer.module in kept]
 
 
@@ -348,6 +440,7 @@ def _units(
     source: StatisticsSource | None,
     missing: str,
     included: set[str],
+    sites: Sequence[Site],
 ) -> tuple[Unit, ...]:
     by_module = {layer.module: layer for layer in layers.values()}
     site_of = sites_of(by_module, source)
@@ -363,7 +456,7 @@ def _units(
             hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
         )
     units = []
-    for group in sites(by_module):
+    for group in group_modules(by_module, sites):
         parts: dict[str | None, list[Layer]] = {}
         for module in group:
             parts.setdefault(site_of.get(module), []).append(by_module[module])
@@ -379,15 +472,31 @@ def _unit(
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
         members = [replace(layer, reordered=False) for layer in members]
-    memory = max(method.memory(layer.shape, layer.grid) for layer in members)
-    columns = members[0].shape[1]
     return Unit(
         name=members[0].module,
         layers=tuple(members),
         site=site,
-        memory=memory + 4 * columns * (columns + 1024),
+        memory=_unit_memory(site, members, method),
         nearest=nearest,
     )
+
+
+def _unit_memory(site: str | None, members: Sequence[Layer], method: Method) -> int:
+    """Bytes that a unit takes at most, its process' own 60 MB aside.
+
+    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
+    of weight and error while it is measured. The site: its Hessian, and before anything else the
+    sums it is made of.
+    """
+    columns = members[0].shape[1]
+    most = max(
+        method.memory(layer.shape, layer.grid) + 12 * layer.size + 12 * ROWS_AT_ONCE * columns
+        for layer in members
+    )
+    packed = sum(layer.size for layer in members)
+    if site is None:
+        return most + packed
+    return packed + max(statistics_memory(columns), most + 4 * columns * columns)
 
 
 def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import PortableSource, StatisticsSource
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
 from ptq_cli.storage.staging import Staging
@@ -71,6 +72,18 @@ class UnitJob:
     store: UnitStore
 
 
+@dataclass(frozen=True)
+class After:
+    """What a pass before the rounding has to say about the result.
+
+    annotate: completes a row; sites: what it did; write: files of its own in the output folder
+    """
+
+    annotate: Callable[[LayerReport], LayerReport] = lambda row: row
+    sites: tuple[Mapping[str, Any], ...] = ()
+    write: Callable[[Path], None] = lambda _: None
+
+
 def run(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -83,6 +96,7 @@ def run(
     listen: Listener = lambda _: None,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
+    after: After = After(),
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
@@ -98,8 +112,11 @@ def run(
         staging.check_space(packed, plan.bytes_after)
         with threadpool_limits(1):
             rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
+        rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
+        report = replace(report, sites=after.sites)
         _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
+        after.write(staging.out)
         staging.publish()
     except PtqError as error:
         staging.give_up(error)
@@ -164,10 +181,10 @@ def _work(job: UnitJob) -> Any:
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
-    def load(layer: Layer) -> NDArray[np.float32]:
+    def load(layer: Layer) -> StoredRows:
         data = job.checkpoint.read_bytes(layer.tensor)
         digests[layer.tensor] = digest_of(data)
-        return job.checkpoint.matrix(layer.tensor, layer.shape, data)
+        return job.checkpoint.weight_rows(layer, data)
 
     site = unit.site
     statistics = None if job.source is None or site is None else job.source.load(site)
@@ -180,6 +197,8 @@ def _work(job: UnitJob) -> Any:
             job.settings,
             format_named(job.format),
             on_failure=job.on_failure,
+            importance=lambda layer: _importance(layer, job),
+            outputs=job.checkpoint.output_scale,
         )
     except NumericalError as error:
         error.hint = f"{error.hint}, or allow --fallback rtn"
@@ -210,6 +229,15 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
         else None,
         "settings": digest_words(*words),
     }
+
+
+def _importance(layer: Layer, job: UnitJob) -> NDArray[np.float32] | None:
+    """What weighs the layer's scale search: its Fisher information, where that is asked for."""
+    if job.source is None or getattr(job.settings, "weight", "hessian") != "fisher":
+        return None
+    values = job.source.load_fisher(layer.module)
+    values = values.reshape(layer.shape[::-1]).T if layer.transposed else values
+    return np.ascontiguousarray(values).reshape(layer.shape)
 
 
 def _assemble(

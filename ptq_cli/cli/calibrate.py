@@ -23,6 +23,14 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
     "  [default: activations/ beside MODEL]",
 )
 @click.option(
+    "--gradients",
+    type=PATH,
+    multiple=True,
+    metavar="DIR",
+    help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their diagonal"
+    " Fisher information is stored, too.",
+)
+@click.option(
     "--merge",
     type=PATH,
     multiple=True,
@@ -68,6 +76,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 def calibrate(
     model: Path,
     activations: tuple[Path, ...],
+    gradients: tuple[Path, ...],
     merge: tuple[Path, ...],
     bf16: bool,
     heldout_every: int,
@@ -90,14 +99,15 @@ def calibrate(
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    if merge and activations:
-        raise click.UsageError("--merge and --activations exclude each other")
+    if merge and (activations or gradients):
+        raise click.UsageError("--merge excludes --activations and --gradients")
     with display.ProgressLine("calibrate", quiet=as_json) as line:
         result = api.calibrate(
             model,
             activations,
             output,
             merge=merge,
+            gradients=gradients,
             bf16=bf16,
             heldout_every=heldout_every,
             heldout_limit=heldout_limit,

@@ -18,6 +18,7 @@ from ptq_cli.cli.common import (
     report_options,
     source_options,
 )
+from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.report import check_gates
 
 
@@ -25,6 +26,24 @@ from ptq_cli.report import check_gates
 @model_argument("original")
 @click.argument("quantized", type=PATH)
 @source_options
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(SCHEMES),
+    help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or static.",
+)
+@click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "4"]),
+    help="Bits of integer inputs.  [default: 8]",
+)
+@click.option(
+    "--percentile",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Range of integer inputs: this part of their absolute values, in (0, 1].",
+)
 @gate_options
 @report_options
 def evaluate(
@@ -33,6 +52,9 @@ def evaluate(
     calibration: Path | None,
     activations: tuple[Path, ...],
     bf16: bool,
+    activation_scheme: str | None,
+    activation_bits: str | None,
+    percentile: float,
     max_rel_err: float | None,
     min_gain: float | None,
     max_fallbacks: int | None,
@@ -62,6 +84,9 @@ def evaluate(
             calibration=calibration,
             activations=activations,
             bf16=bf16,
+            activation_scheme=activation_scheme,
+            activation_bits=None if activation_bits is None else int(activation_bits),
+            percentile=percentile,
             listen=listen,
         )
     emit_warnings(report.warnings, strict)

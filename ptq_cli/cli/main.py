@@ -21,8 +21,14 @@ COMMANDS = {
     ),
     "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
     "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
+    "smoothquant": (
+        "ptq_cli.cli.smooth:smoothquant",
+        "Smooth inputs into weights; W8A8 or float weights.",
+    ),
+    "awq": ("ptq_cli.cli.smooth:awq", "Scale weights by their inputs, then round."),
     "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
     "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
+    "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
 }
 
@@ -97,7 +103,9 @@ def run(arguments: list[str]) -> int:
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
+        if isinstance(error.__cause__ or error.__context__, EOFError):
+            return _explain("internal error: EOFError (rerun with ptq --debug)", 1, debug)
         raise KeyboardInterrupt from None
     except click.ClickException as error:
         error.show()

@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_cli import stopping
 from ptq_cli.errors import FileError, InputError, PtqError
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -56,11 +58,13 @@ class Staging:
             raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         self.store = UnitStore(self.folder / "units")
-        _check_place(output)
         self._lock, self._fresh = -1, False
-        if os.path.lexists(self.folder):
-            self._sweep()
+        stopping.work_begins()
+        self._open = True
         try:
+            _check_place(output)
+            if os.path.lexists(self.folder):
+                self._sweep()
             _check_output(output, force, keep)
             if self._lock < 0:
                 self._lock = self._locked_folder()
@@ -114,7 +118,9 @@ class Staging:
         except InputError:
             identity = None
         if self.output.exists() and identity == _identity(self.output):
-            self.drop()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
         else:
             with named(marker):
                 marker.unlink()
@@ -182,6 +188,14 @@ class Staging:
                 hint="free some space, or choose another place with -o",
             )
 
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The same tensors, each as a place in a file."""
+        path, start, places = self._path(unit, ".bin"), 0, []
+        for tensor in self.tensors(unit):
+            places.append(StoredTensor(tensor.spec, path, start))
+            start += tensor.spec.nbytes
+        return places
+
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         sync_folder(self.out if self.out.is_dir() else self.folder)
@@ -207,10 +221,16 @@ class Staging:
         self.close()
 
     def close(self) -> None:
-        """Give up the lock; the work stays for the next run."""
+        """Give up the lock; finished units stay for the next run, half a file does not."""
         if self._lock >= 0:
+            if self.folder.is_dir():
+                shutil.rmtree(self.out, ignore_errors=True)
+                self.store.drop_partials()
             os.close(self._lock)
             self._lock = -1
+        if self._open:
+            self._open = False
+            stopping.work_ends()
 
 
 def _identity(path: Path) -> list[int]:
