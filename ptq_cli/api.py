@@ -42,7 +42,7 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing
-from ptq_cli.storage.folder import MAX_SHARD, declared_config, is_quantized, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, declared_config, holds_quantized, open_quantized
 from ptq_cli.storage.gradients import GradientSite, match_gradients
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.npy import InputsFile
@@ -375,7 +375,7 @@ def prepare(
     given, recipe: settings by name; `given` wins
     runtime: warn of what this runtime could not load (`check`)
     """
-    if command == "pack" and is_quantized(Path(model)):
+    if command == "pack" and holds_quantized(Path(model)):
         return _prepare_repack(Path(model), given, recipe, output, runtime)
     chosen = method("rtn" if command == "pack" else command)
     recipe = with_scheme(given, recipe)
@@ -421,7 +421,8 @@ def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings)
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
     group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
-    return f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+    name = f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+    return name if settings.format == "ptq" else f"{name}-{settings.format}"
 
 
 def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport:
@@ -525,9 +526,9 @@ def inspect(
     """What a float model or a quantized folder holds (ptq_cli/inspection.py says what)."""
     from ptq_cli.inspection import inspect_model, inspect_quantized
 
-    checkpoint = open_checkpoint(Path(path))
-    if is_quantized(Path(path)):
+    if holds_quantized(Path(path)):
         return inspect_quantized(open_quantized(Path(path)))
+    checkpoint = open_checkpoint(Path(path))
     source = find_source(checkpoint, calibration, activations, bf16=bf16)
     return inspect_model(checkpoint, source.statistics)
 

@@ -374,11 +374,8 @@ def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     return layout.model_dtype(config) if stated else spec.dtype
 
 
-def keep_together(
-    modules: Sequence[str], misfits: Mapping[str, str], sites: Sequence[Site] = ()
-) -> set[str]:
+def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, str]) -> set[str]:
     """Modules that do not fit, and those that share an input with one: runtimes fuse them."""
-    groups = group_modules(modules, sites)
     together = [group for group in groups if not misfits.keys().isdisjoint(group)]
     return {module for group in together for module in group}
 
@@ -417,7 +414,7 @@ def check_layers(
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
-    kept = keep_together(modules, misfits, sites)
+    kept = keep_together(group_modules(modules, sites), misfits)
     return [layer for layer in layers if layer.module in kept]
 
 

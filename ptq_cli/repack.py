@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import InputError
+from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.measures import measure
@@ -93,7 +94,7 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
         wanted[layer.module] = target
     if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
         raise misfit_error(fmt, misfits, len(wanted))
-    kept = frozenset(keep_together(list(wanted), misfits))
+    kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
     fmt.config(packed, dense_modules(skipped))

@@ -81,7 +81,7 @@ def _command(name: str) -> click.Command:
         "--output",
         type=PATH,
         metavar="DIR",
-        help=f"[default: <model>-{name}-w<bits>g<group> in the current folder]",
+        help=f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]",
     )(command)
     command = click.option(
         "--runtime",

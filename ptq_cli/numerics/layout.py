@@ -293,8 +293,9 @@ def _offsets_of_zeros(rounded: QuantizedWeight, dtype: np.dtype[Any]) -> Array:
 def from_offsets(scales: Array, stored: Array, grid: Grid) -> tuple[Codes, Array | None]:
     """The zeros nearest to stored offsets, and the offsets themselves where they say more."""
     wide, own = scales.astype(np.float32), stored.astype(np.float32)
-    ratio = np.divide(-own, wide, out=np.zeros_like(own), where=wide != 0)
-    zeros = np.clip(np.rint(ratio), 0, grid.max_code).astype(np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):  # who loads it refuses what is not finite
+        ratio = np.divide(-own, wide, out=np.zeros_like(own), where=wide != 0)
+        zeros = np.clip(np.rint(ratio), 0, grid.max_code).astype(np.uint8)
     exact = np.array_equal(-(zeros * wide), own)
     return zeros, None if exact else stored
 

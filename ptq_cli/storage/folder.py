@@ -277,7 +277,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
     )
 
 
-def is_quantized(path: Path) -> bool:
+def holds_quantized(path: Path) -> bool:
     """Whether a path holds quantized weights, in whatever layout. Raises InputError."""
     if _gguf_of(path) is not None:
         return True

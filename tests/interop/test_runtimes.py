@@ -93,6 +93,7 @@ CASES = [
     Case("transformers+gptqmodel", "gptq", SAMPLE, 4, 128, tolerance=3e-2, job={"plain": True}),
     Case("transformers+gptqmodel", "gptq", SAMPLE, 4, 64, extra=DESC),
     Case("transformers+gptqmodel", "gptq_v2", SAMPLE, 3, 32, sym=False, extra=DESC),
+    Case("transformers+gptqmodel", "gptq_v2", SAMPLE, 4, 128),
     Case("transformers+gptqmodel", "gptq", QWEN, 4, 32, extra=LEFT_DENSE),
     Case("gptqmodel", "gptq", QWEN, 4, 32, extra=LEFT_DENSE),
     Case("gptqmodel", "gptq", SAMPLE, 4, 128, extra=MIXED),
@@ -104,6 +105,7 @@ CASES = [
     ),
     Case("transformers+gptqmodel", "awq", QWEN, 4, 64, sym=False, extra=LEFT_DENSE),
     Case("mlx", "awq", SAMPLE, 4, 64, sym=False, tolerance=2e-2),
+    Case("mlx", "awq", QWEN, 4, 32, tolerance=2e-2),
     *(
         Case("transformers", "compressed-tensors", model, bits, group)
         for bits, group, model in (
@@ -113,16 +115,20 @@ CASES = [
     ),
     *(
         Case("transformers", "compressed-tensors", model, bits, group, sym=False, rounded=True)
-        for bits, group, model in ((2, 32, QWEN), (3, 32, SAMPLE), (4, 128, SAMPLE), (8, -1, QWEN))
+        for bits, group, model in (
+            (2, 32, QWEN), (3, 32, SAMPLE), (4, 128, SAMPLE), (5, 64, QWEN), (6, 128, SAMPLE),
+            (7, 32, QWEN), (8, -1, QWEN),
+        )
     ),
     Case("transformers", "compressed-tensors", QWEN, 4, 32, extra=LEFT_DENSE),
     Case("transformers", "compressed-tensors", SAMPLE, 4, 128, extra=MIXED),
     *(
         Case("mlx", "mlx", model, bits, group, sym)
         for bits, group, sym, model in (
-            (2, 32, False, SAMPLE), (3, 64, False, QWEN), (4, 128, True, SAMPLE),
-            (4, 64, False, QWEN), (5, 32, True, QWEN), (6, 128, False, SAMPLE),
-            (8, 32, True, SAMPLE),
+            (2, 32, False, SAMPLE), (2, 64, True, QWEN), (3, 64, False, QWEN),
+            (3, 128, True, SAMPLE), (4, 128, True, SAMPLE), (4, 64, False, QWEN),
+            (5, 32, True, QWEN), (5, 64, False, SAMPLE), (6, 128, False, SAMPLE),
+            (6, 32, True, QWEN), (8, 32, True, SAMPLE), (8, 64, False, QWEN),
         )
     ),
     *(

@@ -1,0 +1,161 @@
+"""`ptq check` and `--runtime`; folders that contradict themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders import ptq
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+LOADS = {
+    "gptq": {"transformers", "vllm", "gptqmodel"},
+    "awq": {"transformers", "vllm", "gptqmodel", "mlx"},
+    "compressed-tensors": {"transformers", "vllm"},
+    "mlx": {"mlx"},
+    "gguf": {"transformers", "llama.cpp"},
+    "onnx": set(),
+    "ptq": set(),
+}
+RUNTIMES = ("transformers", "vllm", "llama.cpp", "mlx", "gptqmodel")
+
+
+@pytest.mark.parametrize("form", LOADS)
+def test_who_loads_what(sample, form):
+    if form in ("gguf", "onnx"):
+        pytest.importorskip(form)
+    assert ptq("rtn", sample, "--format", form, "-o", "out").code == 0
+    for runtime in RUNTIMES:
+        outcome = ptq("check", "out", "--runtime", runtime, "--json")
+        document = outcome.document
+        assert document["loads"] == (runtime in LOADS[form]), (runtime, document)
+        assert outcome.code == (0 if document["loads"] else 3)
+        assert all(fact["text"] for fact in document["facts"])
+        assert document["loads"] != any(fact["level"] == "fails" for fact in document["facts"])
+
+
+CASES = [
+    ("transformers", ["--format", "gptq", "-g", -1], 0, "note: model.layers.0", "gptq_torch"),
+    ("transformers", ["--format", "awq", "-g", -1], 0, "limit: model.layers.0", "torch_awq"),
+    ("transformers", ["--format", "compressed-tensors", "--asym"], 0, "limit", "dequantized"),
+    ("transformers", ["--format", "gptq", "--include", "lm_head"], 3, "fails: lm_head", "never"),
+    ("gptqmodel", ["--format", "gptq", "--include", "lm_head"], 0, "note", "7.6.0"),
+    ("mlx", ["--format", "awq", "-g", -1], 3, "fails", "groups of 32, 64 and 128"),
+    ("vllm", ["--format", "compressed-tensors", "--asym", "-b", 3], 3, "fails", "4 or 8 bits"),
+    ("vllm", ["--format", "compressed-tensors", "-b", 3], 0, "limit", "recent version"),
+    ("llama.cpp", ["--format", "gptq"], 3, "fails", "ptq pack --format gguf"),
+]
+
+
+@pytest.mark.parametrize(("runtime", "options", "code", "level", "words"), CASES)
+def test_facts(sample, runtime, options, code, level, words):
+    made = ptq("rtn", sample, *options, "--runtime", runtime, "-o", "out")
+    assert made.code == 0
+    outcome = ptq("check", "out", "--runtime", runtime)
+    assert outcome.code == code
+    lines = [line for line in outcome.out.splitlines() if words in line]
+    assert lines
+    assert lines[0].startswith(level)
+    if not level.startswith("note"):
+        assert [line for line in made.err.splitlines() if words in line and runtime in line]
+
+
+def test_mixed_grids_are_for_gptqmodel(sample):
+    Path("r.toml").write_text('group_size = 32\n[[layers]]\nmatch = "down_proj"\nbits = 8\n')
+    assert ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out").code == 0
+    assert ptq("check", "out", "--runtime", "gptqmodel").code == 0
+    outcome = ptq("check", "out", "--runtime", "transformers")
+    assert (outcome.code, DOWN in outcome.err) == (3, True)
+
+
+def test_a_dense_layer_that_nobody_declared(sample):
+    options = ["--ignore", "layers.1.mlp.down_proj", "--format", "compressed-tensors"]
+    ptq("rtn", sample, *options, "-o", "out")
+    assert ptq("check", "out", "--runtime", "transformers").code == 0
+    path = Path("out/config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    path.write_text(json.dumps(config))
+    outcome = ptq("check", "out", "--runtime", "transformers")
+    assert (outcome.code, "model.layers.1.mlp.down_proj: is dense" in outcome.err) == (3, True)
+
+
+def test_a_bare_file_has_no_model_type(job):
+    ptq("rtn", job, "-g", -1, "-b", 8, "--format", "compressed-tensors", "-o", "out")
+    outcome = ptq("check", "out", "--runtime", "transformers")
+    assert (outcome.code, "model_type" in outcome.err) == (3, True)
+
+
+def without(name):
+    return lambda config, tensors: tensors.pop(f"{DOWN}.{name}")
+
+
+def declared(**settings):
+    return lambda config, tensors: config["quantization_config"].update(settings)
+
+
+def narrower(name):
+    def change(config, tensors):
+        tensors[f"{DOWN}.{name}"] = np.ascontiguousarray(tensors[f"{DOWN}.{name}"][:, :-1])
+
+    return change
+
+
+def filled(name, value):
+    return lambda config, tensors: tensors[f"{DOWN}.{name}"].fill(value)
+
+
+BROKEN = {
+    "bits": ("gptq", declared(bits=8), DOWN),
+    "group size": ("gptq", declared(group_size=64), f"{DOWN}.qzeros"),
+    "no scales": ("gptq", without("scales"), f"{DOWN}.scales"),
+    "no g_idx": ("gptq", without("g_idx"), f"{DOWN}.g_idx"),
+    "no qzeros": ("awq", without("qzeros"), f"{DOWN}.qzeros"),
+    "no weight_shape": ("compressed-tensors", without("weight_shape"), f"{DOWN}.weight_shape"),
+    "width": ("compressed-tensors", narrower("weight_packed"), f"{DOWN}.weight_packed"),
+    "unknown method": ("gptq", declared(quant_method="hqq"), "not a quantized checkpoint"),
+    "layout": ("gptq", declared(checkpoint_format="gptq_p"), "gptq_p"),
+    "old stream": ("compressed-tensors", declared(version="0.9.0"), "before 0.18"),
+    "scales": ("mlx", filled("scales", np.nan), "not finite"),
+    "biases": ("mlx", filled("biases", np.inf), "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_folders_that_contradict_themselves(sample, case):
+    from safetensors.numpy import load_file, save_file
+
+    form, change, words = BROKEN[case]
+    bits = 3 if case == "old stream" else 4
+    assert ptq("rtn", sample, "-b", bits, "--format", form, "-o", "out").code == 0
+    config, tensors = json.loads(Path("out/config.json").read_text()), {}
+    tensors = load_file("out/model.safetensors")
+    change(config, tensors)
+    Path("out/config.json").write_text(json.dumps(config))
+    Path("out/quantize_config.json").unlink(missing_ok=True)
+    save_file(tensors, "out/model.safetensors", {"format": "pt"})
+    for command in (["eval", sample, "out"], ["pack", "out", "--format", "ptq", "-o", "x"]):
+        outcome = ptq(*command)
+        assert (outcome.code, len(outcome.errors)) == (1, 1), outcome
+        assert words in outcome.err
+        assert "internal error" not in outcome.err
+    assert not Path("x").exists()
+
+
+def test_formats_that_are_not_known(sample):
+    assert ptq("rtn", sample, "--format", "zip", "-o", "out").code == 2
+    Path("r.toml").write_text('format = "zip"\n')
+    outcome = ptq("rtn", sample, "--config", "r.toml", "-o", "out")
+    assert (outcome.code, "zip" in outcome.err) == (1, True)
+
+
+def test_mixed_layers_in_a_fused_group(sample):
+    Path("r.toml").write_text('[[layers]]\nmatch = "q_proj"\nbits = 8\n')
+    outcome = ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out")
+    assert outcome.code == 1
+    for word in ("k_proj has 4 bits", "q_proj 8 bits", "fuse"):
+        assert word in outcome.err
