@@ -154,6 +154,7 @@ def fresh(folder: Path, old: bool, as_file: bool) -> None:
     elif old:
         (folder / "out").mkdir()
         (folder / "out" / "old").write_text("old")
+        (folder / "out" / "quantization.json").write_text("{}")
 
 
 def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> None:
