@@ -21,16 +21,17 @@ from ptq_cli.calibration import (
     match_warnings,
     missing_error,
 )
+from ptq_cli.checking import check as check
+from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
 from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import SCHEMES, GridSettings, dense_modules, make_plan
+from ptq_cli.plan import SCHEMES, GridSettings, make_plan
 from ptq_cli.registry import format_named, method
-from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
-from ptq_cli.runner import Listener, Progress, run
-from ptq_cli.runtimes import NOTE, Artifact, Fact, facts
+from ptq_cli.repack_job import RepackJob, prepare_repack
+from ptq_cli.runner import Listener, run
 from ptq_cli.storage.calibration import (
     Activations,
     CalibrationFile,
@@ -41,14 +42,13 @@ from ptq_cli.storage.calibration import (
     open_calibration,
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.files import listing
-from ptq_cli.storage.folder import MAX_SHARD, declared_config, holds_quantized, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.gradients import GradientSite, match_gradients
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import Activation, LayerReport, Plan, RunReport, Skipped
+from ptq_cli.values import Activation, Plan, RunReport
 
 AnyPath = str | Path
 Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
@@ -285,76 +285,6 @@ class Job:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class RepackJob:
-    """A repacking that is planned and ready to run."""
-
-    repack: Repack
-    output: Path
-
-    @property
-    def plan(self) -> Plan:
-        return self.repack.plan
-
-    def memory_warnings(self, resources: Resources) -> list[str]:
-        return []
-
-    def run(
-        self,
-        *,
-        force: bool = False,
-        restart: bool = False,
-        resources: Resources = ALL_THERE_IS,
-        max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
-    ) -> RunReport:
-        """Do the work, layer by layer, and give the output its name. Raises PtqError."""
-        checkpoint, limit = self.repack.folder.checkpoint, parse_size(str(max_shard_size))
-        inputs = {"model": checkpoint.fingerprint}
-        settings = dataclasses.asdict(self.plan.settings[0])
-        job = {"command": "repack", "version": __version__, "max_shard_size": limit}
-        keep = [*checkpoint.files, checkpoint.weights]
-        staging = Staging(
-            self.output, {**job, **settings, **inputs}, force=force, restart=restart, keep=keep
-        )
-
-        def told(done: int, total: int, row: LayerReport) -> None:
-            listen(Progress(done, total, row))
-
-        return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=told)
-
-
-def _prepare_repack(
-    path: Path,
-    given: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    output: AnyPath | None,
-    runtime: str | None,
-) -> RepackJob:
-    """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
-    known = {field.name for field in dataclasses.fields(RepackSettings)}
-    run_options = ("output", "force", "restart", "strict", "top", "report_path", "as_json")
-    names = {field.name for field, _ in settings_fields(GridSettings, method("rtn").settings)}
-    own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
-    own = {key: value for key, value in own.items() if key not in run_options and key in names}
-    other = sorted(key for key in own.keys() - known if not (key == "mse" and not own[key]))
-    if other:
-        words = ", ".join("--" + key.replace("_", "-") for key in other)
-        raise InputError(
-            f"{path}: quantized already, so its codes stay as they are: {words} has no effect",
-            hint="start from the float model",
-        )
-    settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
-    folder = open_quantized(path)
-    repack = plan_repack(folder, format_named(settings.format), settings)
-    said = runtime_warnings(repack.plan, folder.checkpoint, runtime)
-    plan = dataclasses.replace(repack.plan, warnings=(*repack.plan.warnings, *said))
-    repack = dataclasses.replace(repack, plan=plan)
-    stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
-    target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
-    return RepackJob(repack, target)
-
-
 def prepare(
     command: str,
     model: AnyPath,
@@ -376,7 +306,7 @@ def prepare(
     runtime: warn of what this runtime could not load (`check`)
     """
     if command == "pack" and holds_quantized(Path(model)):
-        return _prepare_repack(Path(model), given, recipe, output, runtime)
+        return prepare_repack(Path(model), given, recipe, output, runtime)
     chosen = method("rtn" if command == "pack" else command)
     recipe = with_scheme(given, recipe)
     settings = make_settings(GridSettings, given, recipe)
@@ -531,43 +461,6 @@ def inspect(
     checkpoint = open_checkpoint(Path(path))
     source = find_source(checkpoint, calibration, activations, bf16=bf16)
     return inspect_model(checkpoint, source.statistics)
-
-
-def check(quantized: AnyPath, runtime: str) -> tuple[str, list[Fact]]:
-    """The format of an output, and what a runtime makes of it, from files alone."""
-    folder = open_quantized(Path(quantized))
-    untouched = [
-        Skipped(name, spec.shape, spec.dtype, "")
-        for name in folder.untouched()
-        for spec in (folder.checkpoint.tensors[name].spec,)
-    ]
-    artifact = Artifact(
-        folder.fmt.name,
-        list(folder.layers.values()),
-        dense_modules(untouched),
-        declared_config(folder.checkpoint),
-        listing(folder.checkpoint.folder),
-    )
-    return folder.fmt.name, facts(artifact, runtime)
-
-
-def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) -> tuple[str, ...]:
-    """What `check` would say of the output of a plan, but for mere notes."""
-    if runtime is None:
-        return ()
-    fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    declared = fmt.config(plan.layers, dense)
-    config = dict(checkpoint.config)
-    if declared is not None:
-        more = {} if fmt.model_config is None else fmt.model_config(config)
-        config |= {**more, **dict.fromkeys(fmt.config_keys, declared)}
-    files = [] if checkpoint.root is None else listing(checkpoint.root)
-    artifact = Artifact(plan.format, plan.layers, dense, config, files)
-    return tuple(
-        f"{runtime}: {', '.join(fact.modules[:5]) + ': ' if fact.modules else ''}{fact.text}"
-        for fact in facts(artifact, runtime)
-        if fact.level != NOTE
-    )
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

@@ -41,7 +41,7 @@ FLOORS = [
     ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes"),
     ("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
     ("display", "options", "config"),
-    ("api", "smooth_job"),
+    ("api", "smooth_job", "repack_job", "checking"),
     ("cli",),
     ("__main__", "__init__"),
 ]

@@ -1,4 +1,4 @@
-"""llama.cpp, where llama-cpp-python is installed (it compiles for minutes, so CI has it not)."""
+"""llama.cpp, where llama-cpp-python is installed: it compiles for long, so CI does without it."""
 
 from __future__ import annotations
 
