@@ -153,8 +153,7 @@ def fresh(folder: Path, old: bool, as_file: bool) -> None:
         (folder / "out").write_text("old")
     elif old:
         (folder / "out").mkdir()
-        (folder / "out" / "old").write_text("old")
-        (folder / "out" / "quantization.json").write_text("{}")
+        (folder / "out" / "quantization.json").write_text("old")
 
 
 def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> None:
