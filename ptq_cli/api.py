@@ -514,7 +514,8 @@ def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
     from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
 
     runs = ("force", "restart", "listen", "listen_sites")
-    run_options = {key: options.pop(key) for key in runs if key in options}
+    run_options: dict[str, Any] = {key: options.pop(key) for key in runs if key in options}
+    run_options["resources"] = take_resources(options)
     own = ("calibration", "activations", "bf16", "output")
     where = {key: options.pop(key) for key in own if key in options}
     _refuse_unknown(options, smooth_settings(command))

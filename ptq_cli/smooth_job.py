@@ -27,6 +27,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
 from ptq_cli.storage.folder import Assembly, mapped, write_folder
 from ptq_cli.storage.staging import Staging
+from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport, Smoother
 
 FLOAT_BITS = 16  # `--bits 16`: smoothed float weights, nothing rounded
@@ -49,10 +50,14 @@ class SmoothJob:
         *,
         force: bool = False,
         restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
         listen: RowListener = lambda _: None,
         listen_sites: Listener = lambda *_: None,
     ) -> RunReport:
-        """Do the work, and give the output its name. Raises PtqError."""
+        """Do the work, and give the output its name. Raises PtqError.
+
+        resources: for the rounding; the pass over the sites is one process's work
+        """
         begin = time.perf_counter()
         inputs = {"model": self.checkpoint.fingerprint}
         if self.source.fingerprint is not None:
@@ -72,8 +77,8 @@ class SmoothJob:
                 checkpoint = self._staged(smoothed, staging)
             if self.floats:
                 return self._write_floats(smoothed, checkpoint, staging, begin)
-        except PtqError:
-            staging.drop()
+        except PtqError as error:
+            staging.give_up(error)
             raise
         except BaseException:
             staging.close()
@@ -86,6 +91,7 @@ class SmoothJob:
             command=self.command,
             inputs=inputs,
             listen=listen,
+            resources=resources,
             after=After(smoothed.annotate, _entries(smoothed), lambda out: _keep(smoothed, out)),
         )
         seconds = time.perf_counter() - begin

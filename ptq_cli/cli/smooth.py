@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptq_cli import display
+from ptq_cli import api, display
 from ptq_cli.cli.common import (
     PATH,
     check_report_path,
@@ -16,6 +16,7 @@ from ptq_cli.cli.common import (
     gate_options,
     model_argument,
     report_options,
+    resource_options,
     source_options,
 )
 from ptq_cli.config import load_recipe
@@ -56,7 +57,7 @@ def _command(name: str) -> click.Command:
         _run(name, model, options)
 
     command: Any = run
-    command = report_options(gate_options(command))
+    command = report_options(gate_options(resource_options(command)))
     command = click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")(
         command
     )
@@ -98,13 +99,18 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
 
 
 def _work(job: SmoothJob, name: str, options: dict[str, Any]) -> Any:
+    resources = api.take_resources(options)
     with display.ProgressLine(name, quiet=options["as_json"]) as line:
 
         def listen(progress: Progress) -> None:
             line(progress.done, progress.total, progress.row.module)
 
         return job.run(
-            force=options["force"], restart=options["restart"], listen=listen, listen_sites=line
+            force=options["force"],
+            restart=options["restart"],
+            resources=resources,
+            listen=listen,
+            listen_sites=line,
         )
 
 
