@@ -208,3 +208,33 @@ def test_the_keys_of_config_json_before_transformers_5(case: str, tmp_path: Any)
         config.pop(key, None)
     path.write_text(json.dumps({**config, **OLD_KEYS[case]}))
     assert relative_error(tmp_path) < 1e-4
+
+
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+MATTERS: list[tuple[str, dict[str, Any]]] = [
+    *((case, PLAIN) for case in CASES if case.split()[-1] in ("linear", "dynamic", "llama3")),
+    *((case, PLAIN) for case in CASES if "yarn" in case or "longrope" in case),
+    *((case, {"sliding_window": 1000}) for case in CASES if "window" in case),
+    *((case, {"sliding_window": 1000}) for case in ("gemma2", "gemma3", "mixtral")),
+    ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"final_logit_softcapping": None}),
+    ("gemma2", {"query_pre_attn_scalar": 32}),
+    ("gemma3", {**PLAIN}),
+    ("gemma3 types, cap", {"layer_types": ["sliding_attention"] * 3}),
+    ("phi3 partial", PLAIN),
+    ("gpt2 scale, gelu", {"scale_attn_by_inverse_layer_idx": False}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+]
+
+
+@pytest.mark.parametrize(("case", "change"), MATTERS)
+def test_each_setting_matters_within_these_tokens(
+    case: str, change: dict[str, Any], tmp_path: Any
+) -> None:
+    random_model(tmp_path, *CASES[case])
+    tokens, mask = padded_batch()
+    before = ours(tmp_path, tokens, mask)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    difference = np.abs(ours(tmp_path, tokens, mask) - before)[mask == 1].max()
+    assert difference > 1e-3 * np.abs(before).max()
