@@ -1,6 +1,6 @@
 """Causal attention over sequences packed one after the other, without padding.
 
-Queries go in blocks: a block's scores fill about one megabyte, so that the passes of the softmax
+Queries go in blocks: a block's scores fill a megabyte or two, so that the passes of the softmax
 run in cache; keys that a block cannot see, later than it or behind its window, are not touched.
 The query heads that share a key head are rows of one product.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.values import Array, FloatArray
 
-QUERY_ROWS = 128  # rows (queries × heads that share a key head) of a block of scores
+QUERY_ROWS = 256  # rows (queries × heads that share a key head) of a block of scores
 SCORES = 1 << 18  # values of a block of scores, at most, where one head does not need more
 
 

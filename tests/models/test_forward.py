@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError
-from ptq_cli.models import attention, forward, layers, likelihood, rope
+from ptq_cli.models import attention, forward, layers, likelihood, memory, rope
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.attention import attend, pack
 
@@ -244,6 +244,24 @@ def test_experts_equal_one_token_at_a_time_and_unused_ones_are_not_read() -> Non
         name = f"model.layers.0.mlp.experts.{expert}.down_proj"
         assert seen[name].shape == (count, 24)
         assert (f"{name}.weight" in read) == (count > 0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE])
+def test_a_block_stays_within_its_stated_memory(config: Any, monkeypatch: Any) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    monkeypatch.setattr(attention, "QUERY_ROWS", 8)
+    monkeypatch.setattr(layers, "CHUNK", 64)
+    arch = read_architecture({**config, "num_hidden_layers": 1})
+    weights = random_weights(arch)
+    packing = pack((200, 10))
+    hidden = random_array(2000, 32)
+    tracemalloc.start()
+    forward.forward_block(arch, 0, weights, hidden, packing)
+    peak = tracemalloc.get_traced_memory()[1] + hidden.nbytes
+    tracemalloc.stop()
+    assert 0.3 * memory.block_memory(arch, 2000) < peak < memory.block_memory(arch, 2000)
 
 
 def test_activation_functions_equal_their_formulas() -> None:
