@@ -12,6 +12,8 @@ caller may look at them, round those linears, and let the next stage use the rou
 
 Tokens are packed (`pack`, attention.py): `hidden` is float32 [n_tokens, hidden_size], no padding.
 `weights` gives a tensor by its name in the checkpoint, in any float dtype, when it is needed.
+Give BLAS one thread and run batches side by side in threads: the products inside attention are
+small, and OpenBLAS with more threads is many times slower on them where the machine is shared.
 """
 
 from __future__ import annotations
