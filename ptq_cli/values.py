@@ -134,6 +134,8 @@ class Layer:
     shape: (out_features, in_features); a tensor of higher rank is [first, all others]
     full_shape: the shape in the checkpoint
     dtype: safetensors' word for the float dtype in the checkpoint
+    reordered: whether the groups follow a g_idx of their own (act_order desc)
+    method: what rounded it, once that is known
     """
 
     module: str
@@ -143,6 +145,7 @@ class Layer:
     dtype: str
     grid: Grid
     reordered: bool = False
+    method: str = ""
 
     @property
     def size(self) -> int:
@@ -199,12 +202,14 @@ class Unit:
     name: the site, or the module where a layer shares its input with none
     site: the site whose statistics serve, or None where there is no calibration
     memory: bytes that working on it needs, at most
+    nearest: why its layers are rounded to nearest whatever the method, or None
     """
 
     name: str
     layers: tuple[Layer, ...]
     site: str | None
     memory: int
+    nearest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,15 +240,6 @@ class LayerReport:
     bytes: int
     bits_per_weight: float
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """What a worker sends back: rows of the report; tensors stay on disk under the unit's name."""
-
-    unit: str
-    rows: tuple[LayerReport, ...]
-    seconds: float
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class NotPositiveDefinite(ArithmeticError):
     """The matrix has no such factorization."""
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite shows in the pivots
 def ldl_upper(matrix: FloatArray, block: int = BLOCK) -> tuple[FloatArray, FloatArray]:
     """Factor a symmetric positive definite matrix [n, n] into (U [n, n], D [n]).
 

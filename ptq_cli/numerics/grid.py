@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.errors import NumericalError
+from ptq_cli.errors import InputError
 from ptq_cli.values import FloatArray, Grid, QuantizedWeight
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -45,12 +45,12 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     coarser than asked, and every result stays finite. Zero (an all-zero group) becomes 1.
 
     Raises:
-        NumericalError: a scale is too large for the stored dtype.
+        InputError: a scale is too large for the stored dtype.
     """
     stored = SCALE_DTYPES[grid.scale_dtype]
     smallest, largest = SCALE_LIMITS[grid.scale_dtype]
     if scales.size and not float(scales.max()) <= largest:
-        raise NumericalError(
+        raise InputError(
             f"a scale of {float(scales.max()):.4g} does not fit {grid.scale_dtype}"
             f" (at most {largest:.4g})",
             hint="--scale-dtype float32",

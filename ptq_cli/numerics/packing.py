@@ -73,6 +73,6 @@ def pack_groups(codes: Codes, bits: int, width: int) -> NDArray[np.uint8]:
 
 def unpack_groups(packed: NDArray[np.uint8], bits: int, width: int, columns: int) -> Codes:
     """The inverse of `pack_groups`; padding is cut off: uint8 [rows, columns]."""
-    rows = packed.shape[0]
-    codes = unpack(packed.reshape(-1, packed_width(width, bits)), bits, width)
-    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns])
+    rows, n_groups = packed.shape[0], max(1, -(-columns // width))
+    codes = unpack(packed.reshape(rows * n_groups, packed_width(width, bits)), bits, width)
+    return np.ascontiguousarray(codes.reshape(rows, n_groups * width)[:, :columns])

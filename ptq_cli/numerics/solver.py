@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.numerics.factor import ldl_upper
 from ptq_cli.numerics.grid import (
+    SCALE_LIMITS,
     fit_grid,
     pack_result,
     round_scales,
@@ -105,7 +106,7 @@ def solve(
     """Round `weight` [out_features, in_features] with the feedback of its site.
 
     Raises:
-        NumericalError: a scale does not fit its stored dtype.
+        InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
     order = feedback.order
@@ -128,7 +129,7 @@ def solve(
         scales[rows, group_of_start] = panel.scales.T
         zeros[rows, group_of_start] = panel.zeros.T
     if fixed is not None:
-        scales, zeros = scales[:1, :1], zeros[:1, :1]
+        scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
     g_idx = None
     if act_order == "desc":
         g_idx = np.empty(n, np.int32)
@@ -291,26 +292,27 @@ class _Panel:
         error = self.error[start:stop]
         if self.fixed is None:
             scale = self._refit(quadratic, gradient, centred, error, scale)
-        change = np.empty_like(error)  # of E, by moving codes
+        # From here on in codes: column k goes to the code nearest to where its derivative is zero.
+        diagonal = quadratic.diagonal()
+        coupling, target, change = quadratic / diagonal, gradient, np.empty_like(error)
+        target /= scale
+        target /= diagonal[:, None]
+        target += centred
         low, high = self.grid.min_code - zero, self.grid.max_code - zero
         step, row = self._step, self._row
 
         def visit(a: int, b: int) -> None:
-            block = quadratic[a:b, a:b]
+            block = coupling[a:b, a:b]
             for k in range(a, b):
                 if k > a:
                     np.matmul(block[: k - a, k - a], change[a:k], out=row)
-                    gradient[k] += row
-                np.divide(gradient[k], scale, out=step)
-                np.divide(step, quadratic[k, k], out=step)
-                np.add(step, centred[k], out=step)
-                np.copyto(row, centred[k])
-                _round_into(step, low, high, centred[k])
-                np.subtract(row, centred[k], out=change[k])
-                change[k] *= scale
-                error[k] += change[k]
+                    target[k] += row
+                _round_into(target[k], low, high, step)
+                np.subtract(centred[k], step, out=change[k])
 
-        _by_halves(_leaves(0, stop - start), quadratic, change, gradient, visit)
+        _by_halves(_leaves(0, stop - start), coupling, change, target, visit)
+        centred -= change
+        error += np.multiply(change, scale, out=change)
         return scale
 
     def _refit(
@@ -324,9 +326,10 @@ class _Panel:
         """The best scales for the codes as they are: `Δs = Σ_k c_k P_k / (c S cᵀ)`, rounded to the
         stored dtype and kept only where the cost falls."""
         spread = quadratic @ centred
-        slope = np.multiply(centred, gradient).sum(axis=0)
-        curvature = np.multiply(centred, spread).sum(axis=0)
+        slope = np.einsum("kr,kr->r", centred, gradient)
+        curvature = np.einsum("kr,kr->r", centred, spread)
         moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+        moved = np.minimum(moved, SCALE_LIMITS[self.grid.scale_dtype][1])  # a refit is no error
         moved = round_scales(np.where(moved > 0, moved, scale), self.grid)
         delta = moved - scale
         falls = delta * (2 * slope - delta * curvature) > 0

@@ -1,0 +1,338 @@
+"""The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
+
+Paths may be strings. Settings are the fields of `GridSettings` and of the method's settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration import (
+    Match,
+    calibrate_sites,
+    match_activations,
+    match_warnings,
+    missing_error,
+)
+from ptq_cli.errors import InputError
+from ptq_cli.linear import QuantizedLinear
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
+from ptq_cli.options import make_settings, settings_fields
+from ptq_cli.plan import GridSettings, make_plan
+from ptq_cli.registry import format_named, method
+from ptq_cli.runner import Listener, run
+from ptq_cli.storage.calibration import (
+    Activations,
+    CalibrationFile,
+    Merged,
+    StatisticsSource,
+    beside,
+    find_activations,
+    open_calibration,
+)
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.staging import Staging
+from ptq_cli.values import Plan, RunReport
+
+AnyPath = str | Path
+Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Statistics for a command: where from, fingerprint, warnings of the matching."""
+
+    statistics: StatisticsSource | None
+    warnings: tuple[str, ...] = ()
+    fingerprint: str | None = None
+
+
+def calibrate(
+    model: AnyPath,
+    activations: Iterable[AnyPath] = (),
+    output: AnyPath | None = None,
+    *,
+    merge: Iterable[AnyPath] = (),
+    bf16: bool = False,
+    heldout_every: int = HELDOUT_EVERY,
+    heldout_limit: int = HELDOUT_LIMIT,
+    missing: str = "error",
+    force: bool = False,
+    restart: bool = False,
+    listen: Callable[[int, int, str], None] = lambda done, total, site: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Stream activations into a statistics file, or merge statistics files.
+
+    output: default `<model>.calibration.safetensors` beside the model
+
+    Returns:
+        `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
+    """
+    checkpoint = open_checkpoint(Path(model))
+    target = (
+        checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
+        if output is None
+        else Path(output)
+    )
+    merged = [Path(path) for path in merge]
+    heldout = (heldout_every, heldout_limit)
+    if merged:
+        files = tuple(_calibration_of(checkpoint, path) for path in merged)
+        heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
+        source: StatisticsSource = Merged(files)
+        warnings: list[str] = []
+        job_inputs = [file.checkpoint.fingerprint for file in files]
+        inputs = [file.checkpoint.weights for file in files]
+    else:
+        folders = [Path(path) for path in activations] or [_activations_beside(checkpoint)]
+        match = match_activations(checkpoint, find_activations(folders, bf16))
+        if (match.missing and missing == "error") or not match.entries:
+            raise missing_error(match, ", ".join(map(str, folders)))
+        warnings = match_warnings(match)
+        if match.missing:
+            warnings.append(
+                f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
+            )
+        source = Activations(", ".join(map(str, folders)), match.entries, heldout)
+        job_inputs = activations_fingerprint(match)
+        inputs = [file.npy.path for entry in match.entries.values() for file in entry.files]
+    for warning in warnings:
+        warn(warning)
+    job = {
+        "command": "calibrate",
+        "version": __version__,
+        "model": checkpoint.fingerprint,
+        "inputs": job_inputs,
+        "heldout": list(heldout),
+    }
+    staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
+    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen)
+    return {"output": str(target), "warnings": warnings, **result}
+
+
+def activations_fingerprint(match: Match) -> list[str]:
+    """What tells one set of activations from another: their headers and a sample of each file."""
+    import hashlib
+
+    prints = []
+    for site, entry in match.entries.items():
+        digest = hashlib.sha256(repr((site, entry.info.linears)).encode())
+        for file in entry.files:
+            digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
+            for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
+                digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
+        prints.append(digest.hexdigest())
+    return prints
+
+
+def _activations_beside(checkpoint: Checkpoint) -> Path:
+    _, folder = beside(checkpoint)
+    if folder is None:
+        raise InputError(
+            f"{checkpoint.path}: no activations given, and no activations/ beside it",
+            hint="--activations DIR",
+        )
+    return folder
+
+
+def _calibration_of(checkpoint: Checkpoint, path: Path) -> CalibrationFile:
+    statistics = open_calibration(path)
+    if statistics.model != checkpoint.fingerprint:
+        raise InputError(
+            f"{path}: these statistics were made for another model than {checkpoint.path}",
+            hint="calibrate this one",
+        )
+    return statistics
+
+
+def find_source(
+    checkpoint: Checkpoint,
+    calibration: AnyPath | None,
+    activations: Iterable[AnyPath],
+    *,
+    bf16: bool = False,
+    missing: str = "error",
+) -> Source:
+    """Statistics for a model: as named, else the file beside it, else `activations/` beside it."""
+    folders = [Path(path) for path in activations]
+    path = None if calibration is None else Path(calibration)
+    if path is None and not folders:
+        path, folder = beside(checkpoint)
+        folders = [folder] if folder is not None and path is None else []
+    if path is not None:
+        statistics = _calibration_of(checkpoint, path)
+        return Source(statistics, (), statistics.checkpoint.fingerprint)
+    if not folders:
+        return Source(None)
+    match = match_activations(checkpoint, find_activations(folders, bf16))
+    if match.missing and missing == "error":
+        raise missing_error(match, ", ".join(map(str, folders)))
+    name = ", ".join(map(str, folders))
+    warnings = tuple(w for w in match_warnings(match) if "fit no linear" in w)
+    fingerprint = " ".join(activations_fingerprint(match))
+    return Source(Activations(name, match.entries, Heldout), warnings, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A quantization that is planned and ready to run."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    source: Source
+    output: Path
+    command: str
+    on_failure: str
+
+    def run(
+        self, *, force: bool = False, restart: bool = False, listen: Listener = lambda _: None
+    ) -> RunReport:
+        """Do the work, and give the output its name. Raises PtqError."""
+        inputs = {"model": self.checkpoint.fingerprint}
+        if self.source.fingerprint is not None:
+            inputs["calibration"] = self.source.fingerprint
+        grid, own = self.plan.settings
+        settings = {**dataclasses.asdict(grid), **dataclasses.asdict(own)}
+        job = {
+            "command": self.command,
+            "version": __version__,
+            "fallback": self.on_failure,
+            **settings,
+            **inputs,
+        }
+        keep = [*self.checkpoint.files, self.checkpoint.weights]
+        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        return run(
+            self.plan,
+            self.checkpoint,
+            self.source.statistics,
+            staging,
+            command=self.command,
+            on_failure=self.on_failure,
+            inputs=inputs,
+            listen=listen,
+        )
+
+
+def prepare(
+    command: str,
+    model: AnyPath,
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any] = {},
+    *,
+    calibration: AnyPath | None = None,
+    activations: Iterable[AnyPath] = (),
+    bf16: bool = False,
+    output: AnyPath | None = None,
+    fallback: str = "error",
+    require_calibration: bool = False,
+) -> Job:
+    """Plan a quantization: every mistake that can be known is found here.
+
+    command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
+    given, recipe: settings by name; `given` wins
+    """
+    chosen = method("rtn" if command == "pack" else command)
+    settings = make_settings(GridSettings, given, recipe)
+    own = make_settings(chosen.settings, given, recipe)
+    checkpoint = open_checkpoint(Path(model))
+    source = Source(None)
+    if command != "pack":
+        source = find_source(checkpoint, calibration, activations, bf16=bf16, missing=fallback)
+    if require_calibration and source.statistics is None:
+        raise InputError(
+            f"{checkpoint.path}: no calibration found",
+            hint="--calibration FILE or --activations DIR",
+        )
+    fmt = format_named(settings.format)
+    plan = make_plan(checkpoint, chosen, settings, own, fmt, source.statistics, missing=fallback)
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings))
+    target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
+    return Job(plan, checkpoint, source, target, command, fallback)
+
+
+def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
+    """`<model>-gptq-w4g128`, in the current directory."""
+    stem = checkpoint.stem
+    if checkpoint.path.is_dir():
+        stem = checkpoint.path.resolve().name or stem
+    group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
+    return f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+
+
+def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport:
+    """Quantize a model; see `prepare` for the options. Everything else is a setting by name.
+
+    >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
+    """
+    run_options = {
+        key: options.pop(key) for key in ("force", "restart", "listen") if key in options
+    }
+    own = ("calibration", "activations", "bf16", "output", "fallback", "require_calibration")
+    where = {key: options.pop(key) for key in own if key in options}
+    chosen = method("rtn" if command == "pack" else command)
+    known = {field.name for field, _ in settings_fields(GridSettings, chosen.settings)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
+    return prepare(command, model, options, **where).run(**run_options)
+
+
+def gptq(model: AnyPath, **options: Any) -> RunReport:
+    """Quantize with GPTQ; options as in `quantize`."""
+    return quantize(model, "gptq", **options)
+
+
+def rtn(model: AnyPath, **options: Any) -> RunReport:
+    """Round to nearest with a scale search; options as in `quantize`."""
+    return quantize(model, "rtn", **options)
+
+
+def pack(model: AnyPath, **options: Any) -> RunReport:
+    """Round a float model to nearest and pack it; options as in `quantize`."""
+    return quantize(model, "pack", **{"mse": False, **options})
+
+
+def evaluate(
+    original: AnyPath,
+    quantized: AnyPath,
+    *,
+    calibration: AnyPath | None = None,
+    activations: Iterable[AnyPath] = (),
+    bf16: bool = False,
+    listen: Callable[[int, int, Any], None] = lambda done, total, row: None,
+) -> RunReport:
+    """Measure a quantized folder against the original, from their tensors alone."""
+    from ptq_cli.evaluation import evaluate as run_evaluation
+
+    checkpoint = open_checkpoint(Path(original))
+    folder = open_quantized(Path(quantized))
+    source = find_source(checkpoint, calibration, activations, bf16=bf16, missing="rtn")
+    return run_evaluation(checkpoint, folder, source.statistics, listen)
+
+
+def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
+    """The dequantized weight of a module, float32 in its original shape."""
+    folder = open_quantized(Path(quantized))
+    weight = folder.load(module).dequantized()
+    return weight.reshape(folder.layers[module].full_shape)
+
+
+def load_linear(quantized: AnyPath, module: str) -> QuantizedLinear:
+    """A module of an output folder as something to call: `linear(inputs)`."""
+    folder = open_quantized(Path(quantized))
+    bias = f"{module}.bias"
+    present = bias in folder.checkpoint.tensors
+    return QuantizedLinear(
+        folder.load(module),
+        folder.checkpoint.read(bias).astype(np.float32) if present else None,
+    )

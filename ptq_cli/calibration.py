@@ -1,0 +1,145 @@
+"""Calibration: which activations belong to which linears, and the loop that turns them into
+statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from ptq_cli.errors import InputError, PtqError
+from ptq_cli.models.siblings import sites
+from ptq_cli.plan import check_float, default_reason, few_tokens
+from ptq_cli.storage.calibration import (
+    Activations,
+    ActivationSite,
+    SiteInfo,
+    StatisticsSource,
+    file_content,
+    site_entry,
+    site_tensors,
+)
+from ptq_cli.storage.checkpoint import Checkpoint, is_float
+from ptq_cli.storage.npy import InputsFile
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tensors import serialize
+
+
+@dataclass(frozen=True)
+class Match:
+    """Activations matched to sites, and what did not match."""
+
+    entries: Mapping[str, ActivationSite]
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFile, ...]]) -> Match:
+    """Match activations to the linears of a model.
+
+    A linear has its own file, or shares that of a sibling that sees the same input (q, k, v).
+
+    Raises:
+        InputError: activations of the wrong width, or without tokens; all such are listed.
+    """
+    check_float(checkpoint)
+    weights = {
+        name.removesuffix(".weight"): stored
+        for name, stored in checkpoint.tensors.items()
+        if name.endswith(".weight") and is_float(stored.spec) and len(stored.spec.shape) == 2
+    }
+    entries: dict[str, ActivationSite] = {}
+    missing: list[str] = []
+    wrong: list[str] = []
+    for group in sites(weights):
+        named = [module for module in group if module in found]
+        rest = [module for module in group if module not in found]
+        if not named:
+            missing += [m for m in rest if default_reason(weights[m]) is None]
+            continue
+        for module in named:
+            linears = (module, *(rest if module == named[0] else ()))
+            files = found[module]
+            info = SiteInfo(module, linears, files[0].in_features, sum(f.n_tokens for f in files))
+            wrong += _mistakes(info, files, weights)
+            entries[module] = ActivationSite(info, files)
+    if wrong:
+        more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
+        raise InputError("; ".join(wrong[:10]) + more)
+    surplus = tuple(name for name in found if name not in weights)
+    return Match(entries, tuple(missing), surplus)
+
+
+def _mistakes(
+    info: SiteInfo, files: tuple[InputsFile, ...], weights: Mapping[str, Any]
+) -> list[str]:
+    if info.n_tokens == 0:
+        return [f"{files[0].npy.path}: shape {list(files[0].npy.shape)} holds no tokens"]
+    return [
+        f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}, but"
+        f" tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
+        f" {weights[linear].spec.shape[1]}"
+        for linear in info.linears
+        if weights[linear].spec.shape[1] != info.in_features
+    ]
+
+
+def match_warnings(match: Match) -> list[str]:
+    """Warnings about activations that fit no linear, and about sites with few tokens."""
+    warnings = []
+    if match.surplus:
+        warnings.append(
+            f"{len(match.surplus)} activations fit no linear of the model:"
+            f" {', '.join(match.surplus[:10])}"
+        )
+    infos = [entry.info for entry in match.entries.values()]
+    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in infos])
+
+
+def missing_error(match: Match, where: str) -> InputError:
+    """The error for linears without activations; what is surplus is listed with them."""
+    surplus = f"; left over: {', '.join(match.surplus[:10])}" if match.surplus else ""
+    return InputError(
+        f"{where}: no activations for {len(match.missing)} linears:"
+        f" {', '.join(match.missing[:10])}{surplus}",
+        hint="capture them too, or go on without them with --fallback rtn",
+    )
+
+
+def calibrate_sites(
+    source: StatisticsSource,
+    model: str,
+    heldout: tuple[int, int],
+    staging: Staging,
+    listen: Callable[[int, int, str], None] = lambda done, total, site: None,
+) -> dict[str, Any]:
+    """Make the statistics of every site of `source`, stage them, write the file.
+
+    Returns what the file's metadata says of each site, and the seconds it took.
+    """
+    begin = time.perf_counter()
+    entries: dict[str, Any] = {}
+    try:
+        with threadpool_limits(1):
+            for done, site in enumerate(source.sites):
+                if not staging.finished(site):
+                    statistics = source.load(site)
+                    staging.put(site, site_tensors(statistics), site_entry(statistics))
+                entries[site] = staging.result(site)
+                listen(done + 1, len(source.sites), site)
+        tensors = [tensor for site in source.sites for tensor in staging.tensors(site)]
+        serialize(staging.out, tensors, file_content(model, heldout, entries))
+        staging.publish()
+    except PtqError:
+        staging.drop()
+        raise
+    finally:
+        staging.close()
+    return {"sites": entries, "seconds": time.perf_counter() - begin}
+
+
+def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:
+    return Activations(name, match.entries, heldout)

@@ -1,0 +1,137 @@
+"""`ptq calibrate`: activations in, one statistics file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptq_cli import api, display
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
+
+
+@click.command("calibrate")
+@model_argument()
+@click.option(
+    "--activations",
+    type=PATH,
+    multiple=True,
+    metavar="PATH",
+    help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
+    "  [default: activations/ beside MODEL]",
+)
+@click.option(
+    "--merge",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Merge statistics files instead; repeat it.",
+)
+@click.option("--bf16", is_flag=True, help="uint16 activations are bfloat16.")
+@click.option(
+    "--heldout-every",
+    type=click.IntRange(0),
+    default=HELDOUT_EVERY,
+    show_default=True,
+    metavar="N",
+    help="Hold out every N-th token, to measure errors on; 0: none.",
+)
+@click.option(
+    "--heldout-limit",
+    type=click.IntRange(0),
+    default=HELDOUT_LIMIT,
+    show_default=True,
+    metavar="N",
+    help="Hold out at most N tokens a site.",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["error", "rtn"]),
+    default="error",
+    show_default=True,
+    help="What linears without activations are: an error, or left to round-to-nearest.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    help="[default: <model>.calibration.safetensors beside MODEL]",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")
+@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def calibrate(
+    model: Path,
+    activations: tuple[Path, ...],
+    merge: tuple[Path, ...],
+    bf16: bool,
+    heldout_every: int,
+    heldout_limit: int,
+    fallback: str,
+    output: Path | None,
+    force: bool,
+    restart: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Stream the inputs of MODEL's linears into one statistics file.
+
+    Activations are <module>.npy, [..., in_features], float16, float32 or float64. Linears that
+    share an input (q, k and v; gate and up) need one file among them. The file holds the Hessian,
+    ranges and percentiles of each site, and inputs held out to measure errors on.
+
+    \b
+    ptq calibrate model.safetensors --activations acts/
+    ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors -o ab.safetensors
+    """
+    if merge and activations:
+        raise click.UsageError("--merge and --activations exclude each other")
+    with display.ProgressLine("calibrate", quiet=as_json) as line:
+        result = api.calibrate(
+            model,
+            activations,
+            output,
+            merge=merge,
+            bf16=bf16,
+            heldout_every=heldout_every,
+            heldout_limit=heldout_limit,
+            missing=fallback,
+            force=force,
+            restart=restart,
+            listen=line,
+            warn=lambda warning: emit_warnings([warning], strict),
+        )
+    if as_json:
+        display.print_json(result)
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, object]) -> None:
+    sites = result["sites"]
+    assert isinstance(sites, dict)
+    display.table(
+        [
+            ("site", "left"),
+            ("linears", "right"),
+            ("tokens", "right"),
+            ("std", "right"),
+            ("absmax", "right"),
+            ("p99", "right"),
+        ],
+        [
+            [
+                site,
+                str(len(entry["linears"])),
+                str(entry["n_tokens"]),
+                display.number(entry["std"]),
+                display.number(max(-entry["min"], entry["max"])),
+                display.number(entry["p99"]),
+            ]
+            for site, entry in sites.items()
+        ],
+    )
+    display.line(f"{len(sites)} sites; written: {result['output']}")

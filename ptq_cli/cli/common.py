@@ -1,0 +1,135 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ptq_cli import display
+from ptq_cli.errors import InputError
+from ptq_cli.report import as_csv, as_document
+from ptq_cli.storage.files import write_whole
+from ptq_cli.values import RunReport
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+def model_argument(name: str = "model") -> Callable[[C], C]:
+    return click.argument(name, type=PATH)
+
+
+def source_options(command: C) -> C:
+    """Where statistics come from."""
+    for option in (
+        click.option("--bf16", is_flag=True, help="uint16 activations are bfloat16."),
+        click.option(
+            "--activations",
+            type=PATH,
+            multiple=True,
+            metavar="PATH",
+            help="Folder of <module>.npy, or such a file; may be repeated.",
+        ),
+        click.option(
+            "--calibration",
+            type=PATH,
+            metavar="FILE",
+            help="Statistics from ptq calibrate.  [default: <model>.calibration.safetensors"
+            " beside MODEL, else activations/ there]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def report_options(command: C) -> C:
+    """What is printed and written of the report."""
+    for option in (
+        click.option("--strict", is_flag=True, help="Treat warnings as errors."),
+        click.option(
+            "--top",
+            default=20,
+            show_default=True,
+            metavar="N",
+            help="Layers in the table, worst first; 0 shows all.",
+        ),
+        click.option(
+            "--report",
+            "report_path",
+            type=PATH,
+            metavar="FILE",
+            help="Write the report also to FILE, .csv or .json.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def gate_options(command: C) -> C:
+    """Quality gates: exit code 3 where one is missed."""
+    for option in (
+        click.option(
+            "--max-fallbacks",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Fail where more layers than N were only rounded to nearest.",
+        ),
+        click.option(
+            "--min-gain",
+            type=float,
+            metavar="X",
+            help="Fail where mean RTN error / mean error is below X.",
+        ),
+        click.option(
+            "--max-rel-err",
+            type=float,
+            metavar="X",
+            help="Fail where a layer's relative error is above X.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
+    """Print warnings; with --strict the first one is an error instead.
+
+    Raises:
+        InputError: --strict, and there is a warning.
+    """
+    if warnings and strict:
+        raise InputError(f"{warnings[0]} (--strict)")
+    for warning in warnings:
+        display.warn(warning)
+
+
+def check_report_path(path: Path | None) -> None:
+    """Find out before the work whether a report could be written there."""
+    if path is None:
+        return
+    if path.suffix not in (".csv", ".json"):
+        raise InputError(f"{path}: a report is .csv or .json")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+
+
+def emit_report(
+    report: RunReport, path: Path | None, as_json: bool, top: int, output: str | None = None
+) -> None:
+    """Write and print the report."""
+    from ptq_cli.storage.files import to_json
+
+    document = as_document(report, times=True)
+    if output is not None:
+        document["output"] = output
+    if path is not None:
+        write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))
+    if as_json:
+        display.print_json(document)
+    else:
+        display.show_report(report, top=top, output=output)

@@ -1,0 +1,145 @@
+"""The command line: a group whose commands are imported when they are called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+import click
+
+from ptq_cli._version import __version__
+from ptq_cli.errors import PtqError
+
+# name -> (module:attribute, line in `ptq --help`)
+COMMANDS = {
+    "calibrate": (
+        "ptq_cli.cli.calibrate:calibrate",
+        "Turn activations into a statistics file.",
+    ),
+    "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
+    "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
+    "pack": ("ptq_cli.cli.quantize:pack", "Round a float model to nearest and pack it."),
+    "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command only when it is called, so that `ptq --help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    import numpy
+    import safetensors
+    from threadpoolctl import threadpool_info
+
+    blas = [i for i in threadpool_info() if i.get("user_api") == "blas"]
+    kernel = ", ".join(
+        f"{i.get('internal_api')} {i.get('version')} {i.get('architecture', '')}".strip()
+        for i in blas
+    )
+    click.echo(
+        f"ptq {__version__} (Python {sys.version.split()[0]}, numpy {numpy.__version__},"
+        f" safetensors {safetensors.__version__}; BLAS: {kernel or 'unknown'})"
+    )
+    ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="Exit codes: 0 done, 1 bad input or I/O, 2 wrong usage, 3 a quality gate was missed,"
+    " 4 numerical failure, 130 interrupted, 143 terminated.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_version,
+    help="Show versions and the BLAS kernel, and exit.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Post-training quantization: int2 to int8 checkpoints from float ones.
+
+    \b
+    ptq gptq model.safetensors --bits 4 --group-size 128
+    ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5
+    """
+    ctx.obj = {"debug": debug}
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and give back the exit code."""
+    debug = "--debug" in arguments
+    try:
+        result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except BrokenPipeError:
+        return _broken_pipe()
+    except PtqError as error:
+        return _explain(str(error), error.exit_code, debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _explain(f"{where}{error.strerror or error}", 1, debug)
+    except MemoryError:
+        return _explain("out of memory", 1, debug)
+    except Exception as error:
+        words = (str(error).splitlines() or [""])[0]
+        text = f"internal error: {type(error).__name__}: {words} (rerun with ptq --debug)"
+        return _explain(text, 1, debug)
+
+
+def _explain(text: str, code: int, debug: bool) -> int:
+    from ptq_cli.display import say
+
+    if debug:
+        traceback.print_exc()
+    say("error", text)
+    _quiet_stdout()
+    return code
+
+
+def _broken_pipe() -> int:
+    """The reader left (`| head`): no complaint; work that had to be done was done before."""
+    _quiet_stdout()
+    return 0
+
+
+def _quiet_stdout() -> None:
+    """Keep Python's exit from complaining about a stdout that cannot be flushed."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.ENOSPC):
+            pass
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

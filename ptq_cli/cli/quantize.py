@@ -1,0 +1,122 @@
+"""`ptq gptq`, `ptq rtn`, `ptq pack`: one command a method, options from its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptq_cli import api, display
+from ptq_cli.cli.common import (
+    PATH,
+    check_report_path,
+    emit_report,
+    emit_warnings,
+    gate_options,
+    model_argument,
+    report_options,
+    source_options,
+)
+from ptq_cli.config import load_recipe
+from ptq_cli.options import add_options
+from ptq_cli.plan import GridSettings
+from ptq_cli.registry import method
+from ptq_cli.report import check_gates
+from ptq_cli.runner import Progress
+
+_HELP = {
+    "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
+
+    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. Statistics of the
+    inputs come from ptq calibrate, or from activations. For each layer the better of GPTQ and
+    round-to-nearest on held-out inputs is written.
+
+    \b
+    ptq gptq model.safetensors --bits 4 --group-size 128
+    ptq gptq model/ --bits 3 --asym --calibration stats.safetensors -o out
+    """,
+    "rtn": """Round MODEL to nearest, each group's range searched for the least error.
+
+    Statistics of the inputs, where there are any, weigh the search and measure the error.
+    """,
+    "pack": """Round the float MODEL to nearest and pack it, without calibration.
+
+    \b
+    ptq pack model.safetensors --bits 8 --group-size -1
+    """,
+}
+
+
+def _command(name: str) -> click.Command:
+    own = method("rtn" if name == "pack" else name).settings
+
+    def run(model: Path, **options: Any) -> None:
+        _run(name, own, model, options)
+
+    command: Any = run
+    command = gate_options(command)
+    command = report_options(command)
+    command = click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")(
+        command
+    )
+    command = click.option("--force", is_flag=True, help="Replace an existing output.")(command)
+    command = click.option(
+        "-o",
+        "--output",
+        type=PATH,
+        metavar="DIR",
+        help=f"[default: <model>-{name}-w<bits>g<group> in the current folder]",
+    )(command)
+    command = click.option(
+        "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
+    )(command)
+    if name != "pack":
+        command = click.option(
+            "--require-calibration", is_flag=True, help="Fail where there is no calibration."
+        )(command)
+        command = source_options(command)
+    if name == "gptq":
+        command = click.option(
+            "--fallback",
+            type=click.Choice(["error", "rtn"]),
+            default="error",
+            help="What a layer gets that has no statistics, or whose Hessian cannot be"
+            " factored.  [default: error]",
+        )(command)
+    command = add_options(GridSettings, own)(command)
+    command = model_argument()(command)
+    return click.command(name, help=_HELP[name])(command)
+
+
+def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> None:
+    check_report_path(options["report_path"])
+    recipe_path = options.pop("config")
+    recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
+    if name == "pack":
+        recipe = {"mse": False, **recipe}
+    where = {
+        key: options.pop(key)
+        for key in ("calibration", "activations", "bf16", "require_calibration", "fallback")
+        if key in options
+    }
+    job = api.prepare(name, model, options, recipe, output=options["output"], **where)
+    emit_warnings(job.plan.warnings, options["strict"])
+    with display.ProgressLine(name, quiet=options["as_json"]) as line:
+
+        def listen(progress: Progress) -> None:
+            line(progress.done, progress.total, progress.row.module)
+
+        report = job.run(force=options["force"], restart=options["restart"], listen=listen)
+    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
+    check_gates(
+        report,
+        max_rel_err=options["max_rel_err"],
+        min_gain=options["min_gain"],
+        max_fallbacks=options["max_fallbacks"],
+    )
+
+
+gptq = _command("gptq")
+rtn = _command("rtn")
+pack = _command("pack")

@@ -1,0 +1,234 @@
+"""What people see. The only importer of rich.
+
+Progress, warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
+one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
+markup. Errors are printed raw, one line, never wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ptq_cli.report import row_error, row_rtn_error
+from ptq_cli.values import LayerReport, RunReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def printable(text: str) -> str:
+    """Text with control, bidirectional and other unprintable characters escaped."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write one line, with escapes for what the stream cannot encode."""
+    encoding = stream.encoding or "ascii"
+    safe = text.encode(encoding, "backslashreplace").decode(encoding)
+    stream.write(safe + "\n")
+    stream.flush()
+
+
+def say(kind: str, text: str) -> None:
+    """One line on stderr: `ptq: <kind>: <text>`. A closed stderr is not an error."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, f"ptq: {kind}: {printable(text)}")
+
+
+def warn(text: str) -> None:
+    say("warning", text)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    _write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+
+
+def _console() -> Console:
+    """A console on stdout: as wide as the terminal, or as wide as the table where there is none."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    width = None if terminal else 1000
+    if os.environ.get("COLUMNS", "").strip() == "0":
+        width = 80
+    return Console(
+        file=sys.stdout, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False
+    )
+
+
+class ProgressLine:
+    """A line on stderr with the layer's name, done/total, time left; silent without a terminal."""
+
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        self._progress: Any = None
+        self._what = what
+        self._quiet = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+
+    def __enter__(self) -> ProgressLine:
+        if self._quiet:
+            return self
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, markup=False, emoji=False),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self._what, total=None)
+        return self
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if self._progress is not None:
+            self._progress.update(
+                self._task, completed=done, total=total, description=middle(printable(name), 36)
+            )
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def middle(text: str, width: int) -> str:
+    """Text cut in its middle to at most `width` characters."""
+    if len(text) <= width:
+        return text
+    left = (width - 3) // 2
+    return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column folds where it is too long, so that no name is lost.
+
+    columns: (title, "left" or "right")
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.ASCII2 if not _unicode() else box.SIMPLE_HEAD, pad_edge=False)
+    for i, (title, side) in enumerate(columns):
+        result.add_column(
+            title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
+        )
+    for row in rows:
+        result.add_row(*(Text(printable(cell)) for cell in row))
+    _print_rich(result)
+
+
+def _print_rich(renderable: Any) -> None:
+    console = _console()
+    with console.capture() as capture:
+        console.print(renderable)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    _write(sys.stdout, "\n".join(line for line in lines if line))
+
+
+def _unicode() -> bool:
+    return (sys.stdout.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
+def line(text: str = "") -> None:
+    """A line on stdout."""
+    _write(sys.stdout, printable(text))
+
+
+def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:
+    """Worst layers first, then the totals."""
+    rows = sorted(report.rows, key=row_error, reverse=True)
+    shown = rows if top <= 0 else rows[:top]
+    common = _common_parents([row.module for row in rows])
+    title = f"layer ({common}...)" if common else "layer"
+    table(
+        [
+            (title, "left"),
+            ("method", "left"),
+            ("bits/w", "right"),
+            ("rel err", "right"),
+            ("rtn", "right"),
+            ("gain", "right"),
+        ],
+        [_cells(row, common) for row in shown],
+    )
+    if len(shown) < len(rows):
+        line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
+    _show_totals(report.totals)
+    if output is not None:
+        line(f"written: {output}")
+
+
+def _common_parents(modules: Sequence[str]) -> str:
+    """The leading names that all modules share, `model.layers.`."""
+    split = [module.split(".")[:-1] for module in modules]
+    count = 0
+    while split and all(len(s) > count and s[count] == split[0][count] for s in split):
+        count += 1
+    return "".join(f"{name}." for name in split[0][:count]) if split else ""
+
+
+def _cells(row: LayerReport, common: str) -> list[str]:
+    return [
+        row.module.removeprefix(common),
+        row.method + ("*" if row.fallback else ""),
+        f"{row.bits_per_weight:.2f}",
+        number(row_error(row)),
+        number(row_rtn_error(row)),
+        "-" if row.gain_vs_rtn is None else f"{row.gain_vs_rtn:.2f}x",
+    ]
+
+
+def _show_totals(totals: Mapping[str, Any]) -> None:
+    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
+    if not totals["calibrated"]:
+        where = "the weights" if not totals["heldout"] else where
+    gain = totals["gain_vs_rtn"]
+    ratio = totals["compression_ratio"]
+    line(
+        f"{totals['layers']} layers, {totals['left_alone']} tensors left alone;"
+        f" {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
+        + (f" ({ratio:.2f}x smaller)" if ratio else "")
+        + f", {totals['bits_per_weight']:.2f} bits/weight in layers"
+    )
+    line(
+        f"rel err on {where}: mean {number(totals['mean_rel_err'])}, worst"
+        f" {number(totals['worst_rel_err'])}; rtn mean {number(totals['rtn_mean_rel_err'])}"
+    )
+    gain_text = "-" if gain is None else f"{gain:.2f}x"
+    line(
+        f"gain over round-to-nearest: {gain_text};"
+        f" fallbacks: {totals['fallbacks']}"
+        + (" (marked *)" if totals["fallbacks"] else "")
+        + f"; {totals['seconds']:.1f} s"
+    )
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError

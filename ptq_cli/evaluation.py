@@ -1,0 +1,175 @@
+"""Evaluation from files alone: what a quantized folder decodes to, against the original weights.
+
+Nothing is believed but tensors: errors are measured anew, and so is plain rounding to nearest at
+the same grid, to compare with. A layer whose codes are those of plain rounding is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.measures import measure
+from ptq_cli.plan import few_tokens, sites_of
+from ptq_cli.report import totals
+from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.unit import dead_columns, error_columns
+from ptq_cli.values import Layer, LayerReport, RunReport, SiteStatistics, Skipped
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which tensors outside the quantized layers are the original's bytes."""
+
+    equal: tuple[str, ...]
+    different: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def evaluate(
+    original: Checkpoint,
+    quantized: QuantizedFolder,
+    source: StatisticsSource | None,
+    listen: Callable[[int, int, LayerReport], None] = lambda done, total, row: None,
+) -> RunReport:
+    """Measure every quantized layer.
+
+    Raises:
+        InputError: the two do not belong together; the statistics do not fit.
+    """
+    begin = time.perf_counter()
+    check_same_model(original, quantized)
+    comparison = compare_untouched(original, quantized)
+    site_of = sites_of(quantized.layers, source)
+    rows: list[LayerReport] = []
+    statistics: SiteStatistics | None = None
+    with threadpool_limits(1):
+        for layer in quantized.layers.values():
+            site = site_of.get(layer.module)
+            if site is None or source is None:
+                statistics = None
+            elif statistics is None or statistics.site != site:
+                statistics = source.load(site)
+            rows.append(_row(layer, original, quantized, statistics))
+            listen(len(rows), len(quantized.layers), rows[-1])
+    skipped = tuple(
+        Skipped(name, spec.shape, spec.dtype, "different" if name in comparison.different else "")
+        for name in quantized.untouched()
+        for spec in (quantized.checkpoint.tensors[name].spec,)
+    )
+    before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
+    after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
+    return RunReport(
+        command="eval",
+        rows=tuple(rows),
+        skipped=skipped,
+        totals=totals(rows, skipped, before, after, time.perf_counter() - begin),
+        warnings=tuple(_warnings(comparison, quantized, source, site_of)),
+        settings={"format": quantized.fmt.name},
+    )
+
+
+def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
+    """Raises InputError where a layer's tensor is missing in the original, or has another shape."""
+    for layer in quantized.layers.values():
+        stored = original.tensors.get(layer.tensor)
+        if stored is None:
+            raise InputError(
+                f"{original.path}: no tensor {layer.tensor!r}, which"
+                f" {quantized.checkpoint.path} was quantized from"
+            )
+        if stored.spec.shape != layer.full_shape:
+            raise InputError(
+                f"{original.path}: tensor {layer.tensor!r} is {list(stored.spec.shape)}, in"
+                f" {quantized.checkpoint.path} it is {list(layer.full_shape)}"
+            )
+
+
+def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Comparison:
+    """Compare, byte for byte, every tensor that is not part of a quantized layer."""
+    taken = {layer.tensor for layer in quantized.layers.values()}
+    equal: list[str] = []
+    different: list[str] = []
+    untouched = set(quantized.untouched())
+    for name in sorted(untouched):
+        there = original.tensors.get(name)
+        same = (
+            there is not None
+            and there.spec == quantized.checkpoint.tensors[name].spec
+            and np.array_equal(original.read_bytes(name), quantized.checkpoint.read_bytes(name))
+        )
+        (equal if same else different).append(name)
+    missing = sorted(set(original.tensors) - untouched - taken)
+    return Comparison(tuple(equal), tuple(different), tuple(missing))
+
+
+def _row(
+    layer: Layer,
+    original: Checkpoint,
+    quantized: QuantizedFolder,
+    statistics: SiteStatistics | None,
+) -> LayerReport:
+    begin = time.perf_counter()
+    weight = original.matrix(layer.tensor, layer.shape)
+    rounded = quantized.load(layer.module)
+    hessian = None if statistics is None else statistics.hessian
+    heldout = None if statistics is None else statistics.heldout
+    if not np.isfinite(rounded.scales.astype(np.float32)).all():
+        raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
+    measures = measure(weight, rounded, hessian, heldout)
+    plain = round_to_nearest(weight, layer.grid)
+    rtn = measure(weight, plain, hessian, heldout)
+    same = np.array_equal(plain.codes, rounded.codes)
+    size = sum(spec.nbytes for spec in quantized.fmt.specs(layer))
+    return LayerReport(
+        layer=layer.tensor,
+        module=layer.module,
+        shape=layer.full_shape,
+        bits=layer.grid.bits,
+        group_size=layer.grid.group_size,
+        sym=layer.grid.sym,
+        method=layer.method,
+        calibrated=statistics is not None,
+        tokens=0 if statistics is None else statistics.n_tokens,
+        dead_columns=dead_columns(statistics),
+        damp_percent=None,
+        fallback="codes equal round-to-nearest" if same else None,
+        seconds=time.perf_counter() - begin,
+        bytes=size,
+        bits_per_weight=8 * size / layer.size,
+        **error_columns(measures, rtn),
+    )
+
+
+def _warnings(
+    comparison: Comparison,
+    quantized: QuantizedFolder,
+    source: StatisticsSource | None,
+    site_of: dict[str, str],
+) -> list[str]:
+    warnings = []
+    for what, names in (
+        ("differ from the original", comparison.different),
+        ("of the original are missing", comparison.missing),
+    ):
+        if names:
+            warnings.append(f"{len(names)} unquantized tensors {what}: {', '.join(names[:10])}")
+    if source is None:
+        warnings.append("no calibration: errors are those of the weights, not of the outputs")
+        return warnings
+    bare = [module for module in quantized.layers if module not in site_of]
+    if bare:
+        warnings.append(
+            f"{len(bare)} layers have no statistics, their errors are those of the weights:"
+            f" {', '.join(bare[:10])}"
+        )
+    used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
+    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])

@@ -1,0 +1,150 @@
+"""The native format: any bits 2 … 8, any group size, any width, act-order included.
+
+Per linear `<module>`:
+
+    <module>.qweight  U8  [out_features, n_groups · ceil(width · bits / 8)]
+                          codes, least significant bit first; every group starts on a byte (at 4
+                          bits: low nibble, then high); a short last group is padded with zeros
+    <module>.scales   F16, BF16 or F32  [out_features, n_groups]; [1, 1] for a whole-tensor grid
+    <module>.zeros    U8  the shape of scales
+    <module>.g_idx    I32 [in_features], only where act-order reordered the groups
+
+`weight ≈ scales · (codes − zeros)`. `width` is the group size, or in_features where the group is a
+row or the tensor. The true shape and the grid stand in the file's metadata under `layers`:
+
+    {"<module>": {"shape": [...], "bits": 4, "group_size": 128, "sym": true, "narrow_range": false,
+                  "scale_dtype": "float16", "dtype": "BF16", "tensor": "<module>.weight",
+                  "method": "gptq"}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
+from ptq_cli.values import Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
+
+_SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_GRID_KEYS = ("bits", "group_size", "sym", "narrow_range", "scale_dtype")
+
+
+def _misfit(layer: Layer) -> str | None:
+    return None
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    grid, (rows, columns) = layer.grid, layer.shape
+    row_bytes = grid.n_groups(columns) * packed_width(grid.width(columns), grid.bits)
+    scales = grid.scales_shape(layer.shape)
+    specs = [
+        TensorSpec(f"{layer.module}.qweight", "U8", (rows, row_bytes)),
+        TensorSpec(f"{layer.module}.scales", _SCALE_WORDS[grid.scale_dtype], scales),
+        TensorSpec(f"{layer.module}.zeros", "U8", scales),
+    ]
+    if layer.reordered:
+        specs.append(TensorSpec(f"{layer.module}.g_idx", "I32", (columns,)))
+    return tuple(specs)
+
+
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    width = layer.grid.width(layer.shape[1])
+    tensors: dict[str, Array] = {
+        f"{layer.module}.qweight": pack_groups(rounded.codes, layer.grid.bits, width),
+        f"{layer.module}.scales": rounded.scales,
+        f"{layer.module}.zeros": rounded.zeros,
+    }
+    if layer.reordered:
+        tensors[f"{layer.module}.g_idx"] = rounded.column_groups()
+    return tensors
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    columns = layer.shape[1]
+    packed = tensors[f"{layer.module}.qweight"]
+    codes = unpack_groups(packed, layer.grid.bits, layer.grid.width(columns), columns)
+    g_idx = tensors.get(f"{layer.module}.g_idx")
+    return QuantizedWeight(
+        codes=codes,
+        scales=tensors[f"{layer.module}.scales"],
+        zeros=tensors[f"{layer.module}.zeros"],
+        grid=layer.grid,
+        g_idx=None if g_idx is None else np.asarray(g_idx, np.int32),
+    )
+
+
+def _config(layers: Sequence[Layer], dense: Sequence[str]) -> None:
+    return None
+
+
+def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
+    return {
+        layer.module: {key: getattr(layer.grid, key) for key in _GRID_KEYS}
+        | {
+            "shape": list(layer.full_shape),
+            "dtype": layer.dtype,
+            "tensor": layer.tensor,
+            "method": layer.method,
+        }
+        for layer in layers
+    }
+
+
+def _layers(
+    metadata: Mapping[str, Any], config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+) -> tuple[Layer, ...]:
+    """The layers that the metadata names, each checked against the headers."""
+    layers = []
+    for module, entry in metadata.items():
+        layer = _layer(module, entry, f"{module}.g_idx" in specs)
+        for spec in _specs(layer):
+            if specs.get(spec.name) != spec:
+                raise InputError(
+                    f"tensor {spec.name!r}: the metadata asks for {spec.dtype} {list(spec.shape)},"
+                    f" the file has {_described(specs.get(spec.name))}"
+                )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _described(spec: TensorSpec | None) -> str:
+    return "none" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+
+
+def _layer(module: str, entry: Any, reordered: bool) -> Layer:
+    try:
+        grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
+        full_shape = tuple(int(size) for size in entry["shape"])
+        tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
+        whole = isinstance(grid.bits, int) and isinstance(grid.group_size, int)
+        if not (whole and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS and full_shape):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error
+    return Layer(
+        module=module,
+        tensor=tensor,
+        shape=(full_shape[0], prod(full_shape[1:])),
+        full_shape=full_shape,
+        dtype=dtype,
+        grid=grid,
+        reordered=reordered,
+        method=method,
+    )
+
+
+FORMAT = Format(
+    name="ptq",
+    help="Native: any bits 2 to 8, any group size, any width.",
+    misfit=_misfit,
+    specs=_specs,
+    encode=_encode,
+    decode=_decode,
+    config=_config,
+    metadata=_metadata,
+    layers=_layers,
+)

@@ -1,0 +1,127 @@
+"""GPTQ with scale search, refinement inside the group and sweeps over the row.
+
+The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --act-order none` is
+the paper's algorithm (Frantar et al., arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptq_cli.errors import NumericalError
+from ptq_cli.numerics.factor import NotPositiveDefinite
+from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.solver import Feedback, Passes, column_order, make_feedback, solve
+from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
+
+# Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
+# last bit of a float32.
+FLOAT64_COLUMNS = 512
+
+DAMP_LADDER = (0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    mse: bool = field(
+        default=True,
+        metadata={"help": "Search the range of each group for the least weighted rounding error."},
+    )
+    act_order: str = field(
+        default="static",
+        metadata={
+            "help": "Order in which columns are rounded: as they stand (none); by falling"
+            " activation energy inside groups that stay where they are (static); the same over"
+            " the whole row (desc, writes g_idx).",
+            "choices": ("none", "static", "desc"),
+        },
+    )
+    damp_percent: float = field(
+        default=0.01,
+        metadata={
+            "help": "Fraction of the mean Hessian diagonal added to it.",
+            "min": 0.0,
+            "max": 10.0,
+        },
+    )
+    refine: int = field(
+        default=2,
+        metadata={
+            "help": "Passes of coordinate descent inside each group, once it is rounded.",
+            "min": 0,
+            "max": 100,
+        },
+    )
+    sweeps: int = field(
+        default=1,
+        metadata={
+            "help": "Sweeps of coordinate descent over the whole row at the end.",
+            "min": 0,
+            "max": 100,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    feedback: Feedback
+    damp_percent: float
+    notes: tuple[str, ...]
+
+
+def _prepare(
+    statistics: SiteStatistics | None, grid: Grid, settings: GptqSettings
+) -> _Prepared | None:
+    """Factor the site's Hessian, with more damping where it fails, each try recorded."""
+    if statistics is None or not statistics.hessian.diagonal().any():
+        return None
+    wide = statistics.in_features > FLOAT64_COLUMNS
+    hessian: FloatArray = statistics.hessian.astype(np.float32 if wide else np.float64)
+    if settings.damp_percent == 0:
+        dead = np.flatnonzero(hessian.diagonal() == 0)
+        hessian[dead, dead] = hessian.diagonal().mean()
+    order = column_order(hessian, settings.act_order, grid)
+    tried: list[float] = []
+    for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
+        try:
+            feedback = make_feedback(hessian, damp, order)
+        except NotPositiveDefinite:
+            tried.append(damp)
+            continue
+        notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
+        return _Prepared(feedback, damp, notes)
+    raise NumericalError(
+        f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
+        f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
+        hint="calibrate on more tokens, or raise --damp-percent",
+    )
+
+
+def _apply(
+    weight: FloatArray, prepared: _Prepared | None, grid: Grid, settings: GptqSettings
+) -> MethodResult:
+    if prepared is None:
+        importance = np.ones(weight.shape[1], weight.dtype) if settings.mse else None
+        return MethodResult(round_to_nearest(weight, grid, importance))
+    passes = Passes(settings.mse, settings.refine, settings.sweeps)
+    weight = weight.astype(prepared.feedback.hessian.dtype)
+    rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes)
+    return MethodResult(rounded, prepared.damp_percent, prepared.notes)
+
+
+def _memory(shape: tuple[int, int], grid: Grid) -> int:
+    out_features, n = shape
+    return 4 * (4 * n * n + 3 * out_features * n + 4 * n * min(out_features, 2048))
+
+
+METHOD = Method(
+    name="gptq",
+    help="GPTQ: round column by column, each error compensated by the columns after it.",
+    settings=GptqSettings,
+    prepare=_prepare,
+    apply=_apply,
+    needs_hessian=True,
+    memory=_memory,
+)

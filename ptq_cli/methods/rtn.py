@@ -1,0 +1,49 @@
+"""Round to nearest: each weight goes to the nearest point of its group's grid.
+
+With `mse`, the range of each group is shrunk to where the weighted squared rounding error is least;
+the weight of a column is its mean squared input, 1 where there is no calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
+
+
+@dataclass(frozen=True)
+class RtnSettings:
+    mse: bool = field(
+        default=True,
+        metadata={"help": "Search the range of each group for the least rounding error."},
+    )
+
+
+def _prepare(statistics: SiteStatistics | None, grid: Grid, settings: RtnSettings) -> Any:
+    return None if statistics is None else statistics.hessian.diagonal()
+
+
+def _apply(weight: FloatArray, diagonal: Any, grid: Grid, settings: RtnSettings) -> MethodResult:
+    if not settings.mse:
+        return MethodResult(round_to_nearest(weight, grid))
+    importance = np.ones(weight.shape[1]) if diagonal is None else diagonal
+    return MethodResult(round_to_nearest(weight, grid, importance.astype(weight.dtype)))
+
+
+def _memory(shape: tuple[int, int], grid: Grid) -> int:
+    return 24 * shape[0] * shape[1]
+
+
+METHOD = Method(
+    name="rtn",
+    help="Round to nearest, with a search for the best range of each group.",
+    settings=RtnSettings,
+    prepare=_prepare,
+    apply=_apply,
+    needs_hessian=False,
+    memory=_memory,
+)

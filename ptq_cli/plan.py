@@ -1,0 +1,336 @@
+"""The plan: from headers and settings alone, everything that a run will do.
+
+Which tensors are quantized, on which grid, with whose statistics; what is copied and why; what it
+will weigh. Every mistake a user can make is found here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from ptq_cli.errors import InputError
+from ptq_cli.models.siblings import sites
+from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
+from ptq_cli.storage.tensors import WRITABLE
+from ptq_cli.values import Format, Grid, Layer, Method, Plan, Skipped, Unit
+
+_LEFT_ALONE = (
+    ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)", re.IGNORECASE)),
+    ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
+    ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
+)
+
+_QUANTIZED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB)$"
+)
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Settings of the grid, the tensors and the layout: common to every quantizing command."""
+
+    bits: int = field(
+        default=4, metadata={"help": "Bits per weight.", "min": 2, "max": 8, "short": "-b"}
+    )
+    group_size: int = field(
+        default=128,
+        metadata={
+            "help": "Columns that share a scale; -1: the whole row, 0: the whole tensor.",
+            "min": -1,
+            "short": "-g",
+        },
+    )
+    sym: bool = field(
+        default=True,
+        metadata={"help": "Zero in the middle of the codes, or chosen per group.", "off": "asym"},
+    )
+    narrow_range: bool = field(
+        default=False,
+        metadata={"help": "Symmetric codes within ±(2^(bits−1) − 1), as integer runtimes like it."},
+    )
+    scale_dtype: str = field(
+        default="float16",
+        metadata={
+            "help": "What scales are stored in.",
+            "choices": ("float16", "bfloat16", "float32"),
+        },
+    )
+    ignore: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Leave tensors alone whose name holds REGEX.", "metavar": "REGEX"},
+    )
+    include: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Quantize also what is left alone by default (embeddings, lm_head, tensors"
+            " of higher rank seen as [first dimension, all others]).",
+            "metavar": "REGEX",
+        },
+    )
+    layers: tuple[Mapping[str, Any], ...] = field(
+        default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
+    )
+    format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
+
+
+LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    method: Method,
+    settings: GridSettings,
+    method_settings: Any,
+    fmt: Format,
+    source: StatisticsSource | None,
+    *,
+    missing: str = "error",
+) -> Plan:
+    """Make the plan of a quantization.
+
+    source: where statistics come from; None: there is no calibration
+    missing: what a linear without statistics gets: "error" or "rtn"
+
+    Raises:
+        InputError: whatever cannot work, with names and numbers.
+    """
+    check_float(checkpoint)
+    chosen, skipped = choose_tensors(checkpoint, settings)
+    layers = {tensor.spec.name: _layer(tensor, settings, method_settings) for tensor in chosen}
+    _check_layers(list(layers.values()), fmt)
+    included = {t.spec.name for t in chosen if default_reason(t) is not None}
+    units = _units(layers, method, source, missing, included)
+    before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
+    rounded = sum(tensor.spec.nbytes for tensor in chosen)
+    packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
+    return Plan(
+        method=method.name,
+        settings=(settings, method_settings),
+        format=fmt.name,
+        units=units,
+        skipped=tuple(skipped),
+        warnings=(*checkpoint.warnings, *_warnings(units, method, source)),
+        bytes_before=before,
+        bytes_after=before - rounded + packed,
+    )
+
+
+def check_float(checkpoint: Checkpoint) -> None:
+    """Refuse what is quantized already, and dtypes that could not be copied."""
+    config = checkpoint.config if checkpoint.root else {}
+    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+    if packed or config.get("quantization_config"):
+        what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
+        raise InputError(
+            f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
+        )
+    for stored in checkpoint.tensors.values():
+        if stored.spec.dtype not in WRITABLE:
+            raise InputError(
+                f"{stored.file}: tensor {stored.spec.name!r}: dtype {stored.spec.dtype} can be"
+                " neither quantized nor copied"
+            )
+
+
+def default_reason(tensor: StoredTensor) -> str | None:
+    """Why a tensor is left alone unless asked for, or None where it is quantized."""
+    spec = tensor.spec
+    if not is_float(spec):
+        return f"dtype {spec.dtype}"
+    if prod(spec.shape) == 0:
+        return "empty"
+    if len(spec.shape) != 2:
+        return f"rank {len(spec.shape)}"
+    for kind, pattern in _LEFT_ALONE:
+        if pattern.search(spec.name.removesuffix(".weight")):
+            return kind
+    return None if spec.name.endswith(".weight") else "not a .weight"
+
+
+def choose_tensors(
+    checkpoint: Checkpoint, settings: GridSettings
+) -> tuple[list[StoredTensor], list[Skipped]]:
+    """The tensors to quantize, in the order of the files, and those that are copied."""
+    ignore = _patterns("ignore", settings.ignore, checkpoint)
+    include = _patterns("include", settings.include, checkpoint)
+    skip = [rule["match"] for rule in settings.layers if rule.get("skip")]
+    ignore += _patterns("layers", tuple(skip), checkpoint)
+    _patterns("layers", tuple(rule["match"] for rule in settings.layers), checkpoint)
+    chosen, skipped = [], []
+    for tensor in checkpoint.tensors.values():
+        spec, reason = tensor.spec, default_reason(tensor)
+        possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
+        if reason and possible and any(p.search(spec.name) for p in include):
+            reason = None
+        if any(p.search(spec.name) for p in ignore):
+            reason = "ignored"
+        if reason:
+            skipped.append(Skipped(spec.name, spec.shape, spec.dtype, reason))
+        else:
+            chosen.append(tensor)
+    if not chosen:
+        raise InputError(
+            f"{checkpoint.path}: none of its {len(skipped)} tensors is left to quantize",
+            hint="--include REGEX takes tensors in",
+        )
+    for pattern in include:
+        if not any(pattern.search(tensor.spec.name) for tensor in chosen):
+            raise InputError(
+                f"--include {pattern.pattern!r} matches no tensor that could be quantized in"
+                f" {checkpoint.path}"
+            )
+    return chosen, skipped
+
+
+def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> list[re.Pattern[str]]:
+    patterns = []
+    for word in words:
+        try:
+            pattern = re.compile(word)
+        except re.error as error:
+            raise InputError(f"--{setting} {word!r}: not a regular expression: {error}") from None
+        if not any(pattern.search(name) for name in checkpoint.tensors):
+            raise InputError(
+                f"--{setting} {word!r} matches no tensor of {checkpoint.path}",
+                hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
+            )
+        patterns.append(pattern)
+    return patterns
+
+
+def _layer(tensor: StoredTensor, settings: GridSettings, method_settings: Any) -> Layer:
+    spec = tensor.spec
+    values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
+    for rule in settings.layers:
+        if re.search(rule["match"], spec.name):
+            values |= {key: rule[key] for key in rule if key in values}
+    grid = Grid(**values)
+    if grid.narrow_range and not grid.sym:
+        raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
+    return Layer(
+        module=spec.name.removesuffix(".weight"),
+        tensor=spec.name,
+        shape=(spec.shape[0], prod(spec.shape[1:])),
+        full_shape=spec.shape,
+        dtype=spec.dtype,
+        grid=grid,
+        reordered=getattr(method_settings, "act_order", "none") == "desc",
+    )
+
+
+def _check_layers(layers: Sequence[Layer], fmt: Format) -> None:
+    misfits = [(layer.module, reason) for layer in layers if (reason := fmt.misfit(layer))]
+    if misfits:
+        shown = "; ".join(f"{module}: {reason}" for module, reason in misfits[:10])
+        raise InputError(f"format {fmt.name} cannot hold {len(misfits)} layers: {shown}")
+    modules = [layer.module for layer in layers]
+    twice = (
+        {module for module in modules if modules.count(module) > 1}
+        if (len(set(modules)) < len(modules))
+        else set()
+    )
+    if twice:
+        raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
+
+
+def _units(
+    layers: Mapping[str, Layer],
+    method: Method,
+    source: StatisticsSource | None,
+    missing: str,
+    included: set[str],
+) -> tuple[Unit, ...]:
+    by_module = {layer.module: layer for layer in layers.values()}
+    site_of = sites_of(by_module, source)
+    lost = [
+        layer.module
+        for layer in layers.values()
+        if source is not None and layer.module not in site_of and layer.tensor not in included
+    ]
+    if lost and missing == "error" and method.needs_hessian and source is not None:
+        raise InputError(
+            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}",
+            hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
+        )
+    units = []
+    for group in sites(by_module):
+        parts: dict[str | None, list[Layer]] = {}
+        for module in group:
+            parts.setdefault(site_of.get(module), []).append(by_module[module])
+        for site, members in parts.items():
+            units.append(_unit(site, members, method, source))
+    return tuple(units)
+
+
+def _unit(
+    site: str | None, members: list[Layer], method: Method, source: StatisticsSource | None
+) -> Unit:
+    nearest = None
+    if site is None and method.needs_hessian:
+        nearest = "no calibration" if source is None else "no statistics for it"
+        members = [replace(layer, reordered=False) for layer in members]
+    memory = max(method.memory(layer.shape, layer.grid) for layer in members)
+    columns = members[0].shape[1]
+    return Unit(
+        name=members[0].module,
+        layers=tuple(members),
+        site=site,
+        memory=memory + 4 * columns * (columns + 1024),
+        nearest=nearest,
+    )
+
+
+def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:
+    """The site of each module that has statistics. Raises InputError where the widths differ."""
+    if source is None:
+        return {}
+    of_linear = {linear: site for site, info in source.sites.items() for linear in info.linears}
+    found = {}
+    for module, layer in layers.items():
+        site = of_linear.get(module)
+        if site is None or len(layer.full_shape) != 2:
+            continue
+        width = source.sites[site].in_features
+        if width != layer.shape[1]:
+            raise InputError(
+                f"{source.name}: site {site} has in_features {width}, but {layer.tensor}"
+                f" {list(layer.full_shape)} has {layer.shape[1]}",
+                hint="these statistics belong to another model",
+            )
+        found[module] = site
+    return found
+
+
+def _warnings(units: Sequence[Unit], method: Method, source: StatisticsSource | None) -> list[str]:
+    if not method.needs_hessian:
+        return []
+    if source is None:
+        return [
+            "NO CALIBRATION: every layer is rounded to nearest. Give --calibration FILE or"
+            " --activations DIR; --require-calibration makes this an error"
+        ]
+    nearest = [layer.module for unit in units if unit.nearest for layer in unit.layers]
+    warnings = []
+    if nearest:
+        warnings.append(
+            f"{len(nearest)} layers have no statistics and are rounded to nearest:"
+            f" {', '.join(nearest[:10])}"
+        )
+    used = [source.sites[unit.site] for unit in units if unit.site is not None]
+    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in used])
+    return [*warnings, *few]
+
+
+def few_tokens(sites_: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A warning where sites were calibrated on fewer tokens than they have columns."""
+    few = [s for s in sites_ if s[1] < s[2]]
+    if not few:
+        return []
+    site, tokens, columns = few[0]
+    more = f" (and {len(few) - 1} sites more)" if len(few) > 1 else ""
+    return [f"{site}: calibrated on {tokens} tokens, fewer than its {columns} columns{more}"]

@@ -1,0 +1,38 @@
+"""Names of plug-ins: a new method or format is one file and one line here.
+
+Plug-ins are imported when they are asked for, so that `ptq --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, cast
+
+from ptq_cli.errors import InputError
+from ptq_cli.values import Format, Method
+
+METHODS = {
+    "rtn": "ptq_cli.methods.rtn:METHOD",
+    "gptq": "ptq_cli.methods.gptq:METHOD",
+}
+
+FORMATS = {
+    "ptq": "ptq_cli.formats.ptq:FORMAT",
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name. Raises InputError where there is none."""
+    return cast(Method, _load(METHODS, "method", name))
+
+
+def format_named(name: str) -> Format:
+    """The format of that name. Raises InputError where there is none."""
+    return cast(Format, _load(FORMATS, "format", name))
+
+
+def _load(table: dict[str, str], kind: str, name: str) -> Any:
+    if name not in table:
+        raise InputError(f"unknown {kind} {name!r}", hint=f"known: {', '.join(table)}")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)

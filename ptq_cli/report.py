@@ -1,0 +1,180 @@
+"""The error report: one row per layer, totals, what was left alone, warnings; JSON and CSV.
+
+`report.json` in an output folder holds nothing that differs from run to run: `seconds` stand in
+`--json` and `--report` only. The schema is report.schema.json beside this file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from math import isfinite
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.errors import GateMissed
+from ptq_cli.values import LayerReport, Plan, RunReport, Skipped
+
+TIMES = ("seconds",)
+
+
+def totals(
+    rows: Sequence[LayerReport],
+    skipped: Sequence[Skipped],
+    bytes_before: int,
+    bytes_after: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The totals. Means over layers; `gain_vs_rtn` is mean RTN error over mean error."""
+    errors = [row_error(row) for row in rows]
+    rtn_errors = [row_rtn_error(row) for row in rows]
+    mean, rtn_mean = _mean(errors), _mean(rtn_errors)
+    worst = max(rows, key=row_error) if rows else None
+    return {
+        "layers": len(rows),
+        "left_alone": len(skipped),
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_after,
+        "compression_ratio": bytes_before / bytes_after if bytes_after else None,
+        "bits_per_weight": _bits_per_weight(rows),
+        "mean_rel_err": mean,
+        "worst_rel_err": max(errors, default=None),
+        "worst_layer": worst.module if worst else None,
+        "rtn_mean_rel_err": rtn_mean,
+        "gain_vs_rtn": rtn_mean / mean if mean and rtn_mean is not None else None,
+        "heldout": any(row.heldout_rel_err is not None for row in rows),
+        "calibrated": bool(rows) and all(row.calibrated for row in rows),
+        "fallbacks": sum(row.fallback is not None for row in rows),
+        "seconds": seconds,
+    }
+
+
+def row_error(row: LayerReport) -> float:
+    """The error that counts: on held-out inputs where there are any."""
+    return row.rel_err if row.heldout_rel_err is None else row.heldout_rel_err
+
+
+def row_rtn_error(row: LayerReport) -> float:
+    return row.rtn_rel_err if row.rtn_heldout_rel_err is None else row.rtn_heldout_rel_err
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _bits_per_weight(rows: Sequence[LayerReport]) -> float | None:
+    weights = sum(8 * row.bytes / row.bits_per_weight for row in rows if row.bits_per_weight)
+    return 8 * sum(row.bytes for row in rows) / weights if weights else None
+
+
+def make_report(
+    command: str,
+    plan: Plan,
+    rows: Sequence[LayerReport],
+    seconds: float,
+    warnings: Sequence[str] = (),
+) -> RunReport:
+    settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
+    return RunReport(
+        command=command,
+        rows=tuple(rows),
+        skipped=plan.skipped,
+        totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
+        warnings=(*plan.warnings, *warnings),
+        settings=settings | {"method": plan.method, "format": plan.format},
+    )
+
+
+def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
+    """The report as one JSON document; without `times`, the same bytes for the same run."""
+    document = {
+        "ptq": __version__,
+        "command": report.command,
+        "settings": _jsonable(report.settings),
+        "totals": _jsonable(report.totals),
+        "layers": [_jsonable(asdict(row)) for row in report.rows],
+        "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
+        "warnings": list(report.warnings),
+    }
+    if not times:
+        for part in (document["totals"], *document["layers"]):
+            for key in TIMES:
+                part.pop(key, None)
+    return document
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
+
+
+CSV_COLUMNS = tuple(field.name for field in fields(LayerReport))
+
+
+def as_csv(report: RunReport) -> str:
+    """The rows as CSV with a header line; lists are joined by spaces, None is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in report.rows:
+        writer.writerow([_cell(getattr(row, column)) for column in CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return (
+            "; ".join(value) if value and isinstance(value[0], str) else " ".join(map(str, value))
+        )
+    return value
+
+
+def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return LayerReport(**values)
+
+
+def check_gates(
+    report: RunReport,
+    *,
+    max_rel_err: float | None = None,
+    min_gain: float | None = None,
+    max_fallbacks: int | None = None,
+) -> None:
+    """Hold the report against the quality gates.
+
+    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
+    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
+
+    Raises:
+        GateMissed: with every gate that was missed.
+    """
+    missed = []
+    if max_rel_err is not None:
+        over = [row for row in report.rows if not row_error(row) <= max_rel_err]
+        if over:
+            worst = max(over, key=row_error)
+            missed.append(
+                f"--max-rel-err {max_rel_err:g}: {len(over)} layers are above it, the worst"
+                f" {worst.module} with {row_error(worst):.4g}"
+            )
+    gain = report.totals["gain_vs_rtn"]
+    if min_gain is not None and not (gain is not None and gain >= min_gain):
+        shown = "not measurable" if gain is None else f"{gain:.4g}"
+        missed.append(f"--min-gain {min_gain:g}: gain_vs_rtn is {shown}")
+    fallbacks = report.totals["fallbacks"]
+    if max_fallbacks is not None and fallbacks > max_fallbacks:
+        missed.append(
+            f"--max-fallbacks {max_fallbacks}: {fallbacks} layers were rounded to nearest"
+        )
+    if missed:
+        raise GateMissed("quality gate missed: " + "; ".join(missed))

@@ -1,0 +1,301 @@
+"""Where statistics come from: a statistics file, or activations read on the way.
+
+A statistics file is a safetensors file. Per site `<site>`:
+
+    <site>.hessian    F32 [in_features, in_features]
+    <site>.absmax     F32 [in_features]
+    <site>.absmean    F32 [in_features]
+    <site>.histogram  I64 [bins], counts of |value| (numerics/statistics.py states the bins)
+    <site>.heldout    F16, BF16 or F32 [n, in_features], inputs that no statistic has seen
+
+Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
+fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
+`linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
+`histogram_start`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.statistics import (
+    HELDOUT_EVERY,
+    HELDOUT_LIMIT,
+    NonFiniteInput,
+    SiteAccumulator,
+    merge,
+    percentile,
+    piece_tokens,
+    static_scale,
+)
+from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.files import listing
+from ptq_cli.storage.npy import InputsFile, open_inputs
+from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.values import Array, SiteStatistics
+
+VERSION = 1
+
+PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What is known of a site before its statistics are read or made."""
+
+    site: str
+    linears: tuple[str, ...]
+    in_features: int
+    n_tokens: int
+
+
+class StatisticsSource(Protocol):
+    """Statistics by the site's name. `name` is what messages call the source."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]: ...
+
+    def load(self, site: str) -> SiteStatistics: ...
+
+
+@dataclass(frozen=True)
+class CalibrationFile:
+    """An opened statistics file."""
+
+    checkpoint: Checkpoint
+    content: Mapping[str, Any]
+    sites: Mapping[str, SiteInfo]
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint.path)
+
+    @property
+    def model(self) -> str:
+        return str(self.content["model"])
+
+    @property
+    def heldout_limit(self) -> int:
+        return int(self.content["heldout_limit"])
+
+    def load(self, site: str) -> SiteStatistics:
+        """Raises InputError where the file holds what no calibration writes."""
+        entry = self.content["sites"][site]
+
+        def read(part: str) -> Array:
+            return self.checkpoint.read(f"{site}.{part}")
+
+        hessian = read("hessian")
+        if not np.isfinite(hessian.sum(dtype=np.float64)) or (hessian.diagonal() < 0).any():
+            raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
+        return SiteStatistics(
+            site=site,
+            linears=self.sites[site].linears,
+            hessian=hessian,
+            n_tokens=int(entry["n_tokens"]),
+            n_seen=int(entry["n_seen"]),
+            absmax=read("absmax"),
+            absmean=read("absmean"),
+            minimum=float(entry["min"]),
+            maximum=float(entry["max"]),
+            mean=float(entry["mean"]),
+            std=float(entry["std"]),
+            histogram=read("histogram"),
+            histogram_start=int(entry["histogram_start"]),
+            heldout=read("heldout"),
+        )
+
+
+def open_calibration(path: Path) -> CalibrationFile:
+    """Open a statistics file that `write_calibration` wrote.
+
+    Raises:
+        InputError: another kind of file, or one that contradicts itself.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        content = json.loads(checkpoint.metadata["ptq"])
+        if content["kind"] != "calibration" or content["version"] != VERSION:
+            raise InputError(
+                f"{path}: a {content['kind']} file of version {content['version']}, not statistics"
+                f" of version {VERSION}",
+                hint="calibrate again",
+            )
+        sites = {
+            site: _site_info(path, checkpoint, site, entry)
+            for site, entry in sorted(content["sites"].items())
+        }
+        str(content["model"]), int(content["heldout_limit"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(
+            f"{path}: not a statistics file", hint="make one with ptq calibrate"
+        ) from None
+    return CalibrationFile(checkpoint, content, sites)
+
+
+def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
+    shapes = {}
+    for part in PARTS:
+        stored = checkpoint.tensors.get(f"{site}.{part}")
+        if stored is None:
+            raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
+        shapes[part] = stored.spec.shape
+    n = shapes["absmax"][0]
+    good = (
+        shapes["hessian"] == (n, n) and shapes["absmean"] == (n,) and shapes["heldout"][1:] == (n,)
+    )
+    numbers = [entry[key] for key in ("min", "max", "mean", "std")]
+    if not good or int(entry["n_tokens"]) < 1 or not all(isfinite(x) for x in numbers):
+        raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
+    return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
+
+
+def site_tensors(s: SiteStatistics) -> list[Bytes]:
+    """The tensors of one site, as the file holds them."""
+    return [as_bytes(f"{s.site}.{part}", getattr(s, part)) for part in PARTS]
+
+
+def site_entry(s: SiteStatistics) -> dict[str, Any]:
+    """What the metadata says of one site."""
+    return {
+        "linears": list(s.linears),
+        "n_tokens": s.n_tokens,
+        "n_seen": s.n_seen,
+        "min": s.minimum,
+        "max": s.maximum,
+        "mean": s.mean,
+        "std": s.std,
+        "p99": percentile(s, 0.99),
+        "static_scale": static_scale(s),
+        "histogram_start": s.histogram_start,
+    }
+
+
+def file_content(model: str, heldout: tuple[int, int], sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a statistics file."""
+    return {
+        "kind": "calibration",
+        "version": VERSION,
+        "model": model,
+        "heldout_every": heldout[0],
+        "heldout_limit": heldout[1],
+        "sites": dict(sites),
+    }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several calibrations of one model, as one source: the union of their sites, each site merged
+    from every file that has it."""
+
+    files: tuple[CalibrationFile, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(file.name for file in self.files)
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return {site: info for file in reversed(self.files) for site, info in file.sites.items()}
+
+    def load(self, site: str) -> SiteStatistics:
+        parts = [file.load(site) for file in self.files if site in file.sites]
+        return reduce(lambda a, b: merge(a, b, self.files[0].heldout_limit), parts)
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    info: SiteInfo
+    files: tuple[InputsFile, ...]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Folders or files of activations, matched to sites; statistics are made when asked for."""
+
+    name: str
+    entries: Mapping[str, ActivationSite]
+    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return {site: entry.info for site, entry in self.entries.items()}
+
+    def load(self, site: str) -> SiteStatistics:
+        """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
+        entry = self.entries[site]
+        info = entry.info
+        sums = SiteAccumulator(info.in_features, *self.heldout)
+        step = piece_tokens(info.in_features)
+        for file in entry.files:
+            before = sums.n_seen
+            for start in range(0, file.n_tokens, step):
+                stop = min(file.n_tokens, start + step)
+                try:
+                    sums.update(file.read(start, stop))
+                except NonFiniteInput as error:
+                    raise InputError(
+                        f"{file.npy.path}: {list(file.npy.shape)}: {error.value} at token"
+                        f" {error.token - before}, channel {error.channel}",
+                        hint="capture the activations again",
+                    ) from None
+        return sums.result(site, info.linears)
+
+
+def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
+    """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
+
+    paths: folders that hold those, or the files themselves
+
+    Raises:
+        InputError: a damaged file, shards of different widths, a module found twice.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        for module, file in _modules_in(path):
+            found.setdefault(module, []).append(file)
+    result = {}
+    for module, files in sorted(found.items()):
+        inputs = tuple(open_inputs(file, bf16) for file in files)
+        widths = {file.in_features: file.npy.path for file in inputs}
+        if len(widths) > 1:
+            (a, file_a), (b, file_b) = list(widths.items())[:2]
+            raise InputError(f"{file_a} has in_features {a}, {file_b} has {b}: one module")
+        result[module] = inputs
+    return result
+
+
+def _modules_in(path: Path) -> list[tuple[str, Path]]:
+    if not path.is_dir():
+        return [(path.name.removesuffix(".npy"), path)]
+    pairs = []
+    for name in listing(path):
+        entry = path / name
+        if entry.is_dir():
+            shards = [entry / shard for shard in listing(entry) if shard.endswith(".npy")]
+            pairs += [(name, shard) for shard in shards]
+        elif name.endswith(".npy"):
+            pairs.append((name.removesuffix(".npy"), entry))
+    return pairs
+
+
+def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:
+    """The statistics file and the `activations/` folder beside a model, where there are any."""
+    names = listing(checkpoint.folder)
+    statistics = f"{checkpoint.stem}.calibration{SUFFIX}"
+    return (
+        checkpoint.folder / statistics if statistics in names else None,
+        checkpoint.folder / "activations" if "activations" in names else None,
+    )

@@ -1,0 +1,342 @@
+"""Float checkpoints: a `.safetensors` file, an index with shards, or a model folder.
+
+A header is checked strictly before anything is believed: its length, its JSON, every dtype, shape
+and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError
+from ptq_cli.storage.files import (
+    listing,
+    parse_json,
+    read_into,
+    read_json,
+    regular_file,
+)
+from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
+
+MAX_HEADER = 25 << 20
+INDEX_SUFFIX = ".safetensors.index.json"
+SUFFIX = ".safetensors"
+CALIBRATION_SUFFIX = ".calibration.safetensors"
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor and the place of its bytes."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: Mapping[str, str]
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: headers only.
+
+    path: what the user named; root: the model folder, None for a bare file
+    weights: the file or index that names the weights; stem: its name without suffix
+    """
+
+    path: Path
+    root: Path | None
+    weights: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.weights.parent
+
+    @property
+    def stem(self) -> str:
+        return self.weights.name.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the model folder, or of the folder a bare file lies in; {} without one."""
+        if "config.json" not in listing(self.folder):
+            return {}
+        path = self.folder / "config.json"
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: not a JSON object")
+        return config
+
+    def read(self, name: str) -> Array:
+        """A tensor in the dtype it is stored in.
+
+        Raises:
+            InputError: a dtype numpy has no word for.
+            FileError: the file cannot be read, or ends early.
+        """
+        stored = self.tensors[name]
+        if stored.spec.dtype not in NUMPY_DTYPES:
+            raise InputError(f"{stored.file}: tensor {name!r}: cannot read {stored.spec.dtype}")
+        values = self.read_bytes(name).view(NUMPY_DTYPES[stored.spec.dtype])
+        return values.reshape(stored.spec.shape)
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        stored = self.tensors[name]
+        buffer = np.empty(stored.spec.nbytes, np.uint8)
+        read_into(stored.file, stored.offset, buffer)
+        return buffer
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """A float tensor as float32 [out_features, in_features], every value finite.
+
+        Raises:
+            InputError: NaN or inf, with its first index and how many there are.
+        """
+        values = self.read(name)
+        weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
+        if not all_finite(weight):
+            bad = ~np.isfinite(weight.reshape(values.shape))
+            first = tuple(int(i) for i in np.argwhere(bad)[0])
+            what = (
+                "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
+            )
+            raise InputError(
+                f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
+                f" {list(first)}, {int(bad.sum())} in all",
+                hint="mend the checkpoint, or leave the tensor out with --ignore",
+            )
+        return weight
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every tensor's name, dtype, shape, and first and last 4 KiB: tells one set of
+        weights from another without reading them all, wherever they lie."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            stored = self.tensors[name]
+            spec = stored.spec
+            digest.update(repr((spec.name, spec.dtype, spec.shape)).encode())
+            size = min(4096, spec.nbytes)
+            for offset in (0, spec.nbytes - size):
+                sample = np.empty(size, np.uint8)
+                read_into(stored.file, stored.offset + offset, sample)
+                digest.update(sample.data)
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a `.safetensors` file, a `*.safetensors.index.json` or a model folder.
+
+    Raises:
+        InputError: nothing of the kind, or a header or index that lies.
+        FileError: the file system's own word.
+    """
+    if path.is_dir():
+        weights = _weights_of(path)
+        root: Path | None = path
+    else:
+        weights, root = path, None
+    if weights.name.endswith(INDEX_SUFFIX):
+        return _open_index(path, root or path.parent, weights)
+    header = read_header(weights)
+    tensors = {tensor.spec.name: tensor for tensor in header.tensors}
+    return Checkpoint(path, root, weights, tensors, header.metadata)
+
+
+def _weights_of(folder: Path) -> Path:
+    names = listing(folder)
+    index = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    single = [n for n in names if n.endswith(SUFFIX) and not n.endswith(CALIBRATION_SUFFIX)]
+    for preferred, found in (("model" + INDEX_SUFFIX, index), ("model" + SUFFIX, single)):
+        if preferred in found:
+            return folder / preferred
+    for found in (index, single):
+        if len(found) == 1:
+            return folder / found[0]
+    if index or single:
+        raise InputError(
+            f"{folder}: several candidates: {', '.join(index or single)}",
+            hint="name the file itself, or its index",
+        )
+    raise InputError(f"{folder}: no .safetensors file in this folder")
+
+
+def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map")
+    shards = sorted({_shard_name(index, name, shard) for name, shard in weight_map.items()})
+    present = set(listing(index.parent))
+    missing = [shard for shard in shards if shard not in present]
+    if missing:
+        raise InputError(
+            f"{index}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:10])}"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    warnings: list[str] = []
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        header = read_header(index.parent / shard)
+        metadata = _merge_metadata(metadata, header.metadata)
+        for tensor in header.tensors:
+            name = tensor.spec.name
+            if name in tensors:
+                raise InputError(
+                    f"{index}: tensor {name!r} is in {tensors[name].file.name} and {shard}"
+                )
+            if weight_map.get(name) != shard:
+                warnings.append(
+                    f"{shard}: tensor {name!r} is not in the index there; it is ignored"
+                )
+                continue
+            tensors[name] = tensor
+    lost = [name for name in weight_map if name not in tensors]
+    if lost:
+        raise InputError(
+            f"{index}: {len(lost)} tensors are not in their shards: {', '.join(lost[:10])}"
+        )
+    return Checkpoint(path, root, index, tensors, metadata, tuple(warnings))
+
+
+def _merge_metadata(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of shards: what this tool writes is JSON objects under one key, which are united."""
+    merged = dict(first)
+    for key, value in second.items():
+        merged[key] = value if key not in merged else _united(merged[key], value)
+    return merged
+
+
+def _united(first: str, second: str) -> str:
+    import json
+
+    try:
+        a, b = json.loads(first), json.loads(second)
+    except ValueError:
+        return first
+    if isinstance(a, dict) and isinstance(b, dict):
+        layers = {**a.get("layers", {}), **b.get("layers", {})}
+        return json.dumps({**a, **b, "layers": layers}, sort_keys=True)
+    return first
+
+
+def _shard_name(index: Path, tensor: str, shard: object) -> str:
+    plain = isinstance(shard, str) and shard.endswith(SUFFIX) and Path(shard).name == shard
+    if not plain or "\\" in str(shard) or ":" in str(shard):
+        raise InputError(
+            f"{index}: tensor {tensor!r}: {shard!r} is not the plain name of a .safetensors file"
+        )
+    return str(shard)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    The layout (https://github.com/huggingface/safetensors): eight bytes of header length, little
+    endian; the header, JSON; the data, without holes or overlap.
+    """
+    size = regular_file(path)
+    start = np.empty(min(size, 512), np.uint8)
+    read_into(path, 0, start)
+    length = int.from_bytes(start[:8].tobytes(), "little")
+    if start.tobytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a git-lfs pointer, not the file itself", hint="run git lfs pull")
+    if size < 10 or length < 2 or length > size - 8:
+        raise InputError(f"{path}: not a safetensors file (or cut short: it has {size} bytes)")
+    if length > MAX_HEADER:
+        raise InputError(f"{path}: a header of {length} bytes, more than the {MAX_HEADER} allowed")
+    buffer = np.empty(length, np.uint8)
+    read_into(path, 8, buffer)
+    header = parse_json(buffer.tobytes(), path)
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not _is_text_map(metadata):
+        raise InputError(f"{path}: __metadata__ is not a map of strings to strings")
+    tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.spec.nbytes))
+    _check_extent(path, tensors, 8 + length, size)
+    return Header(metadata, tuple(tensors))
+
+
+def _is_text_map(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: tensor {name!r}: its header entry is damaged") from None
+    if dtype not in DTYPE_BITS:
+        raise InputError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
+    if len(shape) > 64:
+        raise InputError(f"{path}: tensor {name!r}: {len(shape)} dimensions")
+    if prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
+        raise InputError(
+            f"{path}: tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes given"
+        )
+    return StoredTensor(TensorSpec(name, dtype, tuple(shape)), path, data + begin)
+
+
+def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int) -> None:
+    end = data
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise InputError(
+                f"{path}: tensor {tensor.spec.name!r} starts at byte {tensor.offset},"
+                f" the one before it ends at {end}"
+            )
+        end += tensor.spec.nbytes
+    if end != size:
+        what = "cut short" if size < end else "followed by other bytes"
+        raise InputError(f"{path}: {what}: the header asks for {end} bytes, the file has {size}")
+
+
+def all_finite(values: NDArray[np.float32]) -> bool:
+    """Whether there is no NaN or inf: the product with zeros would keep it."""
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(np.dot(values.ravel(), np.zeros(values.size, np.float32))))
+
+
+def is_float(spec: TensorSpec) -> bool:
+    return spec.dtype in FLOAT_DTYPES

@@ -1,0 +1,160 @@
+"""Files: errors that name them, exact reads, durable writes, one atomic rename.
+
+Reads are `pread` of a known length, not memory maps: a file that shrinks while it is read is then
+an error and not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import FileError, InputError
+
+MAX_JSON = 10 << 20
+
+
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Turn an OSError into a FileError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        raise FileError(f"{path}: {reason}", hint=hint) from error
+
+
+def regular_file(path: Path) -> int:
+    """The size of a regular file. Raises FileError, also for folders, pipes and devices."""
+    with named(path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def listing(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Files are found by exact match in it, never by joining names
+    that come from a checkpoint."""
+    with named(folder):
+        return sorted(os.listdir(folder))
+
+
+def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
+    """Fill `buffer` from the file at `offset`. Raises FileError where the file is too short."""
+    view = buffer.data
+    with named(path), open(path, "rb", buffering=0) as file:
+        done = 0
+        while done < len(view):
+            n = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+            if n == 0:
+                raise FileError(
+                    f"{path}: ends at byte {offset + done}, {len(view) - done} bytes too early;"
+                    " it changed while it was read"
+                )
+            done += n
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """A JSON document of at most `limit` bytes. Raises InputError, duplicate keys included."""
+    size = regular_file(path)
+    if size > limit:
+        raise InputError(f"{path}: {size} bytes of JSON, more than the {limit} allowed")
+    with named(path):
+        return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises InputError naming `path`."""
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+        )
+    except RecursionError:
+        raise InputError(f"{path}: JSON is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} stands twice")
+    return result
+
+
+def _no_constants(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def to_json(value: Any) -> str:
+    """Sorted, strict, readable JSON with a final newline: the same bytes for the same value."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a whole file and wait until it is on the disk."""
+    content = data.encode() if isinstance(data, str) else data
+    with named(path), open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file under another name, then rename: the path holds the old bytes or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_file(partial, data)
+        with named(path):
+            os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Give a file that a library wrote the umask's mode and wait until it is on the disk."""
+    with named(path):
+        os.chmod(path, 0o666 & ~_umask())
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    with named(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap two names of one file system in one step (Linux renameat2, RENAME_EXCHANGE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, flag = -100, 2
+    with named(second):
+        code = libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), flag)
+        if code != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))

@@ -1,0 +1,207 @@
+"""Output folders: assembled from finished units, and read back.
+
+    model.safetensors (or shards with model.safetensors.index.json)
+    quantization.json   what was done: method, settings, version, fingerprints of the inputs
+    report.json         the error report
+    config.json, tokenizer …   copied, where the input was a model folder
+
+Tensors that were not quantized are copied byte for byte. The metadata of each weights file states
+the layers in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import FileError, InputError
+from ptq_cli.registry import FORMATS, format_named
+from ptq_cli.storage.checkpoint import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    Checkpoint,
+    open_checkpoint,
+    read_header,
+)
+from ptq_cli.storage.files import (
+    listing,
+    named,
+    read_into,
+    regular_file,
+    sync_folder,
+    to_json,
+    write_file,
+)
+from ptq_cli.storage.tensors import Bytes, serialize
+from ptq_cli.values import Format, Layer, QuantizedWeight
+
+MAX_SHARD = 4 << 30
+_VERIFY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What goes into an output folder: modules in order, each with its tensors."""
+
+    parts: Sequence[tuple[str, Sequence[Bytes]]]
+    layers: Mapping[str, Layer]
+    fmt: Format
+    documents: Mapping[str, Any]
+
+
+def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
+    """A tensor of a checkpoint as memory-mapped bytes, to be copied."""
+    stored = checkpoint.tensors[name]
+    if stored.spec.nbytes == 0:
+        return Bytes(stored.spec, np.empty(0, np.uint8))
+    if regular_file(stored.file) < stored.offset + stored.spec.nbytes:
+        raise FileError(f"{stored.file}: changed while it was read")
+    with named(stored.file):
+        shape = (stored.spec.nbytes,)
+        return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
+
+
+def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
+    """Write the folder at its temporary place and prove it equal to what was staged."""
+    with named(out):
+        out.mkdir()
+    shards = _shards(assembly.parts)
+    names = _shard_names(len(shards))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name, parts in zip(names, shards, strict=True):
+        tensors = [tensor for _, group in parts for tensor in group]
+        layers = [assembly.layers[module] for module, _ in parts if module in assembly.layers]
+        serialize(out / name, tensors, _content(layers, assembly.fmt))
+        _verify(out / name, tensors)
+        weight_map |= {tensor.spec.name: name for tensor in tensors}
+        total += sum(tensor.spec.nbytes for tensor in tensors)
+    if len(names) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
+    for name, document in assembly.documents.items():
+        write_file(out / name, to_json(document))
+    if source.root is not None:
+        copy_companions(source.root, out)
+    sync_folder(out)
+
+
+def _content(layers: Sequence[Layer], fmt: Format) -> dict[str, Any]:
+    return {
+        "kind": "quantized",
+        "version": 1,
+        "format": fmt.name,
+        "layers": fmt.metadata(layers),
+    }
+
+
+def _shards(
+    parts: Sequence[tuple[str, Sequence[Bytes]]],
+) -> list[list[tuple[str, Sequence[Bytes]]]]:
+    """Parts in order, in shards of at most MAX_SHARD bytes; a larger part is a shard of its own."""
+    shards: list[list[tuple[str, Sequence[Bytes]]]] = [[]]
+    room = MAX_SHARD
+    for part in parts:
+        size = sum(tensor.spec.nbytes for tensor in part[1])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = MAX_SHARD
+        shards[-1].append(part)
+        room -= size
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [f"model{SUFFIX}"]
+    return [f"model-{i + 1:05d}-of-{count:05d}{SUFFIX}" for i in range(count)]
+
+
+def _verify(path: Path, tensors: Sequence[Bytes]) -> None:
+    """Read the file back and compare every byte with what was staged."""
+    stored = {tensor.spec.name: tensor for tensor in read_header(path).tensors}
+    if set(stored) != {tensor.spec.name for tensor in tensors}:
+        raise FileError(f"{path}: does not hold the tensors that were written")
+    for tensor in tensors:
+        there = stored[tensor.spec.name]
+        same = there.spec == tensor.spec
+        for start in range(0, tensor.spec.nbytes if same else 0, _VERIFY_BYTES):
+            staged = tensor.data[start : start + _VERIFY_BYTES]
+            buffer = np.empty(len(staged), np.uint8)
+            read_into(path, there.offset + start, buffer)
+            same = same and np.array_equal(buffer, staged)
+        if not same:
+            raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
+
+
+def copy_companions(root: Path, out: Path) -> None:
+    """Copy what a model folder holds beside its weights: config, tokenizer, licence, code."""
+    taken = set(listing(out))
+    for name in listing(root):
+        path = root / name
+        weights = name.endswith((SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".gguf", ".npy", ".h5"))
+        if not path.is_file() or weights or name in taken or name.startswith("."):
+            continue
+        with named(path):
+            content = path.read_bytes()
+        write_file(out / name, content)
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """An opened output: its layers, and their weights one by one."""
+
+    checkpoint: Checkpoint
+    fmt: Format
+    layers: Mapping[str, Layer]
+
+    def load(self, module: str) -> QuantizedWeight:
+        """The rounded weight of one module. Raises InputError for an unknown name."""
+        if module not in self.layers:
+            raise InputError(
+                f"{self.checkpoint.path}: no quantized module {module!r}",
+                hint=f"there is {next(iter(self.layers), 'none')!r}, for instance",
+            )
+        layer = self.layers[module]
+        tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
+        return self.fmt.decode(layer, tensors)
+
+    @property
+    def packed_names(self) -> set[str]:
+        return {spec.name for layer in self.layers.values() for spec in self.fmt.specs(layer)}
+
+    def untouched(self) -> Iterator[str]:
+        """Names of the tensors that no layer owns."""
+        packed = self.packed_names
+        return (name for name in self.checkpoint.tensors if name not in packed)
+
+
+def open_quantized(path: Path) -> QuantizedFolder:
+    """Open a folder (or weights file) that this tool wrote.
+
+    Raises:
+        InputError: something else, or layers that contradict the tensors.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        content = json.loads(checkpoint.metadata["ptq"])
+        if content["kind"] != "quantized" or content["version"] != 1:
+            raise ValueError
+        name, entries = content["format"], dict(content["layers"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: not a quantized checkpoint of this tool",
+            hint=f"formats it reads: {', '.join(FORMATS)}",
+        ) from None
+    fmt = format_named(str(name))
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    try:
+        layers = fmt.layers(entries, checkpoint.config, specs)
+    except InputError as error:
+        raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
+    return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})

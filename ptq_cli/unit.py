@@ -1,0 +1,195 @@
+"""What is done with one unit: round its layers, keep the better of the method and plain rounding,
+prove that what was packed unpacks to the same, and measure.
+
+Arrays in, tensors and report rows out; files are the runner's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError, NumericalError, PtqError
+from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.measures import Measures, measure
+from ptq_cli.values import (
+    Array,
+    Format,
+    Grid,
+    Layer,
+    LayerReport,
+    Method,
+    MethodResult,
+    QuantizedWeight,
+    SiteStatistics,
+    Unit,
+)
+
+LoadWeight = Callable[[Layer], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A finished layer: `layer.method` says what rounded it."""
+
+    layer: Layer
+    tensors: dict[str, Array]
+    row: LayerReport
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    rounded: QuantizedWeight
+    measures: Measures
+    rtn: Measures
+    method: str
+    fallback: str | None
+    damp_percent: float | None
+    notes: tuple[str, ...]
+
+
+def quantize_unit(
+    unit: Unit,
+    statistics: SiteStatistics | None,
+    load: LoadWeight,
+    method: Method,
+    method_settings: Any,
+    fmt: Format,
+    *,
+    on_failure: str = "error",
+) -> list[LayerResult]:
+    """Quantize the layers of one unit.
+
+    on_failure: "rtn" rounds to nearest where the factorization fails for good; "error" raises
+
+    Raises:
+        NumericalError: the factorization failed for good.
+        InputError: a weight is not finite, or a scale does not fit its dtype.
+    """
+    prepared: Any = None
+    failure = unit.nearest
+    begin = time.perf_counter()
+    if failure is None:
+        try:
+            prepared = method.prepare(statistics, unit.layers[0].grid, method_settings)
+        except NumericalError as error:
+            if on_failure != "rtn":
+                raise
+            failure = error.message
+    shared = (time.perf_counter() - begin) / len(unit.layers)
+    results = []
+    for layer in unit.layers:
+        begin = time.perf_counter()
+        weight = load(layer)
+        try:
+            chosen = _round(
+                weight, layer.grid, statistics, method, prepared, method_settings, failure
+            )
+            result = _finish(layer, chosen, statistics, fmt)
+        except PtqError as error:
+            error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
+            raise
+        seconds = shared + time.perf_counter() - begin
+        results.append(replace(result, row=replace(result.row, seconds=seconds)))
+    return results
+
+
+def _round(
+    weight: NDArray[np.float32],
+    grid: Grid,
+    statistics: SiteStatistics | None,
+    method: Method,
+    prepared: Any,
+    method_settings: Any,
+    failure: str | None,
+) -> _Chosen:
+    """The better of the method and plain rounding to nearest: on held-out inputs where there are
+    any, else on the Hessian, else on the weight itself."""
+    hessian = None if statistics is None else statistics.hessian
+    heldout = None if statistics is None else statistics.heldout
+    plain = round_to_nearest(weight, grid)
+    rtn = measure(weight, plain, hessian, heldout)
+    if failure is not None:
+        return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
+    result: MethodResult = method.apply(weight, prepared, grid, method_settings)
+    measures = measure(weight, result.weight, hessian, heldout)
+    if _error(measures) > _error(rtn):
+        where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
+        fallback = None if method.name == "rtn" else f"rtn is better on {where}"
+        note = ("the whole range of each group is better than the searched one",)
+        notes = (*result.notes, *(note if method.name == "rtn" else ()))
+        return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
+    return _Chosen(
+        result.weight, measures, rtn, method.name, None, result.damp_percent, result.notes
+    )
+
+
+def _error(measures: Measures) -> float:
+    return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
+
+
+def _finish(
+    layer: Layer, chosen: _Chosen, statistics: SiteStatistics | None, fmt: Format
+) -> LayerResult:
+    layer = replace(layer, method=chosen.method)
+    tensors = fmt.encode(layer, chosen.rounded)
+    _compare(layer, fmt.decode(layer, tensors), chosen.rounded)
+    size = sum(spec.nbytes for spec in fmt.specs(layer))
+    row = LayerReport(
+        layer=layer.tensor,
+        module=layer.module,
+        shape=layer.full_shape,
+        bits=layer.grid.bits,
+        group_size=layer.grid.group_size,
+        sym=layer.grid.sym,
+        method=chosen.method,
+        calibrated=statistics is not None,
+        tokens=0 if statistics is None else statistics.n_tokens,
+        dead_columns=dead_columns(statistics),
+        damp_percent=chosen.damp_percent,
+        fallback=chosen.fallback,
+        seconds=0.0,
+        bytes=size,
+        bits_per_weight=8 * size / layer.size,
+        notes=chosen.notes,
+        **error_columns(chosen.measures, chosen.rtn),
+    )
+    return LayerResult(layer, tensors, row)
+
+
+def dead_columns(statistics: SiteStatistics | None) -> int:
+    """Columns whose input was always zero."""
+    return 0 if statistics is None else int((statistics.hessian.diagonal() == 0).sum())
+
+
+def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
+    """The columns of the report that say how wrong the result is."""
+    ours, plain = _error(measures), _error(rtn)
+    gain = plain / ours if ours > 0 else (1.0 if plain == 0 else None)
+    return {
+        "loss": measures.loss,
+        "rel_err": measures.rel_err,
+        "heldout_rel_err": measures.heldout_rel_err,
+        "rtn_rel_err": rtn.rel_err,
+        "rtn_heldout_rel_err": rtn.heldout_rel_err,
+        "gain_vs_rtn": gain,
+        "sqnr_db": measures.sqnr_db,
+        "max_abs_err": measures.max_abs_err,
+    }
+
+
+def _compare(layer: Layer, unpacked: QuantizedWeight, rounded: QuantizedWeight) -> None:
+    """Refuse a layer whose packed tensors do not unpack to what was computed."""
+    same = (
+        np.array_equal(unpacked.codes, rounded.codes)
+        and np.array_equal(unpacked.scales, rounded.scales)
+        and np.array_equal(unpacked.zeros, rounded.zeros)
+        and np.array_equal(unpacked.column_groups(), rounded.column_groups())
+    )
+    if not same:
+        raise InputError("what was packed does not unpack to the same", hint="report this bug")
