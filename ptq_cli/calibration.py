@@ -25,7 +25,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import serialize
+from ptq_cli.storage.tensors import own_metadata, serialize
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def calibrate_sites(
                 entries[site] = staging.result(site)
                 listen(done + 1, len(source.sites), site)
         tensors = [tensor for site in source.sites for tensor in staging.tensors(site)]
-        serialize(staging.out, tensors, file_content(model, heldout, entries))
+        content = file_content(model, heldout, entries)
+        serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
     except PtqError:
         staging.drop()

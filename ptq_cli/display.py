@@ -200,25 +200,25 @@ def _show_totals(totals: Mapping[str, Any]) -> None:
     where = "held-out inputs" if totals["heldout"] else "calibration inputs"
     if not totals["calibrated"]:
         where = "the weights" if not totals["heldout"] else where
-    gain = totals["gain_vs_rtn"]
-    ratio = totals["compression_ratio"]
+    gain, ratio = totals["gain_vs_rtn"], totals["compression_ratio"]
+    marked = " (marked *)" if totals["fallbacks"] else ""
     line(
-        f"{totals['layers']} layers, {totals['left_alone']} tensors left alone;"
-        f" {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
+        f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight,"
+        f" {totals['left_alone']} tensors left alone"
+    )
+    line(
+        f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
         + (f" ({ratio:.2f}x smaller)" if ratio else "")
-        + f", {totals['bits_per_weight']:.2f} bits/weight in layers"
     )
     line(
-        f"rel err on {where}: mean {number(totals['mean_rel_err'])}, worst"
-        f" {number(totals['worst_rel_err'])}; rtn mean {number(totals['rtn_mean_rel_err'])}"
+        f"rel err on {where}: mean {number(totals['mean_rel_err'])},"
+        f" worst {number(totals['worst_rel_err'])}"
     )
-    gain_text = "-" if gain is None else f"{gain:.2f}x"
     line(
-        f"gain over round-to-nearest: {gain_text};"
-        f" fallbacks: {totals['fallbacks']}"
-        + (" (marked *)" if totals["fallbacks"] else "")
-        + f"; {totals['seconds']:.1f} s"
+        f"gain over round-to-nearest: {'-' if gain is None else f'{gain:.2f}x'}"
+        f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
+    line(f"fallbacks: {totals['fallbacks']}{marked}; {totals['seconds']:.1f} s")
 
 
 def number(value: float | None) -> str:

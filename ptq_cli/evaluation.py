@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -125,7 +125,9 @@ def _row(
     if not np.isfinite(rounded.scales.astype(np.float32)).all():
         raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
     measures = measure(weight, rounded, hessian, heldout)
-    plain = round_to_nearest(weight, layer.grid)
+    # Some layouts do not say that a grid is symmetric; its zeros do.
+    sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())
+    plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
     rtn = measure(weight, plain, hessian, heldout)
     same = np.array_equal(plain.codes, rounded.codes)
     size = sum(spec.nbytes for spec in quantized.fmt.specs(layer))
@@ -135,7 +137,7 @@ def _row(
         shape=layer.full_shape,
         bits=layer.grid.bits,
         group_size=layer.grid.group_size,
-        sym=layer.grid.sym,
+        sym=sym,
         method=layer.method,
         calibrated=statistics is not None,
         tokens=0 if statistics is None else statistics.n_tokens,

@@ -14,16 +14,29 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.siblings import sites
+from ptq_cli.numerics import layout
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
 from ptq_cli.storage.tensors import WRITABLE
-from ptq_cli.values import Format, Grid, Layer, Method, Plan, Skipped, Unit
+from ptq_cli.values import (
+    FLOAT_DTYPES,
+    Format,
+    Grid,
+    Layer,
+    Method,
+    Plan,
+    Skipped,
+    TensorSpec,
+    Unit,
+)
 
 _LEFT_ALONE = (
     ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)", re.IGNORECASE)),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
 )
+
+_EMBEDDING = _LEFT_ALONE[0][1]
 
 _QUANTIZED_NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB)$"
@@ -54,10 +67,10 @@ class GridSettings:
         metadata={"help": "Symmetric codes within ±(2^(bits−1) − 1), as integer runtimes like it."},
     )
     scale_dtype: str = field(
-        default="float16",
+        default="auto",
         metadata={
-            "help": "What scales are stored in.",
-            "choices": ("float16", "bfloat16", "float32"),
+            "help": "What scales are stored in; auto: what the format wants, else float16.",
+            "choices": ("auto", "float16", "bfloat16", "float32"),
         },
     )
     ignore: tuple[str, ...] = field(
@@ -76,6 +89,14 @@ class GridSettings:
         default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
     )
     format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
+    on_misfit: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to layers that the format cannot hold: an error, or they are"
+            " kept as they are and declared so.",
+            "choices": ("error", "keep"),
+        },
+    )
 
 
 LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")
@@ -101,12 +122,20 @@ def make_plan(
     """
     check_float(checkpoint)
     chosen, skipped = choose_tensors(checkpoint, settings)
-    layers = {tensor.spec.name: _layer(tensor, settings, method_settings) for tensor in chosen}
-    _check_layers(list(layers.values()), fmt)
+    layers = {
+        tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint)
+        for tensor in chosen
+    }
+    kept = check_layers(list(layers.values()), fmt, settings.on_misfit)
+    for layer in kept:
+        del layers[layer.tensor]
+        reason = f"format {fmt.name} cannot hold it"
+        skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
+    fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     units = _units(layers, method, source, missing, included)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-    rounded = sum(tensor.spec.nbytes for tensor in chosen)
+    rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
     packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
     return Plan(
         method=method.name,
@@ -203,12 +232,33 @@ def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> lis
     return patterns
 
 
-def _layer(tensor: StoredTensor, settings: GridSettings, method_settings: Any) -> Layer:
+def dense_modules(skipped: Sequence[Skipped]) -> list[str]:
+    """Linears that are left in floating point: runtimes want them declared."""
+    return [
+        entry.tensor.removesuffix(".weight")
+        for entry in skipped
+        if entry.tensor.endswith(".weight")
+        and len(entry.shape) == 2
+        and entry.dtype in FLOAT_DTYPES
+        and not _EMBEDDING.search(entry.tensor.removesuffix(".weight"))
+    ]
+
+
+def _layer(
+    tensor: StoredTensor,
+    settings: GridSettings,
+    method_settings: Any,
+    fmt: Format,
+    checkpoint: Checkpoint,
+) -> Layer:
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
     for rule in settings.layers:
         if re.search(rule["match"], spec.name):
             values |= {key: rule[key] for key in rule if key in values}
+    if values["scale_dtype"] == "auto":
+        wanted = fmt.scale_dtype(_model_dtype(checkpoint, spec)) if fmt.scale_dtype else "float16"
+        values["scale_dtype"] = wanted
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
@@ -223,11 +273,30 @@ def _layer(tensor: StoredTensor, settings: GridSettings, method_settings: Any) -
     )
 
 
-def _check_layers(layers: Sequence[Layer], fmt: Format) -> None:
-    misfits = [(layer.module, reason) for layer in layers if (reason := fmt.misfit(layer))]
-    if misfits:
-        shown = "; ".join(f"{module}: {reason}" for module, reason in misfits[:10])
-        raise InputError(f"format {fmt.name} cannot hold {len(misfits)} layers: {shown}")
+def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
+    """The dtype a runtime computes in: config.json's, else the tensor's."""
+    config = checkpoint.config
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return layout.model_dtype(config) if stated else spec.dtype
+
+
+def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[Layer]:
+    """The layers to keep as they are, with those that share their input: runtimes fuse them.
+
+    Raises:
+        InputError: layers that the format cannot hold, all of them listed, or two tensors that
+            would become one module.
+    """
+    misfits = {layer.module: reason for layer in layers if (reason := fmt.misfit(layer))}
+    if misfits and on_misfit == "error":
+        shown = "; ".join(f"{module}: {reason}" for module, reason in list(misfits.items())[:10])
+        more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
+        raise InputError(f"format {fmt.name} cannot hold {len(misfits)} layers: {shown}{more}")
+    if len(misfits) == len(layers):
+        raise InputError(
+            f"format {fmt.name} can hold none of the {len(layers)} layers;"
+            f" {next(iter(misfits))}: {next(iter(misfits.values()))}"
+        )
     modules = [layer.module for layer in layers]
     twice = (
         {module for module in modules if modules.count(module) > 1}
@@ -236,6 +305,9 @@ def _check_layers(layers: Sequence[Layer], fmt: Format) -> None:
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
+    together = [group for group in sites(modules) if not misfits.keys().isdisjoint(group)]
+    kept = {module for group in together for module in group}
+    return [layer for layer in layers if layer.module in kept]
 
 
 def _units(

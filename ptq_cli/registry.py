@@ -18,6 +18,12 @@ METHODS = {
 
 FORMATS = {
     "ptq": "ptq_cli.formats.ptq:FORMAT",
+    "gptq": "ptq_cli.formats.gptq:FORMAT",
+    "gptq_v2": "ptq_cli.formats.gptq:FORMAT_V2",
+    "awq": "ptq_cli.formats.awq:FORMAT",
+    "compressed-tensors": "ptq_cli.formats.compressed_tensors:FORMAT",
+    "mlx": "ptq_cli.formats.mlx:FORMAT",
+    "onnx": "ptq_cli.formats.onnx:FORMAT",
 }
 
 

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import StatisticsSource
@@ -153,11 +154,12 @@ def _assemble(
             parts.append((name, [mapped(checkpoint, name)]))
         else:
             parts.append((layer.module, [staged[spec.name] for spec in fmt.specs(layer)]))
+    dense = dense_modules(plan.skipped)
     documents = {
         "report.json": as_document(report, times=False),
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
-    write_folder(staging.out, Assembly(parts, layers, fmt, documents), checkpoint)
+    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint)
 
 
 def quantization_document(

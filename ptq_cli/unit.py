@@ -20,7 +20,6 @@ from ptq_cli.numerics.measures import Measures, measure
 from ptq_cli.values import (
     Array,
     Format,
-    Grid,
     Layer,
     LayerReport,
     Method,
@@ -88,7 +87,7 @@ def quantize_unit(
         weight = load(layer)
         try:
             chosen = _round(
-                weight, layer.grid, statistics, method, prepared, method_settings, failure
+                weight, layer, statistics, method, prepared, method_settings, fmt, failure
             )
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
@@ -101,32 +100,34 @@ def quantize_unit(
 
 def _round(
     weight: NDArray[np.float32],
-    grid: Grid,
+    layer: Layer,
     statistics: SiteStatistics | None,
     method: Method,
     prepared: Any,
     method_settings: Any,
+    fmt: Format,
     failure: str | None,
 ) -> _Chosen:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
-    any, else on the Hessian, else on the weight itself."""
+    any, else on the Hessian, else on the weight itself. What is measured is what the format's
+    tensors unpack to."""
+    grid = layer.grid
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    plain = round_to_nearest(weight, grid)
+    plain = _as_stored(layer, round_to_nearest(weight, grid), fmt)
     rtn = measure(weight, plain, hessian, heldout)
     if failure is not None:
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
     result: MethodResult = method.apply(weight, prepared, grid, method_settings)
-    measures = measure(weight, result.weight, hessian, heldout)
+    stored = _as_stored(layer, result.weight, fmt)
+    measures = measure(weight, stored, hessian, heldout)
     if _error(measures) > _error(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
         note = ("the whole range of each group is better than the searched one",)
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
         return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
-    return _Chosen(
-        result.weight, measures, rtn, method.name, None, result.damp_percent, result.notes
-    )
+    return _Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
 
 
 def _error(measures: Measures) -> float:
@@ -138,7 +139,6 @@ def _finish(
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
     tensors = fmt.encode(layer, chosen.rounded)
-    _compare(layer, fmt.decode(layer, tensors), chosen.rounded)
     size = sum(spec.nbytes for spec in fmt.specs(layer))
     row = LayerReport(
         layer=layer.tensor,
@@ -183,8 +183,9 @@ def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     }
 
 
-def _compare(layer: Layer, unpacked: QuantizedWeight, rounded: QuantizedWeight) -> None:
-    """Refuse a layer whose packed tensors do not unpack to what was computed."""
+def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> QuantizedWeight:
+    """What the packed tensors unpack to. Refuses a layer where that is not what was computed."""
+    unpacked = fmt.decode(layer, fmt.encode(layer, rounded))
     same = (
         np.array_equal(unpacked.codes, rounded.codes)
         and np.array_equal(unpacked.scales, rounded.scales)
@@ -193,3 +194,4 @@ def _compare(layer: Layer, unpacked: QuantizedWeight, rounded: QuantizedWeight) 
     )
     if not same:
         raise InputError("what was packed does not unpack to the same", hint="report this bug")
+    return unpacked

@@ -96,6 +96,19 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """How a layer's inputs are rounded when it runs (W8A8).
+
+    dynamic: every token finds its own scale; else one scale for the tensor, known beforehand
+        (QuantizedWeight.input_scale)
+    """
+
+    bits: int = 8
+    sym: bool = True
+    dynamic: bool = True
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A rounded weight.
 
@@ -103,6 +116,11 @@ class QuantizedWeight:
     scales: `grid.scale_dtype` [out_features, n_groups] ([1, 1] for a whole-tensor grid)
     zeros: uint8, the same shape as scales
     g_idx: int32 [in_features] where `act_order desc` reordered the groups, else None
+    offsets: the dtype and shape of scales, where the layout it was read from stores
+        `scales · codes + offsets` and no zeros say the same exactly; zeros then are the nearest
+    input_scale, input_zero: of inputs with a static scale: `input ≈ input_scale · (code −
+        input_zero)`; the zero is unsigned like all codes and only where the inputs are not
+        symmetric
     """
 
     codes: Codes
@@ -110,16 +128,23 @@ class QuantizedWeight:
     zeros: Codes
     grid: Grid
     g_idx: NDArray[np.int32] | None = None
+    offsets: Array | None = None
+    input_scale: float | None = None
+    input_zero: int | None = None
 
     def column_groups(self) -> NDArray[np.int32]:
         """Group of each column, int32 [in_features]."""
         return self.grid.g_idx(self.codes.shape[1]) if self.g_idx is None else self.g_idx
 
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
-        """`scales · (codes − zeros)` as float32 [rows, in_features]."""
+        """`scales · (codes − zeros)` (or with offsets) as float32 [rows, in_features]."""
         group = self.column_groups()
         own = slice(None) if self.scales.shape[0] == 1 else rows
         scales = self.scales[own].astype(np.float32)[:, group]
+        if self.offsets is not None:
+            offsets = self.offsets[own].astype(np.float32)[:, group]
+            sums: NDArray[np.float32] = self.codes[rows].astype(np.float32) * scales + offsets
+            return sums
         zeros = self.zeros[own].astype(np.float32)[:, group]
         result: NDArray[np.float32] = (self.codes[rows].astype(np.float32) - zeros) * scales
         return result
@@ -136,6 +161,7 @@ class Layer:
     dtype: safetensors' word for the float dtype in the checkpoint
     reordered: whether the groups follow a g_idx of their own (act_order desc)
     method: what rounded it, once that is known
+    activation: how the layer's inputs are rounded too, or None
     """
 
     module: str
@@ -146,6 +172,7 @@ class Layer:
     grid: Grid
     reordered: bool = False
     method: str = ""
+    activation: Activation | None = None
 
     @property
     def size(self) -> int:
@@ -312,8 +339,16 @@ class Format:
     specs: names, dtypes and shapes of the tensors a layer becomes
     encode, decode: a rounded weight to those tensors and back; written apart from each other
     config: config.json's `quantization_config`, from the layers and the modules left dense
-    layers: the layers of a checkpoint in this layout, from its metadata, config.json and headers
     metadata: what the file's own metadata says of its layers
+    layers: the layers of a checkpoint in this layout, from its metadata, config.json and headers;
+        `read` gives one (small) tensor by its name. Empty where it is another layout. Every tensor
+        of `specs` is then there. Raises InputError where the parts contradict one another or
+        cannot be proven to be understood
+    scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
+    config_keys: where in config.json the object of `config` belongs
+    config_file: a file beside config.json that repeats that object
+    file_metadata: the metadata of the weights file where its readers want just that; None: this
+        tool's own entry, which holds `metadata`
     """
 
     name: str
@@ -325,5 +360,10 @@ class Format:
     config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None]
     metadata: Callable[[Sequence[Layer]], Mapping[str, Any]]
     layers: Callable[
-        [Mapping[str, Any], Mapping[str, Any], Mapping[str, TensorSpec]], tuple[Layer, ...]
+        [Mapping[str, Any], Mapping[str, Any], Mapping[str, TensorSpec], Callable[[str], Array]],
+        tuple[Layer, ...],
     ]
+    scale_dtype: Callable[[str], str] | None = None
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    config_file: str | None = None
+    file_metadata: Mapping[str, str] | None = None

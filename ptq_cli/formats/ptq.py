@@ -19,13 +19,14 @@ row or the tensor. The true shape and the grid stand in the file's metadata unde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
 from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
 from ptq_cli.values import Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
@@ -56,7 +57,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     tensors: dict[str, Array] = {
         f"{layer.module}.qweight": pack_groups(rounded.codes, layer.grid.bits, width),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.zeros": rounded.zeros,
+        f"{layer.module}.zeros": layout.integer_zeros(layer, rounded),
     }
     if layer.reordered:
         tensors[f"{layer.module}.g_idx"] = rounded.column_groups()
@@ -95,7 +96,10 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _layers(
-    metadata: Mapping[str, Any], config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
     """The layers that the metadata names, each checked against the headers."""
     layers = []

@@ -76,3 +76,41 @@ def unpack_groups(packed: NDArray[np.uint8], bits: int, width: int, columns: int
     rows, n_groups = packed.shape[0], max(1, -(-columns // width))
     codes = unpack(packed.reshape(rows * n_groups, packed_width(width, bits)), bits, width)
     return np.ascontiguousarray(codes.reshape(rows, n_groups * width)[:, :columns])
+
+
+def words_width(columns: int, bits: int) -> int:
+    """32-bit words that hold `columns` codes."""
+    return -(-columns * bits // 32)
+
+
+def pack_words(codes: Codes, bits: int) -> NDArray[np.uint32]:
+    """Pack each row of codes into little-endian 32-bit words, uint8 [rows, columns] → uint32
+    [rows, ceil(columns · bits / 32)]; bits after the last code are 0. At widths that don't divide
+    32, codes straddle words."""
+    rows, columns = codes.shape
+    n_bytes = 4 * words_width(columns, bits)
+    packed = pack(codes, bits)
+    if packed.shape[1] < n_bytes:
+        padded = np.zeros((rows, n_bytes), np.uint8)
+        padded[:, : packed.shape[1]] = packed
+        packed = padded
+    return packed.view("<u4").astype(np.uint32, copy=False)
+
+
+def unpack_words(words: NDArray[np.uint32], bits: int, columns: int) -> Codes:
+    """Unpack rows packed by `pack_words`: uint32 [rows, words] → codes uint8 [rows, columns].
+
+    The layout repeats every 32 codes, which fill `bits` words exactly: each of the 32 places is
+    cut out of its word, and of the next one where it straddles, for all periods at once.
+    """
+    rows, periods = words.shape[0], -(-columns // 32)
+    cycles = np.zeros((rows, periods * bits), np.uint32)
+    cycles[:, : words_width(columns, bits)] = words[:, : words_width(columns, bits)]
+    codes = np.empty((rows, periods * 32), np.uint8)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        cut = cycles[:, word::bits] >> np.uint32(shift)
+        if shift + bits > 32:
+            cut |= cycles[:, word + 1 :: bits] << np.uint32(32 - shift)
+        codes[:, place::32] = cut & np.uint32(2**bits - 1)
+    return codes if columns == periods * 32 else np.ascontiguousarray(codes[:, :columns])

@@ -37,7 +37,7 @@ from ptq_cli.storage.files import (
     to_json,
     write_file,
 )
-from ptq_cli.storage.tensors import Bytes, serialize
+from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
 MAX_SHARD = 4 << 30
@@ -50,8 +50,9 @@ class Assembly:
 
     parts: Sequence[tuple[str, Sequence[Bytes]]]
     layers: Mapping[str, Layer]
+    dense: Sequence[str]
     fmt: Format
-    documents: Mapping[str, Any]
+    documents: dict[str, Any]
 
 
 def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
@@ -77,27 +78,44 @@ def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
     for name, parts in zip(names, shards, strict=True):
         tensors = [tensor for _, group in parts for tensor in group]
         layers = [assembly.layers[module] for module, _ in parts if module in assembly.layers]
-        serialize(out / name, tensors, _content(layers, assembly.fmt))
+        serialize(out / name, tensors, _metadata(layers, assembly.fmt))
         _verify(out / name, tensors)
         weight_map |= {tensor.spec.name: name for tensor in tensors}
         total += sum(tensor.spec.nbytes for tensor in tensors)
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
-    for name, document in assembly.documents.items():
+    for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
-    if source.root is not None:
-        copy_companions(source.root, out)
+    root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
+    if root is not None:
+        copy_companions(root, out)
     sync_folder(out)
 
 
-def _content(layers: Sequence[Layer], fmt: Format) -> dict[str, Any]:
-    return {
-        "kind": "quantized",
-        "version": 1,
-        "format": fmt.name,
-        "layers": fmt.metadata(layers),
-    }
+def _metadata(layers: Sequence[Layer], fmt: Format) -> Mapping[str, str]:
+    if fmt.file_metadata is not None:
+        return fmt.file_metadata
+    return own_metadata(
+        {
+            "kind": "quantized",
+            "version": 1,
+            "format": fmt.name,
+            "layers": fmt.metadata(layers),
+        }
+    )
+
+
+def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
+    """config.json with what the runtime must know, and the file that repeats it."""
+    fmt = assembly.fmt
+    declared = fmt.config(list(assembly.layers.values()), assembly.dense)
+    if declared is None:
+        return {}
+    documents: dict[str, Any] = {"config.json": {**source.config, **dict.fromkeys(fmt.config_keys, declared)}}
+    if fmt.config_file is not None:
+        documents[fmt.config_file] = declared
+    return documents
 
 
 def _shards(
@@ -182,26 +200,39 @@ class QuantizedFolder:
 
 
 def open_quantized(path: Path) -> QuantizedFolder:
-    """Open a folder (or weights file) that this tool wrote.
+    """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
 
     Raises:
         InputError: something else, or layers that contradict the tensors.
     """
     checkpoint = open_checkpoint(path)
+    names, entries = _own_entry(checkpoint)
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    for name in names:
+        fmt = format_named(name)
+        try:
+            layers = fmt.layers(entries, checkpoint.config, specs, checkpoint.read)
+        except InputError as error:
+            raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
+        if layers:
+            return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})
+    raise InputError(
+        f"{path}: not a quantized checkpoint in a layout this tool knows",
+        hint=f"it knows {', '.join(FORMATS)}",
+    )
+
+
+def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
+    """The formats to try, and what this tool's own entry in the metadata says of the layers."""
+    if "ptq" not in checkpoint.metadata:
+        return [name for name in FORMATS if name != "ptq"], {}
     try:
         content = json.loads(checkpoint.metadata["ptq"])
         if content["kind"] != "quantized" or content["version"] != 1:
             raise ValueError
-        name, entries = content["format"], dict(content["layers"])
+        return [str(content["format"])], dict(content["layers"])
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{path}: not a quantized checkpoint of this tool",
-            hint=f"formats it reads: {', '.join(FORMATS)}",
+            f"{checkpoint.path}: not a quantized checkpoint",
+            hint="make one with ptq gptq, rtn or pack",
         ) from None
-    fmt = format_named(str(name))
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    try:
-        layers = fmt.layers(entries, checkpoint.config, specs)
-    except InputError as error:
-        raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
-    return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})

@@ -55,7 +55,12 @@ def as_bytes(name: str, values: Array) -> Bytes:
     return Bytes(spec, array.reshape(-1).view(np.uint8))
 
 
-def serialize(path: Path, tensors: Sequence[Bytes], content: Mapping[str, Any]) -> None:
+def own_metadata(content: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of this tool's own files: one key, sorted JSON."""
+    return {"ptq": json.dumps(content, sort_keys=True, allow_nan=False)}
+
+
+def serialize(path: Path, tensors: Sequence[Bytes], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in place, in a folder that gets its name later.
 
     Raises:
@@ -70,11 +75,10 @@ def serialize(path: Path, tensors: Sequence[Bytes], content: Mapping[str, Any]) 
         )
         for tensor in tensors
     }
-    metadata = {"ptq": json.dumps(content, sort_keys=True, allow_nan=False)}
     with named(path):
         open(path, "wb").close()  # the system's own word where the folder cannot be written
     try:
-        serialize_file(pointers, path, metadata=metadata)
+        serialize_file(pointers, path, metadata=dict(metadata))
     except SafetensorError as error:
         raise FileError(f"{path}: could not be written: {error}") from None
     sync_file(path)

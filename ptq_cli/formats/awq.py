@@ -1,0 +1,209 @@
+"""AWQ as AutoAWQ's GEMM kernels read it: 4 bits, packed along the outputs in a shuffled order.
+
+Per linear `<module>`, with out_features N, in_features K, n_groups G = K / group_size:
+
+    <module>.qweight  I32 [K, N / 8]  row k: eight outputs per word
+    <module>.qzeros   I32 [G, N / 8]  zeros, packed alike (nothing subtracted)
+    <module>.scales   F16 [G, N]
+
+Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i].
+`weight ≈ scales · (codes − zeros)`. Symmetric grids store zeros of 8: loaders want qzeros always.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
+from ptq_cli.numerics.packing import pack_words
+from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
+
+_LIMITS = layout.Limits(bits=(4,))
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_KNOWN = (
+    "quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert",
+    "backend", "format", "checkpoint_format", "do_fuse", "fuse_max_seq_len",
+    "modules_to_fuse", "exllama_config", "meta", "desc_act", "sym", "lm_head", "pack_dtype",
+    "true_sequential", "damp_percent", "module_inclusion",
+)  # fmt: skip
+
+
+def _misfit(layer: Layer) -> str | None:
+    found = layout.misfit(layer, "awq", _LIMITS)
+    if found is not None:
+        return found
+    if layer.shape[0] % 8:
+        return (
+            f"awq packs 8 outputs into a word, and out_features {layer.shape[0]} is no multiple"
+            " of 8; --format compressed-tensors or --on-misfit keep"
+        )
+    if _is_head(layer.module):
+        return f"awq loaders leave lm_head dense; --ignore {layer.module}"
+    return None
+
+
+def _is_head(module: str) -> bool:
+    return module == "lm_head" or module.endswith(".lm_head")
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    (rows, columns), module = layer.shape, layer.module
+    groups = layer.grid.n_groups(columns)
+    word = layout.SCALE_WORDS[layer.grid.scale_dtype]
+    return (
+        TensorSpec(f"{module}.qweight", "I32", (columns, rows // 8)),
+        TensorSpec(f"{module}.qzeros", "I32", (groups, rows // 8)),
+        TensorSpec(f"{module}.scales", word, (groups, rows)),
+    )
+
+
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    module = layer.module
+    zeros = layout.integer_zeros(layer, rounded)
+    return {
+        f"{module}.qweight": _pack(rounded.codes.T),
+        f"{module}.qzeros": _pack(zeros.T),
+        f"{module}.scales": np.ascontiguousarray(rounded.scales.T),
+    }
+
+
+def _pack(codes: Codes) -> NDArray[np.int32]:
+    """Columns of each eight put in storage order, then packed as any 4-bit stream."""
+    eights = codes.reshape(codes.shape[0], -1, 8)[:, :, _ORDER]
+    return pack_words(eights.reshape(codes.shape), 4).view(np.int32)
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    module = layer.module
+    zeros = _unpack(tensors[f"{module}.qzeros"])
+    layout.check_symmetric(layer, zeros, f"{module}.qzeros")
+    return QuantizedWeight(
+        codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
+        scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
+        zeros=np.ascontiguousarray(zeros.T),
+        grid=layer.grid,
+    )
+
+
+def _unpack(words: Array) -> Codes:
+    """Nibble by nibble to the column it belongs to."""
+    codes = np.empty((words.shape[0], words.shape[1] * 8), np.uint8)
+    for place, column in enumerate(_ORDER):
+        codes[:, column::8] = words >> (4 * place) & 15
+    return codes
+
+
+def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+    sizes = {layer.grid.group_size for layer in layers}
+    if len(sizes) > 1:
+        raise InputError(
+            f"awq has one group size for all layers, not {sorted(sizes)}",
+            hint="--format compressed-tensors",
+        )
+    for layer in layers:
+        taken = _left_dense(layer.module, dense)
+        if taken is not None:
+            raise InputError(f"awq cannot leave {taken} dense without {layer.module} too")
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": sizes.pop() if sizes else 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(dense) or None,
+    }
+
+
+def _left_dense(module: str, entries: Sequence[str]) -> str | None:
+    """The entry of `modules_to_not_convert` that transformers finds to match: from the start up to
+    a dot, as a regex or as a suffix."""
+    for entry in entries:
+        if module.endswith(entry):
+            return entry
+        try:
+            if re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module):
+                return entry
+        except re.error as error:
+            raise InputError(f"modules_to_not_convert: {entry!r} is no regex") from error
+    return None
+
+
+def _layers(
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[Layer, ...]:
+    settings = layout.mapping(config, "quantization_config", "config.json")
+    if settings.get("quant_method") != "awq":
+        return ()
+    where = "quantization_config"
+    layout.refuse_unknown(settings, _KNOWN, where)
+    for key in ("version", "format", "checkpoint_format"):
+        if str(settings.get(key) or "gemm").lower() != "gemm":
+            raise InputError(f"{where}: AWQ {key} {settings[key]!r} is not understood, only 'gemm'")
+    if layout.integer(settings, "bits", 4, where) != 4:
+        raise InputError(f"{where}: AWQ with {settings['bits']} bits is not understood, only 4")
+    if settings.get("desc_act"):
+        raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
+    modules = layout.modules_with(specs, ".qweight", ".qzeros")
+    layers = tuple(_layer(module, config, specs, read) for module in modules)
+    if not layers:
+        raise InputError(f"{where} says awq, but no tensor is named *.qweight")
+    return layers
+
+
+def _layer(
+    module: str,
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> Layer:
+    settings, where = config["quantization_config"], "quantization_config"
+    for stray in ("weight", "g_idx"):
+        if f"{module}.{stray}" in specs:
+            raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
+    entry = _left_dense(module, layout.strings(settings, "modules_to_not_convert", where))
+    if entry is not None:
+        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
+    scales = layout.tensor(specs, f"{module}.scales", 2)
+    columns = layout.tensor(specs, f"{module}.qweight", 2).shape[0]
+    size = layout.integer(settings, "group_size", 128, where)
+    if size == 0 or size < -1 or (size > 0 and columns % size):
+        raise InputError(f"{where}: group_size {size} does not divide in_features of {module!r}")
+    shape, tensor, dtype = (
+        (scales.shape[1], columns),
+        f"{module}.weight",
+        layout.model_dtype(config),
+    )
+    grid = Grid(4, size, sym=False, scale_dtype=layout.scale_name(scales))
+    layer = Layer(module, tensor, shape, shape, dtype, grid)
+    layout.check_specs(specs, _specs(layer), where)
+    if (read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
+        grid = Grid(4, size, sym=True, scale_dtype=grid.scale_dtype)
+    elif not layout.boolean(settings, "zero_point", True, where):
+        raise InputError(
+            f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
+        )
+    return Layer(module, tensor, shape, shape, dtype, grid)
+
+
+FORMAT = Format(
+    name="awq",
+    help="AutoAWQ GEMM, 4 bits: transformers, GPTQModel, vLLM, mlx-lm.",
+    misfit=_misfit,
+    specs=_specs,
+    encode=_encode,
+    decode=_decode,
+    config=_config,
+    metadata=lambda layers: {},
+    layers=_layers,
+    scale_dtype=lambda model: "float16",
+    file_metadata={"format": "pt"},
+)

@@ -1,0 +1,222 @@
+"""compressed-tensors as llm-compressor writes it and transformers and vLLM read it.
+
+Per linear `<module>`, with out_features N, in_features K, n_groups G (1 where the group is a row):
+
+`pack-quantized`, weights of 2 … 8 bits:
+
+    <module>.weight_packed      I32 [N, ceil(K · bits / 32)]  row n: its codes as a stream of words
+    <module>.weight_scale       F16, BF16 or F32 [N, G]
+    <module>.weight_shape       I64 [2]                       N, K
+    <module>.weight_zero_point  I32 [ceil(N · bits / 32), G]  column g: its zeros as a stream;
+                                                              asymmetric grids only
+
+`int-quantized`, weights and inputs of 8 bits:
+
+    <module>.weight             I8 [N, K]                     codes − 128
+    <module>.weight_scale       [N, 1], or [1] for a whole-tensor grid
+    <module>.weight_zero_point  I8, shaped as the scale       zeros − 128; asymmetric grids only
+
+and in either, where inputs have a static scale:
+
+    <module>.input_scale        [1], rounded to the dtype of the weight's scales
+    <module>.input_zero_point   I8 [1]                        zero − 128; asymmetric inputs only
+
+`weight ≈ scales · (codes − zeros)`. config.py has the declaration in config.json and its reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError
+from ptq_cli.formats.compressed_tensors.config import declare, recognise
+from ptq_cli.numerics import layout
+from ptq_cli.numerics.grid import SCALE_DTYPES
+from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
+from ptq_cli.values import Array, Codes, Format, Layer, QuantizedWeight, TensorSpec
+
+_NAME = "compressed-tensors"
+_LIMITS = layout.Limits(
+    bits=(2, 3, 4, 5, 6, 7, 8), scale_dtypes=tuple(layout.SCALE_WORDS), activations=True
+)
+_HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every scale
+
+
+def _misfit(layer: Layer) -> str | None:
+    grid = layer.grid
+    found = layout.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
+    if found is not None:
+        return found
+    if layer.activation is not None and layer.activation.bits != 8:
+        return f"{_NAME} rounds inputs to 8 bits here, not {layer.activation.bits}; --scheme W8A8"
+    if _plain(layer) and grid.group_size > 0:
+        return f"{_NAME} W8A8 has no groups of {grid.group_size} columns; --group-size -1"
+    held = _HELD.get(layer.dtype, _LIMITS.scale_dtypes)
+    if grid.scale_dtype not in held:
+        return (
+            f"{_NAME} loaders cast scales to the model's {layer.dtype}, which cannot hold"
+            f" {grid.scale_dtype}; --scale-dtype {held[0]}"
+        )
+    return None
+
+
+def _plain(layer: Layer) -> bool:
+    """Whether codes are stored as plain int8 (`int-quantized`)."""
+    return layer.activation is not None and layer.grid.bits == 8
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    (rows, columns), grid, module = layer.shape, layer.grid, layer.module
+    scale = layout.SCALE_WORDS[grid.scale_dtype]
+    shape = (1,) if grid.group_size == 0 else grid.scales_shape(layer.shape)
+    specs = [TensorSpec(f"{module}.weight_scale", scale, shape)]
+    if _plain(layer):
+        specs.append(TensorSpec(f"{module}.weight", "I8", layer.shape))
+        zero_point = TensorSpec(f"{module}.weight_zero_point", "I8", shape)
+    else:
+        packed = (rows, words_width(columns, grid.bits))
+        specs.append(TensorSpec(f"{module}.weight_packed", "I32", packed))
+        specs.append(TensorSpec(f"{module}.weight_shape", "I64", (2,)))
+        zeros = (words_width(rows, grid.bits), shape[-1])
+        zero_point = TensorSpec(f"{module}.weight_zero_point", "I32", zeros)
+    if not grid.sym:
+        specs.append(zero_point)
+    if layer.activation is not None and not layer.activation.dynamic:
+        specs.append(TensorSpec(f"{module}.input_scale", scale, (1,)))
+        if not layer.activation.sym:
+            specs.append(TensorSpec(f"{module}.input_zero_point", "I8", (1,)))
+    return tuple(specs)
+
+
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    module, bits = layer.module, layer.grid.bits
+    zeros = layout.integer_zeros(layer, rounded)
+    tensors: dict[str, Array] = {}
+    if _plain(layer):
+        tensors["weight"] = _signed(rounded.codes)
+        tensors["weight_zero_point"] = _signed(zeros)
+    else:
+        tensors["weight_packed"] = pack_words(rounded.codes, bits).view(np.int32)
+        tensors["weight_shape"] = np.array(layer.shape, np.int64)
+        words = pack_words(np.ascontiguousarray(zeros.T), bits)
+        tensors["weight_zero_point"] = np.ascontiguousarray(words.T).view(np.int32)
+    tensors["weight_scale"] = rounded.scales
+    if layer.grid.group_size == 0:
+        for name in ("weight_scale", "weight_zero_point"):
+            tensors[name] = tensors[name].reshape(1)
+    if layer.grid.sym:
+        del tensors["weight_zero_point"]
+    return {f"{module}.{name}": tensor for name, tensor in tensors.items()} | _inputs(
+        layer, rounded
+    )
+
+
+def _signed(codes: Codes) -> NDArray[np.int8]:
+    """Codes minus 128 as int8: the same bits but for the highest."""
+    return (codes ^ np.uint8(128)).view(np.int8)
+
+
+def _inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    """The static scale (and zero) of the inputs, where they have one."""
+    if layer.activation is None or layer.activation.dynamic:
+        return {}
+    if rounded.input_scale is None or (rounded.input_zero is None and not layer.activation.sym):
+        raise InputError(
+            f"{layer.module}: static inputs want a scale from calibration, and there is none",
+            hint="ptq calibrate, or dynamic inputs",
+        )
+    dtype = SCALE_DTYPES[layer.grid.scale_dtype]
+    tensors: dict[str, Array] = {
+        f"{layer.module}.input_scale": np.array([rounded.input_scale]).astype(dtype)
+    }
+    if not layer.activation.sym:
+        zero = np.array([rounded.input_zero], np.uint8)
+        tensors[f"{layer.module}.input_zero_point"] = _signed(zero)
+    return tensors
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    own = {
+        name.removeprefix(f"{layer.module}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{layer.module}.")
+    }
+    codes, zeros = _decode_plain(own) if _plain(layer) else _decode_packed(layer, own)
+    scales_shape = layer.grid.scales_shape(layer.shape)
+    if zeros is None:
+        zeros = np.full(scales_shape, layer.grid.mid_code, np.uint8)
+    input_zero = own.get("input_zero_point")
+    input_scale = own.get("input_scale")
+    return QuantizedWeight(
+        codes=codes,
+        scales=own["weight_scale"].reshape(scales_shape),
+        zeros=zeros.reshape(scales_shape),
+        grid=layer.grid,
+        input_scale=None if input_scale is None else float(input_scale.reshape(-1)[0]),
+        input_zero=None if input_zero is None else int(input_zero.reshape(-1)[0]) + 128,
+    )
+
+
+def _decode_plain(own: Mapping[str, Array]) -> tuple[Codes, Codes | None]:
+    def unsigned(values: Array) -> Codes:
+        return (values.astype(np.int16) + 128).astype(np.uint8)
+
+    zeros = own.get("weight_zero_point")
+    return unsigned(own["weight"]), None if zeros is None else unsigned(zeros)
+
+
+def _decode_packed(layer: Layer, own: Mapping[str, Array]) -> tuple[Codes, Codes | None]:
+    (rows, columns), bits = layer.shape, layer.grid.bits
+    stated = tuple(int(size) for size in own["weight_shape"])
+    if stated != layer.shape:
+        raise InputError(
+            f"tensor '{layer.module}.weight_shape' says {list(stated)}, the weight is"
+            f" {list(layer.shape)}"
+        )
+    packed = np.ascontiguousarray(own["weight_packed"]).view(np.uint32)
+    codes = unpack_words(packed, bits, columns)
+    stored = own.get("weight_zero_point")
+    if stored is None:
+        return codes, None
+    zeros = unpack_words(np.ascontiguousarray(stored.T).view(np.uint32), bits, rows)
+    return codes, np.ascontiguousarray(zeros.T)
+
+
+def _layers(
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[Layer, ...]:
+    layers = recognise(config, specs, read)
+    for layer in layers:
+        # A scalar input scale and an int32 shape load too.
+        found = {
+            name: TensorSpec(name, spec.dtype.replace("I32", "I64"), (2,))
+            if name.endswith(".weight_shape")
+            else TensorSpec(name, spec.dtype, spec.shape or (1,))
+            for name, spec in ((want.name, specs.get(want.name)) for want in _specs(layer))
+            if spec is not None
+        }
+        layout.check_specs(found, _specs(layer), "quantization_config")
+    return layers
+
+
+FORMAT = Format(
+    name=_NAME,
+    help="compressed-tensors, 2 to 8 bits and W8A8: transformers, vLLM.",
+    misfit=_misfit,
+    specs=_specs,
+    encode=_encode,
+    decode=_decode,
+    config=declare,
+    metadata=lambda layers: {},
+    layers=_layers,
+    scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
+    file_metadata={"format": "pt"},
+)

@@ -1,0 +1,298 @@
+"""The declaration of compressed-tensors layers in config.json, written and read.
+
+Loaders want every key below: without `quantization_status: compressed` or with a dense linear
+missing from `ignore` they load and compute noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
+from ptq_cli.numerics.packing import words_width
+from ptq_cli.values import Activation, Array, Grid, Layer, TensorSpec
+
+_PACKED, _PLAIN = "pack-quantized", "int-quantized"
+_WHERE = "quantization_config"
+_KNOWN = (
+    "quant_method", "format", "quantization_status", "config_groups", "ignore", "version",
+    "global_compression_ratio", "sparsity_config", "dequantize",
+)  # fmt: skip
+_SCHEME_KEYS = (
+    "num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "observer",
+    "observer_kwargs", "scale_dtype", "zp_dtype",
+)  # fmt: skip
+_OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
+
+
+def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config`: one group per scheme. The commonest aims at the class Linear, the
+    others, which win over it, at modules by name."""
+    layout.check_fused(layers)
+    base = layout.scheme(layout.commonest(layers))
+    members: dict[tuple[Any, ...], list[Layer]] = {base: []}
+    for layer in layers:
+        members.setdefault(layout.scheme(layer), []).append(layer)
+    groups = {}
+    for number, (scheme, own) in enumerate(members.items()):
+        targets = ["Linear"] if scheme == base else [layer.module for layer in own]
+        groups[f"group_{number}"] = {"targets": targets, **_group(own[0])}
+    formats = {group["format"] for group in groups.values()}
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _ignored(layers, dense),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+    only = layers[0]
+    if len(members) == 1 and not only.grid.sym and only.activation is None:
+        # transformers with compressed-tensors 0.18 to 0.20 loads packed zeros only in this way
+        config["dequantize"] = True
+    return config
+
+
+def _ignored(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
+    """Every linear left dense, and `lm_head` where it is tied and has no tensor of its own."""
+    heads = [*dense, *(layer.module for layer in layers)]
+    tied = not any(module.endswith("lm_head") for module in heads)
+    return [*dense, "lm_head"] if tied else list(dense)
+
+
+def _group(layer: Layer) -> dict[str, Any]:
+    grid, activation = layer.grid, layer.activation
+    weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.sym, "dynamic": False}
+    if grid.group_size > 0:
+        weights |= {"strategy": "group", "group_size": grid.group_size}
+    else:
+        weights |= {"strategy": "channel" if grid.group_size < 0 else "tensor"}
+    inputs = None
+    if activation is not None:
+        inputs = {
+            "num_bits": activation.bits,
+            "type": "int",
+            "symmetric": activation.sym,
+            "strategy": "token" if activation.dynamic else "tensor",
+            "dynamic": activation.dynamic,
+        }
+    plain = activation is not None and grid.bits == 8
+    return {
+        "format": _PLAIN if plain else _PACKED,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    targets: tuple[str, ...]
+    format: str
+    bits: int
+    group_size: int
+    sym: bool
+    activation: Activation | None
+
+
+def recognise(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Array]
+) -> tuple[Layer, ...]:
+    """The layers that config.json declares and the headers show; () for another layout."""
+    settings = layout.mapping(config, "quantization_config", "config.json")
+    if settings.get("quant_method") != "compressed-tensors":
+        return ()
+    layout.refuse_unknown(settings, _KNOWN, _WHERE)
+    sparsity = layout.mapping(settings, "sparsity_config", _WHERE)
+    if sparsity.get("format", "dense") != "dense":
+        raise InputError(f"{_WHERE}: sparsity_config {sparsity['format']!r} is not understood")
+    if settings.get("quantization_status") != "compressed":
+        status = settings.get("quantization_status")
+        raise InputError(f"{_WHERE}: quantization_status is {status!r}, not 'compressed'")
+    groups = layout.mapping(settings, "config_groups", _WHERE)
+    if not groups:
+        raise InputError(f"{_WHERE}: config_groups is missing")
+    schemes = tuple(
+        _scheme(name, layout.mapping(groups, name, _WHERE), settings) for name in groups
+    )
+    modules = layout.modules_with(specs, ".weight_packed", ".weight_scale", ".weight_shape")
+    if not modules:
+        raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
+    layers = tuple(_layer(module, config, schemes, specs, read) for module in modules)
+    layout.check_fused(layers)
+    return layers
+
+
+def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) -> _Scheme:
+    where = f"{_WHERE}, {name}"
+    known = ("targets", "format", "weights", "input_activations")
+    layout.refuse_unknown(group, known, where)
+    weights = layout.mapping(group, "weights", where)
+    layout.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
+    bits = layout.integer(weights, "num_bits", None, where)
+    if weights.get("type", "int") != "int" or not 2 <= bits <= 8 or weights.get("dynamic"):
+        raise InputError(f"{where}: weights of type {weights.get('type')!r}, {bits} bits")
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        raise InputError(
+            f"{where}: actorder {weights['actorder']!r} is not understood: no current loader reads"
+            " weight_g_idx"
+        )
+    activation = _activation(layout.mapping(group, "input_activations", where), where)
+    stored = group.get("format") or settings.get("format")
+    wanted = _PLAIN if activation is not None and bits == 8 else _PACKED
+    if stored != wanted:
+        raise InputError(f"{where}: format {stored!r} is not understood here, only {wanted!r}")
+    sym = layout.boolean(weights, "symmetric", True, where)
+    size = _group_size(weights, stored, where)
+    return _Scheme(layout.strings(group, "targets", where), stored, bits, size, sym, activation)
+
+
+def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None:
+        strategy = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
+    if (
+        strategy == "group"
+        and stored == _PACKED
+        and layout.integer(weights, "group_size", 0, where) > 0
+    ):
+        return layout.integer(weights, "group_size", 0, where)
+    if strategy == "channel" and size in (None, -1):
+        return -1
+    if strategy == "tensor" and stored == _PLAIN and size is None:
+        return 0
+    raise InputError(f"{where}: strategy {strategy!r} with group_size {size} is not understood")
+
+
+def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
+    if not inputs:
+        return None
+    layout.refuse_unknown(inputs, _SCHEME_KEYS, f"{where}, input_activations")
+    dynamic = layout.boolean(inputs, "dynamic", False, where)
+    strategy = inputs.get("strategy", "token" if dynamic else "tensor")
+    bits = layout.integer(inputs, "num_bits", None, where)
+    plain = inputs.get("type", "int") == "int" and inputs.get("group_size") is None
+    if not plain or bits != 8 or strategy != ("token" if dynamic else "tensor"):
+        raise InputError(
+            f"{where}: input_activations of type {inputs.get('type')!r}, {bits} bits, strategy"
+            f" {strategy!r}, dynamic {dynamic} are not understood"
+        )
+    return Activation(bits, layout.boolean(inputs, "symmetric", True, where), dynamic)
+
+
+def _matches(module: str, target: str) -> bool:
+    if target.startswith("re:"):
+        try:
+            return re.match(target[3:], module) is not None
+        except re.error as error:
+            raise InputError(f"{_WHERE}: {target!r} is no regex") from error
+    return module == target
+
+
+def _scheme_of(module: str, schemes: Sequence[_Scheme], ignore: Sequence[str]) -> _Scheme:
+    """The group of a module: by exact name, then by regex, then by its class."""
+    for entry in ignore:
+        if _matches(module, entry) or entry == "Linear":
+            raise InputError(
+                f"module {module!r} is packed, but {entry!r} in ignore leaves it dense"
+            )
+    exact = [scheme for scheme in schemes if module in scheme.targets]
+    regex = [s for s in schemes if any(_matches(module, target) for target in s.targets)]
+    linear = [scheme for scheme in schemes if "Linear" in scheme.targets]
+    found = exact or regex or linear
+    if not found:
+        raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
+    return found[0]
+
+
+def _layer(
+    module: str,
+    config: Mapping[str, Any],
+    schemes: Sequence[_Scheme],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> Layer:
+    settings = config["quantization_config"]
+    scheme = _scheme_of(module, schemes, layout.strings(settings, "ignore", _WHERE))
+    scales = layout.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
+    if scheme.sym and f"{module}.weight_zero_point" in specs:
+        raise InputError(f"module {module!r} has zero points, but {_WHERE} says symmetric")
+    if scheme.format == _PLAIN:
+        rows, columns = layout.tensor(specs, f"{module}.weight", 2).shape
+    else:
+        rows, columns = _packed_shape(module, scheme, settings, specs, read)
+    if scheme.group_size > 0 and columns % scheme.group_size:
+        raise InputError(
+            f"{_WHERE}: group_size {scheme.group_size} does not divide in_features {columns} of"
+            f" {module!r}"
+        )
+    return Layer(
+        module=module,
+        tensor=f"{module}.weight",
+        shape=(rows, columns),
+        full_shape=(rows, columns),
+        dtype=layout.model_dtype(config),
+        grid=Grid(
+            scheme.bits, scheme.group_size, scheme.sym, scale_dtype=layout.scale_name(scales)
+        ),
+        activation=scheme.activation,
+    )
+
+
+def _packed_shape(
+    module: str,
+    scheme: _Scheme,
+    settings: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[int, int]:
+    name, bits = f"{module}.weight_packed", scheme.bits
+    if f"{module}.weight" in specs:
+        raise InputError(f"module {module!r} has both 'weight' and 'weight_packed'")
+    found = layout.tensor(specs, name, 2).shape
+    if layout.tensor(specs, f"{module}.weight_shape", 1).shape != (2,):
+        raise InputError(f"tensor '{module}.weight_shape' is not a pair")
+    rows, columns = (int(size) for size in read(f"{module}.weight_shape"))
+    if bits in _OLD_ODD_BITS and not _dense_stream(
+        name, (rows, columns), found, bits, settings, read
+    ):
+        raise InputError(
+            f"tensor {name!r}: {bits}-bit codes as compressed-tensors before 0.18 packed them are"
+            " not understood",
+            hint="save it again with compressed-tensors 0.18 or later",
+        )
+    if found != (rows, words_width(columns, bits)):
+        raise InputError(
+            f"tensor {name!r} is {list(found)}; {rows} × {columns} codes of {bits} bits ask for"
+            f" {[rows, words_width(columns, bits)]}"
+        )
+    return rows, columns
+
+
+def _dense_stream(
+    name: str,
+    shape: tuple[int, int],
+    found: tuple[int, ...],
+    bits: int,
+    settings: Mapping[str, Any],
+    read: Callable[[str], Array],
+) -> bool:
+    """Whether odd widths are packed as since 0.18, without unused bits: by the stated version, else
+    by a width that only one of the two has, else by a bit that the older way never sets."""
+    stated = re.match(r"(\d+)\.(\d+)", str(settings.get("version") or ""))
+    if stated is not None:
+        return (int(stated[1]), int(stated[2])) >= (0, 18)
+    per_word = 32 // bits
+    if shape[1] <= per_word or found != (shape[0], -(-shape[1] // per_word)):
+        return True
+    unused = np.uint32(2**32 - 2 ** (bits * per_word))
+    return bool((read(name).view(np.uint32) & unused).any())

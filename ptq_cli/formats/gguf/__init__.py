@@ -1,0 +1,217 @@
+"""GGUF's legacy quantized blocks: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
+
+A row is cut into blocks of 32 columns; a block is, little endian and back to back:
+
+    type  bytes  parts                                value of column j
+    Q4_0  18     d F16, qs U8 [16]                    (code − 8) · d
+    Q4_1  20     d F16, m F16, qs U8 [16]             code · d + m
+    Q5_0  22     d F16, qh U32, qs U8 [16]            (code − 16) · d
+    Q5_1  24     d F16, m F16, qh U32, qs U8 [16]     code · d + m
+    Q8_0  34     d F16, qs I8 [32]                    (code − 128) · d, codes − 128 stored
+
+Column j < 16 has the low nibble of qs[j], column j + 16 the high one; qh has the fifth bits, column
+j in bit j. d is a scale and m `−zero · scale` rounded to F16, so Q4_0, Q5_0 and Q8_0 take symmetric
+grids, Q4_1 and Q5_1 the others. Wider groups repeat their scale in every block.
+
+`encode` makes the data of one linear, U8 [out_features, blocks · bytes], under its name in the
+checkpoint; names.py has GGUF's names and the row order of its q and k, metadata.py the file's
+metadata. Writing the file is storage's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError
+from ptq_cli.formats.gguf.names import module_of
+from ptq_cli.numerics import layout
+from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
+
+BLOCK = 32
+_LIMITS = layout.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
+_DENSE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type of block. `number` is ggml's; `sym`: code 2^(bits−1) is zero, no minimum is stored."""
+
+    name: str
+    number: int
+    bits: int
+    sym: bool
+
+    @property
+    def parts(self) -> np.dtype[Any]:
+        """A block as a structure."""
+        fields: list[Any] = [("d", "<f2")]
+        fields += [] if self.sym else [("m", "<f2")]
+        fields += [("qh", "<u4")] if self.bits == 5 else []
+        fields += [("qs", "i1", (32,)) if self.bits == 8 else ("qs", "u1", (16,))]
+        return np.dtype(fields)
+
+
+TYPES = (
+    BlockType("Q4_0", 2, 4, True),
+    BlockType("Q4_1", 3, 4, False),
+    BlockType("Q5_0", 6, 5, True),
+    BlockType("Q5_1", 7, 5, False),
+    BlockType("Q8_0", 8, 8, True),
+)
+
+
+def block_type(grid: Grid) -> BlockType:
+    """The type that holds a grid. Raises InputError where none does."""
+    for kind in TYPES:
+        if (kind.bits, kind.sym) == (grid.bits, grid.sym):
+            return kind
+    raise InputError(f"gguf has no type for {grid.bits} bits, sym {grid.sym}")
+
+
+def encode_blocks(kind: BlockType, codes: Codes, scales: Array, minima: Array) -> Codes:
+    """Codes [rows, columns], float16 scales and minima [rows, columns / 32] → uint8 [rows, bytes];
+    minima are left out where the type has none."""
+    blocks = codes.reshape(-1, BLOCK)
+    parts = [_bytes(scales)]
+    if not kind.sym:
+        parts.append(_bytes(minima))
+    if kind.bits == 5:
+        parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
+    if kind.bits == 8:
+        parts.append(blocks ^ np.uint8(128))
+    else:
+        low, high = blocks[:, :16] & np.uint8(15), blocks[:, 16:] & np.uint8(15)
+        parts.append(low | high << np.uint8(4))
+    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
+
+
+def _bytes(values: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values.astype("<f2")).reshape(-1, 1).view(np.uint8)
+
+
+def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array | None]:
+    """The inverse of `encode_blocks`: codes, scales, and minima where the type has them."""
+    blocks = np.ascontiguousarray(packed).view(kind.parts)
+    rows, n_blocks = blocks.shape
+    codes = np.empty((rows, n_blocks, BLOCK), np.uint8)
+    if kind.bits == 8:
+        codes[...] = blocks["qs"].astype(np.int16) + 128
+    else:
+        codes[..., :16] = blocks["qs"] % 16
+        codes[..., 16:] = blocks["qs"] // 16
+    if kind.bits == 5:
+        for column in range(BLOCK):
+            codes[..., column] += ((blocks["qh"] >> np.uint32(column)) % 2 * 16).astype(np.uint8)
+    scales = blocks["d"].astype(np.float16)
+    minima = None if kind.sym else blocks["m"].astype(np.float16)
+    return codes.reshape(rows, -1), scales, minima
+
+
+def _misfit(layer: Layer) -> str | None:
+    grid, columns = layer.grid, layer.shape[1]
+    found = layout.misfit(layer, "gguf", _LIMITS)
+    if found is not None:
+        return found
+    if grid.bits == 8 and not grid.sym:
+        return "gguf has no asymmetric type of 8 bits; --sym"
+    if columns % BLOCK:
+        return (
+            f"gguf has blocks of {BLOCK} columns, and in_features {columns} is no multiple of"
+            f" {BLOCK}; --on-misfit keep"
+        )
+    if grid.width(columns) % BLOCK:
+        return (
+            f"gguf has blocks of {BLOCK} columns, not {grid.width(columns)}; --group-size {BLOCK}"
+        )
+    return None
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    rows, columns = layer.shape
+    width = columns // BLOCK * block_type(layer.grid).parts.itemsize
+    return (TensorSpec(f"{layer.module}.weight", "U8", (rows, width)),)
+
+
+def _group_of_block(layer: Layer) -> NDArray[np.int32]:
+    return layer.grid.g_idx(layer.shape[1])[::BLOCK]
+
+
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    kind, group = block_type(layer.grid), _group_of_block(layer)
+    full = (layer.shape[0], layer.grid.n_groups(layer.shape[1]))
+    scales = np.broadcast_to(rounded.scales, full)[:, group]
+    if kind.sym:
+        layout.integer_zeros(layer, rounded)
+        minima = scales
+    else:
+        minima = np.broadcast_to(layout.offsets(layer, rounded, "float16"), full)[:, group]
+    return {f"{layer.module}.weight": encode_blocks(kind, rounded.codes, scales, minima)}
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    kind, group = block_type(layer.grid), _group_of_block(layer)
+    codes, scales, minima = decode_blocks(kind, tensors[f"{layer.module}.weight"])
+    own_scales = _of_groups(layer, scales, group)
+    if minima is None:
+        zeros, offsets = np.full(own_scales.shape, layer.grid.mid_code, np.uint8), None
+    else:
+        stored = _of_groups(layer, minima, group)
+        zeros, offsets = layout.from_offsets(own_scales, stored, layer.grid)
+    return QuantizedWeight(codes, own_scales, zeros, layer.grid, offsets=offsets)
+
+
+def _of_groups(layer: Layer, values: Array, group: NDArray[np.int32]) -> Array:
+    """The value of each group, from those of its blocks. Raises InputError where they differ."""
+    if layer.grid.group_size == 0:
+        own = values[:1, :1]
+    else:
+        own = np.ascontiguousarray(values[:, np.flatnonzero(np.diff(group, prepend=-1))])
+    if not np.array_equal(np.broadcast_to(own, (len(values), own.shape[1]))[:, group], values):
+        raise InputError(f"{layer.module}: the blocks of a group have different scales or minima")
+    return own
+
+
+def _layers(
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[Layer, ...]:
+    """Layers of a GGUF file: `metadata` are its key-values, `specs` its tensors under GGUF's names,
+    ggml's type as the dtype and the shape as [out_features, in_features]."""
+    architecture = metadata.get("general.architecture")
+    if architecture is None:
+        return ()
+    known = {kind.name: kind for kind in TYPES}
+    layers = []
+    for name, spec in specs.items():
+        if spec.dtype in _DENSE:
+            continue
+        kind, module = known.get(spec.dtype), module_of(name, str(architecture))
+        if kind is None:
+            raise InputError(f"tensor {name!r} is of type {spec.dtype}, which is not understood")
+        if len(spec.shape) != 2 or spec.shape[1] % BLOCK:
+            raise InputError(f"tensor {name!r} of type {spec.dtype} has shape {list(spec.shape)}")
+        grid = Grid(kind.bits, BLOCK, kind.sym, scale_dtype="float16")
+        shape = (spec.shape[0], spec.shape[1])
+        layers.append(Layer(module, f"{module}.weight", shape, shape, "F16", grid))
+    return tuple(layers)
+
+
+FORMAT = Format(
+    name="gguf",
+    help="GGUF Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: llama.cpp, transformers.",
+    misfit=_misfit,
+    specs=_specs,
+    encode=_encode,
+    decode=_decode,
+    config=lambda layers, dense: None,
+    metadata=lambda layers: {},
+    layers=_layers,
+    scale_dtype=lambda model: "float16",
+)

@@ -1,0 +1,227 @@
+"""The metadata of a GGUF file, from config.json, tokenizer.json and tokenizer_config.json.
+
+Dictionaries in, dictionary out: key → `Value(kind, value)`; kinds are `u32`, `f32`, `bool`, `str`
+and, for arrays, `str[]`, `i32[]`, `f32[]`. What llama.cpp could not compute from these keys is
+refused: rope scaling, sliding windows, a tokenizer of an unknown kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ptq_cli.errors import InputError
+from ptq_cli.formats.gguf.names import architecture_of
+
+# general.file_type by the type that most weights have
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+}
+
+
+class Value(NamedTuple):
+    """A value of GGUF's metadata with its kind."""
+
+    kind: str
+    value: Any
+
+
+def model_metadata(config: Mapping[str, Any], name: str, file_type: str) -> dict[str, Value]:
+    """Keys of the architecture; `file_type` is the type that most weights have."""
+    architecture = architecture_of(config)
+    _refuse_what_has_no_key(config)
+    heads = int(config["num_attention_heads"])
+    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    numbers = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "rope.dimension_count": head_size,
+        "vocab_size": config["vocab_size"],
+    }
+    result = {
+        "general.architecture": Value("str", architecture),
+        "general.name": Value("str", name),
+        "general.file_type": Value("u32", FILE_TYPES[file_type]),
+        "general.quantization_version": Value("u32", 2),
+    }
+    result |= {f"{architecture}.{key}": Value("u32", int(size)) for key, size in numbers.items()}
+    epsilon = Value("f32", float(config["rms_norm_eps"]))
+    result[f"{architecture}.attention.layer_norm_rms_epsilon"] = epsilon
+    result[f"{architecture}.rope.freq_base"] = Value("f32", float(_rope(config)["rope_theta"]))
+    return result
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the rotary embedding, which older and newer versions of config.json have in
+    different places, as `rope_theta`, `rope_type` and more."""
+    found: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
+    for key in ("rope_scaling", "rope_parameters"):
+        own = dict(config.get(key) or {})
+        kind = own.pop("type", None) or own.pop("rope_type", None)
+        if kind not in (None, "default"):
+            raise InputError(f"gguf: rope_type {kind!r} in config.json is not covered")
+        found |= own
+    return found
+
+
+def _refuse_what_has_no_key(config: Mapping[str, Any]) -> None:
+    settings = {**config, **_rope(config)}
+    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
+    for key, value in plain.items():
+        found = settings.get(key, value)
+        if found != value:
+            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
+
+
+def tokenizer_metadata(
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Value]:
+    """Keys of the tokenizer: `tokenizer` is tokenizer.json, `settings` tokenizer_config.json.
+
+    Without a tokenizer the file says so (`no_vocab`), and takes token ids only.
+    """
+    if tokenizer is None:
+        return {"tokenizer.ggml.model": Value("str", "no_vocab")}
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE":
+        raise InputError(f"gguf: a tokenizer of type {model.get('type')!r} is not covered")
+    tokens, types = _tokens(int(config["vocab_size"]), tokenizer)
+    pieces = bool(model.get("byte_fallback"))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    result = {
+        "tokenizer.ggml.model": Value("str", "llama" if pieces else "gpt2"),
+        "tokenizer.ggml.tokens": Value("str[]", tokens),
+        "tokenizer.ggml.token_type": Value("i32[]", types),
+    }
+    if pieces:
+        result["tokenizer.ggml.scores"] = Value("f32[]", _scores(tokens, merges))
+        prefix = Value("bool", _adds_space(tokenizer))
+        result["tokenizer.ggml.add_space_prefix"] = prefix
+    else:
+        result["tokenizer.ggml.pre"] = Value("str", _pre_tokenizer(tokenizer))
+        result["tokenizer.ggml.merges"] = Value("str[]", merges)
+    return result | _special(config, tokenizer, settings, tokens)
+
+
+def _tokens(vocab_size: int, tokenizer: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens in the order of their ids, and their types; ids without a token are unused ones."""
+    model = tokenizer["model"]
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    added = {token["content"]: token for token in tokenizer.get("added_tokens") or ()}
+    known = {**model["vocab"], **{text: token["id"] for text, token in added.items()}}
+    for text, number in known.items():
+        if number >= vocab_size:
+            raise InputError(
+                f"tokenizer.json has token {number}, but vocab_size in config.json is {vocab_size}"
+            )
+        tokens[number] = text
+        types[number] = NORMAL
+        if text == model.get("unk_token"):
+            types[number] = UNKNOWN
+        elif text in added:
+            types[number] = CONTROL if added[text].get("special") else USER
+        elif model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            types[number] = BYTE
+    return tokens, types
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """llama.cpp joins the pair whose result has the highest score: the earlier merge."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
+    parts = _flat(tokenizer.get("normalizer"), "normalizers")
+    splits = _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    prepended = any(part["type"] == "Prepend" for part in parts)
+    schemes = [
+        part.get("prepend_scheme", "always") for part in splits if part["type"] == "Metaspace"
+    ]
+    return prepended or any(scheme != "never" for scheme in schemes)
+
+
+def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how text is split before merging. Raises InputError if it has none."""
+    parts = _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    normalizers = [part["type"] for part in _flat(tokenizer.get("normalizer"), "normalizers")]
+    kinds = [part["type"] for part in parts]
+    plain = not any(part.get("add_prefix_space") for part in parts) and set(normalizers) <= {"NFC"}
+    if plain and kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not normalizers:
+        return "gpt-2"
+    if plain and kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
+        name = _SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")))
+        if name is not None and parts[0].get("behavior") == "Isolated":
+            return name
+    raise InputError(
+        f"gguf: tokenizer.json splits text ({', '.join(kinds) or 'no pre-tokenizer'}) in a way that"
+        " llama.cpp has no known name for"
+    )
+
+
+def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    return list(part[inner]) if part["type"] == "Sequence" else [part]
+
+
+def _special(
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    tokens: list[str],
+) -> dict[str, Value]:
+    """Ids of special tokens, whether they are added to a text, and the chat template."""
+    result = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = _token_id(name, config, settings, tokens)
+        if number is not None:
+            result[f"tokenizer.ggml.{key}_token_id"] = Value("u32", number)
+    first, last = _template_ends(tokenizer)
+    for name, added in (("bos", first), ("eos", last)):
+        stated = settings.get(f"add_{name}_token")
+        result[f"tokenizer.ggml.add_{name}_token"] = Value(
+            "bool", added if stated is None else stated
+        )
+    if isinstance(settings.get("chat_template"), str):
+        result["tokenizer.chat_template"] = Value("str", settings["chat_template"])
+    return result
+
+
+def _token_id(
+    name: str, config: Mapping[str, Any], settings: Mapping[str, Any], tokens: list[str]
+) -> int | None:
+    stated = settings.get(f"{name}_token")
+    text = stated.get("content") if isinstance(stated, Mapping) else stated
+    if text in tokens:
+        return tokens.index(text)
+    number = config.get(f"{name}_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    return number if isinstance(number, int) else None
+
+
+def _template_ends(tokenizer: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether tokenizer.json puts a special token before a text, and one after it."""
+    for part in _flat(tokenizer.get("post_processor"), "processors"):
+        if part["type"] == "TemplateProcessing" and part.get("single"):
+            return "SpecialToken" in part["single"][0], "SpecialToken" in part["single"][-1]
+    return False, False

@@ -1,0 +1,291 @@
+"""GPTQ as AutoGPTQ, GPTQModel, transformers and vLLM read it: 2, 3, 4, 8 bits, act-order included.
+
+Per linear `<module>`, with out_features N, in_features K, n_groups G:
+
+    <module>.qweight  I32 [K · bits / 32, N]  column n: the codes of row n as one stream of words
+    <module>.qzeros   I32 [G, N · bits / 32]  row g: the zeros of group g as one stream of words
+    <module>.scales   F16 [G, N]
+    <module>.g_idx    I32 [K]                 group of each column, trivial order included
+
+`weight ≈ scales · (codes − zeros)`. Two versions differ in qzeros only: v1 (`gptq`) stores zeros
+minus one, v2 (`gptq_v2`) stores zeros. A zero of 0 has no portable v1 form (some loaders add one to
+whole words, so that it carries into its neighbour, some to fields), hence v1 is written for
+symmetric grids only. A v1 field of all ones is refused when read: nobody can say what it stood for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
+from ptq_cli.numerics.packing import pack_words, unpack_words
+from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
+
+_LIMITS = layout.Limits(bits=(2, 3, 4, 8), reordered=True)
+_NAMES = {1: "gptq", 2: "gptq_v2"}
+_KERNEL_GROUPS = (32, 64, 128, 256)  # of transformers' default CPU kernel for 4 bits
+
+# Keys of quantization_config that say how it was made or run, not what the tensors mean.
+_HARMLESS = (
+    "true_sequential", "damp_percent", "damp_auto_increment", "static_groups", "meta", "mse",
+    "model_name_or_path", "model_file_base_name", "model_seqlen", "max_input_length",
+    "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
+    "dataset", "tokenizer", "cache_block_outputs", "use_cuda_fp16", "use_exllama",
+    "disable_exllama", "exllama_config", "backend", "act_group_aware",
+    "modules_in_block_to_quantize",
+)  # fmt: skip
+_KNOWN = (
+    "quant_method", "method", "bits", "group_size", "desc_act", "sym", "checkpoint_format",
+    "format", "lm_head", "dynamic", "pack_dtype",
+)  # fmt: skip
+
+
+def _misfit(version: int, layer: Layer) -> str | None:
+    name = _NAMES[version]
+    found = layout.misfit(layer, name, _LIMITS)
+    if found is not None:
+        return found
+    if version == 1 and not layer.grid.sym:
+        return "gptq (v1) cannot hold a zero of 0; --format gptq_v2 or --sym"
+    for size, axis in zip(layer.shape, ("out_features", "in_features"), strict=True):
+        if size * layer.grid.bits % 32:
+            whole = 32 // np.gcd(32, layer.grid.bits)
+            return (
+                f"{name} at {layer.grid.bits} bits needs {axis} to be a multiple of {whole}, not"
+                f" {size}; --format compressed-tensors or --on-misfit keep"
+            )
+    return None
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    (rows, columns), bits, module = layer.shape, layer.grid.bits, layer.module
+    groups = layer.grid.n_groups(columns)
+    word = layout.SCALE_WORDS[layer.grid.scale_dtype]
+    return (
+        TensorSpec(f"{module}.qweight", "I32", (columns * bits // 32, rows)),
+        TensorSpec(f"{module}.qzeros", "I32", (groups, rows * bits // 32)),
+        TensorSpec(f"{module}.scales", word, (groups, rows)),
+        TensorSpec(f"{module}.g_idx", "I32", (columns,)),
+    )
+
+
+def _encode(version: int, layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    bits, module = layer.grid.bits, layer.module
+    zeros = layout.integer_zeros(layer, rounded)
+    if version == 1:
+        if not zeros.all():
+            raise InputError(
+                f"{module}: a zero is 0, which gptq (v1) cannot hold", hint="--format gptq_v2"
+            )
+        zeros = zeros - np.uint8(1)
+    words = pack_words(rounded.codes, bits)
+    return {
+        f"{module}.qweight": np.ascontiguousarray(words.T).view(np.int32),
+        f"{module}.qzeros": pack_words(np.ascontiguousarray(zeros.T), bits).view(np.int32),
+        f"{module}.scales": np.ascontiguousarray(rounded.scales.T),
+        f"{module}.g_idx": rounded.column_groups().astype(np.int32),
+    }
+
+
+def _decode(version: int, layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    (rows, columns), bits, module = layer.shape, layer.grid.bits, layer.module
+    words = np.ascontiguousarray(tensors[f"{module}.qweight"].T).view(np.uint32)
+    stored = np.ascontiguousarray(tensors[f"{module}.qzeros"]).view(np.uint32)
+    zeros = _true_zeros(version, layer, unpack_words(stored, bits, rows))
+    return QuantizedWeight(
+        codes=unpack_words(words, bits, columns),
+        scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
+        zeros=np.ascontiguousarray(zeros.T),
+        grid=layer.grid,
+        g_idx=_order(layer, tensors[f"{module}.g_idx"]),
+    )
+
+
+def _true_zeros(version: int, layer: Layer, fields: Codes) -> Codes:
+    name = f"{layer.module}.qzeros"
+    if version == 1:
+        if (fields == layer.grid.max_code).any():
+            raise InputError(
+                f"tensor {name!r} holds a zero that does not fit gptq (v1): loaders read it"
+                " differently"
+            )
+        fields = fields + np.uint8(1)
+    layout.check_symmetric(layer, fields, name)
+    return fields
+
+
+def _order(layer: Layer, g_idx: Array) -> Array | None:
+    """The group of each column, or None where it is trivial.
+
+    Raises:
+        InputError: it names a group that is not there or holds more columns than a group has, or
+            it is not trivial though the layer is declared to be.
+    """
+    grid, columns = layer.grid, layer.shape[1]
+    if np.array_equal(g_idx, grid.g_idx(columns)):
+        return None
+    name = f"{layer.module}.g_idx"
+    groups, width = grid.n_groups(columns), grid.width(columns)
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise InputError(f"tensor {name!r} names groups outside 0 … {groups - 1}")
+    if int(np.bincount(g_idx).max()) > width:
+        raise InputError(f"tensor {name!r} puts more than {width} columns into a group")
+    if not layer.reordered:
+        raise InputError(f"tensor {name!r} reorders groups, but desc_act is false")
+    return g_idx.astype(np.int32)
+
+
+def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+    layout.check_fused(layers)
+    base = layout.commonest(layers)
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": base.grid.bits,
+        "group_size": base.grid.group_size,
+        "desc_act": any(layer.reordered for layer in layers),
+        "sym": base.grid.sym,
+        "checkpoint_format": _NAMES[version],
+        "lm_head": any(layer.module.endswith("lm_head") for layer in layers),
+    }
+    left = [module for module in dense if _in_block(module) != module]
+    dynamic: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in left}
+    for layer in layers:
+        if layout.scheme(layer) != layout.scheme(base):
+            settings = {key: getattr(layer.grid, key) for key in ("bits", "group_size", "sym")}
+            dynamic[f"+:^{re.escape(layer.module)}$"] = settings
+    if dynamic:
+        config["dynamic"] = dynamic
+    if left:
+        config["modules_in_block_to_quantize"] = [_quantized_suffixes(layers, left)]
+    if any(_outside_kernel(layer) for layer in layers):
+        config["backend"] = "gptq_torch"
+    return config
+
+
+def _in_block(module: str) -> str:
+    """The module's name inside its block: what follows the first number."""
+    return re.sub(r"^.*?\.\d+\.", "", module, count=1)
+
+
+def _quantized_suffixes(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
+    """Names for transformers, which quantizes what ends in one of them: those inside a block where
+    no dense module ends so too, else whole ones."""
+    named: dict[str, None] = {}
+    for layer in layers:
+        suffix = _in_block(layer.module)
+        shared = any(module.endswith(suffix) for module in dense)
+        named[layer.module if shared else suffix] = None
+    return list(named)
+
+
+def _outside_kernel(layer: Layer) -> bool:
+    """transformers' default CPU kernel fails at the first forward; `gptq_torch` does not."""
+    grid = layer.grid
+    return grid.bits == 4 and (grid.group_size not in _KERNEL_GROUPS or layer.shape[0] % 16 != 0)
+
+
+def _layers(
+    version: int,
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[Layer, ...]:
+    settings = layout.mapping(config, "quantization_config", "config.json")
+    if settings.get("quant_method", settings.get("method")) != "gptq":
+        return ()
+    stored = settings.get("checkpoint_format", settings.get("format", "gptq"))
+    if stored not in _NAMES.values():
+        raise InputError(f"quantization_config: GPTQ in the layout {stored!r} is not understood")
+    if stored != _NAMES[version]:
+        return ()
+    layout.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), "quantization_config")
+    if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        raise InputError(f"quantization_config: pack_dtype {settings['pack_dtype']!r}, not int32")
+    modules = layout.modules_with(specs, ".qweight", ".qzeros", ".g_idx")
+    dtype = layout.model_dtype(config)
+    layers = tuple(_layer(module, settings, specs, read, dtype) for module in modules)
+    if not layers:
+        raise InputError("quantization_config says gptq, but no tensor is named *.qweight")
+    layout.check_fused(layers)
+    return layers
+
+
+def _layer(
+    module: str,
+    settings: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+    dtype: str,
+) -> Layer:
+    own = {
+        **settings,
+        **_override(module, layout.mapping(settings, "dynamic", "quantization_config")),
+    }
+    where = f"quantization_config of {module}"
+    if f"{module}.weight" in specs:
+        raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
+    scales = layout.tensor(specs, f"{module}.scales", 2)
+    grid = Grid(
+        bits=layout.integer(own, "bits", None, where),
+        group_size=layout.integer(own, "group_size", 128, where),
+        sym=layout.boolean(own, "sym", True, where),
+        scale_dtype=layout.scale_name(scales),
+    )
+    if grid.bits not in _LIMITS.bits or not (grid.group_size > 0 or grid.group_size == -1):
+        raise InputError(f"{where}: {grid.bits} bits, group_size {grid.group_size} is not GPTQ")
+    shape = (scales.shape[1], layout.tensor(specs, f"{module}.g_idx", 1).shape[0])
+    if shape[0] * grid.bits % 32 or shape[1] * grid.bits % 32:
+        raise InputError(f"{where}: {list(shape)} at {grid.bits} bits does not fill whole words")
+    tensor = f"{module}.weight"
+    layer = Layer(
+        module, tensor, shape, shape, dtype, grid, layout.boolean(own, "desc_act", False, where)
+    )
+    layout.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
+    reordered = _order(layer, read(f"{module}.g_idx")) is not None
+    return Layer(module, tensor, shape, shape, dtype, grid, reordered)
+
+
+def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `dynamic` says of a module: the first pattern that matches decides."""
+    for pattern in dynamic:
+        sign, colon, regex = pattern.partition(":")
+        regex = regex if colon and sign in ("+", "-") else pattern
+        try:
+            matches = re.match(regex, module) is not None
+        except re.error as error:
+            raise InputError(f"quantization_config: dynamic has no regex in {pattern!r}") from error
+        if matches and pattern.startswith("-:"):
+            raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
+        if matches:
+            own = layout.mapping(dynamic, pattern, "dynamic")
+            layout.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
+            return own
+    return {}
+
+
+def _record(version: int, text: str) -> Format:
+    return Format(
+        name=_NAMES[version],
+        help=text,
+        misfit=partial(_misfit, version),
+        specs=_specs,
+        encode=partial(_encode, version),
+        decode=partial(_decode, version),
+        config=partial(_config, version),
+        metadata=lambda layers: {},
+        layers=partial(_layers, version),
+        scale_dtype=lambda model: "float16",
+        file_metadata={"format": "pt"},
+        config_file="quantize_config.json",
+    )
+
+
+FORMAT = _record(1, "GPTQ (v1), symmetric: transformers, GPTQModel, vLLM.")
+FORMAT_V2 = _record(2, "GPTQ v2, asymmetric too: transformers, GPTQModel, vLLM.")

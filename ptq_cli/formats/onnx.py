@@ -1,0 +1,164 @@
+"""ONNX Runtime's MatMulNBits (domain com.microsoft): inputs of the node for each linear.
+
+Per linear `<module>`, with out_features N, in_features K, n_blocks = ceil(K / group_size):
+
+    <module>.MatMul.qweight  U8 [N, n_blocks, group_size · bits / 8]  B: codes, lowest bits first;
+                                                                      a short last block is padded
+    <module>.MatMul.scales   F32 or F16 [N, n_blocks]
+    <module>.MatMul.qzeros   U8 [N, ceil(n_blocks · bits / 8)]        zeros of a row, lowest bits
+                                                                      first, the last byte filled
+                                                                      up with 2^(bits−1);
+                                                                      asymmetric grids only
+
+`weight ≈ scales · (codes − zeros)`, a missing zero is 2^(bits−1), and the node computes
+`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. `attributes` are the node's; a
+reader of graphs hands them over as the metadata, one entry per module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import InputError
+from ptq_cli.numerics import layout
+from ptq_cli.numerics.grid import SCALE_DTYPES
+from ptq_cli.numerics.packing import pack, packed_width
+from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
+
+_LIMITS = layout.Limits(
+    bits=(2, 4, 8),
+    scale_dtypes=("float32", "float16", "bfloat16"),
+    group_sizes=(16, 32, 64, 128, 256),
+    whole_row=False,
+    short_group=True,
+)
+
+
+def attributes(layer: Layer) -> dict[str, int]:
+    """The attributes of the layer's MatMulNBits node; accuracy_level 0 computes in float32."""
+    return {
+        "K": layer.shape[1],
+        "N": layer.shape[0],
+        "bits": layer.grid.bits,
+        "block_size": layer.grid.group_size,
+        "accuracy_level": 0,
+    }
+
+
+def _misfit(layer: Layer) -> str | None:
+    return layout.misfit(layer, "onnx", _LIMITS)
+
+
+def _blocks(layer: Layer) -> int:
+    return -(-layer.shape[1] // layer.grid.group_size)
+
+
+def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
+    grid, rows, blocks = layer.grid, layer.shape[0], _blocks(layer)
+    word = "F16" if grid.scale_dtype == "float16" else "F32"
+    name = f"{layer.module}.MatMul"
+    packed = (rows, blocks, grid.group_size * grid.bits // 8)
+    specs = [
+        TensorSpec(f"{name}.qweight", "U8", packed),
+        TensorSpec(f"{name}.scales", word, (rows, blocks)),
+    ]
+    if not grid.sym:
+        specs.append(TensorSpec(f"{name}.qzeros", "U8", (rows, packed_width(blocks, grid.bits))))
+    return tuple(specs)
+
+
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    grid, (rows, columns), blocks = layer.grid, layer.shape, _blocks(layer)
+    padded = np.zeros((rows, blocks * grid.group_size), np.uint8)
+    padded[:, :columns] = rounded.codes
+    name = f"{layer.module}.MatMul"
+    stored = np.float16 if grid.scale_dtype == "float16" else np.float32
+    tensors: dict[str, Array] = {
+        f"{name}.qweight": pack(padded, grid.bits).reshape(rows, blocks, -1),
+        f"{name}.scales": rounded.scales.astype(stored),
+    }
+    zeros = layout.integer_zeros(layer, rounded)
+    if not grid.sym:
+        per_byte = 8 // grid.bits
+        full = np.full((rows, -(-blocks // per_byte) * per_byte), grid.mid_code, np.uint8)
+        full[:, :blocks] = zeros
+        tensors[f"{name}.qzeros"] = pack(full, grid.bits)
+    return tensors
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    grid, (rows, columns), blocks = layer.grid, layer.shape, _blocks(layer)
+    name = f"{layer.module}.MatMul"
+    codes = _spread(tensors[f"{name}.qweight"].reshape(rows, -1), grid.bits)
+    stored = tensors.get(f"{name}.qzeros")
+    if stored is None:
+        zeros = np.full((rows, blocks), grid.mid_code, np.uint8)
+    else:
+        zeros = np.ascontiguousarray(_spread(stored, grid.bits)[:, :blocks])
+    layout.check_symmetric(layer, zeros, f"{name}.qzeros")
+    return QuantizedWeight(
+        codes=np.ascontiguousarray(codes[:, :columns]),
+        scales=tensors[f"{name}.scales"]
+        .reshape(rows, blocks)
+        .astype(SCALE_DTYPES[grid.scale_dtype]),
+        zeros=zeros,
+        grid=grid,
+    )
+
+
+def _spread(packed: Array, bits: int) -> Codes:
+    """Bytes to the 8 / bits codes in each, lowest bits first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes: Codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+    return codes.reshape(len(packed), -1)
+
+
+def _layers(
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+) -> tuple[Layer, ...]:
+    modules = layout.modules_with(specs, ".MatMul.qweight")
+    return tuple(_layer(module, metadata.get(module), specs) for module in modules)
+
+
+def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
+    if not isinstance(node, Mapping):
+        raise InputError(f"module {module!r}: its MatMulNBits node is missing")
+    where, name = f"MatMulNBits of {module}", f"{module}.MatMul"
+    scales = layout.tensor(specs, f"{name}.scales", 2)
+    grid = Grid(
+        bits=layout.integer(node, "bits", 4, where),
+        group_size=layout.integer(node, "block_size", None, where),
+        sym=f"{name}.qzeros" not in specs,
+        scale_dtype=layout.scale_name(scales),
+    )
+    if grid.bits not in _LIMITS.bits or grid.group_size not in (_LIMITS.group_sizes or ()):
+        raise InputError(f"{where}: {grid.bits} bits in blocks of {grid.group_size}")
+    shape = (layout.integer(node, "N", None, where), layout.integer(node, "K", None, where))
+    dtype = layout.SCALE_WORDS[grid.scale_dtype]
+    layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
+    layout.check_specs(specs, _specs(layer), where)
+    return layer
+
+
+def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
+    return {layer.module: attributes(layer) for layer in layers}
+
+
+FORMAT = Format(
+    name="onnx",
+    help="MatMulNBits nodes, 2, 4, 8 bits: ONNX Runtime.",
+    misfit=_misfit,
+    specs=_specs,
+    encode=_encode,
+    decode=_decode,
+    config=lambda layers, dense: None,
+    metadata=_metadata,
+    layers=_layers,
+    scale_dtype=lambda model: "float16" if model == "F16" else "float32",
+)

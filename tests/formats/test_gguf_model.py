@@ -1,0 +1,272 @@
+"""GGUF's names, row order and metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq_cli.errors import InputError
+from ptq_cli.formats.gguf import FORMAT, TYPES, block_type
+from ptq_cli.formats.gguf.metadata import FILE_TYPES, Value, model_metadata, tokenizer_metadata
+from ptq_cli.formats.gguf.names import (
+    architecture_of,
+    module_of,
+    permute_rows,
+    permuted_heads,
+    tensor_name,
+    unpermute_rows,
+)
+from ptq_cli.values import Grid, TensorSpec
+
+SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
+CONFIG = json.loads((SAMPLE / "config.json").read_text())
+TOKENIZER = json.loads((SAMPLE / "tokenizer.json").read_text())
+SETTINGS = json.loads((SAMPLE / "tokenizer_config.json").read_text())
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(("name", "stored"), [
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+    ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+    ("model.layers.12.self_attn.q_proj.bias", "blk.12.attn_q.bias"),
+    ("model.layers.3.self_attn.k_proj.weight", "blk.3.attn_k.weight"),
+    ("model.layers.3.self_attn.v_proj.weight", "blk.3.attn_v.weight"),
+    ("model.layers.3.self_attn.o_proj.weight", "blk.3.attn_output.weight"),
+    ("model.layers.3.post_attention_layernorm.weight", "blk.3.ffn_norm.weight"),
+    ("model.layers.3.mlp.gate_proj.weight", "blk.3.ffn_gate.weight"),
+    ("model.layers.3.mlp.up_proj.weight", "blk.3.ffn_up.weight"),
+    ("model.layers.3.mlp.down_proj.weight", "blk.3.ffn_down.weight"),
+])  # fmt: skip
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_names(name: str, stored: str, architecture: str) -> None:
+    assert tensor_name(name, architecture) == stored
+    assert module_of(stored, architecture) == name.rpartition(".")[0]
+
+
+def test_names_of_qwen3_only() -> None:
+    name = "model.layers.1.self_attn.q_norm.weight"
+    assert tensor_name(name, "qwen3") == "blk.1.attn_q_norm.weight"
+    assert module_of("blk.1.attn_q_norm.weight", "qwen3") == name.removesuffix(".weight")
+    with pytest.raises(InputError, match="no name in gguf's architecture llama"):
+        tensor_name(name, "llama")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.weight", "x.weight", "lm_head.scale"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(InputError, match="no name"):
+        tensor_name(name, "llama")
+
+
+def test_unknown_architectures() -> None:
+    with pytest.raises(InputError, match="'phi3' is not known, only llama, qwen2, qwen3"):
+        architecture_of({"model_type": "phi3"})
+    with pytest.raises(InputError, match="'phi3' is not understood"):
+        module_of("output.weight", "phi3")
+    with pytest.raises(InputError, match=r"'blk.0.ssm.weight' is not understood"):
+        module_of("blk.0.ssm.weight", "llama")
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3))
+def test_row_order(heads: int, half: int, width: int) -> None:
+    rows = np.arange(heads * 2 * half * width).reshape(heads * 2 * half, width)
+    stored = permute_rows(rows, heads)
+    np.testing.assert_array_equal(unpermute_rows(stored, heads), rows)
+    for head in range(heads):
+        for row in range(half):
+            first = head * 2 * half + row
+            np.testing.assert_array_equal(stored[head * 2 * half + 2 * row], rows[first])
+            np.testing.assert_array_equal(stored[head * 2 * half + 2 * row + 1], rows[first + half])
+    np.testing.assert_array_equal(permute_rows(rows[:, 0], heads), stored[:, 0])
+
+
+def test_who_is_permuted() -> None:
+    own = "model.layers.0.self_attn."
+    assert permuted_heads(own + "q_proj", CONFIG) == 4
+    assert permuted_heads(own + "k_proj", CONFIG) == 2
+    assert permuted_heads(own + "v_proj", CONFIG) is None
+    assert permuted_heads(own + "q_proj", CONFIG | {"model_type": "qwen2"}) is None
+    assert permuted_heads(own + "k_proj", {"model_type": "llama", "num_attention_heads": 8}) == 8
+
+
+def test_model_metadata() -> None:
+    assert model_metadata(CONFIG, "tiny", "Q4_0") == {
+        "general.architecture": Value("str", "llama"),
+        "general.name": Value("str", "tiny"),
+        "general.file_type": Value("u32", 2),
+        "general.quantization_version": Value("u32", 2),
+        "llama.context_length": Value("u32", 512),
+        "llama.embedding_length": Value("u32", 128),
+        "llama.block_count": Value("u32", 4),
+        "llama.feed_forward_length": Value("u32", 384),
+        "llama.attention.head_count": Value("u32", 4),
+        "llama.attention.head_count_kv": Value("u32", 2),
+        "llama.attention.key_length": Value("u32", 32),
+        "llama.attention.value_length": Value("u32", 32),
+        "llama.rope.dimension_count": Value("u32", 32),
+        "llama.vocab_size": Value("u32", 2048),
+        "llama.attention.layer_norm_rms_epsilon": Value("f32", 1e-5),
+        "llama.rope.freq_base": Value("f32", 10000.0),
+    }
+
+
+def test_model_metadata_of_older_configs() -> None:
+    own = {
+        key: value for key, value in CONFIG.items() if key not in ("rope_parameters", "head_dim")
+    }
+    own |= {"model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": None}
+    found = model_metadata(own, "tiny", "F16")
+    assert found["qwen2.rope.freq_base"] == Value("f32", 1e6)
+    assert found["qwen2.attention.key_length"] == Value("u32", 32)
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+    {"rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    {"partial_rotary_factor": 0.5},
+    {"hidden_act": "gelu"},
+    {"use_sliding_window": True},
+])  # fmt: skip
+def test_what_has_no_key_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"in config.json is not covered"):
+        model_metadata(CONFIG | change, "tiny", "F16")
+
+
+def test_tokenizer_of_bytes() -> None:
+    found = tokenizer_metadata(CONFIG, TOKENIZER, SETTINGS)
+    tokens, types = found["tokenizer.ggml.tokens"].value, found["tokenizer.ggml.token_type"].value
+    assert len(tokens) == len(types) == 2048
+    assert tokens[:3] == ["<s>", "</s>", "!"]
+    assert types[:3] == [3, 3, 1]
+    assert found["tokenizer.ggml.merges"].value[:2] == ["Ġ Ġ", "ĠĠ ĠĠ"]
+    assert {
+        key: found[key] for key in found if "tokens" not in key and "[]" not in found[key].kind
+    } == {
+        "tokenizer.ggml.model": Value("str", "gpt2"),
+        "tokenizer.ggml.pre": Value("str", "gpt-2"),
+        "tokenizer.ggml.bos_token_id": Value("u32", 0),
+        "tokenizer.ggml.eos_token_id": Value("u32", 1),
+        "tokenizer.ggml.add_bos_token": Value("bool", False),
+        "tokenizer.ggml.add_eos_token": Value("bool", False),
+    }
+
+
+def tokenizer(**change: Any) -> dict[str, Any]:
+    return TOKENIZER | change
+
+
+def split(regex: str, behavior: str = "Isolated") -> dict[str, Any]:
+    own = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [own, level]}
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"pre_tokenizer": split(QWEN_SPLIT), "normalizer": {"type": "NFC"}}, "qwen2"),
+    ({"pre_tokenizer": split(QWEN_SPLIT.replace("N}|", "N}{1,3}|"))}, "llama-bpe"),
+])  # fmt: skip
+def test_known_splits(change: dict[str, Any], name: str) -> None:
+    found = tokenizer_metadata(CONFIG, tokenizer(**change), {})
+    assert found["tokenizer.ggml.pre"] == Value("str", name)
+
+
+@pytest.mark.parametrize("change", [
+    {"pre_tokenizer": split(r"\w+")},
+    {"pre_tokenizer": split(QWEN_SPLIT, "Removed")},
+    {"pre_tokenizer": None},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+    {"normalizer": {"type": "Lowercase"}},
+])  # fmt: skip
+def test_unknown_splits_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"in a way that llama.cpp has no known name for"):
+        tokenizer_metadata(CONFIG, tokenizer(**change), {})
+
+
+def test_tokenizer_of_pieces() -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "a": 4, "b": 5, "ab": 6, "aab": 7}
+    own = {
+        "model": {
+            "type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": vocab,
+            "merges": ["a b", "a ab"],
+        },
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+        "added_tokens": [
+            {"id": 1, "content": "<s>", "special": True},
+            {"id": 2, "content": "</s>", "special": True},
+            {"id": 8, "content": "<tool>", "special": False},
+        ],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+        },
+    }  # fmt: skip
+    settings = {"bos_token": {"content": "<s>"}, "chat_template": "{{ x }}"}
+    found = tokenizer_metadata({"vocab_size": 10, "eos_token_id": [2, 8]}, own, settings)
+    assert found == {
+        "tokenizer.ggml.model": Value("str", "llama"),
+        "tokenizer.ggml.tokens": Value("str[]", [*vocab, "<tool>", "[PAD9]"]),
+        "tokenizer.ggml.token_type": Value("i32[]", [2, 3, 3, 6, 1, 1, 1, 1, 4, 5]),
+        "tokenizer.ggml.scores": Value("f32[]", [-2.0] * 6 + [0.0, -1.0, -2.0, -2.0]),
+        "tokenizer.ggml.add_space_prefix": Value("bool", True),
+        "tokenizer.ggml.bos_token_id": Value("u32", 1),
+        "tokenizer.ggml.eos_token_id": Value("u32", 2),
+        "tokenizer.ggml.add_bos_token": Value("bool", True),
+        "tokenizer.ggml.add_eos_token": Value("bool", False),
+        "tokenizer.chat_template": Value("str", "{{ x }}"),
+    }
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(InputError, match="type 'Unigram' is not covered"):
+        tokenizer_metadata(CONFIG, {"model": {"type": "Unigram"}}, {})
+    with pytest.raises(InputError, match=r"has token .*, but vocab_size in config.json is 5"):
+        tokenizer_metadata({"vocab_size": 5}, TOKENIZER, {})
+
+
+def test_no_tokenizer() -> None:
+    assert tokenizer_metadata(CONFIG, None, {}) == {
+        "tokenizer.ggml.model": Value("str", "no_vocab")
+    }
+
+
+def test_every_type_has_a_file_type() -> None:
+    assert {kind.name for kind in TYPES} | {"F16", "F32"} == set(FILE_TYPES)
+    assert [kind.parts.itemsize for kind in TYPES] == [18, 20, 22, 24, 34]
+    with pytest.raises(InputError, match="no type for 3 bits"):
+        block_type(Grid(3))
+
+
+def read(*specs: TensorSpec) -> Any:
+    named = {spec.name: spec for spec in specs}
+    return FORMAT.layers({"general.architecture": "llama"}, {}, named, lambda name: np.zeros(0))
+
+
+def test_layers_of_a_file() -> None:
+    (found,) = read(
+        TensorSpec("output_norm.weight", "F32", (64,)),
+        TensorSpec("blk.0.attn_q.weight", "Q5_1", (32, 64)),
+    )
+    assert (found.module, found.shape) == ("model.layers.0.self_attn.q_proj", (32, 64))
+    assert found.grid == Grid(5, 32, sym=False, scale_dtype="float16")
+    assert FORMAT.layers({}, {}, {}, lambda name: np.zeros(0)) == ()
+
+
+def test_layers_of_a_file_that_is_not_understood() -> None:
+    with pytest.raises(InputError, match="of type Q4_K, which is not understood"):
+        read(TensorSpec("blk.0.attn_q.weight", "Q4_K", (32, 256)))
+    with pytest.raises(InputError, match=r"'blk.0.ssm.weight' is not understood"):
+        read(TensorSpec("blk.0.ssm.weight", "Q4_0", (32, 256)))
+    with pytest.raises(InputError, match=r"has shape \[32, 40\]"):
+        read(TensorSpec("blk.0.attn_q.weight", "Q4_0", (32, 40)))

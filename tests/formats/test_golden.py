@@ -1,0 +1,141 @@
+"""Every golden vector: our encoder gives the peer's bytes, our decoder the peer's codes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptq_cli.errors import InputError
+from ptq_cli.formats import gguf
+from ptq_cli.values import Activation, Array, Format, Grid, Layer, QuantizedWeight
+from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, vectors
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def make(
+    info: dict[str, Any], tensors: dict[str, Array], scales: Array, **more: Any
+) -> tuple[Layer, QuantizedWeight]:
+    shape = tensors["codes"].shape
+    sym = bool(info.get("sym", False))
+    grid = Grid(info["bits"], info.get("group_size", 32), sym, scale_dtype=scales.dtype.name)
+    word = {"float16": "F16", "float32": "F32"}[scales.dtype.name]
+    layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, word, grid)
+    layer = replace(layer, **more)
+    weight = QuantizedWeight(
+        codes=tensors["codes"].astype(np.uint8),
+        scales=scales,
+        zeros=tensors["zeros"].astype(np.uint8),
+        grid=grid,
+        g_idx=tensors["g_idx"] if layer.reordered else None,
+    )
+    return layer, weight
+
+
+def check(
+    record: Format, layer: Layer, weight: QuantizedWeight, peer: dict[str, Array], dequant: Array
+) -> None:
+    """Encode, compare each tensor with the peer's bytes; decode the peer's, compare values."""
+    assert record.misfit(layer) is None
+    ours = record.encode(layer, weight)
+    named = {f"{MODULE}.{name}": values for name, values in peer.items()}
+    assert ours.keys() == named.keys() == {spec.name for spec in record.specs(layer)}
+    for spec in record.specs(layer):
+        assert ours[spec.name].shape == spec.shape
+        assert ours[spec.name].flags.c_contiguous
+        assert ours[spec.name].dtype == named[spec.name].dtype
+        assert ours[spec.name].tobytes() == named[spec.name].tobytes(), spec.name
+    back = record.decode(layer, named)
+    np.testing.assert_array_equal(back.codes, weight.codes)
+    np.testing.assert_array_equal(back.zeros, weight.zeros)
+    np.testing.assert_array_equal(back.scales, weight.scales)
+    np.testing.assert_array_equal(back.column_groups(), weight.column_groups())
+    np.testing.assert_array_equal(back.dequantized(), dequant)
+
+
+@pytest.mark.parametrize("name", vectors("gptq"))
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq(name: str, version: int) -> None:
+    info, tensors = golden(name)
+    layer, weight = make(info, tensors, tensors["scales_ng"], reordered=info["desc_act"])
+    peer = {key: tensors[key] for key in ("qweight", "scales", "g_idx")}
+    peer["qzeros"] = tensors[f"qzeros_v{version}"]
+    record = FORMATS["gptq" if version == 1 else "gptq_v2"]
+    if version == 2 or layer.grid.sym:
+        check(record, layer, weight, peer, tensors["dequant"])
+    elif (weight.zeros == 0).any():
+        with pytest.raises(InputError, match="--format gptq_v2"):
+            record.encode(layer, weight)
+    else:  # asymmetric v1 is read, though not written
+        back = record.decode(layer, {f"{MODULE}.{key}": value for key, value in peer.items()})
+        np.testing.assert_array_equal(back.dequantized(), tensors["dequant"])
+
+
+@pytest.mark.parametrize("name", vectors("awq"))
+def test_awq(name: str) -> None:
+    info, tensors = golden(name)
+    layer, weight = make(info, tensors, tensors["scales_ng"])
+    peer = {key: tensors[key] for key in ("qweight", "qzeros", "scales")}
+    check(FORMATS["awq"], layer, weight, peer, tensors["dequant"])
+
+
+@pytest.mark.parametrize("name", vectors("ct"))
+def test_compressed_tensors(name: str) -> None:
+    info, tensors = golden(name)
+    activation = Activation() if name.startswith("ct_int8") else None
+    layer, weight = make(info, tensors, tensors["weight_scale"], activation=activation)
+    peer = {key: value for key, value in tensors.items() if key.startswith("weight")}
+    check(FORMATS["compressed-tensors"], layer, weight, peer, tensors["dequant"])
+
+
+@pytest.mark.parametrize("name", vectors("onnx"))
+def test_onnx(name: str) -> None:
+    info, tensors = golden(name)
+    layer, weight = make(info, tensors, tensors["scales"])
+    peer = {"MatMul.qweight": tensors["packed"], "MatMul.scales": tensors["scales"]}
+    if not info["sym"]:
+        peer["MatMul.qzeros"] = tensors["zero_points"]
+    check(FORMATS["onnx"], layer, weight, peer, tensors["dequant"])
+
+
+@pytest.mark.parametrize("name", vectors("mlx"))
+def test_mlx(name: str) -> None:
+    """mx.quantize chooses offsets freely: they come back as offsets, and encode to its bytes."""
+    info, tensors = golden(name)
+    tensors["zeros"] = np.zeros_like(tensors["scales"])
+    layer, _ = make(info, tensors, tensors["scales"])
+    record = FORMATS["mlx"]
+    peer = {f"{MODULE}.{key}": tensors[key] for key in ("weight", "scales", "biases")}
+    back = record.decode(layer, peer)
+    np.testing.assert_array_equal(back.codes, tensors["codes"])
+    # MLX multiplies and adds in one rounding
+    np.testing.assert_allclose(back.dequantized(), tensors["dequant"], rtol=1e-6, atol=1e-6)
+    for key, values in record.encode(layer, back).items():
+        assert values.dtype == peer[key].dtype
+        assert values.tobytes() == peer[key].tobytes()
+
+
+@pytest.mark.parametrize("name", vectors("gguf"))
+def test_gguf(name: str) -> None:
+    info, tensors = golden(name)
+    kind = next(kind for kind in gguf.TYPES if kind.name == info["type_name"])
+    assert (kind.number, kind.parts.itemsize) == (info["ggml_type"], info["bytes_per_block"])
+    shape = tensors["codes"].shape
+    layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, "F16", Grid(kind.bits, 32, kind.sym))
+    record, peer = FORMATS["gguf"], {f"{MODULE}.weight": tensors["packed"]}
+    back = record.decode(layer, peer)
+    unsigned = tensors["codes"].astype(np.int16) + (128 if kind.bits == 8 else 0)
+    np.testing.assert_array_equal(back.codes, unsigned)
+    np.testing.assert_array_equal(back.scales, tensors["scales"])
+    np.testing.assert_array_equal(back.dequantized(), tensors["dequant"])
+    assert record.encode(layer, back)[f"{MODULE}.weight"].tobytes() == tensors["packed"].tobytes()
+
+
+@pytest.mark.parametrize("name", list(VECTORS))
+def test_vectors_are_whole(name: str) -> None:
+    data = (GOLDEN / VECTORS[name]["file"]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == VECTORS[name]["sha256"]
