@@ -28,6 +28,7 @@ from ptq_cli.options import make_settings, settings_fields
 from ptq_cli.plan import GridSettings, make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.runner import Listener, run
+from ptq_cli.sequential import TokenSource
 from ptq_cli.storage.calibration import (
     Activations,
     CalibrationFile,
@@ -40,6 +41,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.values import Plan, RunReport
 
 AnyPath = str | Path
@@ -60,6 +62,7 @@ def calibrate(
     activations: Iterable[AnyPath] = (),
     output: AnyPath | None = None,
     *,
+    tokens: TokenSettings | None = None,
     merge: Iterable[AnyPath] = (),
     bf16: bool = False,
     heldout_every: int = HELDOUT_EVERY,
@@ -70,7 +73,8 @@ def calibrate(
     listen: Callable[[int, int, str], None] = lambda done, total, site: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Stream activations into a statistics file, or merge statistics files.
+    """Stream activations into a statistics file, or what the model computes on tokens, or merge
+    statistics files.
 
     output: default `<model>.calibration.safetensors` beside the model
 
@@ -92,6 +96,10 @@ def calibrate(
         warnings: list[str] = []
         job_inputs = [file.checkpoint.fingerprint for file in files]
         inputs = [file.checkpoint.weights for file in files]
+    elif tokens is not None and tokens.given:
+        read = read_tokens(tokens, checkpoint)
+        source = TokenSource(checkpoint, read, heldout)
+        warnings, job_inputs, inputs = list(read.warnings), [source.fingerprint], tokens.files
     else:
         folders = [Path(path) for path in activations] or [_activations_beside(checkpoint)]
         match = match_activations(checkpoint, find_activations(folders, bf16))
@@ -116,6 +124,9 @@ def calibrate(
     }
     staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
     result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen)
+    if bare := result["without_tokens"]:
+        warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+        warn(warnings[-1])
     return {"output": str(target), "warnings": warnings, **result}
 
 
@@ -182,6 +193,15 @@ def find_source(
     return Source(Activations(name, match.entries, Heldout), warnings, fingerprint)
 
 
+def token_source(
+    checkpoint: Checkpoint, settings: TokenSettings, *, feedback: bool, correct: bool
+) -> Source:
+    """Statistics from the model's own forward; see `TokenSource`."""
+    tokens = read_tokens(settings, checkpoint)
+    statistics = TokenSource(checkpoint, tokens, Heldout, feedback=feedback, correct=correct)
+    return Source(statistics, tokens.warnings, statistics.fingerprint)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A quantization that is planned and ready to run."""
@@ -232,6 +252,8 @@ def prepare(
     calibration: AnyPath | None = None,
     activations: Iterable[AnyPath] = (),
     bf16: bool = False,
+    tokens: TokenSettings | None = None,
+    parallel_layers: bool = False,
     output: AnyPath | None = None,
     fallback: str = "error",
     require_calibration: bool = False,
@@ -240,18 +262,24 @@ def prepare(
 
     command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
     given, recipe: settings by name; `given` wins
+    tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
     """
     chosen = method("rtn" if command == "pack" else command)
     settings = make_settings(GridSettings, given, recipe)
     own = make_settings(chosen.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
     source = Source(None)
-    if command != "pack":
+    if command != "pack" and tokens is not None and tokens.given:
+        if calibration is not None or list(activations):
+            raise InputError("tokens exclude --calibration and --activations")
+        correct = getattr(own, "drift", 0.0) > 0
+        source = token_source(checkpoint, tokens, feedback=not parallel_layers, correct=correct)
+    elif command != "pack":
         source = find_source(checkpoint, calibration, activations, bf16=bf16, missing=fallback)
     if require_calibration and source.statistics is None:
         raise InputError(
             f"{checkpoint.path}: no calibration found",
-            hint="--calibration FILE or --activations DIR",
+            hint="--tokens FILE, --calibration FILE or --activations DIR",
         )
     fmt = format_named(settings.format)
     plan = make_plan(checkpoint, chosen, settings, own, fmt, source.statistics, missing=fallback)
@@ -277,14 +305,33 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
     run_options = {
         key: options.pop(key) for key in ("force", "restart", "listen") if key in options
     }
-    own = ("calibration", "activations", "bf16", "output", "fallback", "require_calibration")
+    own = (
+        "calibration",
+        "activations",
+        "bf16",
+        "output",
+        "fallback",
+        "require_calibration",
+        "parallel_layers",
+    )
     where = {key: options.pop(key) for key in own if key in options}
+    where["tokens"] = token_settings(options)
     chosen = method("rtn" if command == "pack" else command)
     known = {field.name for field, _ in settings_fields(GridSettings, chosen.settings)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
     return prepare(command, model, options, **where).run(**run_options)
+
+
+def token_settings(options: dict[str, Any]) -> TokenSettings:
+    """Take the fields of `TokenSettings` out of `options`; paths may be strings."""
+    names = [field.name for field in dataclasses.fields(TokenSettings)]
+    values = {name: options.pop(name) for name in names if options.get(name) is not None}
+    for name in ("tokens", "text", "mask"):
+        if name in values:
+            values[name] = Path(values[name])
+    return TokenSettings(**values)
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:

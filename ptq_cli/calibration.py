@@ -16,8 +16,10 @@ from ptq_cli.plan import check_float, default_reason, few_tokens
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
+    NoTokens,
     SiteInfo,
     StatisticsSource,
+    StreamingSource,
     file_content,
     site_entry,
     site_tensors,
@@ -122,15 +124,21 @@ def calibrate_sites(
     """
     begin = time.perf_counter()
     entries: dict[str, Any] = {}
+    bare: list[str] = []
     try:
         with threadpool_limits(1):
+            if isinstance(source, StreamingSource):
+                source.begin(staging.folder / "stream", lambda tensor: None)
             for done, site in enumerate(source.sites):
                 if not staging.finished(site):
-                    statistics = source.load(site)
-                    staging.put(site, site_tensors(statistics), site_entry(statistics))
-                entries[site] = staging.result(site)
+                    _stage(source, site, staging)
+                entry = staging.result(site)
+                if entry is None:
+                    bare.append(site)
+                else:
+                    entries[site] = entry
                 listen(done + 1, len(source.sites), site)
-        tensors = [tensor for site in source.sites for tensor in staging.tensors(site)]
+        tensors = [tensor for site in entries for tensor in staging.tensors(site)]
         content = file_content(model, heldout, entries)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
@@ -139,7 +147,17 @@ def calibrate_sites(
         raise
     finally:
         staging.close()
-    return {"sites": entries, "seconds": time.perf_counter() - begin}
+    return {"sites": entries, "without_tokens": bare, "seconds": time.perf_counter() - begin}
+
+
+def _stage(source: StatisticsSource, site: str, staging: Staging) -> None:
+    """Make and stage the statistics of one site; nothing where no token reaches it."""
+    try:
+        statistics = source.load(site)
+    except NoTokens:
+        staging.put(site, [], None)
+        return
+    staging.put(site, site_tensors(statistics), site_entry(statistics))
 
 
 def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:

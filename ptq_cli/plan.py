@@ -15,7 +15,7 @@ from typing import Any
 from ptq_cli.errors import InputError
 from ptq_cli.models.siblings import sites
 from ptq_cli.numerics import layout
-from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.calibration import StatisticsSource, StreamingSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
@@ -336,6 +336,9 @@ def _units(
             parts.setdefault(site_of.get(module), []).append(by_module[module])
         for site, members in parts.items():
             units.append(_unit(site, members, method, source))
+    if isinstance(source, StreamingSource):
+        order = {site: place for place, site in enumerate(source.sites)}
+        units.sort(key=lambda unit: order.get(unit.site or "", len(order)))
     return tuple(units)
 
 

@@ -25,13 +25,13 @@ from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
-from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.calibration import NoTokens, StatisticsSource, StreamingSource
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import Assembly, mapped, write_folder
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_bytes
+from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.unit import quantize_unit
-from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
+from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def _run_units(
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
     total = len(plan.layers)
+    if isinstance(source, StreamingSource):
+        source.begin(staging.folder / "stream", _rounded(plan, staging))
     for unit in plan.units:
         if not staging.finished(unit.name):
             _work(unit, plan, checkpoint, source, staging, on_failure)
@@ -113,7 +115,12 @@ def _work(
     def load(layer: Layer) -> NDArray[np.float32]:
         return checkpoint.matrix(layer.tensor, layer.shape)
 
-    statistics = None if source is None or unit.site is None else source.load(unit.site)
+    statistics = None
+    try:
+        if source is not None and unit.site is not None:
+            statistics = source.load(unit.site)
+    except NoTokens:
+        unit = replace(unit, nearest="no token reaches it")
     try:
         results = quantize_unit(
             unit,
@@ -131,6 +138,23 @@ def _work(
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
     staging.put(unit.name, tensors, [asdict(result.row) for result in results])
+
+
+def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
+    """What a layer's tensor decodes to, once its unit is finished."""
+    fmt = format_named(plan.format)
+    place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
+
+    def rounded(tensor: str) -> FloatArray | None:
+        if tensor not in place or not staging.finished(place[tensor][0].name):
+            return None
+        unit, layer = place[tensor]
+        wanted = {spec.name for spec in fmt.specs(layer)}
+        staged = staging.tensors(unit.name)
+        tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
+        return fmt.decode(layer, tensors).dequantized().reshape(layer.full_shape)
+
+    return rounded
 
 
 def _assemble(

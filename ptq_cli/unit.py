@@ -114,13 +114,14 @@ def _round(
     grid = layer.grid
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
+    exact = None if statistics is None else statistics.heldout_float
     plain = _as_stored(layer, round_to_nearest(weight, grid), fmt)
-    rtn = measure(weight, plain, hessian, heldout)
+    rtn = measure(weight, plain, hessian, heldout, exact)
     if failure is not None:
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
     result: MethodResult = method.apply(weight, prepared, grid, method_settings)
     stored = _as_stored(layer, result.weight, fmt)
-    measures = measure(weight, stored, hessian, heldout)
+    measures = measure(weight, stored, hessian, heldout, exact)
     if _error(measures) > _error(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"

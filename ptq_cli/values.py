@@ -191,6 +191,9 @@ class SiteStatistics:
         `histogram_start` (numerics/statistics.py states the bins)
     heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
     n_seen: tokens read, held-out ones included
+    drift: where layers before the site are rounded: float32 [in_features, in_features],
+        `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
+    heldout_float: what the float model gives the site at the held-out tokens, beside `drift`
     """
 
     site: str
@@ -207,6 +210,8 @@ class SiteStatistics:
     histogram: NDArray[np.int64]
     histogram_start: int
     heldout: Array
+    drift: NDArray[np.float32] | None = None
+    heldout_float: NDArray[np.float32] | None = None
 
     @property
     def in_features(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ptq_cli.errors import NumericalError
+from ptq_cli.numerics.drift import corrected, correction
 from ptq_cli.numerics.factor import NotPositiveDefinite
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.solver import Feedback, Passes, column_order, make_feedback, solve
@@ -54,6 +55,15 @@ class GptqSettings:
             "max": 100,
         },
     )
+    drift: float = field(
+        default=0.75,
+        metadata={
+            "help": "With --tokens: how far a layer makes up for what the rounded layers before it"
+            " do to its inputs; 0: not at all.",
+            "min": 0.0,
+            "max": 1.0,
+        },
+    )
     sweeps: int = field(
         default=1,
         metadata={
@@ -69,6 +79,7 @@ class _Prepared:
     feedback: Feedback
     damp_percent: float
     notes: tuple[str, ...]
+    correction: FloatArray | None = None
 
 
 def _prepare(
@@ -87,16 +98,25 @@ def _prepare(
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
             feedback = make_feedback(hessian, damp, order)
+            makeup = _correction(statistics, hessian, damp, settings)
         except NotPositiveDefinite:
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes)
+        return _Prepared(feedback, damp, notes, makeup)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
         hint="calibrate on more tokens, or raise --damp-percent",
     )
+
+
+def _correction(
+    statistics: SiteStatistics, hessian: FloatArray, damp: float, settings: GptqSettings
+) -> FloatArray | None:
+    if statistics.drift is None or settings.drift == 0:
+        return None
+    return correction(hessian, statistics.drift, damp)
 
 
 def _apply(
@@ -107,13 +127,15 @@ def _apply(
         return MethodResult(round_to_nearest(weight, grid, importance))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype)
+    if prepared.correction is not None:
+        weight = corrected(weight, prepared.correction, settings.drift)
     rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 
 
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
     out_features, n = shape
-    return 4 * (4 * n * n + 3 * out_features * n + 4 * n * min(out_features, 2048))
+    return 4 * (6 * n * n + 3 * out_features * n + 4 * n * min(out_features, 2048))
 
 
 METHOD = Method(

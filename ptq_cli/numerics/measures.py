@@ -8,6 +8,13 @@ With `E = weight − dequantized`:
 
 tr(E H Eᵀ) is taken as ⟨H, Eᵀ E⟩: the symmetric product Eᵀ E costs half of E · H. Without
 calibration H is the identity.
+
+Where layers before this one are rounded too, the held-out inputs come in pairs, the float model's
+x_fp and what the rounded layers make of it, x; then
+
+    heldout_rel_err  Σ |weight · x_fp − dequantized · x|² / Σ |weight · x_fp|²,
+
+the drift of the inputs included, while `loss` and `rel_err` are those of the weight alone, at x.
 """
 
 from __future__ import annotations
@@ -40,14 +47,16 @@ def measure(
     rounded: QuantizedWeight,
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    heldout_float: Array | None = None,
 ) -> Measures:
     """Measure one rounded weight.
 
     weight: [out_features, in_features]
     hessian: [in_features, in_features], or None for the identity
     heldout: [n, in_features], or None
+    heldout_float: x_fp, of the shape of `heldout`, or None where nothing has drifted
     """
-    return measure_against(weight, rounded.dequantized, hessian, heldout)
+    return measure_against(weight, rounded.dequantized, hessian, heldout, heldout_float)
 
 
 def measure_against(
@@ -55,9 +64,10 @@ def measure_against(
     dequantized: Callable[[slice], NDArray[np.float32]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
-    sums = _Sums(weight.shape[1], hessian, heldout)
+    sums = _Sums(hessian, heldout, heldout_float)
     for top in range(0, weight.shape[0], ROWS_AT_ONCE):
         rows = slice(top, min(top + ROWS_AT_ONCE, weight.shape[0]))
         original = weight[rows].astype(np.float32, copy=False)
@@ -69,11 +79,14 @@ class _Sums:
     """Sums over rows of the weight and of its error."""
 
     def __init__(
-        self, in_features: int, hessian: NDArray[np.float32] | None, heldout: Array | None
+        self,
+        hessian: NDArray[np.float32] | None,
+        heldout: Array | None,
+        heldout_float: Array | None,
     ) -> None:
         self.hessian = hessian
-        has_heldout = heldout is not None and len(heldout) > 0
-        self.heldout = heldout.astype(np.float32).T if has_heldout and heldout is not None else None
+        self.heldout = _columns(heldout)
+        self.drifted = None if heldout_float is None else _columns(heldout_float)
         self.error = self.power = self.loss = self.energy = 0.0
         self.heldout_loss = self.heldout_energy = self.largest = 0.0
 
@@ -87,8 +100,12 @@ class _Sums:
             self.loss += float(np.vdot(self.hessian, error.T @ error))
             self.energy += float(np.vdot(self.hessian, weight.T @ weight))
         if self.heldout is not None:
-            self.heldout_loss += _square(error @ self.heldout)
-            self.heldout_energy += _square(weight @ self.heldout)
+            outputs = weight @ (self.heldout if self.drifted is None else self.drifted)
+            lost = error @ self.heldout
+            if self.drifted is not None:
+                lost += weight @ (self.drifted - self.heldout)
+            self.heldout_loss += _square(lost)
+            self.heldout_energy += _square(outputs)
 
     def result(self) -> Measures:
         loss = self.error if self.hessian is None else max(0.0, self.loss)
@@ -102,6 +119,11 @@ class _Sums:
             sqnr_db=-10 * log10(self.error / self.power) if self.error and self.power else None,
             max_abs_err=self.largest,
         )
+
+
+def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
+    """Held-out inputs as [in_features, n], None where there are none."""
+    return None if inputs is None or len(inputs) == 0 else inputs.astype(np.float32).T
 
 
 def _square(values: NDArray[np.float32]) -> float:

@@ -17,12 +17,12 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, FloatArray, SiteStatistics
 
 VERSION = 1
 
@@ -68,6 +68,22 @@ class StatisticsSource(Protocol):
     def sites(self) -> Mapping[str, SiteInfo]: ...
 
     def load(self, site: str) -> SiteStatistics: ...
+
+
+@runtime_checkable
+class StreamingSource(StatisticsSource, Protocol):
+    """Statistics that are made on the way, in one process: sites must be asked for in the order of
+    `sites`, each after the layers before it were rounded.
+
+    begin: called once before that, with a folder for scratch files that survives a kill, and with
+        what a layer's tensor decodes to once it is rounded (None before)
+    """
+
+    def begin(self, work: Path, rounded: Callable[[str], FloatArray | None]) -> None: ...
+
+
+class NoTokens(InputError):
+    """No token reaches a site (an expert that is never chosen)."""
 
 
 @dataclass(frozen=True)
