@@ -356,15 +356,28 @@ def evaluate(
     calibration: AnyPath | None = None,
     activations: Iterable[AnyPath] = (),
     bf16: bool = False,
+    tokens: TokenSettings | None = None,
+    kl_per_block: bool = False,
     listen: Callable[[int, int, Any], None] = lambda done, total, row: None,
 ) -> RunReport:
-    """Measure a quantized folder against the original, from their tensors alone."""
+    """Measure a quantized folder against the original, from their tensors alone.
+
+    tokens: run both models on these, too (quality.py); the report then has `quality`
+    """
     from ptq_cli.evaluation import evaluate as run_evaluation
 
     checkpoint = open_checkpoint(Path(original))
     folder = open_quantized(Path(quantized))
     source = find_source(checkpoint, calibration, activations, bf16=bf16, missing="rtn")
-    return run_evaluation(checkpoint, folder, source.statistics, listen)
+    read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
+    report = run_evaluation(checkpoint, folder, source.statistics, listen)
+    if read is None:
+        return report
+    from ptq_cli.quality import measure_quality
+
+    quality = measure_quality(checkpoint, folder, read, per_block=kl_per_block, listen=listen)
+    warnings = (*report.warnings, *read.warnings)
+    return dataclasses.replace(report, quality=quality, warnings=warnings)
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

@@ -171,7 +171,9 @@ def _summary(
         "tokens": len(p.sequence),
         "sequences": len(np.unique(p.sequence)),
         "perplexity": {name: float(np.exp(p.nll[name].mean())) for name in ("original", *names)},
-        "increase": {name: difference(p.nll[name], p.nll["original"], p.sequence) for name in names},
+        "increase": {
+            name: difference(p.nll[name], p.nll["original"], p.sequence) for name in names
+        },
         "quantized_minus_rtn": difference(p.nll["quantized"], p.nll["rtn"], p.sequence),
         "kl": {
             name: {"mean": float(p.kl[name].mean()), "p99_9": float(np.quantile(p.kl[name], 0.999))}
@@ -197,7 +199,9 @@ def _predictions(
     for batch in parts:
         rows, targets = next_tokens(batch.tokens, batch.packing)
         predicted = {
-            name: Prediction(arch, heads[name], finish(arch, heads[name], end.read(batch.rows))[rows])
+            name: Prediction(
+                arch, heads[name], finish(arch, heads[name], end.read(batch.rows))[rows]
+            )
             for name, end in ends.items()
         }
         for name, measures in found.items():
@@ -234,5 +238,7 @@ def difference(ours: Doubles, theirs: Doubles, sequence: NDArray[np.int64]) -> d
     _, cluster = np.unique(sequence, return_inverse=True)
     sums = np.bincount(cluster, parts[0] - parts[1])
     count = len(sums)
-    spread = float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(ours)) if count > 1 else None
+    spread = (
+        float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(ours)) if count > 1 else None
+    )
     return {"perplexity": perplexity[0] - perplexity[1], "standard_error": spread}

@@ -15,7 +15,7 @@ the finished units. Experts see other tokens in either stream; for them nothing 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -118,9 +118,7 @@ class TokenSource:
                 f" {self.arch.family!r} has",
                 hint="bring activations with --activations, which works for any model",
             )
-        transposed = any(
-            linear.transposed for linear in self.arch.blocks[place.block].qkv
-        )
+        transposed = any(linear.transposed for linear in self.arch.blocks[place.block].qkv)
         return stored.spec.shape[0 if transposed else 1]
 
     def _share(self, place: _Place, n_tokens: int) -> int:
@@ -222,7 +220,3 @@ class TokenSource:
                 stream.embed()
         for stream in self._streams:
             stream.enter(start)
-
-
-
-

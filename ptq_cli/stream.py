@@ -75,7 +75,7 @@ def side_by_side(n: int, work: Callable[[Batch], T], parts: tuple[Batch, ...]) -
 
 
 class Held:
-    """Tensors read once, as float32 where asked for, and kept until `drop`; threads may share it."""
+    """Tensors read once, as float32 where asked for, and kept; threads may share it."""
 
     def __init__(self, read: Read, *, float32: bool = True) -> None:
         self._read, self._float32 = read, float32
@@ -191,7 +191,7 @@ class Stream:
 
 def _arrays(state: State) -> dict[str, Array]:
     """A state as named arrays."""
-    arrays = {"hidden": state.hidden}
+    arrays: dict[str, Array] = {"hidden": state.hidden}
     arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
     if state.routing is not None:
         arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}

@@ -304,7 +304,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunReport:
-    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it)."""
+    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
+
+    quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
+    """
 
     command: str
     rows: tuple[LayerReport, ...]
@@ -312,6 +315,7 @@ class RunReport:
     totals: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

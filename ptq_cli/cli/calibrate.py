@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ptq_cli import api, display
 from ptq_cli.cli.common import PATH, emit_warnings, model_argument
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 
 
@@ -21,6 +23,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
     help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
     "  [default: activations/ beside MODEL]",
 )
+@token_options
 @click.option(
     "--merge",
     type=PATH,
@@ -67,6 +70,7 @@ def calibrate(
     model: Path,
     activations: tuple[Path, ...],
     merge: tuple[Path, ...],
+    *,
     bf16: bool,
     heldout_every: int,
     heldout_limit: int,
@@ -76,24 +80,30 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
+    **tokens: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
+
+    They come from --activations, or from running the model on --tokens or --text.
 
     Activations are <module>.npy, [..., in_features], float16, float32 or float64. Linears that
     share an input (q, k and v; gate and up) need one file among them. The file holds the Hessian,
     ranges and percentiles of each site, and inputs held out to measure errors on.
 
     \b
+    ptq calibrate model/ --tokens tokens.npy
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors -o ab.safetensors
     """
-    if merge and activations:
-        raise click.UsageError("--merge and --activations exclude each other")
+    settings = api.token_settings(tokens)
+    if bool(merge) + bool(activations) + settings.given > 1:
+        raise click.UsageError("--merge, --activations and --tokens exclude each other")
     with display.ProgressLine("calibrate", quiet=as_json) as line:
         result = api.calibrate(
             model,
             activations,
             output,
+            tokens=settings,
             merge=merge,
             bf16=bf16,
             heldout_every=heldout_every,

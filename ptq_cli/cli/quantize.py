@@ -18,6 +18,7 @@ from ptq_cli.cli.common import (
     report_options,
     source_options,
 )
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.config import load_recipe
 from ptq_cli.options import add_options
 from ptq_cli.plan import GridSettings
@@ -28,12 +29,14 @@ from ptq_cli.runner import Progress
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
 
-    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. Statistics of the
-    inputs come from ptq calibrate, or from activations. For each layer the better of GPTQ and
-    round-to-nearest on held-out inputs is written.
+    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. With --tokens the
+    model itself is run, and each layer is calibrated on what the rounded layers before it produce;
+    else statistics of the inputs come from ptq calibrate, or from activations. For each layer the
+    better of GPTQ and round-to-nearest on held-out inputs is written.
 
     \b
     ptq gptq model.safetensors --bits 4 --group-size 128
+    ptq gptq model/ --bits 3 --asym --tokens tokens.npy
     ptq gptq model/ --bits 3 --asym --calibration stats.safetensors -o out
     """,
     "rtn": """Round MODEL to nearest, each group's range searched for the least error.
@@ -75,6 +78,13 @@ def _command(name: str) -> click.Command:
         command = click.option(
             "--require-calibration", is_flag=True, help="Fail where there is no calibration."
         )(command)
+        command = click.option(
+            "--parallel-layers",
+            is_flag=True,
+            help="With --tokens: calibrate every layer on the float model, not on what the rounded"
+            " layers before it produce; faster.",
+        )(command)
+        command = token_options(command)
         command = source_options(command)
     if name == "gptq":
         command = click.option(
@@ -95,10 +105,9 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
     recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
     if name == "pack":
         recipe = {"mse": False, **recipe}
-    where = {
-        key: options.pop(key)
-        for key in ("calibration", "activations", "bf16", "require_calibration", "fallback")
-        if key in options
+    own_words = ("calibration", "activations", "bf16", "require_calibration", "fallback")
+    where = {key: options.pop(key) for key in (*own_words, "parallel_layers") if key in options} | {
+        "tokens": api.token_settings(options)
     }
     job = api.prepare(name, model, options, recipe, output=options["output"], **where)
     emit_warnings(job.plan.warnings, options["strict"])

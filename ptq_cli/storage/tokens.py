@@ -1,7 +1,7 @@
 """Token ids to run a model on: from a `.npy` file, or from text and the model's tokenizer.json.
 
-Ids are `[n, length]`, or one dimension that is cut into sequences of `--seq-len`; a mask of the same
-shape is 0 or false at padding. What is not a whole sequence at the end is left out.
+Ids are `[n, length]`, or one dimension that is cut into sequences of `--seq-len`; a mask of the
+same shape is 0 or false at padding. What is not a whole sequence at the end is left out.
 """
 
 from __future__ import annotations
