@@ -17,6 +17,7 @@ __all__ = [
     "QuantizedLinear",
     "__version__",
     "calibrate",
+    "capture",
     "evaluate",
     "gptq",
     "load_linear",
@@ -25,7 +26,11 @@ __all__ = [
     "rtn",
 ]
 
-_HOME = {"PtqError": "ptq_cli.errors", "QuantizedLinear": "ptq_cli.linear"}
+_HOME = {
+    "PtqError": "ptq_cli.errors",
+    "QuantizedLinear": "ptq_cli.linear",
+    "capture": "ptq_cli.torch_capture",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -157,10 +157,18 @@ def _finish(
         seconds=0.0,
         bytes=size,
         bits_per_weight=8 * size / layer.size,
-        notes=chosen.notes,
+        notes=(*chosen.notes, *_few(statistics)),
         **error_columns(chosen.measures, chosen.rtn),
     )
     return LayerResult(layer, tensors, row)
+
+
+def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
+    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
+    if statistics is None or statistics.n_tokens >= statistics.in_features:
+        return ()
+    tokens, columns = statistics.n_tokens, statistics.in_features
+    return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
 
 
 def dead_columns(statistics: SiteStatistics | None) -> int:
