@@ -29,9 +29,6 @@ from ptq_cli.storage.npy import open_inputs  # noqa: E402
 class HessianOnly(SiteAccumulator):
     """The Hessian alone, without the elementwise statistics."""
 
-    def _check_finite(self, piece: np.ndarray) -> None:
-        pass
-
     def _add_elements(self, piece: np.ndarray) -> None:
         pass
 

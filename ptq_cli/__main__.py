@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import signal
 import sys
 from types import FrameType
@@ -21,6 +23,7 @@ def main() -> NoReturn:
     """Run the command line. Exit codes: errors.py; 130 interrupted, 143 terminated."""
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
+        _prepare_streams()
         from ptq_cli.cli.main import run
 
         code = run(sys.argv[1:])
@@ -29,6 +32,24 @@ def main() -> NoReturn:
     except Terminated:
         code = _stopped("terminated", 143)
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make the three streams safe to use.
+
+    A closed one must not become the next file that is opened: stdin and stdout become ones that
+    fail, stderr one that is silent. What an encoding lacks is escaped.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
+    # Python has None where a stream was closed.
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8")
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _stopped(word: str, code: int) -> int:

@@ -95,11 +95,12 @@ def calibrate(
         source: StatisticsSource = Merged(files)
         warnings: list[str] = []
         job_inputs = [file.checkpoint.fingerprint for file in files]
-        inputs = [file.checkpoint.weights for file in files]
+        inputs = list(source.files)
     elif tokens is not None and tokens.given:
         read = read_tokens(tokens, checkpoint)
         source = TokenSource(checkpoint, read, heldout)
-        warnings, job_inputs, inputs = list(read.warnings), [source.fingerprint], tokens.files
+        warnings, job_inputs = list(read.warnings), [source.fingerprint]
+        inputs = list(source.files)
     else:
         folders = [Path(path) for path in activations] or [_activations_beside(checkpoint)]
         match = match_activations(checkpoint, find_activations(folders, bf16))
@@ -112,7 +113,7 @@ def calibrate(
             )
         source = Activations(", ".join(map(str, folders)), match.entries, heldout)
         job_inputs = activations_fingerprint(match)
-        inputs = [file.npy.path for entry in match.entries.values() for file in entry.files]
+        inputs = list(source.files)
     for warning in warnings:
         warn(warning)
     job = {
@@ -171,11 +172,18 @@ def find_source(
     activations: Iterable[AnyPath],
     *,
     bf16: bool = False,
-    missing: str = "error",
 ) -> Source:
-    """Statistics for a model: as named, else the file beside it, else `activations/` beside it."""
+    """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
+
+    Linears that they lack are the plan's business: it knows which are quantized.
+    """
     folders = [Path(path) for path in activations]
     path = None if calibration is None else Path(calibration)
+    if path is not None and folders:
+        raise InputError(
+            f"both a calibration ({path}) and activations ({folders[0]}) are given",
+            hint="give one of them",
+        )
     if path is None and not folders:
         path, folder = beside(checkpoint)
         folders = [folder] if folder is not None and path is None else []
@@ -185,12 +193,11 @@ def find_source(
     if not folders:
         return Source(None)
     match = match_activations(checkpoint, find_activations(folders, bf16))
-    if match.missing and missing == "error":
-        raise missing_error(match, ", ".join(map(str, folders)))
     name = ", ".join(map(str, folders))
     warnings = tuple(w for w in match_warnings(match) if "fit no linear" in w)
     fingerprint = " ".join(activations_fingerprint(match))
-    return Source(Activations(name, match.entries, Heldout), warnings, fingerprint)
+    streamed = Activations(name, match.entries, Heldout, match.surplus)
+    return Source(streamed, warnings, fingerprint)
 
 
 def token_source(
@@ -230,6 +237,8 @@ class Job:
             **inputs,
         }
         keep = [*self.checkpoint.files, self.checkpoint.weights]
+        if self.source.statistics is not None:
+            keep += self.source.statistics.files
         staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
         return run(
             self.plan,
@@ -275,7 +284,7 @@ def prepare(
         correct = getattr(own, "drift", 0.0) > 0
         source = token_source(checkpoint, tokens, feedback=not parallel_layers, correct=correct)
     elif command != "pack":
-        source = find_source(checkpoint, calibration, activations, bf16=bf16, missing=fallback)
+        source = find_source(checkpoint, calibration, activations, bf16=bf16)
     if require_calibration and source.statistics is None:
         raise InputError(
             f"{checkpoint.path}: no calibration found",
@@ -368,7 +377,7 @@ def evaluate(
 
     checkpoint = open_checkpoint(Path(original))
     folder = open_quantized(Path(quantized))
-    source = find_source(checkpoint, calibration, activations, bf16=bf16, missing="rtn")
+    source = find_source(checkpoint, calibration, activations, bf16=bf16)
     read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
     report = run_evaluation(checkpoint, folder, source.statistics, listen)
     if read is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.options import settings_fields
+from ptq_cli.options import make_settings, settings_fields
 from ptq_cli.plan import LAYER_KEYS, GridSettings
-from ptq_cli.storage.files import MAX_JSON, named, regular_file
+from ptq_cli.storage.files import read_small
 
 
 def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mapping[str, Any]:
@@ -21,10 +22,7 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
         InputError: not TOML, an unknown key (the nearest known one is named), another command's
             recipe, a layer rule without a pattern.
     """
-    if regular_file(path) > MAX_JSON:
-        raise InputError(f"{path}: too large for a recipe")
-    with named(path):
-        content = path.read_bytes()
+    content = read_small(path)
     try:
         recipe = tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -32,6 +30,7 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
     method = recipe.pop("method", command)
     if method != command:
         raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
+    classes = tuple(classes)
     known = [field.name for field, _ in settings_fields(*classes)]
     _check_keys(path, recipe, known, "key")
     rules = recipe.get("layers", [])
@@ -40,6 +39,7 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
     for rule in rules:
         _check_keys(path, rule, LAYER_KEYS, "key of [[layers]]")
         _check_rule(path, rule)
+    _check_values(path, recipe, classes)
     return recipe
 
 
@@ -52,11 +52,24 @@ def _check_keys(path: Path, table: Mapping[str, Any], known: Iterable[str], what
             raise InputError(f"{path}: unknown {what} {key!r}", hint=hint)
 
 
-def _check_rule(path: Path, rule: Mapping[str, Any]) -> None:
-    from ptq_cli.options import make_settings
+def _check_values(path: Path, recipe: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
+    try:
+        for cls in classes:
+            make_settings(cls, {}, recipe)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
 
-    if not isinstance(rule.get("match"), str):
+
+def _check_rule(path: Path, rule: Mapping[str, Any]) -> None:
+    pattern = rule.get("match")
+    if not isinstance(pattern, str):
         raise InputError(f"{path}: [[layers]] without match", hint='write match = "REGEX"')
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path}: [[layers]] match = {pattern!r}: not a regular expression: {error}"
+        ) from None
     if not isinstance(rule.get("skip", False), bool):
         raise InputError(f"{path}: skip = {rule['skip']!r}: not bool")
     try:

@@ -8,12 +8,15 @@ markup. Errors are printed raw, one line, never wrapped.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from ptq_cli.errors import FileError
 from ptq_cli.report import row_error, row_rtn_error
 from ptq_cli.values import LayerReport, RunReport
 
@@ -30,17 +33,29 @@ def printable(text: str) -> str:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write one line, with escapes for what the stream cannot encode."""
+    """Write one line, with escapes for what the stream cannot encode.
+
+    Raises:
+        FileError: the stream takes nothing (a full disk, a closed stdout).
+        BrokenPipeError: its reader has left.
+    """
     encoding = stream.encoding or "ascii"
     safe = text.encode(encoding, "backslashreplace").decode(encoding)
-    stream.write(safe + "\n")
-    stream.flush()
+    try:
+        stream.write(safe + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FileError(f"stdout: {error.strerror}") from error
 
 
 def say(kind: str, text: str) -> None:
-    """One line on stderr: `ptq: <kind>: <text>`. A closed stderr is not an error."""
-    with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr, f"ptq: {kind}: {printable(text)}")
+    """One line on stderr: `ptq: <kind>: <text>`, very long words cut in their middle. A closed
+    stderr is not an error."""
+    with contextlib.suppress(OSError, ValueError, FileError):
+        words = re.sub(r"\S{201,}", lambda word: middle(word[0], 200), printable(text))
+        _write(sys.stderr, f"ptq: {kind}: {words}")
 
 
 def warn(text: str) -> None:
@@ -53,7 +68,8 @@ def print_json(document: Any) -> None:
 
 
 def _console() -> Console:
-    """A console on stdout: as wide as the terminal, or as wide as the table where there is none."""
+    """A console that renders for stdout, into a string: as wide as the terminal, or as wide as the
+    table where there is none."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -61,7 +77,13 @@ def _console() -> Console:
     if os.environ.get("COLUMNS", "").strip() == "0":
         width = 80
     return Console(
-        file=sys.stdout, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False
+        file=io.StringIO(),
+        force_terminal=terminal or None,
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=False,
     )
 
 
@@ -137,9 +159,9 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
 
 def _print_rich(renderable: Any) -> None:
     console = _console()
-    with console.capture() as capture:
-        console.print(renderable)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
+    console.print(renderable)
+    rendered = cast(io.StringIO, console.file).getvalue()
+    lines = [line.rstrip() for line in rendered.splitlines()]
     _write(sys.stdout, "\n".join(line for line in lines if line))
 
 

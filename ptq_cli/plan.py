@@ -7,7 +7,7 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -132,6 +132,7 @@ def make_plan(
         reason = f"format {fmt.name} cannot hold it"
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
+    _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     units = _units(layers, method, source, missing, included)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
@@ -185,11 +186,11 @@ def choose_tensors(
     checkpoint: Checkpoint, settings: GridSettings
 ) -> tuple[list[StoredTensor], list[Skipped]]:
     """The tensors to quantize, in the order of the files, and those that are copied."""
-    ignore = _patterns("ignore", settings.ignore, checkpoint)
-    include = _patterns("include", settings.include, checkpoint)
-    skip = [rule["match"] for rule in settings.layers if rule.get("skip")]
-    ignore += _patterns("layers", tuple(skip), checkpoint)
-    _patterns("layers", tuple(rule["match"] for rule in settings.layers), checkpoint)
+    ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    include = _patterns("--include", settings.include, checkpoint)
+    rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
+    pairs = zip(rules, settings.layers, strict=True)
+    ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
     chosen, skipped = [], []
     for tensor in checkpoint.tensors.values():
         spec, reason = tensor.spec, default_reason(tensor)
@@ -221,11 +222,11 @@ def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> lis
     for word in words:
         try:
             pattern = re.compile(word)
-        except re.error as error:
-            raise InputError(f"--{setting} {word!r}: not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{setting} {word!r}: not a regular expression: {error}") from None
         if not any(pattern.search(name) for name in checkpoint.tensors):
             raise InputError(
-                f"--{setting} {word!r} matches no tensor of {checkpoint.path}",
+                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
                 hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
             )
         patterns.append(pattern)
@@ -310,6 +311,22 @@ def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[L
     return [layer for layer in layers if layer.module in kept]
 
 
+def _check_names(
+    checkpoint: Checkpoint, layers: Iterable[Layer], skipped: Iterable[Skipped], fmt: Format
+) -> None:
+    """Refuse a packed tensor's name that another tensor of the output has already."""
+    taken = {entry.tensor for entry in skipped}
+    for layer in layers:
+        for spec in fmt.specs(layer):
+            if spec.name in taken:
+                raise InputError(
+                    f"{checkpoint.path}: {layer.tensor!r} would be packed as {spec.name!r}, which"
+                    " is a name that is taken",
+                    hint="leave the former out with --ignore",
+                )
+            taken.add(spec.name)
+
+
 def _units(
     layers: Mapping[str, Layer],
     method: Method,
@@ -325,8 +342,9 @@ def _units(
         if source is not None and layer.module not in site_of and layer.tensor not in included
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:
+        surplus = f"; left over: {', '.join(source.surplus[:10])}" if source.surplus else ""
         raise InputError(
-            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}",
+            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}{surplus}",
             hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
         )
     units = []

@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 from ptq_cli._version import __version__
@@ -82,9 +82,18 @@ def make_report(
         rows=tuple(rows),
         skipped=plan.skipped,
         totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
-        warnings=(*plan.warnings, *warnings),
+        warnings=(*plan.warnings, *warnings, *_dead_warnings(rows)),
         settings=settings | {"method": plan.method, "format": plan.format},
     )
+
+
+def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
+    """A warning where more than 1 % of a layer's input channels were zero for every token."""
+    dead = [row for row in rows if row.dead_columns > 0.01 * prod(row.shape[1:])]
+    if not dead:
+        return []
+    shown = ", ".join(f"{r.module} {r.dead_columns} of {prod(r.shape[1:])}" for r in dead[:10])
+    return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
 
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class TokenSource:
         self.checkpoint, self.tokens, self.heldout = checkpoint, tokens, heldout
         self.feedback, self.correct, self.memory = feedback, feedback and correct, memory
         self.arch = model_architecture(checkpoint)
-        self.name = tokens.name
+        self.name, self.files = tokens.name, tokens.files
+        self.surplus: tuple[str, ...] = ()
         self._parts = batches(tokens)
         self._streams: list[Stream] = []
 
@@ -133,8 +134,6 @@ class TokenSource:
         work: a folder of the run's; rounded: the float32 tensor that a rounded layer decodes to,
         or None where it is not rounded (yet)
         """
-        work.mkdir(parents=True, exist_ok=True)
-
         def current(name: str) -> Array:
             values = rounded(name)
             return self.checkpoint.read(name) if values is None else values

@@ -120,10 +120,10 @@ class Stream:
         """Make the residual before the first block."""
         weights = Held(self.read, float32=False)
         rows = self.boundary(0)
-        rows.open()
+        rows.begin()
         for batch in self.parts:
             rows.write(batch.rows.start, embed(self.arch, weights, batch.tokens, batch.packing))
-        rows.close()
+        rows.finish()
 
     def enter(self, block: int) -> None:
         """Stand at the first stage of `block`, from the residual before it."""
@@ -143,7 +143,7 @@ class Stream:
         last = self.stage + 1 == len(self._stages(self.parts[0]))
         rows = self.boundary(self.block + 1)
         if last:
-            rows.open()
+            rows.begin()
 
         def work(batch: Batch) -> None:
             state = self._stages(batch)[self.stage].apply(weights, self._state(batch))
@@ -155,13 +155,13 @@ class Stream:
         side_by_side(self.n_threads, work, self.parts)
         self.stage += 1
         if last:
-            rows.close()
+            rows.finish()
             self.block, self.stage = self.block + 1, -1
 
     def cross(self, block: int, source: Rows) -> Rows:
         """The residual after `block`, from that before it, without a stop at its stages."""
         weights, rows = Held(self.read), self.boundary(block + 1)
-        rows.open()
+        rows.begin()
 
         def work(batch: Batch) -> None:
             hidden = source.read(batch.rows)
@@ -169,7 +169,7 @@ class Stream:
             rows.write(batch.rows.start, hidden)
 
         side_by_side(self.n_threads, work, self.parts)
-        rows.close()
+        rows.finish()
         return rows
 
     def inputs(self, site: str) -> Iterator[NDArray[np.float32]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def capture(
     checkpoint: str | Path,
     output: str | Path | None = None,
     *,
-    rename: Callable[[str], str] = lambda name: name,
+    named: Callable[[str], str] = lambda name: name,
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
 ) -> Iterator[Capture]:
@@ -93,13 +94,13 @@ def capture(
 
     model: a torch.nn.Module
     checkpoint: the weights that ptq will quantize; output: default beside them
-    rename: from a module's name in `model` to the one in the checkpoint, where they differ
+    named: from a module's name in `model` to the one in the checkpoint, where they differ
 
     Raises:
         InputError: torch is missing; no module has the name of a linear of the checkpoint.
     """
     try:
-        import torch
+        torch = import_module("torch")
     except ImportError:
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
     opened = open_checkpoint(Path(checkpoint))
@@ -110,14 +111,14 @@ def capture(
     def hook(site: str) -> Callable[[Any, Any], None]:
         return lambda module, inputs: capture.see(site, inputs[0])
 
-    modules = {rename(name): module for name, module in model.named_modules()}
+    modules = {named(name): module for name, module in model.named_modules()}
     handles = [
         modules[site].register_forward_pre_hook(hook(site)) for site in groups if site in modules
     ]
     if not handles:
         raise InputError(
             f"{opened.path}: no module of the model has the name of a linear there",
-            hint=f"rename= maps names; there is {next(iter(groups), 'none')!r}, for instance",
+            hint=f"named= maps names; there is {next(iter(groups), 'none')!r}, for instance",
         )
     try:
         with torch.no_grad():

@@ -73,6 +73,8 @@ def quantize_unit(
     prepared: Any = None
     failure = unit.nearest
     begin = time.perf_counter()
+    if failure is None and method.needs_hessian and statistics is not None:
+        failure = "its inputs are all zero" if _all_dead(statistics) else None
     if failure is None:
         try:
             prepared = method.prepare(statistics, unit.layers[0].grid, method_settings)
@@ -169,6 +171,10 @@ def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
         return ()
     tokens, columns = statistics.n_tokens, statistics.in_features
     return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
+
+
+def _all_dead(statistics: SiteStatistics) -> bool:
+    return dead_columns(statistics) == statistics.in_features
 
 
 def dead_columns(statistics: SiteStatistics | None) -> int:

@@ -62,8 +62,9 @@ def range_grid(group, grid: Grid, ratio=1.0):
 
 
 def nearest(column, scale, zero, grid: Grid):
-    """The code of the grid point nearest to each value."""
-    return np.clip(np.rint(column / scale + zero), int(grid.narrow_range), 2**grid.bits - 1)
+    """The code of the grid point nearest to each value; ties as IST-DASLab/gptq breaks them
+    (`round(x / scale) + zero`: half to even before the zero is added)."""
+    return np.clip(np.rint(column / scale) + zero, int(grid.narrow_range), 2**grid.bits - 1)
 
 
 def search_grid(group, importance, grid: Grid, ratios):

@@ -93,7 +93,7 @@ def calibrate(
     \b
     ptq calibrate model/ --tokens tokens.npy
     ptq calibrate model.safetensors --activations acts/
-    ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors -o ab.safetensors
+    ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
     settings = api.token_settings(tokens)
     if bool(merge) + bool(activations) + settings.given > 1:

@@ -116,6 +116,8 @@ def check_report_path(path: Path | None) -> None:
         raise InputError(f"{path}: a report is .csv or .json")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder", hint="name a file for the report")
 
 
 def emit_report(

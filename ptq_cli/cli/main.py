@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -125,21 +124,20 @@ def _explain(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     say("error", text)
-    _quiet_stdout()
+    _quiet_streams()
     return code
 
 
 def _broken_pipe() -> int:
     """The reader left (`| head`): no complaint; work that had to be done was done before."""
-    _quiet_stdout()
+    _quiet_streams()
     return 0
 
 
-def _quiet_stdout() -> None:
-    """Keep Python's exit from complaining about a stdout that cannot be flushed."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.ENOSPC):
-            pass
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _quiet_streams() -> None:
+    """Keep Python's exit from complaining about streams that cannot be flushed."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -117,6 +117,8 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
             line(progress.done, progress.total, progress.row.module)
 
         report = job.run(force=options["force"], restart=options["restart"], listen=listen)
+    for warning in report.warnings[len(job.plan.warnings) :]:
+        display.warn(warning)
     emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
     check_gates(
         report,

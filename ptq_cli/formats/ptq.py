@@ -124,8 +124,11 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
         tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
-        whole = isinstance(grid.bits, int) and isinstance(grid.group_size, int)
-        if not (whole and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS and full_shape):
+        whole = type(grid.bits) is int and type(grid.group_size) is int
+        flags = type(grid.sym) is bool and type(grid.narrow_range) is bool
+        if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS):
+            raise ValueError
+        if grid.group_size < -1 or not full_shape or min(full_shape) < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error

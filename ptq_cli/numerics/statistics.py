@@ -78,52 +78,52 @@ class SiteAccumulator:
         """Take in the next tokens, [n, in_features] of any float dtype.
 
         Raises:
-            NonFiniteInput: there is NaN or inf.
+            NonFiniteInput: there is NaN or inf; the accumulator is then of no more use.
         """
-        with np.errstate(over="ignore", invalid="ignore"):
-            piece = inputs.astype(np.float32)
-            self._check_finite(piece)
-        if self._room > 0 and self.every > 0:
-            piece = self._hold_out(inputs, piece)
-        self.n_seen += len(inputs)
-        if len(piece):
-            self.n_tokens += len(piece)
+        rest = self._hold_out(inputs) if self._room > 0 and self.every > 0 else inputs
+        while len(rest):
+            part = rest[: len(self._chunk) - self._filled]
+            rest = rest[len(part) :]
+            piece = self._chunk[self._filled : self._filled + len(part)]
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(piece, part, casting="same_kind")
+                if not np.isfinite(piece.sum()):
+                    self._locate(inputs)
             self._add_elements(piece)
-            self._gather(piece)
+            self.n_tokens += len(piece)
+            self._filled += len(piece)
+            if self._filled == len(self._chunk):
+                self._multiply()
+        self.n_seen += len(inputs)
 
-    def _check_finite(self, piece: NDArray[np.float32]) -> None:
-        if np.isfinite(piece.sum()):
-            return
-        for token, channel in np.argwhere(~np.isfinite(piece))[:1]:
-            value = float(piece[token, channel])
-            raise NonFiniteInput(self.n_seen + int(token), int(channel), value)
-
-    def _hold_out(self, inputs: Array, piece: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _hold_out(self, inputs: Array) -> Array:
         """Keep the held-out tokens; the others are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
         chosen = np.flatnonzero(token % self.every == self.every - 1)[: self._room]
+        held = inputs[chosen]
+        if not np.isfinite(held).all():
+            self._locate(inputs)
         self._room -= len(chosen)
-        self._heldout.append(inputs[chosen])
-        return np.delete(piece, chosen, axis=0)
+        self._heldout.append(held)
+        return np.delete(inputs, chosen, axis=0)
+
+    def _locate(self, inputs: Array) -> None:
+        """Raise where a value is not finite (a sum that merely overflows is fine)."""
+        values = inputs.astype(np.float32)
+        for token, channel in np.argwhere(~np.isfinite(values))[:1]:
+            value = float(values[token, channel])
+            raise NonFiniteInput(self.n_seen + int(token), int(channel), value)
 
     def _add_elements(self, piece: NDArray[np.float32]) -> None:
         np.minimum(self.low, piece.min(axis=0), out=self.low)
         np.maximum(self.high, piece.max(axis=0), out=self.high)
         ones = np.ones(len(piece), np.float32)
-        self.sum += ones @ piece
         magnitude = np.abs(piece)
-        self.sum_abs += ones @ magnitude
+        with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
+            self.sum += ones @ piece
+            self.sum_abs += ones @ magnitude
         bins = magnitude.view(np.uint32) >> np.uint32(16)
         self.counts += np.bincount(bins.ravel(), minlength=_BINS)
-
-    def _gather(self, piece: NDArray[np.float32]) -> None:
-        while len(piece):
-            part = piece[: len(self._chunk) - self._filled]
-            self._chunk[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            piece = piece[len(part) :]
-            if self._filled == len(self._chunk):
-                self._multiply()
 
     def _multiply(self) -> None:
         """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""

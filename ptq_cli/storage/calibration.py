@@ -17,7 +17,7 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
@@ -37,7 +37,7 @@ from ptq_cli.numerics.statistics import (
     piece_tokens,
     static_scale,
 )
-from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
@@ -59,10 +59,19 @@ class SiteInfo:
 
 
 class StatisticsSource(Protocol):
-    """Statistics by the site's name. `name` is what messages call the source."""
+    """Statistics by the site's name.
+
+    name: what messages call the source; files: what it reads; surplus: what of it fits no linear
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    @property
+    def surplus(self) -> Sequence[str]: ...
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]: ...
@@ -99,6 +108,14 @@ class CalibrationFile:
         return str(self.checkpoint.path)
 
     @property
+    def files(self) -> Sequence[Path]:
+        return (self.checkpoint.weights, *self.checkpoint.files)
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
+
+    @property
     def model(self) -> str:
         return str(self.content["model"])
 
@@ -113,24 +130,23 @@ class CalibrationFile:
         def read(part: str) -> Array:
             return self.checkpoint.read(f"{site}.{part}")
 
-        hessian = read("hessian")
-        if not np.isfinite(hessian.sum(dtype=np.float64)) or (hessian.diagonal() < 0).any():
+        parts = {part: read(part) for part in PARTS}
+        for part, values in parts.items():
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
+        if (parts["hessian"].diagonal() < 0).any():
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
         return SiteStatistics(
             site=site,
             linears=self.sites[site].linears,
-            hessian=hessian,
             n_tokens=int(entry["n_tokens"]),
             n_seen=int(entry["n_seen"]),
-            absmax=read("absmax"),
-            absmean=read("absmean"),
             minimum=float(entry["min"]),
             maximum=float(entry["max"]),
             mean=float(entry["mean"]),
             std=float(entry["std"]),
-            histogram=read("histogram"),
             histogram_start=int(entry["histogram_start"]),
-            heldout=read("heldout"),
+            **parts,
         )
 
 
@@ -153,8 +169,8 @@ def open_calibration(path: Path) -> CalibrationFile:
             site: _site_info(path, checkpoint, site, entry)
             for site, entry in sorted(content["sites"].items())
         }
-        str(content["model"]), int(content["heldout_limit"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not a statistics file", hint="make one with ptq calibrate"
         ) from None
@@ -162,18 +178,27 @@ def open_calibration(path: Path) -> CalibrationFile:
 
 
 def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
-    shapes = {}
+    specs = {}
     for part in PARTS:
         stored = checkpoint.tensors.get(f"{site}.{part}")
         if stored is None:
             raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
-        shapes[part] = stored.spec.shape
-    n = shapes["absmax"][0]
+        specs[part] = stored.spec
+    n = specs["absmax"].shape[0]
+    wanted = {"hessian": (n, n), "absmax": (n,), "absmean": (n,)}
     good = (
-        shapes["hessian"] == (n, n) and shapes["absmean"] == (n,) and shapes["heldout"][1:] == (n,)
+        all((specs[part].dtype, specs[part].shape) == ("F32", wanted[part]) for part in wanted)
+        and (specs["histogram"].dtype, len(specs["histogram"].shape)) == ("I64", 1)
+        and specs["histogram"].shape[0] > 0
+        and is_float(specs["heldout"])
+        and specs["heldout"].shape[1:] == (n,)
+        and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
+        and type(entry["histogram_start"]) is int
+        and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry["linears"], list)
+        and all(isinstance(linear, str) for linear in entry["linears"])
     )
-    numbers = [entry[key] for key in ("min", "max", "mean", "std")]
-    if not good or int(entry["n_tokens"]) < 1 or not all(isfinite(x) for x in numbers):
+    if not good:
         raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
     return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
 
@@ -216,19 +241,27 @@ class Merged:
     """Several calibrations of one model, as one source: the union of their sites, each site merged
     from every file that has it."""
 
-    files: tuple[CalibrationFile, ...]
+    parts: tuple[CalibrationFile, ...]
 
     @property
     def name(self) -> str:
-        return ", ".join(file.name for file in self.files)
+        return ", ".join(part.name for part in self.parts)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [path for part in self.parts for path in part.files]
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
-        return {site: info for file in reversed(self.files) for site, info in file.sites.items()}
+        return {site: info for part in reversed(self.parts) for site, info in part.sites.items()}
 
     def load(self, site: str) -> SiteStatistics:
-        parts = [file.load(site) for file in self.files if site in file.sites]
-        return reduce(lambda a, b: merge(a, b, self.files[0].heldout_limit), parts)
+        statistics = [part.load(site) for part in self.parts if site in part.sites]
+        return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
 
 @dataclass(frozen=True)
@@ -244,6 +277,11 @@ class Activations:
     name: str
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+    surplus: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [file.npy.path for entry in self.entries.values() for file in entry.files]
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:

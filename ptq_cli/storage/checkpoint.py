@@ -7,9 +7,11 @@ and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,8 @@ class Checkpoint:
             InputError: NaN or inf, with its first index and how many there are.
         """
         values = self.read(name)
-        weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
+        with np.errstate(over="ignore"):  # named below
+            weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
         if not all_finite(weight):
             bad = ~np.isfinite(weight.reshape(values.shape))
             first = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -210,6 +213,7 @@ def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
             f"{index}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:10])}"
         )
     tensors: dict[str, StoredTensor] = {}
+    homes: dict[str, str] = {}
     warnings: list[str] = []
     metadata: dict[str, str] = {}
     for shard in shards:
@@ -217,10 +221,9 @@ def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
         metadata = _merge_metadata(metadata, header.metadata)
         for tensor in header.tensors:
             name = tensor.spec.name
-            if name in tensors:
-                raise InputError(
-                    f"{index}: tensor {name!r} is in {tensors[name].file.name} and {shard}"
-                )
+            if name in homes:
+                raise InputError(f"{index}: tensor {name!r} is in {homes[name]} and {shard}")
+            homes[name] = shard
             if weight_map.get(name) != shard:
                 warnings.append(
                     f"{shard}: tensor {name!r} is not in the index there; it is ignored"
@@ -286,7 +289,8 @@ def read_header(path: Path) -> Header:
     header = parse_json(buffer.tobytes(), path)
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not _is_text_map(metadata):
         raise InputError(f"{path}: __metadata__ is not a map of strings to strings")
     tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
@@ -301,9 +305,15 @@ def _is_text_map(value: object) -> bool:
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
+            raise TypeError
+        begin, end = offsets
         numbers = [*shape, begin, end]
-        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        name.encode()  # half a surrogate pair is no text
+        if not all(type(n) is int and 0 <= n < 2**64 for n in numbers):
+            raise ValueError
+        if any(size >= 2**64 for size in accumulate(shape, operator.mul)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name!r}: its header entry is damaged") from None

@@ -68,11 +68,16 @@ def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     """A JSON document of at most `limit` bytes. Raises InputError, duplicate keys included."""
+    return parse_json(read_small(path, limit), path)
+
+
+def read_small(path: Path, limit: int = MAX_JSON) -> bytes:
+    """The whole of a file that a person could have written. Raises InputError beyond `limit`."""
     size = regular_file(path)
     if size > limit:
-        raise InputError(f"{path}: {size} bytes of JSON, more than the {limit} allowed")
+        raise InputError(f"{path}: {size} bytes, more than the {limit} allowed")
     with named(path):
-        return parse_json(path.read_bytes(), path)
+        return path.read_bytes()
 
 
 def parse_json(text: bytes, path: Path) -> Any:

@@ -112,7 +112,8 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense)
     if declared is None:
         return {}
-    documents: dict[str, Any] = {"config.json": {**source.config, **dict.fromkeys(fmt.config_keys, declared)}}
+    config = {**source.config, **dict.fromkeys(fmt.config_keys, declared)}
+    documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
     return documents
@@ -187,7 +188,14 @@ class QuantizedFolder:
             )
         layer = self.layers[module]
         tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
-        return self.fmt.decode(layer, tensors)
+        weight = self.fmt.decode(layer, tensors)
+        groups, there = weight.g_idx, weight.scales.shape[1]
+        if groups is not None and groups.size and not 0 <= groups.min() <= groups.max() < there:
+            raise InputError(
+                f"{self.checkpoint.weights}: g_idx of {module!r} holds groups"
+                f" {groups.min()} … {groups.max()}, there are {there}"
+            )
+        return weight
 
     @property
     def packed_names(self) -> set[str]:
@@ -209,8 +217,8 @@ def open_quantized(path: Path) -> QuantizedFolder:
     names, entries = _own_entry(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     for name in names:
-        fmt = format_named(name)
         try:
+            fmt = format_named(name)
             layers = fmt.layers(entries, checkpoint.config, specs, checkpoint.read)
         except InputError as error:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
@@ -231,7 +239,7 @@ def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
         if content["kind"] != "quantized" or content["version"] != 1:
             raise ValueError
         return [str(content["format"])], dict(content["layers"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(
             f"{checkpoint.path}: not a quantized checkpoint",
             hint="make one with ptq gptq, rtn or pack",

@@ -6,10 +6,11 @@ order is memory-mapped, as its tokens lie scattered.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -49,22 +50,12 @@ def open_npy(path: Path) -> NpyFile:
             what = "an .npz archive" if magic[:2] == b"PK" else "not a .npy file"
             raise InputError(f"{path}: {what}")
         file.seek(0)
-        try:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                header = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
-            elif version == (2, 0):
-                header = np.lib.format.read_array_header_2_0(file, max_header_size=_MAX_HEADER)
-            else:
-                raise InputError(f"{path}: .npy version {version[0]}.{version[1]} is not supported")
-        except InputError:
-            raise
-        except Exception as error:  # numpy raises ValueError, SyntaxError, tokenize errors …
-            raise InputError(f"{path}: a damaged .npy header: {_first_line(error)}") from None
+        shape, fortran, dtype = _read_header(path, file)
         offset = file.tell()
-    shape, fortran, dtype = header
     if dtype.hasobject:
         raise InputError(f"{path}: holds Python objects (a pickle), which are never loaded")
+    if any(n < 0 for n in shape):
+        raise InputError(f"{path}: a shape of {list(shape)}")
     wanted = offset + prod(shape) * dtype.itemsize
     if wanted != size:
         what = "cut short" if size < wanted else "followed by other bytes"
@@ -72,6 +63,20 @@ def open_npy(path: Path) -> NpyFile:
             f"{path}: {what}: {dtype.name} {list(shape)} takes {wanted} bytes, the file has {size}"
         )
     return NpyFile(path, tuple(shape), dtype, fortran, offset)
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python 2's headers, and of odd escapes in them
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                return np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
+            if version == (2, 0):
+                return np.lib.format.read_array_header_2_0(file, max_header_size=_MAX_HEADER)
+    except Exception as error:  # numpy raises ValueError, SyntaxError, tokenize errors …
+        raise InputError(f"{path}: a damaged .npy header: {_first_line(error)}") from None
+    raise InputError(f"{path}: .npy version {version[0]}.{version[1]} is not supported")
 
 
 def _first_line(error: Exception) -> str:

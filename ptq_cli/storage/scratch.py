@@ -72,7 +72,7 @@ class Rows:
     def whole(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == 4 * self.n * self.width
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Begin to write."""
         with named(self._partial), open(self._partial, "wb") as file:
             os.truncate(file.fileno(), 4 * self.n * self.width)
@@ -83,7 +83,7 @@ class Rows:
             file.seek(4 * start * self.width)
             file.write(np.ascontiguousarray(rows, np.float32).data)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Everything is written: give the file its name."""
         with named(self.path):
             with open(self._partial, "rb") as file:

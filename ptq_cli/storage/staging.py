@@ -35,6 +35,8 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import TensorSpec
 
+_OWN = ("job.json", "units", "out")
+
 
 class Staging:
     """The locked work folder of one output.
@@ -52,6 +54,8 @@ class Staging:
         keep: Sequence[Path] = (),
     ) -> None:
         self.output, self.force = output, force
+        if output.name in ("", ".."):
+            raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         _check_output(output, force, keep)
         self._lock = self._locked_folder()
@@ -75,7 +79,8 @@ class Staging:
         while True:
             with named(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                descriptor = os.open(self.folder, flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_ino == self.folder.stat().st_ino:
@@ -95,6 +100,8 @@ class Staging:
         path = self.folder / "job.json"
         if path.exists() and not restart:
             earlier = read_json(path)
+            if not isinstance(earlier, dict):
+                raise InputError(f"{path}: damaged", hint="--restart begins anew")
             differing = sorted(
                 key for key in {*earlier, *job} if earlier.get(key) != _plain(job.get(key))
             )
@@ -104,7 +111,14 @@ class Staging:
                     hint="--restart drops its work, -o chooses another output",
                 )
             return True
-        for entry in list(self.folder.iterdir()):
+        entries = list(self.folder.iterdir())
+        for entry in entries:
+            if entry.name not in _OWN and not entry.name.startswith(".job.json."):
+                raise InputError(
+                    f"{entry}: not a run's; {self.folder} is where this run would work",
+                    hint="move it away, or choose another output with -o",
+                )
+        for entry in entries:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_whole(path, to_json(dict(job)))
         return False
@@ -129,21 +143,24 @@ class Staging:
             os.replace(partial, path)
         entry = {
             "unit": unit,
-            "sha256": digest.hexdigest(),
             "tensors": [[t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in tensors],
             "result": result,
         }
-        write_whole(self._path(unit, ".json"), to_json(entry))
+        digest.update(to_json(entry).encode())
+        write_whole(self._path(unit, ".json"), to_json({**entry, "sha256": digest.hexdigest()}))
 
     def finished(self, unit: str) -> bool:
-        """Whether the unit is there, whole: its bytes match their checksum."""
+        """Whether the unit is there, whole: its bytes and its entry match their checksum."""
         if not self._path(unit, ".json").exists():
             return False
         try:
             tensors, digest = self.tensors(unit), hashlib.sha256()
             for tensor in tensors:
                 digest.update(tensor.data.data)
-            return bool(self._entry(unit)["sha256"] == digest.hexdigest())
+            entry = dict(self._entry(unit))
+            checksum = entry.pop("sha256")
+            digest.update(to_json(entry).encode())
+            return bool(entry["unit"] == unit and checksum == digest.hexdigest())
         except (InputError, KeyError, TypeError, ValueError):
             return False
 

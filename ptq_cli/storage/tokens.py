@@ -44,8 +44,8 @@ class TokenSettings:
         return self.tokens is not None or self.text is not None
 
     @property
-    def files(self) -> list[Path]:
-        return [path for path in (self.tokens, self.text, self.mask) if path is not None]
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.tokens, self.text, self.mask) if path is not None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Tokens:
     ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
     warnings: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +88,8 @@ def read_tokens(settings: TokenSettings, checkpoint: Checkpoint) -> Tokens:
         mask = _mask_file(settings.mask, ids.shape)
     ids, mask = _draw(ids, mask, settings)
     _check_ids(path, ids[mask], checkpoint)
-    return Tokens(str(path), np.where(mask, ids, 0), mask, tuple(_warnings(path, ids)))
+    warnings = tuple(_warnings(path, ids))
+    return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files)
 
 
 def _integers(path: Path) -> Array:

@@ -126,10 +126,10 @@ def test_scratch_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 def test_rows_are_whole_only_when_closed(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "r", 5, 2)
-    rows.open()
+    rows.begin()
     rows.write(2, np.ones((3, 2), np.float32))
     rows.write(0, np.zeros((2, 2), np.float32))
     assert not rows.whole
-    rows.close()
+    rows.finish()
     assert rows.whole
     assert rows.read(slice(1, 3)).tolist() == [[0, 0], [1, 1]]

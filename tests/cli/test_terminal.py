@@ -1,0 +1,292 @@
+"""Terminals, pipes and environments: same files, same exit code, readable words."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+
+from ptq_cli.cli.main import COMMANDS
+from tests.builders import ROOT, ptq, random_weight, small_job, tree, write_model
+
+ENVIRONMENT = {
+    "PATH": os.environ["PATH"],
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HOME": "/nowhere",
+    "TERM": "xterm-256color",
+}
+PTQ = [sys.executable, "-m", "ptq_cli"]
+ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07)")
+
+
+def start(*arguments, env=None, **options):
+    """The command as a process of its own, without what this one's environment holds."""
+    command = PTQ + [str(argument) for argument in arguments]
+    options = {"stdin": subprocess.DEVNULL, "timeout": 60, **options}
+    return subprocess.run(command, env={**ENVIRONMENT, **(env or {})}, check=False, **options)
+
+
+def shell(line, **env):
+    """A line for the shell, `ptq` being the command."""
+    line = line.replace("ptq ", " ".join(PTQ) + " ")
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        env={**ENVIRONMENT, **env},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def on_terminal(*arguments, columns=80, env=None):
+    """Run on a terminal of that width; exit code and everything it showed."""
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = PTQ + [str(argument) for argument in arguments]
+    process = subprocess.Popen(
+        command, env={**ENVIRONMENT, **(env or {})}, stdin=slave, stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        ready, _, _ = select.select([master], [], [], 60)
+        assert ready, "nothing was shown for a minute"
+        try:
+            part = os.read(master, 1 << 16)
+        except OSError:  # the other side was closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    return process.wait(), shown.decode()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A small model, its activations and a quantized folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("packed")
+    model, _ = small_job(folder)
+    outcome = ptq("gptq", model, "--activations", folder / "acts", "-o", folder / "out")
+    assert outcome.code == 0
+    return folder
+
+
+# ---- streams ----
+
+
+def test_a_reader_that_leaves_is_no_error(packed, job):
+    result = shell(f"ptq pack {job} -o out --json | head -c 1")
+    assert result.returncode == 0
+    assert result.stdout == b"{"
+    assert result.stderr == b""
+    assert sorted(os.listdir("out")) == ["model.safetensors", "quantization.json", "report.json"]
+    result = shell(f"ptq eval {packed}/model.safetensors {packed}/out --top 0 | true")
+    assert b"Traceback" not in result.stderr
+    assert b"Exception" not in result.stderr
+
+
+@pytest.mark.parametrize("target", [">/dev/full", ">&-"])
+def test_work_is_done_before_it_is_told(target, packed, job):
+    result = shell(f"ptq pack {job} -o out {target}")
+    assert result.returncode in (0, 1)
+    assert b"Traceback" not in result.stderr
+    assert b"internal error" not in result.stderr
+    assert tree(Path("out")).keys() == {"model.safetensors", "quantization.json", "report.json"}
+    assert not list(Path().glob("*.partial"))
+
+
+@pytest.mark.parametrize("target", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("style", ["", "--json"])
+def test_eval_that_cannot_tell_fails(target, style, packed):
+    result = shell(f"ptq eval {packed}/model.safetensors {packed}/out {style} {target}")
+    assert result.returncode == 1
+    (line,) = [x for x in result.stderr.decode().splitlines() if not x.startswith("ptq: warning")]
+    assert line.startswith("ptq: error: ")
+    assert "stdout" in line
+    assert "internal" not in line
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&-", "<&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_not_there(streams, packed, job):
+    result = shell(f"ptq pack {job} -o out {streams}")
+    assert result.returncode == 0
+    assert b"layers.0" in result.stdout
+    assert Path("out/model.safetensors").is_file()
+    result = shell(f"ptq pack nowhere.safetensors {streams}")
+    assert result.returncode == 1
+    assert b"Traceback" not in result.stderr
+
+
+# ---- environments ----
+
+ENVIRONMENTS = {
+    "plain": {},
+    "no colour": {"NO_COLOR": "1"},
+    "dumb": {"TERM": "dumb"},
+    "narrow": {"COLUMNS": "20"},
+    "no columns": {"COLUMNS": "0"},
+    "columns of words": {"COLUMNS": "wide"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "ASCII": {"PYTHONIOENCODING": "ascii"},
+    "ASCII, strict": {"PYTHONIOENCODING": "ascii:strict"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "force colour": {"FORCE_COLOR": "1"},
+}
+
+
+@pytest.mark.parametrize("env", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_files_and_exit_codes_do_not_depend_on_the_environment(env, tmp_path):
+    name = "schön模型"
+    write_model(Path("model.safetensors"), {f"{name}.weight": random_weight(4, 8)})
+    result = start("pack", "model.safetensors", "-o", "out", env=env, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == b""
+    again = ptq("pack", "model.safetensors", "-o", "expected")
+    assert again.code == 0
+    assert tree(Path("out")) == tree(Path("expected"))
+    text = result.stdout.decode("latin-1" if "latin-1" in env.values() else "utf-8")
+    shown = ESCAPES.sub("", text).replace("\n", "").replace(" ", "")
+    escaped = name.encode("ascii", "backslashreplace").decode()
+    partly = name.encode("latin-1", "backslashreplace").decode("latin-1")
+    assert name in shown or escaped in shown or partly in shown
+    assert "\x1b" not in text or "FORCE_COLOR" in env
+
+
+@pytest.mark.parametrize("env", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+@pytest.mark.parametrize("arguments", [["gptq", "--help"], ["pack", "schön.safetensors"]])
+def test_help_and_errors_are_said_in_every_environment(arguments, env):
+    result = start(*arguments, env=env, capture_output=True)
+    assert result.returncode == (0 if "--help" in arguments else 1)
+    assert b"Traceback" not in result.stderr
+    assert b"internal error" not in result.stderr
+    assert len(result.stdout + result.stderr) > 30
+
+
+def test_no_home_and_no_term(packed):
+    bare = {key: ENVIRONMENT[key] for key in ("PATH", "PYTHONPATH")}
+    command = [*PTQ, "eval", str(packed / "model.safetensors"), str(packed / "out")]
+    result = subprocess.run(command, env=bare, capture_output=True, timeout=60, check=False)
+    assert result.returncode == 0
+
+
+def test_piped_tables_show_names_in_full(packed):
+    result = start(
+        "eval",
+        packed / "model.safetensors",
+        packed / "out",
+        env={"COLUMNS": "20"},
+        capture_output=True,
+    )
+    for name in ("q_proj", "down_proj"):
+        assert name in result.stdout.decode()
+
+
+# ---- terminals ----
+
+
+@pytest.mark.parametrize("command", ["calibrate", "gptq", "pack", "eval"])
+def test_nothing_is_wider_than_80_columns(command, packed, job):
+    arguments = {
+        "calibrate": [job, "--activations", "acts", "-o", "c.safetensors"],
+        "gptq": [job, "--activations", "acts", "-o", "out"],
+        "pack": [job, "-o", "out"],
+        "eval": [job, packed / "out", "--activations", "acts"],
+    }[command]
+    code, shown = on_terminal(command, *arguments)
+    assert code == 0
+    lines = [ESCAPES.sub("", part) for part in re.split(r"[\r\n]+", shown)]
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert any("layers.0" in line or "q_proj" in line for line in lines)
+
+
+@pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
+def test_no_colours_where_none_are_wanted(env, job):
+    code, shown = on_terminal("pack", job, "-o", "out", env=env)
+    assert code == 0
+    colours = [m for m in re.findall(r"\x1b\[([0-9;]*)m", shown) if re.search(r"\b[34][0-7]\b", m)]
+    assert colours == []
+    if env.get("TERM") == "dumb":
+        assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("columns", [20, 40, 1])
+def test_narrow_terminals_lose_no_digit(columns, job):
+    code, shown = on_terminal("pack", job, "-o", "out", columns=columns)
+    assert code == 0
+    assert "Traceback" not in shown
+    assert "written: out" in shown.replace("\r\n", "\n")
+
+
+def test_hostile_names_reach_no_terminal(job):
+    names = ("\x1b]0;owned\x07", "\x1b[2J", "a\u202eb", "[bold]", "[/x]", ":smile:")
+    tensors = {f"{name}.weight": random_weight(4, 8) for name in names}
+    write_model(Path("hostile.safetensors"), tensors)
+    code, shown = on_terminal("pack", "hostile.safetensors", "-o", "out", columns=120)
+    assert code == 0
+    assert "\x1b]" not in shown
+    assert "\x1b[2J" not in shown
+    assert "\u202e" not in shown
+    for literal in ("\\x1b]0;owned", "\\x1b[2J", "\\u202e", "[bold]", "[/x]", ":smile:"):
+        assert literal in shown
+
+
+def test_progress_stays_off_stdout_and_off_pipes(packed, job):
+    result = start("gptq", job, "--activations", "acts", "-o", "out", capture_output=True)
+    assert result.stderr == b""
+    result = start("gptq", job, "--activations", "acts", "--json", "-o", "o2", capture_output=True)
+    assert json.loads(result.stdout)["output"] == "o2"
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_fits_80_columns(command):
+    outcome = ptq(*command, "--help")
+    assert outcome.code == 0
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "Usage: ptq" in outcome.out
+    if command:
+        assert "-o, --output" in outcome.out or command == ["eval"]
+    else:
+        for name in COMMANDS:
+            assert f"  {name} " in outcome.out
+
+
+def test_help_needs_neither_numpy_nor_rich_nor_plugins():
+    """Imports are what makes it slow; time would depend on the machine."""
+    script = (
+        "import sys; from ptq_cli.cli.main import run; code = run(['--help']);"
+        "print(sorted(m for m in sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, check=True
+    )
+    modules = result.stderr.decode()
+    for name in ("numpy", "rich", "safetensors", "ml_dtypes", "ptq_cli.methods", "ptq_cli.formats"):
+        assert f"'{name}" not in modules, name
+
+
+def test_the_version_names_the_kernel():
+    outcome = ptq("--version")
+    assert outcome.code == 0
+    assert re.match(r"ptq \d+\.\d+.*BLAS: .+\)\n$", outcome.out)
+
+
+def test_debug_shows_the_traceback():
+    outcome = ptq("--debug", "pack", "nowhere.safetensors")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err
+    assert "Traceback" not in ptq("pack", "nowhere.safetensors").err

@@ -1,0 +1,320 @@
+"""The work folder: locked, resumed, never believed, and gone at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptq_cli.errors import PtqError
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tensors import as_bytes
+from tests.builders import ROOT, ptq, random_weight, small_job, small_model, tree
+
+JOB = {"command": "test", "bits": 4, "ignore": ("a", "b")}
+VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def opened(**options):
+    return Staging(Path("out"), options.pop("job", JOB), **options)
+
+
+def put(staging, unit="unit"):
+    staging.put(unit, [as_bytes("w", VALUES), as_bytes("z", VALUES[:0])], {"rel_err": 0.5})
+
+
+def interrupted(*units):
+    """What a run that was killed leaves behind."""
+    staging = opened()
+    for unit in units:
+        put(staging, unit)
+    staging.close()
+
+
+# ---- units ----
+
+
+def test_a_finished_unit_comes_back_as_it_was():
+    interrupted("unit", "../x", "/etc/passwd", "y" * 10_000, "\x1b")
+    staging = opened()
+    assert staging.resumed
+    for unit in ("unit", "../x", "/etc/passwd", "y" * 10_000, "\x1b"):
+        assert staging.finished(unit)
+        assert staging.result(unit) == {"rel_err": 0.5}
+        w, z = staging.tensors(unit)
+        assert w.data.tobytes() == VALUES.tobytes()
+        assert (w.spec.shape, z.spec.shape) == ((3, 4), (0, 4))
+    assert not staging.finished("another")
+    assert os.listdir() == ["out.partial"]
+    staging.close()
+
+
+def entry_of(suffix):
+    (path,) = Path("out.partial/units").glob(f"*{suffix}")
+    return path
+
+
+def flipped(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def edited(change):
+    path = entry_of(".json")
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+
+
+DAMAGE = {
+    "first bit": lambda: flipped(entry_of(".bin"), 0),
+    "last bit": lambda: flipped(entry_of(".bin"), -1),
+    "cut": lambda: os.truncate(entry_of(".bin"), 20),
+    "longer": lambda: entry_of(".bin").write_bytes(entry_of(".bin").read_bytes() + b"\0"),
+    "no data": lambda: entry_of(".bin").unlink(),
+    "no entry": lambda: entry_of(".json").unlink(),
+    "entry cut": lambda: os.truncate(entry_of(".json"), 30),
+    "entry empty": lambda: os.truncate(entry_of(".json"), 0),
+    "entry a list": lambda: entry_of(".json").write_text("[]"),
+    "entry a number": lambda: entry_of(".json").write_text("5"),
+    "entry nested": lambda: entry_of(".json").write_text("[" * 100_000),
+    "result edited": lambda: edited(lambda e: e["result"].update(rel_err=0.0)),
+    "shape edited": lambda: edited(lambda e: e["tensors"][0].__setitem__(2, [4, 3])),
+    "dtype edited": lambda: edited(lambda e: e["tensors"][0].__setitem__(1, "I32")),
+    "dtype unknown": lambda: edited(lambda e: e["tensors"][0].__setitem__(1, "X")),
+    "unit edited": lambda: edited(lambda e: e.update(unit="other")),
+    "no checksum": lambda: edited(lambda e: e.pop("sha256")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_torn_or_edited_unit_is_not_finished(damage):
+    interrupted("unit")
+    damage()
+    staging = opened()
+    assert not staging.finished("unit")
+    put(staging)
+    assert staging.finished("unit")
+    staging.close()
+
+
+def test_one_units_files_do_not_serve_another():
+    interrupted("one")
+    (data,), (entry,) = (list(Path("out.partial/units").glob(f"*{s}")) for s in (".bin", ".json"))
+    staging = opened()
+    target = staging._path("two", ".bin")
+    data.rename(target)
+    entry.rename(target.with_suffix(".json"))
+    assert not staging.finished("two")
+    staging.close()
+
+
+# ---- runs ----
+
+
+def test_a_second_run_is_kept_out():
+    first = opened()
+    with pytest.raises(PtqError, match="another run is working"):
+        opened()
+    with pytest.raises(PtqError, match="another run is working"):
+        opened(restart=True)
+    first.close()
+    opened().close()
+
+
+def test_other_settings_are_refused_and_named():
+    interrupted("unit")
+    job = {**JOB, "bits": 3, "extra": 1}
+    with pytest.raises(PtqError, match=r"other bits, extra; --restart"):
+        opened(job=job)
+    staging = opened()  # the work is still there
+    assert staging.finished("unit")
+    staging.close()
+    staging = opened(job=job, restart=True)
+    assert not staging.resumed
+    assert not staging.finished("unit")
+    staging.close()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1, "a": 1}'])
+def test_a_damaged_job_is_an_error_that_restart_mends(content):
+    interrupted("unit")
+    Path("out.partial/job.json").write_text(content)
+    with pytest.raises(PtqError, match=r"job\.json"):
+        opened()
+    staging = opened(restart=True)
+    assert not staging.finished("unit")
+    staging.close()
+
+
+def test_work_without_a_job_is_begun_anew():
+    interrupted("unit")
+    Path("out.partial/job.json").unlink()
+    staging = opened()
+    assert not staging.finished("unit")
+    staging.close()
+
+
+# ---- publishing ----
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_output_gets_its_name_and_the_work_goes(kind):
+    staging = opened()
+    if kind == "file":
+        staging.out.write_text("new")
+    else:
+        staging.out.mkdir()
+        (staging.out / "a").write_text("new")
+    staging.publish()
+    assert os.listdir() == ["out"]
+    assert Path("out" if kind == "file" else "out/a").read_text() == "new"
+
+
+def test_force_exchanges_old_and_new():
+    Path("out").mkdir()
+    Path("out/old").write_text("old")
+    with pytest.raises(PtqError, match="exists"):
+        opened()
+    staging = opened(force=True)
+    assert Path("out/old").exists()
+    staging.out.mkdir()
+    (staging.out / "new").write_text("new")
+    staging.publish()
+    assert os.listdir() == ["out"]
+    assert os.listdir("out") == ["new"]
+
+
+def test_an_output_that_came_in_between_is_not_replaced():
+    staging = opened()
+    staging.out.mkdir()
+    Path("out").mkdir()
+    Path("out/mine").write_text("mine")
+    with pytest.raises(PtqError, match="exists"):
+        staging.publish()
+    assert Path("out/mine").exists()
+    staging.close()
+
+
+# ---- kills ----
+
+KILLER = """
+import os, signal, sys
+from ptq_cli.storage import files, staging
+from ptq_cli.cli.main import run
+count, arguments = int(sys.argv[1]), sys.argv[2:]
+calls = 0
+def deadly(function):
+    def wrapped(*a, **k):
+        global calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*a, **k)
+    return wrapped
+os.replace, os.rename, os.fsync = map(deadly, (os.replace, os.rename, os.fsync))
+for owner in (staging, files):
+    owner.exchange = deadly(owner.exchange)
+sys.exit(run(arguments))
+"""
+
+
+def killed(count, *arguments):
+    """Run the command and kill it at its `count`-th rename, exchange or fsync."""
+    command = [sys.executable, "-c", KILLER, str(count), *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, timeout=60, check=False)
+
+
+def state(output):
+    path = Path(output)
+    if not path.exists():
+        return "absent"
+    return tree(path) if path.is_dir() else path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "counts"),
+    [("gptq", (1, 9, 23, 25)), ("calibrate", (2, 20, 22))],
+)
+@pytest.mark.parametrize("older", [False, True], ids=["new", "over an older output"])
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path, command, counts, older):
+    model, activations = small_job(tmp_path)
+    arguments = [command, model, "--activations", activations]
+    assert ptq(*arguments, "-o", "expected").code == 0
+    expected = state("expected")
+    for count in counts:
+        if older and command == "gptq":
+            Path("out").mkdir(exist_ok=True)
+            for name in os.listdir("out"):
+                os.unlink(f"out/{name}")
+            Path("out/old").write_text("old")
+        elif older:
+            Path("out").write_text("old")
+        before = state("out")
+        force = ["--force"] if older else []
+        result = killed(count, *arguments, "-o", "out", *force)
+        assert result.returncode in (0, -signal.SIGKILL), result.stderr
+        assert state("out") in (before, expected)
+        if state("out") == before:
+            again = ptq(*arguments, "-o", "out", *force)
+            assert again.code == 0, again.err
+        elif result.returncode:  # it had its name already; what is left is swept away
+            assert ptq(*arguments, "-o", "out", "--force").code == 0
+        assert state("out") == expected
+        left = {"out", "expected", model.name, activations.name}
+        assert set(os.listdir()) == left
+        if not older:
+            subprocess.run(["rm", "-r", "out"], check=True)
+
+
+def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
+    from ptq_cli import runner
+
+    model, activations = small_job(tmp_path)
+    done = []
+    work = runner._work
+
+    def interrupt(unit, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(unit.name)
+        return work(unit, *rest)
+
+    monkeypatch.setattr(runner, "_work", interrupt)
+    arguments = ["gptq", model, "--activations", activations, "-o", "out"]
+    with pytest.raises(KeyboardInterrupt):
+        ptq(*arguments)
+    assert Path("out.partial/job.json").is_file()
+    redone = []
+    monkeypatch.setattr(runner, "_work", lambda u, *rest: (redone.append(u.name), work(u, *rest)))
+    refused = ptq(*arguments, "--bits", 3)
+    assert refused.code == 1
+    assert "other bits" in refused.errors[0]
+    assert redone == []
+    assert ptq(*arguments).code == 0
+    assert len(redone) == 1
+    assert set(redone).isdisjoint(done)
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_model(tmp_path):
+    model, activations = small_job(tmp_path)
+    arguments = ["gptq", model, "--activations", activations, "-o", "out"]
+    assert killed(9, *arguments).returncode == -signal.SIGKILL
+    small_model(model, **{"layers.0.q_proj.weight": random_weight(12, 32, seed=77)})
+    outcome = ptq(*arguments)
+    assert outcome.code == 1
+    assert "other model" in outcome.errors[0]
+    assert ptq(*arguments, "--restart").code == 0
