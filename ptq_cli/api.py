@@ -125,7 +125,7 @@ def calibrate(
     }
     staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
     result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen)
-    if bare := result["without_tokens"]:
+    if bare := result.pop("without_tokens"):
         warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
         warn(warnings[-1])
     return {"output": str(target), "warnings": warnings, **result}
