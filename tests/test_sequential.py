@@ -206,7 +206,9 @@ def moe_folder(folder: Path) -> Path:
     }  # fmt: skip
     random = np.random.default_rng(5)
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (40, 32), "lm_head.weight": (40, 32), "model.norm.weight": (32,)
+        "model.embed_tokens.weight": (40, 32),
+        "lm_head.weight": (40, 32),
+        "model.norm.weight": (32,),
     }  # fmt: skip
     for block in range(2):
         base = f"model.layers.{block}."

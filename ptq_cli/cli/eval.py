@@ -76,7 +76,7 @@ def evaluate(
     the next-token distributions, and the share of equal top tokens.
 
     \b
-    ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-perplexity-increase 0.1
+    ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-kl 0.01
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_path(report_path)
