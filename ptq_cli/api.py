@@ -39,9 +39,11 @@ from ptq_cli.storage.calibration import (
     open_calibration,
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, open_quantized
+from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Plan, RunReport
 
 AnyPath = str | Path
@@ -70,6 +72,7 @@ def calibrate(
     missing: str = "error",
     force: bool = False,
     restart: bool = False,
+    resources: Resources = ALL_THERE_IS,
     listen: Callable[[int, int, str], None] = lambda done, total, site: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def calibrate(
         "heldout": list(heldout),
     }
     staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
-    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen)
+    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen, resources)
     if bare := result.pop("without_tokens"):
         warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
         warn(warnings[-1])
@@ -221,7 +224,13 @@ class Job:
     on_failure: str
 
     def run(
-        self, *, force: bool = False, restart: bool = False, listen: Listener = lambda _: None
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+        listen: Listener = lambda _: None,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError."""
         inputs = {"model": self.checkpoint.fingerprint}
@@ -233,6 +242,7 @@ class Job:
             "command": self.command,
             "version": __version__,
             "fallback": self.on_failure,
+            "max_shard_size": parse_size(str(max_shard_size)),
             **settings,
             **inputs,
         }
@@ -249,7 +259,24 @@ class Job:
             on_failure=self.on_failure,
             inputs=inputs,
             listen=listen,
+            resources=resources,
+            max_shard=parse_size(str(max_shard_size)),
         )
+
+    def memory_warnings(self, resources: Resources) -> list[str]:
+        """Units that take more memory than there is. (No part of the report: that depends on
+        nothing but what was asked.)"""
+        if resources.scheduler is not None:
+            return []
+        limit = resources.memory
+        big = [unit for unit in self.plan.units if unit.memory > limit]
+        if not big:
+            return []
+        most = max(unit.memory for unit in big)
+        return [
+            f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
+        ]
 
 
 def prepare(
@@ -311,9 +338,12 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
 
     >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
     """
-    run_options = {
-        key: options.pop(key) for key in ("force", "restart", "listen") if key in options
+    run_options: dict[str, Any] = {
+        key: options.pop(key)
+        for key in ("force", "restart", "listen", "max_shard_size")
+        if key in options
     }
+    run_options["resources"] = take_resources(options)
     own = (
         "calibration",
         "activations",
@@ -341,6 +371,13 @@ def token_settings(options: dict[str, Any]) -> TokenSettings:
         if name in values:
             values[name] = Path(values[name])
     return TokenSettings(**values)
+
+
+def take_resources(options: dict[str, Any]) -> Resources:
+    """Take `workers`, `max_memory` (bytes, or words like 2GiB) and `scheduler` out of `options`."""
+    workers, memory = options.pop("workers", None), options.pop("max_memory", None)
+    size = None if memory is None else parse_size(str(memory))
+    return Resources(workers, size, options.pop("scheduler", None))
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:

@@ -10,13 +10,16 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from ptq_cli._version import __version__
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.models.siblings import sites
+from ptq_cli.numerics.statistics import statistics_memory
 from ptq_cli.plan import check_float, default_reason, few_tokens
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
     NoTokens,
+    PortableSource,
     SiteInfo,
     StatisticsSource,
     StreamingSource,
@@ -28,6 +31,11 @@ from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import own_metadata, serialize
+from ptq_cli.storage.units import UnitStore
+from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
+from ptq_cli.workers import hire
+
+WORTH_A_PROCESS = 1 << 33  # multiplications
 
 
 @dataclass(frozen=True)
@@ -111,53 +119,109 @@ def missing_error(match: Match, where: str) -> InputError:
     )
 
 
+@dataclass(frozen=True)
+class SiteJob:
+    """All that a worker must know to make the statistics of one site."""
+
+    site: str
+    source: StatisticsSource
+    store: UnitStore
+
+
 def calibrate_sites(
     source: StatisticsSource,
     model: str,
     heldout: tuple[int, int],
     staging: Staging,
     listen: Callable[[int, int, str], None] = lambda done, total, site: None,
+    resources: Resources = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Make the statistics of every site of `source`, stage them, write the file.
 
-    Returns what the file's metadata says of each site, and the seconds it took.
+    Returns what the file's metadata says of each site, the sites that no token reaches, and the
+    seconds it took.
     """
     begin = time.perf_counter()
     entries: dict[str, Any] = {}
     bare: list[str] = []
+
+    def done(task: Task, entry: Any) -> None:
+        if entry is None:
+            bare.append(task.name)
+        else:
+            entries[task.name] = entry
+        listen(len(entries) + len(bare), len(source.sites), task.name)
+
     try:
+        size = sum(_site_bytes(info, heldout) for info in source.sites.values())
+        staging.check_space(size, size)
         with threadpool_limits(1):
-            if isinstance(source, StreamingSource):
-                source.begin(staging.folder / "stream", lambda tensor: None)
-            for done, site in enumerate(source.sites):
-                if not staging.finished(site):
-                    _stage(source, site, staging)
-                entry = staging.result(site)
-                if entry is None:
-                    bare.append(site)
-                else:
-                    entries[site] = entry
-                listen(done + 1, len(source.sites), site)
-        tensors = [tensor for site in entries for tensor in staging.tensors(site)]
+            _run_sites(source, staging, resources, done)
+        filled = [site for site in source.sites if site in entries]
+        tensors = [tensor for site in filled for tensor in staging.tensors(site)]
         content = file_content(model, heldout, entries)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
-    except PtqError:
-        staging.drop()
+    except PtqError as error:
+        staging.give_up(error)
         raise
     finally:
         staging.close()
-    return {"sites": entries, "without_tokens": bare, "seconds": time.perf_counter() - begin}
+    return {
+        "sites": {site: entries[site] for site in filled},
+        "without_tokens": bare,
+        "seconds": time.perf_counter() - begin,
+    }
 
 
-def _stage(source: StatisticsSource, site: str, staging: Staging) -> None:
-    """Make and stage the statistics of one site; nothing where no token reaches it."""
+def _run_sites(
+    source: StatisticsSource,
+    staging: Staging,
+    resources: Resources,
+    done: Callable[[Task, Any], None],
+) -> None:
+    portable = isinstance(source, PortableSource)
+    if isinstance(source, StreamingSource):
+        work_folder = staging.folder / "stream"
+        source.begin(work_folder, lambda tensor: None, resources.workers, resources.max_memory)
+    tasks, work = [], 0
+    for site, info in source.sites.items():
+        own = source.only(site) if isinstance(source, PortableSource) else source
+        tasks.append(Task(site, _memory(info), _make, SiteJob(site, own, staging.store)))
+        work += info.n_tokens * info.in_features**2
+    most = 1 + work // WORTH_A_PROCESS
+    size = resources.crew_for(most) if portable else 1
+    with hire(size, resources.scheduler if portable else None) as crew:
+        run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=not portable)
+
+
+def _make(job: SiteJob) -> Any:
+    """Make and stage the statistics of one site, unless a run before this one has."""
+    key = {}
+    if isinstance(job.source, PortableSource):
+        key = {"activations": {job.site: job.source.digest(job.site)}, "version": __version__}
+    if job.store.exists(job.site) and job.store.reusable(job.site, key):
+        return job.store.result(job.site)
+    begin = time.perf_counter()
     try:
-        statistics = source.load(site)
+        statistics = job.source.load(job.site)
     except NoTokens:
-        staging.put(site, [], None)
-        return
-    staging.put(site, site_tensors(statistics), site_entry(statistics))
+        job.store.put(job.site, key, [], None)
+        return None
+    entry = site_entry(statistics)
+    tensors = site_tensors(statistics)
+    job.store.put(job.site, key, tensors, entry, time.perf_counter() - begin)
+    return entry
+
+
+def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
+    n = info.in_features
+    return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
+
+
+def _memory(info: SiteInfo) -> int:
+    """Two Hessians while halves are merged, a chunk of inputs, and what is made of it."""
+    return statistics_memory(info.in_features) + 4 * info.in_features**2
 
 
 def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:

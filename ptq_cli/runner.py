@@ -1,12 +1,17 @@
 """THE loop: units in, a finished folder out.
 
 - All work of a run lies in `<output>.partial/` (storage/staging.py). A finished unit survives a
-  kill; the same command goes on after it; a run with other settings or inputs is refused.
-- A unit is worked on from names: its weights and statistics are read inside, only report rows come
-  back.
-- BLAS has one thread: its bits then depend on no thread count, and small products do not suffer
-  from a shared machine.
-- The output is assembled from the staged units, read back, compared, and renamed in one step.
+  kill; the same command goes on after it. It is believed only where its checksum holds and it was
+  made from the same bytes and settings; a run with other settings or inputs is refused.
+- A worker gets names and opens files itself, stages the unit itself, and gives back report rows.
+  Any `concurrent.futures` executor serves (workers.py); tasks.py says in which order, and how many
+  at once.
+- BLAS has one thread everywhere: its bits then depend on no thread count, and small products do
+  not suffer from a shared machine. The bytes of the output depend neither on the workers, nor on an
+  interruption, nor on the order of units.
+- The output is assembled from the memory-mapped units, read back, compared, and renamed in one
+  step.
+- A unit that fails is named; the others are finished, and then nothing is written.
 """
 
 from __future__ import annotations
@@ -22,16 +27,29 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.numerics.threads import use_threads
 from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
-from ptq_cli.storage.calibration import NoTokens, StatisticsSource, StreamingSource
+from ptq_cli.storage.calibration import (
+    NoTokens,
+    PortableSource,
+    StatisticsSource,
+    StreamingSource,
+)
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import Assembly, mapped, write_folder
+from ptq_cli.storage.digest import digest_of, digest_words
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.machine import cores
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_array, as_bytes
+from ptq_cli.storage.units import UnitStore
+from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import quantize_unit
 from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
+from ptq_cli.workers import hire
+
+WORTH_A_PROCESS = 1 << 22  # weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,20 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class UnitJob:
+    """All that a worker must know to do one unit: names and settings, no arrays."""
+
+    unit: Unit
+    checkpoint: Checkpoint
+    source: StatisticsSource | None
+    method: str
+    settings: Any
+    format: str
+    on_failure: str
+    store: UnitStore
+
+
 def run(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -56,28 +88,37 @@ def run(
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
     listen: Listener = lambda _: None,
+    resources: Resources = THIS_PROCESS,
+    max_shard: int = MAX_SHARD,
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
     inputs: fingerprints of the inputs, for quantization.json
+    max_shard: bytes of tensors in one weights file
 
     Raises:
-        PtqError: what a unit met; the work folder is removed.
+        PtqError: what a unit met; the work folder is removed, unless it is an earlier run's.
     """
     begin = time.perf_counter()
     try:
+        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
+        staging.check_space(packed, plan.bytes_after)
         with threadpool_limits(1):
-            rows = _run_units(plan, checkpoint, source, staging, on_failure, listen)
+            rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
         report = make_report(command, plan, rows, time.perf_counter() - begin)
-        _assemble(plan, checkpoint, staging, report, inputs or {})
+        _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
         staging.publish()
-    except PtqError:
-        staging.drop()
+    except PtqError as error:
+        staging.give_up(error)
         raise
     finally:
         staging.close()
     seconds = time.perf_counter() - begin
     return replace(report, totals={**report.totals, "seconds": seconds})
+
+
+def row_bytes(layer: Layer, fmt: str) -> int:
+    return sum(spec.nbytes for spec in format_named(fmt).specs(layer))
 
 
 def _run_units(
@@ -87,38 +128,64 @@ def _run_units(
     staging: Staging,
     on_failure: str,
     listen: Listener,
+    resources: Resources,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
     total = len(plan.layers)
     if isinstance(source, StreamingSource):
-        source.begin(staging.folder / "stream", _rounded(plan, staging))
-    for unit in plan.units:
-        if not staging.finished(unit.name):
-            _work(unit, plan, checkpoint, source, staging, on_failure)
-        for entry in staging.result(unit.name):
+        work = staging.folder / "stream"
+        source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
+
+    def done(task: Task, entries: Any) -> None:
+        for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
             listen(Progress(len(rows), total, row))
+
+    tasks = []
+    for unit in plan.units:
+        tensors = checkpoint.part(layer.tensor for layer in unit.layers)
+        statistics = source
+        if isinstance(source, PortableSource):
+            statistics = None if unit.site is None else source.only(unit.site)
+        own = plan.settings[1]
+        job = UnitJob(
+            unit, tensors, statistics, plan.method, own, plan.format, on_failure, staging.store
+        )
+        tasks.append(Task(unit.name, unit.memory, _work, job))
+    if source is not None and not isinstance(source, PortableSource):
+        threads = resources.crew_for(cores())  # each unit needs those before it
+        with hire(1) as crew, use_threads(threads):
+            run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=True)
+    else:
+        with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
+            run_tasks(tasks, crew, resources.memory_of(crew), done)
     return [rows[layer.module] for layer in plan.layers]
 
 
-def _work(
-    unit: Unit,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    source: StatisticsSource | None,
-    staging: Staging,
-    on_failure: str,
-) -> None:
-    """Read, quantize and stage one unit."""
+def _workers_at_most(plan: Plan) -> int:
+    """A process takes half a second to start: how many are worth it, unless asked for."""
+    return 1 + sum(layer.size for layer in plan.layers) // WORTH_A_PROCESS
+
+
+def _work(job: UnitJob) -> Any:
+    """Read, quantize and stage one unit, unless a run before this one has; its report rows."""
+    unit = job.unit
+    if job.store.exists(unit.name) and job.store.reusable(unit.name, _key(job)):
+        return job.store.result(unit.name)
+    begin = time.perf_counter()
+    digests: dict[str, str] = {}
 
     def load(layer: Layer) -> NDArray[np.float32]:
-        return checkpoint.matrix(layer.tensor, layer.shape)
+        data = job.checkpoint.read_bytes(layer.tensor)
+        digests[layer.tensor] = digest_of(data)
+        return job.checkpoint.matrix(layer.tensor, layer.shape, data)
 
+    site = unit.site
     statistics = None
     try:
-        if source is not None and unit.site is not None:
-            statistics = source.load(unit.site)
+        if job.source is not None and site is not None:
+            statistics = job.source.load(site)
     except NoTokens:
         unit = replace(unit, nearest="no token reaches it")
     try:
@@ -126,10 +193,10 @@ def _work(
             unit,
             statistics,
             load,
-            method(plan.method),
-            plan.settings[1],
-            format_named(plan.format),
-            on_failure=on_failure,
+            method(job.method),
+            job.settings,
+            format_named(job.format),
+            on_failure=job.on_failure,
         )
     except NumericalError as error:
         error.hint = f"{error.hint}, or allow --fallback rtn"
@@ -137,7 +204,29 @@ def _work(
     tensors = [
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
-    staging.put(unit.name, tensors, [asdict(result.row) for result in results])
+    entries = [asdict(result.row) for result in results]
+    seconds = time.perf_counter() - begin
+    job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
+    return entries
+
+
+def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a finished unit must have been made from to be taken over.
+
+    digests: of the tensors, where they were read already
+    """
+    if digests is None:
+        names = [layer.tensor for layer in job.unit.layers]
+        digests = {name: digest_of(job.checkpoint.read_bytes(name)) for name in names}
+    unit, site = replace(job.unit, memory=0), job.unit.site
+    words = (__version__, repr(unit), job.method, repr(job.settings), job.format, job.on_failure)
+    return {
+        "tensor": dict(digests),
+        "statistics": job.source.digest(site)
+        if site is not None and isinstance(job.source, PortableSource)
+        else None,
+        "settings": digest_words(*words),
+    }
 
 
 def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
@@ -146,7 +235,7 @@ def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
     def rounded(tensor: str) -> FloatArray | None:
-        if tensor not in place or not staging.finished(place[tensor][0].name):
+        if tensor not in place or not staging.store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
@@ -163,6 +252,7 @@ def _assemble(
     staging: Staging,
     report: RunReport,
     inputs: Mapping[str, str],
+    max_shard: int,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
@@ -183,7 +273,7 @@ def _assemble(
         "report.json": as_document(report, times=False),
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
-    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint)
+    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint, max_shard)
 
 
 def quantization_document(

@@ -63,7 +63,6 @@ class TokenSource:
 
     feedback: layers that are rounded already feed the layers after them
     correct: sum up the drift from the float model, too
-    memory: bytes that the forward of batches side by side may take
     """
 
     def __init__(
@@ -74,10 +73,9 @@ class TokenSource:
         *,
         feedback: bool = False,
         correct: bool = False,
-        memory: int | None = None,
     ) -> None:
         self.checkpoint, self.tokens, self.heldout = checkpoint, tokens, heldout
-        self.feedback, self.correct, self.memory = feedback, feedback and correct, memory
+        self.feedback, self.correct = feedback, feedback and correct
         self.arch = model_architecture(checkpoint)
         self.name, self.files = tokens.name, tokens.files
         self.surplus: tuple[str, ...] = ()
@@ -128,12 +126,16 @@ class TokenSource:
             return n_tokens
         return n_tokens * experts.top_k // len(experts.outputs)
 
-    def begin(self, work: Path, rounded: Rounded) -> None:
+    def begin(
+        self, work: Path, rounded: Rounded, workers: int | None = None, memory: int | None = None
+    ) -> None:
         """Begin, or go on.
 
         work: a folder of the run's; rounded: the float32 tensor that a rounded layer decodes to,
-        or None where it is not rounded (yet)
+        or None where it is not rounded (yet); workers, memory: batches side by side, and the
+        bytes they may take
         """
+
         def current(name: str) -> Array:
             values = rounded(name)
             return self.checkpoint.read(name) if values is None else values
@@ -141,7 +143,7 @@ class TokenSource:
         reads = {"rounded": current} if self.feedback else {}
         if self.correct or not self.feedback:
             reads["float"] = self.checkpoint.read
-        n_threads = threads(self.arch, self._parts, self.memory)
+        n_threads = threads(self.arch, self._parts, workers, memory)
         self._streams = [
             Stream(name, self.arch, read, self._parts, work, n_threads)
             for name, read in reads.items()

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import sched_getaffinity
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -24,6 +23,7 @@ from ptq_cli.models.architecture import Architecture
 from ptq_cli.models.attention import Packing, pack
 from ptq_cli.models.forward import Routing, Stage, State, begin, embed, forward_block, stages
 from ptq_cli.models.memory import block_memory
+from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
 from ptq_cli.storage.tokens import Tokens
 from ptq_cli.values import Array
@@ -57,13 +57,18 @@ def batches(tokens: Tokens) -> tuple[Batch, ...]:
     return tuple(result)
 
 
-def threads(arch: Architecture, parts: tuple[Batch, ...], memory: int | None = None) -> int:
+def threads(
+    arch: Architecture,
+    parts: tuple[Batch, ...],
+    workers: int | None = None,
+    memory: int | None = None,
+) -> int:
     """How many batches run side by side: one a core, fewer where `memory` is short."""
-    cores = len(sched_getaffinity(0))
+    count = cores() if workers is None else workers
     if memory is not None:
         need = block_memory(arch, max(batch.packing.n_tokens for batch in parts))
-        cores = min(cores, max(1, memory // need))
-    return min(cores, len(parts))
+        count = min(count, max(1, memory // need))
+    return min(count, len(parts))
 
 
 def side_by_side(n: int, work: Callable[[Batch], T], parts: tuple[Batch, ...]) -> list[T]:

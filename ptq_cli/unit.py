@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.measures import Measures, measure
+from ptq_cli.numerics.grid import blank, round_piece, round_to_nearest
+from ptq_cli.numerics.measures import Measures, measure, measure_rows
 from ptq_cli.values import (
     Array,
     Format,
@@ -117,9 +117,8 @@ def _round(
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     exact = None if statistics is None else statistics.heldout_float
-    plain = _as_stored(layer, round_to_nearest(weight, grid), fmt)
-    rtn = measure(weight, plain, hessian, heldout, exact)
-    if failure is not None:
+    plain, rtn = _nearest(weight, layer, fmt, hessian, heldout, exact)
+    if failure is not None or method.is_nearest(method_settings):
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
     result: MethodResult = method.apply(weight, prepared, grid, method_settings)
     stored = _as_stored(layer, result.weight, fmt)
@@ -131,6 +130,31 @@ def _round(
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
         return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
     return _Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
+
+
+def _nearest(
+    weight: NDArray[np.float32],
+    layer: Layer,
+    fmt: Format,
+    hessian: NDArray[np.float32] | None,
+    heldout: Array | None,
+    exact: Array | None,
+) -> tuple[QuantizedWeight, Measures]:
+    """Plain rounding to nearest and its errors, a few rows at a time."""
+    if layer.grid.group_size == 0:
+        plain = _as_stored(layer, round_to_nearest(weight, layer.grid), fmt)
+        return plain, measure(weight, plain, hessian, heldout, exact)
+    plain = blank(layer.shape, layer.grid)
+
+    def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        error = round_piece(weight[rows], plain, rows)
+        return weight[rows], error
+
+    measures = measure_rows(layer.shape, work, hessian, heldout, exact)
+    stored = _as_stored(layer, plain, fmt)
+    if stored.offsets is not None:  # then it does not decode to quite what was measured
+        measures = measure(weight, stored, hessian, heldout, exact)
+    return stored, measures
 
 
 def _error(measures: Measures) -> float:

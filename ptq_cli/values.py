@@ -86,6 +86,15 @@ class Grid:
         """First column of each group, then `in_features`."""
         return [*range(0, in_features, self.width(in_features)), in_features]
 
+    def runs(self, in_features: int) -> list[tuple[slice, slice]]:
+        """Runs of equally long groups: (their columns, the groups)."""
+        width = self.width(in_features)
+        full = in_features // width
+        runs = [(slice(0, full * width), slice(0, full))] if full else []
+        if in_features % width:
+            runs.append((slice(full * width, in_features), slice(full, full + 1)))
+        return runs
+
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scales and zeros for a weight of `shape`."""
         return (1, 1) if self.group_size == 0 else (shape[0], self.n_groups(shape[1]))
@@ -138,16 +147,27 @@ class QuantizedWeight:
 
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """`scales · (codes − zeros)` (or with offsets) as float32 [rows, in_features]."""
-        group = self.column_groups()
-        own = slice(None) if self.scales.shape[0] == 1 else rows
-        scales = self.scales[own].astype(np.float32)[:, group]
+        result: NDArray[np.float32] = self.codes[rows].astype(np.float32)
+        if self.offsets is None:
+            self._by_group(np.subtract, result, self.zeros, rows)
+        self._by_group(np.multiply, result, self.scales, rows)
         if self.offsets is not None:
-            offsets = self.offsets[own].astype(np.float32)[:, group]
-            sums: NDArray[np.float32] = self.codes[rows].astype(np.float32) * scales + offsets
-            return sums
-        zeros = self.zeros[own].astype(np.float32)[:, group]
-        result: NDArray[np.float32] = (self.codes[rows].astype(np.float32) - zeros) * scales
+            self._by_group(np.add, result, self.offsets, rows)
         return result
+
+    def _by_group(
+        self, operation: np.ufunc, result: NDArray[np.float32], values: Array, rows: slice
+    ) -> None:
+        """`result = operation(result, values of each column's group)`, in place."""
+        own = values[slice(None) if len(values) == 1 else rows].astype(np.float32)
+        if self.g_idx is not None:
+            operation(result, own[:, self.g_idx], out=result)
+            return
+        for columns, groups in self.grid.runs(result.shape[1]) if result.size else ():
+            part = result[:, columns].reshape(len(result), groups.stop - groups.start, -1)
+            operation(part, own[:, groups, None], out=part)
+            if not np.may_share_memory(part, result):  # a short last group: reshape copied
+                result[:, columns] = part.reshape(len(result), -1)
 
 
 @dataclass(frozen=True)
@@ -328,7 +348,10 @@ class Method:
         statistics, or from None where there is no calibration; called once per unit
     apply: rounds one weight, float32 or float64 [out_features, in_features]
     needs_hessian: whether statistics change the result
-    memory: bytes that `prepare` and `apply` need for a weight of this shape
+    memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
+        itself, its Hessian and the result
+    is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
+        each group; it is then not called
     """
 
     name: str
@@ -338,6 +361,7 @@ class Method:
     apply: Callable[[FloatArray, Any, Grid, Any], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
+    is_nearest: Callable[[Any], bool] = lambda settings: False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ Imports point one way, from a later floor to an earlier one or within the same f
     5  registry                                  their names
     6  storage                                   the only one that opens files
     7  plan
-    8  unit, linear, report                      one unit's work; what is said of it
+    8  workers, worker, tasks                    where work is done, and in which order
+       unit, linear, report                      one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation           the loops
        quality, torch_capture
@@ -38,7 +39,7 @@ FLOORS = [
     ("registry",),
     ("storage",),
     ("plan",),
-    ("unit", "linear", "report", "stream", "sequential"),
+    ("workers", "worker", "tasks", "unit", "linear", "report", "stream", "sequential"),
     ("runner", "calibration", "evaluation", "quality", "torch_capture"),
     ("display", "options", "config"),
     ("api",),
@@ -175,6 +176,8 @@ def test_only_display_imports_rich_and_only_the_cli_click(path):
 def test_nothing_runs_what_it_reads(path):
     """No pickle, eval, exec, shell; `.npy` files come through storage/npy.py alone."""
     dangerous = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "subprocess", "torch"}
+    if dotted(path) == "ptq_cli.workers":
+        dangerous -= {"subprocess"}  # it starts this package's own worker, without a shell
     assert {name.split(".")[0] for name in imports(path)}.isdisjoint(dangerous)
     content = ast.parse(path.read_text())
     for node in ast.walk(content):

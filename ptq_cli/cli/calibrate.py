@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ptq_cli import api, display
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 
@@ -62,6 +62,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
     metavar="FILE",
     help="[default: <model>.calibration.safetensors beside MODEL]",
 )
+@resource_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
@@ -80,7 +81,7 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
-    **tokens: Any,
+    **options: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
 
@@ -95,7 +96,7 @@ def calibrate(
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    settings = api.token_settings(tokens)
+    settings = api.token_settings(options)
     if bool(merge) + bool(activations) + settings.given > 1:
         raise click.UsageError("--merge, --activations and --tokens exclude each other")
     with display.ProgressLine("calibrate", quiet=as_json) as line:
@@ -111,6 +112,7 @@ def calibrate(
             missing=fallback,
             force=force,
             restart=restart,
+            resources=api.take_resources(options),
             listen=line,
             warn=lambda warning: emit_warnings([warning], strict),
         )

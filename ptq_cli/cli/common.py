@@ -46,6 +46,31 @@ def source_options(command: C) -> C:
     return command
 
 
+def resource_options(command: C) -> C:
+    """What a run may use."""
+    for option in (
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Let the workers of a Dask cluster do the work (needs ptq[distributed]).",
+        ),
+        click.option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory for the units in flight, like 2GiB.  [default: three quarters of what is"
+            " available]",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1, 4096),
+            metavar="N",
+            help="Processes at work.  [default: the cores there are]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def report_options(command: C) -> C:
     """What is printed and written of the report."""
     for option in (

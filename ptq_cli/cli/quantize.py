@@ -16,6 +16,7 @@ from ptq_cli.cli.common import (
     gate_options,
     model_argument,
     report_options,
+    resource_options,
     source_options,
 )
 from ptq_cli.cli.tokens import token_options
@@ -60,6 +61,14 @@ def _command(name: str) -> click.Command:
     command: Any = run
     command = gate_options(command)
     command = report_options(command)
+    command = resource_options(command)
+    command = click.option(
+        "--max-shard-size",
+        default="4GB",
+        show_default=True,
+        metavar="SIZE",
+        help="Weights files hold at most SIZE.",
+    )(command)
     command = click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")(
         command
     )
@@ -110,13 +119,21 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
         "tokens": api.token_settings(options)
     }
     job = api.prepare(name, model, options, recipe, output=options["output"], **where)
-    emit_warnings(job.plan.warnings, options["strict"])
+    resources = api.take_resources(options)
+    warnings = (*job.plan.warnings, *job.memory_warnings(resources))
+    emit_warnings(warnings, options["strict"])
     with display.ProgressLine(name, quiet=options["as_json"]) as line:
 
         def listen(progress: Progress) -> None:
             line(progress.done, progress.total, progress.row.module)
 
-        report = job.run(force=options["force"], restart=options["restart"], listen=listen)
+        report = job.run(
+            force=options["force"],
+            restart=options["restart"],
+            resources=resources,
+            max_shard_size=options["max_shard_size"],
+            listen=listen,
+        )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
     emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))

@@ -14,7 +14,14 @@ from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import corrected, correction
 from ptq_cli.numerics.factor import NotPositiveDefinite
 from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.solver import Feedback, Passes, column_order, make_feedback, solve
+from ptq_cli.numerics.solver import (
+    PANEL_ROWS,
+    Feedback,
+    Passes,
+    column_order,
+    make_feedback,
+    solve,
+)
 from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
@@ -89,8 +96,9 @@ def _prepare(
     if statistics is None or not statistics.hessian.diagonal().any():
         return None
     wide = statistics.in_features > FLOAT64_COLUMNS
-    hessian: FloatArray = statistics.hessian.astype(np.float32 if wide else np.float64)
+    hessian: FloatArray = statistics.hessian.astype(np.float32 if wide else np.float64, copy=False)
     if settings.damp_percent == 0:
+        hessian = hessian.copy()
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     order = column_order(hessian, settings.act_order, grid)
@@ -126,7 +134,7 @@ def _apply(
         importance = np.ones(weight.shape[1], weight.dtype) if settings.mse else None
         return MethodResult(round_to_nearest(weight, grid, importance))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
-    weight = weight.astype(prepared.feedback.hessian.dtype)
+    weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
     if prepared.correction is not None:
         weight = corrected(weight, prepared.correction, settings.drift)
     rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes)
@@ -135,7 +143,9 @@ def _apply(
 
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
     out_features, n = shape
-    return 4 * (6 * n * n + 3 * out_features * n + 4 * n * min(out_features, 2048))
+    item = 8 if n <= FLOAT64_COLUMNS else 4
+    panel = n * min(out_features, PANEL_ROWS)
+    return item * (2 * n * n + 5 * panel + 2 * n * grid.width(n)) + 2 * out_features * n
 
 
 METHOD = Method(

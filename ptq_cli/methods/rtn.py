@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.grid import PIECE_ELEMENTS, round_to_nearest
 from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
 
 
@@ -35,7 +35,8 @@ def _apply(weight: FloatArray, diagonal: Any, grid: Grid, settings: RtnSettings)
 
 
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
-    return 24 * shape[0] * shape[1]
+    size = shape[0] * shape[1]
+    return 24 * size if grid.group_size == 0 else 3 * size + 64 * PIECE_ELEMENTS
 
 
 METHOD = Method(
@@ -46,4 +47,5 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=False,
     memory=_memory,
+    is_nearest=lambda settings: not settings.mse,
 )

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import FloatArray
 
 BLOCK = 128
+ROWS_AT_ONCE = 1024
 
 
 class NotPositiveDefinite(ArithmeticError):
@@ -35,7 +37,7 @@ def ldl_upper(matrix: FloatArray, block: int = BLOCK) -> tuple[FloatArray, Float
         stop = min(n, start + block)
         panel = factor[:stop, start:stop]
         if stop < n:
-            panel -= factor[:stop, stop:] @ factor[start:stop, stop:].T
+            _subtract_later(factor, start, stop)
         corner = _upper_cholesky(panel[start:])
         panel[start:] = corner
         panel[:start] = panel[:start] @ np.linalg.inv(corner).T
@@ -45,6 +47,17 @@ def ldl_upper(matrix: FloatArray, block: int = BLOCK) -> tuple[FloatArray, Float
         raise NotPositiveDefinite
     factor /= pivots
     return factor, pivots * pivots
+
+
+def _subtract_later(factor: FloatArray, start: int, stop: int) -> None:
+    """`F[:stop, J] −= F[:stop, >J] · F[J, >J]ᵀ`, J = start … stop−1."""
+    later = factor[start:stop, stop:].T
+
+    def subtract(top: int) -> None:
+        rows = slice(top, min(stop, top + ROWS_AT_ONCE))
+        factor[rows, start:stop] -= factor[rows, stop:] @ later
+
+    each(subtract, range(0, stop, ROWS_AT_ONCE))
 
 
 def _upper_cholesky(matrix: FloatArray) -> FloatArray:

@@ -17,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
-from ptq_cli.values import FloatArray, Grid, QuantizedWeight
+from ptq_cli.numerics.threads import each
+from ptq_cli.values import Codes, FloatArray, Grid, QuantizedWeight
+
+PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -154,16 +157,58 @@ def round_to_nearest(
         steps = weight / scales
         codes[:] = round_centred(steps, zeros, grid) + zeros
         return pack_result(codes, scales, zeros, grid)
-    for columns, n_groups, first in _group_runs(in_features, grid):
-        part = weight[:, columns].reshape(out_features, n_groups, -1)
+
+    def work(rows: slice) -> None:
+        round_rows(weight[rows], grid, importance, codes[rows], scales[rows], zeros[rows])
+
+    each(work, pieces(0, out_features, in_features))
+    return pack_result(codes, scales, zeros, grid)
+
+
+def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
+    """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
+    scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
+    return QuantizedWeight(
+        np.empty(shape, np.uint8), scales, np.empty(scales.shape, np.uint8), grid
+    )
+
+
+def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
+    """`round_to_nearest` of a few rows, written into those rows of `into`; gives their error,
+    `weight − dequantized`. (The group is not the whole tensor.)"""
+    scales = np.empty(into.scales[rows].shape, weight.dtype)
+    zeros = np.empty_like(scales)
+    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros)
+    into.scales[rows], into.zeros[rows] = scales, zeros
+    error = into.dequantized(rows)
+    return np.subtract(weight, error, out=error)
+
+
+def pieces(start: int, stop: int, columns: int) -> list[slice]:
+    """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
+    step = max(1, PIECE_ELEMENTS // max(1, columns))
+    return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]
+
+
+def round_rows(
+    weight: FloatArray,
+    grid: Grid,
+    importance: FloatArray | None,
+    codes: Codes,
+    scales: FloatArray,
+    zeros: FloatArray,
+) -> None:
+    """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows."""
+    for columns, groups in grid.runs(weight.shape[1]):
+        n_groups = groups.stop - groups.start
+        part = weight[:, columns].reshape(len(weight), n_groups, -1)
         weights = None if importance is None else importance[columns].reshape(n_groups, -1)
         part_scales, part_zeros = _fit(part, weights, grid)
         centred = round_centred(part / part_scales[..., None], part_zeros[..., None], grid)
         centred += part_zeros[..., None]
-        codes[:, columns] = centred.reshape(out_features, -1)
-        scales[:, first : first + n_groups] = part_scales
-        zeros[:, first : first + n_groups] = part_zeros
-    return pack_result(codes, scales, zeros, grid)
+        codes[:, columns] = centred.reshape(len(weight), -1)
+        scales[:, groups] = part_scales
+        zeros[:, groups] = part_zeros
 
 
 def _fit(
@@ -172,16 +217,6 @@ def _fit(
     if importance is None:
         return fit_grid(weight, grid, -1)
     return search_grid(weight, importance, grid, -1)
-
-
-def _group_runs(in_features: int, grid: Grid) -> list[tuple[slice, int, int]]:
-    """Runs of equally long groups: (columns, number of groups, first group)."""
-    width = grid.width(in_features)
-    full = in_features // width
-    runs = [(slice(0, full * width), full, 0)] if full else []
-    if in_features % width:
-        runs.append((slice(full * width, in_features), 1, full))
-    return runs
 
 
 def pack_result(

@@ -19,16 +19,20 @@ the drift of the inputs included, while `loss` and `rel_err` are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log10
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.numerics.grid import pieces
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, FloatArray, QuantizedWeight
 
 ROWS_AT_ONCE = 1024
+STRIP_ROWS = 256
+BLOCK_COLUMNS = 1024  # of ⟨H, Eᵀ E⟩, computed at a time
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,28 @@ def measure_against(
     heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
-    sums = _Sums(hessian, heldout, heldout_float)
-    for top in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = slice(top, min(top + ROWS_AT_ONCE, weight.shape[0]))
+
+    def rows_of(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         original = weight[rows].astype(np.float32, copy=False)
-        sums.add(original, original - dequantized(rows))
+        return original, original - dequantized(rows)
+
+    return measure_rows(weight.shape, rows_of, hessian, heldout, heldout_float)
+
+
+def measure_rows(
+    shape: tuple[int, ...],
+    rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+    hessian: NDArray[np.float32] | None,
+    heldout: Array | None,
+    heldout_float: Array | None = None,
+) -> Measures:
+    """The same, for anything that gives rows of the weight and of its error; each row is asked for
+    once, on any thread."""
+    sums = _Sums(hessian, heldout, heldout_float)
+    for top in range(0, shape[0], ROWS_AT_ONCE):
+        stop = min(top + ROWS_AT_ONCE, shape[0])
+        kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
+        sums.add(top, pieces(top, stop, shape[1]), rows_of, kept)
     return sums.result()
 
 
@@ -90,22 +111,52 @@ class _Sums:
         self.error = self.power = self.loss = self.energy = 0.0
         self.heldout_loss = self.heldout_energy = self.largest = 0.0
 
-    def add(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
-        if error.size == 0:
-            return
-        self.error += _square(error)
-        self.power += _square(weight)
-        self.largest = max(self.largest, float(error.max()), -float(error.min()))
+    @property
+    def has_products(self) -> bool:
+        return self.hessian is not None or self.heldout is not None
+
+    def add(
+        self,
+        top: int,
+        parts: Sequence[slice],
+        rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+        kept: NDArray[np.float32],
+    ) -> None:
+        """Take in rows from `top` on; `kept` has room for weight and error where products need
+        them whole."""
+
+        def work(rows: slice) -> tuple[float, float, float]:
+            weight, error = rows_of(rows)
+            if self.has_products:
+                place = slice(rows.start - top, rows.stop - top)
+                kept[0, place], kept[1, place] = weight, error
+            largest = max(float(error.max()), -float(error.min())) if error.size else 0.0
+            return _square(error), _square(weight), largest
+
+        for error, power, largest in each(work, parts):
+            self.error += error
+            self.power += power
+            self.largest = max(self.largest, largest)
+        if self.has_products and kept.size:
+            self._add_products(*kept)
+
+    def _add_products(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
         if self.hessian is not None:
-            self.loss += float(np.vdot(self.hessian, error.T @ error))
-            self.energy += float(np.vdot(self.hessian, weight.T @ weight))
+            self.loss += _trace(self.hessian, error)
+            self.energy += _trace(self.hessian, weight)
         if self.heldout is not None:
-            outputs = weight @ (self.heldout if self.drifted is None else self.drifted)
-            lost = error @ self.heldout
-            if self.drifted is not None:
-                lost += weight @ (self.drifted - self.heldout)
-            self.heldout_loss += _square(lost)
-            self.heldout_energy += _square(outputs)
+            heldout, drifted = self.heldout, self.drifted
+            wanted = heldout if drifted is None else drifted
+
+            def lost(rows: slice) -> float:
+                outputs = error[rows] @ heldout
+                if drifted is not None:
+                    outputs += weight[rows] @ (drifted - heldout)
+                return _square(outputs)
+
+            strips = [slice(top, top + STRIP_ROWS) for top in range(0, len(weight), STRIP_ROWS)]
+            self.heldout_loss += sum(each(lost, strips))
+            self.heldout_energy += sum(each(lambda rows: _square(weight[rows] @ wanted), strips))
 
     def result(self) -> Measures:
         loss = self.error if self.hessian is None else max(0.0, self.loss)
@@ -124,6 +175,21 @@ class _Sums:
 def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
     """Held-out inputs as [in_features, n], None where there are none."""
     return None if inputs is None or len(inputs) == 0 else inputs.astype(np.float32).T
+
+
+def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
+    """tr(rows · H · rowsᵀ) as ⟨H, rowsᵀ rows⟩, of which only the lower triangle is computed."""
+
+    def block(start: int) -> float:
+        columns = slice(start, start + BLOCK_COLUMNS)
+        left = rows[:, columns].T
+        total = float(np.vdot(hessian[columns, columns], left @ left.T))
+        if start:
+            total += 2 * float(np.vdot(hessian[columns, :start], left @ rows[:, :start]))
+        return total
+
+    # The last blocks are the longest, so they come first.
+    return sum(each(block, reversed(range(0, len(hessian), BLOCK_COLUMNS))))
 
 
 def _square(values: NDArray[np.float32]) -> float:

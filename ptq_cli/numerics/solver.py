@@ -38,6 +38,7 @@ from ptq_cli.numerics.grid import (
     round_to_nearest,
     search_grid,
 )
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, FloatArray, Grid, QuantizedWeight
 
 PANEL_ROWS = 2048
@@ -120,7 +121,8 @@ def solve(
     zeros = np.empty_like(scales)
     inverses = [np.linalg.inv(feedback.upper[a:b, a:b]).T for a, b in _pairs(starts)[1:]]
     back = np.argsort(order)
-    for top in range(0, out_features, PANEL_ROWS):
+
+    def work(top: int) -> None:
         rows = slice(top, min(out_features, top + PANEL_ROWS))
         panel = _Panel(transposed(weight[rows])[order], feedback, grid, starts, inverses, passes)
         panel.fixed = fixed
@@ -128,6 +130,8 @@ def solve(
         codes[rows] = transposed(panel.codes[back])
         scales[rows, group_of_start] = panel.scales.T
         zeros[rows, group_of_start] = panel.zeros.T
+
+    each(work, range(0, out_features, PANEL_ROWS))
     if fixed is not None:
         scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
     g_idx = None

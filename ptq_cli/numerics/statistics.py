@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, SiteStatistics
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
@@ -34,6 +35,13 @@ _BINS = 1 << 15
 def piece_tokens(in_features: int) -> int:
     """Tokens to read and hand to `SiteAccumulator.update` at a time."""
     return max(1, PIECE_ELEMENTS // max(1, in_features))
+
+
+def statistics_memory(in_features: int) -> int:
+    """Bytes that the accumulator of one site takes at most."""
+    rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
+    blocks = 2 * BLOCK_COLUMNS * in_features
+    return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
 
 
 class NonFiniteInput(InputError):
@@ -130,13 +138,17 @@ class SiteAccumulator:
         chunk, self._filled = self._chunk[: self._filled], 0
         if len(chunk) == 0:
             return
-        for start in range(0, self.in_features, BLOCK_COLUMNS):
+
+        def add(start: int) -> None:
             block = chunk[:, start : start + BLOCK_COLUMNS]
             rows = slice(start, start + BLOCK_COLUMNS)
             with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
                 if start:
                     self.hessian[rows, :start] += block.T @ chunk[:, :start]
                 self.hessian[rows, rows] += block.T @ block
+
+        # The last blocks are the longest, so they come first.
+        each(add, reversed(range(0, self.in_features, BLOCK_COLUMNS)))
 
     def result(self, site: str, linears: tuple[str, ...]) -> SiteStatistics:
         """The statistics so far. The accumulator is used up: its Hessian is handed over.

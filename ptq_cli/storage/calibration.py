@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
@@ -38,12 +38,14 @@ from ptq_cli.numerics.statistics import (
     static_scale,
 )
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
+from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, FloatArray, SiteStatistics
 
 VERSION = 1
+DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
 
@@ -85,14 +87,34 @@ class StreamingSource(StatisticsSource, Protocol):
     `sites`, each after the layers before it were rounded.
 
     begin: called once before that, with a folder for scratch files that survives a kill, and with
-        what a layer's tensor decodes to once it is rounded (None before)
+        what a layer's tensor decodes to once it is rounded (None before); workers, memory: the
+        threads and bytes it may use
     """
 
-    def begin(self, work: Path, rounded: Callable[[str], FloatArray | None]) -> None: ...
+    def begin(
+        self,
+        work: Path,
+        rounded: Callable[[str], FloatArray | None],
+        workers: int | None,
+        memory: int | None,
+    ) -> None: ...
 
 
 class NoTokens(InputError):
     """No token reaches a site (an expert that is never chosen)."""
+
+
+@runtime_checkable
+class PortableSource(StatisticsSource, Protocol):
+    """A source whose sites do not depend on one another: workers can make them, in any order."""
+
+    def only(self, site: str | None) -> PortableSource:
+        """The same for one site alone: all that a worker needs, and quickly sent."""
+        ...
+
+    def digest(self, site: str) -> str:
+        """A digest of all that the site's statistics are made from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,25 @@ class CalibrationFile:
             histogram_start=int(entry["histogram_start"]),
             **parts,
         )
+
+    def only(self, site: str | None) -> CalibrationFile:
+        names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint.part(names), metadata={}),
+            content={**self.content, "sites": _only(self.content["sites"], site)},
+            sites=_only(self.sites, site),
+        )
+
+    def digest(self, site: str) -> str:
+        digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
+        for part in PARTS:
+            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
+        return digest.hexdigest()
+
+
+def _only(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if name == site}
 
 
 def open_calibration(path: Path) -> CalibrationFile:
@@ -263,6 +304,13 @@ class Merged:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
+    def only(self, site: str | None) -> Merged:
+        return Merged(tuple(part.only(site) for part in self.parts))
+
+    def digest(self, site: str) -> str:
+        parts = [part.digest(site) for part in self.parts if site in part.sites]
+        return digest_words(*parts, str(self.parts[0].heldout_limit))
+
 
 @dataclass(frozen=True)
 class ActivationSite:
@@ -307,14 +355,29 @@ class Activations:
                     ) from None
         return sums.result(site, info.linears)
 
+    def only(self, site: str | None) -> Activations:
+        return replace(self, entries=_only(self.entries, site))
+
+    def digest(self, site: str) -> str:
+        entry = self.entries[site]
+        digest = Digest(repr((entry.info, self.heldout)))
+        for file in entry.files:
+            digest.update(np.empty(0, np.uint8))
+            step = DIGEST_PIECE // max(1, file.in_features * file.npy.dtype.itemsize) or 1
+            for start in range(0, file.n_tokens, step):
+                tokens = file.read(start, min(file.n_tokens, start + step))
+                digest.update(tokens.reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
     """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
 
-    paths: folders that hold those, or the files themselves
+    paths: folders that hold those, or the files themselves; what several of them hold of one
+        module is put together
 
     Raises:
-        InputError: a damaged file, shards of different widths, a module found twice.
+        InputError: a damaged file, shards of different widths.
     """
     found: dict[str, list[Path]] = {}
     for path in paths:

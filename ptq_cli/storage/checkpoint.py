@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.threads import each
 from ptq_cli.storage.files import (
     listing,
     parse_json,
@@ -31,6 +32,7 @@ from ptq_cli.storage.files import (
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
 
 MAX_HEADER = 25 << 20
+PIECE_ELEMENTS = 1 << 18  # converted and looked at while they are in the cache
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
@@ -124,27 +126,45 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def matrix(
+        self, name: str, shape: tuple[int, int], data: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.
+
+        data: the tensor's bytes, where they were read already
 
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        values = self.read(name)
-        with np.errstate(over="ignore"):  # named below
-            weight: NDArray[np.float32] = values.astype(np.float32).reshape(shape)
-        if not all_finite(weight):
-            bad = ~np.isfinite(weight.reshape(values.shape))
-            first = tuple(int(i) for i in np.argwhere(bad)[0])
-            what = (
-                "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
-            )
-            raise InputError(
-                f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
-                f" {list(first)}, {int(bad.sum())} in all",
-                hint="mend the checkpoint, or leave the tensor out with --ignore",
-            )
-        return weight
+        stored = self.tensors[name]
+        raw = self.read_bytes(name) if data is None else data
+        values = raw.view(NUMPY_DTYPES[stored.spec.dtype])
+        weight = np.empty(values.shape, np.float32)
+
+        def convert(start: int) -> bool:
+            part = slice(start, start + PIECE_ELEMENTS)
+            with np.errstate(over="ignore"):
+                weight[part] = values[part]
+            return all_finite(weight[part])
+
+        if not all(each(convert, range(0, values.size, PIECE_ELEMENTS))):
+            self._refuse(name, values.reshape(stored.spec.shape))
+        return weight.reshape(shape)
+
+    def _refuse(self, name: str, values: Array) -> NoReturn:
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(values.astype(np.float32))
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        what = "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"
+        raise InputError(
+            f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
+            f" {list(first)}, {int(bad.sum())} in all",
+            hint="mend the checkpoint, or leave the tensor out with --ignore",
+        )
+
+    def part(self, names: Iterable[str]) -> Checkpoint:
+        """Some of its tensors alone: all that a worker needs, and quickly sent."""
+        return replace(self, tensors={name: self.tensors[name] for name in names})
 
     @cached_property
     def fingerprint(self) -> str:

@@ -40,7 +40,7 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
-MAX_SHARD = 4 << 30
+MAX_SHARD = 4 * 10**9
 _VERIFY_BYTES = 1 << 24
 
 
@@ -67,11 +67,13 @@ def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
         return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
 
 
-def write_folder(out: Path, assembly: Assembly, source: Checkpoint) -> None:
+def write_folder(
+    out: Path, assembly: Assembly, source: Checkpoint, max_shard: int = MAX_SHARD
+) -> None:
     """Write the folder at its temporary place and prove it equal to what was staged."""
     with named(out):
         out.mkdir()
-    shards = _shards(assembly.parts)
+    shards = _shards(assembly.parts, max_shard)
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}
     total = 0
@@ -120,16 +122,16 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
 
 
 def _shards(
-    parts: Sequence[tuple[str, Sequence[Bytes]]],
+    parts: Sequence[tuple[str, Sequence[Bytes]]], max_shard: int
 ) -> list[list[tuple[str, Sequence[Bytes]]]]:
-    """Parts in order, in shards of at most MAX_SHARD bytes; a larger part is a shard of its own."""
+    """Parts in order, in shards of at most `max_shard` bytes; a larger part is one of its own."""
     shards: list[list[tuple[str, Sequence[Bytes]]]] = [[]]
-    room = MAX_SHARD
+    room = max_shard
     for part in parts:
         size = sum(tensor.spec.nbytes for tensor in part[1])
         if size > room and shards[-1]:
             shards.append([])
-            room = MAX_SHARD
+            room = max_shard
         shards[-1].append(part)
         room -= size
     return shards

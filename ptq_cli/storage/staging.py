@@ -1,47 +1,45 @@
 """The work folder of a run, `<output>.partial/`, and the one rename that ends it.
 
     job.json          what the run is: command, settings, inputs' fingerprints, version
-    units/<hash>.bin  the tensors of a finished unit, one after the other
-    units/<hash>.json their specs and checksum, and the unit's result; its being there makes the
-                      unit finished
+    units/            finished units (storage/units.py)
     out/              the finished output, until it is renamed to its place
+    published.json    which `out` was given its name: what is left after that is rubbish
 
-Every file is written under another name, fsynced and renamed. The folder is locked as long as a run
-works in it. File names are hashes: a tensor's name never chooses a path.
+The folder is locked as long as a run works in it; the system drops the lock with the process. At
+every instant the output's path is absent, the old output, or the new one, complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, PtqError
 from ptq_cli.storage.files import (
     exchange,
     named,
     read_json,
-    regular_file,
     sync_folder,
     to_json,
     write_whole,
 )
 from ptq_cli.storage.tensors import Bytes
-from ptq_cli.values import TensorSpec
+from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
-_OWN = ("job.json", "units", "out")
+_SLACK = 1 << 20
+_OWN = ("job.json", "units", "out", "stream", "published.json")
 
 
 class Staging:
     """The locked work folder of one output.
 
     output: the path that the run ends at; job: what makes two runs the same
+    resumed: whether it holds an interrupted run's work
     """
 
     def __init__(
@@ -57,19 +55,27 @@ class Staging:
         if output.name in ("", ".."):
             raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
-        _check_output(output, force, keep)
-        self._lock = self._locked_folder()
+        self.store = UnitStore(self.folder / "units")
+        _check_place(output)
+        self._lock, self._fresh = -1, False
+        if os.path.lexists(self.folder):
+            self._sweep()
         try:
+            _check_output(output, force, keep)
+            if self._lock < 0:
+                self._lock = self._locked_folder()
             self.resumed = self._take_over(job, restart)
-            self.units.mkdir(exist_ok=True)
-            shutil.rmtree(self.out, ignore_errors=True)
+            with named(self.folder):
+                self.store.folder.mkdir(exist_ok=True)
+            self.store.drop_partials()
+            _remove(self.out)
         except BaseException:
-            os.close(self._lock)
+            if self._fresh:
+                self.drop()
+            self.close()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # where it is empty, it is ours
             raise
-
-    @property
-    def units(self) -> Path:
-        return self.folder / "units"
 
     @property
     def out(self) -> Path:
@@ -79,8 +85,7 @@ class Staging:
         while True:
             with named(self.folder):
                 self.folder.mkdir(exist_ok=True)
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                descriptor = os.open(self.folder, flags)
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_ino == self.folder.stat().st_ino:
@@ -93,102 +98,95 @@ class Staging:
                 ) from None
             except FileNotFoundError:
                 pass
+            except OSError as error:
+                os.close(descriptor)
+                raise FileError(f"{self.folder}: {error.strerror}") from error
             os.close(descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what a run left that was killed after its output had got its name."""
+        self._lock = self._locked_folder()
+        marker = self.folder / "published.json"
+        if not marker.exists():
+            return
+        try:
+            identity = read_json(marker)
+        except InputError:
+            identity = None
+        if self.output.exists() and identity == _identity(self.output):
+            self.drop()
+        else:
+            with named(marker):
+                marker.unlink()
 
     def _take_over(self, job: Mapping[str, Any], restart: bool) -> bool:
         """Go on with what an interrupted run left, or begin. True where there was something."""
         path = self.folder / "job.json"
         if path.exists() and not restart:
-            earlier = read_json(path)
+            earlier, now = read_json(path), plain(dict(job))
             if not isinstance(earlier, dict):
                 raise InputError(f"{path}: damaged", hint="--restart begins anew")
-            differing = sorted(
-                key for key in {*earlier, *job} if earlier.get(key) != _plain(job.get(key))
-            )
+            keys = sorted({*earlier, *now})
+            differing = [key for key in keys if earlier.get(key) != now.get(key)]
             if differing:
                 raise InputError(
                     f"{self.folder}: an interrupted run with other {', '.join(differing)}",
                     hint="--restart drops its work, -o chooses another output",
                 )
             return True
-        entries = list(self.folder.iterdir())
+        with named(self.folder):
+            entries = list(self.folder.iterdir())
         for entry in entries:
-            if entry.name not in _OWN and not entry.name.startswith(".job.json."):
+            if entry.name not in _OWN and not entry.name.startswith("."):
                 raise InputError(
                     f"{entry}: not a run's; {self.folder} is where this run would work",
                     hint="move it away, or choose another output with -o",
                 )
+        self._fresh = True
         for entry in entries:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
         write_whole(path, to_json(dict(job)))
         return False
 
     def _path(self, unit: str, suffix: str) -> Path:
-        return self.units / (
-            hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest() + suffix
-        )
+        return self.store.path(unit, suffix)
 
     def put(self, unit: str, tensors: Sequence[Bytes], result: Any) -> None:
-        """Keep a finished unit: its tensors, and what there is to say about it (JSON)."""
-        path = self._path(unit, ".bin")
-        partial = path.with_suffix(".tmp")
-        digest = hashlib.sha256()
-        with named(path):
-            with open(partial, "wb") as file:
-                for tensor in tensors:
-                    file.write(tensor.data.data)
-                    digest.update(tensor.data.data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        entry = {
-            "unit": unit,
-            "tensors": [[t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in tensors],
-            "result": result,
-        }
-        digest.update(to_json(entry).encode())
-        write_whole(self._path(unit, ".json"), to_json({**entry, "sha256": digest.hexdigest()}))
+        """Keep a finished unit that is known by the job alone."""
+        self.store.put(unit, {}, tensors, result)
 
     def finished(self, unit: str) -> bool:
-        """Whether the unit is there, whole: its bytes and its entry match their checksum."""
-        if not self._path(unit, ".json").exists():
-            return False
-        try:
-            tensors, digest = self.tensors(unit), hashlib.sha256()
-            for tensor in tensors:
-                digest.update(tensor.data.data)
-            entry = dict(self._entry(unit))
-            checksum = entry.pop("sha256")
-            digest.update(to_json(entry).encode())
-            return bool(entry["unit"] == unit and checksum == digest.hexdigest())
-        except (InputError, KeyError, TypeError, ValueError):
-            return False
-
-    def _entry(self, unit: str) -> Any:
-        return read_json(self._path(unit, ".json"))
+        return self.store.exists(unit) and self.store.reusable(unit, {})
 
     def result(self, unit: str) -> Any:
-        return self._entry(unit)["result"]
+        return self.store.result(unit)
 
     def tensors(self, unit: str) -> list[Bytes]:
-        """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
-        path = self._path(unit, ".bin")
-        specs = [TensorSpec(n, d, tuple(s)) for n, d, s in self._entry(unit)["tensors"]]
-        size = sum(spec.nbytes for spec in specs)
-        if regular_file(path) != size:
-            raise FileError(f"{path}: not the {size} bytes that were written")
-        with named(path):
-            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        tensors, start = [], 0
-        for spec in specs:
-            tensors.append(Bytes(spec, data[start : start + spec.nbytes]))
-            start += spec.nbytes
-        return tensors
+        return self.store.tensors(unit)
+
+    def check_space(self, staged: int, final: int) -> None:
+        """Refuse to begin where the disk cannot hold `staged` bytes of units (less what is there
+        already) and `final` bytes of output.
+
+        Raises:
+            FileError: too little space; what was there is left as it is.
+        """
+        with named(self.folder):
+            there = sum(entry.stat().st_size for entry in os.scandir(self.store.folder))
+            status = os.statvfs(self.folder)
+        free = status.f_bavail * status.f_frsize
+        wanted = max(0, staged - there) + final + _SLACK
+        if free < wanted:
+            raise FileError(
+                f"{self.output.parent}: {_megabytes(wanted)} are needed, {_megabytes(free)} free",
+                hint="free some space, or choose another place with -o",
+            )
 
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         sync_folder(self.out if self.out.is_dir() else self.folder)
-        if self.output.exists():
+        write_whole(self.folder / "published.json", to_json(_identity(self.out)))
+        if os.path.lexists(self.output):
             if not self.force:
                 raise _exists(self.output)
             exchange(self.out, self.output)
@@ -197,6 +195,11 @@ class Staging:
                 os.rename(self.out, self.output)
         sync_folder(self.output.parent)
         self.drop()
+
+    def give_up(self, error: PtqError) -> None:
+        """After an error nothing is left, unless that would throw away an earlier run's work."""
+        if not isinstance(error, ChangedInput):
+            self.drop()
 
     def drop(self) -> None:
         """Remove the work folder and give up the lock."""
@@ -210,13 +213,23 @@ class Staging:
             self._lock = -1
 
 
-def _plain(value: Any) -> Any:
-    """As JSON would give it back: tuples are lists."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+def _identity(path: Path) -> list[int]:
+    with named(path):
+        status = path.stat()
+    return [status.st_dev, status.st_ino]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        with named(path):
+            shutil.rmtree(path)
+    else:
+        with named(path):
+            path.unlink(missing_ok=True)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
 def _exists(output: Path) -> InputError:
@@ -225,19 +238,34 @@ def _exists(output: Path) -> InputError:
     )
 
 
-def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
-    """Refuse an output that exists, cannot be written, or holds what is being read."""
+def _check_place(output: Path) -> None:
     parent = output.parent
     if not parent.is_dir():
         raise FileError(f"{parent}: no such folder", hint="make it first")
     if not os.access(parent, os.W_OK):
         raise FileError(f"{parent}: not writable", hint="choose another place with -o")
-    if os.path.lexists(output):
-        if output.is_symlink() and not output.exists():
-            raise InputError(f"{output}: a link that leads nowhere", hint="remove it first")
-        if not force:
-            raise _exists(output)
-        target = output.resolve()
-        for path in (p.resolve() for p in keep):
-            if path == target or target in path.parents:
-                raise InputError(f"{output}: holds {path}, which is being read")
+
+
+def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
+    """Refuse an output that exists, or holds what is being read."""
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() and not output.exists():
+        raise InputError(f"{output}: a link that leads nowhere", hint="remove it first")
+    if not force:
+        raise _exists(output)
+    target = output.resolve()
+    for path in (p.resolve() for p in keep):
+        if path == target or target in path.parents:
+            raise InputError(f"{output}: holds {path}, which is being read")
+    if output.is_dir() and not _is_own(output):
+        raise InputError(
+            f"{output}: a folder that this tool did not write; --force does not replace it",
+            hint="remove it yourself, or choose another output with -o",
+        )
+
+
+def _is_own(folder: Path) -> bool:
+    """An empty folder, or an output of this tool."""
+    names = os.listdir(folder)
+    return not names or "quantization.json" in names

@@ -57,6 +57,7 @@ def gptq_refused(model: object, *options: object, words: tuple[str, ...]) -> Out
     """The same for gptq, with an older output that must survive it, replaced or not."""
     Path("old").mkdir()
     Path("old/model.safetensors").write_text("older output")
+    Path("old/quantization.json").write_text("{}")
     refused("gptq", model, "--activations", "acts", "-o", "old", "--force", *options, words=words)
     return refused("gptq", model, "--activations", "acts", "-o", "new", *options, words=words)
 

@@ -183,9 +183,18 @@ def test_the_output_gets_its_name_and_the_work_goes(kind):
     assert Path("out" if kind == "file" else "out/a").read_text() == "new"
 
 
+def test_force_replaces_no_folder_that_another_made():
+    Path("out").mkdir()
+    Path("out/thesis.tex").write_text("years of work")
+    with pytest.raises(PtqError, match="did not write"):
+        opened(force=True)
+    assert os.listdir("out") == ["thesis.tex"]
+
+
 def test_force_exchanges_old_and_new():
     Path("out").mkdir()
     Path("out/old").write_text("old")
+    Path("out/quantization.json").write_text("{}")
     with pytest.raises(PtqError, match="exists"):
         opened()
     staging = opened(force=True)
@@ -261,6 +270,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, command, counts, ol
             for name in os.listdir("out"):
                 os.unlink(f"out/{name}")
             Path("out/old").write_text("old")
+            Path("out/quantization.json").write_text("{}")
         elif older:
             Path("out").write_text("old")
         before = state("out")
@@ -285,21 +295,26 @@ def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
 
     model, activations = small_job(tmp_path)
     done = []
-    work = runner._work
+    work = runner.quantize_unit
 
-    def interrupt(unit, *rest):
+    def interrupt(unit, *rest, **options):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(unit.name)
-        return work(unit, *rest)
+        return work(unit, *rest, **options)
 
-    monkeypatch.setattr(runner, "_work", interrupt)
+    monkeypatch.setattr(runner, "quantize_unit", interrupt)
     arguments = ["gptq", model, "--activations", activations, "-o", "out"]
     with pytest.raises(KeyboardInterrupt):
         ptq(*arguments)
     assert Path("out.partial/job.json").is_file()
     redone = []
-    monkeypatch.setattr(runner, "_work", lambda u, *rest: (redone.append(u.name), work(u, *rest)))
+
+    def count(unit, *rest, **options):
+        redone.append(unit.name)
+        return work(unit, *rest, **options)
+
+    monkeypatch.setattr(runner, "quantize_unit", count)
     refused = ptq(*arguments, "--bits", 3)
     assert refused.code == 1
     assert "other bits" in refused.errors[0]

@@ -1,0 +1,87 @@
+"""What this process may use of the machine: cores and memory, limits of containers included."""
+
+from __future__ import annotations
+
+import os
+import re
+from math import ceil
+from pathlib import Path
+
+from ptq_cli.errors import InputError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def cores(root: Path = _CGROUP) -> int:
+    """Cores this process may use: its affinity, and the quota of its control group."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min([allowed, *(ceil(quota) for quota in _cpu_quotas(root))]))
+
+
+def _cpu_quotas(root: Path) -> list[float]:
+    quotas = []
+    for folder in _own_groups(root):  # version 2: "max 100000" or "150000 100000"
+        words = _words(folder / "cpu.max")
+        if len(words) == 2 and words[0].isdigit():
+            quotas.append(int(words[0]) / int(words[1]))
+    for folder in (root / "cpu", root / "cpu,cpuacct"):  # version 1
+        quota, period = (_number(folder / f"cpu.cfs_{word}_us") for word in ("quota", "period"))
+        if quota is not None and period and quota > 0:
+            quotas.append(quota / period)
+    return quotas
+
+
+def memory_available(root: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that can be used without swapping: of the machine, and of the control group."""
+    text = _text(meminfo)
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    rooms = [int(found[1]) << 10] if found else []
+    pairs = [(folder / "memory.max", folder / "memory.current") for folder in _own_groups(root)]
+    old = root / "memory"
+    pairs.append((old / "memory.limit_in_bytes", old / "memory.usage_in_bytes"))
+    for limit_file, usage_file in pairs:
+        limit, usage = _number(limit_file), _number(usage_file)
+        if limit is not None and limit < 1 << 60:
+            # Half of what is in use is taken to be file pages, which the kernel gives back.
+            rooms.append(max(limit - (usage or 0), limit // 2))
+    return min(rooms, default=4 << 30)
+
+
+def _own_groups(root: Path) -> list[Path]:
+    """The process' own group of version 2 and its parents, up to the root that is mounted."""
+    own = next((line[3:] for line in _text(Path("/proc/self/cgroup")).splitlines()
+                if line.startswith("0::")), "/")  # fmt: skip
+    parts = [part for part in own.split("/") if part not in ("", "..")]
+    return [root.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _number(path: Path) -> int | None:
+    words = _words(path)
+    return int(words[0]) if words and words[0].lstrip("-").isdigit() else None
+
+
+def parse_size(text: str) -> int:
+    """Bytes from words like `4GB`, `2GiB`, `512MiB`, `1000000`.
+
+    Raises:
+        InputError: something else, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    factor = None if found is None else {**_UNITS, **_BINARY}.get(found[2].lower())
+    size = 0 if found is None or factor is None else int(float(found[1]) * factor)
+    if size <= 0:
+        raise InputError(f"{text!r}: not a size", hint="write 4GB, 2GiB, 500MB")
+    return size

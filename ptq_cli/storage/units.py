@@ -1,0 +1,167 @@
+"""Finished units in the work folder: files found by hash, believed by key and checksum.
+
+    <hash>.bin   the tensors of a unit, one after the other
+    <hash>.json  `sha256`, a digest of the rest: `unit`, `key` (digests of every input tensor, of
+                 the statistics and of the settings), `data` (digest of the tensors), `tensors`,
+                 `result`; its being there makes the unit finished
+
+Every file is written under another name and renamed. A tensor's name never chooses a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage.digest import Digest, digest_words
+from ptq_cli.storage.files import named, read_json, regular_file, sync_folder, to_json
+from ptq_cli.storage.tensors import Bytes
+from ptq_cli.values import TensorSpec
+
+Key = Mapping[str, Any]
+
+# A unit that took less than this is not waited for on the disk: it survives a kill all the same,
+# and a power failure that tears it shows in its checksum and costs less than the waiting.
+WORTH_SYNCING = 1.0
+
+
+class ChangedInput(InputError):
+    """An input is not the one that the interrupted run saw. The finished work stays."""
+
+
+@dataclass(frozen=True)
+class UnitStore:
+    """The finished units in a folder. It is but a path, so any process can have one."""
+
+    folder: Path
+
+    def path(self, unit: str, suffix: str) -> Path:
+        name = hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / (name + suffix)
+
+    def put(
+        self, unit: str, key: Key, tensors: Sequence[Bytes], result: Any, seconds: float = 60.0
+    ) -> None:
+        """Keep a finished unit: its tensors, and what there is to say about it (JSON)."""
+        digest = Digest()
+        for tensor in tensors:
+            digest.update(tensor.data)
+        entry = {
+            "unit": unit,
+            "key": dict(key),
+            "data": digest.hexdigest(),
+            "tensors": [[t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in tensors],
+            "result": result,
+        }
+        durable = seconds >= WORTH_SYNCING
+        self._write(self.path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
+        text = to_json(entry | {"sha256": _check(entry)}).encode()
+        self._write(self.path(unit, ".json"), [text], durable)
+        if durable:
+            sync_folder(self.folder)
+
+    def _write(self, path: Path, pieces: Sequence[Any], durable: bool) -> None:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with named(path), open(partial, "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            with named(path):
+                os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def exists(self, unit: str) -> bool:
+        """Whether there is something to look at."""
+        return self.path(unit, ".json").exists()
+
+    def drop_partials(self) -> None:
+        """Remove what killed processes left half written."""
+        with named(self.folder):
+            for path in self.folder.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def reusable(self, unit: str, key: Key) -> bool:
+        """Whether the unit is there, whole, and made from the same inputs and settings.
+
+        Raises:
+            ChangedInput: it was made from others; the message names them.
+        """
+        try:
+            entry = self._entry(unit)
+            differing = _differing(entry["key"], plain(key))
+        except (InputError, KeyError, TypeError, ValueError):
+            return False
+        if differing:
+            raise ChangedInput(
+                f"{self.folder.parent}: unit {unit!r} was finished by an interrupted run with"
+                f" another {', '.join(differing)}",
+                hint="--restart drops its work, -o chooses another output",
+            )
+        try:
+            digest = Digest()
+            for tensor in self.tensors(unit):
+                digest.update(np.asarray(tensor.data))
+            return bool(entry["data"] == digest.hexdigest())
+        except (InputError, KeyError, TypeError, ValueError):
+            return False
+
+    def _entry(self, unit: str) -> Any:
+        path = self.path(unit, ".json")
+        entry = read_json(path, limit=1 << 30)
+        whole = isinstance(entry, dict) and entry.pop("sha256", None) == _check(entry)
+        if not whole or entry["unit"] != unit:
+            raise InputError(f"{path}: damaged")
+        return entry
+
+    def result(self, unit: str) -> Any:
+        return self._entry(unit)["result"]
+
+    def tensors(self, unit: str) -> list[Bytes]:
+        """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
+        path = self.path(unit, ".bin")
+        specs = [TensorSpec(n, d, tuple(s)) for n, d, s in self._entry(unit)["tensors"]]
+        size = sum(spec.nbytes for spec in specs)
+        if regular_file(path) != size:
+            raise FileError(f"{path}: not the {size} bytes that were written")
+        with named(path):
+            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        tensors, start = [], 0
+        for spec in specs:
+            tensors.append(Bytes(spec, data[start : start + spec.nbytes]))
+            start += spec.nbytes
+        return tensors
+
+
+def _check(entry: Mapping[str, Any]) -> str:
+    return digest_words(json.dumps(entry, sort_keys=True, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """As JSON would give it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _differing(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the entries, nested ones too, that are not the same."""
+    names = []
+    for key in sorted({*earlier, *now}):
+        old, new = earlier.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += _differing(old, new, f"{key} ")
+        elif old != new:
+            names.append(prefix + (repr(key) if prefix else key))
+    return names
