@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import signal
-import sys
-from types import FrameType
-from typing import NoReturn
+from ptq_cli import stopping
 
+stopping.install()
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+import io  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 
 def main() -> NoReturn:
     """Run the command line. Exit codes: errors.py; 130 interrupted, 143 terminated."""
+    _prepare_streams()
     try:
-        signal.signal(signal.SIGTERM, _on_sigterm)
-        _prepare_streams()
         from ptq_cli.cli.main import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        code = _stopped("interrupted", 130)
-    except Terminated:
-        code = _stopped("terminated", 143)
+    except stopping.Stopped as stopped:
+        stopping.leave(stopped.number)
+    except KeyboardInterrupt:  # raised by a library itself
+        stopping.leave(signal.SIGINT)
     sys.exit(code)
 
 
@@ -50,15 +43,6 @@ def _prepare_streams() -> None:
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-def _stopped(word: str, code: int) -> int:
-    # A second signal ends at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"\nptq: {word}; finished work is kept, the same command goes on\n")
-    return code
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
             )
 
 
+def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) -> bool:
+    """Byte for byte, or after the cast that the container made."""
+    first, second = original.tensors[name].spec, quantized.checkpoint.tensors[name].spec
+    if quantized.fmt.container == "safetensors" or first.dtype == second.dtype:
+        return first == second and np.array_equal(
+            original.read_bytes(name), quantized.checkpoint.read_bytes(name)
+        )
+    ours, theirs = original.read(name), quantized.checkpoint.read(name)
+    with np.errstate(over="ignore"):
+        return np.array_equal(ours.astype(theirs.dtype), theirs)
+
+
 def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Comparison:
     """Compare, byte for byte, every tensor that is not part of a quantized layer."""
     taken = {layer.tensor for layer in quantized.layers.values()}
@@ -100,12 +112,7 @@ def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Compa
     different: list[str] = []
     untouched = set(quantized.untouched())
     for name in sorted(untouched):
-        there = original.tensors.get(name)
-        same = (
-            there is not None
-            and there.spec == quantized.checkpoint.tensors[name].spec
-            and np.array_equal(original.read_bytes(name), quantized.checkpoint.read_bytes(name))
-        )
+        same = name in original.tensors and _same_tensor(name, original, quantized)
         (equal if same else different).append(name)
     missing = sorted(set(original.tensors) - untouched - taken)
     return Comparison(tuple(equal), tuple(different), tuple(missing))

@@ -15,8 +15,11 @@ from typing import Any
 from ptq_cli.errors import InputError
 from ptq_cli.models.siblings import sites
 from ptq_cli.numerics import layout
+from ptq_cli.numerics.measures import ROWS_AT_ONCE
+from ptq_cli.numerics.statistics import statistics_memory
 from ptq_cli.storage.calibration import StatisticsSource, StreamingSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
+from ptq_cli.storage.folder import check_container
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
@@ -132,6 +135,7 @@ def make_plan(
         reason = f"format {fmt.name} cannot hold it"
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
+    check_container(fmt, checkpoint, list(layers.values()))
     _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
     units = _units(layers, method, source, missing, included)
@@ -367,15 +371,31 @@ def _unit(
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
         members = [replace(layer, reordered=False) for layer in members]
-    memory = max(method.memory(layer.shape, layer.grid) for layer in members)
-    columns = members[0].shape[1]
     return Unit(
         name=members[0].module,
         layers=tuple(members),
         site=site,
-        memory=memory + 4 * columns * (columns + 1024),
+        memory=_unit_memory(site, members, method),
         nearest=nearest,
     )
+
+
+def _unit_memory(site: str | None, members: Sequence[Layer], method: Method) -> int:
+    """Bytes that a unit takes at most, its process' own 60 MB aside.
+
+    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
+    of weight and error while it is measured. The site: its Hessian, and before anything else the
+    sums it is made of.
+    """
+    columns = members[0].shape[1]
+    most = max(
+        method.memory(layer.shape, layer.grid) + 12 * layer.size + 12 * ROWS_AT_ONCE * columns
+        for layer in members
+    )
+    packed = sum(layer.size for layer in members)
+    if site is None:
+        return most + packed
+    return packed + max(statistics_memory(columns), most + 4 * columns * columns)
 
 
 def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:

@@ -23,6 +23,7 @@ FORMATS = {
     "awq": "ptq_cli.formats.awq:FORMAT",
     "compressed-tensors": "ptq_cli.formats.compressed_tensors:FORMAT",
     "mlx": "ptq_cli.formats.mlx:FORMAT",
+    "gguf": "ptq_cli.formats.gguf:FORMAT",
     "onnx": "ptq_cli.formats.onnx:FORMAT",
 }
 

@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
@@ -37,7 +35,7 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
 )
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
 from ptq_cli.storage.machine import cores
@@ -176,10 +174,10 @@ def _work(job: UnitJob) -> Any:
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
-    def load(layer: Layer) -> NDArray[np.float32]:
+    def load(layer: Layer) -> StoredRows:
         data = job.checkpoint.read_bytes(layer.tensor)
         digests[layer.tensor] = digest_of(data)
-        return job.checkpoint.matrix(layer.tensor, layer.shape, data)
+        return job.checkpoint.rows(layer.tensor, layer.shape, data)
 
     site = unit.site
     statistics = None

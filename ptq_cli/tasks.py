@@ -18,6 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from ptq_cli import stopping
 from ptq_cli.errors import FileError, PtqError
 from ptq_cli.numerics.threads import use_threads
 from ptq_cli.storage.machine import cores, memory_available
@@ -86,7 +87,9 @@ def run_tasks(
     failed: dict[str, PtqError] = {}
     while pending or running:
         _start(pending, running, crew, memory)
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        finished = wait(running, return_when=FIRST_COMPLETED).done
+        stopping.check()
+        for future in finished:
             task = running.pop(future)
             try:
                 done(task, _result(future, crew))

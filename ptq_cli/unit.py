@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,18 @@ from ptq_cli.values import (
     Unit,
 )
 
-LoadWeight = Callable[[Layer], NDArray[np.float32]]
+
+class Rows(Protocol):
+    """A weight [out_features, in_features] whose rows are float32 and finite: an array, or
+    something that reads like one (`rows[:]` is all of it)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
+
+
+LoadWeight = Callable[[Layer], Rows]
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,10 @@ def quantize_unit(
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        weight = load(layer)
+        rows = load(layer)
         try:
             chosen = _round(
-                weight, layer, statistics, method, prepared, method_settings, fmt, failure
+                rows, layer, statistics, method, prepared, method_settings, fmt, failure
             )
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
@@ -101,7 +112,7 @@ def quantize_unit(
 
 
 def _round(
-    weight: NDArray[np.float32],
+    rows: Rows,
     layer: Layer,
     statistics: SiteStatistics | None,
     method: Method,
@@ -117,9 +128,10 @@ def _round(
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     exact = None if statistics is None else statistics.heldout_float
-    plain, rtn = _nearest(weight, layer, fmt, hessian, heldout, exact)
+    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, exact)
     if failure is not None or method.is_nearest(method_settings):
         return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
+    weight = rows[:]
     result: MethodResult = method.apply(weight, prepared, grid, method_settings)
     stored = _as_stored(layer, result.weight, fmt)
     measures = measure(weight, stored, hessian, heldout, exact)
@@ -133,7 +145,7 @@ def _round(
 
 
 def _nearest(
-    weight: NDArray[np.float32],
+    weight: Rows,
     layer: Layer,
     fmt: Format,
     hessian: NDArray[np.float32] | None,
@@ -142,18 +154,19 @@ def _nearest(
 ) -> tuple[QuantizedWeight, Measures]:
     """Plain rounding to nearest and its errors, a few rows at a time."""
     if layer.grid.group_size == 0:
-        plain = _as_stored(layer, round_to_nearest(weight, layer.grid), fmt)
-        return plain, measure(weight, plain, hessian, heldout, exact)
+        whole = weight[:]
+        plain = _as_stored(layer, round_to_nearest(whole, layer.grid), fmt)
+        return plain, measure(whole, plain, hessian, heldout, exact)
     plain = blank(layer.shape, layer.grid)
 
     def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        error = round_piece(weight[rows], plain, rows)
-        return weight[rows], error
+        part = weight[rows]
+        return part, round_piece(part, plain, rows)
 
     measures = measure_rows(layer.shape, work, hessian, heldout, exact)
     stored = _as_stored(layer, plain, fmt)
     if stored.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight, stored, hessian, heldout, exact)
+        measures = measure(weight[:], stored, hessian, heldout, exact)
     return stored, measures
 
 

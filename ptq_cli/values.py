@@ -380,6 +380,9 @@ class Format:
     scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
     config_keys: where in config.json the object of `config` belongs
     config_file: a file beside config.json that repeats that object
+    model_config: keys that config.json must have besides, from the source's config.json
+    container: how the weights are stored: "safetensors", or another that storage/containers.py
+        knows
     file_metadata: the metadata of the weights file where its readers want just that; None: this
         tool's own entry, which holds `metadata`
     """
@@ -400,3 +403,5 @@ class Format:
     config_keys: tuple[str, ...] = ("quantization_config",)
     config_file: str | None = None
     file_metadata: Mapping[str, str] | None = None
+    model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    container: str = "safetensors"

@@ -2,7 +2,7 @@
 
 Imports point one way, from a later floor to an earlier one or within the same floor:
 
-    1  errors, _version                          nothing of the package
+    1  errors, _version, stopping                nothing of the package
     2  values                                    the frozen dataclasses that cross walls
     3  numerics                                  pure maths
     4  methods, formats, models                  plug-ins; never one another
@@ -32,7 +32,7 @@ import ptq_cli
 PACKAGE = Path(ptq_cli.__file__).parent
 
 FLOORS = [
-    ("errors", "_version"),
+    ("errors", "_version", "stopping"),
     ("values",),
     ("numerics",),
     ("methods", "formats", "models"),

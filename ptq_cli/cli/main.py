@@ -96,7 +96,9 @@ def run(arguments: list[str]) -> int:
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
+        if isinstance(error.__cause__ or error.__context__, EOFError):
+            return _explain("internal error: EOFError (rerun with ptq --debug)", 1, debug)
         raise KeyboardInterrupt from None
     except click.ClickException as error:
         error.show()

@@ -206,4 +206,5 @@ FORMAT = Format(
     layers=_layers,
     scale_dtype=lambda model: "float16",
     file_metadata={"format": "pt"},
+    model_config=layout.rope_of_old,
 )

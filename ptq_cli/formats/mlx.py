@@ -148,5 +148,6 @@ FORMAT = Format(
     layers=_layers,
     scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
+    model_config=layout.rope_of_old,
     config_keys=("quantization", "quantization_config"),
 )

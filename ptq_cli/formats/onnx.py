@@ -161,4 +161,5 @@ FORMAT = Format(
     metadata=_metadata,
     layers=_layers,
     scale_dtype=lambda model: "float16" if model == "F16" else "float32",
+    container="onnx",
 )

@@ -187,6 +187,18 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
 
 
+def rope_of_old(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` where config.json has them only in `rope_parameters`, which
+    mlx-lm 0.32 does not read."""
+    newer = config.get("rope_parameters")
+    if not isinstance(newer, Mapping) or "rope_theta" not in newer:
+        return {}
+    found = {} if "rope_theta" in config else {"rope_theta": newer["rope_theta"]}
+    if newer.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = {k: v for k, v in newer.items() if k != "rope_theta"}
+    return found
+
+
 def mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     """An object of a foreign config, {} where there is none. Raises InputError for others."""
     value = config.get(key) or {}

@@ -16,6 +16,9 @@ from ptq_cli.values import Codes
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
 
 
+_WORDS_AT_ONCE = 1 << 16  # words of whole bytes' codes: they stay in the cache
+
+
 def packed_width(columns: int, bits: int) -> int:
     """Bytes that hold `columns` codes."""
     return -(-columns * bits // 8)
@@ -39,15 +42,24 @@ def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
 
 
 def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    """Two or four codes are one little-endian word, whose bytes are moved together."""
     per_byte = 8 // bits
-    packed = codes[:, ::per_byte].copy()
-    for place in range(1, per_byte):
-        packed |= codes[:, place::per_byte] << np.uint8(place * bits)
+    word = np.dtype(f"<u{per_byte}")
+    packed = np.empty((codes.shape[0], codes.shape[1] // per_byte), np.uint8)
+    words, out = np.ascontiguousarray(codes).reshape(-1).view(word), packed.reshape(-1)
+    for start in range(0, len(words), _WORDS_AT_ONCE):
+        part = words[start : start + _WORDS_AT_ONCE]
+        moved = part.copy()
+        for place in range(1, per_byte):
+            moved |= part >> word.type(place * (8 - bits))
+        np.copyto(out[start : start + _WORDS_AT_ONCE], moved, casting="unsafe")
     return packed
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
     """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns]."""
+    if bits == 4 and columns == 2 * packed.shape[1]:
+        return _unpack_nibbles(packed)
     first_bit = np.arange(columns) * bits
     byte, shift = first_bit >> 3, (first_bit & 7).astype(np.uint8)
     codes = packed[:, byte] >> shift
@@ -55,6 +67,17 @@ def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
     high = packed[:, byte[straddling] + 1] << (8 - shift[straddling])
     codes[:, straddling] |= high
     codes &= np.uint8(2**bits - 1)
+    return codes
+
+
+def _unpack_nibbles(packed: NDArray[np.uint8]) -> Codes:
+    """Every byte spread over a word of two: `x | x << 4`, of which each byte's low half is kept."""
+    codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
+    flat, words = np.ascontiguousarray(packed).reshape(-1), codes.reshape(-1).view("<u2")
+    for start in range(0, len(flat), _WORDS_AT_ONCE):
+        spread = flat[start : start + _WORDS_AT_ONCE].astype(np.uint16)
+        spread |= spread << np.uint16(4)
+        np.bitwise_and(spread, np.uint16(0x0F0F), out=words[start : start + _WORDS_AT_ONCE])
     return codes
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.grid import pieces
 from ptq_cli.numerics.threads import each
 from ptq_cli.storage.files import (
     listing,
@@ -32,7 +33,7 @@ from ptq_cli.storage.files import (
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
 
 MAX_HEADER = 25 << 20
-PIECE_ELEMENTS = 1 << 18  # converted and looked at while they are in the cache
+_ZEROS = np.zeros(1 << 18, np.float32)
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
@@ -67,6 +68,34 @@ class StoredTensor:
 class Header:
     metadata: Mapping[str, str]
     tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A float matrix whose rows are float32, finite, and converted only when they are asked for:
+    `rows[a:b]`, and `rows[:]` for all."""
+
+    values: Array
+    refuse: Callable[[], NoReturn]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        """Raises InputError for NaN and inf."""
+        values = self.values[rows]
+        result = np.empty(values.shape, np.float32)
+
+        def convert(part: slice) -> bool:
+            with np.errstate(over="ignore"):
+                result[part] = values[part]
+            return all_finite(result[part])
+
+        parts = pieces(0, len(values), values.shape[1])
+        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
+            self.refuse()
+        return result
 
 
 @dataclass(frozen=True)
@@ -126,30 +155,20 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
-    def matrix(
-        self, name: str, shape: tuple[int, int], data: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.float32]:
+    def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.
-
-        data: the tensor's bytes, where they were read already
 
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        stored = self.tensors[name]
-        raw = self.read_bytes(name) if data is None else data
-        values = raw.view(NUMPY_DTYPES[stored.spec.dtype])
-        weight = np.empty(values.shape, np.float32)
+        return self.rows(name, shape, self.read_bytes(name))[:]
 
-        def convert(start: int) -> bool:
-            part = slice(start, start + PIECE_ELEMENTS)
-            with np.errstate(over="ignore"):
-                weight[part] = values[part]
-            return all_finite(weight[part])
-
-        if not all(each(convert, range(0, values.size, PIECE_ELEMENTS))):
-            self._refuse(name, values.reshape(stored.spec.shape))
-        return weight.reshape(shape)
+    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
+        """The same from the tensor's bytes, a few rows at a time."""
+        spec = self.tensors[name].spec
+        values = data.view(NUMPY_DTYPES[spec.dtype])
+        refuse = partial(self._refuse, name, values.reshape(spec.shape))
+        return StoredRows(values.reshape(shape), refuse)
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
         with np.errstate(over="ignore"):
@@ -364,8 +383,12 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int)
 
 def all_finite(values: NDArray[np.float32]) -> bool:
     """Whether there is no NaN or inf: the product with zeros would keep it."""
+    flat = values.reshape(-1)
     with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(np.dot(values.ravel(), np.zeros(values.size, np.float32))))
+        return all(
+            np.isfinite(np.dot(flat[start : start + len(_ZEROS)], _ZEROS[: len(flat) - start]))
+            for start in range(0, len(flat), len(_ZEROS))
+        )
 
 
 def is_float(spec: TensorSpec) -> bool:

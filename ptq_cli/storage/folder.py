@@ -37,9 +37,13 @@ from ptq_cli.storage.files import (
     to_json,
     write_file,
 )
+from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.onnx_file import library as onnx_library
+from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
+GGUF_SUFFIX = ".gguf"
 MAX_SHARD = 4 * 10**9
 _VERIFY_BYTES = 1 << 24
 
@@ -67,12 +71,34 @@ def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
         return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
 
 
+def check_container(fmt: Format, source: Checkpoint, layers: Sequence[Layer]) -> None:
+    """Whatever could keep the container from being written. Raises InputError."""
+    if fmt.container == "gguf":
+        check_gguf(source, layers)
+    if fmt.container == "onnx":
+        onnx_library()
+
+
 def write_folder(
     out: Path, assembly: Assembly, source: Checkpoint, max_shard: int = MAX_SHARD
 ) -> None:
     """Write the folder at its temporary place and prove it equal to what was staged."""
     with named(out):
         out.mkdir()
+    if assembly.fmt.container == "gguf":
+        write_gguf_model(out, assembly.parts, assembly.layers, assembly.fmt, source)
+    else:
+        _write_weights(out, assembly, max_shard)
+    for name, document in (assembly.documents | _declaration(assembly, source)).items():
+        write_file(out / name, to_json(document))
+    root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
+    if root is not None:
+        copy_companions(root, out)
+    sync_folder(out)
+
+
+def _write_weights(out: Path, assembly: Assembly, max_shard: int) -> None:
+    """Shards of safetensors, with an index where there are several."""
     shards = _shards(assembly.parts, max_shard)
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}
@@ -87,12 +113,8 @@ def write_folder(
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
-    for name, document in (assembly.documents | _declaration(assembly, source)).items():
-        write_file(out / name, to_json(document))
-    root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
-    if root is not None:
-        copy_companions(root, out)
-    sync_folder(out)
+    if assembly.fmt.container == "onnx":
+        write_graph(out, names, assembly.layers, assembly.fmt)
 
 
 def _metadata(layers: Sequence[Layer], fmt: Format) -> Mapping[str, str]:
@@ -114,7 +136,8 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense)
     if declared is None:
         return {}
-    config = {**source.config, **dict.fromkeys(fmt.config_keys, declared)}
+    more = {} if fmt.model_config is None else fmt.model_config(source.config)
+    config = {**source.config, **more, **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
@@ -215,6 +238,13 @@ def open_quantized(path: Path) -> QuantizedFolder:
     Raises:
         InputError: something else, or layers that contradict the tensors.
     """
+    gguf = _gguf_of(path)
+    if gguf is not None:
+        fmt = format_named("gguf")
+        opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
+        if not found:
+            raise InputError(f"{gguf}: no tensor in it is quantized")
+        return QuantizedFolder(opened, fmt, {layer.module: layer for layer in found})
     checkpoint = open_checkpoint(path)
     names, entries = _own_entry(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
@@ -230,6 +260,21 @@ def open_quantized(path: Path) -> QuantizedFolder:
         f"{path}: not a quantized checkpoint in a layout this tool knows",
         hint=f"it knows {', '.join(FORMATS)}",
     )
+
+
+def _gguf_of(path: Path) -> Path | None:
+    """The GGUF file that `path` names, or holds as its only weights."""
+    if not path.is_dir():
+        return path if path.suffix == GGUF_SUFFIX else None
+    names = listing(path)
+    found = [name for name in names if name.endswith(GGUF_SUFFIX)]
+    if any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names) or not found:
+        return None
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: several candidates: {', '.join(found)}", hint="name the file itself"
+        )
+    return path / found[0]
 
 
 def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:

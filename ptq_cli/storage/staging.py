@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_cli import stopping
 from ptq_cli.errors import FileError, InputError, PtqError
 from ptq_cli.storage.files import (
     exchange,
@@ -56,11 +57,13 @@ class Staging:
             raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         self.store = UnitStore(self.folder / "units")
-        _check_place(output)
         self._lock, self._fresh = -1, False
-        if os.path.lexists(self.folder):
-            self._sweep()
+        stopping.work_begins()
+        self._open = True
         try:
+            _check_place(output)
+            if os.path.lexists(self.folder):
+                self._sweep()
             _check_output(output, force, keep)
             if self._lock < 0:
                 self._lock = self._locked_folder()
@@ -114,7 +117,9 @@ class Staging:
         except InputError:
             identity = None
         if self.output.exists() and identity == _identity(self.output):
-            self.drop()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
         else:
             with named(marker):
                 marker.unlink()
@@ -207,10 +212,16 @@ class Staging:
         self.close()
 
     def close(self) -> None:
-        """Give up the lock; the work stays for the next run."""
+        """Give up the lock; finished units stay for the next run, half a file does not."""
         if self._lock >= 0:
+            if self.folder.is_dir():
+                shutil.rmtree(self.out, ignore_errors=True)
+                self.store.drop_partials()
             os.close(self._lock)
             self._lock = -1
+        if self._open:
+            self._open = False
+            stopping.work_ends()
 
 
 def _identity(path: Path) -> list[int]:

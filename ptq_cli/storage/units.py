@@ -90,8 +90,8 @@ class UnitStore:
 
     def drop_partials(self) -> None:
         """Remove what killed processes left half written."""
-        with named(self.folder):
-            for path in self.folder.glob("*.tmp"):
+        for path in self.folder.glob("*.tmp"):
+            with named(path):
                 path.unlink(missing_ok=True)
 
     def reusable(self, unit: str, key: Key) -> bool:

@@ -15,12 +15,14 @@ grids, Q4_1 and Q5_1 the others. Wider groups repeat their scale in every block.
 
 `encode` makes the data of one linear, U8 [out_features, blocks · bytes], under its name in the
 checkpoint; names.py has GGUF's names and the row order of its q and k, metadata.py the file's
-metadata. Writing the file is storage's work.
+metadata. Writing the file is storage's work. The key `ptq` says what blocks cannot:
+
+    {"<module>": {"group_size": 128, "method": "gptq"}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,10 +199,22 @@ def _layers(
             raise InputError(f"tensor {name!r} is of type {spec.dtype}, which is not understood")
         if len(spec.shape) != 2 or spec.shape[1] % BLOCK:
             raise InputError(f"tensor {name!r} of type {spec.dtype} has shape {list(spec.shape)}")
-        grid = Grid(kind.bits, BLOCK, kind.sym, scale_dtype="float16")
         shape = (spec.shape[0], spec.shape[1])
-        layers.append(Layer(module, f"{module}.weight", shape, shape, "F16", grid))
+        entry = layout.mapping(layout.mapping(metadata, "ptq", "metadata"), module, "key ptq")
+        size = layout.integer(entry, "group_size", BLOCK, f"key ptq, {module}")
+        if size != -1 and (size < 0 or size % BLOCK):
+            raise InputError(f"key ptq, {module}: group_size {size} is no multiple of {BLOCK}")
+        grid = Grid(kind.bits, size, kind.sym, scale_dtype="float16")
+        method = str(entry.get("method", ""))
+        layers.append(Layer(module, f"{module}.weight", shape, shape, "F16", grid, method=method))
     return tuple(layers)
+
+
+def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
+    return {
+        layer.module: {"group_size": layer.grid.group_size, "method": layer.method}
+        for layer in layers
+    }
 
 
 FORMAT = Format(
@@ -211,7 +225,8 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=lambda layers, dense: None,
-    metadata=lambda layers: {},
+    metadata=_metadata,
     layers=_layers,
     scale_dtype=lambda model: "float16",
+    container="gguf",
 )

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM, for the command line alone: one line, and the exit code of the signal.
+
+As long as no work folder is open there is nothing to tidy up, and the process ends inside the
+handler: an exception would be at the mercy of any import it lands in. Later the handler raises
+`Stopped`; work folders and workers are closed on the way out, and finished units stay. A second
+signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Stopped(BaseException):
+    """A signal arrived while a work folder was open."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _State:
+    open_folders = 0
+    arrived = 0
+
+
+def install() -> None:
+    """Answer both signals (unless the process was started to ignore one, as by nohup)."""
+    for number in WORDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _answer)
+
+
+def _answer(number: int, frame: FrameType | None) -> None:
+    for other in WORDS:
+        signal.signal(other, signal.SIG_DFL)
+    _State.arrived = number
+    if _State.open_folders:
+        raise Stopped(number)
+    leave(number, "")
+
+
+def leave(number: int, more: str = "; finished work is kept, the same command goes on") -> None:
+    """End the process with one line: whatever threads there are, nobody waits for them."""
+    cursor = b"\x1b[?25h\n" if os.isatty(2) else b""
+    try:
+        os.write(2, cursor + f"ptq: {WORDS[signal.Signals(number)]}{more}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def work_begins() -> None:
+    """A work folder is open: from now on signals are exceptions."""
+    _State.open_folders += 1
+
+
+def work_ends() -> None:
+    _State.open_folders -= 1
+
+
+def check() -> None:
+    """Raise again what somebody swallowed (a destructor, a callback)."""
+    if _State.arrived:
+        raise Stopped(_State.arrived)

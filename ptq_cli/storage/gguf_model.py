@@ -1,0 +1,230 @@
+"""A model as one GGUF file: names, types and row order on the way out and back.
+
+Matrices that are not quantized become F16, vectors F32; q and k of llama have their rows reordered
+inside each head, weights and biases alike. What is read back has the checkpoint's names and order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import FileError, InputError
+from ptq_cli.formats.gguf import block_type
+from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
+from ptq_cli.formats.gguf.names import (
+    architecture_of,
+    module_of,
+    permute_rows,
+    permuted_heads,
+    tensor_name,
+    unpermute_rows,
+)
+from ptq_cli.numerics import layout
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor
+from ptq_cli.storage.files import listing, named, read_json
+from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
+from ptq_cli.storage.tensors import Bytes, own_metadata
+from ptq_cli.values import FLOAT_DTYPES, Array, Format, Layer, TensorSpec
+
+NAME = "model.gguf"
+_DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
+_MAX_TOKENIZER = 256 << 20
+
+Parts = Sequence[tuple[str, Sequence[Bytes]]]
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row].
+
+    heads: tensors whose rows are reordered in the file, with the number of heads
+    """
+
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        data = super().read_bytes(name)
+        if name not in self.heads:
+            return data
+        rows = data.reshape(self.tensors[name].spec.shape[0], -1)
+        return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
+
+
+def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
+    """Open a GGUF file of a known architecture. Raises InputError."""
+    header = read_gguf_header(path)
+    metadata = {**header.metadata, "ptq": _own_layers(path, header.metadata)}
+    architecture = str(metadata.get("general.architecture"))
+    config = {
+        "model_type": architecture,
+        "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
+        "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
+    }
+    specs = {tensor.spec.name: tensor.spec for tensor in header.tensors}
+    try:
+        layers = fmt.layers(metadata, config, specs, lambda name: np.empty(0))
+        tensors, heads = {}, {}
+        for tensor in header.tensors:
+            module = module_of(tensor.spec.name, architecture)
+            name = f"{module}.{tensor.spec.name.rpartition('.')[2]}"
+            spec = _as_stored(name, tensor.spec, tensor.nbytes)
+            tensors[name] = StoredTensor(spec, path, tensor.offset)
+            own = permuted_heads(module, config)
+            if own is not None:
+                heads[name] = own
+                _check_heads(tensor.spec, own)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
+    return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
+
+
+def _as_stored(name: str, spec: TensorSpec, nbytes: int) -> TensorSpec:
+    if spec.dtype in FLOAT_DTYPES:
+        return TensorSpec(name, spec.dtype, spec.shape)
+    return TensorSpec(name, "U8", (spec.shape[0], nbytes // spec.shape[0]))
+
+
+def _check_heads(spec: TensorSpec, heads: int) -> None:
+    if not isinstance(heads, int) or heads < 1 or spec.shape[0] % (2 * heads):
+        raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
+
+
+def _own_layers(path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What this tool wrote of the layers; {} where another did."""
+    if "ptq" not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata["ptq"])
+        if content["kind"] != "quantized" or content["version"] != 1:
+            raise ValueError
+        return dict(content["layers"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: its key 'ptq' is damaged") from None
+
+
+def check_gguf(source: Checkpoint, layers: Sequence[Layer]) -> None:
+    """Whatever could keep the file from being written, found before any work. Raises InputError."""
+    library()
+    _metadata(source, layers, {})
+    quantized = {layer.tensor for layer in layers}
+    for name, stored in source.tensors.items():
+        if name.endswith(_DROPPED):
+            continue
+        tensor_name(name, architecture_of(source.config))
+        if stored.spec.dtype not in FLOAT_DTYPES or len(stored.spec.shape) > 2:
+            raise InputError(f"tensor {name!r} {stored.spec.dtype} has no place in a GGUF file")
+        if name not in quantized and len(stored.spec.shape) == 2 and stored.spec.dtype != "F16":
+            _dense(name, source.read(name))
+
+
+def _metadata(
+    source: Checkpoint, layers: Sequence[Layer], own: Mapping[str, Any]
+) -> dict[str, tuple[str, Any]]:
+    if not source.config:
+        raise InputError(
+            f"{source.path}: gguf needs the model's config.json",
+            hint="name the model folder, or another --format",
+        )
+    names = listing(source.folder)
+    tokenizer, settings = None, {}
+    if "tokenizer.json" in names:
+        tokenizer = read_json(source.folder / "tokenizer.json", _MAX_TOKENIZER)
+    elif "tokenizer.model" in names:
+        raise InputError(
+            f"{source.folder}: gguf takes the tokenizer from tokenizer.json, not tokenizer.model",
+            hint="save the tokenizer with transformers once",
+        )
+    if "tokenizer_config.json" in names:
+        settings = dict(read_json(source.folder / "tokenizer_config.json"))
+    if "chat_template.jinja" in names:
+        with named(source.folder / "chat_template.jinja"):
+            template = (source.folder / "chat_template.jinja").read_text("utf-8")
+        settings = {"chat_template": template, **settings}
+    kind = block_type(layout.commonest(layers).grid).name
+    name = (source.root or source.folder).resolve().name
+    try:
+        model = model_metadata(source.config, name, kind)
+        result: dict[str, tuple[str, Any]] = dict(model)
+        result |= tokenizer_metadata(source.config, tokenizer, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
+        ) from None
+    return result | {key: ("str", value) for key, value in own.items()}
+
+
+def _dense(name: str, values: Array) -> Array:
+    """Matrices as F16, vectors as F32. Raises InputError where a value does not fit."""
+    dtype = np.float16 if values.ndim == 2 else np.float32
+    with np.errstate(over="ignore"):
+        result: Array = values.astype(dtype)
+    if not np.isfinite(result).all():
+        raise InputError(f"tensor {name!r} holds values that float16 cannot", hint="--include it")
+    return result
+
+
+def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[str, str, Bytes]]:
+    """Name in the checkpoint, ggml type, and bytes of each tensor that is written."""
+    for name, tensors in parts:
+        for tensor in tensors:
+            if name in layers:
+                yield tensor.spec.name, block_type(layers[name].grid).name, tensor
+            elif not name.endswith(_DROPPED):
+                yield tensor.spec.name, "F16" if len(tensor.spec.shape) == 2 else "F32", tensor
+
+
+def write_gguf_model(
+    out: Path, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+) -> None:
+    """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
+    config = source.config
+    architecture = architecture_of(config)
+    entry = {"kind": "quantized", "version": 1, "format": fmt.name}
+    own = own_metadata({**entry, "layers": fmt.metadata(list(layers.values()))})
+    specs: list[tuple[TensorSpec, int]] = []
+    outgoing = list(_outgoing(parts, layers))
+    shapes = {layer.tensor: layer.shape for layer in layers.values()}
+    for name, kind, tensor in outgoing:
+        shape = shapes.get(name, tensor.spec.shape)
+        size = {"F16": 2, "F32": 4}.get(kind, 0) * int(np.prod(shape)) or tensor.spec.nbytes
+        specs.append((TensorSpec(tensor_name(name, architecture), kind, shape), size))
+    path = out / NAME
+    arrays = (_in_gguf_order(name, tensor, config) for name, _, tensor in outgoing)
+    write_gguf(path, architecture, _metadata(source, list(layers.values()), own), specs, arrays)
+    _verify(path, outgoing, layers, fmt)
+
+
+def _values(name: str, tensor: Bytes) -> Array:
+    """Packed rows as bytes, dense tensors in the type they get."""
+    values = tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
+    return values if tensor.spec.dtype == "U8" else _dense(name, values)
+
+
+def _in_gguf_order(name: str, tensor: Bytes, config: Mapping[str, Any]) -> Array:
+    heads = permuted_heads(name.rpartition(".")[0], config)
+    values = _values(name, tensor)
+    return values if heads is None else permute_rows(values, heads)
+
+
+def _verify(
+    path: Path,
+    outgoing: Sequence[tuple[str, str, Bytes]],
+    layers: Mapping[str, Layer],
+    fmt: Format,
+) -> None:
+    opened, found = open_gguf(path, None, fmt)
+    same = {(x.module, x.shape, x.grid) for x in found} == {
+        (x.module, x.shape, x.grid) for x in layers.values()
+    }
+    if not same or list(opened.tensors) != [name for name, _, _ in outgoing]:
+        raise FileError(f"{path}: does not hold the layers that were written")
+    for name, _, tensor in outgoing:
+        if not np.array_equal(opened.read(name), _values(name, tensor)):
+            raise FileError(f"{path}: tensor {name!r} reads back different")

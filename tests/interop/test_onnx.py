@@ -1,0 +1,61 @@
+"""model.onnx in ONNX Runtime: every linear's outputs are those of the dequantized weight."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptq_cli import api
+from ptq_cli.storage.folder import open_quantized
+
+pytestmark = pytest.mark.interop
+if find_spec("onnxruntime") is None:
+    pytest.skip("needs the extra interop", allow_module_level=True)
+
+SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
+
+
+@pytest.mark.parametrize(("bits", "group", "sym", "extra"), [
+    (2, 32, True, {}), (2, 16, False, {}), (4, 128, True, {}), (4, 32, False, {}),
+    (8, 256, True, {}), (8, 64, False, {}), (4, 128, True, {"scale_dtype": "float16"}),
+])  # fmt: skip
+def test_linears(tmp_path: Path, bits: int, group: int, sym: bool, extra: dict[str, Any]) -> None:
+    import onnxruntime
+
+    out = tmp_path / "out"
+    api.rtn(SAMPLE, bits=bits, group_size=group, sym=sym, format="onnx", output=out, **extra)
+    folder = open_quantized(out)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    dtype = np.float16 if extra else np.float32
+    rng = np.random.default_rng(0)
+    feeds = {
+        module: rng.standard_normal((3, layer.shape[1])).astype(dtype)
+        for module, layer in folder.layers.items()
+    }
+    outputs = session.run([f"{module}.outputs" for module in feeds], feeds)
+    for (module, inputs), found in zip(feeds.items(), outputs, strict=True):
+        expected = inputs.astype(np.float32) @ folder.load(module).dequantized().T
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert error < (2e-3 if extra else 1e-6), module
+
+
+def test_biases_and_short_blocks(tmp_path: Path) -> None:
+    import ml_dtypes
+    import onnxruntime
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(1)
+    bias = rng.standard_normal(12).astype(ml_dtypes.bfloat16)
+    weight = rng.standard_normal((12, 200)).astype(np.float32)
+    save_file({"a.weight": weight, "a.bias": bias}, tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    api.rtn(tmp_path / "model.safetensors", group_size=32, sym=False, format="onnx", output=out)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    inputs = rng.standard_normal((5, 200)).astype(np.float32)
+    (found,) = session.run(None, {"a": inputs})
+    expected = inputs @ open_quantized(out).load("a").dequantized().T + bias.astype(np.float32)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
