@@ -14,6 +14,7 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.siblings import sites
+from ptq_cli.models.table import FAMILIES
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.measures import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import statistics_memory
@@ -124,6 +125,7 @@ def make_plan(
         InputError: whatever cannot work, with names and numbers.
     """
     check_float(checkpoint)
+    _check_orientation(checkpoint, source)
     chosen, skipped = choose_tensors(checkpoint, settings)
     layers = {
         tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint)
@@ -152,6 +154,18 @@ def make_plan(
         bytes_before=before,
         bytes_after=before - rounded + packed,
     )
+
+
+def _check_orientation(checkpoint: Checkpoint, source: StatisticsSource | None) -> None:
+    """Refuse calibrated families that store linears [in_features, out_features]: Hessians would be
+    taken for the wrong side, and a square matrix would not even show it."""
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if source is not None and family is not None and family.transposed:
+        raise InputError(
+            f"{checkpoint.path}: {checkpoint.config['model_type']} stores its linears transposed,"
+            " [in_features, out_features], which cannot be quantized with calibration",
+            hint="save them as [out_features, in_features]",
+        )
 
 
 def check_float(checkpoint: Checkpoint) -> None:

@@ -272,3 +272,30 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
 def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exclude"):
         api.gptq(SAMPLE, activations=[SAMPLE / "activations"], output=tmp_path / "out", **TOKENS)
+
+
+def test_linears_stored_transposed_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(SAMPLE, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(InputError, match="gpt2 stores its linears transposed"):
+        api.gptq(model, activations=[model / "activations"], output=tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "part"), [(3, 0.80), (2, 0.50)])
+def test_perplexity_rises_less_than_after_the_fields_algorithm(
+    tmp_path: Path, bits: int, part: float
+) -> None:
+    """The project's target on its sample: asymmetric, groups of 128, all tokens."""
+    calibration, grid = SAMPLE / "calibration_tokens.npy", {"bits": bits, "sym": False}
+    paper: dict[str, Any] = {"refine": 0, "sweeps": 0, "mse": False, "drift": 0.0}
+    rises = []
+    for name, settings in (("ours", {}), ("field", paper)):
+        out = tmp_path / name
+        api.gptq(SAMPLE, tokens=calibration, output=out, **grid, **settings)
+        report = api.evaluate(SAMPLE, out, tokens=TokenSettings(SAMPLE / "eval_tokens.npy"))
+        assert report.quality is not None
+        rises.append(report.quality["increase"]["quantized"]["perplexity"])
+    assert rises[0] <= part * rises[1]
