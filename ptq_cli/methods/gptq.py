@@ -47,7 +47,7 @@ class GptqSettings:
         },
     )
     damp_percent: float = field(
-        default=0.01,
+        default=0.05,
         metadata={
             "help": "Fraction of the mean Hessian diagonal added to it.",
             "min": 0.0,
