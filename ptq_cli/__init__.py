@@ -16,14 +16,17 @@ __all__ = [
     "PtqError",
     "QuantizedLinear",
     "__version__",
+    "awq",
     "calibrate",
     "capture",
     "evaluate",
     "gptq",
+    "inspect",
     "load_linear",
     "load_weight",
     "pack",
     "rtn",
+    "smoothquant",
 ]
 
 _HOME = {

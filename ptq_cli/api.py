@@ -23,9 +23,10 @@ from ptq_cli.calibration import (
 )
 from ptq_cli.errors import InputError
 from ptq_cli.linear import QuantizedLinear
+from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import GridSettings, make_plan
+from ptq_cli.plan import SCHEMES, GridSettings, is_quantized, make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.runner import Listener, run
 from ptq_cli.sequential import TokenSource
@@ -40,11 +41,13 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, open_quantized
+from ptq_cli.storage.gradients import GradientSite, match_gradients
 from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import Plan, RunReport
+from ptq_cli.values import Activation, Plan, RunReport
 
 AnyPath = str | Path
 Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
@@ -66,6 +69,7 @@ def calibrate(
     *,
     tokens: TokenSettings | None = None,
     merge: Iterable[AnyPath] = (),
+    gradients: Iterable[AnyPath] = (),
     bf16: bool = False,
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
@@ -80,6 +84,8 @@ def calibrate(
     statistics files.
 
     output: default `<model>.calibration.safetensors` beside the model
+    gradients: folders of per-sample gradients `<module>.npy`; their diagonal Fisher information is
+        stored too, and alone where there are no activations
 
     Returns:
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
@@ -105,17 +111,22 @@ def calibrate(
         warnings, job_inputs = list(read.warnings), [source.fingerprint]
         inputs = list(source.files)
     else:
-        folders = [Path(path) for path in activations] or [_activations_beside(checkpoint)]
+        found = match_gradients(checkpoint, find_activations(map(Path, gradients), bf16))
+        folders = [Path(path) for path in activations]
+        if not folders and (not found or beside(checkpoint)[1] is not None):
+            folders = [_activations_beside(checkpoint)]
         match = match_activations(checkpoint, find_activations(folders, bf16))
-        if (match.missing and missing == "error") or not match.entries:
+        alone = bool(found) and not folders
+        if ((match.missing and missing == "error") or not match.entries) and not alone:
             raise missing_error(match, ", ".join(map(str, folders)))
         warnings = match_warnings(match)
         if match.missing:
             warnings.append(
                 f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
             )
-        source = Activations(", ".join(map(str, folders)), match.entries, heldout)
-        job_inputs = activations_fingerprint(match)
+        name = ", ".join(map(str, folders))
+        source = Activations(name, match.entries, heldout, gradients=found)
+        job_inputs = activations_fingerprint(match) + gradients_fingerprint(found)
         inputs = list(source.files)
     for warning in warnings:
         warn(warning)
@@ -136,17 +147,26 @@ def calibrate(
 
 def activations_fingerprint(match: Match) -> list[str]:
     """What tells one set of activations from another: their headers and a sample of each file."""
+    return [
+        _fingerprint((site, entry.info.linears), entry.files)
+        for site, entry in match.entries.items()
+    ]
+
+
+def gradients_fingerprint(gradients: Mapping[str, GradientSite]) -> list[str]:
+    """The same for gradients."""
+    return [_fingerprint((module, "gradients"), g.files) for module, g in gradients.items()]
+
+
+def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
     import hashlib
 
-    prints = []
-    for site, entry in match.entries.items():
-        digest = hashlib.sha256(repr((site, entry.info.linears)).encode())
-        for file in entry.files:
-            digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
-            for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
-                digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
-        prints.append(digest.hexdigest())
-    return prints
+    digest = hashlib.sha256(repr(key).encode())
+    for file in files:
+        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
+        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
+            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
+    return digest.hexdigest()
 
 
 def _activations_beside(checkpoint: Checkpoint) -> Path:
@@ -212,6 +232,11 @@ def token_source(
     return Source(statistics, tokens.warnings, statistics.fingerprint)
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Every setting of a plan by its name."""
+    return {k: v for part in plan.settings for k, v in dataclasses.asdict(part).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A quantization that is planned and ready to run."""
@@ -236,8 +261,7 @@ class Job:
         inputs = {"model": self.checkpoint.fingerprint}
         if self.source.fingerprint is not None:
             inputs["calibration"] = self.source.fingerprint
-        grid, own = self.plan.settings
-        settings = {**dataclasses.asdict(grid), **dataclasses.asdict(own)}
+        settings = settings_of(self.plan)
         job = {
             "command": self.command,
             "version": __version__,
@@ -301,6 +325,7 @@ def prepare(
     tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
     """
     chosen = method("rtn" if command == "pack" else command)
+    recipe = with_scheme(given, recipe)
     settings = make_settings(GridSettings, given, recipe)
     own = make_settings(chosen.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
@@ -318,10 +343,27 @@ def prepare(
             hint="--tokens FILE, --calibration FILE or --activations DIR",
         )
     fmt = format_named(settings.format)
-    plan = make_plan(checkpoint, chosen, settings, own, fmt, source.statistics, missing=fallback)
+    plan = make_plan(
+        checkpoint,
+        chosen,
+        settings,
+        own,
+        fmt,
+        source.statistics,
+        missing=fallback,
+        activation=Activation() if settings.scheme == "W8A8" else None,
+    )
     plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings))
     target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
     return Job(plan, checkpoint, source, target, command, fallback)
+
+
+def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with what `scheme` is short for: named on the command line it wins over the recipe's
+    own values, named in the recipe the recipe's own values win over it."""
+    if given.get("scheme"):
+        return {**recipe, **SCHEMES.get(given["scheme"], {})}
+    return {**SCHEMES.get(recipe.get("scheme", ""), {}), **recipe}
 
 
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
@@ -356,11 +398,15 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
     where = {key: options.pop(key) for key in own if key in options}
     where["tokens"] = token_settings(options)
     chosen = method("rtn" if command == "pack" else command)
-    known = {field.name for field, _ in settings_fields(GridSettings, chosen.settings)}
+    _refuse_unknown(options, (GridSettings, chosen.settings))
+    return prepare(command, model, options, **where).run(**run_options)
+
+
+def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
+    known = {field.name for field, _ in settings_fields(*classes)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
-    return prepare(command, model, options, **where).run(**run_options)
 
 
 def token_settings(options: dict[str, Any]) -> TokenSettings:
@@ -404,19 +450,34 @@ def evaluate(
     bf16: bool = False,
     tokens: TokenSettings | None = None,
     kl_per_block: bool = False,
+    activation_scheme: str | None = None,
+    activation_bits: int | None = None,
+    percentile: float = 1.0,
     listen: Callable[[int, int, Any], None] = lambda done, total, row: None,
 ) -> RunReport:
     """Measure a quantized folder against the original, from their tensors alone.
 
     tokens: run both models on these, too (quality.py); the report then has `quality`
+    activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
+        integer inputs of `activation_bits` (default: 8), their range at `percentile`
     """
     from ptq_cli.evaluation import evaluate as run_evaluation
+    from ptq_cli.evaluation import open_sides
 
     checkpoint = open_checkpoint(Path(original))
     folder = open_quantized(Path(quantized))
     source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    activation = None
+    if activation_scheme not in (None, "none"):
+        activation = ActivationSettings(
+            8 if activation_bits is None else activation_bits,
+            activation_scheme,
+            percentile,
+            static_scale=0.0,
+        )
+    sides = open_sides(checkpoint, folder, source.statistics, activation)
     read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
-    report = run_evaluation(checkpoint, folder, source.statistics, listen)
+    report = run_evaluation(sides, listen)
     if read is None:
         return report
     from ptq_cli.quality import measure_quality
@@ -426,19 +487,76 @@ def evaluate(
     return dataclasses.replace(report, quality=quality, warnings=warnings)
 
 
+def inspect(
+    path: AnyPath,
+    *,
+    calibration: AnyPath | None = None,
+    activations: Iterable[AnyPath] = (),
+    bf16: bool = False,
+) -> dict[str, Any]:
+    """What a float model or a quantized folder holds (ptq_cli/inspection.py says what)."""
+    from ptq_cli.inspection import inspect_model, inspect_quantized
+
+    checkpoint = open_checkpoint(Path(path))
+    if is_quantized(checkpoint):
+        return inspect_quantized(open_quantized(Path(path)))
+    source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    return inspect_model(checkpoint, source.statistics)
+
+
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
     """The dequantized weight of a module, float32 in its original shape."""
     folder = open_quantized(Path(quantized))
-    weight = folder.load(module).dequantized()
-    return weight.reshape(folder.layers[module].full_shape)
+    weight, layer = folder.load(module).dequantized(), folder.layers[module]
+    return layer.as_stored(weight)
 
 
-def load_linear(quantized: AnyPath, module: str) -> QuantizedLinear:
-    """A module of an output folder as something to call: `linear(inputs)`."""
+def _stated(activation: Activation | None, scale: float | None) -> ActivationSettings | None:
+    """How a layer's metadata says its inputs are rounded."""
+    if activation is None:
+        return None
+    if not activation.dynamic:
+        return ActivationSettings(activation.bits, "static", static_scale=scale)
+    scheme = "dynamic-token" if activation.per_token else "dynamic-tensor"
+    return ActivationSettings(activation.bits, scheme)
+
+
+def load_linear(
+    quantized: AnyPath, module: str, activations: ActivationSettings | None = None
+) -> QuantizedLinear:
+    """A module of an output folder as something to call: `linear(inputs)`.
+
+    Inputs are rounded as the folder states (W8A8: an integer product), or as `activations` say.
+    """
     folder = open_quantized(Path(quantized))
+    weight = folder.load(module)
+    if activations is None:
+        activations = _stated(folder.layers[module].activation, weight.input_scale)
     bias = f"{module}.bias"
     present = bias in folder.checkpoint.tensors
     return QuantizedLinear(
-        folder.load(module),
+        weight,
         folder.checkpoint.read(bias).astype(np.float32) if present else None,
+        activations,
     )
+
+
+def smoothquant(model: AnyPath, **options: Any) -> RunReport:
+    """Smooth, and quantize weights and inputs; options as in `quantize`, `bits` may be 16."""
+    return _smooth(model, "smoothquant", options)
+
+
+def awq(model: AnyPath, **options: Any) -> RunReport:
+    """Scale weights by their inputs' loudness, then round; options as in `quantize`."""
+    return _smooth(model, "awq", options)
+
+
+def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
+    from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
+
+    runs = ("force", "restart", "listen", "listen_sites")
+    run_options = {key: options.pop(key) for key in runs if key in options}
+    own = ("calibration", "activations", "bf16", "output")
+    where = {key: options.pop(key) for key in own if key in options}
+    _refuse_unknown(options, smooth_settings(command))
+    return prepare_smoothing(command, model, options, **where).run(**run_options)

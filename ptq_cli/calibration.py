@@ -12,9 +12,15 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import InputError, PtqError
-from ptq_cli.models.siblings import sites
+from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics.statistics import statistics_memory
-from ptq_cli.plan import check_float, default_reason, few_tokens
+from ptq_cli.plan import (
+    check_float,
+    default_reason,
+    few_tokens,
+    model_sites,
+    transposed_tensors,
+)
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
@@ -30,7 +36,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import own_metadata, serialize
+from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.workers import hire
@@ -64,7 +70,13 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
     entries: dict[str, ActivationSite] = {}
     missing: list[str] = []
     wrong: list[str] = []
-    for group in sites(weights):
+    sites = model_sites(checkpoint).sites
+    turned = transposed_tensors(sites)
+    widths = {
+        module: stored.spec.shape[0 if stored.spec.name in turned else 1]
+        for module, stored in weights.items()
+    }
+    for group in group_modules(weights, sites):
         named = [module for module in group if module in found]
         rest = [module for module in group if module not in found]
         if not named:
@@ -74,7 +86,7 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
             linears = (module, *(rest if module == named[0] else ()))
             files = found[module]
             info = SiteInfo(module, linears, files[0].in_features, sum(f.n_tokens for f in files))
-            wrong += _mistakes(info, files, weights)
+            wrong += _mistakes(info, files, weights, widths)
             entries[module] = ActivationSite(info, files)
     if wrong:
         more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
@@ -84,16 +96,19 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
 
 
 def _mistakes(
-    info: SiteInfo, files: tuple[InputsFile, ...], weights: Mapping[str, Any]
+    info: SiteInfo,
+    files: tuple[InputsFile, ...],
+    weights: Mapping[str, Any],
+    widths: Mapping[str, int],
 ) -> list[str]:
     if info.n_tokens == 0:
         return [f"{files[0].npy.path}: shape {list(files[0].npy.shape)} holds no tokens"]
     return [
         f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}, but"
         f" tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
-        f" {weights[linear].spec.shape[1]}"
+        f" {widths[linear]}"
         for linear in info.linears
-        if weights[linear].spec.shape[1] != info.in_features
+        if widths[linear] != info.in_features
     ]
 
 
@@ -157,9 +172,11 @@ def calibrate_sites(
         staging.check_space(size, size)
         with threadpool_limits(1):
             _run_sites(source, staging, resources, done)
+        fisher = _stage_fisher(source, staging)
         filled = [site for site in source.sites if site in entries]
-        tensors = [tensor for site in filled for tensor in staging.tensors(site)]
-        content = file_content(model, heldout, entries)
+        units = [*filled, *fisher]
+        tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
+        content = file_content(model, heldout, entries, source.fisher)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
     except PtqError as error:
@@ -222,6 +239,17 @@ def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
 def _memory(info: SiteInfo) -> int:
     """Two Hessians while halves are merged, a chunk of inputs, and what is made of it."""
     return statistics_memory(info.in_features) + 4 * info.in_features**2
+
+
+def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:
+    """Stage the Fisher information of every module that has gradients; the units' names."""
+    units = []
+    for module in source.fisher:
+        unit = f"{module}.fisher"
+        if not staging.finished(unit):
+            staging.put(unit, [as_bytes(unit, source.load_fisher(module))], None)
+        units.append(unit)
+    return units
 
 
 def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:

@@ -33,10 +33,11 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
     classes = tuple(classes)
     known = [field.name for field, _ in settings_fields(*classes)]
     _check_keys(path, recipe, known, "key")
-    rules = recipe.get("layers", [])
-    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise InputError(f"{path}: layers is not a list of tables", hint="write [[layers]]")
-    for rule in rules:
+    for key in ("layers", "sites"):
+        rules = recipe.get(key, [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            raise InputError(f"{path}: {key} is not a list of tables", hint=f"write [[{key}]]")
+    for rule in recipe.get("layers", []):
         _check_keys(path, rule, LAYER_KEYS, "key of [[layers]]")
         _check_rule(path, rule)
     _check_values(path, recipe, classes)

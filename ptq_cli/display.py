@@ -176,6 +176,12 @@ def line(text: str = "") -> None:
 
 def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:
     """Worst layers first, then the totals."""
+    if report.sites:
+        show_sites(report.sites)
+    if not report.rows:
+        if output is not None:
+            line(f"written: {output}")
+        return
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
     common = _common_parents([row.module for row in rows])
@@ -191,6 +197,7 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         ],
         [_cells(row, common) for row in shown],
     )
+    _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
         line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
     _show_totals(report.totals)
@@ -198,6 +205,56 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         _show_quality(report.quality)
     if output is not None:
         line(f"written: {output}")
+
+
+def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
+    """Errors with integer inputs, beside those of the weight alone and of plain rounding."""
+    if not rows:
+        return
+    columns = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
+    cells = []
+    for row in rows:
+        assert row.activations is not None
+        ours, alone, plain = (
+            getattr(row.activations, part) for part in ("integer", "weight_only", "plain")
+        )
+        numbers = (ours.mae, ours.rel_err, ours.sqnr_db, alone.rel_err, alone.sqnr_db)
+        values = (*numbers, plain.rel_err, plain.sqnr_db)
+        cells.append([row.module.removeprefix(common), *(number(value) for value in values)])
+    scheme = rows[0].activations.scheme if rows[0].activations else ""
+    line(f"outputs with integer inputs ({scheme}):")
+    table([("layer", "left"), *((name, "right") for name in columns)], cells)
+
+
+def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
+    """What smoothing made of each site."""
+    common = _common_parents([site["site"] for site in sites])
+    table(
+        [
+            (f"site ({common}...)" if common else "site", "left"),
+            ("strength", "right"),
+            ("rel err", "right"),
+            ("without", "right"),
+            ("float change", "right"),
+            ("", "left"),
+        ],
+        [
+            [
+                site["site"].removeprefix(common),
+                number(site["strength"]),
+                number(site["error"]),
+                number(site["plain_error"]),
+                number(site["function_change"]),
+                "; ".join([*([site["reason"]] if site["reason"] else []), *site["notes"]]),
+            ]
+            for site in sites
+        ],
+    )
+    folded = sum(site["fed_by"] is not None for site in sites)
+    change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
+    line(
+        f"{folded} of {len(sites)} sites smoothed; float outputs change by at most {number(change)}"
+    )
 
 
 def _common_parents(modules: Sequence[str]) -> str:

@@ -11,18 +11,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.measures import measure
+from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
+from ptq_cli.numerics.measures import Measures, measure, output_errors
 from ptq_cli.plan import few_tokens, sites_of
 from ptq_cli.report import totals
+from ptq_cli.smoothing import activations_for
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folded import folded_checkpoint, read_folds, smoothed_source
 from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.unit import dead_columns, error_columns
-from ptq_cli.values import Layer, LayerReport, RunReport, SiteStatistics, Skipped
+from ptq_cli.values import (
+    ActivationErrors,
+    FloatArray,
+    Layer,
+    LayerReport,
+    QuantizedWeight,
+    RunReport,
+    SiteStatistics,
+    Skipped,
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +48,55 @@ class Comparison:
     missing: tuple[str, ...]
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Sides:
+    """The original and what was quantized, with the statistics of each one's inputs.
+
+    smoothed, smoothed_source: the original with the folds of the quantized folder, which are those
+        of `read_folds`; the same as original and source where it has none
+    activations: how inputs are rounded to integers too, or None
+    """
+
+    original: Checkpoint
+    source: StatisticsSource | None
+    quantized: QuantizedFolder
+    smoothed: Checkpoint
+    smoothed_source: StatisticsSource | None
+    activations: ActivationSettings | None = None
+
+
+def open_sides(
     original: Checkpoint,
     quantized: QuantizedFolder,
     source: StatisticsSource | None,
+    activations: ActivationSettings | None = None,
+) -> Sides:
+    """Fold the original as the quantized folder says.
+
+    Raises:
+        InputError: the two do not belong together; activations need statistics and there are none.
+    """
+    check_same_model(original, quantized)
+    if activations is not None and source is None:
+        raise InputError(
+            f"{original.path}: --activation-scheme needs inputs, and there is no calibration",
+            hint="--calibration FILE or --activations DIR",
+        )
+    folds = read_folds(quantized.checkpoint.folder)
+    for site, _ in folds:
+        absent = [name for name in site.tensors if name not in original.tensors]
+        if absent:
+            raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
+    if not folds:
+        return Sides(original, source, quantized, original, source, activations)
+    behind = None if source is None else smoothed_source(source, folds)
+    return Sides(
+        original, source, quantized, folded_checkpoint(original, folds), behind, activations
+    )
+
+
+def evaluate(
+    sides: Sides,
     listen: Callable[[int, int, LayerReport], None] = lambda done, total, row: None,
 ) -> RunReport:
     """Measure every quantized layer.
@@ -46,19 +105,19 @@ def evaluate(
         InputError: the two do not belong together; the statistics do not fit.
     """
     begin = time.perf_counter()
-    check_same_model(original, quantized)
-    comparison = compare_untouched(original, quantized)
+    original, quantized, source = sides.original, sides.quantized, sides.source
+    comparison = compare_untouched(sides.smoothed, quantized)
     site_of = sites_of(quantized.layers, source)
     rows: list[LayerReport] = []
-    statistics: SiteStatistics | None = None
+    loaded = Loaded(None, None)
     with threadpool_limits(1):
         for layer in quantized.layers.values():
             site = site_of.get(layer.module)
-            if site is None or source is None:
-                statistics = None
-            elif statistics is None or statistics.site != site:
-                statistics = source.load(site)
-            rows.append(_row(layer, original, quantized, statistics))
+            if site is None or source is None or sides.smoothed_source is None:
+                loaded = Loaded(None, None)
+            elif loaded.plain is None or loaded.plain.site != site:
+                loaded = Loaded(source.load(site), sides.smoothed_source.load(site))
+            rows.append(_row(layer, sides, loaded))
             listen(len(rows), len(quantized.layers), rows[-1])
     skipped = tuple(
         Skipped(name, spec.shape, spec.dtype, "different" if name in comparison.different else "")
@@ -118,24 +177,29 @@ def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Compa
     return Comparison(tuple(equal), tuple(different), tuple(missing))
 
 
-def _row(
-    layer: Layer,
-    original: Checkpoint,
-    quantized: QuantizedFolder,
-    statistics: SiteStatistics | None,
-) -> LayerReport:
+@dataclass(frozen=True)
+class Loaded:
+    """Statistics of one site: of the original's inputs, and behind the folds."""
+
+    plain: SiteStatistics | None
+    smoothed: SiteStatistics | None
+
+
+def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
     begin = time.perf_counter()
-    weight = original.matrix(layer.tensor, layer.shape)
+    quantized, statistics = sides.quantized, loaded.smoothed
+    weight = sides.smoothed.weight(layer)
     rounded = quantized.load(layer.module)
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     if not np.isfinite(rounded.scales.astype(np.float32)).all():
         raise InputError(f"{quantized.checkpoint.path}: scales of {layer.module!r} are not finite")
-    measures = measure(weight, rounded, hessian, heldout)
+    measures = measure(weight, rounded, hessian, heldout, sides.smoothed.output_scale(layer))
     # Some layouts do not say that a grid is symmetric; its zeros do.
     sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())
-    plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
-    rtn = measure(weight, plain, hessian, heldout)
+    unsmoothed = sides.original.weight(layer)
+    plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
+    rtn = _measure_on(unsmoothed, plain, loaded.plain)
     same = np.array_equal(plain.codes, rounded.codes)
     size = sum(spec.nbytes for spec in quantized.fmt.specs(layer))
     return LayerReport(
@@ -154,8 +218,49 @@ def _row(
         seconds=time.perf_counter() - begin,
         bytes=size,
         bits_per_weight=8 * size / layer.size,
+        activations=_activation_errors(layer, sides, loaded, rounded, plain),
         **error_columns(measures, rtn),
     )
+
+
+def _measure_on(
+    weight: FloatArray, rounded: QuantizedWeight, statistics: SiteStatistics | None
+) -> Measures:
+    if statistics is None:
+        return measure(weight, rounded, None, None)
+    return measure(weight, rounded, statistics.hessian, statistics.heldout)
+
+
+def _activation_errors(
+    layer: Layer,
+    sides: Sides,
+    loaded: Loaded,
+    rounded: QuantizedWeight,
+    plain: QuantizedWeight,
+) -> ActivationErrors | None:
+    """Errors with integer inputs, against the float product of the original's own inputs."""
+    if sides.activations is None or loaded.plain is None or loaded.smoothed is None:
+        return None
+    inputs, smooth = (evaluation_inputs(s) for s in (loaded.plain, loaded.smoothed))
+    weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
+    scale = sides.smoothed.output_scale(layer)
+    static = rounded.input_scale
+    own = activations_for(loaded.smoothed, sides.activations)
+    if own.scheme == "static" and static is not None:
+        own = replace(own, static_scale=static)
+    before = activations_for(loaded.plain, sides.activations)
+    return ActivationErrors(
+        own.scheme,
+        output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
+        output_errors(smooth, folded, linear_dequantized(smooth, rounded), scale),
+        output_errors(inputs, weight, linear_w8a8(inputs, plain, None, before)),
+    )
+
+
+def evaluation_inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
+    """The held-out inputs; the sample where none are held out."""
+    inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
+    return inputs.astype(np.float32)
 
 
 def _warnings(

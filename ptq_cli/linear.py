@@ -7,21 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.errors import InputError
+from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.values import Array, QuantizedWeight
-
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """`outputs = inputs @ dequantized.T + bias`, dequantized a panel of rows at a time.
+    """`outputs = inputs @ dequantized.T + bias`, dequantized a panel of rows at a time; or, with
+    `activations`, `inputs` rounded to integers and multiplied with the codes as integers (W8A8).
 
     weight: codes [out_features, in_features]; bias: [out_features] or None
+    activations: how inputs are rounded; None, or the scheme "none": not at all
     """
 
     weight: QuantizedWeight
     bias: NDArray[np.float32] | None = None
+    activations: ActivationSettings | None = None
 
     def __call__(self, inputs: Array) -> NDArray[np.float32]:
         """inputs: float [..., in_features] → float32 [..., out_features].
@@ -29,14 +31,6 @@ class QuantizedLinear:
         Raises:
             InputError: inputs of another width.
         """
-        out_features, in_features = self.weight.codes.shape
-        if inputs.shape[-1] != in_features:
-            raise InputError(f"inputs {list(inputs.shape)} do not have {in_features} features")
-        flat = inputs.reshape(-1, in_features).astype(np.float32)
-        outputs = np.empty((len(flat), out_features), np.float32)
-        for top in range(0, out_features, _ROWS):
-            rows = slice(top, min(top + _ROWS, out_features))
-            outputs[:, rows] = flat @ self.weight.dequantized(rows).T
-        if self.bias is not None:
-            outputs += self.bias
-        return outputs.reshape(*inputs.shape[:-1], out_features)
+        if self.activations is None:
+            return linear_dequantized(inputs, self.weight, self.bias)
+        return linear_w8a8(inputs, self.weight, self.bias, self.activations)

@@ -3,7 +3,7 @@ key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
 the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
-`recipe_only` (no option).
+`recipe_only` (no option). A field of type `float | str` is a number or one of its `words`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any
             yield field, hints[field.name]
 
 
-def add_options(*classes: type[Any]) -> Callable[[T], T]:
-    """A decorator that gives a click command an option for each field."""
+def add_options(*classes: type[Any], defaults: Mapping[str, Any] = {}) -> Callable[[T], T]:
+    """A decorator that gives a click command an option for each field.
+
+    defaults: the command's own defaults, where they are not the fields'
+    """
 
     def decorate(command: T) -> T:
         for field, kind in reversed(list(settings_fields(*classes))):
             if not field.metadata.get("recipe_only"):
-                command = _option(field, kind)(command)
+                command = _option(field, kind, defaults)(command)
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Any], Any]:
+def _option(
+    field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any]
+) -> Callable[[Any], Any]:
     meta, word = field.metadata, field.name.replace("_", "-")
     names = [f"--{word}", field.name]
     extra: dict[str, Any] = {}
@@ -52,7 +57,7 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> Callable[[Any], Any]:
         extra = {"type": _click_type(field, kind)}
     if "short" in meta:
         names.insert(0, meta["short"])
-    default = _shown_default(field, kind)
+    default = _shown_default(field, kind, defaults.get(field.name, field.default))
     text = meta["help"] + (f"  [default: {default}]" if default else "")
     return click.option(*names, default=None, help=text, **extra)
 
@@ -65,16 +70,18 @@ def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:
         return click.Choice(list(meta["choices"]))
     if kind is int:
         return click.IntRange(meta.get("min"), meta.get("max"))
+    if "words" in meta:
+        return click.STRING
     if kind is float:
         return click.FloatRange(meta.get("min"), meta.get("max"))
     return kind
 
 
-def _shown_default(field: dataclasses.Field[Any], kind: Any) -> str:
+def _shown_default(field: dataclasses.Field[Any], kind: Any, default: Any) -> str:
     if kind is bool:
         word = field.name.replace("_", "-")
-        return word if field.default else str(field.metadata.get("off", "no-" + word))
-    return "" if field.default == () else str(field.default)
+        return word if default else str(field.metadata.get("off", "no-" + word))
+    return "" if default in ((), "") else str(default)
 
 
 def make_settings(cls: type[T], given: Mapping[str, Any], recipe: Mapping[str, Any]) -> T:
@@ -95,12 +102,23 @@ def make_settings(cls: type[T], given: Mapping[str, Any], recipe: Mapping[str, A
     return cls(**values)
 
 
+def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} = {value!r}: neither a number nor {' or '.join(words)}") from None
+
+
 def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     meta, name = field.metadata, field.name
     if kind is float and type(value) is int:
         value = float(value)
     if isinstance(value, list):
         value = tuple(value)
+    if "words" in meta:
+        if value in meta["words"]:
+            return value
+        kind, value = float, _number(name, value, meta["words"])
     plain = kind if kind in (bool, int, float, str) else tuple
     if type(value) is not plain or (
         kind == tuple[str, ...] and not all(isinstance(item, str) for item in value)

@@ -13,8 +13,10 @@ from math import prod
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.siblings import sites
-from ptq_cli.models.table import FAMILIES
+from ptq_cli.models.detection import Sites, find_sites
+from ptq_cli.models.recipe import merge_sites, recipe_sites
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.sites import Site
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.measures import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import statistics_memory
@@ -24,6 +26,7 @@ from ptq_cli.storage.folder import check_container
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
+    Activation,
     Format,
     Grid,
     Layer,
@@ -47,10 +50,25 @@ _QUANTIZED_NAMES = re.compile(
 )
 
 
+# What --scheme is short for.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
+    "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
+}
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """Settings of the grid, the tensors and the layout: common to every quantizing command."""
 
+    scheme: str = field(
+        default="",
+        metadata={
+            "help": "Short for: W4A16, 4 bits in groups of 128; W8A8, int8 weights per channel and"
+            " inputs per token.",
+            "choices": tuple(SCHEMES),
+        },
+    )
     bits: int = field(
         default=4, metadata={"help": "Bits per weight.", "min": 2, "max": 8, "short": "-b"}
     )
@@ -92,6 +110,14 @@ class GridSettings:
     layers: tuple[Mapping[str, Any], ...] = field(
         default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
     )
+    family: str = field(
+        default="",
+        metadata={"help": "The family of models that tells the sites.", "recipe_only": True},
+    )
+    sites: tuple[Mapping[str, Any], ...] = field(
+        default=(),
+        metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
+    )
     format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
     on_misfit: str = field(
         default="error",
@@ -115,8 +141,11 @@ def make_plan(
     source: StatisticsSource | None,
     *,
     missing: str = "error",
+    activation: Activation | None = None,
 ) -> Plan:
     """Make the plan of a quantization.
+
+    activation: how the layers' inputs are rounded when they run, None: not at all
 
     source: where statistics come from; None: there is no calibration
     missing: what a linear without statistics gets: "error" or "rtn"
@@ -125,13 +154,15 @@ def make_plan(
         InputError: whatever cannot work, with names and numbers.
     """
     check_float(checkpoint)
-    _check_orientation(checkpoint, source)
     chosen, skipped = choose_tensors(checkpoint, settings)
+    sites = model_sites(checkpoint, settings).sites
+    turned = transposed_tensors(sites)
     layers = {
-        tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint)
+        tensor.spec.name: _layer(tensor, settings, method_settings, fmt, checkpoint, turned)
         for tensor in chosen
     }
-    kept = check_layers(list(layers.values()), fmt, settings.on_misfit)
+    layers = {name: replace(layer, activation=activation) for name, layer in layers.items()}
+    kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
     for layer in kept:
         del layers[layer.tensor]
         reason = f"format {fmt.name} cannot hold it"
@@ -140,7 +171,9 @@ def make_plan(
     check_container(fmt, checkpoint, list(layers.values()))
     _check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t) is not None}
-    units = _units(layers, method, source, missing, included)
+    if getattr(method_settings, "weight", "hessian") == "fisher":
+        _check_fisher(layers.values(), source)
+    units = _units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
     packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
@@ -156,23 +189,43 @@ def make_plan(
     )
 
 
-def _check_orientation(checkpoint: Checkpoint, source: StatisticsSource | None) -> None:
-    """Refuse calibrated families that store linears [in_features, out_features]: Hessians would be
-    taken for the wrong side, and a square matrix would not even show it."""
-    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
-    if source is not None and family is not None and family.transposed:
-        raise InputError(
-            f"{checkpoint.path}: {checkpoint.config['model_type']} stores its linears transposed,"
-            " [in_features, out_features], which cannot be quantized with calibration",
-            hint="save them as [out_features, in_features]",
-        )
+def model_sites(checkpoint: Checkpoint, settings: GridSettings | None = None) -> Sites:
+    """The sites of a model: those a recipe names, and those its family's table tells.
+
+    Raises:
+        InputError: a recipe's family or sites do not fit the checkpoint.
+    """
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    family, named = (settings.family, settings.sites) if settings else ("", ())
+    found = find_sites(specs, checkpoint.config or None, family or None)
+    if not named:
+        return found
+    return replace(found, sites=merge_sites(found.sites, recipe_sites(named, specs)))
+
+
+def transposed_tensors(sites: Sequence[Site]) -> frozenset[str]:
+    """Tensors that are stored [in_features, out_features]."""
+    linears = (linear for site in sites for linear in site.linears)
+    return frozenset(linear.tensor for linear in linears if linear.transposed)
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds packed weights."""
+    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
+
+
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    return [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+
+
+def _declared(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.get("quantization_config"))
 
 
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
-    config = checkpoint.config if checkpoint.root else {}
-    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    if packed or config.get("quantization_config"):
+    packed = _packed(checkpoint)
+    if is_quantized(checkpoint):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(
             f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
@@ -269,6 +322,7 @@ def _layer(
     method_settings: Any,
     fmt: Format,
     checkpoint: Checkpoint,
+    turned: frozenset[str],
 ) -> Layer:
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
@@ -281,15 +335,35 @@ def _layer(
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
+    shape = (spec.shape[0], prod(spec.shape[1:]))
     return Layer(
         module=spec.name.removesuffix(".weight"),
         tensor=spec.name,
-        shape=(spec.shape[0], prod(spec.shape[1:])),
+        shape=shape[::-1] if spec.name in turned else shape,
         full_shape=spec.shape,
         dtype=spec.dtype,
         grid=grid,
         reordered=getattr(method_settings, "act_order", "none") == "desc",
+        transposed=spec.name in turned,
     )
+
+
+def _check_fisher(layers: Iterable[Layer], source: StatisticsSource | None) -> None:
+    """Every layer needs Fisher information, in the shape of its weight."""
+    found = {} if source is None else source.fisher
+    lost = [layer.module for layer in layers if layer.module not in found]
+    if lost:
+        raise InputError(
+            f"--weight fisher: no Fisher information of {len(lost)} layers: {', '.join(lost[:10])}",
+            hint="ptq calibrate --gradients DIR",
+        )
+    for layer in layers:
+        shape = found[layer.module].shape
+        if shape != layer.full_shape:
+            raise InputError(
+                f"--weight fisher: {layer.module} has {list(shape)}, its weight"
+                f" {list(layer.full_shape)}"
+            )
 
 
 def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
@@ -299,7 +373,9 @@ def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     return layout.model_dtype(config) if stated else spec.dtype
 
 
-def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[Layer]:
+def check_layers(
+    layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
+) -> list[Layer]:
     """The layers to keep as they are, with those that share their input: runtimes fuse them.
 
     Raises:
@@ -324,7 +400,8 @@ def check_layers(layers: Sequence[Layer], fmt: Format, on_misfit: str) -> list[L
     )
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
-    together = [group for group in sites(modules) if not misfits.keys().isdisjoint(group)]
+    groups = group_modules(modules, sites)
+    together = [group for group in groups if not misfits.keys().isdisjoint(group)]
     kept = {module for group in together for module in group}
     return [layer for layer in layers if layer.module in kept]
 
@@ -351,6 +428,7 @@ def _units(
     source: StatisticsSource | None,
     missing: str,
     included: set[str],
+    sites: Sequence[Site],
 ) -> tuple[Unit, ...]:
     by_module = {layer.module: layer for layer in layers.values()}
     site_of = sites_of(by_module, source)
@@ -366,7 +444,7 @@ def _units(
             hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
         )
     units = []
-    for group in sites(by_module):
+    for group in group_modules(by_module, sites):
         parts: dict[str | None, list[Layer]] = {}
         for module in group:
             parts.setdefault(site_of.get(module), []).append(by_module[module])

@@ -99,7 +99,7 @@ def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
     def read(name: str) -> Array:
         if name in layers:
             layer = layers[name]
-            return quantized.load(layer.module).dequantized().reshape(layer.full_shape)
+            return layer.as_stored(quantized.load(layer.module).dequantized())
         present = name in quantized.checkpoint.tensors
         return (quantized.checkpoint if present else original).read(name)
 
@@ -114,9 +114,9 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
-        weight = original.matrix(name, layer.shape)
+        weight = original.weight(layer)
         rounded = round_to_nearest(weight, replace(layer.grid, sym=_is_symmetric(layer, quantized)))
-        return rounded.dequantized().reshape(layer.full_shape)
+        return layer.as_stored(rounded.dequantized())
 
     return read
 

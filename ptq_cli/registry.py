@@ -9,11 +9,17 @@ from importlib import import_module
 from typing import Any, cast
 
 from ptq_cli.errors import InputError
-from ptq_cli.values import Format, Method
+from ptq_cli.values import Format, Method, Smoother
 
 METHODS = {
     "rtn": "ptq_cli.methods.rtn:METHOD",
     "gptq": "ptq_cli.methods.gptq:METHOD",
+    "awq": "ptq_cli.methods.awq:METHOD",
+}
+
+SMOOTHERS = {
+    "smoothquant": "ptq_cli.methods.smoothquant:SMOOTHER",
+    "awq": "ptq_cli.methods.awq:SMOOTHER",
 }
 
 FORMATS = {
@@ -31,6 +37,11 @@ FORMATS = {
 def method(name: str) -> Method:
     """The method of that name. Raises InputError where there is none."""
     return cast(Method, _load(METHODS, "method", name))
+
+
+def smoother(name: str) -> Smoother:
+    """The smoother of that name. Raises InputError where there is none."""
+    return cast(Smoother, _load(SMOOTHERS, "smoother", name))
 
 
 def format_named(name: str) -> Format:

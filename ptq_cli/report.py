@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from math import isfinite, prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from ptq_cli.errors import GateMissed
 from ptq_cli.values import LayerReport, Plan, RunReport, Skipped
 
 TIMES = ("seconds",)
+SPECIAL = ("compared", "best", "activations")
 
 
 def totals(
@@ -103,17 +105,25 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         "command": report.command,
         "settings": _jsonable(report.settings),
         "totals": _jsonable(report.totals),
-        "layers": [_jsonable(asdict(row)) for row in report.rows],
+        "layers": [_row_document(row) for row in report.rows],
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
     }
     if report.quality is not None:
         document["quality"] = _jsonable(report.quality)
+    if report.sites:
+        document["sites"] = _jsonable(report.sites)
     if not times:
         for part in (document["totals"], *document["layers"]):
             for key in TIMES:
                 part.pop(key, None)
     return document
+
+
+def _row_document(row: LayerReport) -> dict[str, Any]:
+    """A row; columns of commands that were not asked for stay away."""
+    entry: dict[str, Any] = _jsonable(asdict(row))
+    return {k: v for k, v in entry.items() if v is not None or k not in SPECIAL}
 
 
 def _jsonable(value: Any) -> Any:
@@ -142,6 +152,10 @@ def as_csv(report: RunReport) -> str:
 def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {item:.6g}" for key, item in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return json.dumps(asdict(value))
     if isinstance(value, tuple):
         return (
             "; ".join(value) if value and isinstance(value[0], str) else " ".join(map(str, value))

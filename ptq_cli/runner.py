@@ -19,8 +19,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
@@ -76,6 +79,18 @@ class UnitJob:
     store: UnitStore
 
 
+@dataclass(frozen=True)
+class After:
+    """What a pass before the rounding has to say about the result.
+
+    annotate: completes a row; sites: what it did; write: files of its own in the output folder
+    """
+
+    annotate: Callable[[LayerReport], LayerReport] = lambda row: row
+    sites: tuple[Mapping[str, Any], ...] = ()
+    write: Callable[[Path], None] = lambda _: None
+
+
 def run(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -88,6 +103,7 @@ def run(
     listen: Listener = lambda _: None,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
+    after: After = After(),
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
@@ -103,8 +119,11 @@ def run(
         staging.check_space(packed, plan.bytes_after)
         with threadpool_limits(1):
             rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
+        rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
+        report = replace(report, sites=after.sites)
         _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
+        after.write(staging.out)
         staging.publish()
     except PtqError as error:
         staging.give_up(error)
@@ -177,7 +196,7 @@ def _work(job: UnitJob) -> Any:
     def load(layer: Layer) -> StoredRows:
         data = job.checkpoint.read_bytes(layer.tensor)
         digests[layer.tensor] = digest_of(data)
-        return job.checkpoint.rows(layer.tensor, layer.shape, data)
+        return job.checkpoint.weight_rows(layer, data)
 
     site = unit.site
     statistics = None
@@ -195,6 +214,8 @@ def _work(job: UnitJob) -> Any:
             job.settings,
             format_named(job.format),
             on_failure=job.on_failure,
+            importance=lambda layer: _importance(layer, job),
+            outputs=job.checkpoint.output_scale,
         )
     except NumericalError as error:
         error.hint = f"{error.hint}, or allow --fallback rtn"
@@ -239,9 +260,18 @@ def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]
         wanted = {spec.name for spec in fmt.specs(layer)}
         staged = staging.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
-        return fmt.decode(layer, tensors).dequantized().reshape(layer.full_shape)
+        return layer.as_stored(fmt.decode(layer, tensors).dequantized())
 
     return rounded
+
+
+def _importance(layer: Layer, job: UnitJob) -> NDArray[np.float32] | None:
+    """What weighs the layer's scale search: its Fisher information, where that is asked for."""
+    if job.source is None or getattr(job.settings, "weight", "hessian") != "fisher":
+        return None
+    values = job.source.load_fisher(layer.module)
+    values = values.reshape(layer.shape[::-1]).T if layer.transposed else values
+    return np.ascontiguousarray(values).reshape(layer.shape)
 
 
 def _assemble(

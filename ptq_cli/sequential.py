@@ -20,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.forward import stages
@@ -27,6 +30,7 @@ from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tokens import Tokens
 from ptq_cli.stream import Stream, batches, threads
 from ptq_cli.values import Array, FloatArray, SiteStatistics
@@ -79,6 +83,7 @@ class TokenSource:
         self.arch = model_architecture(checkpoint)
         self.name, self.files = tokens.name, tokens.files
         self.surplus: tuple[str, ...] = ()
+        self.fisher: Mapping[str, FisherInfo] = {}
         self._parts = batches(tokens)
         self._streams: list[Stream] = []
 
@@ -168,6 +173,10 @@ class TokenSource:
             statistics = self._statistics(site, place)
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Raises InputError: tokens have no gradients."""
+        raise InputError(f"{self.name}: no gradients of {module}", hint="--calibration FILE")
 
     def _statistics(self, site: str, place: _Place) -> SiteStatistics:
         sums = SiteAccumulator(self.sites[site].in_features, *self.heldout)

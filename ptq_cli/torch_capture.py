@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.siblings import sites
+from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics.statistics import (
     HELDOUT_EVERY,
     HELDOUT_LIMIT,
@@ -30,7 +30,7 @@ from ptq_cli.numerics.statistics import (
     SiteAccumulator,
     piece_tokens,
 )
-from ptq_cli.plan import default_reason
+from ptq_cli.plan import default_reason, model_sites
 from ptq_cli.storage.calibration import file_content, site_entry, site_tensors
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.files import replacing
@@ -75,7 +75,7 @@ class Capture:
             statistics = self._sums.pop(site).result(site, self.groups[site])
             tensors += site_tensors(statistics)
             entries[site] = site_entry(statistics)
-        content = file_content(checkpoint.fingerprint, self.heldout, entries)
+        content = file_content(checkpoint.fingerprint, self.heldout, entries, {})
         with replacing(path) as partial:
             serialize(partial, tensors, own_metadata(content))
 
@@ -131,9 +131,10 @@ def capture(
 
 def _groups(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """Sites by their first linear."""
+    sites = model_sites(checkpoint).sites
     linears = [
         name.removesuffix(".weight")
         for name, stored in checkpoint.tensors.items()
         if default_reason(stored) is None
     ]
-    return {group[0]: group for group in sites(linears)}
+    return {group[0]: group for group in group_modules(linears, sites)}

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError, PtqError
+from ptq_cli.numerics.activations import absmax_scale
 from ptq_cli.numerics.grid import blank, round_piece, round_to_nearest
 from ptq_cli.numerics.measures import Measures, measure, measure_rows
 from ptq_cli.values import (
     Array,
+    FloatArray,
     Format,
     Layer,
     LayerReport,
@@ -53,7 +55,9 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
+    """What is written of a layer, and how good it is."""
+
     rounded: QuantizedWeight
     measures: Measures
     rtn: Measures
@@ -72,9 +76,13 @@ def quantize_unit(
     fmt: Format,
     *,
     on_failure: str = "error",
+    importance: Callable[[Layer], FloatArray | None] = lambda _: None,
+    outputs: Callable[[Layer], FloatArray | None] = lambda _: None,
 ) -> list[LayerResult]:
     """Quantize the layers of one unit.
 
+    importance: what weighs each layer's scale search, where it is not the method's own business
+    outputs: what each layer's outputs are multiplied by before they are measured, or None
     on_failure: "rtn" rounds to nearest where the factorization fails for good; "error" raises
 
     Raises:
@@ -99,9 +107,10 @@ def quantize_unit(
         begin = time.perf_counter()
         rows = load(layer)
         try:
-            chosen = _round(
-                rows, layer, statistics, method, prepared, method_settings, fmt, failure
+            rounding = Rounding(
+                method, prepared, method_settings, fmt, failure, importance(layer), outputs(layer)
             )
+            chosen = choose(rows, layer, statistics, rounding)
             result = _finish(layer, chosen, statistics, fmt)
         except PtqError as error:
             error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
@@ -111,37 +120,53 @@ def quantize_unit(
     return results
 
 
-def _round(
+@dataclass(frozen=True)
+class Rounding:
+    """How a layer is rounded and measured.
+
+    failure: why it is only rounded to nearest, or None
+    importance, outputs: of this layer, as in `quantize_unit`
+    """
+
+    method: Method
+    prepared: Any
+    settings: Any
+    fmt: Format
+    failure: str | None = None
+    importance: FloatArray | None = None
+    outputs: FloatArray | None = None
+
+
+def choose(
     rows: Rows,
     layer: Layer,
     statistics: SiteStatistics | None,
-    method: Method,
-    prepared: Any,
-    method_settings: Any,
-    fmt: Format,
-    failure: str | None,
-) -> _Chosen:
+    rounding: Rounding,
+) -> Chosen:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
     tensors unpack to."""
-    grid = layer.grid
+    grid, method, fmt = layer.grid, rounding.method, rounding.fmt
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
     exact = None if statistics is None else statistics.heldout_float
-    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, exact)
-    if failure is not None or method.is_nearest(method_settings):
-        return _Chosen(plain, rtn, rtn, "rtn", failure, None, ())
+    scale = _input_scale(layer, statistics)
+    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, scale, rounding.outputs, exact)
+    if rounding.failure is not None or method.is_nearest(rounding.settings):
+        return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
     weight = rows[:]
-    result: MethodResult = method.apply(weight, prepared, grid, method_settings)
-    stored = _as_stored(layer, result.weight, fmt)
-    measures = measure(weight, stored, hessian, heldout, exact)
-    if _error(measures) > _error(rtn):
+    result: MethodResult = method.apply(
+        weight, rounding.prepared, grid, rounding.settings, rounding.importance
+    )
+    stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
+    measures = measure(weight, stored, hessian, heldout, rounding.outputs, exact)
+    if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
         note = ("the whole range of each group is better than the searched one",)
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
-        return _Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
-    return _Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
+        return Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
+    return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
 
 
 def _nearest(
@@ -150,32 +175,58 @@ def _nearest(
     fmt: Format,
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
-    exact: Array | None,
+    input_scale: float | None = None,
+    outputs: FloatArray | None = None,
+    exact: Array | None = None,
 ) -> tuple[QuantizedWeight, Measures]:
     """Plain rounding to nearest and its errors, a few rows at a time."""
     if layer.grid.group_size == 0:
         whole = weight[:]
-        plain = _as_stored(layer, round_to_nearest(whole, layer.grid), fmt)
-        return plain, measure(whole, plain, hessian, heldout, exact)
-    plain = blank(layer.shape, layer.grid)
+        plain = replace(round_to_nearest(whole, layer.grid), input_scale=input_scale)
+        stored = _as_stored(layer, plain, fmt)
+        return stored, measure(whole, stored, hessian, heldout, outputs, exact)
+    plain = replace(blank(layer.shape, layer.grid), input_scale=input_scale)
 
     def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         part = weight[rows]
-        return part, round_piece(part, plain, rows)
+        error = round_piece(part, plain, rows)
+        if outputs is None:
+            return part, error
+        scale = outputs[rows, None].astype(np.float32)
+        return part * scale, error * scale
 
     measures = measure_rows(layer.shape, work, hessian, heldout, exact)
     stored = _as_stored(layer, plain, fmt)
     if stored.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight[:], stored, hessian, heldout, exact)
+        measures = measure(weight[:], stored, hessian, heldout, outputs, exact)
     return stored, measures
 
 
-def _error(measures: Measures) -> float:
+def measure_plain(
+    weight: Rows, layer: Layer, statistics: SiteStatistics | None, fmt: Format
+) -> Measures:
+    """Errors of the layer plainly rounded to nearest."""
+    hessian = None if statistics is None else statistics.hessian
+    heldout = None if statistics is None else statistics.heldout
+    return _nearest(weight, layer, fmt, hessian, heldout, _input_scale(layer, statistics))[1]
+
+
+def _input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
+    """The static scale of the layer's inputs, or None where it has none."""
+    if layer.activation is None or layer.activation.dynamic:
+        return None
+    if statistics is None:
+        raise InputError("no statistics of its inputs to take a static scale from")
+    return absmax_scale(statistics.absmax, layer.activation.bits)
+
+
+def error_of(measures: Measures) -> float:
+    """The error that counts: on held-out inputs where there are any."""
     return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
 
 
 def _finish(
-    layer: Layer, chosen: _Chosen, statistics: SiteStatistics | None, fmt: Format
+    layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
     tensors = fmt.encode(layer, chosen.rounded)
@@ -221,7 +272,7 @@ def dead_columns(statistics: SiteStatistics | None) -> int:
 
 def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     """The columns of the report that say how wrong the result is."""
-    ours, plain = _error(measures), _error(rtn)
+    ours, plain = error_of(measures), error_of(rtn)
     gain = plain / ours if ours > 0 else (1.0 if plain == 0 else None)
     return {
         "loss": measures.loss,

@@ -108,13 +108,14 @@ class Grid:
 class Activation:
     """How a layer's inputs are rounded when it runs (W8A8).
 
-    dynamic: every token finds its own scale; else one scale for the tensor, known beforehand
-        (QuantizedWeight.input_scale)
+    dynamic: every token finds its own scale (without `per_token`: all tokens together find one);
+        else one scale for the tensor, known beforehand (QuantizedWeight.input_scale)
     """
 
     bits: int = 8
     sym: bool = True
     dynamic: bool = True
+    per_token: bool = True
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class Layer:
     reordered: whether the groups follow a g_idx of their own (act_order desc)
     method: what rounded it, once that is known
     activation: how the layer's inputs are rounded too, or None
+    transposed: stored [in_features, out_features] in the checkpoint (GPT-2's Conv1D)
     """
 
     module: str
@@ -193,10 +195,15 @@ class Layer:
     reordered: bool = False
     method: str = ""
     activation: Activation | None = None
+    transposed: bool = False
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def as_stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A weight [out_features, in_features] in the shape of the checkpoint's tensor."""
+        return (weight.T if self.transposed else weight).reshape(self.full_shape)
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,8 @@ class SiteStatistics:
     histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin
         `histogram_start` (numerics/statistics.py states the bins)
     heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
+    sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
+        themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
     drift: where layers before the site are rounded: float32 [in_features, in_features],
         `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
@@ -230,6 +239,7 @@ class SiteStatistics:
     histogram: NDArray[np.int64]
     histogram_start: int
     heldout: Array
+    sample: Array
     drift: NDArray[np.float32] | None = None
     heldout_float: NDArray[np.float32] | None = None
 
@@ -266,7 +276,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row of the error report. DESIGN: numbers are numbers; None is "not measured"."""
+    """One row of the error report. Numbers are numbers; None is "not measured".
+
+    compared, best: the error of every method that was tried on the layer, and the least one's name
+    activations: of `ptq eval --activation-scheme`
+    """
 
     layer: str
     module: str
@@ -292,6 +306,29 @@ class LayerReport:
     bytes: int
     bits_per_weight: float
     notes: tuple[str, ...] = ()
+    compared: Mapping[str, float] | None = None
+    best: str | None = None
+    activations: ActivationErrors | None = None
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Of a layer's outputs on inputs: mean absolute error, Σ‖ΔY‖²/Σ‖Y‖², and that in decibels."""
+
+    mae: float
+    rel_err: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ActivationErrors:
+    """Errors of a layer's outputs with integer inputs, beside those of its weight alone, and of the
+    original weight plainly rounded at the same grid with integer inputs."""
+
+    scheme: str
+    integer: OutputErrors
+    weight_only: OutputErrors
+    plain: OutputErrors
 
 
 @dataclass(frozen=True)
@@ -327,6 +364,7 @@ class RunReport:
     """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
 
     quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
+    sites: what smoothing made of each site (smoothing.SiteOutcome)
     """
 
     command: str
@@ -336,6 +374,7 @@ class RunReport:
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
+    sites: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -346,7 +385,9 @@ class Method:
         `settings` are made from its fields
     prepare: what the linears of one site share (a factored Hessian, say), from the site's
         statistics, or from None where there is no calibration; called once per unit
-    apply: rounds one weight, float32 or float64 [out_features, in_features]
+    apply: rounds one weight, float32 or float64 [out_features, in_features]; the last argument is
+        the weight of each squared rounding error in the scale search, of the same shape (Fisher
+        information), or None where the method's own serves
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
         itself, its Hessian and the result
@@ -358,10 +399,55 @@ class Method:
     help: str
     settings: type[Any]
     prepare: Callable[[SiteStatistics | None, Grid, Any], Any]
-    apply: Callable[[FloatArray, Any, Grid, Any], MethodResult]
+    apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
     is_nearest: Callable[[Any], bool] = lambda settings: False
+
+
+@dataclass(frozen=True)
+class SmoothingCase:
+    """What a search for smoothing factors looks at: one site.
+
+    weights: of its linears, float32 [out_features, in_features]
+    statistics: of its inputs; `sample` holds some of them
+    ties: int [in_features], numbers of channels that must share a factor, or None
+    grid: the points its weights will be rounded to
+    """
+
+    weights: tuple[FloatArray, ...]
+    statistics: SiteStatistics
+    ties: NDArray[np.integer[Any]] | None
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class SmoothingChoice:
+    """Factors that a search proposes: the inputs' divisors, float32 [in_features], all positive.
+
+    strength: the setting they came from: alpha, or AWQ's ratio
+    """
+
+    strength: float
+    factors: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """A way to move difficulty between inputs and weights before rounding: a plug-in record.
+
+    settings: the frozen dataclass of its settings
+    defaults: defaults of the grid's settings that differ under it
+    method: the name of the method that rounds what it has smoothed, unless another is asked for
+    search: factors for a site, the best first; empty where none is better than no factors
+    """
+
+    name: str
+    help: str
+    settings: type[Any]
+    defaults: Mapping[str, Any]
+    method: str
+    search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ Imports point one way, from a later floor to an earlier one or within the same f
     8  workers, worker, tasks                    where work is done, and in which order
        unit, linear, report                      one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
-    9  runner, calibration, evaluation           the loops
-       quality, torch_capture
+    9  runner, calibration, evaluation,          the loops
+       smoothing, inspection, quality, torch_capture
     10 display, options, config
-    11 api
+    11 api, smooth_job
     12 cli
     13 __main__, __init__
 """
@@ -40,9 +40,12 @@ FLOORS = [
     ("storage",),
     ("plan",),
     ("workers", "worker", "tasks", "unit", "linear", "report", "stream", "sequential"),
-    ("runner", "calibration", "evaluation", "quality", "torch_capture"),
+    (
+        *("runner", "calibration", "evaluation", "smoothing", "inspection"),
+        *("quality", "torch_capture"),
+    ),
     ("display", "options", "config"),
-    ("api",),
+    ("api", "smooth_job"),
     ("cli",),
     ("__main__", "__init__"),
 ]
@@ -116,10 +119,9 @@ def test_every_module_stands_on_a_floor_and_imports_point_down(path):
 
 
 def plugin_of(name: str) -> str:
-    """`ptq_cli.formats.gguf.names` belongs to the plug-in `formats.gguf`; models are one, whose
-    families are data."""
-    parts = name.split(".")
-    return parts[1] if parts[1] == "models" else ".".join(parts[1:3])
+    """`ptq_cli.formats.gguf.names` belongs to the plug-in `formats.gguf`. Families of models differ
+    in data, which the modules of `models` share: they are one plug-in."""
+    return "models" if room(name) == "models" else ".".join(name.split(".")[1:3])
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if room(dotted(p)) in PLUGINS], ids=dotted)

@@ -274,15 +274,6 @@ def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
         api.gptq(SAMPLE, activations=[SAMPLE / "activations"], output=tmp_path / "out", **TOKENS)
 
 
-def test_linears_stored_transposed_are_refused(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(SAMPLE, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(InputError, match="gpt2 stores its linears transposed"):
-        api.gptq(model, activations=[model / "activations"], output=tmp_path / "out")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "part"), [(3, 0.80), (2, 0.50)])
 def test_perplexity_rises_less_than_after_the_fields_algorithm(

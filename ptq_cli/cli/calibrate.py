@@ -25,6 +25,14 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 )
 @token_options
 @click.option(
+    "--gradients",
+    type=PATH,
+    multiple=True,
+    metavar="DIR",
+    help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their diagonal"
+    " Fisher information is stored, too.",
+)
+@click.option(
     "--merge",
     type=PATH,
     multiple=True,
@@ -70,6 +78,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 def calibrate(
     model: Path,
     activations: tuple[Path, ...],
+    gradients: tuple[Path, ...],
     merge: tuple[Path, ...],
     *,
     bf16: bool,
@@ -97,8 +106,10 @@ def calibrate(
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
     settings = api.token_settings(options)
-    if bool(merge) + bool(activations) + settings.given > 1:
-        raise click.UsageError("--merge, --activations and --tokens exclude each other")
+    if bool(merge) + bool(activations or gradients) + settings.given > 1:
+        raise click.UsageError(
+            "--merge excludes --activations and --gradients, and --tokens excludes all of them"
+        )
     with display.ProgressLine("calibrate", quiet=as_json) as line:
         result = api.calibrate(
             model,
@@ -106,6 +117,7 @@ def calibrate(
             output,
             tokens=settings,
             merge=merge,
+            gradients=gradients,
             bf16=bf16,
             heldout_every=heldout_every,
             heldout_limit=heldout_limit,

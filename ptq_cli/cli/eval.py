@@ -19,6 +19,7 @@ from ptq_cli.cli.common import (
     source_options,
 )
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.report import check_gates
 
 
@@ -44,6 +45,24 @@ from ptq_cli.report import check_gates
     metavar="X",
     help="Fail where the mean KL divergence on --tokens is above X nats.",
 )
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(SCHEMES),
+    help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or static.",
+)
+@click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "4"]),
+    help="Bits of integer inputs.  [default: 8]",
+)
+@click.option(
+    "--percentile",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Range of integer inputs: this part of their absolute values, in (0, 1].",
+)
 @gate_options
 @report_options
 def evaluate(
@@ -52,10 +71,12 @@ def evaluate(
     calibration: Path | None,
     activations: tuple[Path, ...],
     bf16: bool,
-    *,
     kl_per_block: bool,
     max_perplexity_increase: float | None,
     max_kl: float | None,
+    activation_scheme: str | None,
+    activation_bits: str | None,
+    percentile: float,
     max_rel_err: float | None,
     min_gain: float | None,
     max_fallbacks: int | None,
@@ -97,6 +118,9 @@ def evaluate(
             bf16=bf16,
             tokens=settings,
             kl_per_block=kl_per_block,
+            activation_scheme=activation_scheme,
+            activation_bits=None if activation_bits is None else int(activation_bits),
+            percentile=percentile,
             listen=listen,
         )
     emit_warnings(report.warnings, strict)

@@ -21,7 +21,13 @@ COMMANDS = {
     ),
     "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
     "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
+    "smoothquant": (
+        "ptq_cli.cli.smooth:smoothquant",
+        "Smooth inputs into weights; W8A8 or float weights.",
+    ),
+    "awq": ("ptq_cli.cli.smooth:awq", "Scale weights by their inputs, then round."),
     "pack": ("ptq_cli.cli.quantize:pack", "Round a float model to nearest and pack it."),
+    "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
 }
 

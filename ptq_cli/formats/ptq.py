@@ -8,6 +8,8 @@ Per linear `<module>`:
     <module>.scales   F16, BF16 or F32  [out_features, n_groups]; [1, 1] for a whole-tensor grid
     <module>.zeros    U8  the shape of scales
     <module>.g_idx    I32 [in_features], only where act-order reordered the groups
+    <module>.input_scale  F32 [1], only where inputs are rounded with a static scale:
+                          `input ≈ input_scale · code`, codes within ±127 (±7)
 
 `weight ≈ scales · (codes − zeros)`. `width` is the group size, or in_features where the group is a
 row or the tensor. The true shape and the grid stand in the file's metadata under `layers`:
@@ -15,11 +17,15 @@ row or the tensor. The true shape and the grid stand in the file's metadata unde
     {"<module>": {"shape": [...], "bits": 4, "group_size": 128, "sym": true, "narrow_range": false,
                   "scale_dtype": "float16", "dtype": "BF16", "tensor": "<module>.weight",
                   "method": "gptq"}}
+
+and where they apply `transposed: true` (the checkpoint stores [in_features, out_features]) and
+`activation: {"bits": 8, "sym": true, "dynamic": true, "per_token": true}` (how inputs are rounded).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -28,7 +34,7 @@ import numpy as np
 from ptq_cli.errors import InputError
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
-from ptq_cli.values import Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
+from ptq_cli.values import Activation, Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
 _SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _GRID_KEYS = ("bits", "group_size", "sym", "narrow_range", "scale_dtype")
@@ -49,6 +55,8 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     ]
     if layer.reordered:
         specs.append(TensorSpec(f"{layer.module}.g_idx", "I32", (columns,)))
+    if layer.activation is not None and not layer.activation.dynamic:
+        specs.append(TensorSpec(f"{layer.module}.input_scale", "F32", (1,)))
     return tuple(specs)
 
 
@@ -61,6 +69,10 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     }
     if layer.reordered:
         tensors[f"{layer.module}.g_idx"] = rounded.column_groups()
+    if layer.activation is not None and not layer.activation.dynamic:
+        if rounded.input_scale is None:
+            raise InputError(f"{layer.module}: no static scale of its inputs")
+        tensors[f"{layer.module}.input_scale"] = np.array([rounded.input_scale], np.float32)
     return tensors
 
 
@@ -69,12 +81,14 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     packed = tensors[f"{layer.module}.qweight"]
     codes = unpack_groups(packed, layer.grid.bits, layer.grid.width(columns), columns)
     g_idx = tensors.get(f"{layer.module}.g_idx")
+    input_scale = tensors.get(f"{layer.module}.input_scale")
     return QuantizedWeight(
         codes=codes,
         scales=tensors[f"{layer.module}.scales"],
         zeros=tensors[f"{layer.module}.zeros"],
         grid=layer.grid,
         g_idx=None if g_idx is None else np.asarray(g_idx, np.int32),
+        input_scale=None if input_scale is None else float(input_scale[0]),
     )
 
 
@@ -91,6 +105,8 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
             "tensor": layer.tensor,
             "method": layer.method,
         }
+        | ({"transposed": True} if layer.transposed else {})
+        | ({"activation": asdict(layer.activation)} if layer.activation else {})
         for layer in layers
     }
 
@@ -124,6 +140,9 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
         tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
+        activation = entry.get("activation")
+        activation = None if activation is None else Activation(**activation)
+        transposed = entry.get("transposed", False) is True
         whole = type(grid.bits) is int and type(grid.group_size) is int
         flags = type(grid.sym) is bool and type(grid.narrow_range) is bool
         if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS):
@@ -132,15 +151,18 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error
+    shape = (full_shape[0], prod(full_shape[1:]))
     return Layer(
         module=module,
         tensor=tensor,
-        shape=(full_shape[0], prod(full_shape[1:])),
+        shape=shape[::-1] if transposed else shape,
         full_shape=full_shape,
         dtype=dtype,
         grid=grid,
         reordered=reordered,
         method=method,
+        transposed=transposed,
+        activation=activation,
     )
 
 

@@ -37,6 +37,14 @@ class GptqSettings:
         default=True,
         metadata={"help": "Search the range of each group for the least weighted rounding error."},
     )
+    weight: str = field(
+        default="hessian",
+        metadata={
+            "help": "What weighs rounding errors in the scale search: the inputs' energy, or the"
+            " diagonal Fisher information (ptq calibrate --gradients).",
+            "choices": ("hessian", "fisher"),
+        },
+    )
     act_order: str = field(
         default="static",
         metadata={
@@ -128,16 +136,21 @@ def _correction(
 
 
 def _apply(
-    weight: FloatArray, prepared: _Prepared | None, grid: Grid, settings: GptqSettings
+    weight: FloatArray,
+    prepared: _Prepared | None,
+    grid: Grid,
+    settings: GptqSettings,
+    importance: FloatArray | None = None,
 ) -> MethodResult:
     if prepared is None:
-        importance = np.ones(weight.shape[1], weight.dtype) if settings.mse else None
-        return MethodResult(round_to_nearest(weight, grid, importance))
+        if importance is None:
+            importance = np.ones(weight.shape[1], weight.dtype)
+        return MethodResult(round_to_nearest(weight, grid, importance if settings.mse else None))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
     if prepared.correction is not None:
         weight = corrected(weight, prepared.correction, settings.drift)
-    rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes)
+    rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes, importance)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 
 

@@ -1,7 +1,8 @@
 """Round to nearest: each weight goes to the nearest point of its group's grid.
 
 With `mse`, the range of each group is shrunk to where the weighted squared rounding error is least;
-the weight of a column is its mean squared input, 1 where there is no calibration.
+the weight of a column is its mean squared input, 1 where there is no calibration; or each weight
+has its own, its Fisher information.
 """
 
 from __future__ import annotations
@@ -21,16 +22,31 @@ class RtnSettings:
         default=True,
         metadata={"help": "Search the range of each group for the least rounding error."},
     )
+    weight: str = field(
+        default="hessian",
+        metadata={
+            "help": "What weighs rounding errors in the scale search: the inputs' energy, or the"
+            " diagonal Fisher information (ptq calibrate --gradients).",
+            "choices": ("hessian", "fisher"),
+        },
+    )
 
 
 def _prepare(statistics: SiteStatistics | None, grid: Grid, settings: RtnSettings) -> Any:
     return None if statistics is None else statistics.hessian.diagonal()
 
 
-def _apply(weight: FloatArray, diagonal: Any, grid: Grid, settings: RtnSettings) -> MethodResult:
+def _apply(
+    weight: FloatArray,
+    diagonal: Any,
+    grid: Grid,
+    settings: RtnSettings,
+    importance: FloatArray | None = None,
+) -> MethodResult:
     if not settings.mse:
         return MethodResult(round_to_nearest(weight, grid))
-    importance = np.ones(weight.shape[1]) if diagonal is None else diagonal
+    if importance is None:
+        importance = np.ones(weight.shape[1]) if diagonal is None else diagonal
     return MethodResult(round_to_nearest(weight, grid, importance.astype(weight.dtype)))
 
 

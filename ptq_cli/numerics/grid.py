@@ -41,6 +41,10 @@ SCALE_LIMITS = {
 SEARCH_RATIOS = tuple(float(ratio) for ratio in np.linspace(1.0, 0.35, 14))
 
 
+class ScaleOverflow(InputError):
+    """A scale is too large for the dtype it is stored in."""
+
+
 def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     """Scales as they are stored, in the dtype they came in.
 
@@ -48,12 +52,12 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     coarser than asked, and every result stays finite. Zero (an all-zero group) becomes 1.
 
     Raises:
-        InputError: a scale is too large for the stored dtype.
+        ScaleOverflow: a scale is too large for the stored dtype.
     """
     stored = SCALE_DTYPES[grid.scale_dtype]
     smallest, largest = SCALE_LIMITS[grid.scale_dtype]
     if scales.size and not float(scales.max()) <= largest:
-        raise InputError(
+        raise ScaleOverflow(
             f"a scale of {float(scales.max()):.4g} does not fit {grid.scale_dtype}"
             f" (at most {largest:.4g})",
             hint="--scale-dtype float32",
@@ -150,7 +154,8 @@ def round_to_nearest(
     """Each weight rounded to the nearest point of its own group's grid.
 
     weight: float32 or float64 [out_features, in_features]
-    importance: [in_features], weights of a scale search; None for the plain range of each group
+    importance: weights of a scale search, [in_features] or [out_features, in_features]; None for
+        the plain range of each group
     """
     out_features, in_features = weight.shape
     codes = np.empty(weight.shape, np.uint8)
@@ -161,7 +166,9 @@ def round_to_nearest(
         return pack_result(codes, scales, zeros, grid)
     if grid.group_size == 0:
         flat = weight.reshape(1, -1)
-        spread = None if importance is None else np.tile(importance, out_features)
+        spread = importance
+        if importance is not None:
+            spread = np.broadcast_to(importance, weight.shape).reshape(1, -1)
         fitted = _fit(flat, spread, grid)
         scales[:], zeros[:] = fitted[0].reshape(1, 1), fitted[1].reshape(1, 1)
         steps = weight / scales
@@ -169,7 +176,8 @@ def round_to_nearest(
         return pack_result(codes, scales, zeros, grid)
 
     def work(rows: slice) -> None:
-        round_rows(weight[rows], grid, importance, codes[rows], scales[rows], zeros[rows])
+        own = importance if importance is None or importance.ndim == 1 else importance[rows]
+        round_rows(weight[rows], grid, own, codes[rows], scales[rows], zeros[rows])
 
     each(work, pieces(0, out_features, in_features))
     return pack_result(codes, scales, zeros, grid)
@@ -212,7 +220,10 @@ def round_rows(
     for columns, groups in grid.runs(weight.shape[1]):
         n_groups = groups.stop - groups.start
         part = weight[:, columns].reshape(len(weight), n_groups, -1)
-        weights = None if importance is None else importance[columns].reshape(n_groups, -1)
+        weights = importance
+        if importance is not None:
+            own = importance[..., columns]
+            weights = own.reshape(*own.shape[:-1], n_groups, -1)
         part_scales, part_zeros = _fit(part, weights, grid)
         centred = round_centred(part / part_scales[..., None], part_zeros[..., None], grid)
         centred += part_zeros[..., None]

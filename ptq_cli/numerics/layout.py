@@ -45,6 +45,8 @@ def misfit(layer: Layer, name: str, limits: Limits) -> str | None:
     grid = layer.grid
     if len(layer.full_shape) != 2:
         return f"{name} holds matrices, this tensor has {len(layer.full_shape)} dimensions"
+    if layer.transposed:
+        return f"{name} holds [out, in] matrices, this one is stored [in, out]; --format ptq"
     if not limits.embeddings and _EMBEDDING.search(layer.module):
         return f"{name} holds linears, this is an embedding; --ignore {layer.module}"
     if grid.bits not in limits.bits:

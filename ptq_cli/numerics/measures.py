@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.numerics.grid import pieces
 from ptq_cli.numerics.threads import each
-from ptq_cli.values import Array, FloatArray, QuantizedWeight
+from ptq_cli.values import Array, FloatArray, OutputErrors, QuantizedWeight
 
 ROWS_AT_ONCE = 1024
 STRIP_ROWS = 256
@@ -51,6 +51,7 @@ def measure(
     rounded: QuantizedWeight,
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    outputs: FloatArray | None = None,
     heldout_float: Array | None = None,
 ) -> Measures:
     """Measure one rounded weight.
@@ -58,9 +59,10 @@ def measure(
     weight: [out_features, in_features]
     hessian: [in_features, in_features], or None for the identity
     heldout: [n, in_features], or None
+    outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
     heldout_float: x_fp, of the shape of `heldout`, or None where nothing has drifted
     """
-    return measure_against(weight, rounded.dequantized, hessian, heldout, heldout_float)
+    return measure_against(weight, rounded.dequantized, hessian, heldout, outputs, heldout_float)
 
 
 def measure_against(
@@ -68,13 +70,18 @@ def measure_against(
     dequantized: Callable[[slice], NDArray[np.float32]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    outputs: FloatArray | None = None,
     heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
 
     def rows_of(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         original = weight[rows].astype(np.float32, copy=False)
-        return original, original - dequantized(rows)
+        error = original - dequantized(rows)
+        if outputs is None:
+            return original, error
+        scale = outputs[rows, None].astype(np.float32)
+        return original * scale, error * scale
 
     return measure_rows(weight.shape, rows_of, hessian, heldout, heldout_float)
 
@@ -200,3 +207,26 @@ def _square(values: NDArray[np.float32]) -> float:
 def _ratio(part: float, whole: float) -> float:
     """part / whole; nothing lost of nothing is 0."""
     return part / whole if whole > 0 else 0.0
+
+
+def output_errors(
+    inputs: FloatArray,
+    weight: FloatArray,
+    outputs: NDArray[np.float32],
+    scale: FloatArray | None = None,
+) -> OutputErrors:
+    """How far `outputs` [n, out_features] are from `inputs @ weight.T`.
+
+    inputs: [n, in_features]; weight: [out_features, in_features]
+    scale: [out_features], what both are multiplied by before they are compared, or None
+    """
+    exact = (inputs @ weight.T).astype(np.float32, copy=False)
+    error = exact - outputs
+    if scale is not None:
+        exact, error = exact * scale.astype(np.float32), error * scale.astype(np.float32)
+    change, power = _square(error), _square(exact)
+    return OutputErrors(
+        mae=float(np.abs(error).mean(dtype=np.float64)) if error.size else 0.0,
+        rel_err=_ratio(change, power),
+        sqnr_db=-10 * log10(change / power) if change and power else None,
+    )

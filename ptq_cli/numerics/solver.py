@@ -102,16 +102,24 @@ class Passes:
 
 
 def solve(
-    weight: FloatArray, feedback: Feedback, grid: Grid, act_order: str, passes: Passes
+    weight: FloatArray,
+    feedback: Feedback,
+    grid: Grid,
+    act_order: str,
+    passes: Passes,
+    importance: FloatArray | None = None,
 ) -> QuantizedWeight:
     """Round `weight` [out_features, in_features] with the feedback of its site.
+
+    importance: weights of the scale search, [out_features, in_features]; None: each column's pivot
 
     Raises:
         InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
     order = feedback.order
-    fixed = _whole_tensor_grid(weight, grid, passes) if grid.group_size == 0 else None
+    whole_tensor = grid.group_size == 0
+    fixed = _whole_tensor_grid(weight, grid, passes, importance) if whole_tensor else None
     starts = _visited_starts(n, grid, order, act_order)
     codes = np.empty((out_features, n), np.uint8)
     group_of_start = order[starts[:-1]] // grid.width(n)  # where each visited group really stands
@@ -126,6 +134,8 @@ def solve(
         rows = slice(top, min(out_features, top + PANEL_ROWS))
         panel = _Panel(transposed(weight[rows])[order], feedback, grid, starts, inverses, passes)
         panel.fixed = fixed
+        if importance is not None:
+            panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
         panel.run()
         codes[rows] = transposed(panel.codes[back])
         scales[rows, group_of_start] = panel.scales.T
@@ -142,11 +152,12 @@ def solve(
 
 
 def _whole_tensor_grid(
-    weight: FloatArray, grid: Grid, passes: Passes
+    weight: FloatArray, grid: Grid, passes: Passes, importance: FloatArray | None
 ) -> tuple[FloatArray, FloatArray]:
     """One scale for all rows: it cannot follow one panel's errors, so it looks at the weight."""
-    importance = np.ones(weight.shape[1], weight.dtype) if passes.mse else None
-    rounded = round_to_nearest(weight, grid, importance)
+    if importance is None:
+        importance = np.ones(weight.shape[1], weight.dtype)
+    rounded = round_to_nearest(weight, grid, importance if passes.mse else None)
     return rounded.scales[0].astype(weight.dtype), rounded.zeros[0].astype(weight.dtype)
 
 
@@ -194,7 +205,7 @@ def _by_halves(
 class _Panel:
     """The work on one panel of rows: arrays [columns in visiting order, rows].
 
-    weight: the panel's weight.
+    weight: the panel's weight; importance: what weighs its scale search, or [columns, 1].
     error: weight − dequantized where a column is rounded; before that, what the columns rounded so
         far send it, `Σ_{i<k} E_i U_ik`.
     centred (in the methods): codes − zeros of the group in hand, as floats.
@@ -217,6 +228,7 @@ class _Panel:
         self.scales = np.empty((len(self.groups), rows), weight.dtype)
         self.zeros = np.empty_like(self.scales)
         self.fixed: tuple[FloatArray, FloatArray] | None = None
+        self.importance = feedback.pivots[:, None]
         self._index = {start: i for i, start in enumerate(starts[:-1])}
         self._row = np.empty(rows, weight.dtype)
         self._step = np.empty(rows, weight.dtype)
@@ -259,7 +271,7 @@ class _Panel:
             target = target + self.inverses[index - 1] @ self.error[group]
         if not self.passes.mse:
             return fit_grid(target, self.grid, 0)
-        return search_grid(target, self.feedback.pivots[group, None], self.grid, 0)
+        return search_grid(target, self.importance[group], self.grid, 0)
 
     def _round_leaf(
         self, a: int, b: int, centred: FloatArray, scale: FloatArray, zero: FloatArray

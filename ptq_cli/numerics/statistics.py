@@ -8,6 +8,10 @@ Held-out inputs: every `heldout_every`-th token, until `heldout_limit` of them a
 statistic; the report measures errors on them. Tokens after that all enter. Two halves merge to the
 whole: what the merged sample has no room for is added to the statistics then.
 
+The sample: tokens that *are* in the statistics, evenly spaced, at most `SAMPLE_LIMIT`, kept for
+searches that need inputs themselves (the held-out ones judge what a search has found). Every
+2^k-th token is kept, with the least k that stays within the limit.
+
 Percentiles come from a histogram of |value| in bins of 1/128 octave (the upper 16 bits of the
 float32 number, bfloat16's resolution): a reported percentile is within 2^−8 (0.4 %) of the exact
 order statistic.
@@ -15,6 +19,7 @@ order statistic.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil, sqrt
 
 import numpy as np
@@ -29,6 +34,7 @@ PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: the
 BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
+SAMPLE_LIMIT = 512
 _BINS = 1 << 15
 
 
@@ -78,6 +84,8 @@ class SiteAccumulator:
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
         self._room = heldout_limit
+        self._sampled: list[Array] = []
+        self._stride = 1
         rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
         self._chunk = np.empty((rows, in_features), np.float32)
         self._filled = 0
@@ -97,6 +105,7 @@ class SiteAccumulator:
                 np.copyto(piece, part, casting="same_kind")
                 if not np.isfinite(piece.sum()):
                     self._locate(inputs)
+            self._take_sample(part)
             self._add_elements(piece)
             self.n_tokens += len(piece)
             self._filled += len(piece)
@@ -114,6 +123,14 @@ class SiteAccumulator:
         self._room -= len(chosen)
         self._heldout.append(held)
         return np.delete(inputs, chosen, axis=0)
+
+    def _take_sample(self, inputs: Array) -> None:
+        """Keep every `_stride`-th calibration token; where they become too many, every second."""
+        first = -self.n_tokens % self._stride
+        self._sampled.append(inputs[first :: self._stride].copy())
+        while sum(map(len, self._sampled)) > SAMPLE_LIMIT:
+            self._sampled = [np.concatenate(self._sampled)[::2]]
+            self._stride *= 2
 
     def _locate(self, inputs: Array) -> None:
         """Raise where a value is not finite (a sum that merely overflows is fine)."""
@@ -187,14 +204,15 @@ class SiteAccumulator:
             std=sqrt(max(0.0, squares / n - mean * mean)),
             histogram=self.counts[first:last].copy(),
             histogram_start=first,
-            heldout=self._sample(),
+            heldout=self._joined(self._heldout),
+            sample=self._joined(self._sampled),
         )
 
-    def _sample(self) -> Array:
-        if not self._heldout:
+    def _joined(self, pieces: list[Array]) -> Array:
+        if not pieces:
             return np.zeros((0, self.in_features), np.float32)
-        sample = np.concatenate(self._heldout)
-        return sample.astype(np.float32) if sample.dtype.itemsize > 4 else sample
+        tokens = np.concatenate(pieces)
+        return tokens.astype(np.float32) if tokens.dtype.itemsize > 4 else tokens
 
 
 def _mirror(matrix: NDArray[np.float32]) -> None:
@@ -239,9 +257,25 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
         extra = SiteAccumulator(first.in_features, heldout_every=0)
         extra.update(surplus)
         second = _combine(second, extra.result(second.site, second.linears), second.heldout[:room])
-    dtype = np.result_type(first.heldout, second.heldout[:room])
-    sample = np.concatenate([first.heldout.astype(dtype), second.heldout[:room].astype(dtype)])
-    return _combine(first, second, sample, first.n_seen + second.n_seen)
+    heldout = _stacked(first.heldout, second.heldout[:room])
+    return _combine(first, second, heldout, first.n_seen + second.n_seen)
+
+
+def _stacked(first: Array, second: Array) -> Array:
+    dtype = np.result_type(first, second)
+    return np.concatenate([first.astype(dtype), second.astype(dtype)])
+
+
+def _merged_sample(a: SiteStatistics, b: SiteStatistics) -> Array:
+    """Tokens of both samples, in proportion to the tokens behind them, evenly spaced."""
+    total = min(SAMPLE_LIMIT, len(a.sample) + len(b.sample))
+    of_a = round(total * a.n_tokens / (a.n_tokens + b.n_tokens))
+    of_a = min(len(a.sample), max(of_a, total - len(b.sample)))
+    return _stacked(_thinned(a.sample, of_a), _thinned(b.sample, total - of_a))
+
+
+def _thinned(tokens: Array, count: int) -> Array:
+    return tokens[np.arange(count) * len(tokens) // max(1, count)]
 
 
 def _combine(
@@ -273,4 +307,37 @@ def _combine(
         histogram=histogram,
         histogram_start=start,
         heldout=heldout,
+        sample=_merged_sample(a, b),
+    )
+
+
+def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
+    """Statistics of `inputs / factors`, factors [in_features].
+
+    Exact but for the histogram, which the sample gives anew, and the mean and least and greatest
+    value, which follow from it and the channels' extrema.
+    """
+    divisor = factors.astype(np.float32)
+    sample = statistics.sample.astype(np.float32) / divisor
+    hessian = statistics.hessian / divisor
+    hessian /= divisor[:, None]
+    bins = np.abs(sample).view(np.uint32) >> np.uint32(16)
+    counts = np.bincount(bins.ravel(), minlength=1)
+    first = int(np.flatnonzero(counts)[0]) if counts.any() else 0
+    absmax = statistics.absmax / divisor
+    mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
+    power = float(hessian.diagonal().mean(dtype=np.float64))
+    return replace(
+        statistics,
+        hessian=hessian,
+        absmax=absmax,
+        absmean=statistics.absmean / divisor,
+        minimum=max(-float(absmax.max()), float(sample.min(initial=0))),
+        maximum=float(absmax.max()),
+        mean=mean,
+        std=sqrt(max(0.0, power - mean * mean)),
+        histogram=counts[first:].astype(np.int64),
+        histogram_start=first,
+        heldout=statistics.heldout.astype(np.float32) / divisor,
+        sample=sample,
     )

@@ -7,24 +7,30 @@ A statistics file is a safetensors file. Per site `<site>`:
     <site>.absmean    F32 [in_features]
     <site>.histogram  I64 [bins], counts of |value| (numerics/statistics.py states the bins)
     <site>.heldout    F16, BF16 or F32 [n, in_features], inputs that no statistic has seen
+    <site>.sample     the same, evenly spaced inputs that the statistics have seen
+
+Per module whose gradients were given:
+
+    <module>.fisher   F32 in the shape of its weight, the diagonal Fisher information mean_n g²
 
 Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
 fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
 `linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
-`histogram_start`.
+`histogram_start`; under `fisher` the samples behind each module's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
@@ -40,14 +46,15 @@ from ptq_cli.numerics.statistics import (
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
+from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, FloatArray, SiteStatistics
 
-VERSION = 1
+VERSION = 2
 DIGEST_PIECE = 1 << 24
 
-PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout")
+PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class StatisticsSource(Protocol):
     """Statistics by the site's name.
 
     name: what messages call the source; files: what it reads; surplus: what of it fits no linear
+    fisher: modules whose Fisher information it has; `load_fisher` gives it, float32 in the shape
+        of the weight
     """
 
     @property
@@ -78,7 +87,12 @@ class StatisticsSource(Protocol):
     @property
     def sites(self) -> Mapping[str, SiteInfo]: ...
 
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]: ...
+
     def load(self, site: str) -> SiteStatistics: ...
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]: ...
 
 
 @runtime_checkable
@@ -144,6 +158,20 @@ class CalibrationFile:
     @property
     def heldout_limit(self) -> int:
         return int(self.content["heldout_limit"])
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {
+            module: FisherInfo(module, self.checkpoint.tensors[f"{module}.fisher"].spec.shape, n)
+            for module, n in self.content.get("fisher", {}).items()
+        }
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Raises InputError where the file holds what no calibration writes."""
+        values = self.checkpoint.read(f"{module}.fisher").astype(np.float32)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise InputError(f"{self.name}: {module}.fisher is damaged", hint="calibrate again")
+        return values
 
     def load(self, site: str) -> SiteStatistics:
         """Raises InputError where the file holds what no calibration writes."""
@@ -211,6 +239,9 @@ def open_calibration(path: Path) -> CalibrationFile:
             for site, entry in sorted(content["sites"].items())
         }
         str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+        for module, n in content.get("fisher", {}).items():
+            if f"{module}.fisher" not in checkpoint.tensors or int(n) < 1:
+                raise KeyError(module)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not a statistics file", hint="make one with ptq calibrate"
@@ -265,9 +296,15 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
     }
 
 
-def file_content(model: str, heldout: tuple[int, int], sites: Mapping[str, Any]) -> dict[str, Any]:
+def file_content(
+    model: str,
+    heldout: tuple[int, int],
+    sites: Mapping[str, Any],
+    fisher: Mapping[str, FisherInfo],
+) -> dict[str, Any]:
     """The metadata of a statistics file."""
-    return {
+    more = {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
+    return more | {
         "kind": "calibration",
         "version": VERSION,
         "model": model,
@@ -311,6 +348,25 @@ class Merged:
         parts = [part.digest(site) for part in self.parts if site in part.sites]
         return digest_words(*parts, str(self.parts[0].heldout_limit))
 
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        found: dict[str, FisherInfo] = {}
+        for part in self.parts:
+            for module, info in part.fisher.items():
+                before = found[module].n_samples if module in found else 0
+                found[module] = FisherInfo(module, info.shape, before + info.n_samples)
+        return found
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """The mean over all samples."""
+        own = [part for part in self.parts if module in part.fisher]
+        total = sum(part.fisher[module].n_samples for part in own)
+        weighted = [
+            part.load_fisher(module) * (part.fisher[module].n_samples / total) for part in own
+        ]
+        mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
+        return mean
+
 
 @dataclass(frozen=True)
 class ActivationSite:
@@ -326,10 +382,20 @@ class Activations:
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
     surplus: tuple[str, ...] = ()
+    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
 
     @property
     def files(self) -> Sequence[Path]:
-        return [file.npy.path for entry in self.entries.values() for file in entry.files]
+        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
+        return [*found, *gradient_files(self.gradients)]
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {module: entry.info for module, entry in self.gradients.items()}
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Stream the module's gradients."""
+        return self.gradients[module].load()
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:

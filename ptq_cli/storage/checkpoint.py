@@ -30,7 +30,7 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
-from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, TensorSpec
+from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
 _ZEROS = np.zeros(1 << 18, np.float32)
@@ -184,6 +184,22 @@ class Checkpoint:
     def part(self, names: Iterable[str]) -> Checkpoint:
         """Some of its tensors alone: all that a worker needs, and quickly sent."""
         return replace(self, tensors={name: self.tensors[name] for name in names})
+
+    def weight(self, layer: Layer) -> NDArray[np.float32]:
+        """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
+        return self.weight_rows(layer, self.read_bytes(layer.tensor))[:]
+
+    def weight_rows(self, layer: Layer, data: NDArray[np.uint8]) -> StoredRows:
+        """The same from the tensor's bytes, a few rows at a time."""
+        if not layer.transposed:
+            return self.rows(layer.tensor, layer.shape, data)
+        stored = self.rows(layer.tensor, layer.shape[::-1], data)
+        return replace(stored, values=np.ascontiguousarray(stored.values.T))
+
+    def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
+        """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
+        disk, [out_features]; None: they are."""
+        return None
 
     @cached_property
     def fingerprint(self) -> str:

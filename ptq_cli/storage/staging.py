@@ -21,6 +21,7 @@ from typing import Any
 
 from ptq_cli import stopping
 from ptq_cli.errors import FileError, InputError, PtqError
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -186,6 +187,14 @@ class Staging:
                 f"{self.output.parent}: {_megabytes(wanted)} are needed, {_megabytes(free)} free",
                 hint="free some space, or choose another place with -o",
             )
+
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The same tensors, each as a place in a file."""
+        path, start, places = self._path(unit, ".bin"), 0, []
+        for tensor in self.tensors(unit):
+            places.append(StoredTensor(tensor.spec, path, start))
+            start += tensor.spec.nbytes
+        return places
 
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""

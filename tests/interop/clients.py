@@ -1,7 +1,7 @@
 """Each client in a process of its own: `python -m tests.interop.clients CLIENT JOBS.json OUT.npz`.
 
 JOBS is a list of `{"name", "folder", "float", …}`; OUT gets `<name>`, float32 logits
-[1, n, vocabulary] of PROMPT, and `<name>.generated`, the token ids that `generate()` gave. A job that
+[1, n, vocabulary] of PROMPT, and `<name>.generated`, the token ids of `generate()`. A job that
 fails puts its words into `<name>.error`. Processes, because loading one client patches another.
 """
 

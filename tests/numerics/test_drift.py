@@ -70,7 +70,7 @@ def test_the_held_out_error_includes_the_drift() -> None:
     weight = WEIGHT.astype(np.float32)
     rounded = round_to_nearest(weight, Grid(4, 4))
     exact, inputs = EXACT[:20].astype(np.float32), INPUTS[:20].astype(np.float32)
-    measures = measure(weight, rounded, None, inputs, exact)
+    measures = measure(weight, rounded, None, inputs, heldout_float=exact)
     wanted = exact @ weight.T
     lost = wanted - inputs @ rounded.dequantized().T
     assert measures.heldout_rel_err == pytest.approx((lost**2).sum() / (wanted**2).sum(), rel=1e-4)

@@ -52,6 +52,8 @@ def _misfit(layer: Layer) -> str | None:
     found = layout.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
     if found is not None:
         return found
+    if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
+        return f"{_NAME} has no dynamic scale per tensor; --activation-scheme dynamic-token"
     if layer.activation is not None and layer.activation.bits != 8:
         return f"{_NAME} rounds inputs to 8 bits here, not {layer.activation.bits}; --scheme W8A8"
     if _plain(layer) and grid.group_size > 0:

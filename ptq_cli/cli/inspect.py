@@ -1,0 +1,81 @@
+"""`ptq inspect`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptq_cli import api, display
+from ptq_cli.cli.common import PATH, source_options
+
+
+@click.command("inspect")
+@click.argument("path", type=PATH)
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def inspect(
+    path: Path,
+    calibration: Path | None,
+    activations: tuple[Path, ...],
+    bf16: bool,
+    as_json: bool,
+) -> None:
+    """Show tensors, dtypes and shapes of PATH, and for a float model its sites.
+
+    With calibration: loud channels, the channels that can move a site's outputs most
+    (max|x| · mean|W|), and, where gradients were given to ptq calibrate, layers ranked by Fisher
+    information.
+
+    \b
+    ptq inspect model/ --calibration stats.safetensors
+    ptq inspect model-gptq-w4g128 --json
+    """
+    document = api.inspect(path, calibration=calibration, activations=activations, bf16=bf16)
+    if as_json:
+        display.print_json(document)
+    else:
+        _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
+    columns = [("tensor", "left"), ("dtype", "left"), ("shape", "left"), ("left alone", "left")]
+    rows = [
+        [t["tensor"], t["dtype"], str(t["shape"]), t["left_alone"] or ""]
+        for t in document["tensors"]
+    ]
+    display.table(columns, rows)
+    for layer in document.get("layers", [])[:1]:
+        display.line(
+            f"{document['format']}: {len(document['layers'])} layers, the first"
+            f" {layer['bits']} bits, group size {layer['group_size']}, {layer['method']}"
+        )
+    if document.get("sites"):
+        _show_sites(document["sites"])
+    if document.get("fisher"):
+        _show_fisher(document["fisher"])
+    for note in document.get("notes", []):
+        display.line(note)
+    totals = document["totals"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in totals["dtypes"].items())
+    display.line(f"{totals['tensors']} tensors ({dtypes}), {display.size(totals['bytes'])}")
+
+
+def _show_sites(sites: list[dict[str, Any]]) -> None:
+    columns = ("inputs", "fed by", "absmax", "median", "loud", "most important channels")
+    rows = []
+    for site in sites:
+        top = ", ".join(str(entry["channel"]) for entry in site.get("importance", []))
+        fed_by = site["fed_by"] or f"nothing: {site['reason']}"
+        loud = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
+        numbers = [display.number(site.get(key)) for key in ("absmax", "median_absmax")]
+        rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, loud, top])
+    display.table([("site", "left"), *((name, "left") for name in columns)], rows)
+
+
+def _show_fisher(rows: list[dict[str, Any]]) -> None:
+    display.table(
+        [("layer", "left"), ("mean Fisher", "right"), ("share", "right")],
+        [[row["module"], display.number(row["mean"]), f"{row['share']:.1%}"] for row in rows],
+    )

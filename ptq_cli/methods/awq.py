@@ -1,0 +1,119 @@
+"""AWQ: factors that spare the weights behind loud inputs, then a range of each group cut to the
+outputs' error.
+
+The mathematics stands in numerics/awq.py (Lin et al., arXiv 2306.00978). Two records: `SMOOTHER`
+finds the factors, `METHOD` rounds what they have scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
+from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.smoothing import tied
+from ptq_cli.values import (
+    FloatArray,
+    Grid,
+    Method,
+    MethodResult,
+    SiteStatistics,
+    Smoother,
+    SmoothingCase,
+    SmoothingChoice,
+)
+
+
+@dataclass(frozen=True)
+class AwqSettings:
+    n_grid: int = field(
+        default=20, metadata={"help": "Steps of the scale search.", "min": 1, "max": 1000}
+    )
+    clip: bool = field(
+        default=True,
+        metadata={"help": "Search the range of each group for the least error of the outputs."},
+    )
+    then: str = field(
+        default="awq",
+        metadata={
+            "help": "What rounds the scaled weights: the clip search, or GPTQ.",
+            "choices": ("awq", "gptq"),
+        },
+    )
+    compare: bool = field(
+        default=True,
+        metadata={"help": "Try rtn, awq, gptq and awq+gptq on every layer and report the best."},
+    )
+
+
+def _root(statistics: SiteStatistics) -> FloatArray:
+    """What stands for the inputs: `root.T @ root / len(root)` is their Hessian."""
+    return hessian_root(statistics.hessian.astype(np.float32))
+
+
+def _search(case: SmoothingCase, settings: AwqSettings) -> tuple[SmoothingChoice, ...]:
+    """Ratios that lose less than none, the best first."""
+    absmean = case.statistics.absmean
+    if not absmean.any():
+        return ()
+    found = search_scales(
+        _root(case.statistics),
+        case.weights,
+        case.grid,
+        n_grid=settings.n_grid,
+        input_absmean=absmean,
+        ties=case.ties,
+    )
+    shared = tied(absmean, case.ties, "mean")
+    order = np.argsort(found.losses, kind="stable")
+    ratios = [int(i) / settings.n_grid for i in order if found.losses[i] < found.plain_loss]
+    return tuple(SmoothingChoice(ratio, awq_factors(shared, ratio)) for ratio in ratios)
+
+
+def _prepare(
+    statistics: SiteStatistics | None, grid: Grid, settings: AwqSettings
+) -> FloatArray | None:
+    if statistics is None or not settings.clip or not statistics.absmean.any():
+        return None
+    return _root(statistics)
+
+
+def _apply(
+    weight: FloatArray,
+    root: FloatArray | None,
+    grid: Grid,
+    settings: AwqSettings,
+    importance: FloatArray | None = None,
+) -> MethodResult:
+    """Round to nearest, each group within the range that the clip search gives it."""
+    if root is None:
+        return MethodResult(round_to_nearest(weight, grid))
+    limits = search_clip(root, weight.astype(np.float32), grid, n_grid=settings.n_grid)
+    return MethodResult(round_to_nearest(clip(weight, limits, grid), grid))
+
+
+def _memory(shape: tuple[int, int], grid: Grid) -> int:
+    out_features, n = shape
+    return 4 * (4 * n * n + 5 * out_features * n)
+
+
+METHOD = Method(
+    name="awq",
+    help="Round to nearest, each group's range cut to the least error of the outputs.",
+    settings=AwqSettings,
+    prepare=_prepare,
+    apply=_apply,
+    needs_hessian=True,
+    memory=_memory,
+)
+
+SMOOTHER = Smoother(
+    name="awq",
+    help="AWQ: channels with loud inputs are scaled up before their weights are rounded.",
+    settings=AwqSettings,
+    defaults={},
+    method="awq",
+    search=_search,
+)

@@ -1,0 +1,71 @@
+"""SmoothQuant: factors that balance outlying channels of the inputs against the weights.
+
+The mathematics and its floors stand in numerics/smoothing.py (Xiao et al., arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
+from ptq_cli.numerics.smoothing import search_alpha, smooth_factors, tied, weights_absmax
+from ptq_cli.values import Smoother, SmoothingCase, SmoothingChoice
+
+
+@dataclass(frozen=True)
+class SmoothquantSettings:
+    alpha: float | str = field(
+        default=0.5,
+        metadata={
+            "help": "How much of the inputs' spread goes into the weights, 0 to 1; auto: per site"
+            " what gives the least output error.",
+            "min": 0.0,
+            "max": 1.0,
+            "words": ("auto",),
+            "metavar": "X|auto",
+        },
+    )
+    activation_scheme: str = field(
+        default="dynamic-token",
+        metadata={
+            "help": "How inputs are rounded at run time: a scale per token, per tensor, one known"
+            " beforehand, or not at all.",
+            "choices": SCHEMES,
+        },
+    )
+    activation_bits: int = field(default=8, metadata={"help": "Bits per input.", "choices": (8, 4)})
+    then: str = field(
+        default="rtn",
+        metadata={"help": "What rounds the smoothed weights.", "choices": ("rtn", "gptq")},
+    )
+
+
+def _search(case: SmoothingCase, settings: SmoothquantSettings) -> tuple[SmoothingChoice, ...]:
+    absmax = case.statistics.absmax
+    if isinstance(settings.alpha, float):
+        loud, heavy = tied(absmax, case.ties), tied(weights_absmax(case.weights), case.ties)
+        return (SmoothingChoice(settings.alpha, smooth_factors(loud, heavy, settings.alpha)),)
+    # The sample's own range stands for a static one.
+    static = settings.activation_scheme == "static"
+    scheme = "dynamic-tensor" if static else settings.activation_scheme
+    found = search_alpha(
+        case.statistics.sample.astype(np.float32),
+        case.weights,
+        case.grid,
+        ActivationSettings(settings.activation_bits, scheme),
+        input_absmax=absmax,
+        ties=case.ties,
+    )
+    return () if found.alpha is None else (SmoothingChoice(found.alpha, found.factors),)
+
+
+SMOOTHER = Smoother(
+    name="smoothquant",
+    help="SmoothQuant: outlying channels of the inputs move into the weights.",
+    settings=SmoothquantSettings,
+    defaults={"bits": 8, "group_size": -1, "narrow_range": True},
+    method="rtn",
+    search=_search,
+)

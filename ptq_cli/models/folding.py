@@ -1,0 +1,244 @@
+"""Folding the factors of smoothing into weights: the float model computes what it did before.
+
+A site's inputs are to be divided by s, float [in_features], and the columns of its linears
+multiplied by it. Arithmetic is in float32 (float64 for float64 arrays), whatever the tensors'
+dtype.
+
+A norm is folded first and rounded to the dtype it is stored in; the columns are then scaled by what
+the stored gain really divides by, `old gain / stored gain`. So rounding the gain costs nothing,
+however coarse it is where the gain is stored less one (Gemma: steps of 1/256 in BF16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.models.sites import Norm, Preceding, Rows, Site
+from ptq_cli.numerics.smoothing import check_factors
+from ptq_cli.values import Array, FloatArray
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A site after folding.
+
+    tensors: every changed tensor, in the dtype it came in, or wider where `keep_dtype` is off
+    factors: what the columns were multiplied by, float [in_features]: the factors asked for, but
+        for the rounding of the norm's gain
+    notes: what could not be done as asked
+    """
+
+    tensors: Mapping[str, Array]
+    factors: FloatArray
+    notes: tuple[str, ...] = ()
+
+
+def fold_into_norm(
+    weight: Array, bias: Array | None, factors: Array, plus_one: bool = False
+) -> tuple[FloatArray, FloatArray | None]:
+    """Divide a norm's gain and bias by the factors: all [channels] → (weight, bias).
+
+    RMSNorm and LayerNorm: `gain/s`, `bias/s`. plus_one (Gemma): the gain is 1 + weight, so the new
+    weight is `(1 + weight)/s − 1`.
+
+    Raises:
+        InputError: factors are not [channels].
+        NumericalError: a factor is not a positive number.
+    """
+    gain, divisor = _working(weight), _divisor(weight, factors)
+    new = (1 + gain) / divisor - 1 if plus_one else gain / divisor
+    return new, None if bias is None else _working(bias) / divisor
+
+
+def fold_into_linear_rows(
+    weight: Array,
+    bias: Array | None,
+    factors: Array,
+    rows: Rows,
+    transposed: bool = False,
+) -> tuple[FloatArray, FloatArray | None]:
+    """Divide the outputs of a linear that feed a site by the site's factors.
+
+    weight: [out_features, in_features] (transposed: the other way round); bias: [out_features]
+    factors: [in_features of the site]; rows: which output feeds which input
+
+    Raises:
+        InputError: outputs that do not exist, or inputs fed by one output with unequal factors.
+        NumericalError: a factor is not a positive number.
+    """
+    check_factors(factors, len(factors))
+    work = _working(weight)
+    outputs = work.shape[1] if transposed else work.shape[0]
+    divisor = row_divisor(outputs, factors, rows).astype(work.dtype)
+    new = work / (divisor if transposed else divisor[:, None])
+    return new, None if bias is None else _working(bias) / divisor
+
+
+def row_divisor(outputs: int, factors: Array, rows: Rows) -> FloatArray:
+    """What each output is divided by, [outputs]."""
+    index = rows.index(len(factors))
+    if index.size and int(index.max()) >= outputs:
+        raise InputError(f"{outputs} outputs do not feed {len(factors)} inputs")
+    divisor = np.ones(outputs, factors.dtype)
+    divisor[index] = factors
+    if not np.array_equal(divisor[index], factors):
+        raise InputError("inputs fed by the same output need the same smoothing factor")
+    return divisor
+
+
+def scale_columns(weight: Array, factors: Array, transposed: bool = False) -> FloatArray:
+    """Multiply each column of a weight by its input's factor.
+
+    weight: [out_features, in_features] (transposed: the other way round); factors: [in_features]
+
+    Raises:
+        InputError: factors are not [in_features].
+        NumericalError: a factor is not a positive number.
+    """
+    in_features = weight.shape[0] if transposed else weight.shape[1]
+    check_factors(factors, in_features)
+    work = _working(weight)
+    scale = factors.astype(work.dtype)
+    scaled: FloatArray = work * (scale[:, None] if transposed else scale)
+    return scaled
+
+
+def fold_site(
+    site: Site, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool = True
+) -> Folded:
+    """Fold a site's factors into its feeder and its linears.
+
+    tensors: at least `site.tensors`. A tensor may belong to two sites (v_proj is a linear of one
+        and feeds another): fold the sites one after the other, each into the result of the last.
+
+    Raises:
+        InputError: nothing can take the factors (the site's reason says why), a tensor is not
+            there, factors of the wrong length, unequal factors for tied inputs.
+        NumericalError: a factor is not a positive number, or a result does not fit its dtype.
+    """
+    if site.feeder is None:
+        raise InputError(f"site {site.name} cannot take smoothing factors: {site.reason}")
+    absent = [name for name in site.tensors if name not in tensors]
+    if absent:
+        raise InputError(f"site {site.name}: {absent[0]} is not in the checkpoint")
+    used, notes = settle_factors(site, tensors, factors, keep_dtype)
+    changed: dict[str, Array] = {}
+    for name in site.tensors:
+        changed[name] = fold_tensor(name, tensors[name], [(site, used)])
+        if keep_dtype:
+            changed[name] = as_stored(name, changed[name], tensors[name].dtype)
+    return Folded(changed, used, notes)
+
+
+def settle_factors(
+    site: Site, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool = True
+) -> tuple[FloatArray, tuple[str, ...]]:
+    """The factors that a fold can really use, [in_features], and notes on those it cannot.
+
+    A norm's gain is stored rounded (with `keep_dtype`), and what it then divides by is what the
+    columns have to be multiplied by. A gain that would be stored as 0 stays as it is.
+    tensors: at least the feeder's
+
+    Raises:
+        InputError: factors of the wrong length.
+        NumericalError: a factor is not a positive number, or the gain does not fit its dtype.
+    """
+    check_factors(factors, site.in_features)
+    if not isinstance(site.feeder, Norm):
+        return factors, ()
+    weight = tensors[site.feeder.weight]
+    new, _ = fold_into_norm(weight, None, factors, site.feeder.plus_one)
+    if keep_dtype:
+        new = as_stored(site.feeder.weight, new, weight.dtype)
+    offset = 1 if site.feeder.plus_one else 0
+    old_gain, new_gain = _working(weight) + offset, _working(new) + offset
+    lost = (old_gain != 0) & (new_gain == 0)
+    new_gain = np.where(lost, old_gain, new_gain)
+    used = np.divide(old_gain, new_gain, out=_divisor(weight, factors), where=new_gain != 0)
+    count = int(lost.sum())
+    note = f"{site.feeder.weight}: {count} channels not smoothed, their gain would be stored as 0"
+    return used, (note,) if count else ()
+
+
+def fold_tensor(name: str, values: Array, folds: Sequence[tuple[Site, Array]]) -> FloatArray:
+    """One tensor after the folds of sites that it belongs to, one after the other; not rounded.
+
+    folds: sites with their settled factors
+
+    Raises:
+        InputError: factors that do not fit; a tensor that belongs to none of the sites.
+    """
+    for site, factors in folds:
+        values = _folded(name, values, site, factors)
+    return _working(values)
+
+
+def _folded(name: str, values: Array, site: Site, factors: Array) -> FloatArray:
+    for linear in site.linears:
+        if linear.tensor == name:
+            return scale_columns(values, factors, linear.transposed)
+    feeder = site.feeder
+    if isinstance(feeder, Norm):
+        if name == feeder.weight:
+            return fold_into_norm(values, None, factors, feeder.plus_one)[0]
+        if name == feeder.bias:
+            return fold_into_norm(values, None, factors)[0]
+    if isinstance(feeder, Preceding):
+        if name == feeder.weight:
+            return fold_into_linear_rows(values, None, factors, feeder.rows, feeder.transposed)[0]
+        if name == feeder.bias:
+            return _working(values) / row_divisor(values.shape[0], factors, feeder.rows)
+    raise InputError(f"{name} does not belong to site {site.name}")
+
+
+def inputs_after(
+    site: Site, before: Mapping[str, Array], after: Mapping[str, Array], inputs: Array, used: Array
+) -> FloatArray:
+    """What the linears see once the site is folded, from what they saw: [n, in] → float64 [n, in].
+
+    Behind a norm it is worked out from the stored gains and biases, `(x − b)·g'/g + b'`, so that
+    their rounding shows; behind a linear it is `x / used`.
+    """
+    values = inputs.astype(np.float64)
+    if not isinstance(site.feeder, Norm):
+        return values / used.astype(np.float64)
+    old, new = (_gain(site.feeder, tensors) for tensors in (before, after))
+    ratio = np.divide(new, old, out=np.zeros_like(old), where=old != 0)
+    if site.feeder.bias is None:
+        return values * ratio
+    bias, moved = (tensors[site.feeder.bias].astype(np.float64) for tensors in (before, after))
+    shifted: FloatArray = (values - bias) * ratio + moved
+    return shifted
+
+
+def as_stored(name: str, values: FloatArray, dtype: np.dtype[Any]) -> Array:
+    """`values` in the dtype of the checkpoint.
+
+    Raises:
+        NumericalError: a value is beyond the dtype's range, or not finite.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored).all():
+        greatest = float(np.abs(values).max())
+        raise NumericalError(f"{name}: {greatest:.4g} after smoothing does not fit {dtype.name}")
+    return stored
+
+
+def _gain(norm: Norm, tensors: Mapping[str, Array]) -> NDArray[np.float64]:
+    return tensors[norm.weight].astype(np.float64) + (1 if norm.plus_one else 0)
+
+
+def _working(values: Array) -> FloatArray:
+    return values if values.dtype == np.float64 else values.astype(np.float32)
+
+
+def _divisor(values: Array, factors: Array) -> FloatArray:
+    check_factors(factors, values.shape[0])
+    return factors.astype(np.float64 if values.dtype == np.float64 else np.float32)

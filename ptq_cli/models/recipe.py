@@ -1,0 +1,211 @@
+"""Sites that a recipe names, for models that are of no known family.
+
+::
+
+    [[sites]]
+    linears = ["blocks.*.attn.q", "blocks.*.attn.kv"]   # modules that share one input
+    norm = "blocks.*.norm_1"                            # what feeds them, and nothing else
+    plus_one = false                                    # true: its gain is stored less one
+
+    [[sites]]
+    linears = ["blocks.*.attn.out"]
+    after = "blocks.*.attn.kv"       # or: the linear before, whose outputs reach them unmixed
+    layout = "q k v"                 # and how they are laid out; see models/sites.py
+    heads = 32                       # attention heads, where the layout has heads
+    transposed = false               # true: linears are stored [in_features, out_features]
+
+`*` stands for one number, the same in a whole entry. With neither `norm` nor `after` an entry only
+says that its linears share an input. Whether the norm feeds other linears too is the recipe's word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from ptq_cli.errors import InputError
+from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
+from ptq_cli.values import TensorSpec
+
+Specs = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """One `[[sites]]` entry; the module's docstring says what the keys mean."""
+
+    linears: tuple[str, ...]
+    norm: str | None = None
+    plus_one: bool = False
+    after: str | None = None
+    layout: Layout = "all"
+    heads: int | None = None
+    transposed: bool = False
+
+
+def read_entry(entry: Mapping[str, Any]) -> SiteEntry:
+    """Check the keys and values of one entry.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), a value of the wrong kind, no
+            linears, both `norm` and `after`.
+    """
+    known = [field.name for field in fields(SiteEntry)]
+    for key in entry:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"[[sites]] has no key {key!r}", hint=hint)
+    values = dict(entry)
+    linears = values.get("linears")
+    if not isinstance(linears, list | tuple) or not linears:
+        raise InputError("[[sites]] needs linears, a list of modules")
+    values["linears"] = tuple(linears)
+    _check_kinds(values)
+    if values.get("norm") is not None and values.get("after") is not None:
+        raise InputError(f"[[sites]] {linears[0]}: norm and after exclude each other")
+    return SiteEntry(**values)
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "norm": str, "after": str, "plus_one": bool, "transposed": bool, "heads": int,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        value = values.get(key)
+        wrong = value is not None and not isinstance(value, kind)
+        if wrong or (key == "heads" and isinstance(value, bool)):
+            raise InputError(f"[[sites]] {key} = {value!r} is of the wrong kind")
+    if not all(isinstance(linear, str) for linear in values["linears"]):
+        raise InputError("[[sites]] linears are names of modules")
+    layouts = get_args(get_type_hints(SiteEntry)["layout"])
+    if values.get("layout", "all") not in layouts:
+        raise InputError(
+            f"[[sites]] layout {values['layout']!r} is not known",
+            hint="known are " + ", ".join(f'"{layout}"' for layout in layouts),
+        )
+
+
+def recipe_sites(entries: Sequence[Mapping[str, Any]], specs: Specs) -> tuple[Site, ...]:
+    """The sites of all entries, `*` written out.
+
+    Raises:
+        InputError: a module that is not in the checkpoint, shapes that do not fit, a linear in two
+            sites, or one norm or linear feeding two sites that would both scale it.
+    """
+    sites = []
+    for raw in entries:
+        entry = read_entry(raw)
+        sites += [_site(entry, numbers, specs) for numbers in _numbers(entry, specs)]
+    _check_disjoint(sites)
+    return tuple(sites)
+
+
+def merge_sites(detected: Sequence[Site], named: Sequence[Site]) -> tuple[Site, ...]:
+    """A recipe's sites, and those detected ones that share no linear with them.
+
+    Raises:
+        InputError: a recipe's norm is known to feed a linear that its entry leaves out, or one norm
+            or linear feeds two sites.
+    """
+    for site in named:
+        listed = {linear.module for linear in site.linears}
+        for other in detected:
+            if site.feeder is None or other.feeder is None or _source(site) != _source(other):
+                continue
+            for linear in other.linears:
+                if linear.module not in listed:
+                    raise InputError(f"{site.feeder.weight} feeds {linear.module} too")
+    taken = {linear.module for site in named for linear in site.linears}
+    free = [s for s in detected if not any(linear.module in taken for linear in s.linears)]
+    _check_disjoint((*free, *named))
+    return (*free, *named)
+
+
+def _numbers(entry: SiteEntry, specs: Specs) -> list[tuple[str, ...]]:
+    """The numbers for which the entry's first linear is in the checkpoint, in order."""
+    first = entry.linears[0]
+    pattern = re.compile(re.escape(first).replace(r"\*", r"(\d+)") + r"\.weight")
+    matches = [match.groups() for match in map(pattern.fullmatch, specs) if match]
+    if not matches:
+        raise InputError(f"[[sites]] {first}: no such module in the checkpoint")
+    return sorted(matches, key=lambda numbers: [int(n) for n in numbers])
+
+
+def _written_out(name: str, numbers: Sequence[str]) -> str:
+    parts = name.split("*")
+    if len(parts) == 1:
+        return name
+    if len(parts) != len(numbers) + 1:
+        raise InputError(f"[[sites]] {name}: as many * as in the first linear are needed")
+    return "".join(a + b for a, b in zip(parts, (*numbers, ""), strict=True))
+
+
+def _site(entry: SiteEntry, numbers: Sequence[str], specs: Specs) -> Site:
+    modules = [_written_out(linear, numbers) for linear in entry.linears]
+    widths = {module: _shape(module, entry, specs)[1] for module in modules}
+    width = widths[modules[0]]
+    for module, other in widths.items():
+        if other != width:
+            raise InputError(f"{module} takes {other} inputs, {modules[0]} takes {width}")
+    linears = tuple(SiteLinear(m, f"{m}.weight", entry.transposed) for m in modules)
+    feeder = _feeder(entry, numbers, specs, width)
+    reason = "the recipe names nothing that feeds it" if feeder is None else None
+    return Site(modules[0], linears, width, feeder, reason)
+
+
+def _feeder(
+    entry: SiteEntry, numbers: Sequence[str], specs: Specs, width: int
+) -> Norm | Preceding | None:
+    source = entry.norm or entry.after
+    if source is None:
+        return None
+    module = _written_out(source, numbers)
+    bias = f"{module}.bias" if f"{module}.bias" in specs else None
+    if entry.norm is not None:
+        gain = specs.get(f"{module}.weight")
+        if gain is None:
+            raise InputError(f"[[sites]] norm {module}: {module}.weight is not in the checkpoint")
+        if gain.shape != (width,):
+            raise InputError(f"norm {module} has shape {gain.shape}, its linears take {width}")
+        return Norm(gain.name, bias, entry.plus_one)
+    outputs = _shape(module, entry, specs)[0]
+    rows = rows_of(entry.layout, outputs, width, entry.heads)
+    if isinstance(rows, str):
+        raise InputError(f"[[sites]] after {module}: {rows}", hint="see layout and heads")
+    return Preceding(f"{module}.weight", bias, rows, entry.transposed)
+
+
+def _shape(module: str, entry: SiteEntry, specs: Specs) -> tuple[int, int]:
+    """(out_features, in_features) of a linear."""
+    spec = specs.get(f"{module}.weight")
+    if spec is None:
+        raise InputError(f"[[sites]] {module}: {module}.weight is not in the checkpoint")
+    if len(spec.shape) != 2:
+        raise InputError(f"{spec.name} of shape {spec.shape} is not a linear's weight")
+    first, second = spec.shape
+    return (second, first) if entry.transposed else (first, second)
+
+
+def _check_disjoint(sites: Sequence[Site]) -> None:
+    linears: set[str] = set()
+    feeders: set[object] = set()
+    for site in sites:
+        for linear in site.linears:
+            if linear.module in linears:
+                raise InputError(f"{linear.module} is in two sites")
+            linears.add(linear.module)
+        key = _source(site)
+        if site.feeder is not None and key in feeders:
+            raise InputError(f"{site.feeder.weight} feeds two sites, the second is {site.name}")
+        feeders.add(key)
+
+
+def _source(site: Site) -> tuple[str, Rows | None] | None:
+    """The tensor, and the part of it, that feeds a site."""
+    if site.feeder is None:
+        return None
+    return site.feeder.weight, site.feeder.rows if isinstance(site.feeder, Preceding) else None

@@ -1,0 +1,176 @@
+"""Activations as integers: `inputs ≈ scale · codes`, symmetric around zero.
+
+`codes = clip(round(input / scale), ±q)` and `scale = range / q`, with q = 127 at 8 bits and 7 at 4;
+the range is the absolute maximum or a percentile of the absolute values, of one row (token) or of
+the whole tensor. A range of 0 gives scale 0 and codes 0. Scales are float32; the quotient is taken
+in the dtype of the inputs, at least float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.values import Array, FloatArray
+
+SCHEMES = ("dynamic-token", "dynamic-tensor", "static", "none")
+LARGEST_CODE = {8: 127, 4: 7}
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """How inputs are rounded before an integer product.
+
+    bits: 8 (±127) or 4 (±7).
+    scheme: "dynamic-token" a scale for each row of inputs, "dynamic-tensor" one for all of them,
+        "static" the scale `static_scale`, "none" inputs stay float.
+    percentile: in (0, 1]; the range is the ceil(p · n)-th smallest absolute value; 1 is the
+        absolute maximum. Values beyond the range are clipped.
+    static_scale: the size of one step, in units of the inputs; 0 rounds everything to 0.
+
+    Raises:
+        InputError: a value out of range, or "static" without a scale.
+    """
+
+    bits: int = 8
+    scheme: str = "dynamic-token"
+    percentile: float = 1.0
+    static_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _largest_code(self.bits)
+        _check_percentile(self.percentile)
+        if self.scheme not in SCHEMES:
+            raise InputError(f"activation scheme {self.scheme!r} is none of {', '.join(SCHEMES)}")
+        if self.scheme == "static":
+            _check_static(self.static_scale)
+
+
+@dataclass(frozen=True)
+class QuantizedActivations:
+    """Rounded inputs, `inputs ≈ codes · scales[:, None]`.
+
+    codes: int8 [n, in_features], −q … q
+    scales: float32 [n] (per row) or [1]; 0 where the range is 0, and the codes are 0 there
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    bits: int = 8
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """float32 [n, in_features]."""
+        result: NDArray[np.float32] = self.codes.astype(np.float32) * self.scales[:, None]
+        return result
+
+
+def activation_range(inputs: Array, percentile: float = 1.0, per_row: bool = False) -> FloatArray:
+    """The ceil(p · n)-th smallest of n absolute values (`math.ceil(p * n)` in float64).
+
+    inputs: float [n, in_features]; returns [n] with `per_row`, else [1]; 0 where there is no value.
+    A percentile may be 0 where most inputs are: everything is then rounded to 0.
+
+    Raises:
+        InputError: percentile outside (0, 1].
+        NumericalError: inputs hold NaN or infinity.
+    """
+    _check_percentile(percentile)
+    magnitude = np.abs(_floats(inputs))
+    magnitude = magnitude if per_row else magnitude.reshape(1, -1)
+    if magnitude.shape[1] == 0:
+        return np.zeros(magnitude.shape[0], magnitude.dtype)
+    top: FloatArray = magnitude.max(axis=1)
+    if not np.isfinite(top).all():
+        raise NumericalError("activations hold NaN or infinity")
+    rank = min(magnitude.shape[1], max(1, ceil(percentile * magnitude.shape[1])))
+    if rank == magnitude.shape[1]:
+        return top
+    magnitude.partition(rank - 1, axis=1)
+    return magnitude[:, rank - 1].copy()
+
+
+def quantize_per_token(
+    inputs: Array, bits: int = 8, percentile: float = 1.0
+) -> QuantizedActivations:
+    """Round inputs [n, in_features] with a scale for each row, `range / q`."""
+    scales = activation_range(inputs, percentile, per_row=True) / _largest_code(bits)
+    return _round(inputs, scales, bits)
+
+
+def quantize_per_tensor(
+    inputs: Array, bits: int = 8, percentile: float = 1.0
+) -> QuantizedActivations:
+    """Round inputs [n, in_features] with one scale, `range / q`."""
+    return _round(inputs, activation_range(inputs, percentile) / _largest_code(bits), bits)
+
+
+def absmax_scale(absmax: Array, bits: int = 8) -> float:
+    """The static scale that clips nothing of inputs whose channels reach absmax [in_features]."""
+    return float(absmax.max(initial=0)) / _largest_code(bits)
+
+
+def quantize_static(inputs: Array, scale: float, bits: int = 8) -> QuantizedActivations:
+    """Round inputs [n, in_features] with a scale known beforehand; what lies beyond is clipped.
+
+    Raises:
+        InputError: the scale is negative, NaN or infinite.
+        NumericalError: inputs hold NaN or infinity.
+    """
+    _check_static(scale)
+    activation_range(inputs)  # refuses NaN and infinity
+    return _round(inputs, np.array([scale]), bits)
+
+
+def quantize_activations(inputs: Array, settings: ActivationSettings) -> QuantizedActivations:
+    """Round inputs [n, in_features] as `settings` (any scheme but "none") say."""
+    if settings.scheme == "dynamic-token":
+        return quantize_per_token(inputs, settings.bits, settings.percentile)
+    if settings.scheme == "dynamic-tensor":
+        return quantize_per_tensor(inputs, settings.bits, settings.percentile)
+    if settings.scheme == "static" and settings.static_scale is not None:
+        return quantize_static(inputs, settings.static_scale, settings.bits)
+    raise InputError(f"activation scheme {settings.scheme!r} does not round activations")
+
+
+def _round(inputs: Array, scales: FloatArray, bits: int) -> QuantizedActivations:
+    largest = _largest_code(bits)
+    values = _floats(inputs)
+    with np.errstate(over="ignore", under="ignore"):
+        steps = scales.astype(np.float32)
+    if not np.isfinite(steps).all():
+        raise NumericalError(
+            f"an activation scale of {float(scales.max()):.4g} does not fit float32"
+        )
+    divisor = np.where(steps > 0, steps, np.float32(1))[:, None]
+    with np.errstate(over="ignore"):
+        quotient = values / divisor
+    np.rint(quotient, out=quotient)
+    np.clip(quotient, -largest, largest, out=quotient)
+    codes = quotient.astype(np.int8)
+    codes[np.broadcast_to(steps == 0, codes.shape[:1])] = 0
+    return QuantizedActivations(codes, steps, bits)
+
+
+def _floats(inputs: Array) -> FloatArray:
+    """The inputs as float32, or as float64 where they are."""
+    return inputs if inputs.dtype == np.float64 else inputs.astype(np.float32, copy=False)
+
+
+def _largest_code(bits: int) -> int:
+    if bits not in LARGEST_CODE:
+        raise InputError(f"activations of {bits} bits are not known; 8 and 4 are")
+    return LARGEST_CODE[bits]
+
+
+def _check_percentile(percentile: float) -> None:
+    if not 0 < percentile <= 1:
+        raise InputError(f"percentile {percentile} is outside (0, 1]")
+
+
+def _check_static(scale: float | None) -> None:
+    if scale is None or not 0 <= scale < float("inf"):
+        raise InputError(f"static activation scale {scale} is not a finite number of at least 0")

@@ -1,0 +1,255 @@
+"""Smoothing commands as jobs: plan, the pass over the sites, then the ordinary run on what it
+leaves, or the smoothed float weights themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from ptq_cli._version import __version__
+from ptq_cli.api import AnyPath, Source, default_output, find_source, settings_of, with_scheme
+from ptq_cli.errors import InputError, PtqError
+from ptq_cli.models.sites import require_whole
+from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.options import make_settings
+from ptq_cli.plan import GridSettings, make_plan, model_sites
+from ptq_cli.registry import format_named, method, smoother
+from ptq_cli.report import as_document, make_report
+from ptq_cli.runner import After, run
+from ptq_cli.runner import Listener as RowListener
+from ptq_cli.smoothing import Listener, Smoothed, Smoothing, smooth
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
+from ptq_cli.storage.folder import Assembly, mapped, write_folder
+from ptq_cli.storage.staging import Staging
+from ptq_cli.values import Activation, Plan, RunReport, Smoother
+
+FLOAT_BITS = 16  # `--bits 16`: smoothed float weights, nothing rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothJob:
+    """A smoothing that is planned and ready to run. floats: only float weights are written."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    source: Source
+    smoothing: Smoothing
+    output: Path
+    command: str
+    floats: bool
+
+    def run(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        listen: RowListener = lambda _: None,
+        listen_sites: Listener = lambda *_: None,
+    ) -> RunReport:
+        """Do the work, and give the output its name. Raises PtqError."""
+        begin = time.perf_counter()
+        inputs = {"model": self.checkpoint.fingerprint}
+        if self.source.fingerprint is not None:
+            inputs["calibration"] = self.source.fingerprint
+        job = {
+            "command": self.command,
+            "version": __version__,
+            "floats": self.floats,
+            **settings_of(self.plan),
+            **inputs,
+        }
+        keep = [*self.checkpoint.files, self.checkpoint.weights, *self.smoothing.source.files]
+        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        try:
+            with threadpool_limits(1):
+                smoothed = smooth(self.smoothing, staging, listen_sites)
+                checkpoint = self._staged(smoothed, staging)
+            if self.floats:
+                return self._write_floats(smoothed, checkpoint, staging, begin)
+        except PtqError:
+            staging.drop()
+            raise
+        except BaseException:
+            staging.close()
+            raise
+        report = run(
+            self.plan,
+            checkpoint,
+            smoothed.source,
+            staging,
+            command=self.command,
+            inputs=inputs,
+            listen=listen,
+            after=After(smoothed.annotate, _entries(smoothed), lambda out: _keep(smoothed, out)),
+        )
+        seconds = time.perf_counter() - begin
+        return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
+
+    def _staged(self, smoothed: Smoothed, staging: Staging) -> Checkpoint:
+        """Folded tensors that are not rounded, in their own dtype in the work folder."""
+        rounded = set() if self.floats else {layer.tensor for layer in self.plan.layers}
+        names = [name for name in smoothed.checkpoint.folds if name not in rounded]
+        return stage_folded(smoothed.checkpoint, names, staging)
+
+    def _write_floats(
+        self, smoothed: Smoothed, checkpoint: Checkpoint, staging: Staging, begin: float
+    ) -> RunReport:
+        size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
+        plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
+        report = make_report(self.command, plan, [], time.perf_counter() - begin)
+        settings = {**report.settings, "bits": FLOAT_BITS}
+        report = dataclasses.replace(report, sites=_entries(smoothed), settings=settings)
+        parts = [(name, [mapped(checkpoint, name)]) for name in checkpoint.tensors]
+        documents = {"report.json": as_document(report, times=False)}
+        fmt = format_named("ptq")
+        write_folder(staging.out, Assembly(parts, {}, (), fmt, documents), self.checkpoint)
+        _keep(smoothed, staging.out)
+        staging.publish()
+        return report
+
+
+def _entries(smoothed: Smoothed) -> tuple[Mapping[str, Any], ...]:
+    return tuple(dataclasses.asdict(outcome) for outcome in smoothed.outcomes)
+
+
+def _keep(smoothed: Smoothed, out: Path) -> None:
+    """Leave the factors beside the weights: an evaluation needs them."""
+    folds = smoothed.folds
+    if folds:
+        write_folds(out / FOLDS_FILE, folds)
+
+
+def smooth_settings(name: str) -> tuple[type[Any], ...]:
+    """The settings classes of a smoothing command."""
+    return GridSettings, smoother(name).settings, method("gptq").settings
+
+
+def prepare_smoothing(
+    command: str,
+    model: AnyPath,
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any] = {},
+    *,
+    calibration: AnyPath | None = None,
+    activations: Iterable[AnyPath] = (),
+    bf16: bool = False,
+    output: AnyPath | None = None,
+) -> SmoothJob:
+    """Plan a smoothing: every mistake that can be known is found here.
+
+    command: a smoother's name; given, recipe: settings by name, `given` wins; `bits` may be 16
+    """
+    how = smoother(command)
+    recipe = {**how.defaults, **with_scheme(given, recipe)}
+    floats = (given.get("bits") or recipe.get("bits")) == FLOAT_BITS
+    if floats:
+        given, recipe = {**given, "bits": None}, {**recipe, "bits": how.defaults.get("bits", 4)}
+    settings = make_settings(GridSettings, given, recipe)
+    own = make_settings(how.settings, given, recipe)
+    rounder = method(own.then)
+    rounding = make_settings(rounder.settings, given, recipe)
+    checkpoint = open_checkpoint(Path(model))
+    source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    if source.statistics is None:
+        raise InputError(
+            f"{checkpoint.path}: {command} needs calibration, and there is none",
+            hint="--calibration FILE or --activations DIR",
+        )
+    scheme = ActivationSettings(
+        getattr(own, "activation_bits", 8), getattr(own, "activation_scheme", "none"),
+        static_scale=0.0,
+    )  # fmt: skip
+    found = model_sites(checkpoint, settings)
+    require_whole(found.sites)
+    _check(command, settings, own, rounding, found.sites, str(checkpoint.path), found.notes)
+    fmt = format_named(settings.format)
+    plan = make_plan(
+        checkpoint, rounder, settings, rounding, fmt, source.statistics,
+        activation=None if floats else _activation(scheme),
+    )  # fmt: skip
+    _check_static(scheme, plan)
+    parts = tuple({type(part): part for part in (settings, own, rounding)}.values())
+    plan = dataclasses.replace(
+        plan,
+        settings=(settings, rounding, *(part for part in parts[1:] if part != rounding)),
+        warnings=(*plan.warnings, *source.warnings, *found.notes),
+    )
+    smoothing = Smoothing(
+        checkpoint=checkpoint,
+        source=source.statistics,
+        sites=found.sites,
+        layers={layer.tensor: layer for layer in plan.layers},
+        smoother=how,
+        settings=own,
+        rounding=(rounder.name, rounding),
+        fmt=fmt,
+        activations=scheme,
+        judged=not (floats and scheme.scheme == "none"),
+        compare=_rivals(how, own, rounder.name, rounding, floats),
+        stored=floats,
+    )
+    if output is None:
+        output = default_output(checkpoint, command, settings)
+        output = output.rsplit("-", 1)[0] if floats else output
+    return SmoothJob(plan, checkpoint, source, smoothing, Path(output), command, floats)
+
+
+def _activation(scheme: ActivationSettings) -> Activation | None:
+    if scheme.scheme == "none":
+        return None
+    return Activation(
+        scheme.bits, True, scheme.scheme != "static", scheme.scheme != "dynamic-tensor"
+    )
+
+
+def _rivals(how: Smoother, own: Any, rounder: str, rounding: Any, floats: bool) -> dict[str, Any]:
+    """Methods to compare on every layer, with their settings."""
+    if floats or not getattr(own, "compare", False):
+        return {}
+    gptq = rounding if rounder == "gptq" else method("gptq").settings()
+    return {how.method: own, "gptq": gptq}
+
+
+def _check_static(scheme: ActivationSettings, plan: Plan) -> None:
+    bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
+    if scheme.scheme == "static" and bare:
+        raise InputError(
+            f"no statistics to take static scales from for {len(bare)} layers:"
+            f" {', '.join(bare[:10])}",
+            hint="calibrate them, or --activation-scheme dynamic-token",
+        )
+
+
+def _check(
+    command: str,
+    settings: GridSettings,
+    own: Any,
+    rounding: Any,
+    sites: Sequence[Any],
+    path: str,
+    notes: Sequence[str],
+) -> None:
+    """Refuse what cannot work."""
+    if not sites:
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(
+            f"{path}: no sites are known that {command} could work on{why}",
+            hint="name them in a recipe: [[sites]]",
+        )
+    if getattr(rounding, "weight", "hessian") != "hessian":
+        raise InputError(
+            f"{command} scales the weights that the Fisher information was taken of",
+            hint="--weight hessian",
+        )
+    groups = {settings.group_size, *(rule.get("group_size") for rule in settings.layers)}
+    if getattr(own, "clip", False) and own.then == "awq" and 0 in groups:
+        raise InputError(
+            "the clip search cuts the range of a group or row; group_size 0 has one for the tensor",
+            hint="--no-clip, or --group-size -1",
+        )

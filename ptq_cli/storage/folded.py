@@ -1,0 +1,183 @@
+"""A checkpoint and its statistics after smoothing: nothing is rewritten, tensors and statistics are
+folded when they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import InputError
+from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
+from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
+from ptq_cli.numerics.smoothing import check_factors
+from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.files import listing
+from ptq_cli.storage.gradients import FisherInfo
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
+from ptq_cli.values import Array, Layer, SiteStatistics
+
+FOLDS_FILE = "smooth_scales.st"
+
+Folds = Sequence[tuple[Site, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class FoldedCheckpoint(Checkpoint):
+    """A checkpoint whose sites are folded. `read` rounds to the stored dtype, `matrix` does not.
+
+    base: the checkpoint as it lies on the disk; folds: of each changed tensor, in order
+    """
+
+    base: Checkpoint = field(kw_only=True)
+    folds: Mapping[str, Folds] = field(kw_only=True)
+
+    def read(self, name: str) -> Array:
+        values = self.base.read(name)
+        if name not in self.folds:
+            return values
+        return as_stored(name, fold_tensor(name, values, self.folds[name]), values.dtype)
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        if name not in self.folds:
+            return self.base.read_bytes(name)
+        return as_bytes(name, self.read(name)).data
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+        values = self.base.matrix(name, shape)
+        if name not in self.folds:
+            return values
+        return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
+        scale = np.ones(layer.shape[0], np.float32)
+        feeds = False
+        for site, factors in self.folds.get(layer.tensor, ()):
+            feeder = site.feeder
+            if isinstance(feeder, Preceding) and feeder.weight == layer.tensor:
+                scale *= row_divisor(len(scale), factors, feeder.rows)
+                feeds = True
+        return scale if feeds else None
+
+
+def folded_checkpoint(base: Checkpoint, folds: Folds) -> FoldedCheckpoint:
+    """`base` with these sites folded, one after the other.
+
+    folds: sites with their settled factors
+    """
+    by_tensor: dict[str, list[tuple[Site, NDArray[np.float32]]]] = {}
+    for site, factors in folds:
+        for name in site.tensors:
+            by_tensor.setdefault(name, []).append((site, factors))
+    own = {f.name: getattr(base, f.name) for f in fields(Checkpoint)}
+    return FoldedCheckpoint(**own, base=base, folds=by_tensor)
+
+
+@dataclass(frozen=True)
+class SmoothedSource:
+    """Statistics of the smoothed inputs. factors: by the module of each linear, [in_features]"""
+
+    base: StatisticsSource
+    factors: Mapping[str, NDArray[np.float32]]
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return self.base.sites
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.base.files
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return self.base.surplus
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {}  # it was taken of other weights
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        raise KeyError(module)
+
+    def load(self, site: str) -> SiteStatistics:
+        statistics = self.base.load(site)
+        factors = self.factors.get(statistics.linears[0])
+        return statistics if factors is None else smoothed(statistics, factors)
+
+
+def smoothed_source(base: StatisticsSource, folds: Folds) -> SmoothedSource:
+    """Statistics of `base` behind these folds."""
+    factors = {linear.module: values for site, values in folds for linear in site.linears}
+    return SmoothedSource(base, factors)
+
+
+def stage_folded(
+    checkpoint: FoldedCheckpoint, names: Sequence[str], staging: Staging
+) -> Checkpoint:
+    """The checkpoint with these tensors folded, rounded to their dtype and laid into the work
+    folder, so that they can be copied like any other."""
+    places = {}
+    for name in names:
+        unit = f"folded {name}"
+        if not staging.finished(unit):
+            staging.put(unit, [as_bytes(name, checkpoint.read(name))], None)
+        places[name] = staging.stored(unit)[0]
+    folds = {name: folds for name, folds in checkpoint.folds.items() if name not in places}
+    base = replace(checkpoint.base, tensors={**checkpoint.base.tensors, **places})
+    return replace(checkpoint, tensors=base.tensors, base=base, folds=folds)
+
+
+def write_folds(path: Path, folds: Folds) -> None:
+    """Keep the factors beside the weights: a safetensors file under a name that no runtime loads.
+
+    `<site>` F32 [in_features] for each folded site; the metadata states the sites.
+    """
+    tensors = [as_bytes(site.name, factors) for site, factors in folds]
+    content = {"kind": "smoothing", "version": 1, "sites": [asdict(site) for site, _ in folds]}
+    serialize(path, tensors, own_metadata(content))
+
+
+def read_folds(folder: Path) -> Folds:
+    """The folds that `write_folds` left in a folder; none where there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if FOLDS_FILE not in listing(folder):
+        return ()
+    path = folder / FOLDS_FILE
+    checkpoint = open_checkpoint(path)
+    try:
+        content = json.loads(checkpoint.metadata["ptq"])
+        if content["kind"] != "smoothing" or content["version"] != 1:
+            raise ValueError
+        sites = [_site(entry) for entry in content["sites"]]
+        folds = [(site, checkpoint.read(site.name).astype(np.float32)) for site in sites]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: not a file of smoothing factors") from None
+    for site, factors in folds:
+        check_factors(factors, site.in_features)
+    return folds
+
+
+def _site(entry: Mapping[str, Any]) -> Site:
+    linears = tuple(SiteLinear(**linear) for linear in entry["linears"])
+    feeder = dict(entry["feeder"])
+    fed_by: Norm | Preceding
+    if "rows" in feeder:
+        fed_by = Preceding(**{**feeder, "rows": Rows(**feeder["rows"])})
+    else:
+        fed_by = Norm(**feeder)
+    return Site(str(entry["name"]), linears, int(entry["in_features"]), fed_by)
