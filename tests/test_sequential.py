@@ -132,7 +132,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("after", [1, 3, 7, 8, 14, 27])
+@pytest.mark.parametrize("after", [1, 7, 10, 27])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, whole: Path, after: int
 ) -> None:

@@ -1,7 +1,7 @@
 """GPTQ with scale search, refinement inside the group and sweeps over the row.
 
-The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --act-order none` is
-the paper's algorithm (Frantar et al., arXiv 2210.17323).
+The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --act-order none
+--damp-percent 0.01` is the paper's algorithm (Frantar et al., arXiv 2210.17323).
 """
 
 from __future__ import annotations

@@ -299,6 +299,7 @@ def test_gain_over_round_to_nearest_on_inputs_not_calibrated_on(bits, symmetry, 
 
 def test_without_extras_it_is_the_papers_algorithm(sample):
     options = ["--refine", "0", "--sweeps", "0", "--no-mse", "--act-order", "none", "--asym"]
+    options += ["--damp-percent", "0.01"]
     assert ptq("gptq", sample, *options, "-o", "out").code == 0
     assert ptq("calibrate", sample, "-o", "stats.safetensors").code == 0
     stats, model = open_checkpoint(Path("stats.safetensors")), open_checkpoint(sample)
