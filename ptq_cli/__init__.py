@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "awq",
     "calibrate",
+    "capture",
     "evaluate",
     "gptq",
     "inspect",
@@ -28,7 +29,11 @@ __all__ = [
     "smoothquant",
 ]
 
-_HOME = {"PtqError": "ptq_cli.errors", "QuantizedLinear": "ptq_cli.linear"}
+_HOME = {
+    "PtqError": "ptq_cli.errors",
+    "QuantizedLinear": "ptq_cli.linear",
+    "capture": "ptq_cli.torch_capture",
+}
 
 
 def __getattr__(name: str) -> Any:

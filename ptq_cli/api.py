@@ -32,6 +32,7 @@ from ptq_cli.plan import SCHEMES, GridSettings, make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack_job import RepackJob, prepare_repack
 from ptq_cli.runner import Listener, run
+from ptq_cli.sequential import TokenSource
 from ptq_cli.storage.calibration import (
     Activations,
     CalibrationFile,
@@ -47,6 +48,7 @@ from ptq_cli.storage.gradients import GradientSite, match_gradients
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport
 
@@ -68,6 +70,7 @@ def calibrate(
     activations: Iterable[AnyPath] = (),
     output: AnyPath | None = None,
     *,
+    tokens: TokenSettings | None = None,
     merge: Iterable[AnyPath] = (),
     gradients: Iterable[AnyPath] = (),
     bf16: bool = False,
@@ -80,7 +83,8 @@ def calibrate(
     listen: Callable[[int, int, str], None] = lambda done, total, site: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Stream activations into a statistics file, or merge statistics files.
+    """Stream activations into a statistics file, or what the model computes on tokens, or merge
+    statistics files.
 
     output: default `<model>.calibration.safetensors` beside the model
     gradients: folders of per-sample gradients `<module>.npy`; their diagonal Fisher information is
@@ -103,6 +107,11 @@ def calibrate(
         source: StatisticsSource = Merged(files)
         warnings: list[str] = []
         job_inputs = [file.checkpoint.fingerprint for file in files]
+        inputs = list(source.files)
+    elif tokens is not None and tokens.given:
+        read = read_tokens(tokens, checkpoint)
+        source = TokenSource(checkpoint, read, heldout)
+        warnings, job_inputs = list(read.warnings), [source.fingerprint]
         inputs = list(source.files)
     else:
         found = match_gradients(checkpoint, find_activations(map(Path, gradients), bf16))
@@ -133,6 +142,9 @@ def calibrate(
     }
     staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
     result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen, resources)
+    if bare := result.pop("without_tokens"):
+        warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+        warn(warnings[-1])
     return {"output": str(target), "warnings": warnings, **result}
 
 
@@ -212,6 +224,15 @@ def find_source(
     fingerprint = " ".join(activations_fingerprint(match))
     streamed = Activations(name, match.entries, Heldout, match.surplus)
     return Source(streamed, warnings, fingerprint)
+
+
+def token_source(
+    checkpoint: Checkpoint, settings: TokenSettings, *, feedback: bool, correct: bool
+) -> Source:
+    """Statistics from the model's own forward; see `TokenSource`."""
+    tokens = read_tokens(settings, checkpoint)
+    statistics = TokenSource(checkpoint, tokens, Heldout, feedback=feedback, correct=correct)
+    return Source(statistics, tokens.warnings, statistics.fingerprint)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -294,6 +315,8 @@ def prepare(
     calibration: AnyPath | None = None,
     activations: Iterable[AnyPath] = (),
     bf16: bool = False,
+    tokens: TokenSettings | None = None,
+    parallel_layers: bool = False,
     output: AnyPath | None = None,
     fallback: str = "error",
     require_calibration: bool = False,
@@ -304,6 +327,7 @@ def prepare(
     command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
     given, recipe: settings by name; `given` wins
     runtime: warn of what this runtime could not load (`check`)
+    tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
     """
     if command == "pack" and holds_quantized(Path(model)):
         return prepare_repack(Path(model), given, recipe, output, runtime)
@@ -313,12 +337,17 @@ def prepare(
     own = make_settings(chosen.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
     source = Source(None)
-    if command != "pack":
+    if command != "pack" and tokens is not None and tokens.given:
+        if calibration is not None or list(activations):
+            raise InputError("tokens exclude --calibration and --activations")
+        correct = getattr(own, "drift", 0.0) > 0
+        source = token_source(checkpoint, tokens, feedback=not parallel_layers, correct=correct)
+    elif command != "pack":
         source = find_source(checkpoint, calibration, activations, bf16=bf16)
     if require_calibration and source.statistics is None:
         raise InputError(
             f"{checkpoint.path}: no calibration found",
-            hint="--calibration FILE or --activations DIR",
+            hint="--tokens FILE, --calibration FILE or --activations DIR",
         )
     fmt = format_named(settings.format)
     plan = make_plan(
@@ -374,8 +403,10 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
         "fallback",
         "require_calibration",
         "runtime",
+        "parallel_layers",
     )
     where = {key: options.pop(key) for key in own if key in options}
+    where["tokens"] = token_settings(options)
     chosen = method("rtn" if command == "pack" else command)
     _refuse_unknown(options, (GridSettings, chosen.settings))
     return prepare(command, model, options, **where).run(**run_options)
@@ -386,6 +417,16 @@ def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) ->
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
+
+
+def token_settings(options: dict[str, Any]) -> TokenSettings:
+    """Take the fields of `TokenSettings` out of `options`; paths may be strings."""
+    names = [field.name for field in dataclasses.fields(TokenSettings)]
+    values = {name: options.pop(name) for name in names if options.get(name) is not None}
+    for name in ("tokens", "text", "mask"):
+        if name in values:
+            values[name] = Path(values[name])
+    return TokenSettings(**values)
 
 
 def take_resources(options: dict[str, Any]) -> Resources:
@@ -418,6 +459,8 @@ def evaluate(
     calibration: AnyPath | None = None,
     activations: Iterable[AnyPath] = (),
     bf16: bool = False,
+    tokens: TokenSettings | None = None,
+    kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
     percentile: float = 1.0,
@@ -425,6 +468,7 @@ def evaluate(
 ) -> RunReport:
     """Measure a quantized folder against the original, from their tensors alone.
 
+    tokens: run both models on these, too (quality.py); the report then has `quality`
     activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
         integer inputs of `activation_bits` (default: 8), their range at `percentile`
     """
@@ -443,7 +487,15 @@ def evaluate(
             static_scale=0.0,
         )
     sides = open_sides(checkpoint, folder, source.statistics, activation)
-    return run_evaluation(sides, listen)
+    read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
+    report = run_evaluation(sides, listen)
+    if read is None:
+        return report
+    from ptq_cli.quality import measure_quality
+
+    quality = measure_quality(checkpoint, folder, read, per_block=kl_per_block, listen=listen)
+    warnings = (*report.warnings, *read.warnings)
+    return dataclasses.replace(report, quality=quality, warnings=warnings)
 
 
 def inspect(
@@ -467,7 +519,7 @@ def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
     """The dequantized weight of a module, float32 in its original shape."""
     folder = open_quantized(Path(quantized))
     weight, layer = folder.load(module).dequantized(), folder.layers[module]
-    return (weight.T if layer.transposed else weight).reshape(layer.full_shape)
+    return layer.as_stored(weight)
 
 
 def _stated(activation: Activation | None, scale: float | None) -> ActivationSettings | None:

@@ -24,9 +24,11 @@ from ptq_cli.plan import (
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
+    NoTokens,
     PortableSource,
     SiteInfo,
     StatisticsSource,
+    StreamingSource,
     file_content,
     site_entry,
     site_tensors,
@@ -151,14 +153,19 @@ def calibrate_sites(
 ) -> dict[str, Any]:
     """Make the statistics of every site of `source`, stage them, write the file.
 
-    Returns what the file's metadata says of each site, and the seconds it took.
+    Returns what the file's metadata says of each site, the sites that no token reaches, and the
+    seconds it took.
     """
     begin = time.perf_counter()
     entries: dict[str, Any] = {}
+    bare: list[str] = []
 
     def done(task: Task, entry: Any) -> None:
-        entries[task.name] = entry
-        listen(len(entries), len(source.sites), task.name)
+        if entry is None:
+            bare.append(task.name)
+        else:
+            entries[task.name] = entry
+        listen(len(entries) + len(bare), len(source.sites), task.name)
 
     try:
         size = sum(_site_bytes(info, heldout) for info in source.sites.values())
@@ -166,7 +173,8 @@ def calibrate_sites(
         with threadpool_limits(1):
             _run_sites(source, staging, resources, done)
         fisher = _stage_fisher(source, staging)
-        units = [*source.sites, *fisher]
+        filled = [site for site in source.sites if site in entries]
+        units = [*filled, *fisher]
         tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
         content = file_content(model, heldout, entries, source.fisher)
         serialize(staging.out, tensors, own_metadata(content))
@@ -177,7 +185,8 @@ def calibrate_sites(
     finally:
         staging.close()
     return {
-        "sites": {site: entries[site] for site in source.sites},
+        "sites": {site: entries[site] for site in filled},
+        "without_tokens": bare,
         "seconds": time.perf_counter() - begin,
     }
 
@@ -189,6 +198,9 @@ def _run_sites(
     done: Callable[[Task, Any], None],
 ) -> None:
     portable = isinstance(source, PortableSource)
+    if isinstance(source, StreamingSource):
+        work_folder = staging.folder / "stream"
+        source.begin(work_folder, lambda tensor: None, resources.workers, resources.max_memory)
     tasks, work = [], 0
     for site, info in source.sites.items():
         own = source.only(site) if isinstance(source, PortableSource) else source
@@ -208,7 +220,11 @@ def _make(job: SiteJob) -> Any:
     if job.store.exists(job.site) and job.store.reusable(job.site, key):
         return job.store.result(job.site)
     begin = time.perf_counter()
-    statistics = job.source.load(job.site)
+    try:
+        statistics = job.source.load(job.site)
+    except NoTokens:
+        job.store.put(job.site, key, [], None)
+        return None
     entry = site_entry(statistics)
     tensors = site_tensors(statistics)
     job.store.put(job.site, key, tensors, entry, time.perf_counter() - begin)

@@ -202,6 +202,8 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
     _show_compared(rows)
     _show_totals(report.totals)
+    if report.quality is not None:
+        _show_quality(report.quality)
     if output is not None:
         line(f"written: {output}")
 
@@ -308,6 +310,35 @@ def _show_totals(totals: Mapping[str, Any]) -> None:
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
     line(f"fallbacks: {totals['fallbacks']}{marked}; {totals['seconds']:.1f} s")
+
+
+def _show_quality(quality: Mapping[str, Any]) -> None:
+    """Predictions: the model, and what rounding to nearest at the same grid would make of it."""
+
+    def increase(name: str) -> str:
+        entry = quality["increase"][name]
+        error = entry["standard_error"]
+        return f"{entry['perplexity']:+.3g}" + (f" ± {error:.2g}" if error is not None else "")
+
+    rows = [["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]]
+    for name in quality["increase"]:
+        kl = quality["kl"][name]
+        rows.append(
+            [
+                name,
+                f"{quality['perplexity'][name]:.4f}",
+                increase(name),
+                number(kl["mean"]),
+                number(kl["p99_9"]),
+                f"{100 * quality['same_top'][name]:.1f} %",
+            ]
+        )
+    names = ("perplexity", "increase", "KL", "KL 99.9 %", "equal top")
+    table([("model", "left"), *((name, "right") for name in names)], rows)
+    line(f"{quality['tokens']} tokens predicted in {quality['sequences']} sequences")
+    if "kl_per_block" in quality:
+        per_block = ", ".join(f"{i}: {kl:.2g}" for i, kl in enumerate(quality["kl_per_block"]))
+        line(f"KL of each block quantized alone: {per_block}")
 
 
 def number(value: float | None) -> str:

@@ -3,7 +3,7 @@ key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
 the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
-`recipe_only` (no option). A field of type `float | str` is a number or one of its `words`.
+`recipe_only` (no option); `shown` (the default in the words of help). A field of type `float | str` is a number or one of its `words`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:
 
 
 def _shown_default(field: dataclasses.Field[Any], kind: Any, default: Any) -> str:
+    if "shown" in field.metadata:
+        return str(field.metadata["shown"])
     if kind is bool:
         word = field.name.replace("_", "-")
         return word if default else str(field.metadata.get("off", "no-" + word))

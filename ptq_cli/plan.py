@@ -20,7 +20,7 @@ from ptq_cli.models.sites import Site
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.measures import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import statistics_memory
-from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.calibration import StatisticsSource, StreamingSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
 from ptq_cli.storage.folder import check_container
 from ptq_cli.storage.tensors import WRITABLE
@@ -462,6 +462,9 @@ def _units(
             parts.setdefault(site_of.get(module), []).append(by_module[module])
         for site, members in parts.items():
             units.append(_unit(site, members, method, source))
+    if isinstance(source, StreamingSource):
+        order = {site: place for place, site in enumerate(source.sites)}
+        units.sort(key=lambda unit: order.get(unit.site or "", len(order)))
     return tuple(units)
 
 

@@ -109,6 +109,8 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
     }
+    if report.quality is not None:
+        document["quality"] = _jsonable(report.quality)
     if report.sites:
         document["sites"] = _jsonable(report.sites)
     if not times:
@@ -172,11 +174,14 @@ def check_gates(
     max_rel_err: float | None = None,
     min_gain: float | None = None,
     max_fallbacks: int | None = None,
+    max_perplexity_increase: float | None = None,
+    max_kl: float | None = None,
 ) -> None:
     """Hold the report against the quality gates.
 
     max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
     max_fallbacks: nor more layers than this rounded to nearest where something better was asked
+    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
 
     Raises:
         GateMissed: with every gate that was missed.
@@ -199,5 +204,22 @@ def check_gates(
         missed.append(
             f"--max-fallbacks {max_fallbacks}: {fallbacks} layers were rounded to nearest"
         )
+    missed += _missed_quality(report.quality, max_perplexity_increase, max_kl)
     if missed:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
+
+
+def _missed_quality(
+    quality: Mapping[str, Any] | None, max_increase: float | None, max_kl: float | None
+) -> list[str]:
+    """The gates on predictions that were missed."""
+    if quality is None:
+        return []
+    missed = []
+    increase = quality["increase"]["quantized"]["perplexity"]
+    if max_increase is not None and not increase <= max_increase:
+        missed.append(f"--max-perplexity-increase {max_increase:g}: it rises by {increase:.4g}")
+    kl = quality["kl"]["quantized"]["mean"]
+    if max_kl is not None and not kl <= max_kl:
+        missed.append(f"--max-kl {max_kl:g}: the mean KL divergence is {kl:.4g}")
+    return missed

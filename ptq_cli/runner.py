@@ -28,19 +28,26 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.numerics.threads import use_threads
 from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
-from ptq_cli.storage.calibration import PortableSource, StatisticsSource
+from ptq_cli.storage.calibration import (
+    NoTokens,
+    PortableSource,
+    StatisticsSource,
+    StreamingSource,
+)
 from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.machine import cores
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_bytes
+from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import quantize_unit
-from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
+from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
@@ -142,6 +149,9 @@ def _run_units(
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
     total = len(plan.layers)
+    if isinstance(source, StreamingSource):
+        work = staging.folder / "stream"
+        source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
 
     def done(task: Task, entries: Any) -> None:
         for entry in entries:
@@ -161,10 +171,12 @@ def _run_units(
         )
         tasks.append(Task(unit.name, unit.memory, _work, job))
     if source is not None and not isinstance(source, PortableSource):
-        resources = Resources(1, resources.max_memory)  # each unit needs those before it
-    with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
-        in_order = not (source is None or isinstance(source, PortableSource))
-        run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=in_order)
+        threads = resources.crew_for(cores())  # each unit needs those before it
+        with hire(1) as crew, use_threads(threads):
+            run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=True)
+    else:
+        with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
+            run_tasks(tasks, crew, resources.memory_of(crew), done)
     return [rows[layer.module] for layer in plan.layers]
 
 
@@ -187,7 +199,12 @@ def _work(job: UnitJob) -> Any:
         return job.checkpoint.weight_rows(layer, data)
 
     site = unit.site
-    statistics = None if job.source is None or site is None else job.source.load(site)
+    statistics = None
+    try:
+        if job.source is not None and site is not None:
+            statistics = job.source.load(site)
+    except NoTokens:
+        unit = replace(unit, nearest="no token reaches it")
     try:
         results = quantize_unit(
             unit,
@@ -229,6 +246,23 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
         else None,
         "settings": digest_words(*words),
     }
+
+
+def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
+    """What a layer's tensor decodes to, once its unit is finished."""
+    fmt = format_named(plan.format)
+    place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
+
+    def rounded(tensor: str) -> FloatArray | None:
+        if tensor not in place or not staging.store.exists(place[tensor][0].name):
+            return None
+        unit, layer = place[tensor]
+        wanted = {spec.name for spec in fmt.specs(layer)}
+        staged = staging.tensors(unit.name)
+        tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
+        return layer.as_stored(fmt.decode(layer, tensors).dequantized())
+
+    return rounded
 
 
 def _importance(layer: Layer, job: UnitJob) -> NDArray[np.float32] | None:

@@ -150,8 +150,9 @@ def choose(
     grid, method, fmt = layer.grid, rounding.method, rounding.fmt
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
+    exact = None if statistics is None else statistics.heldout_float
     scale = _input_scale(layer, statistics)
-    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, scale, rounding.outputs)
+    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, scale, rounding.outputs, exact)
     if rounding.failure is not None or method.is_nearest(rounding.settings):
         return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
     weight = rows[:]
@@ -159,7 +160,7 @@ def choose(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
     stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, stored, hessian, heldout, rounding.outputs)
+    measures = measure(weight, stored, hessian, heldout, rounding.outputs, exact)
     if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
@@ -177,13 +178,14 @@ def _nearest(
     heldout: Array | None,
     input_scale: float | None = None,
     outputs: FloatArray | None = None,
+    exact: Array | None = None,
 ) -> tuple[QuantizedWeight, Measures]:
     """Plain rounding to nearest and its errors, a few rows at a time."""
     if layer.grid.group_size == 0:
         whole = weight[:]
         plain = replace(round_to_nearest(whole, layer.grid), input_scale=input_scale)
         stored = _as_stored(layer, plain, fmt)
-        return stored, measure(whole, stored, hessian, heldout, outputs)
+        return stored, measure(whole, stored, hessian, heldout, outputs, exact)
     plain = replace(blank(layer.shape, layer.grid), input_scale=input_scale)
 
     def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -194,10 +196,10 @@ def _nearest(
         scale = outputs[rows, None].astype(np.float32)
         return part * scale, error * scale
 
-    measures = measure_rows(layer.shape, work, hessian, heldout)
+    measures = measure_rows(layer.shape, work, hessian, heldout, exact)
     stored = _as_stored(layer, plain, fmt)
     if stored.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight[:], stored, hessian, heldout, outputs)
+        measures = measure(weight[:], stored, hessian, heldout, outputs, exact)
     return stored, measures
 
 
@@ -246,10 +248,18 @@ def _finish(
         seconds=0.0,
         bytes=size,
         bits_per_weight=8 * size / layer.size,
-        notes=chosen.notes,
+        notes=(*chosen.notes, *_few(statistics)),
         **error_columns(chosen.measures, chosen.rtn),
     )
     return LayerResult(layer, tensors, row)
+
+
+def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
+    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
+    if statistics is None or statistics.n_tokens >= statistics.in_features:
+        return ()
+    tokens, columns = statistics.n_tokens, statistics.in_features
+    return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
 
 
 def _all_dead(statistics: SiteStatistics) -> bool:

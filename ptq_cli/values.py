@@ -201,6 +201,10 @@ class Layer:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def as_stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A weight [out_features, in_features] in the shape of the checkpoint's tensor."""
+        return (weight.T if self.transposed else weight).reshape(self.full_shape)
+
 
 @dataclass(frozen=True)
 class SiteStatistics:
@@ -216,6 +220,9 @@ class SiteStatistics:
     sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
         themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
+    drift: where layers before the site are rounded: float32 [in_features, in_features],
+        `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
+    heldout_float: what the float model gives the site at the held-out tokens, beside `drift`
     """
 
     site: str
@@ -233,6 +240,8 @@ class SiteStatistics:
     histogram_start: int
     heldout: Array
     sample: Array
+    drift: NDArray[np.float32] | None = None
+    heldout_float: NDArray[np.float32] | None = None
 
     @property
     def in_features(self) -> int:
@@ -354,6 +363,7 @@ class Plan:
 class RunReport:
     """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
 
+    quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
     sites: what smoothing made of each site (smoothing.SiteOutcome)
     """
 
@@ -363,6 +373,7 @@ class RunReport:
     totals: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] | None = None
     sites: tuple[Mapping[str, Any], ...] = ()
 
 

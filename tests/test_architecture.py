@@ -11,8 +11,9 @@ Imports point one way, from a later floor to an earlier one or within the same f
     7  plan
     8  workers, worker, tasks                    where work is done, and in which order
        unit, linear, report                      one unit's work; what is said of it
+       stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
-       smoothing, inspection
+       smoothing, inspection, quality, torch_capture
     10 display, options, config
     11 api, smooth_job
     12 cli
@@ -38,8 +39,11 @@ FLOORS = [
     ("registry",),
     ("storage",),
     ("plan",),
-    ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes"),
-    ("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
+    ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
+    (
+        *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
+        *("quality", "torch_capture"),
+    ),
     ("display", "options", "config"),
     ("api", "smooth_job", "repack_job", "checking"),
     ("cli",),

@@ -9,6 +9,7 @@ import click
 
 from ptq_cli import api, display
 from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 
 
@@ -22,6 +23,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
     help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
     "  [default: activations/ beside MODEL]",
 )
+@token_options
 @click.option(
     "--gradients",
     type=PATH,
@@ -78,6 +80,7 @@ def calibrate(
     activations: tuple[Path, ...],
     gradients: tuple[Path, ...],
     merge: tuple[Path, ...],
+    *,
     bf16: bool,
     heldout_every: int,
     heldout_limit: int,
@@ -87,25 +90,32 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
-    **resources: Any,
+    **options: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
+
+    They come from --activations, or from running the model on --tokens or --text.
 
     Activations are <module>.npy, [..., in_features], float16, float32 or float64. Linears that
     share an input (q, k and v; gate and up) need one file among them. The file holds the Hessian,
     ranges and percentiles of each site, and inputs held out to measure errors on.
 
     \b
+    ptq calibrate model/ --tokens tokens.npy
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    if merge and (activations or gradients):
-        raise click.UsageError("--merge excludes --activations and --gradients")
+    settings = api.token_settings(options)
+    if bool(merge) + bool(activations or gradients) + settings.given > 1:
+        raise click.UsageError(
+            "--merge excludes --activations and --gradients, and --tokens excludes all of them"
+        )
     with display.ProgressLine("calibrate", quiet=as_json) as line:
         result = api.calibrate(
             model,
             activations,
             output,
+            tokens=settings,
             merge=merge,
             gradients=gradients,
             bf16=bf16,
@@ -114,7 +124,7 @@ def calibrate(
             missing=fallback,
             force=force,
             restart=restart,
-            resources=api.take_resources(resources),
+            resources=api.take_resources(options),
             listen=line,
             warn=lambda warning: emit_warnings([warning], strict),
         )

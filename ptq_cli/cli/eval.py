@@ -18,6 +18,7 @@ from ptq_cli.cli.common import (
     report_options,
     source_options,
 )
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.report import check_gates
 
@@ -26,6 +27,24 @@ from ptq_cli.report import check_gates
 @model_argument("original")
 @click.argument("quantized", type=PATH)
 @source_options
+@token_options
+@click.option(
+    "--kl-per-block",
+    is_flag=True,
+    help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
+)
+@click.option(
+    "--max-perplexity-increase",
+    type=float,
+    metavar="X",
+    help="Fail where the perplexity on --tokens rises by more than X.",
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    metavar="X",
+    help="Fail where the mean KL divergence on --tokens is above X nats.",
+)
 @click.option(
     "--activation-scheme",
     type=click.Choice(SCHEMES),
@@ -52,6 +71,9 @@ def evaluate(
     calibration: Path | None,
     activations: tuple[Path, ...],
     bf16: bool,
+    kl_per_block: bool,
+    max_perplexity_increase: float | None,
+    max_kl: float | None,
     activation_scheme: str | None,
     activation_bits: str | None,
     percentile: float,
@@ -62,6 +84,7 @@ def evaluate(
     as_json: bool,
     top: int,
     strict: bool,
+    **tokens: Any,
 ) -> None:
     """Measure QUANTIZED against the ORIGINAL weights, worst layers first.
 
@@ -69,14 +92,23 @@ def evaluate(
     same grid. With calibration the errors are those of the outputs, on held-out inputs where there
     are any; without, those of the weights.
 
+    With --tokens both models are run, and beside them the original rounded to nearest at the same
+    grid: perplexity, its increase with a standard error (clustered by sequence), KL divergence of
+    the next-token distributions, and the share of equal top tokens.
+
     \b
+    ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-kl 0.01
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_path(report_path)
+    settings = api.token_settings(tokens)
+    wants = kl_per_block or max_perplexity_increase is not None or max_kl is not None
+    if wants and not settings.given:
+        raise click.UsageError("perplexity and KL need --tokens or --text")
     with display.ProgressLine("eval", quiet=as_json) as line:
 
         def listen(done: int, total: int, row: Any) -> None:
-            line(done, total, row.module)
+            line(done, total, getattr(row, "module", str(row)))
 
         report = api.evaluate(
             original,
@@ -84,6 +116,8 @@ def evaluate(
             calibration=calibration,
             activations=activations,
             bf16=bf16,
+            tokens=settings,
+            kl_per_block=kl_per_block,
             activation_scheme=activation_scheme,
             activation_bits=None if activation_bits is None else int(activation_bits),
             percentile=percentile,
@@ -91,4 +125,11 @@ def evaluate(
         )
     emit_warnings(report.warnings, strict)
     emit_report(report, report_path, as_json, top)
-    check_gates(report, max_rel_err=max_rel_err, min_gain=min_gain, max_fallbacks=max_fallbacks)
+    check_gates(
+        report,
+        max_rel_err=max_rel_err,
+        min_gain=min_gain,
+        max_fallbacks=max_fallbacks,
+        max_perplexity_increase=max_perplexity_increase,
+        max_kl=max_kl,
+    )

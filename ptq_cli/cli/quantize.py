@@ -19,6 +19,7 @@ from ptq_cli.cli.common import (
     resource_options,
     source_options,
 )
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.config import load_recipe
 from ptq_cli.options import add_options
 from ptq_cli.plan import GridSettings
@@ -30,12 +31,14 @@ from ptq_cli.runtimes import RUNTIMES
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
 
-    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. Statistics of the
-    inputs come from ptq calibrate, or from activations. For each layer the better of GPTQ and
-    round-to-nearest on held-out inputs is written.
+    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. With --tokens the
+    model itself is run, and each layer is calibrated on what the rounded layers before it produce;
+    else statistics of the inputs come from ptq calibrate, or from activations. For each layer the
+    better of GPTQ and round-to-nearest on held-out inputs is written.
 
     \b
     ptq gptq model.safetensors --bits 4 --group-size 128
+    ptq gptq model/ --bits 3 --asym --tokens tokens.npy
     ptq gptq model/ --bits 3 --asym --calibration stats.safetensors -o out
     """,
     "rtn": """Round MODEL to nearest, each group's range searched for the least error.
@@ -95,6 +98,13 @@ def _command(name: str) -> click.Command:
         command = click.option(
             "--require-calibration", is_flag=True, help="Fail where there is no calibration."
         )(command)
+        command = click.option(
+            "--parallel-layers",
+            is_flag=True,
+            help="With --tokens: calibrate every layer on the float model, not on what the rounded"
+            " layers before it produce; faster.",
+        )(command)
+        command = token_options(command)
         command = source_options(command)
     if name == "gptq":
         command = click.option(
@@ -115,7 +125,9 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
     recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
     if name == "pack":
         recipe = {"mse": False, **recipe}
-    where = {key: options.pop(key) for key in (*_SOURCE, "fallback", "runtime") if key in options}
+    own_words = (*_SOURCE, "fallback", "runtime", "parallel_layers")
+    where = {key: options.pop(key) for key in own_words if key in options}
+    where["tokens"] = api.token_settings(options)
     job = api.prepare(name, model, options, recipe, output=options["output"], **where)
     resources = api.take_resources(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))

@@ -8,6 +8,13 @@ With `E = weight − dequantized`:
 
 tr(E H Eᵀ) is taken as ⟨H, Eᵀ E⟩: the symmetric product Eᵀ E costs half of E · H. Without
 calibration H is the identity.
+
+Where layers before this one are rounded too, the held-out inputs come in pairs, the float model's
+x_fp and what the rounded layers make of it, x; then
+
+    heldout_rel_err  Σ |weight · x_fp − dequantized · x|² / Σ |weight · x_fp|²,
+
+the drift of the inputs included, while `loss` and `rel_err` are those of the weight alone, at x.
 """
 
 from __future__ import annotations
@@ -45,6 +52,7 @@ def measure(
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
     outputs: FloatArray | None = None,
+    heldout_float: Array | None = None,
 ) -> Measures:
     """Measure one rounded weight.
 
@@ -52,8 +60,9 @@ def measure(
     hessian: [in_features, in_features], or None for the identity
     heldout: [n, in_features], or None
     outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
+    heldout_float: x_fp, of the shape of `heldout`, or None where nothing has drifted
     """
-    return measure_against(weight, rounded.dequantized, hessian, heldout, outputs)
+    return measure_against(weight, rounded.dequantized, hessian, heldout, outputs, heldout_float)
 
 
 def measure_against(
@@ -62,6 +71,7 @@ def measure_against(
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
     outputs: FloatArray | None = None,
+    heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
 
@@ -73,7 +83,7 @@ def measure_against(
         scale = outputs[rows, None].astype(np.float32)
         return original * scale, error * scale
 
-    return measure_rows(weight.shape, rows_of, hessian, heldout)
+    return measure_rows(weight.shape, rows_of, hessian, heldout, heldout_float)
 
 
 def measure_rows(
@@ -81,10 +91,11 @@ def measure_rows(
     rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives rows of the weight and of its error; each row is asked for
     once, on any thread."""
-    sums = _Sums(hessian, heldout)
+    sums = _Sums(hessian, heldout, heldout_float)
     for top in range(0, shape[0], ROWS_AT_ONCE):
         stop = min(top + ROWS_AT_ONCE, shape[0])
         kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
@@ -95,10 +106,15 @@ def measure_rows(
 class _Sums:
     """Sums over rows of the weight and of its error."""
 
-    def __init__(self, hessian: NDArray[np.float32] | None, heldout: Array | None) -> None:
+    def __init__(
+        self,
+        hessian: NDArray[np.float32] | None,
+        heldout: Array | None,
+        heldout_float: Array | None,
+    ) -> None:
         self.hessian = hessian
-        has_heldout = heldout is not None and len(heldout) > 0
-        self.heldout = heldout.astype(np.float32).T if has_heldout and heldout is not None else None
+        self.heldout = _columns(heldout)
+        self.drifted = None if heldout_float is None else _columns(heldout_float)
         self.error = self.power = self.loss = self.energy = 0.0
         self.heldout_loss = self.heldout_energy = self.largest = 0.0
 
@@ -136,9 +152,18 @@ class _Sums:
             self.loss += _trace(self.hessian, error)
             self.energy += _trace(self.hessian, weight)
         if self.heldout is not None:
-            heldout = self.heldout
-            self.heldout_loss += sum(each(lambda e: _square(e @ heldout), _strips(error)))
-            self.heldout_energy += sum(each(lambda w: _square(w @ heldout), _strips(weight)))
+            heldout, drifted = self.heldout, self.drifted
+            wanted = heldout if drifted is None else drifted
+
+            def lost(rows: slice) -> float:
+                outputs = error[rows] @ heldout
+                if drifted is not None:
+                    outputs += weight[rows] @ (drifted - heldout)
+                return _square(outputs)
+
+            strips = [slice(top, top + STRIP_ROWS) for top in range(0, len(weight), STRIP_ROWS)]
+            self.heldout_loss += sum(each(lost, strips))
+            self.heldout_energy += sum(each(lambda rows: _square(weight[rows] @ wanted), strips))
 
     def result(self) -> Measures:
         loss = self.error if self.hessian is None else max(0.0, self.loss)
@@ -154,6 +179,11 @@ class _Sums:
         )
 
 
+def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
+    """Held-out inputs as [in_features, n], None where there are none."""
+    return None if inputs is None or len(inputs) == 0 else inputs.astype(np.float32).T
+
+
 def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
     """tr(rows · H · rowsᵀ) as ⟨H, rowsᵀ rows⟩, of which only the lower triangle is computed."""
 
@@ -167,10 +197,6 @@ def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
 
     # The last blocks are the longest, so they come first.
     return sum(each(block, reversed(range(0, len(hessian), BLOCK_COLUMNS))))
-
-
-def _strips(rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    return [rows[top : top + STRIP_ROWS] for top in range(0, len(rows), STRIP_ROWS)]
 
 
 def _square(values: NDArray[np.float32]) -> float:

@@ -22,7 +22,7 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isfinite
@@ -49,7 +49,7 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, FloatArray, SiteStatistics
 
 VERSION = 2
 DIGEST_PIECE = 1 << 24
@@ -93,6 +93,29 @@ class StatisticsSource(Protocol):
     def load(self, site: str) -> SiteStatistics: ...
 
     def load_fisher(self, module: str) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class StreamingSource(StatisticsSource, Protocol):
+    """Statistics that are made on the way, in one process: sites must be asked for in the order of
+    `sites`, each after the layers before it were rounded.
+
+    begin: called once before that, with a folder for scratch files that survives a kill, and with
+        what a layer's tensor decodes to once it is rounded (None before); workers, memory: the
+        threads and bytes it may use
+    """
+
+    def begin(
+        self,
+        work: Path,
+        rounded: Callable[[str], FloatArray | None],
+        workers: int | None,
+        memory: int | None,
+    ) -> None: ...
+
+
+class NoTokens(InputError):
+    """No token reaches a site (an expert that is never chosen)."""
 
 
 @runtime_checkable

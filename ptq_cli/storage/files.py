@@ -131,6 +131,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; at the end it is renamed to `path`, or removed after an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with named(path):
+            os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sync_file(path: Path) -> None:
     """Give a file that a library wrote the umask's mode and wait until it is on the disk."""
     with named(path):

@@ -55,6 +55,14 @@ def as_bytes(name: str, values: Array) -> Bytes:
     return Bytes(spec, array.reshape(-1).view(np.uint8))
 
 
+def as_array(tensor: Bytes) -> Array:
+    """The array that `as_bytes` was given."""
+    import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
+
+    values: Array = tensor.data.view(np.dtype(_WORDS[tensor.spec.dtype]))
+    return values.reshape(tensor.spec.shape)
+
+
 def own_metadata(content: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of this tool's own files: one key, sorted JSON."""
     return {"ptq": json.dumps(content, sort_keys=True, allow_nan=False)}

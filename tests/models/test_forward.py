@@ -1,0 +1,267 @@
+"""The forward against plain twins: one query, one channel, one expert at a time, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptq_cli.errors import InputError
+from ptq_cli.models import attention, forward, layers, memory
+from ptq_cli.models.architecture import Architecture, read_architecture
+from ptq_cli.models.attention import pack
+
+RANDOM = np.random.default_rng(7)
+LLAMA = {
+    "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+}  # fmt: skip
+QWEN3_MOE = {
+    **LLAMA, "model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "head_dim": 8,
+}  # fmt: skip
+HOLES = np.array([[1] * 9, [0, 0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0, 0, 1, 1]])
+
+
+def random_array(*shape: int, scale: float = 1.0) -> Any:
+    return (RANDOM.standard_normal(shape) * scale).astype(np.float32)
+
+
+def random_weights(arch: Architecture) -> dict[str, Any]:
+    """Random tensors for a Llama-like `arch`, mixture of experts or not."""
+    width, query = arch.hidden_size, arch.n_heads * arch.head_dim
+    shared = arch.n_kv_heads * arch.head_dim
+    tensors = {arch.embedding: (arch.vocab_size, width), arch.head: (arch.vocab_size, width)}
+    tensors["model.norm.weight"] = (width,)
+    for block in arch.blocks:
+        rows = (query, shared, shared)
+        linears = {li.name: (n, width) for li, n in zip(block.qkv, rows, strict=True)}
+        linears[block.output.name] = (width, query)
+        linears |= {li.name: (arch.intermediate_size, width) for li in block.mlp_in}
+        linears[block.mlp_out.name] = (width, arch.intermediate_size)
+        if block.experts:
+            inner = block.experts.width
+            linears[block.experts.router.name] = (len(block.experts.inputs), width)
+            linears |= {li.name: (inner, width) for pair in block.experts.inputs for li in pair}
+            linears |= {li.name: (width, inner) for li in block.experts.outputs}
+        tensors |= {f"{name}.weight": shape for name, shape in linears.items()}
+        for role, norm in block.norms.items():
+            tensors[f"{norm.name}.weight"] = (arch.head_dim if role in "qk" else width,)
+    return {
+        name: random_array(*shape, scale=shape[-1] ** -0.5) if len(shape) == 2
+        else 1 + random_array(*shape, scale=0.1)
+        for name, shape in tensors.items()
+    }  # fmt: skip
+
+
+def slow_attention(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Padded [n, length, heads, 8]; one query of one head at a time."""
+    out = np.zeros(q.shape)
+    for row, i, head in zip(
+        *np.nonzero(np.broadcast_to(mask[..., None], q.shape[:3])), strict=True
+    ):
+        seen = [j for j in range(i + 1) if mask[row, j]]
+        share = np.exp(k[row, seen, head // 2] @ q[row, i, head] * 8**-0.5)
+        out[row, i, head] = share / share.sum() @ v[row, seen, head // 2]
+    return out
+
+
+def slow_rms(x: Any, weight: Any, eps: float) -> Any:
+    return weight * x / np.sqrt(np.mean(x.astype(float) ** 2, axis=-1, keepdims=True) + eps)
+
+
+def slow_rope(x: Any, theta: float) -> Any:
+    """x [n, length, heads, d]: channels i and i + d/2 are a complex number that is turned."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[1])[:, None, None] * theta ** -(np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate((turned.real, turned.imag), axis=-1)
+
+
+def slow_llama_block(weights: dict[str, Any], index: int, hidden: Any, mask: Any) -> Any:
+    """Padded hidden [n, length, width] through a block of LLAMA."""
+
+    def linear(name: str, x: Any) -> Any:
+        return x @ weights[f"model.layers.{index}.{name}.weight"].astype(float).T
+
+    def norm(name: str, x: Any) -> Any:
+        return slow_rms(x, weights[f"model.layers.{index}.{name}.weight"], 1e-5)
+
+    x = norm("input_layernorm", hidden)
+    q, k, v = (
+        linear(f"self_attn.{name}_proj", x).reshape(*mask.shape, -1, 8) for name in ("q", "k", "v")
+    )
+    mixed = slow_attention(slow_rope(q, 1e4), slow_rope(k, 1e4), v, mask)
+    hidden = hidden + linear("self_attn.o_proj", mixed.reshape(*mask.shape, -1))
+    x = norm("post_attention_layernorm", hidden)
+    gate = linear("mlp.gate_proj", x)
+    inner = gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", x)
+    return hidden + linear("mlp.down_proj", inner)
+
+
+def test_a_block_equals_the_plain_one() -> None:
+    arch = read_architecture(LLAMA)
+    weights = random_weights(arch)
+    packing = pack(HOLES.shape, HOLES)
+    hidden = random_array(*HOLES.shape, 32)
+    before = hidden.copy()
+    found = forward.forward_block(arch, 1, weights, packing.flat(hidden), packing)
+    wanted = slow_llama_block(weights, 1, hidden, HOLES)
+    np.testing.assert_allclose(found, packing.flat(wanted), atol=1e-5)
+    np.testing.assert_array_equal(hidden, before)
+
+
+def test_sequences_do_not_see_one_another_nor_padding() -> None:
+    arch = read_architecture(LLAMA)
+    weights = random_weights(arch)
+    packing = pack(HOLES.shape, HOLES)
+    hidden = random_array(*HOLES.shape, 32)
+    together = packing.padded(
+        forward.forward_block(arch, 0, weights, packing.flat(hidden), packing)
+    )
+    for row, mask in enumerate(HOLES):
+        alone = pack((1, 9), mask[None])
+        flat = hidden[row, mask == 1]
+        found = forward.forward_block(arch, 0, weights, flat, alone)
+        np.testing.assert_allclose(found, together[row, mask == 1], atol=1e-5)
+
+
+def test_sites_are_observed_before_they_are_used() -> None:
+    arch = read_architecture(LLAMA)
+    weights = random_weights(arch)
+    packing = pack(HOLES.shape, HOLES)
+    hidden = random_array(packing.n_tokens, 32)
+    seen: dict[str, Any] = {}
+    after = forward.forward_block(arch, 0, weights, hidden, packing, seen.__setitem__)
+    short = [name.removeprefix("model.layers.0.") for name in seen]
+    assert short == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    down = seen["model.layers.0.mlp.down_proj"] @ weights["model.layers.0.mlp.down_proj.weight"].T
+    middle = hidden + (
+        seen["model.layers.0.self_attn.o_proj"]
+        @ weights["model.layers.0.self_attn.o_proj.weight"].T
+    )
+    np.testing.assert_allclose(middle + down, after, atol=1e-5)
+
+
+def test_a_stage_uses_the_weights_that_are_there_when_it_is_applied() -> None:
+    arch = read_architecture(LLAMA)
+    weights = random_weights(arch)
+    changed = {name: np.round(tensor * 4) / 4 for name, tensor in weights.items()}
+    changed = {name: t if t.ndim == 2 else weights[name] for name, t in changed.items()}
+    packing = pack(HOLES.shape, HOLES)
+    hidden = random_array(packing.n_tokens, 32)
+    state = forward.begin(arch, 0, weights, hidden)
+    current = dict(weights)
+    for stage in forward.stages(arch, 0, packing):
+        assert list(stage.sites) == list(state.inputs)
+        for linears in stage.sites.values():
+            current |= {f"{name}.weight": changed[f"{name}.weight"] for name in linears}
+        state = stage.apply(current.__getitem__, state)
+    wanted = forward.forward_block(arch, 0, changed, hidden, packing)
+    np.testing.assert_array_equal(state.hidden, wanted)
+
+
+def slow_experts(arch: Architecture, weights: dict[str, Any], x: Any) -> Any:
+    """One token at a time through its experts, [n, width]."""
+    base = "model.layers.0.mlp."
+    out = np.zeros(x.shape)
+    for token, row in enumerate(x.astype(float)):
+        scores = weights[f"{base}gate.weight"] @ row
+        share = np.exp(scores) / np.exp(scores).sum()
+        for expert in np.argsort(-share)[:2]:
+            gate, up, down = (
+                weights[f"{base}experts.{expert}.{part}_proj.weight"]
+                for part in ("gate", "up", "down")
+            )
+            inner = gate @ row / (1 + np.exp(-(gate @ row))) * (up @ row)
+            out[token] += share[expert] * (down @ inner)
+    return out
+
+
+def test_experts_equal_one_token_at_a_time_and_unused_ones_are_not_read() -> None:
+    arch = read_architecture(QWEN3_MOE)
+    weights = random_weights(arch)
+    weights["model.layers.0.mlp.gate.weight"][3] = 0
+    packing = pack((1, 4))
+    hidden = random_array(4, 32)
+    seen: dict[str, Any] = {}
+    read: list[str] = []
+
+    def fetch(name: str) -> Any:
+        read.append(name)
+        return weights[name]
+
+    after = forward.forward_block(arch, 0, fetch, hidden, packing, seen.__setitem__)
+    o_proj = "model.layers.0.self_attn.o_proj"
+    middle = hidden + seen[o_proj] @ weights[f"{o_proj}.weight"].T
+    x = seen["model.layers.0.mlp.gate"]
+    np.testing.assert_allclose(after - middle, slow_experts(arch, weights, x), atol=1e-5)
+    counts = {e: len(seen[f"model.layers.0.mlp.experts.{e}.gate_proj"]) for e in range(5)}
+    assert sum(counts.values()) == 2 * 4
+    for expert, count in counts.items():
+        name = f"model.layers.0.mlp.experts.{expert}.down_proj"
+        assert seen[name].shape == (count, 24)
+        assert (f"{name}.weight" in read) == (count > 0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE])
+def test_a_block_stays_within_its_stated_memory(config: Any, monkeypatch: Any) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    monkeypatch.setattr(attention, "QUERY_ROWS", 8)
+    monkeypatch.setattr(layers, "CHUNK", 64)
+    arch = read_architecture({**config, "num_hidden_layers": 1})
+    weights = random_weights(arch)
+    packing = pack((200, 10))
+    hidden = random_array(2000, 32)
+    tracemalloc.start()
+    forward.forward_block(arch, 0, weights, hidden, packing)
+    peak = tracemalloc.get_traced_memory()[1] + hidden.nbytes
+    tracemalloc.stop()
+    assert 0.3 * memory.block_memory(arch, 2000) < peak < memory.block_memory(arch, 2000)
+
+
+def test_windows_fall_on_the_blocks_that_config_json_says() -> None:
+    def windows(**config: Any) -> list[int | None]:
+        return [block.window for block in read_architecture({**LLAMA, **config}).blocks]
+
+    assert windows(sliding_window=8) == [None, None]
+    assert windows(model_type="mistral", sliding_window=8) == [8, 8]
+    assert windows(model_type="mistral", sliding_window=None) == [None, None]
+    assert windows(model_type="qwen2", sliding_window=8, max_window_layers=1) == [None, None]
+    on = {"use_sliding_window": True, "sliding_window": 8}
+    assert windows(model_type="qwen2", max_window_layers=1, **on) == [None, 8]
+    assert windows(model_type="gemma2", sliding_window=8) == [8, None]
+    types = ["full_attention", "sliding_attention"]
+    assert windows(model_type="gemma3_text", sliding_window=8, layer_types=types) == [None, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba"}, ["mamba", "gemma2", "qwen3_moe", "--activations"]),
+        ({"model_type": None}, ["None", "--activations"]),
+        ({"hidden_act": "mish"}, ["mish", "silu"]),
+        ({"num_attention_heads": 3}, ["3", "2"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"rope_scaling": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["linear", "factor"]),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor", "4"]),
+    ],
+)
+def test_what_is_not_known_is_said(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        read_architecture({**LLAMA, **change})
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_tokens_out_of_range_are_said() -> None:
+    arch = read_architecture(LLAMA)
+    tokens = np.array([[1, 50]])
+    with pytest.raises(InputError, match="token 50 is out of range"):
+        forward.embed(arch, random_weights(arch), tokens, pack(tokens.shape))
+    with pytest.raises(InputError, match="mask"):
+        pack((1, 2), np.ones((1, 3)))

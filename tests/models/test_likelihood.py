@@ -1,0 +1,88 @@
+"""Likelihoods in pieces against whole rows in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptq_cli.models import forward, likelihood
+from ptq_cli.models.architecture import read_architecture
+from ptq_cli.models.attention import pack
+
+RANDOM = np.random.default_rng(7)
+LLAMA = {
+    "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+}  # fmt: skip
+HOLES = np.array([[1] * 9, [0, 0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0, 0, 1, 1]])
+
+
+def random_array(*shape: int, scale: float = 1.0) -> Any:
+    return (RANDOM.standard_normal(shape) * scale).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_likelihoods_in_pieces_equal_those_of_whole_rows(scale: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(likelihood, "VOCABULARY", 7)
+    monkeypatch.setattr(likelihood, "LOGITS", 7 * 4)
+    arch = read_architecture(LLAMA)
+    weights = {arch.head: random_array(50, 32, scale=0.2)}
+    finished, other = random_array(11, 32, scale=scale), random_array(11, 32)
+    targets = RANDOM.integers(0, 50, 11)
+    model = likelihood.Prediction(arch, weights, finished)
+    base = likelihood.Prediction(arch, weights, finished + other * 0.1)
+    found = likelihood.measure_tokens(model, targets, base)
+
+    def log_softmax(prediction: likelihood.Prediction) -> Any:
+        scores = forward.logits(arch, weights, prediction.finished).astype(float)
+        scores -= scores.max(axis=1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+
+    own, wanted = log_softmax(model), log_softmax(base)
+    np.testing.assert_allclose(found.nll, -own[np.arange(11), targets], atol=1e-5 * scale)
+    np.testing.assert_allclose(found.reference_nll, -wanted[np.arange(11), targets], atol=1e-4)
+    kl = (np.exp(wanted) * (wanted - own)).sum(axis=1)
+    np.testing.assert_allclose(found.kl, kl, atol=1e-6 * scale)
+    np.testing.assert_array_equal(found.top, own.argmax(axis=1))
+    assert found.same_top == np.mean(own.argmax(1) == wanted.argmax(1))
+    alone = likelihood.measure_tokens(model, targets)
+    np.testing.assert_array_equal(alone.nll, found.nll)
+    assert alone.same_top is None
+    assert likelihood.measure_tokens(model, targets, model).kl.max() == 0
+
+
+def test_next_tokens_stay_within_their_sequence() -> None:
+    tokens = np.arange(27).reshape(3, 9)
+    rows, targets = likelihood.next_tokens(tokens, pack(HOLES.shape, HOLES))
+    own = pack(HOLES.shape, HOLES).flat(tokens)[rows]
+    pairs = dict(zip(own.tolist(), targets.tolist(), strict=True))
+    row0 = {i: i + 1 for i in range(8)}
+    row1 = {11: 12, 12: 13, 13: 14, 14: 15}
+    row2 = {18: 19, 19: 21, 21: 22, 22: 25, 25: 26}
+    assert pairs == row0 | row1 | row2
+
+
+def test_the_sample_model_predicts_its_own_language() -> None:
+    import json
+
+    import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    from safetensors import safe_open
+
+    folder = Path(__file__).parents[2] / "sample_data"
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    arch = read_architecture(json.loads((folder / "config.json").read_text()), weights)
+    tokens = np.load(folder / "eval_tokens.npy")[:4, :96].astype(np.int64)
+    packing = pack(tokens.shape)
+    hidden = forward.embed(arch, weights, tokens, packing)
+    for index in range(len(arch.blocks)):
+        hidden = forward.forward_block(arch, index, weights, hidden, packing)
+    rows, targets = likelihood.next_tokens(tokens, packing)
+    finished = forward.finish(arch, weights, hidden)[rows]
+    nll = likelihood.measure_tokens(likelihood.Prediction(arch, weights, finished), targets).nll
+    assert nll.mean() < 0.6 * math.log(arch.vocab_size)

@@ -1,0 +1,135 @@
+"""Tokens: shapes, masks, draws, warnings, text; and scratch files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptq_cli.errors import InputError
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.scratch import Rows, Scratch
+from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
+
+SAMPLE = Path(__file__).parents[2] / "sample_data"
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(SAMPLE)
+
+
+def read(checkpoint: Checkpoint, folder: Path, ids: object, **settings: object) -> Tokens:
+    np.save(folder / "ids.npy", ids)  # type: ignore[arg-type]
+    return read_tokens(TokenSettings(tokens=folder / "ids.npy", **settings), checkpoint)  # type: ignore[arg-type]
+
+
+def test_one_dimension_is_cut_into_sequences(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokens = read(checkpoint, tmp_path, np.arange(11, dtype=np.uint16), seq_len=3)
+    assert tokens.ids.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert tokens.mask.all()
+    assert not tokens.warnings
+
+
+def test_samples_are_drawn_by_seed_and_keep_their_order(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    ids = np.arange(400).reshape(100, 4)
+    first, same, other = (
+        read(checkpoint, tmp_path, ids, nsamples=20, seed=seed).ids for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+    assert (np.diff(first[:, 0]) > 0).all()
+
+
+def test_repeated_sequences_are_warned_of(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokens = read(checkpoint, tmp_path, np.array([[1, 2], [3, 4], [1, 2], [1, 2]]))
+    assert tokens.warnings[0].endswith("2 of 4 sequences repeat an earlier one")
+
+
+def test_a_mask_hides_padding_and_its_ids(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    np.save(tmp_path / "mask.npy", np.array([[1, 1, 0], [1, 0, 0]]))
+    ids = np.array([[5, 6, 99999], [7, -1, -1]])
+    tokens = read(checkpoint, tmp_path, ids, mask=tmp_path / "mask.npy")
+    assert tokens.ids.tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert tokens.mask.sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "words"),
+    [
+        (np.zeros((2, 2)), {}, "not integers"),
+        (np.arange(9), {}, "--seq-len"),
+        (np.arange(9), {"seq_len": 10}, "fewer than a sequence"),
+        (np.zeros((2, 3), int), {"seq_len": 4}, "no sequence of 4"),
+        (np.zeros((2, 3, 4), int), {}, "tokens are [n, length]"),
+        (np.array([[1, 2048]]), {}, "token 2048, but the model has 2048"),
+        (np.array([[-1, 2]]), {}, "token -1"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(
+    checkpoint: Checkpoint, tmp_path: Path, ids: object, settings: dict[str, int], words: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read(checkpoint, tmp_path, ids, **settings)
+    assert words in str(caught.value)
+
+
+def test_masks_that_do_not_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for mask, words in ((np.ones((1, 2)), "not integers"), (np.ones((2, 2), int), "[2, 2]"),
+                        (np.zeros((1, 2), int), "hides every token")):  # fmt: skip
+        np.save(tmp_path / "mask.npy", mask)
+        with pytest.raises(InputError) as caught:
+            read(checkpoint, tmp_path, np.array([[1, 2]]), mask=tmp_path / "mask.npy")
+        assert words in str(caught.value)
+
+
+def test_text_needs_the_extra(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    (tmp_path / "a.txt").write_text("def f(): pass")
+    with pytest.raises(InputError, match=r"ptq\[text\]"):
+        read_tokens(TokenSettings(text=tmp_path / "a.txt"), checkpoint)
+
+
+def test_text_through_the_models_tokenizer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "def f(x):\n    return x + 1\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    tokens = read_tokens(TokenSettings(text=tmp_path / "a.txt", seq_len=16), checkpoint)
+    own = tokenizers.Tokenizer.from_file(str(SAMPLE / "tokenizer.json")).encode(text).ids
+    assert tokens.ids.ravel().tolist() == own[: tokens.ids.size]
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_tokens(TokenSettings(text=tmp_path / "b.txt"), checkpoint)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(SAMPLE / "model.safetensors", bare)
+    with pytest.raises(InputError, match="no tokenizer"):
+        read_tokens(TokenSettings(text=tmp_path / "a.txt"), open_checkpoint(bare))
+
+
+def test_scratch_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "now")
+    arrays = {"a": np.arange(6).reshape(2, 3), "inputs/x": np.zeros((0, 4), np.float32)}
+    scratch.put("k", arrays)
+    scratch.put("k", arrays | {"b": np.ones((3, 1), np.float32)[::-1]})
+    assert scratch.names("k") == ["a", "inputs/x", "b"]
+    for name in ("a", "inputs/x", "b"):
+        assert scratch.get("k", name).shape[0] == scratch.length("k", name)
+    assert np.array_equal(scratch.get("k", "a"), arrays["a"])
+
+
+def test_rows_are_whole_only_when_closed(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "r", 5, 2)
+    rows.begin()
+    rows.write(2, np.ones((3, 2), np.float32))
+    rows.write(0, np.zeros((2, 2), np.float32))
+    assert not rows.whole
+    rows.finish()
+    assert rows.whole
+    assert rows.read(slice(1, 3)).tolist() == [[0, 0], [1, 1]]
