@@ -179,7 +179,7 @@ class CalibrationFile:
     def only(self, site: str | None) -> CalibrationFile:
         names = [] if site is None else [f"{site}.{part}" for part in PARTS]
         fisher = self.content.get("fisher", {})
-        if site in self.sites:
+        if site is not None and site in self.sites:
             fisher = {m: n for m, n in fisher.items() if m in self.sites[site].linears}
         names += [f"{module}.fisher" for module in fisher]
         return replace(
