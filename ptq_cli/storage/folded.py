@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothing import check_factors
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
-from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
@@ -56,6 +57,15 @@ class FoldedCheckpoint(Checkpoint):
         if name not in self.folds:
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def weight_rows(self, layer: Layer, data: NDArray[np.uint8]) -> StoredRows:
+        """Folded from what lies on the disk, not from `data`, which is rounded to the dtype."""
+        if layer.tensor not in self.folds:
+            return self.base.weight_rows(layer, data)
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        values = self.matrix(layer.tensor, shape)
+        values = np.ascontiguousarray(values.T) if layer.transposed else values
+        return StoredRows(values, partial(self._refuse, layer.tensor, values))
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         scale = np.ones(layer.shape[0], np.float32)
