@@ -1,7 +1,7 @@
 """What integers and smoothing cost: products on int8 codes beside the same in float32, and
 SmoothQuant on a block beside reading its weights and activations once.
 
-    python benchmarks/smoothquant.py            # a block of 2048 × 5504, about a minute
+    python benchmarks/smoothquant.py            # a block of 1024 × 2752, about a minute
     python benchmarks/smoothquant.py --quick    # does it run
 """
 
@@ -25,6 +25,7 @@ import ptq_cli
 from ptq_cli.numerics.activations import quantize_per_token
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import integer_product, linear_dequantized, linear_w8a8
+from ptq_cli.tasks import Resources
 from ptq_cli.values import Grid
 
 
@@ -97,11 +98,12 @@ def whole(hidden: int, mlp: int, tokens: int, repeats: int) -> dict[str, float]:
         folder = Path(name)
         write_block(folder, hidden, mlp, tokens)
         out, stats = folder / "out", folder / "stats.safetensors"
-        options = {"output": out, "force": True, "calibration": stats}
+        options = {"output": out, "force": True, "calibration": stats, "workers": 1}
         return {
             "read weights and activations once": seconds(lambda: read_once(folder), repeats),
             "ptq calibrate": seconds(
-                lambda: ptq_cli.calibrate(folder, output=stats, force=True), repeats
+                lambda: ptq_cli.calibrate(folder, output=stats, force=True, resources=Resources(1)),
+                repeats,
             ),
             "smoothquant, float weights, alpha 0.5": seconds(
                 lambda: ptq_cli.smoothquant(folder, bits=16, activation_scheme="none", **options),
@@ -133,6 +135,7 @@ def main() -> None:
         n, hidden, mlp = sizes
         title = f"[{n}, {hidden}] @ [{hidden}, {hidden}], one thread"
         show(title, products(n, hidden, chosen.repeats))
+        hidden, mlp = hidden // 2, mlp // 2
         title = f"one Llama block {hidden} × {mlp}, {2 * n} tokens"
         show(title, whole(hidden, mlp, 2 * n, 1 if chosen.quick else chosen.repeats))
 

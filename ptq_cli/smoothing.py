@@ -332,7 +332,7 @@ class _Group:
         """The layer as it would be written under `folds`, and the scale of its outputs."""
         statistics = self.statistics(owner, folds)
         layer, how = self.job.layers[linear.tensor], method(name)
-        own = [id(factors) for site, factors in folds if site is owner]
+        own = [factors.tobytes() for site, factors in folds if site is owner]
         key = (owner.name, own, name, layer.grid)
         if self._prepared[0] != key:
             self._prepared = (key, how.prepare(statistics, layer.grid, settings))

@@ -201,11 +201,18 @@ class CalibrationFile:
 
     def only(self, site: str | None) -> CalibrationFile:
         names = [] if site is None else [f"{site}.{part}" for part in PARTS]
-        names += [f"{module}.fisher" for module in self.fisher]
+        fisher = self.content.get("fisher", {})
+        if site is not None and site in self.sites:
+            fisher = {m: n for m, n in fisher.items() if m in self.sites[site].linears}
+        names += [f"{module}.fisher" for module in fisher]
         return replace(
             self,
             checkpoint=replace(self.checkpoint.part(names), metadata={}),
-            content={**self.content, "sites": _only(self.content["sites"], site)},
+            content={
+                **self.content,
+                "sites": _only(self.content["sites"], site),
+                "fisher": fisher,
+            },
             sites=_only(self.sites, site),
         )
 
