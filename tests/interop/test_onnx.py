@@ -12,17 +12,20 @@ import pytest
 from ptq_cli import api
 from ptq_cli.storage.folder import open_quantized
 
-pytestmark = pytest.mark.interop
-if find_spec("onnxruntime") is None:
-    pytest.skip("needs the extra interop", allow_module_level=True)
+# Marks, not a skip of the module: tests/test_docs.py reads CASES where this is not installed.
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs the extra interop"),
+]
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
-
-
-@pytest.mark.parametrize(("bits", "group", "sym", "extra"), [
+CASES: list[tuple[int, int, bool, dict[str, Any]]] = [
     (2, 32, True, {}), (2, 16, False, {}), (4, 128, True, {}), (4, 32, False, {}),
     (8, 256, True, {}), (8, 64, False, {}), (4, 128, True, {"scale_dtype": "float16"}),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "group", "sym", "extra"), CASES)
 def test_linears(tmp_path: Path, bits: int, group: int, sym: bool, extra: dict[str, Any]) -> None:
     import onnxruntime
 
