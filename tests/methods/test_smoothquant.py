@@ -93,6 +93,18 @@ def test_a_smoothed_float_model_is_a_model_folder_of_the_same_tensors(sample):
     )
 
 
+def test_a_smoothed_float_model_that_is_quantized_is_not_folded_twice_by_eval(sample):
+    assert ptq("smoothquant", sample, "--bits", 16, "-o", "smoothed").code == 0
+    packed = ptq("pack", "smoothed", "-o", "packed", "--json")
+    assert packed.code == 0, packed.err
+    after = ptq("eval", "smoothed", "packed", "--json")
+    assert not [line for line in after.warnings if "differ" in line]
+    found, stated = (o.document["totals"]["mean_rel_err"] for o in (after, packed))
+    assert found == pytest.approx(stated, rel=1e-6)
+    before = ptq("eval", sample, "packed", "--json")  # the model before it was smoothed
+    assert before.document["totals"]["worst_rel_err"] < 0.02
+
+
 def test_a_site_that_is_worse_for_it_is_left_alone_and_said_so(sample, check_report):  # noqa: F811
     outcome = ptq("smoothquant", sample, "--alpha", "auto", "--json", "-o", "out")
     assert outcome.code == 0, outcome.err
