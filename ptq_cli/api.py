@@ -114,7 +114,10 @@ def calibrate(
         warnings, job_inputs = list(read.warnings), [source.fingerprint]
         inputs = list(source.files)
     else:
-        found = match_gradients(checkpoint, find_activations(map(Path, gradients), bf16))
+        slopes = [Path(path) for path in gradients]
+        found = match_gradients(checkpoint, find_activations(slopes, bf16))
+        if slopes and not found:
+            raise InputError(f"{slopes[0]}: no gradients <module>.npy in it")
         folders = [Path(path) for path in activations]
         if not folders and (not found or beside(checkpoint)[1] is not None):
             folders = [_activations_beside(checkpoint)]

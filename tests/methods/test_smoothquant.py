@@ -256,3 +256,18 @@ def test_a_format_that_cannot_hold_rounded_inputs(sample):
     outcome = ptq("smoothquant", sample, "--format", "gptq", "-o", "out")
     assert outcome.code == 1
     assert "not rounded inputs" in outcome.err
+
+
+def test_float_weights_in_a_quantized_format_are_refused(sample):
+    outcome = ptq("smoothquant", sample, "--bits", 16, "--format", "gptq", "-o", "out")
+    assert outcome.code == 1
+    assert "format gptq" in outcome.errors[0]
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", [["--percentile", "0.5"], ["--activation-bits", "4"]])
+def test_how_inputs_are_rounded_needs_a_scheme(option, sample):
+    assert ptq("pack", sample, "-o", "out").code == 0
+    outcome = ptq("eval", sample, "out", *option)
+    assert outcome.code == 2
+    assert "--activation-scheme" in outcome.err
