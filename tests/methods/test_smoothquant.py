@@ -271,3 +271,15 @@ def test_how_inputs_are_rounded_needs_a_scheme(option, sample):
     outcome = ptq("eval", sample, "out", *option)
     assert outcome.code == 2
     assert "--activation-scheme" in outcome.err
+
+
+@pytest.mark.parametrize("option", [["--nsamples", "3"], ["--seq-len", "8"], ["--parallel-layers"]])
+def test_which_tokens_needs_tokens(option, sample):
+    outcome = ptq("gptq", sample, *option, "-o", "out")
+    assert outcome.code == (2 if option == ["--parallel-layers"] else 1)
+    assert f"{option[0]} needs --tokens or --text" in outcome.err
+    assert not Path("out").exists()
+
+
+def test_the_help_of_pack_tells_its_own_default():
+    assert "[default: no-mse]" in " ".join(ptq("pack", "--help").out.split())
