@@ -114,7 +114,10 @@ def calibrate(
         warnings, job_inputs = list(read.warnings), [source.fingerprint]
         inputs = list(source.files)
     else:
-        found = match_gradients(checkpoint, find_activations(map(Path, gradients), bf16))
+        slopes = [Path(path) for path in gradients]
+        found = match_gradients(checkpoint, find_activations(slopes, bf16))
+        if slopes and not found:
+            raise InputError(f"{slopes[0]}: no gradients <module>.npy in it")
         folders = [Path(path) for path in activations]
         if not folders and (not found or beside(checkpoint)[1] is not None):
             folders = [_activations_beside(checkpoint)]
@@ -420,13 +423,21 @@ def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) ->
 
 
 def token_settings(options: dict[str, Any]) -> TokenSettings:
-    """Take the fields of `TokenSettings` out of `options`; paths may be strings."""
+    """Take the fields of `TokenSettings` out of `options`; paths may be strings.
+
+    Raises:
+        InputError: which tokens to take, but none are given.
+    """
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     values = {name: options.pop(name) for name in names if options.get(name) is not None}
     for name in ("tokens", "text", "mask"):
         if name in values:
             values[name] = Path(values[name])
-    return TokenSettings(**values)
+    settings = TokenSettings(**values)
+    idle = [name for name in ("seq_len", "nsamples", "mask") if name in values]
+    if idle and not settings.given:
+        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens or --text")
+    return settings
 
 
 def take_resources(options: dict[str, Any]) -> Resources:

@@ -24,7 +24,7 @@ from ptq_cli.report import totals
 from ptq_cli.smoothing import activations_for
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folded import folded_checkpoint, read_folds, smoothed_source
+from ptq_cli.storage.folded import folded_checkpoint, folds_between, smoothed_source
 from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.unit import dead_columns, error_columns
 from ptq_cli.values import (
@@ -53,7 +53,7 @@ class Sides:
     """The original and what was quantized, with the statistics of each one's inputs.
 
     smoothed, smoothed_source: the original with the folds of the quantized folder, which are those
-        of `read_folds`; the same as original and source where it has none
+        of `folds_between`; the same as original and source where it has none
     activations: how inputs are rounded to integers too, or None
     """
 
@@ -82,7 +82,7 @@ def open_sides(
             f"{original.path}: --activation-scheme needs inputs, and there is no calibration",
             hint="--calibration FILE or --activations DIR",
         )
-    folds = read_folds(quantized.checkpoint.folder)
+    folds = folds_between(original.folder, quantized.checkpoint.folder)
     for site, _ in folds:
         absent = [name for name in site.tensors if name not in original.tensors]
         if absent:

@@ -166,6 +166,12 @@ def prepare_smoothing(
             hint="--weight hessian",
         )
     settings = make_settings(GridSettings, given, recipe)
+    if floats and settings.format != "ptq":
+        raise InputError(
+            f"--bits {FLOAT_BITS} writes float weights, which format {settings.format} does not"
+            " hold",
+            hint="leave --format out, and quantize what it writes",
+        )
     own = make_settings(how.settings, given, recipe)
     rounder = method(own.then)
     rounding = make_settings(rounder.settings, given, recipe)

@@ -105,6 +105,9 @@ def evaluate(
     wants = kl_per_block or max_perplexity_increase is not None or max_kl is not None
     if wants and not settings.given:
         raise click.UsageError("perplexity and KL need --tokens or --text")
+    inputs = activation_bits is not None or percentile != 1.0
+    if inputs and activation_scheme in (None, "none"):
+        raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
     with display.ProgressLine("eval", quiet=as_json) as line:
 
         def listen(done: int, total: int, row: Any) -> None:

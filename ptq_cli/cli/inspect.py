@@ -47,9 +47,10 @@ def _show(document: dict[str, Any]) -> None:
     ]
     display.table(columns, rows)
     for layer in document.get("layers", [])[:1]:
+        method = f", {layer['method']}" if layer["method"] else ""
         display.line(
             f"{document['format']}: {len(document['layers'])} layers, the first"
-            f" {layer['bits']} bits, group size {layer['group_size']}, {layer['method']}"
+            f" {layer['bits']} bits, group size {layer['group_size']}{method}"
         )
     if document.get("sites"):
         _show_sites(document["sites"])

@@ -55,6 +55,7 @@ _HELP = {
 }
 
 
+_DEFAULTS = {"pack": {"mse": False}}  # where a command's own differ
 _SOURCE = ("calibration", "activations", "bf16", "require_calibration")
 
 
@@ -114,7 +115,7 @@ def _command(name: str) -> click.Command:
             help="What a layer gets that has no statistics, or whose Hessian cannot be"
             " factored.  [default: error]",
         )(command)
-    command = add_options(GridSettings, own)(command)
+    command = add_options(GridSettings, own, defaults=_DEFAULTS.get(name, {}))(command)
     command = model_argument()(command)
     return click.command(name, help=_HELP[name])(command)
 
@@ -123,11 +124,13 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
     check_report_path(options["report_path"])
     recipe_path = options.pop("config")
     recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
-    if name == "pack":
-        recipe = {"mse": False, **recipe}
+    if name in _DEFAULTS:
+        recipe = {**_DEFAULTS[name], **recipe}
     own_words = (*_SOURCE, "fallback", "runtime", "parallel_layers")
     where = {key: options.pop(key) for key in own_words if key in options}
-    where["tokens"] = api.token_settings(options)
+    where["tokens"] = tokens = api.token_settings(options)
+    if where.get("parallel_layers") and not tokens.given:
+        raise click.UsageError("--parallel-layers needs --tokens or --text")
     job = api.prepare(name, model, options, recipe, output=options["output"], **where)
     resources = api.take_resources(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))

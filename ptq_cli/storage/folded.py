@@ -3,6 +3,7 @@ folded when they are read."""
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from ptq_cli.numerics.smoothing import check_factors
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
-from ptq_cli.storage.files import listing
+from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
@@ -174,6 +175,22 @@ def read_folds(folder: Path) -> Folds:
     for site, factors in folds:
         check_factors(factors, site.in_features)
     return folds
+
+
+def folds_between(before: Path, after: Path) -> Folds:
+    """The folds that lie between the models of two folders: those of `after`, or none where they
+    are those that `before` has been through already, as a smoothed float model that was quantized.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    folds = read_folds(after)
+    if not folds or FOLDS_FILE not in listing(before):
+        return folds
+    regular_file(before / FOLDS_FILE)
+    with named(before / FOLDS_FILE):
+        same = filecmp.cmp(before / FOLDS_FILE, after / FOLDS_FILE, shallow=False)
+    return () if same else folds
 
 
 def _site(entry: Mapping[str, Any]) -> Site:

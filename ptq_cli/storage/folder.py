@@ -278,13 +278,16 @@ def open_quantized(path: Path) -> QuantizedFolder:
 
 
 def holds_quantized(path: Path) -> bool:
-    """Whether a path holds quantized weights, in whatever layout. Raises InputError."""
+    """Whether a path holds quantized weights, in whatever layout. Raises InputError.
+
+    An output of this tool without one quantized layer, like a smoothed float model, does not.
+    """
     if _gguf_of(path) is not None:
         return True
     checkpoint = open_checkpoint(path)
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     return (
-        "ptq" in checkpoint.metadata
+        ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
         or any(name.endswith(_PACKED) for name in checkpoint.tensors)
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )

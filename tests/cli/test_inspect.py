@@ -57,3 +57,18 @@ def test_a_quantized_folder(sample, command):
     inputs = {layer["inputs"] for layer in document["layers"]}
     assert inputs == ({None} if command == "rtn" else {"8 bits, dynamic per token"})
     assert ptq("inspect", "out").code == 0
+
+
+def test_a_smoothed_float_model_is_a_float_model(sample):
+    assert ptq("smoothquant", sample, "--bits", 16, "-o", "smoothed").code == 0
+    document = ptq("inspect", "smoothed", "--json").document
+    assert document["kind"] == "float"
+    assert document["family"] == "llama"
+    outcome = ptq("pack", "smoothed", "-o", "packed")
+    assert outcome.code == 0, outcome.err
+    assert ptq("inspect", "packed", "--json").document["kind"] == "quantized"
+
+
+def test_no_method_leaves_no_comma_behind(sample):
+    assert ptq("rtn", sample, "--format", "gptq", "-o", "out").code == 0
+    assert "group size 128\n" in ptq("inspect", "out").out

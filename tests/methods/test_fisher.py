@@ -173,3 +173,11 @@ def test_asking_for_it_without_having_it(model):
     outcome = ptq("rtn", model, "--activations", "acts", "--weight", "fisher")
     assert outcome.code == 1
     assert "no Fisher information of 4 layers" in outcome.err
+
+
+def test_a_folder_without_gradients_is_an_error(model):
+    Path("empty").mkdir()
+    outcome = ptq("calibrate", model, "--gradients", "empty", "-o", "stats")
+    assert outcome.code == 1
+    assert "empty: no gradients" in outcome.errors[0]
+    assert not Path("stats").exists()

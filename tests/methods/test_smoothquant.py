@@ -93,6 +93,18 @@ def test_a_smoothed_float_model_is_a_model_folder_of_the_same_tensors(sample):
     )
 
 
+def test_a_smoothed_float_model_that_is_quantized_is_not_folded_twice_by_eval(sample):
+    assert ptq("smoothquant", sample, "--bits", 16, "-o", "smoothed").code == 0
+    packed = ptq("pack", "smoothed", "-o", "packed", "--json")
+    assert packed.code == 0, packed.err
+    after = ptq("eval", "smoothed", "packed", "--json")
+    assert not [line for line in after.warnings if "differ" in line]
+    found, stated = (o.document["totals"]["mean_rel_err"] for o in (after, packed))
+    assert found == pytest.approx(stated, rel=1e-6)
+    before = ptq("eval", sample, "packed", "--json")  # the model before it was smoothed
+    assert before.document["totals"]["worst_rel_err"] < 0.02
+
+
 def test_a_site_that_is_worse_for_it_is_left_alone_and_said_so(sample, check_report):  # noqa: F811
     outcome = ptq("smoothquant", sample, "--alpha", "auto", "--json", "-o", "out")
     assert outcome.code == 0, outcome.err
@@ -244,3 +256,30 @@ def test_a_format_that_cannot_hold_rounded_inputs(sample):
     outcome = ptq("smoothquant", sample, "--format", "gptq", "-o", "out")
     assert outcome.code == 1
     assert "not rounded inputs" in outcome.err
+
+
+def test_float_weights_in_a_quantized_format_are_refused(sample):
+    outcome = ptq("smoothquant", sample, "--bits", 16, "--format", "gptq", "-o", "out")
+    assert outcome.code == 1
+    assert "format gptq" in outcome.errors[0]
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", [["--percentile", "0.5"], ["--activation-bits", "4"]])
+def test_how_inputs_are_rounded_needs_a_scheme(option, sample):
+    assert ptq("pack", sample, "-o", "out").code == 0
+    outcome = ptq("eval", sample, "out", *option)
+    assert outcome.code == 2
+    assert "--activation-scheme" in outcome.err
+
+
+@pytest.mark.parametrize("option", [["--nsamples", "3"], ["--seq-len", "8"], ["--parallel-layers"]])
+def test_which_tokens_needs_tokens(option, sample):
+    outcome = ptq("gptq", sample, *option, "-o", "out")
+    assert outcome.code == (2 if option == ["--parallel-layers"] else 1)
+    assert f"{option[0]} needs --tokens or --text" in outcome.err
+    assert not Path("out").exists()
+
+
+def test_the_help_of_pack_tells_its_own_default():
+    assert "[default: no-mse]" in " ".join(ptq("pack", "--help").out.split())
