@@ -385,11 +385,11 @@ def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputEr
     reasons: dict[str, list[str]] = {}
     for module, reason in misfits.items():
         reasons.setdefault(reason, []).append(module)
-    said = "; ".join(f"{', '.join(modules)}: {reason}" for reason, modules in reasons.items())
+    said = "; ".join(f"{reason}: {', '.join(modules)}" for reason, modules in reasons.items())
     if len(misfits) == total:
         return InputError(f"format {fmt.name} can hold none of the {total} layers; {said}")
     return InputError(
-        f"format {fmt.name} cannot hold {len(misfits)} layers: {said}",
+        f"format {fmt.name} cannot hold {len(misfits)} of {total} layers; {said}",
         hint="--on-misfit keep leaves such layers dense",
     )
 
