@@ -102,7 +102,7 @@ def gate_options(command: C) -> C:
             "--max-fallbacks",
             type=click.IntRange(0),
             metavar="N",
-            help="Fail where more than N layers fell back to plain rounding (eval: have its codes).",
+            help="Fail where more than N layers fell back to plain rounding (eval: equal it).",
         ),
         click.option(
             "--min-gain",
