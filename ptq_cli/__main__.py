@@ -24,6 +24,7 @@ def main() -> NoReturn:
         stopping.leave(stopped.number)
     except KeyboardInterrupt:  # raised by a library itself
         stopping.leave(signal.SIGINT)
+    stopping.too_late()
     sys.exit(code)
 
 

@@ -53,6 +53,12 @@ def leave(number: int, more: str = "; finished work is kept, the same command go
         os._exit(128 + number)
 
 
+def too_late() -> None:
+    """All is done: a signal while the interpreter shuts down must not change the exit code."""
+    for number in WORDS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def work_begins() -> None:
     """A work folder is open: from now on signals are exceptions."""
     _State.open_folders += 1
