@@ -234,7 +234,8 @@ def _cluster(address: str) -> Crew:
     executor = client.get_executor(pure=False, retries=0)
 
     def stop() -> None:
-        for name in ("distributed", "tornado", "asyncio"):  # what breaks off is meant to
+        # What breaks off is meant to. (Dask gives tornado.application a level of its own.)
+        for name in ("distributed", "tornado", "tornado.application", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         with contextlib.suppress(Exception):
             client.close(timeout=5)
