@@ -40,6 +40,7 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
+from ptq_cli.storage.files import kept_buffer
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.staging import Staging
@@ -194,7 +195,7 @@ def _work(job: UnitJob) -> Any:
     digests: dict[str, str] = {}
 
     def load(layer: Layer) -> StoredRows:
-        data = job.checkpoint.read_bytes(layer.tensor)
+        data = job.checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
         digests[layer.tensor] = digest_of(data)
         return job.checkpoint.weight_rows(layer, data)
 
