@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import LAYER_KEYS, GridSettings
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import LAYER_KEYS, GridSettings
 from ptq_cli.storage.files import read_small
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.choice import default_reason, model_sites
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.smoothing import channel_importance
-from ptq_cli.plan import default_reason, model_sites
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
