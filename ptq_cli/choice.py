@@ -6,13 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.grid_settings import GridSettings
+from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.detection import Sites, find_sites
 from ptq_cli.models.recipe import merge_sites, recipe_sites
 from ptq_cli.models.sites import Site
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, is_float
+from ptq_cli.storage.folder import mlx_weights
 from ptq_cli.storage.tensors import WRITABLE
 from ptq_cli.values import (
     FLOAT_DTYPES,
@@ -60,7 +62,8 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 
 
 def _packed(checkpoint: Checkpoint) -> list[str]:
-    return [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+    named = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+    return named + mlx_weights(checkpoint)
 
 
 def _declared(checkpoint: Checkpoint) -> bool:
@@ -115,6 +118,8 @@ def choose_tensors(
             reason = None
         if any(p.search(spec.name) for p in ignore):
             reason = "ignored"
+        if not reason and rule_of(settings, spec.name).get("bits") == FLOAT_BITS:
+            reason = f"bits = {FLOAT_BITS}"
         if reason:
             skipped.append(Skipped(spec.name, spec.shape, spec.dtype, reason))
         else:
@@ -131,6 +136,12 @@ def choose_tensors(
                 f" {checkpoint.path}"
             )
     return chosen, skipped
+
+
+def rule_of(settings: GridSettings, tensor: str) -> dict[str, Any]:
+    """What the recipe's rules say of a tensor; a later rule wins over an earlier one."""
+    matching = [rule for rule in settings.layers if re.search(rule["match"], tensor)]
+    return {key: value for rule in matching for key, value in rule.items()}
 
 
 def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> list[re.Pattern[str]]:

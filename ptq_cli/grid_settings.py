@@ -13,6 +13,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
+FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """Settings of the grid, the tensors and the layout: common to every quantizing command."""
@@ -85,4 +88,5 @@ class GridSettings:
     )
 
 
+# What a rule of a recipe's [[layers]] may say; `bits` may be FLOAT_BITS there.
 LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from ptq_cli.choice import rule_of
 from ptq_cli.errors import InputError
 from ptq_cli.grid_settings import LAYER_KEYS, GridSettings
 from ptq_cli.models.sharing import group_modules
@@ -40,9 +40,7 @@ def make_layer(
     """
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
-    for rule in settings.layers:
-        if re.search(rule["match"], spec.name):
-            values |= {key: rule[key] for key in rule if key in values}
+    values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
     if values["scale_dtype"] == "auto":
         wanted = fmt.scale_dtype(_model_dtype(checkpoint, spec)) if fmt.scale_dtype else "float16"
         values["scale_dtype"] = wanted

@@ -50,10 +50,11 @@ def plan_units(
         )
     units = []
     for group in group_modules(by_module, sites):
-        parts: dict[str | None, list[Layer]] = {}
+        parts: dict[tuple[str | None, int], list[Layer]] = {}
         for module in group:
-            parts.setdefault(site_of.get(module), []).append(by_module[module])
-        for site, members in parts.items():
+            layer = by_module[module]  # what a method prepares once may depend on the groups
+            parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
+        for (site, _), members in parts.items():
             units.append(_unit(site, members, method, source))
     if isinstance(source, StreamingSource):
         order = {site: place for place, site in enumerate(source.sites)}
