@@ -24,11 +24,12 @@ from ptq_cli.calibration import (
 from ptq_cli.checking import check as check
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import SCHEMES, GridSettings
 from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import SCHEMES, GridSettings, make_plan
+from ptq_cli.plan import make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack_job import RepackJob, prepare_repack
 from ptq_cli.runner import Listener, run

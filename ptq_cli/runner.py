@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
+from ptq_cli.choice import dense_modules
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
-from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (

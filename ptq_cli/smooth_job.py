@@ -13,11 +13,13 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.api import AnyPath, Source, default_output, find_source, settings_of, with_scheme
+from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
+from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.options import make_settings
-from ptq_cli.plan import GridSettings, make_plan, model_sites
+from ptq_cli.plan import make_plan
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
 from ptq_cli.runner import After, quantization_document, run
@@ -29,8 +31,6 @@ from ptq_cli.storage.folder import Assembly, mapped, write_folder
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport, Smoother
-
-FLOAT_BITS = 16  # `--bits 16`: smoothed float weights, nothing rounded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ Imports point one way, from a later floor to an earlier one or within the same f
     4  methods, formats, models                  plug-ins; never one another
     5  registry                                  their names
     6  storage                                   the only one that opens files
-    7  plan
+    7  grid_settings, choice, layers, work,     what there is to do
+       plan                                      all of it in one value
     8  workers, worker, tasks                    where work is done, and in which order
        unit, linear, report                      one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
@@ -38,7 +39,7 @@ FLOORS = [
     ("methods", "formats", "models"),
     ("registry",),
     ("storage",),
-    ("plan",),
+    ("grid_settings", "choice", "layers", "work", "plan"),
     ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),

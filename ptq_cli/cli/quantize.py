@@ -21,8 +21,8 @@ from ptq_cli.cli.common import (
 )
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.config import load_recipe
+from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import add_options
-from ptq_cli.plan import GridSettings
 from ptq_cli.registry import method
 from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress

@@ -20,11 +20,12 @@ from ptq_cli.cli.common import (
     source_options,
 )
 from ptq_cli.config import load_recipe
+from ptq_cli.grid_settings import FLOAT_BITS
 from ptq_cli.options import add_options
 from ptq_cli.registry import smoother
 from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress
-from ptq_cli.smooth_job import FLOAT_BITS, SmoothJob, prepare_smoothing, smooth_settings
+from ptq_cli.smooth_job import SmoothJob, prepare_smoothing, smooth_settings
 
 _HELP = {
     "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.
@@ -52,6 +53,9 @@ _HELP = {
 }
 
 
+_FLOATS = "smoothquant"  # whose weights may stay floats
+
+
 def _command(name: str) -> click.Command:
     def run(model: Path, **options: Any) -> None:
         _run(name, model, options)
@@ -76,7 +80,7 @@ def _command(name: str) -> click.Command:
     command = add_options(*smooth_settings(name), defaults=smoother(name).defaults)(command)
     made: click.Command = click.command(name, help=_HELP[name])(model_argument()(command))
     for option in made.params:
-        if name == "smoothquant" and option.name == "bits":
+        if name == _FLOATS and option.name == "bits":
             option.type = click.IntRange(2, FLOAT_BITS)
     return made
 
@@ -84,7 +88,8 @@ def _command(name: str) -> click.Command:
 def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     check_report_path(options["report_path"])
     path = options.pop("config")
-    recipe = {} if path is None else load_recipe(path, name, smooth_settings(name))
+    classes, floats = smooth_settings(name), name == _FLOATS
+    recipe = {} if path is None else load_recipe(path, name, classes, floats=floats)
     where = {key: options.pop(key) for key in ("calibration", "activations", "bf16")}
     job = prepare_smoothing(name, model, options, recipe, output=options["output"], **where)
     emit_warnings(job.plan.warnings, options["strict"])
