@@ -56,7 +56,7 @@ class RepackJob:
         )
 
         def told(done: int, total: int, row: LayerReport) -> None:
-            listen(Progress(done, total, row))
+            listen(Progress(done, total, row.module, row))
 
         return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=told)
 

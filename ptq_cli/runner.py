@@ -56,11 +56,13 @@ WORTH_A_PROCESS = 1 << 22  # weights
 
 @dataclass(frozen=True)
 class Progress:
-    """Told of every finished layer: how many are done, of how many, and its row."""
+    """Told of every finished layer, or site of the pass before: how many are done, of how many,
+    which one this was, and a layer's row."""
 
     done: int
     total: int
-    row: LayerReport
+    name: str
+    row: LayerReport | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -158,7 +160,7 @@ def _run_units(
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row))
+            listen(Progress(len(rows), total, row.module, row))
 
     tasks = []
     for unit in plan.units:

@@ -16,7 +16,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
     10 display, options, config
-    11 api, smooth_job
+    11 sources, …_job, api                       the commands as functions
     12 cli
     13 __main__, __init__
 """
@@ -46,7 +46,7 @@ FLOORS = [
         *("quality", "torch_capture"),
     ),
     ("display", "options", "config"),
-    ("api", "smooth_job", "repack_job", "checking"),
+    ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),
     ("cli",),
     ("__main__", "__init__"),
 ]
