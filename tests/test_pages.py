@@ -2,10 +2,10 @@
 
 The folder holds what the pages speak of: `sample_data/`, `configs/`, and under the names of
 everybody's model the same again: `model/`, `model.safetensors`, `activations/`, `tokens.npy`,
-`heldout.npy`. A block begins with ```sh; ```console is for what cannot be run here (an installation,
-a benchmark, a cluster). A ```text block right behind is what it prints, stdout and stderr: "…" stands
-for anything, on a line of its own for any lines, and numbers may differ by 5 %, as BLAS rounds
-differently from machine to machine.
+`heldout.npy`. Blocks of `sh` are run; `console` is for what cannot be run here (an installation, a
+benchmark, a cluster). A block of `text` right behind is what is printed, stdout and stderr: "…"
+stands for anything, on a line of its own for any lines, and numbers may differ by 5 %, as BLAS
+rounds differently from machine to machine.
 """
 
 from __future__ import annotations
@@ -115,24 +115,36 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run(folder: Path, script: str) -> str:
+    """What a block prints, stdout and stderr."""
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    own.pop("COLUMNS", None)
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder, env=own, text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert ended.returncode == 0, f"{script}\n{ended.stdout[-3000:]}"
+    return ended.stdout
+
+
+def test_the_first_command_ends_with_what_the_readme_shows(folder: Path) -> None:
+    readme = PAGES[0].read_text("utf-8")
+    command = BLOCK.findall(readme)[0][1].split("&&")[-1].replace(".venv/bin/", "")
+    shown = readme.split("\nThe first ends with\n\n```text\n")[1].split("```")[0]
+    compare("…\n" + shown, run(folder, command))
+
+
 SHOWING = [page for page in PAGES if SHELL.search(page.read_text("utf-8"))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
 def test_page_runs(folder: Path, page: Path) -> None:
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    own.pop("COLUMNS", None)
     for script, shown in SHELL.findall(page.read_text("utf-8")):
-        if script.startswith(SETUP):
-            continue
-        ended = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=folder, env=own, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        print(f"{script}\n{ended.stdout}")
-        assert ended.returncode == 0, f"{script}\n{ended.stdout[-3000:]}"
-        if shown:
-            compare(shown, ended.stdout)
+        if not script.startswith(SETUP):
+            printed = run(folder, script)
+            print(f"{script}\n{printed}")
+            if shown:
+                compare(shown, printed)
