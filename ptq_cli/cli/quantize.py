@@ -10,9 +10,9 @@ import click
 from ptq_cli import api, display
 from ptq_cli.cli.common import (
     PATH,
-    check_report_path,
-    emit_report,
+    check_report_paths,
     emit_warnings,
+    finish,
     gate_options,
     model_argument,
     report_options,
@@ -24,7 +24,6 @@ from ptq_cli.config import load_recipe
 from ptq_cli.options import add_options
 from ptq_cli.plan import GridSettings
 from ptq_cli.registry import method
-from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress
 from ptq_cli.runtimes import RUNTIMES
 
@@ -121,7 +120,7 @@ def _command(name: str) -> click.Command:
 
 
 def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> None:
-    check_report_path(options["report_path"])
+    check_report_paths(options)
     recipe_path = options.pop("config")
     recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
     if name in _DEFAULTS:
@@ -149,13 +148,7 @@ def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> Non
         )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
-    )
+    finish(report, options, str(job.output), written=True)
 
 
 gptq = _command("gptq")

@@ -10,9 +10,9 @@ import click
 from ptq_cli import api, display
 from ptq_cli.cli.common import (
     PATH,
-    check_report_path,
-    emit_report,
+    check_report_paths,
     emit_warnings,
+    finish,
     gate_options,
     model_argument,
     report_options,
@@ -22,7 +22,6 @@ from ptq_cli.cli.common import (
 from ptq_cli.config import load_recipe
 from ptq_cli.options import add_options
 from ptq_cli.registry import smoother
-from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress
 from ptq_cli.smooth_job import FLOAT_BITS, SmoothJob, prepare_smoothing, smooth_settings
 
@@ -82,20 +81,14 @@ def _command(name: str) -> click.Command:
 
 
 def _run(name: str, model: Path, options: dict[str, Any]) -> None:
-    check_report_path(options["report_path"])
+    check_report_paths(options)
     path = options.pop("config")
     recipe = {} if path is None else load_recipe(path, name, smooth_settings(name))
     where = {key: options.pop(key) for key in ("calibration", "activations", "bf16")}
     job = prepare_smoothing(name, model, options, recipe, output=options["output"], **where)
     emit_warnings(job.plan.warnings, options["strict"])
     report = _work(job, name, options)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
-    )
+    finish(report, options, str(job.output), written=True)
 
 
 def _work(job: SmoothJob, name: str, options: dict[str, Any]) -> Any:
