@@ -51,7 +51,8 @@ def as_junit(report: RunReport, gates: Sequence[Gate], name: str) -> str:
     root = Element("testsuites", counts)
     root.append(suite)
     indent(root)
-    return tostring(root, "utf-8", xml_declaration=True).decode() + "\n"
+    document: bytes = tostring(root, "utf-8", xml_declaration=True)
+    return document.decode() + "\n"
 
 
 def _properties(report: RunReport) -> Iterator[tuple[str, Any]]:

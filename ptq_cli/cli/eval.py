@@ -20,6 +20,7 @@ from ptq_cli.cli.common import (
 )
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.activations import SCHEMES
+from ptq_cli.sources import take_tokens
 
 
 @click.command("eval")
@@ -91,7 +92,7 @@ def evaluate(
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_paths(options)
-    settings = api.token_settings(options)
+    settings = take_tokens(options)
     predictions = ("max_perplexity_increase", "max_kl")
     wants = kl_per_block or any(options[name] is not None for name in predictions)
     if wants and not settings.given:
