@@ -1,6 +1,6 @@
-"""What people see. The only importer of rich.
+"""What people see: with live.py, which shows progress, the only importer of rich.
 
-Progress, warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
+Warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
 one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
 markup. Errors are printed raw, one line, never wrapped.
 """
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def _write(stream: TextIO, text: str) -> None:
-    """Write one line, with escapes for what the stream cannot encode.
+def write(stream: TextIO, text: str) -> None:
+    """Write one line to a stream, with escapes for what the stream cannot encode.
 
     Raises:
         FileError: the stream takes nothing (a full disk, a closed stdout).
         BrokenPipeError: its reader has left.
     """
-    encoding = stream.encoding or "ascii"
+    # rich puts a proxy in the place of stderr while lines are live.
+    encoding = getattr(stream, "rich_proxied_file", stream).encoding or "ascii"
     safe = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         stream.write(safe + "\n")
@@ -47,7 +48,7 @@ def say(kind: str, text: str) -> None:
     stderr is not an error."""
     with contextlib.suppress(OSError, ValueError, FileError):
         words = re.sub(r"\S{201,}", lambda word: middle(word[0], 200), printable(text))
-        _write(sys.stderr, f"ptq: {kind}: {words}")
+        write(sys.stderr, f"ptq: {kind}: {words}")
 
 
 def warn(text: str) -> None:
@@ -56,7 +57,7 @@ def warn(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    _write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+    write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
 
 
 def _console() -> Console:
@@ -77,49 +78,6 @@ def _console() -> Console:
         highlight=False,
         soft_wrap=False,
     )
-
-
-class ProgressLine:
-    """A line on stderr with the layer's name, done/total, time left; silent without a terminal."""
-
-    def __init__(self, what: str, quiet: bool = False) -> None:
-        self._progress: Any = None
-        self._what = what
-        self._quiet = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-
-    def __enter__(self) -> ProgressLine:
-        if self._quiet:
-            return self
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, markup=False, emoji=False),
-            transient=True,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(self._what, total=None)
-        return self
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        if self._progress is not None:
-            self._progress.update(
-                self._task, completed=done, total=total, description=middle(printable(name), 36)
-            )
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
 
 
 def middle(text: str, width: int) -> str:
@@ -154,7 +112,7 @@ def _print_rich(renderable: Any) -> None:
     console.print(renderable)
     rendered = cast(io.StringIO, console.file).getvalue()
     lines = [line.rstrip() for line in rendered.splitlines()]
-    _write(sys.stdout, "\n".join(line for line in lines if line))
+    write(sys.stdout, "\n".join(line for line in lines if line))
 
 
 def _unicode() -> bool:
@@ -163,7 +121,7 @@ def _unicode() -> bool:
 
 def line(text: str = "") -> None:
     """A line on stdout."""
-    _write(sys.stdout, printable(text))
+    write(sys.stdout, printable(text))
 
 
 def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:

@@ -30,6 +30,7 @@ from ptq_cli._version import __version__
 from ptq_cli.choice import dense_modules
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (
@@ -52,20 +53,6 @@ from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told of every finished layer, or site of the pass before: how many are done, of how many,
-    which one this was, and a layer's row."""
-
-    done: int
-    total: int
-    name: str
-    row: LayerReport | None = None
-
-
-Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +90,7 @@ def run(
     command: str,
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
-    listen: Listener = lambda _: None,
+    listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
     after: After = After(),
@@ -125,7 +112,7 @@ def run(
         rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
+        _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard, listen)
         after.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -151,16 +138,24 @@ def _run_units(
     resources: Resources,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
-    total = len(plan.layers)
+    sizes = {layer.module: layer.size for layer in plan.layers}
+    total, weights, finished = len(sizes), sum(sizes.values()), 0
     if isinstance(source, StreamingSource):
         work = staging.folder / "stream"
         source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
 
-    def done(task: Task, entries: Any) -> None:
+    def done(task: Task, result: Any) -> None:
+        nonlocal finished
+        entries, kept = result
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row.module, row))
+            finished += sizes[row.module]
+            listen(
+                Progress(
+                    "quantize", len(rows), total, row.module, finished, weights, row, kept=kept
+                )
+            )
 
     tasks = []
     for unit in plan.units:
@@ -189,10 +184,11 @@ def _workers_at_most(plan: Plan) -> int:
 
 
 def _work(job: UnitJob) -> Any:
-    """Read, quantize and stage one unit, unless a run before this one has; its report rows."""
+    """Read, quantize and stage one unit, unless a run before this one has; its report rows, and
+    whether they are that run's."""
     unit = job.unit
     if job.store.exists(unit.name) and job.store.reusable(unit.name, _key(job)):
-        return job.store.result(unit.name)
+        return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
@@ -229,7 +225,7 @@ def _work(job: UnitJob) -> Any:
     entries = [asdict(result.row) for result in results]
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
-    return entries
+    return entries, False
 
 
 def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -284,6 +280,7 @@ def _assemble(
     report: RunReport,
     inputs: Mapping[str, str],
     max_shard: int,
+    listen: Listener,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
@@ -304,7 +301,8 @@ def _assemble(
         "report.json": as_document(report, times=False),
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
-    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint, max_shard)
+    assembly = Assembly(parts, layers, dense, fmt, documents)
+    write_folder(staging.out, assembly, checkpoint, max_shard, listen)
 
 
 def quantization_document(

@@ -10,6 +10,7 @@ import click
 from ptq_cli import api, display
 from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.live import Follow
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.sources import take_tokens
 from ptq_cli.tasks import take_resources
@@ -92,6 +93,7 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
@@ -112,7 +114,7 @@ def calibrate(
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    with display.ProgressLine("calibrate", quiet=as_json) as line:
+    with Follow("calibrate", quiet) as listen:
         result = api.calibrate(
             model,
             activations,
@@ -127,7 +129,7 @@ def calibrate(
             force=force,
             restart=restart,
             resources=take_resources(options),
-            listen=line,
+            listen=listen,
             warn=lambda warning: emit_warnings([warning], strict),
         )
     if as_json:

@@ -47,9 +47,16 @@ def source_options(command: C) -> C:
     return command
 
 
+def quiet_option(command: C) -> C:
+    """No progress."""
+    text = "No progress on stderr; warnings and errors still are."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
+
+
 def resource_options(command: C) -> C:
-    """What a run may use."""
+    """What a run may use, and whether it tells of it."""
     for option in (
+        quiet_option,
         click.option(
             "--scheduler",
             metavar="ADDRESS",

@@ -19,7 +19,7 @@ from ptq_cli.cli.common import (
     resource_options,
 )
 from ptq_cli.config import load_recipe
-from ptq_cli.runner import Progress
+from ptq_cli.live import Follow
 from ptq_cli.runtimes import RUNTIMES
 from ptq_cli.sources import SourceSettings, take_source
 from ptq_cli.tasks import take_resources
@@ -92,11 +92,7 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
     resources = take_resources(options)
     job = prepare()
     emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
-    with display.ProgressLine(name, quiet=options["as_json"]) as line:
-
-        def listen(progress: Progress) -> None:
-            line(progress.done, progress.total, progress.name)
-
+    with Follow(name, options["quiet"]) as listen:
         report = job.run(
             force=options["force"],
             restart=options["restart"],

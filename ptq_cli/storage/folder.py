@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -90,15 +91,22 @@ def check_container(
 
 
 def write_folder(
-    out: Path, assembly: Assembly, source: Checkpoint, max_shard: int = MAX_SHARD
+    out: Path,
+    assembly: Assembly,
+    source: Checkpoint,
+    max_shard: int = MAX_SHARD,
+    listen: Listener = nobody,
 ) -> None:
     """Write the folder at its temporary place and prove it equal to what was staged."""
     with named(out):
         out.mkdir()
     if assembly.fmt.container == "gguf":
+        size = sum(tensor.spec.nbytes for _, group in assembly.parts for tensor in group)
+        listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
         write_gguf_model(out, assembly.parts, assembly.layers, assembly.fmt, source)
+        listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
     else:
-        _write_weights(out, assembly, max_shard)
+        _write_weights(out, assembly, max_shard, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
     root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
@@ -107,19 +115,22 @@ def write_folder(
     sync_folder(out)
 
 
-def _write_weights(out: Path, assembly: Assembly, max_shard: int) -> None:
+def _write_weights(out: Path, assembly: Assembly, max_shard: int, listen: Listener) -> None:
     """Shards of safetensors, with an index where there are several."""
     shards = _shards(assembly.parts, max_shard)
     names = _shard_names(len(shards))
     weight_map: dict[str, str] = {}
     total = 0
-    for name, parts in zip(names, shards, strict=True):
+    size = sum(tensor.spec.nbytes for _, group in assembly.parts for tensor in group)
+    listen(Progress("write", 0, len(names), names[0], 0, size))
+    for done, (name, parts) in enumerate(zip(names, shards, strict=True), 1):
         tensors = [tensor for _, group in parts for tensor in group]
         layers = [assembly.layers[module] for module, _ in parts if module in assembly.layers]
         serialize(out / name, tensors, _metadata(layers, assembly.fmt))
         _verify(out / name, tensors)
         weight_map |= {tensor.spec.name: name for tensor in tensors}
         total += sum(tensor.spec.nbytes for tensor in tensors)
+        listen(Progress("write", done, len(names), name, total, size))
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
