@@ -97,7 +97,8 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(box=box.ASCII2 if not _unicode() else box.SIMPLE_HEAD, pad_edge=False)
+    plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
+    result = Table(box=box.SIMPLE_HEAD if _unicode() else plain, pad_edge=False)
     for i, (title, side) in enumerate(columns):
         result.add_column(
             title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
@@ -135,27 +136,40 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
     common = _common_parents([row.module for row in rows])
-    title = f"layer ({common}...)" if common else "layer"
-    table(
-        [
-            (title, "left"),
-            ("method", "left"),
-            ("bits/w", "right"),
-            ("rel err", "right"),
-            ("rtn", "right"),
-            ("gain", "right"),
-        ],
-        [_cells(row, common) for row in shown],
-    )
+    _show_layers(shown, common, is_repack(report))
     _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
-        line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
+        others = "more" if is_repack(report) else "better"
+        line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
     _show_compared(rows)
-    _show_totals(report.totals)
+    _show_totals(report)
     if report.quality is not None:
         _show_quality(report.quality)
     if output is not None:
         line(f"written: {output}")
+
+
+def is_repack(report: RunReport) -> bool:
+    """Whether codes were only packed anew: then there is no error to speak of."""
+    return report.settings.get("method") == "repack"
+
+
+def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
+    columns = {
+        f"layer ({common}...)" if common else "layer": "left",
+        "method": "left",
+        "bits/w": "right",
+        "rel err": "right",
+        "rtn": "right",
+        "gain": "right",
+    }
+    left_out = {"rel err", "rtn", "gain"} if repacked else set()
+    if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
+        left_out |= {"bits/w"}  # which the totals tell, too
+    keep = [i for i, title in enumerate(columns) if title not in left_out]
+    cells = [_cells(row, common) for row in rows]
+    sides = list(columns.items())
+    table([sides[i] for i in keep], [[row[i] for i in keep] for row in cells])
 
 
 def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
@@ -237,29 +251,45 @@ def _cells(row: LayerReport, common: str) -> list[str]:
     ]
 
 
-def _show_totals(totals: Mapping[str, Any]) -> None:
-    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
-    if not totals["calibrated"]:
-        where = "the weights" if not totals["heldout"] else where
-    gain, ratio = totals["gain_vs_rtn"], totals["compression_ratio"]
-    marked = " (marked *)" if totals["fallbacks"] else ""
+def _show_totals(report: RunReport) -> None:
+    totals = report.totals
+    ratio = totals["compression_ratio"]
     line(
         f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight,"
         f" {totals['left_alone']} tensors left alone"
     )
     line(
         f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
-        + (f" ({ratio:.2f}x smaller)" if ratio else "")
+        + (f" ({ratio:.2f}x smaller)" if ratio and ratio >= 1.01 else "")
     )
+    if is_repack(report):
+        line(f"codes and scales are those that were there; done in {totals['seconds']:.1f} s")
+        return
+    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
+    if not totals["calibrated"]:
+        where = "the weights" if not totals["heldout"] else where
     line(
         f"rel err on {where}: mean {number(totals['mean_rel_err'])},"
         f" worst {number(totals['worst_rel_err'])}"
     )
+    gain = totals["gain_vs_rtn"]
     line(
         f"gain over round-to-nearest: {'-' if gain is None else f'{gain:.2f}x'}"
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
-    line(f"fallbacks: {totals['fallbacks']}{marked}; {totals['seconds']:.1f} s")
+    line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
+
+
+def _fallbacks(report: RunReport) -> str:
+    """Layers that plain rounding wrote where something better was asked for; to an evaluation,
+    which does not know what was asked for, all whose codes are those of plain rounding."""
+    count = report.totals["fallbacks"]
+    marked = " (marked *)" if count else ""
+    if report.command == "eval":
+        return f"codes equal to round-to-nearest's: {count} layers{marked}; "
+    if report.settings.get("method") == "rtn":
+        return ""
+    return f"fallbacks to round-to-nearest: {count}{marked}; "
 
 
 def _show_quality(quality: Mapping[str, Any]) -> None:

@@ -146,7 +146,7 @@ class Follow:
             return [f"{self._what}: {duration(now - self._meter.begin)}"[: max(width, 0)]]
         result = [self._head(now, width, unicode)]
         if step.row is not None:
-            result.append(_fit("last  ", step.row.module, f" {_result(step.row)}", width))
+            result.append(_fit("last  ", step.row.module, f" {_brief(step.row)}", width))
         elif step.name:
             result.append(_fit("last  " if step.done else "first ", step.name, "", width))
         if self._worst is not None:
@@ -162,12 +162,11 @@ class Follow:
         rate, left = self._rate(now, words), self._meter.left(now)
         after = duration(now - self._meter.begin) if left is None else _left(left)
         share = step.work / step.all_work if step.all_work else step.done / max(step.total, 1)
+        bar = _bar(share, 12 if width < 100 else 36, unicode) if width >= 70 else ""
         for parts in ([count, rate, after], [count, after], [count]):
-            rest = dot.join(filter(None, parts))
-            for bar in (_bar(share, 24, unicode), _bar(share, 12, unicode), ""):
-                line = " ".join(filter(None, (words.doing, bar, rest)))
-                if len(line) <= width:
-                    return line
+            line = " ".join(filter(None, (words.doing, bar, dot.join(filter(None, parts)))))
+            if len(line) <= width:
+                return line
         return count[: max(width, 0)]
 
     def _rate(self, now: float, words: _Words) -> str:
@@ -188,6 +187,11 @@ def _result(row: LayerReport) -> str:
     elif gain is not None and row.method != "rtn":
         words = f" ({gain:.2f}x {'better than rtn' if gain >= 1 else 'rtn: worse'})"
     return f"{row.method} {number(row_error(row))}{printable(words)}"
+
+
+def _brief(row: LayerReport) -> str:
+    gain = "" if row.gain_vs_rtn is None else f" ({row.gain_vs_rtn:.2f}x)"
+    return f"{row.method}{'*' if row.fallback else ''} {number(row_error(row))}{gain}"
 
 
 def _fit(before: str, name: str, after: str, width: int) -> str:

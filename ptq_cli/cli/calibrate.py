@@ -8,11 +8,14 @@ from typing import Any
 import click
 
 from ptq_cli import api, display
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
+from ptq_cli.calibrate_job import default_target
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options, show_next
+from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.live import Follow
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.sources import take_tokens
+from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.tasks import take_resources
 
 
@@ -136,6 +139,8 @@ def calibrate(
         display.print_json(result)
     else:
         _show(result)
+        default = default_target(open_checkpoint(model))
+        show_next([after_calibration(model, output or default, default)])
 
 
 def _show(result: dict[str, object]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ptq_cli import display
-from ptq_cli.errors import InputError
+from ptq_cli.cli.next_steps import Step, after, as_line
+from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.junit import as_junit
 from ptq_cli.report import as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import write_whole
-from ptq_cli.values import RunReport
+from ptq_cli.values import Layer, RunReport
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -167,10 +168,18 @@ def _check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None
         raise InputError(f"{path}: a folder", hint="name a file for the report")
 
 
-def finish(report: RunReport, options: Mapping[str, Any], output: str, *, written: bool) -> None:
-    """Write and print the report, then hold it against the gates.
+def finish(
+    report: RunReport,
+    options: Mapping[str, Any],
+    output: str,
+    *,
+    written: bool,
+    layers: Sequence[Layer] = (),
+) -> None:
+    """Write and print the report, hold it against the gates, and say what to do next.
 
     output: what was written, or else what was measured
+    layers: that a runtime could load from there
 
     Raises:
         GateMissed: after everything was written.
@@ -180,7 +189,18 @@ def finish(report: RunReport, options: Mapping[str, Any], output: str, *, writte
         write_whole(options["junit"], as_junit(report, gates_of(report, **limits), output))
     shown = output if written else None
     emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
-    check_gates(report, **limits)
+    try:
+        check_gates(report, **limits)
+    except GateMissed as error:
+        error.hint = f"{output} was written all the same" if written else None
+        raise
+    if not options["as_json"]:
+        show_next(after(report, click.get_current_context().params, output, layers))
+
+
+def show_next(steps: Iterable[Step]) -> None:
+    for what, words in steps:
+        display.line(f"{what}: {as_line(words)}")
 
 
 def emit_report(
