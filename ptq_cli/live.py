@@ -112,11 +112,11 @@ class Follow:
         if step.phase != self._meter.last.phase:
             self._meter = Meter(now if step.done == 0 else self._meter.begin)
             self._worst = None
+        before, row = self._meter.last.done, step.row
         self._meter.add(step)
-        row = step.row
         if row is not None and (self._worst is None or row_error(row) > row_error(self._worst)):
             self._worst = row
-        if self._live is None and not self._quiet and step.done:
+        if self._live is None and not self._quiet and step.done > before:
             with contextlib.suppress(OSError, ValueError, FileError):
                 write(sys.stderr, self.plain(now))
 
