@@ -31,6 +31,7 @@ from ptq_cli.choice import dense_modules
 from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (
@@ -54,20 +55,6 @@ from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told of every finished layer, or site of the pass before: how many are done, of how many,
-    which one this was, and a layer's row."""
-
-    done: int
-    total: int
-    name: str
-    row: LayerReport | None = None
-
-
-Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def run(
     command: str,
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
-    listen: Listener = lambda _: None,
+    listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
     after: After = After(),
@@ -143,7 +130,7 @@ def run(
         rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards)
+        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
         after.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -171,17 +158,25 @@ def _run_units(
     copying: Copying,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
-    total = len(plan.layers)
+    sizes = {layer.module: layer.size for layer in plan.layers}
+    total, weights, finished = len(sizes), sum(sizes.values()), 0
     if isinstance(source, StreamingSource):
         work = staging.folder / "stream"
         source.begin(work, _rounded(plan, store), resources.workers, resources.max_memory)
 
-    def done(task: Task, entries: Any) -> None:
+    def done(task: Task, result: Any) -> None:
+        nonlocal finished
+        entries, kept = result
         copying.put_unit(store, task.name)
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row.module, row))
+            finished += sizes[row.module]
+            listen(
+                Progress(
+                    "quantize", len(rows), total, row.module, finished, weights, row, kept=kept
+                )
+            )
 
     tasks = []
     for unit in plan.units:
@@ -213,10 +208,11 @@ def _workers_at_most(plan: Plan) -> int:
 
 
 def _work(job: UnitJob) -> Any:
-    """Read, quantize and stage one unit, unless a run before this one has; its report rows."""
+    """Read, quantize and stage one unit, unless a run before this one has; its report rows, and
+    whether they are that run's."""
     unit = job.unit
     if job.store.exists(unit.name) and job.store.reusable(unit.name, _key(job)):
-        return job.store.result(unit.name)
+        return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
@@ -253,7 +249,7 @@ def _work(job: UnitJob) -> Any:
     entries = [asdict(result.row) for result in results]
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
-    return entries
+    return entries, False
 
 
 def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -309,6 +305,7 @@ def _assemble(
     report: RunReport,
     inputs: Mapping[str, str],
     shards: Shards | None,
+    listen: Listener,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
@@ -330,7 +327,7 @@ def _assemble(
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
     assembly = Assembly(parts, layers, dense, fmt, documents)
-    write_folder(staging.out, assembly, checkpoint, shards=shards)
+    write_folder(staging.out, assembly, checkpoint, shards=shards, listen=listen)
 
 
 def quantization_document(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.errors import InputError
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -96,6 +97,7 @@ def write_folder(
     source: Checkpoint,
     max_shard: int = MAX_SHARD,
     shards: Shards | None = None,
+    listen: Listener = nobody,
 ) -> None:
     """Write the folder at its temporary place and prove it equal to what was staged.
 
@@ -108,9 +110,12 @@ def write_folder(
         shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
     if shards is None:
         whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
+        size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
+        listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
         write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
+        listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
     else:
-        _write_weights(out, assembly, shards)
+        _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
     root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
@@ -119,19 +124,22 @@ def write_folder(
     sync_folder(out)
 
 
-def _write_weights(out: Path, assembly: Assembly, shards: Shards) -> None:
+def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listener) -> None:
     """Shards of safetensors, with an index where there are several."""
-    missing = shards.missing
+    missing, names = shards.missing, shards.names
+    size = sum(tensor.spec.nbytes for _, tensors in assembly.parts for tensor in tensors)
+    done = 0
     for _, tensors in assembly.parts:
+        listen(Progress("write", 0, len(names), names[0], done, size))
         shards.put(tensor for tensor in tensors if tensor.spec.name in missing)
+        done += sum(tensor.spec.nbytes for tensor in tensors)
     weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
-    names = shards.names
     if shards.folder != out:
         for name in names:
             link(shards.folder / name, out / name)
+    listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
-        total = sum(tensor.spec.nbytes for _, tensors in assembly.parts for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
     if assembly.fmt.container == "onnx":
         write_graph(out, names, assembly.layers, assembly.fmt)
