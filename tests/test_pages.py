@@ -5,7 +5,8 @@ everybody's model the same again: `model/`, `model.safetensors`, `activations/`,
 `heldout.npy`. Blocks of `sh` are run; `console` is for what cannot be run here (an installation, a
 benchmark, a cluster). A block of `text` right behind is what is printed, stdout and stderr: "…"
 stands for anything, on a line of its own for any lines, and numbers may differ by 5 %, as BLAS
-rounds differently from machine to machine.
+rounds differently from machine to machine. Lines of progress, which a terminal does not keep, are
+left out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^```sh\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 SETUP = "python3 -m venv"  # the README's two commands, which .ci/run runs word for word
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+PROGRESS = re.compile(r"^\[ *\d+/\d+\] .*\n", re.MULTILINE)
 
 
 def blocks(language: str) -> list[pytest.param]:
@@ -102,6 +106,7 @@ def folder(tmp_path: Path) -> Path:
     data = ROOT / "sample_data"
     for name in ("sample_data", "model"):
         shutil.copytree(data, tmp_path / name, ignore=shutil.ignore_patterns("*.calibration.*"))
+    shutil.rmtree(tmp_path / "model" / "activations")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copytree(data / "activations", tmp_path / "activations")
     shutil.copy(data / "model.safetensors", tmp_path)
@@ -126,7 +131,7 @@ def run(folder: Path, script: str) -> str:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert ended.returncode == 0, f"{script}\n{ended.stdout[-3000:]}"
-    return ended.stdout
+    return PROGRESS.sub("", ended.stdout)
 
 
 def test_the_first_command_ends_with_what_the_readme_shows(folder: Path) -> None:
