@@ -40,17 +40,18 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
 )
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, StoredTensor
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.files import kept_buffer
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.rows import FileRows
 from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.unit import quantize_unit
+from ptq_cli.unit import Rows, quantize_unit
 from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
@@ -215,8 +216,13 @@ def _work(job: UnitJob) -> Any:
         return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
+    streamed: dict[str, FileRows] = {}
+    chosen = method(job.method)
 
-    def load(layer: Layer) -> StoredRows:
+    def load(layer: Layer) -> Rows:
+        if chosen.is_nearest(job.settings) and job.checkpoint.streams(layer):
+            streamed[layer.tensor] = rows = FileRows(job.checkpoint, layer)
+            return rows
         data = job.checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
         digests[layer.tensor] = digest_of(data)
         return job.checkpoint.weight_rows(layer, data)
@@ -233,7 +239,7 @@ def _work(job: UnitJob) -> Any:
             unit,
             statistics,
             load,
-            method(job.method),
+            chosen,
             job.settings,
             format_named(job.format),
             on_failure=job.on_failure,
@@ -247,6 +253,7 @@ def _work(job: UnitJob) -> Any:
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
     entries = [asdict(result.row) for result in results]
+    digests |= {name: rows.digest() for name, rows in streamed.items()}
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
     return entries, False
