@@ -15,6 +15,7 @@ from ptq_cli.calibration import (
     missing_error,
 )
 from ptq_cli.errors import InputError
+from ptq_cli.forecast import Forecast, forecast_calibration
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
 from ptq_cli.storage.calibration import (
@@ -26,7 +27,7 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.gradients import match_gradients
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.tasks import Resources
 
@@ -46,6 +47,25 @@ class CalibrateJob:
     warnings: tuple[str, ...]
     output: Path
 
+    def target(self, *, force: bool, restart: bool) -> Target:
+        """Where the run works, and what makes another the same."""
+        job = {
+            "command": "calibrate",
+            "version": __version__,
+            "model": self.checkpoint.fingerprint,
+            "inputs": list(self.fingerprints),
+            "heldout": list(self.heldout),
+        }
+        keep = [*self.checkpoint.files, *self.source.files]
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(self, *, force: bool, restart: bool, resources: Resources) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(force=force, restart=restart)
+        return forecast_calibration(
+            self.checkpoint, self.source, self.heldout, target, resources, self.warnings
+        )
+
     def run(
         self,
         *,
@@ -56,15 +76,7 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        job = {
-            "command": "calibrate",
-            "version": __version__,
-            "model": self.checkpoint.fingerprint,
-            "inputs": list(self.fingerprints),
-            "heldout": list(self.heldout),
-        }
-        keep = [*self.checkpoint.files, *self.source.files]
-        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        staging = self.target(force=force, restart=restart).open()
         result = calibrate_sites(
             self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
         )

@@ -10,6 +10,7 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.forecast import Forecast, forecast_repack
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
 from ptq_cli.registry import format_named, method
@@ -17,7 +18,7 @@ from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
 from ptq_cli.runner import Listener, Progress
 from ptq_cli.storage.folder import MAX_SHARD, open_quantized
 from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import LayerReport, Plan, RunReport
 
@@ -36,6 +37,32 @@ class RepackJob:
     def memory_warnings(self, resources: Resources) -> list[str]:
         return []
 
+    def target(self, max_shard_size: str | int, *, force: bool, restart: bool) -> Target:
+        """Where the run works, and what makes another the same."""
+        checkpoint = self.repack.folder.checkpoint
+        job = {
+            "command": "repack",
+            "version": __version__,
+            "max_shard_size": parse_size(str(max_shard_size)),
+            **dataclasses.asdict(self.plan.settings[0]),
+            "model": checkpoint.fingerprint,
+        }
+        keep = [*checkpoint.files, checkpoint.weights]
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+    ) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(max_shard_size, force=force, restart=restart)
+        layers = self.repack.wanted.values()
+        return forecast_repack(self.plan, self.repack.folder.checkpoint, layers, target)
+
     def run(
         self,
         *,
@@ -46,14 +73,9 @@ class RepackJob:
         listen: Listener = lambda _: None,
     ) -> RunReport:
         """Do the work, layer by layer, and give the output its name. Raises PtqError."""
-        checkpoint, limit = self.repack.folder.checkpoint, parse_size(str(max_shard_size))
-        inputs = {"model": checkpoint.fingerprint}
-        settings = dataclasses.asdict(self.plan.settings[0])
-        job = {"command": "repack", "version": __version__, "max_shard_size": limit}
-        keep = [*checkpoint.files, checkpoint.weights]
-        staging = Staging(
-            self.output, {**job, **settings, **inputs}, force=force, restart=restart, keep=keep
-        )
+        limit = parse_size(str(max_shard_size))
+        inputs = {"model": self.repack.folder.checkpoint.fingerprint}
+        staging = self.target(limit, force=force, restart=restart).open()
 
         def told(done: int, total: int, row: LayerReport) -> None:
             listen(Progress(done, total, row.module, row))

@@ -37,6 +37,7 @@ from ptq_cli.storage.calibration import (
     PortableSource,
     StatisticsSource,
     StreamingSource,
+    scratch_of,
 )
 from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
@@ -119,7 +120,7 @@ def run(
     begin = time.perf_counter()
     try:
         packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(packed, plan.bytes_after)
+        staging.check_space(packed, plan.bytes_after, scratch_of(source))
         with threadpool_limits(1):
             rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
         rows = [after.annotate(row) for row in rows]
@@ -178,12 +179,12 @@ def _run_units(
         with hire(1) as crew, use_threads(threads):
             run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=True)
     else:
-        with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
+        with hire(resources.crew_for(workers_at_most(plan)), resources.scheduler) as crew:
             run_tasks(tasks, crew, resources.memory_of(crew), done)
     return [rows[layer.module] for layer in plan.layers]
 
 
-def _workers_at_most(plan: Plan) -> int:
+def workers_at_most(plan: Plan) -> int:
     """A process takes half a second to start: how many are worth it, unless asked for."""
     return 1 + sum(layer.size for layer in plan.layers) // WORTH_A_PROCESS
 

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
+from ptq_cli.forecast import Forecast, forecast_smoothing
 from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
@@ -40,6 +41,13 @@ class SmoothJob(Job):
     smoothing: Smoothing
     floats: bool
 
+    def own(self) -> dict[str, Any]:
+        return {"floats": self.floats}
+
+    def forecast(self, **options: Any) -> Forecast:
+        """Raises InputError, FileError: what `run` would refuse to begin with."""
+        return forecast_smoothing(super().forecast(**options), self.smoothing, self.floats)
+
     def run(
         self,
         *,
@@ -55,8 +63,7 @@ class SmoothJob(Job):
         """
         begin = time.perf_counter()
         max_shard = parse_size(str(max_shard_size))
-        own = {"floats": self.floats, "max_shard_size": max_shard}
-        staging = self.staging(own, force=force, restart=restart)
+        staging = self.target(max_shard_size, force=force, restart=restart).open()
 
         def told(done: int, total: int, site: str) -> None:
             listen(Progress(done, total, site))

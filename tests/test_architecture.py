@@ -43,7 +43,7 @@ FLOORS = [
     ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
-        *("quality", "torch_capture"),
+        *("quality", "torch_capture", "cost", "forecast"),
     ),
     ("display", "options", "config"),
     ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),

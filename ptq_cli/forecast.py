@@ -1,0 +1,354 @@
+"""What a run would do, and what it would take: `--dry-run`. Nothing is written.
+
+A `Forecast` is made from a job that is planned; `document` gives it as JSON, with an estimate of
+the time from what the machine does in half a second. dry_run.schema.json states the document:
+
+    command, model, output, method, format   output is null where the command writes none
+    layers       what is quantized: layer, module, shape, bits, group_size, sym, method, reason (why
+                 plain rounding, or null), bytes_before, bytes, bits_per_weight
+    left_alone   what is copied: tensor, shape, dtype, reason
+    units        pieces of work: unit, layers, tokens (behind its statistics), memory, seconds
+    totals       layers, left_alone, bits_per_weight, bytes_before, bytes_after
+    memory       workers, limit, largest_unit, largest_bytes, peak_bytes, alone (units above the
+                 limit)
+    disk         needed, free; scratch, the part of it that is gone when the run ends
+    interrupted  finished units of an interrupted run that this one would go on with, or null
+    time         seconds, estimate (always true), machine: multiply_adds, values and bytes_read in a
+                 second
+    warnings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ptq_cli.calibration import site_memory, statistics_bytes, workers_at_most
+from ptq_cli.cost import VERIFIED, smoothing_work, source_work, total, unit_work
+from ptq_cli.registry import format_named, method
+from ptq_cli.runner import row_bytes
+from ptq_cli.runner import workers_at_most as processes_at_most
+from ptq_cli.smoothing import Smoothing
+from ptq_cli.storage.calibration import (
+    PortableSource,
+    StatisticsSource,
+    StreamingSource,
+    scratch_of,
+)
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.machine import cores, memory_available
+from ptq_cli.storage.rates import Rates
+from ptq_cli.storage.target import Found, Target
+from ptq_cli.tasks import Resources
+from ptq_cli.values import Layer, Plan, Work
+
+NOTHING = Work()
+PROCESS = 60 << 20  # bytes of a process before it does anything
+START, START_CREW = 0.35, 0.6  # seconds: imports; processes to work beside this one
+MOVES = 4  # times that a byte of the output is written or read, until it has its name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work that is done as a whole. reads: bytes"""
+
+    name: str
+    layers: tuple[str, ...]
+    tokens: int
+    memory: int
+    work: Work
+    reads: int
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works: processes, or where each piece needs those before it, threads of one.
+
+    beside: bytes that are taken as long as the run lasts
+    """
+
+    workers: int
+    limit: int
+    in_order: bool = False
+    beside: int = 0
+
+    def peak(self, pieces: Sequence[Piece]) -> int:
+        """Bytes at most: of the largest pieces, as many as work at once and fit the limit."""
+        largest = sorted((piece.memory for piece in pieces), reverse=True)
+        if self.in_order:
+            return self.beside + max(largest, default=0) + PROCESS
+        together = min(sum(largest[: self.workers]), self.limit)
+        processes = self.workers if self.workers == 1 else self.workers + 1
+        return self.beside + max([together, *largest[:1]]) + processes * PROCESS
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything about a run but its time.
+
+    pieces: the work on the crew; before: what one process does before; moved: bytes written and
+    read again until the output has its name, after: the arithmetic in that
+    """
+
+    command: str
+    checkpoint: Checkpoint
+    output: Path | None
+    crew: Crew
+    pieces: tuple[Piece, ...]
+    plan: Plan | None = None
+    before: Work = NOTHING
+    after: Work = NOTHING
+    moved: int = 0
+    bytes_after: int = 0
+    found: Found | None = None
+    scratch: int = 0
+    warnings: tuple[str, ...] = ()
+    nearest: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        """That work at once."""
+        return min(self.crew.workers, cores())
+
+
+def plan_pieces(
+    plan: Plan, checkpoint: Checkpoint, source: StatisticsSource | None
+) -> tuple[Piece, ...]:
+    """The units of a quantization."""
+    how = method(plan.method)
+    pieces = []
+    for unit in plan.units:
+        tensors = [checkpoint.tensors[layer.tensor].spec.nbytes for layer in unit.layers]
+        site = None if source is None or unit.site is None else source.sites[unit.site]
+        statistics = 0 if site is None else _statistics_read(source, site)
+        pieces.append(
+            Piece(
+                unit.name,
+                tuple(layer.module for layer in unit.layers),
+                0 if site is None else site.n_tokens,
+                unit.memory,
+                unit_work(unit, how, plan.settings[1], source),
+                sum(tensors) + statistics,
+            )
+        )
+    return tuple(pieces)
+
+
+def _statistics_read(source: StatisticsSource | None, site: Any) -> int:
+    """Bytes read for the statistics of one site: its Hessian, or its inputs in two bytes each."""
+    if isinstance(source, StreamingSource):
+        return 0
+    n = site.in_features
+    return int(min(4 * n * n, 2 * n * site.n_tokens) if site.n_tokens else 4 * n * n)
+
+
+def crew_of(
+    resources: Resources, most: int, source: StatisticsSource | None, serial: bool = False
+) -> Crew:
+    """The crew that a run would hire; most: how many processes are worth it."""
+    memory = resources.memory
+    if isinstance(source, StreamingSource):
+        beside = source.memory(resources.workers, resources.max_memory)
+        return Crew(resources.crew_for(cores()), memory, True, beside)
+    if serial or not (source is None or isinstance(source, PortableSource)):
+        return Crew(1, memory, True)
+    return Crew(resources.crew_for(most), memory)
+
+
+def forecast_plan(
+    command: str,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: StatisticsSource | None,
+    target: Target,
+    resources: Resources,
+) -> Forecast:
+    """Of a quantization. Raises InputError, FileError: what the run would refuse to begin with."""
+    scratch = scratch_of(source)
+    return Forecast(
+        command=command,
+        checkpoint=checkpoint,
+        output=target.output,
+        crew=crew_of(resources, processes_at_most(plan), source),
+        pieces=plan_pieces(plan, checkpoint, source),
+        plan=plan,
+        after=Work(0, VERIFIED * sum(layer.size for layer in plan.layers)),
+        moved=MOVES * plan.bytes_after,
+        bytes_after=plan.bytes_after,
+        found=target.look(packed_bytes(plan), plan.bytes_after, scratch),
+        scratch=scratch,
+        warnings=plan.warnings,
+        nearest={x.module: u.nearest for u in plan.units if u.nearest for x in u.layers},
+    )
+
+
+def forecast_smoothing(forecast: Forecast, job: Smoothing, floats: bool) -> Forecast:
+    """Of a smoothing, from the forecast of the rounding after it. floats: nothing is rounded then"""
+    forecast = replace(forecast, before=smoothing_work(job))
+    if not floats:
+        return forecast
+    assert forecast.plan is not None
+    size = forecast.plan.bytes_before
+    plan = replace(forecast.plan, method=job.smoother.name, units=(), bytes_after=size)
+    return replace(
+        forecast, plan=plan, pieces=(), nearest={}, after=NOTHING, moved=MOVES * size,
+        bytes_after=size,
+    )  # fmt: skip
+
+
+def forecast_repack(
+    plan: Plan, checkpoint: Checkpoint, layers: Collection[Layer], target: Target
+) -> Forecast:
+    """Of a repacking, layer by layer in one process: each is decoded, encoded, and compared."""
+    pieces = tuple(
+        Piece(layer.module, (layer.module,), 0, 24 * layer.size, Work(0, 60 * layer.size), 0)
+        for layer in layers
+    )
+    return Forecast(
+        command="pack",
+        checkpoint=checkpoint,
+        output=target.output,
+        crew=Crew(1, memory_available(), True),
+        pieces=pieces,
+        plan=plan,
+        after=Work(0, VERIFIED * sum(layer.size for layer in plan.layers)),
+        moved=MOVES * plan.bytes_after,
+        bytes_after=plan.bytes_after,
+        found=target.look(plan.bytes_after, plan.bytes_after),
+        warnings=plan.warnings,
+    )
+
+
+def forecast_calibration(
+    checkpoint: Checkpoint,
+    source: StatisticsSource,
+    heldout: tuple[int, int],
+    target: Target,
+    resources: Resources,
+    warnings: Sequence[str],
+) -> Forecast:
+    """Of a statistics file, site by site."""
+    size, scratch = statistics_bytes(source, heldout), scratch_of(source)
+    pieces = tuple(
+        Piece(site, info.linears, info.n_tokens, site_memory(info), source_work(source, site),
+              _statistics_read(source, info))
+        for site, info in source.sites.items()
+    )  # fmt: skip
+    return Forecast(
+        command="calibrate",
+        checkpoint=checkpoint,
+        output=target.output,
+        crew=crew_of(resources, workers_at_most(source), source),
+        pieces=pieces,
+        moved=MOVES * size,
+        bytes_after=size,
+        found=target.look(size, size, scratch),
+        scratch=scratch,
+        warnings=tuple(warnings),
+    )
+
+
+def packed_bytes(plan: Plan) -> int:
+    """Bytes of the finished units of a plan."""
+    return sum(row_bytes(layer, plan.format) for layer in plan.layers)
+
+
+def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:
+    """The forecast as JSON; the module's docstring states it."""
+    plan, crew, found = forecast.plan, forecast.crew, forecast.found
+    pieces = [_piece(piece, forecast, rates) for piece in forecast.pieces]
+    layers = [] if plan is None else [_layer(layer, forecast) for layer in plan.layers]
+    before = sum(tensor.spec.nbytes for tensor in forecast.checkpoint.tensors.values())
+    weights = sum(layer.size for layer in plan.layers) if plan is not None else 0
+    packed = sum(row["bytes"] for row in layers)
+    largest = max(forecast.pieces, key=lambda piece: piece.memory, default=None)
+    return {
+        "command": forecast.command,
+        "model": str(forecast.checkpoint.path),
+        "output": None if forecast.output is None else str(forecast.output),
+        "method": None if plan is None else plan.method,
+        "format": None if plan is None else plan.format,
+        "layers": layers,
+        "left_alone": [
+            {"tensor": x.tensor, "shape": list(x.shape), "dtype": x.dtype, "reason": x.reason}
+            for x in (plan.skipped if plan is not None else ())
+        ],
+        "units": pieces,
+        "totals": {
+            "layers": len(layers),
+            "left_alone": len(plan.skipped) if plan is not None else 0,
+            "bits_per_weight": 8 * packed / weights if weights else None,
+            "bytes_before": before,
+            "bytes_after": forecast.bytes_after,
+        },
+        "memory": {
+            "workers": crew.workers,
+            "limit": crew.limit,
+            "largest_unit": None if largest is None else largest.name,
+            "largest_bytes": 0 if largest is None else largest.memory,
+            "peak_bytes": crew.peak(forecast.pieces),
+            "alone": [piece.name for piece in forecast.pieces if piece.memory > crew.limit],
+        },
+        "disk": {
+            "needed": 0 if found is None else found.needed,
+            "free": None if found is None else found.free,
+            "scratch": forecast.scratch,
+        },
+        "interrupted": None if found is None else found.finished,
+        "time": {
+            "seconds": _seconds(forecast, rates),
+            "estimate": True,
+            "machine": {
+                "multiply_adds": rates.products,
+                "values": rates.passes,
+                "bytes_read": rates.read if rates.read < float("inf") else None,
+            },
+        },
+        "warnings": list(forecast.warnings),
+    }
+
+
+def _piece(piece: Piece, forecast: Forecast, rates: Rates) -> dict[str, Any]:
+    """seconds: on one worker"""
+    return {
+        "unit": piece.name,
+        "layers": list(piece.layers),
+        "tokens": piece.tokens,
+        "memory": piece.memory,
+        "seconds": _spent(piece.work, piece.reads, rates) * forecast.threads,
+    }
+
+
+def _layer(layer: Layer, forecast: Forecast) -> dict[str, Any]:
+    assert forecast.plan is not None
+    fmt, how = format_named(forecast.plan.format), forecast.plan.method
+    size = sum(spec.nbytes for spec in fmt.specs(layer))
+    reason = forecast.nearest.get(layer.module)
+    return {
+        "layer": layer.tensor,
+        "module": layer.module,
+        "shape": list(layer.full_shape),
+        "bits": layer.grid.bits,
+        "group_size": layer.grid.group_size,
+        "sym": layer.grid.sym,
+        "method": "rtn" if reason else layer.method or how,
+        "reason": reason,
+        "bytes": size,
+        "bits_per_weight": 8 * size / layer.size,
+    }
+
+
+def _spent(work: Work, reads: int, rates: Rates) -> float:
+    """Seconds on all threads together."""
+    return work.products / rates.products + work.passes / rates.passes + reads / rates.read
+
+
+def _seconds(forecast: Forecast, rates: Rates) -> float:
+    """All pieces shared among those who work; before and after them one process works alone."""
+    shared = _spent(total(p.work for p in forecast.pieces), sum(p.reads for p in forecast.pieces),
+                    rates)  # fmt: skip
+    alone = _spent(forecast.before + forecast.after, 0, rates) * forecast.threads
+    start = START + (START_CREW if forecast.crew.workers > 1 and not forecast.crew.in_order else 0)
+    return start + shared + alone + forecast.moved / rates.read
