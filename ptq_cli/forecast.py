@@ -185,7 +185,7 @@ def forecast_plan(
 
 
 def forecast_smoothing(forecast: Forecast, job: Smoothing, floats: bool) -> Forecast:
-    """Of a smoothing, from the forecast of the rounding after it. floats: nothing is rounded then"""
+    """Of a smoothing, from the forecast of the rounding after it; floats: without that."""
     forecast = replace(forecast, before=smoothing_work(job))
     if not floats:
         return forecast
