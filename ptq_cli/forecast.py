@@ -40,6 +40,7 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available
 from ptq_cli.storage.rates import Rates
+from ptq_cli.storage.staging import check_free
 from ptq_cli.storage.target import Found, Target
 from ptq_cli.tasks import Resources
 from ptq_cli.values import Layer, Plan, Work
@@ -106,6 +107,11 @@ class Forecast:
     scratch: int = 0
     warnings: tuple[str, ...] = ()
     nearest: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read."""
+        return self.checkpoint.files
 
     @property
     def threads(self) -> int:
@@ -248,6 +254,12 @@ def forecast_calibration(
         scratch=scratch,
         warnings=tuple(warnings),
     )
+
+
+def check(forecast: Forecast) -> None:
+    """Raises FileError: less space on the disk than the run needs."""
+    if forecast.found is not None and forecast.output is not None:
+        check_free(forecast.output, forecast.found.needed, forecast.found.free)
 
 
 def packed_bytes(plan: Plan) -> int:
