@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ptq_cli.calibration import (
 from ptq_cli.errors import InputError
 from ptq_cli.forecast import Forecast, forecast_calibration
 from ptq_cli.sequential import TokenSource
-from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
+from ptq_cli.sources import AnyPath, activations_fingerprint, calibration_of, gradients_fingerprint
 from ptq_cli.storage.calibration import (
     Activations,
     Merged,
@@ -25,7 +25,7 @@ from ptq_cli.storage.calibration import (
     beside,
     find_activations,
 )
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.gradients import match_gradients
 from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
@@ -85,6 +85,36 @@ class CalibrateJob:
             warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
             warn(warnings[-1])
         return {"output": str(self.output), "warnings": warnings, **result}
+
+
+def prepare_calibration(
+    model: AnyPath,
+    activations: Iterable[AnyPath] = (),
+    output: AnyPath | None = None,
+    *,
+    tokens: TokenSettings | None,
+    merge: Iterable[AnyPath],
+    gradients: Iterable[AnyPath],
+    bf16: bool,
+    heldout: tuple[int, int],
+    missing: str,
+) -> CalibrateJob:
+    """Plan a calibration; see `api.calibrate`. heldout: every how many tokens, how many at most"""
+    checkpoint = open_checkpoint(Path(model))
+    target = default_target(checkpoint) if output is None else Path(output)
+    if merged := [Path(path) for path in merge]:
+        return prepare_merge(checkpoint, merged, target)
+    if tokens is not None and tokens.given:
+        return prepare_tokens(checkpoint, tokens, heldout, target)
+    return prepare_activations(
+        checkpoint,
+        [Path(path) for path in activations],
+        [Path(path) for path in gradients],
+        heldout,
+        target,
+        bf16=bf16,
+        missing=missing,
+    )
 
 
 def default_target(checkpoint: Checkpoint) -> Path:

@@ -26,10 +26,22 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration import site_memory, statistics_bytes, workers_at_most
-from ptq_cli.cost import VERIFIED, smoothing_work, source_work, total, unit_work
+from ptq_cli.cost import (
+    NEAREST,
+    UNPACKED,
+    VERIFIED,
+    heldout_tokens,
+    measured,
+    smoothing_work,
+    source_work,
+    total,
+    unit_work,
+)
+from ptq_cli.evaluation import Sides
 from ptq_cli.registry import format_named, method
 from ptq_cli.runner import row_bytes
 from ptq_cli.runner import workers_at_most as processes_at_most
+from ptq_cli.sequential import TokenSource
 from ptq_cli.smoothing import Smoothing
 from ptq_cli.storage.calibration import (
     PortableSource,
@@ -40,10 +52,13 @@ from ptq_cli.storage.calibration import (
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available
 from ptq_cli.storage.rates import Rates
-from ptq_cli.storage.staging import check_free
+from ptq_cli.storage.scratch import temporary_place
+from ptq_cli.storage.staging import check_free, free_space
 from ptq_cli.storage.target import Found, Target
+from ptq_cli.storage.tokens import Tokens
 from ptq_cli.tasks import Resources
-from ptq_cli.values import Layer, Plan, Work
+from ptq_cli.values import Layer, Plan, Skipped, Work
+from ptq_cli.work import sites_of
 
 NOTHING = Work()
 PROCESS = 60 << 20  # bytes of a process before it does anything
@@ -190,17 +205,25 @@ def forecast_plan(
     )
 
 
-def forecast_smoothing(forecast: Forecast, job: Smoothing, floats: bool) -> Forecast:
+def forecast_smoothing(
+    forecast: Forecast, job: Smoothing, floats: bool, target: Target
+) -> Forecast:
     """Of a smoothing, from the forecast of the rounding after it; floats: without that."""
     forecast = replace(forecast, before=smoothing_work(job))
     if not floats:
         return forecast
     assert forecast.plan is not None
     size = forecast.plan.bytes_before
-    plan = replace(forecast.plan, method=job.smoother.name, units=(), bytes_after=size)
+    smooth = [
+        Skipped(layer.tensor, layer.full_shape, layer.dtype, "smoothed, not rounded")
+        for layer in forecast.plan.layers
+    ]
+    skipped = (*smooth, *forecast.plan.skipped)
+    plan = replace(forecast.plan, units=(), skipped=skipped, bytes_after=size)
+    found = target.look(0, size)
     return replace(
         forecast, plan=plan, pieces=(), nearest={}, after=NOTHING, moved=MOVES * size,
-        bytes_after=size,
+        bytes_after=size, found=found,
     )  # fmt: skip
 
 
@@ -256,10 +279,54 @@ def forecast_calibration(
     )
 
 
+def forecast_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) -> Forecast:
+    """Of an evaluation: each layer decoded, measured, rounded to nearest and measured; then the
+    models on the tokens, the original beside two versions of it, or one more for each block."""
+    source, layers = sides.source, sides.quantized.layers
+    site_of = sites_of(layers, source)
+    seen: set[str] = set()
+    pieces = []
+    for layer in layers.values():
+        site = site_of.get(layer.module)
+        info = None if source is None or site is None else source.sites[site]
+        n_tokens = 0 if info is None else info.n_tokens
+        work = measured(layer, n_tokens) * 2 + Work(0, (NEAREST + UNPACKED) * layer.size)
+        if source is not None and site is not None and site not in seen:
+            work += source_work(source, site)
+            seen.add(site)
+        integers = 0 if sides.activations is None else 5 * heldout_tokens(n_tokens)
+        columns = layer.shape[1] if info is not None else 0
+        memory = 24 * layer.size + 8 * columns * columns + 12 * columns * heldout_tokens(n_tokens)
+        reads = sides.original.tensors[layer.tensor].spec.nbytes
+        work += Work(integers * layer.size)
+        pieces.append(Piece(layer.module, (layer.module,), n_tokens, memory, work, reads))
+    memory = memory_available()
+    if tokens is None:
+        return Forecast("eval", sides.original, None, Crew(1, memory, True), tuple(pieces))
+    stream = TokenSource(sides.original, tokens, (0, 0))
+    versions = 3 + (len(stream.arch.blocks) if per_block else 0)
+    forward = total(stream.work(site) for site in stream.sites) * versions
+    n_tokens = int(tokens.mask.sum())
+    logits = versions * n_tokens * stream.arch.vocab_size
+    head = Work(stream.arch.hidden_size, 12) * logits
+    pieces.append(Piece("forward", (), n_tokens, stream.memory(None, None), forward + head, 0))
+    return Forecast(
+        "eval",
+        sides.original,
+        None,
+        Crew(cores(), memory, True),
+        tuple(pieces),
+        scratch=versions * stream.residuals,
+        found=Found(None, versions * stream.residuals, free_space(temporary_place())),
+        warnings=tokens.warnings,
+    )
+
+
 def check(forecast: Forecast) -> None:
     """Raises FileError: less space on the disk than the run needs."""
-    if forecast.found is not None and forecast.output is not None:
-        check_free(forecast.output, forecast.found.needed, forecast.found.free)
+    if forecast.found is not None:
+        place = temporary_place() if forecast.output is None else forecast.output.parent
+        check_free(place, forecast.found.needed, forecast.found.free)
 
 
 def packed_bytes(plan: Plan) -> int:

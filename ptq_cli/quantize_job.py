@@ -49,7 +49,9 @@ class Job:
         """What makes two runs the same besides settings and inputs."""
         return {}
 
-    def target(self, max_shard_size: str | int, *, force: bool, restart: bool) -> Target:
+    def target(
+        self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
+    ) -> Target:
         """Where the run works, and what makes another the same."""
         own = {**self.own(), "max_shard_size": parse_size(str(max_shard_size))}
         settings = {

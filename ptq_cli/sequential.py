@@ -98,9 +98,13 @@ class TokenSource:
     def scratch(self) -> int:
         """Bytes of the streams' files at most: each has the states between two stages, the residual
         before the block in hand, and the one after it."""
-        n_tokens: int = self._parts[-1].rows.stop
-        residuals = 2 * 4 * n_tokens * self.arch.hidden_size
-        return (1 + self.correct) * (state_memory(self.arch, n_tokens) + residuals)
+        state = state_memory(self.arch, self._parts[-1].rows.stop)
+        return (1 + self.correct) * (state + self.residuals)
+
+    @property
+    def residuals(self) -> int:
+        """Bytes of the residuals before and after a block."""
+        return 2 * 4 * int(self._parts[-1].rows.stop) * self.arch.hidden_size
 
     def memory(self, workers: int | None, memory: int | None) -> int:
         """Bytes that the forward takes at most, on so many threads: what lies between the inputs

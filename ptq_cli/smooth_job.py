@@ -46,7 +46,10 @@ class SmoothJob(Job):
 
     def forecast(self, **options: Any) -> Forecast:
         """Raises InputError, FileError: what `run` would refuse to begin with."""
-        return forecast_smoothing(super().forecast(**options), self.smoothing, self.floats)
+        keys = ("max_shard_size", "force", "restart")
+        target = self.target(**{key: options[key] for key in keys if key in options})
+        rounding = super().forecast(**options)
+        return forecast_smoothing(rounding, self.smoothing, self.floats, target)
 
     def run(
         self,

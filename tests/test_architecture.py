@@ -49,7 +49,10 @@ FLOORS = [
         *("quality", "torch_capture", "cost", "forecast"),
     ),
     ("display", "options", "config"),
-    ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),
+    (
+        *("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job"),
+        *("repack_job", "eval_job"),
+    ),
     ("cli",),
     ("__main__", "__init__"),
 ]

@@ -22,16 +22,19 @@ dry_run_option = click.option(
 )
 
 
-def emit_forecast(forecast: Forecast, as_json: bool, top: int, warnings: Sequence[str]) -> None:
+def emit_forecast(
+    forecast: Forecast, as_json: bool, top: int, warnings: Sequence[str], strict: bool = False
+) -> None:
     """Measure the machine, print the forecast, and refuse what the run would refuse.
 
-    warnings: those that were printed already
+    warnings: those that were printed already; strict: the others are errors
 
     Raises:
         FileError: too little space on the disk.
+        InputError: --strict, and there is a warning.
     """
+    emit_warnings([w for w in forecast.warnings if w not in warnings], strict)
     content = document(forecast, measure(forecast.files, forecast.threads))
-    emit_warnings([w for w in forecast.warnings if w not in warnings], False)
     if as_json:
         display.print_json(content)
     else:
@@ -48,11 +51,13 @@ def _show(content: dict[str, Any], top: int) -> None:
         _show_units(content["units"], top)
     totals = content["totals"]
     if content["method"] is not None:
-        bits = totals["bits_per_weight"]
+        bits, verb = totals["bits_per_weight"], "round"
+        if content["method"] == "repack":
+            verb = "repack"
         at = f" at {bits:.2f} bits/weight" if bits else ""
         before, after = (display.size(totals[key]) for key in ("bytes_before", "bytes_after"))
         display.line(
-            f"{content['method']} would round {totals['layers']} layers{at} and copy"
+            f"ptq {content['command']} would {verb} {totals['layers']} layers{at} and copy"
             f" {totals['left_alone']} tensors: {before} -> {after}, format {content['format']}"
         )
     if content["output"] is not None:

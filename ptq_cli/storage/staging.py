@@ -155,7 +155,7 @@ class Staging:
         """
         needed = max(0, staged - held(self.store.folder)) + final + SLACK
         needed += max(0, scratch - held(self.folder / "stream"))
-        check_free(self.output, needed, free_space(self.folder))
+        check_free(self.output.parent, needed, free_space(self.folder))
 
     def stored(self, unit: str) -> list[StoredTensor]:
         """The same tensors, each as a place in a file."""
@@ -294,12 +294,12 @@ def free_space(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def check_free(output: Path, needed: int, free: int) -> None:
+def check_free(folder: Path, needed: int, free: int) -> None:
     """Raises FileError where less is free than needed."""
     if free < needed:
         raise FileError(
-            f"{output.parent}: {_megabytes(needed)} are needed, {_megabytes(free)} free",
-            hint="free some space, or choose another place with -o",
+            f"{folder}: {_megabytes(needed)} are needed, {_megabytes(free)} free",
+            hint="free some space, or choose another place with -o (scratch files: with TMPDIR)",
         )
 
 
