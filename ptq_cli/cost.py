@@ -26,6 +26,7 @@ NEAREST = 24  # passes on a weight: read, rounded, packed, unpacked and compared
 UNPACKED = 14  # packed, unpacked and compared once more, when a method has rounded it
 MEASURED = 8
 VERIFIED = 12  # the finished file, read back
+LAYER_CALLS, UNIT_CALLS = 2000, 4000  # of a layer besides, and of a file written and synced
 
 
 def total(works: Iterable[Work]) -> Work:
@@ -44,7 +45,7 @@ def measured(layer: Layer, n_tokens: int) -> Work:
 
 def rounded(layer: Layer, how: Method, settings: Any, n_tokens: int, nearest: bool) -> Work:
     """Plain rounding and the method's, both measured; nearest: plain rounding alone."""
-    plain = measured(layer, n_tokens) + Work(0, NEAREST * layer.size)
+    plain = measured(layer, n_tokens) + Work(0, NEAREST * layer.size, LAYER_CALLS)
     if nearest or how.is_nearest(settings):
         return plain
     own = how.work(layer.shape, layer.grid, settings)[1]
@@ -56,7 +57,8 @@ def unit_work(unit: Unit, how: Method, settings: Any, source: StatisticsSource |
     calibrated = source is not None and unit.site is not None
     n_tokens = source.sites[unit.site].n_tokens if source and unit.site else 0
     nearest = unit.nearest is not None
-    works = [rounded(layer, how, settings, n_tokens, nearest) for layer in unit.layers]
+    works = [Work(calls=UNIT_CALLS)]
+    works += [rounded(layer, how, settings, n_tokens, nearest) for layer in unit.layers]
     if calibrated and not nearest:
         layer = unit.layers[0]
         works.append(how.work(layer.shape, layer.grid, settings)[0])
@@ -97,7 +99,7 @@ def _site_work(job: Smoothing, linears: Sequence[Any], site: str | None) -> Work
     shared = how.work(layers[0].shape, grid, settings)[0]
     size = sum(layer.size for layer in layers)
     sample = min(SAMPLE_LIMIT, n_tokens)
-    checked = Work(4 * sample, 30) * size  # the float function, in float64
+    checked = Work(4 * sample, 30) * size + Work(calls=UNIT_CALLS)  # the function, in float64
     integers = Work(0 if job.activations.scheme == "none" else 3 * heldout_tokens(n_tokens)) * size
     search = job.smoother.work([layer.shape for layer in layers], sample, grid, job.settings)
     compared = total(

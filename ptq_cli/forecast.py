@@ -13,8 +13,8 @@ the time from what the machine does in half a second. dry_run.schema.json states
                  limit)
     disk         needed, free; scratch, the part of it that is gone when the run ends
     interrupted  finished units of an interrupted run that this one would go on with, or null
-    time         seconds, estimate (always true), machine: multiply_adds, values and bytes_read in a
-                 second
+    time         seconds, estimate (always true), machine: multiply_adds, values, calls and
+                 bytes_read in a second
     warnings
 """
 
@@ -27,7 +27,9 @@ from typing import Any
 
 from ptq_cli.calibration import site_memory, statistics_bytes, workers_at_most
 from ptq_cli.cost import (
+    LAYER_CALLS,
     NEAREST,
+    UNIT_CALLS,
     UNPACKED,
     VERIFIED,
     heldout_tokens,
@@ -62,7 +64,7 @@ from ptq_cli.work import sites_of
 
 NOTHING = Work()
 PROCESS = 60 << 20  # bytes of a process before it does anything
-START, START_CREW = 0.35, 0.6  # seconds: imports; processes to work beside this one
+START, START_CREW = 0.7, 0.6  # seconds: imports, the last files; processes beside this one
 MOVES = 4  # times that a byte of the output is written or read, until it has its name
 
 
@@ -232,7 +234,14 @@ def forecast_repack(
 ) -> Forecast:
     """Of a repacking, layer by layer in one process: each is decoded, encoded, and compared."""
     pieces = tuple(
-        Piece(layer.module, (layer.module,), 0, 24 * layer.size, Work(0, 60 * layer.size), 0)
+        Piece(
+            layer.module,
+            (layer.module,),
+            0,
+            24 * layer.size,
+            Work(0, 60 * layer.size, UNIT_CALLS),
+            0,
+        )
         for layer in layers
     )
     return Forecast(
@@ -290,7 +299,8 @@ def forecast_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
         site = site_of.get(layer.module)
         info = None if source is None or site is None else source.sites[site]
         n_tokens = 0 if info is None else info.n_tokens
-        work = measured(layer, n_tokens) * 2 + Work(0, (NEAREST + UNPACKED) * layer.size)
+        work = measured(layer, n_tokens) * 2
+        work += Work(0, (NEAREST + UNPACKED) * layer.size, LAYER_CALLS)
         if source is not None and site is not None and site not in seen:
             work += source_work(source, site)
             seen.add(site)
@@ -382,6 +392,7 @@ def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:
             "machine": {
                 "multiply_adds": rates.products,
                 "values": rates.passes,
+                "calls": rates.calls,
                 "bytes_read": rates.read if rates.read < float("inf") else None,
             },
         },
@@ -421,7 +432,8 @@ def _layer(layer: Layer, forecast: Forecast) -> dict[str, Any]:
 
 def _spent(work: Work, reads: int, rates: Rates) -> float:
     """Seconds on all threads together."""
-    return work.products / rates.products + work.passes / rates.passes + reads / rates.read
+    computed = work.products / rates.products + work.passes / rates.passes
+    return computed + work.calls / rates.calls + reads / rates.read
 
 
 def _seconds(forecast: Forecast, rates: Rates) -> float:

@@ -121,10 +121,11 @@ class TokenSource:
         hidden, heads = self.arch.hidden_size, self.arch.n_heads * self.arch.head_dim
         between = Work(length * heads / 4, 10 * hidden + 6 * self.arch.intermediate_size)
         forward = Work(self._size(self._places[site])) + between
-        sums = statistics_work(1, info.in_features)
+        streams = forward * ((1 + self.correct) * info.n_tokens)
+        sums = statistics_work(info.n_tokens, info.in_features)
         if self.correct:
-            sums += Work(info.in_features**2, 10 * info.in_features)
-        return (forward * (1 + self.correct) + sums) * info.n_tokens
+            sums += Work(info.in_features**2, 10 * info.in_features) * info.n_tokens
+        return streams + sums + Work(calls=4000 * len(self._parts))
 
     def _size(self, place: _Place) -> int:
         """Weights of a site's linears."""

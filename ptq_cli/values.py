@@ -383,16 +383,20 @@ class Work:
 
     products: multiply-adds in products of float32 matrices
     passes: float32 values that one elementwise operation reads and writes
+    calls: operations, on arrays of whatever size
     """
 
     products: float = 0.0
     passes: float = 0.0
+    calls: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.passes + other.passes)
+        return Work(
+            self.products + other.products, self.passes + other.passes, self.calls + other.calls
+        )
 
     def __mul__(self, factor: float) -> Work:
-        return Work(self.products * factor, self.passes * factor)
+        return Work(self.products * factor, self.passes * factor, self.calls * factor)
 
 
 @dataclass(frozen=True)

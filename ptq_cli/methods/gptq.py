@@ -7,6 +7,7 @@ The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 
@@ -183,7 +184,8 @@ def _work(shape: tuple[int, int], grid: Grid, settings: GptqSettings) -> tuple[W
     elementwise = 30 + (SEARCH_PASSES if settings.mse else 4) + 35 * passes
     factor = 2 if n <= FLOAT64_COLUMNS else 1
     each = Work(products, elementwise) * (factor * out_features * n)
-    return Work(n**3 / 3 + n * group * group, 20 * n * n) * factor, each
+    calls = ceil(out_features / PANEL_ROWS) * n * (10 + 8 * passes)
+    return Work(n**3 / 3 + n * group * group, 20 * n * n) * factor, each + Work(calls=calls)
 
 
 METHOD = Method(

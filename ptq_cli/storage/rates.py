@@ -23,13 +23,15 @@ _PIECE = 4 << 20
 class Rates:
     """What all threads together do in a second.
 
-    products: multiply-adds in products of float32 matrices; passes: float32 values that an
-        elementwise operation reads and writes; read: bytes read from the model's files, which may
-        lie in the machine's memory already
+    products: multiply-adds in products of float32 matrices
+    passes: float32 values that an elementwise operation reads and writes
+    calls: operations on next to nothing
+    read: bytes read from the model's files, which may lie in the machine's memory already
     """
 
     products: float
     passes: float
+    calls: float
     read: float
 
 
@@ -40,7 +42,9 @@ def measure(files: Sequence[Path], threads: int, seconds: float = 0.5) -> Rates:
         def rate(work: Callable[[float], float], share: float) -> float:
             return sum(pool.map(work, [share * seconds] * threads))
 
-        return Rates(rate(_products, 0.4), rate(_passes, 0.4), _read(files, 0.2 * seconds))
+        calls = _calls(0.1 * seconds) * threads
+        read = _read(files, 0.1 * seconds)
+        return Rates(rate(_products, 0.4), rate(_passes, 0.4), calls, read)
 
 
 def _repeated(step: Callable[[], float], seconds: float) -> float:
@@ -71,6 +75,18 @@ def _passes(seconds: float) -> float:
         np.multiply(values, values, out=result)
         np.rint(result, out=result)
         return 2.0 * _VALUES
+
+    return _repeated(step, seconds)
+
+
+def _calls(seconds: float) -> float:
+    """On one thread: threads of one interpreter would wait for one another, processes do not."""
+    values = np.full(16, 0.5, np.float32)
+
+    def step() -> float:
+        for _ in range(100):
+            np.multiply(values, values, out=values)
+        return 100.0
 
     return _repeated(step, seconds)
 
