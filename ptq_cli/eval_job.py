@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ptq_cli.evaluation import Sides, open_sides
 from ptq_cli.evaluation import evaluate as run_evaluation
 from ptq_cli.forecast import Forecast, forecast_evaluation
 from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.progress import Listener
 from ptq_cli.sources import AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
@@ -27,7 +26,7 @@ class EvalJob:
     tokens: Tokens | None
     per_block: bool
 
-    def run(self, listen: Callable[[int, int, Any], None]) -> RunReport:
+    def run(self, listen: Listener) -> RunReport:
         """Measure. Raises PtqError."""
         report = run_evaluation(self.sides, listen)
         if self.tokens is None:

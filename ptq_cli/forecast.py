@@ -41,7 +41,7 @@ from ptq_cli.cost import (
 )
 from ptq_cli.evaluation import Sides
 from ptq_cli.registry import format_named, method
-from ptq_cli.runner import row_bytes
+from ptq_cli.runner import staged_bytes
 from ptq_cli.runner import workers_at_most as processes_at_most
 from ptq_cli.sequential import TokenSource
 from ptq_cli.smoothing import Smoothing
@@ -200,7 +200,7 @@ def forecast_plan(
         after=Work(0, VERIFIED * sum(layer.size for layer in plan.layers)),
         moved=MOVES * plan.bytes_after,
         bytes_after=plan.bytes_after,
-        found=target.look(packed_bytes(plan), plan.bytes_after, scratch),
+        found=target.look(staged_bytes(plan, resources), plan.bytes_after, scratch),
         scratch=scratch,
         warnings=plan.warnings,
         nearest={x.module: u.nearest for u in plan.units if u.nearest for x in u.layers},
@@ -337,11 +337,6 @@ def check(forecast: Forecast) -> None:
     if forecast.found is not None:
         place = temporary_place() if forecast.output is None else forecast.output.parent
         check_free(place, forecast.found.needed, forecast.found.free)
-
-
-def packed_bytes(plan: Plan) -> int:
-    """Bytes of the finished units of a plan."""
-    return sum(row_bytes(layer, plan.format) for layer in plan.layers)
 
 
 def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:

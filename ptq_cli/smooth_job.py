@@ -19,10 +19,11 @@ from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, Listener, Progress, quantization_document, run
+from ptq_cli.runner import After, quantization_document, run, staged_bytes
 from ptq_cli.smoothing import Smoothed, Smoothing, smooth
 from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -58,7 +59,7 @@ class SmoothJob(Job):
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
+        listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError.
 
@@ -67,16 +68,14 @@ class SmoothJob(Job):
         begin = time.perf_counter()
         max_shard = parse_size(str(max_shard_size))
         staging = self.target(max_shard_size, force=force, restart=restart).open()
-
-        def told(done: int, total: int, site: str) -> None:
-            listen(Progress(done, total, site))
-
+        staged = 0 if self.floats else staged_bytes(self.plan, resources)
         try:
+            staging.check_space(staged, self._bytes_after())
             with threadpool_limits(1):
-                smoothed = smooth(self.smoothing, staging, told)
+                smoothed = smooth(self.smoothing, staging, listen)
                 checkpoint = self._staged(smoothed, staging)
             if self.floats:
-                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard)
+                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard, listen)
         except PtqError as error:
             staging.give_up(error)
             raise
@@ -98,6 +97,9 @@ class SmoothJob(Job):
         seconds = time.perf_counter() - begin
         return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
 
+    def _bytes_after(self) -> int:
+        return self.plan.bytes_before if self.floats else self.plan.bytes_after
+
     def _staged(self, smoothed: Smoothed, staging: Staging) -> Checkpoint:
         """Folded tensors that are not rounded, in their own dtype in the work folder."""
         rounded = set() if self.floats else {layer.tensor for layer in self.plan.layers}
@@ -111,6 +113,7 @@ class SmoothJob(Job):
         staging: Staging,
         begin: float,
         max_shard: int,
+        listen: Listener,
     ) -> RunReport:
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
         plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
@@ -124,7 +127,7 @@ class SmoothJob(Job):
         }
         fmt = format_named("ptq")
         assembly = Assembly(parts, {}, (), fmt, documents)
-        write_folder(staging.out, assembly, self.checkpoint, max_shard)
+        write_folder(staging.out, assembly, self.checkpoint, max_shard, listen=listen)
         _keep(smoothed, staging.out)
         staging.publish()
         return report

@@ -8,12 +8,15 @@ from typing import Any
 import click
 
 from ptq_cli import api, display
-from ptq_cli.calibrate_job import prepare_calibration
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
+from ptq_cli.calibrate_job import default_target, prepare_calibration
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options, show_next
 from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
+from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.live import Follow
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.sources import take_tokens
+from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.tasks import take_resources
 
 
@@ -96,6 +99,7 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
@@ -132,7 +136,7 @@ def calibrate(
         forecast = job.forecast(force=force, restart=restart, resources=resources)
         emit_forecast(forecast, as_json, 0, (), strict)
         return
-    with display.ProgressLine("calibrate", quiet=as_json) as line:
+    with Follow("calibrate", quiet) as listen:
         result = api.calibrate(
             model,
             activations,
@@ -147,13 +151,15 @@ def calibrate(
             force=force,
             restart=restart,
             resources=resources,
-            listen=line,
+            listen=listen,
             warn=lambda warning: emit_warnings([warning], strict),
         )
     if as_json:
         display.print_json(result)
     else:
         _show(result)
+        default = default_target(open_checkpoint(model))
+        show_next([after_calibration(model, output or default, default)])
 
 
 def _show(result: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
     job.json          what the run is: command, settings, inputs' fingerprints, version
     units/            finished units (storage/units.py)
+    weights/          the weights files of the output while they are filled (storage/shards.py)
     out/              the finished output, until it is renamed to its place
     published.json    which `out` was given its name: what is left after that is rubbish
 
@@ -33,8 +34,8 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
-SLACK = 1 << 20
-_OWN = ("job.json", "units", "out", "stream", "published.json")
+_SLACK = 1 << 20
+_OWN = ("job.json", "units", "weights", "out", "stream", "published.json")
 
 
 class Staging:
@@ -83,6 +84,10 @@ class Staging:
     @property
     def out(self) -> Path:
         return self.folder / "out"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
 
     def _locked_folder(self) -> int:
         while True:
@@ -147,14 +152,13 @@ class Staging:
         return self.store.tensors(unit)
 
     def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
-        """Refuse to begin where the disk cannot hold `staged` bytes of units and `scratch` bytes of
-        a stream's files (less what is there already), and `final` bytes of output.
+        """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
+        output and `scratch` bytes of a stream's files, less what is there already.
 
         Raises:
             FileError: too little space; what was there is left as it is.
         """
-        needed = max(0, staged - held(self.store.folder)) + final + SLACK
-        needed += max(0, scratch - held(self.folder / "stream"))
+        needed = still_needed(self.folder, staged + final, scratch)
         check_free(self.output.parent, needed, free_space(self.folder))
 
     def stored(self, unit: str) -> list[StoredTensor]:
@@ -281,10 +285,21 @@ def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
     return False
 
 
-def held(folder: Path) -> int:
-    """Bytes of the files under a folder; 0 where there is none."""
+def still_needed(folder: Path | None, output: int, scratch: int) -> int:
+    """Bytes that a run in a work folder (None: a new one) writes still, of those of its units and
+    output, and of those of a stream's files."""
+    if folder is None:
+        return output + scratch + _SLACK
     with named(folder):
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        there = sum(entry.st_size for entry in _files(folder / "units"))
+        there += sum(512 * entry.st_blocks for entry in _files(folder / "weights"))  # with holes
+        streamed = sum(entry.st_size for entry in _files(folder / "stream"))
+    return max(0, output - there) + max(0, scratch - streamed) + _SLACK
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """All files under a folder; none where it isn't there."""
+    return [path.stat() for path in folder.rglob("*") if path.is_file()]
 
 
 def free_space(folder: Path) -> int:

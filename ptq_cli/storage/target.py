@@ -11,15 +11,14 @@ from typing import Any
 
 from ptq_cli.storage.files import named
 from ptq_cli.storage.staging import (
-    SLACK,
     Staging,
     check_output,
     check_place,
     free_space,
     goes_on,
-    held,
     is_published,
     kept_out,
+    still_needed,
     work_folder,
 )
 
@@ -66,12 +65,11 @@ class Target:
             _check_lock(folder)
             interrupted = not is_published(folder, self.output)
         check_output(self.output, self.force, self.keep)
+        work = None
         if interrupted and goes_on(folder, self.job, self.restart):
-            finished = len(list((folder / "units").glob("*.json")))
-            staged = max(0, staged - held(folder / "units"))
-            scratch = max(0, scratch - held(folder / "stream"))
-        free = free_space(self.output.parent)
-        return Found(finished, staged + final + scratch + SLACK, free)
+            finished, work = len(list((folder / "units").glob("*.json"))), folder
+        needed = still_needed(work, staged + final, scratch)
+        return Found(finished, needed, free_space(self.output.parent))
 
 
 def _check_lock(folder: Path) -> None:
