@@ -77,7 +77,7 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        staging = self.target(force=force, restart=restart).open()
+        staging = self.target(force=force, restart=restart).begin()
         result = calibrate_sites(
             self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
         )

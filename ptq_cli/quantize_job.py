@@ -118,7 +118,7 @@ class QuantizeJob(Job):
             self.plan,
             self.checkpoint,
             self.source.statistics,
-            self.target(max_shard_size, force=force, restart=restart).open(),
+            self.target(max_shard_size, force=force, restart=restart).begin(),
             command=self.command,
             on_failure=self.on_failure,
             inputs=self.inputs,

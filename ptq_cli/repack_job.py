@@ -80,7 +80,7 @@ class RepackJob:
         """Do the work, layer by layer, and give the output its name. Raises PtqError."""
         limit = parse_size(str(max_shard_size))
         inputs = {"model": self.checkpoint.fingerprint}
-        staging = self.target(limit, force=force, restart=restart).open()
+        staging = self.target(limit, force=force, restart=restart).begin()
         return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=listen)
 
 

@@ -67,7 +67,7 @@ class SmoothJob(Job):
         """
         begin = time.perf_counter()
         max_shard = parse_size(str(max_shard_size))
-        staging = self.target(max_shard_size, force=force, restart=restart).open()
+        staging = self.target(max_shard_size, force=force, restart=restart).begin()
         staged = 0 if self.floats else staged_bytes(self.plan, resources)
         try:
             staging.check_space(staged, self._bytes_after())

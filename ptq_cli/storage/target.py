@@ -46,7 +46,7 @@ class Target:
     restart: bool = False
     keep: Sequence[Path] = ()
 
-    def open(self) -> Staging:
+    def begin(self) -> Staging:
         """Begin to work. Raises InputError, FileError."""
         return Staging(
             self.output, self.job, force=self.force, restart=self.restart, keep=self.keep
@@ -56,7 +56,7 @@ class Target:
         """What a run would find that needs so many bytes (as in `Staging.check_space`).
 
         Raises:
-            InputError, FileError: as `open` would.
+            InputError, FileError: as `begin` would.
         """
         folder, finished = work_folder(self.output), None
         check_place(self.output)
