@@ -61,6 +61,7 @@ from ptq_cli.storage.tokens import Tokens
 from ptq_cli.tasks import Resources
 from ptq_cli.values import Layer, Plan, Skipped, Work
 from ptq_cli.work import sites_of
+from ptq_cli.workers import hire
 
 NOTHING = Work()
 PROCESS = 60 << 20  # bytes of a process before it does anything
@@ -84,13 +85,15 @@ class Piece:
 class Crew:
     """Who works: processes, or where each piece needs those before it, threads of one.
 
-    beside: bytes that are taken as long as the run lasts
+    beside: bytes that are taken as long as the run lasts; elsewhere: on a cluster, of which this
+        machine's speed says little
     """
 
     workers: int
     limit: int
     in_order: bool = False
     beside: int = 0
+    elsewhere: bool = False
 
     def peak(self, pieces: Sequence[Piece]) -> int:
         """Bytes at most: of the largest pieces, as many as work at once and fit the limit."""
@@ -170,13 +173,20 @@ def _statistics_read(source: StatisticsSource | None, site: Any) -> int:
 def crew_of(
     resources: Resources, most: int, source: StatisticsSource | None, serial: bool = False
 ) -> Crew:
-    """The crew that a run would hire; most: how many processes are worth it."""
+    """The crew that a run would hire; most: how many processes are worth it.
+
+    Raises:
+        InputError: the scheduler of a cluster is not there.
+    """
     memory = resources.memory
     if isinstance(source, StreamingSource):
         beside = source.memory(resources.workers, resources.max_memory)
         return Crew(resources.crew_for(cores()), memory, True, beside)
     if serial or not (source is None or isinstance(source, PortableSource)):
         return Crew(1, memory, True)
+    if resources.scheduler is not None:
+        with hire(1, resources.scheduler) as crew:
+            return Crew(crew.size, resources.memory_of(crew), elsewhere=True)
     return Crew(resources.crew_for(most), memory)
 
 
@@ -437,4 +447,6 @@ def _seconds(forecast: Forecast, rates: Rates) -> float:
                     rates)  # fmt: skip
     alone = _spent(forecast.before + forecast.after, 0, rates) * forecast.threads
     start = START + (START_CREW if forecast.crew.workers > 1 and not forecast.crew.in_order else 0)
+    if forecast.crew.elsewhere:
+        shared *= forecast.threads / forecast.crew.workers
     return start + shared + alone + forecast.moved / rates.read

@@ -73,28 +73,40 @@ def _interrupted(finished: int | None) -> str:
 
 def _show_layers(layers: list[dict[str, Any]], top: int) -> None:
     shown = layers if top <= 0 else layers[:top]
+    common = display.common_parents([row["module"] for row in layers])
     rows = [
         [
-            row["module"],
+            row["module"].removeprefix(common),
             row["method"],
             "x".join(map(str, row["shape"])),
-            str(row["bits"]),
-            str(row["group_size"]),
-            "sym" if row["sym"] else "asym",
+            _grid(row),
             f"{row['bits_per_weight']:.2f}",
-            display.size(row["bytes"]),
         ]
         for row in shown
     ]
-    columns = ("shape", "bits", "group", "zeros", "bits/weight", "size")
-    right = [(column, "right") for column in columns]
-    display.table([("layer", "left"), ("rounded by", "left"), *right], rows)
+    first = f"layer ({common}...)" if common else "layer"
+    display.table(
+        [
+            (first, "left"),
+            ("by", "left"),
+            ("shape", "right"),
+            ("grid", "left"),
+            ("bits/w", "right"),
+        ],
+        rows,
+    )
     if len(shown) < len(layers):
         display.line(f"and {len(layers) - len(shown)} layers more; --top 0 shows all")
     reasons = sorted({row["reason"] for row in layers if row["reason"]})
     for reason in reasons:
         names = [row["module"] for row in layers if row["reason"] == reason]
         display.line(f"rounded to nearest ({reason}): {_named(names)}")
+
+
+def _grid(row: dict[str, Any]) -> str:
+    """`4 bits g128`, `8 bits row`, `3 bits g64 asym`"""
+    groups = {-1: "row", 0: "tensor"}.get(row["group_size"], f"g{row['group_size']}")
+    return f"{row['bits']} bits {groups}" + ("" if row["sym"] else " asym")
 
 
 def _show_left_alone(entries: list[dict[str, Any]]) -> None:
@@ -137,7 +149,7 @@ def _show_needs(content: dict[str, Any]) -> None:
         )
     display.line(
         f"time: about {_duration(spent['seconds'])}, an estimate from half a second's measurement"
-        " of this machine; half or twice that is likely"
+        " of this machine, often off by a factor of two"
     )
     display.line("dry run: nothing was written")
 
