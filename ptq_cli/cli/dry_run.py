@@ -85,16 +85,8 @@ def _show_layers(layers: list[dict[str, Any]], top: int) -> None:
         for row in shown
     ]
     first = f"layer ({common}...)" if common else "layer"
-    display.table(
-        [
-            (first, "left"),
-            ("by", "left"),
-            ("shape", "right"),
-            ("grid", "left"),
-            ("bits/w", "right"),
-        ],
-        rows,
-    )
+    columns = [(first, "left"), ("by", "left"), ("shape", "right"), ("grid", "left")]
+    display.table([*columns, ("bits/w", "right")], rows)
     if len(shown) < len(layers):
         display.line(f"and {len(layers) - len(shown)} layers more; --top 0 shows all")
     reasons = sorted({row["reason"] for row in layers if row["reason"]})
