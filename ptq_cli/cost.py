@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any
 
+from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import (
     HELDOUT_EVERY,
     HELDOUT_LIMIT,
@@ -77,9 +79,19 @@ def source_work(source: StatisticsSource, site: str) -> Work:
     return Work(0, 3 * info.in_features**2)  # read from a file
 
 
-def smoothing_work(job: Smoothing) -> Work:
-    """The pass over the sites, where one proposal of each search is tried."""
-    return total(_site_work(job, site.linears, source_of(job, site.linears)) for site in job.sites)
+def smoothing_memory(job: Smoothing, site: Site) -> int:
+    """Bytes that the work on one site takes: its weights as they were, folded and rounded, what
+    rounds them, and a few matrices of the size of its Hessian."""
+    layers = [job.layers[x.tensor] for x in site.linears if x.tensor in job.layers]
+    how = method(job.rounding[0])
+    most = max((how.memory(layer.shape, layer.grid) for layer in layers), default=0)
+    weights = sum(prod(job.checkpoint.tensors[x.tensor].spec.shape) for x in site.linears)
+    return most + 12 * weights + 16 * site.in_features**2
+
+
+def smoothing_work(job: Smoothing, site: Site) -> Work:
+    """One site of the pass before the rounding, where one proposal of the search is tried."""
+    return _site_work(job, site.linears, source_of(job, site.linears))
 
 
 def source_of(job: Smoothing, linears: Sequence[Any]) -> str | None:

@@ -34,7 +34,9 @@ from ptq_cli.cost import (
     VERIFIED,
     heldout_tokens,
     measured,
+    smoothing_memory,
     smoothing_work,
+    source_of,
     source_work,
     total,
     unit_work,
@@ -109,7 +111,7 @@ class Crew:
 class Forecast:
     """Everything about a run but its time.
 
-    pieces: the work on the crew; before: what one process does before; moved: bytes written and
+    before: what one process does first; pieces: the work on the crew; moved: bytes written and
     read again until the output has its name, after: the arithmetic in that
     """
 
@@ -119,7 +121,7 @@ class Forecast:
     crew: Crew
     pieces: tuple[Piece, ...]
     plan: Plan | None = None
-    before: Work = NOTHING
+    before: tuple[Piece, ...] = ()
     after: Work = NOTHING
     moved: int = 0
     bytes_after: int = 0
@@ -221,7 +223,13 @@ def forecast_smoothing(
     forecast: Forecast, job: Smoothing, floats: bool, target: Target
 ) -> Forecast:
     """Of a smoothing, from the forecast of the rounding after it; floats: without that."""
-    forecast = replace(forecast, before=smoothing_work(job))
+    before = []
+    for site in job.sites:
+        linears, own = tuple(linear.module for linear in site.linears), source_of(job, site.linears)
+        tokens = 0 if own is None else job.source.sites[own].n_tokens
+        memory, work = smoothing_memory(job, site), smoothing_work(job, site)
+        before.append(Piece(f"smoothing {site.name}", linears, tokens, memory, work, 0))
+    forecast = replace(forecast, before=tuple(before))
     if not floats:
         return forecast
     assert forecast.plan is not None
@@ -352,12 +360,14 @@ def check(forecast: Forecast) -> None:
 def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:
     """The forecast as JSON; the module's docstring states it."""
     plan, crew, found = forecast.plan, forecast.crew, forecast.found
-    pieces = [_piece(piece, forecast, rates) for piece in forecast.pieces]
+    everything = (*forecast.before, *forecast.pieces)
+    pieces = [_piece(piece, forecast, rates) for piece in everything]
     layers = [] if plan is None else [_layer(layer, forecast) for layer in plan.layers]
     before = sum(tensor.spec.nbytes for tensor in forecast.checkpoint.tensors.values())
     weights = sum(layer.size for layer in plan.layers) if plan is not None else 0
     packed = sum(row["bytes"] for row in layers)
-    largest = max(forecast.pieces, key=lambda piece: piece.memory, default=None)
+    largest = max(everything, key=lambda piece: piece.memory, default=None)
+    alone = Crew(1, crew.limit).peak(forecast.before)
     return {
         "command": forecast.command,
         "model": str(forecast.checkpoint.path),
@@ -382,8 +392,8 @@ def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:
             "limit": crew.limit,
             "largest_unit": None if largest is None else largest.name,
             "largest_bytes": 0 if largest is None else largest.memory,
-            "peak_bytes": crew.peak(forecast.pieces),
-            "alone": [piece.name for piece in forecast.pieces if piece.memory > crew.limit],
+            "peak_bytes": max(crew.peak(forecast.pieces), alone),
+            "alone": [piece.name for piece in everything if piece.memory > crew.limit],
         },
         "disk": {
             "needed": 0 if found is None else found.needed,
@@ -445,7 +455,8 @@ def _seconds(forecast: Forecast, rates: Rates) -> float:
     """All pieces shared among those who work; before and after them one process works alone."""
     shared = _spent(total(p.work for p in forecast.pieces), sum(p.reads for p in forecast.pieces),
                     rates)  # fmt: skip
-    alone = _spent(forecast.before + forecast.after, 0, rates) * forecast.threads
+    before = total(piece.work for piece in forecast.before)
+    alone = _spent(before + forecast.after, 0, rates) * forecast.threads
     start = START + (START_CREW if forecast.crew.workers > 1 and not forecast.crew.in_order else 0)
     if forecast.crew.elsewhere:
         shared *= forecast.threads / forecast.crew.workers

@@ -60,6 +60,9 @@ def _show(content: dict[str, Any], top: int) -> None:
             f"ptq {content['command']} would {verb} {totals['layers']} layers{at} and copy"
             f" {totals['left_alone']} tensors: {before} -> {after}, format {content['format']}"
         )
+    sites = [unit for unit in content["units"] if unit["unit"].startswith("smoothing ")]
+    if sites:
+        display.line(f"before that the inputs of {len(sites)} sites would be smoothed")
     if content["output"] is not None:
         display.line(f"output: {content['output']}{_interrupted(content['interrupted'])}")
     _show_needs(content)
