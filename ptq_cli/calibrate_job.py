@@ -15,7 +15,8 @@ from ptq_cli.calibration import (
     missing_error,
 )
 from ptq_cli.errors import InputError
-from ptq_cli.forecast import Forecast, forecast_calibration
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_calibration
 from ptq_cli.progress import Listener
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sources import AnyPath, activations_fingerprint, calibration_of, gradients_fingerprint

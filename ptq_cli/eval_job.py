@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ptq_cli.evaluation import Sides, open_sides
 from ptq_cli.evaluation import evaluate as run_evaluation
-from ptq_cli.forecast import Forecast, forecast_evaluation
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_evaluation
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.progress import Listener
 from ptq_cli.sources import AnyPath, SourceSettings, find_source

@@ -11,7 +11,8 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
-from ptq_cli.forecast import Forecast, forecast_plan
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_plan
 from ptq_cli.grid_settings import SCHEMES, GridSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan

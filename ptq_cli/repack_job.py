@@ -10,7 +10,8 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
-from ptq_cli.forecast import Forecast, forecast_repack
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_repack
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
 from ptq_cli.progress import Listener, nobody

@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
-from ptq_cli.forecast import Forecast, forecast_smoothing
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_smoothing
 from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings

@@ -47,7 +47,7 @@ FLOORS = [
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
-        *("quality", "torch_capture", "cost", "forecast"),
+        *("quality", "torch_capture", "cost", "forecast", "forecast_jobs"),
     ),
     ("display", "live", "options", "config"),
     (
