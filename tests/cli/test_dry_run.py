@@ -209,6 +209,23 @@ def test_too_little_space(sample, monkeypatch):
     assert "are needed" in refused("gptq", sample, *TOKENS, "-o", "out")
 
 
+def test_a_full_disk_is_found_by_every_command_before_it_works(sample, monkeypatch):
+    assert ptq("rtn", sample, "-o", "q").code == 0
+    fields = namedtuple("fields", "f_bavail f_frsize")
+    monkeypatch.setattr(os, "statvfs", lambda _: fields(100_000, 1))
+    for command in (
+        ["awq", sample, "-o", "out"],
+        ["smoothquant", sample, "--bits", 16, "-o", "out"],
+        ["pack", sample, "-o", "out"],
+        ["pack", "q", "--format", "gptq", "-o", "out"],
+        ["calibrate", sample, "-o", "out"],
+        ["calibrate", sample, *TOKENS, "-o", "out"],
+        ["eval", sample, "q", *TOKENS],
+    ):
+        assert "are needed, 0.1 MB free" in refused(*command)
+        assert not Path("out.partial").exists()
+
+
 @pytest.mark.parametrize("command", [["gptq"], ["calibrate"], ["gptq", "--drift", 0]])
 def test_scratch_files_take_what_was_said(sample, monkeypatch, command):
     words = [command[0], sample, *command[1:], *TOKENS, "-o", "out"]
