@@ -39,6 +39,7 @@ from ptq_cli.storage.calibration import (
     PortableSource,
     StatisticsSource,
     StreamingSource,
+    scratch_of,
 )
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.digest import digest_of, digest_words
@@ -109,10 +110,8 @@ def run(
     begin = time.perf_counter()
     try:
         fmt = format_named(plan.format)
-        # Hosts that write to one file of a shared file system could spoil one another's pages.
-        placing = fmt.container != "gguf" and resources.scheduler is None
-        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(0 if placing else packed, plan.bytes_after)
+        placing = is_placing(plan, resources)
+        staging.check_space(staged_bytes(plan, resources), plan.bytes_after, scratch_of(source))
         layers = {layer.tensor: layer for layer in plan.layers}
         parts = [
             (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
@@ -143,8 +142,18 @@ def run(
     return replace(report, totals={**report.totals, "seconds": seconds})
 
 
-def row_bytes(layer: Layer, fmt: str) -> int:
-    return sum(spec.nbytes for spec in format_named(fmt).specs(layer))
+def is_placing(plan: Plan, resources: Resources) -> bool:
+    """Whether units go to their places in the output's files at once. Hosts that write to one file
+    of a shared file system could spoil one another's pages."""
+    return format_named(plan.format).container != "gguf" and resources.scheduler is None
+
+
+def staged_bytes(plan: Plan, resources: Resources) -> int:
+    """Bytes of finished units that lie beside the output."""
+    if is_placing(plan, resources):
+        return 0
+    specs = format_named(plan.format).specs
+    return sum(spec.nbytes for layer in plan.layers for spec in specs(layer))
 
 
 def _run_units(
@@ -198,12 +207,12 @@ def _run_units(
         with hire(1) as crew, use_threads(threads):
             run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=True)
     else:
-        with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
+        with hire(resources.crew_for(workers_at_most(plan)), resources.scheduler) as crew:
             run_tasks(tasks, crew, resources.memory_of(crew), done)
     return [rows[layer.module] for layer in plan.layers]
 
 
-def _workers_at_most(plan: Plan) -> int:
+def workers_at_most(plan: Plan) -> int:
     """A process takes half a second to start: how many are worth it, unless asked for."""
     return 1 + sum(layer.size for layer in plan.layers) // WORTH_A_PROCESS
 
