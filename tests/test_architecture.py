@@ -14,7 +14,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
-    10 display, options, config
+    10 display, options, config, page
     11 api, smooth_job
     12 cli
     13 __main__, __init__
@@ -44,7 +44,7 @@ FLOORS = [
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
         *("quality", "torch_capture"),
     ),
-    ("display", "options", "config"),
+    ("display", "options", "config", "page"),
     ("api", "smooth_job", "repack_job", "checking"),
     ("cli",),
     ("__main__", "__init__"),
