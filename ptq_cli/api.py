@@ -6,63 +6,36 @@ Paths may be strings. Settings are the fields of `GridSettings` and of the metho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli._version import __version__
-from ptq_cli.calibration import (
-    Match,
-    calibrate_sites,
-    match_activations,
-    match_warnings,
-    missing_error,
+from ptq_cli.calibrate_job import (
+    default_target,
+    prepare_activations,
+    prepare_merge,
+    prepare_tokens,
 )
 from ptq_cli.checking import check as check
-from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import GridSettings
 from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import SCHEMES, GridSettings, make_plan
-from ptq_cli.registry import format_named, method
-from ptq_cli.repack_job import RepackJob, prepare_repack
-from ptq_cli.runner import Listener, run
-from ptq_cli.sequential import TokenSource
-from ptq_cli.storage.calibration import (
-    Activations,
-    CalibrationFile,
-    Merged,
-    StatisticsSource,
-    beside,
-    find_activations,
-    open_calibration,
-)
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
-from ptq_cli.storage.gradients import GradientSite, match_gradients
-from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.npy import InputsFile
-from ptq_cli.storage.staging import Staging
+from ptq_cli.options import settings_fields
+from ptq_cli.quantize_job import prepare
+from ptq_cli.registry import method
+from ptq_cli.sources import AnyPath, find_source, take_source
+from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.folder import holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
-from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import Activation, Plan, RunReport
+from ptq_cli.tasks import ALL_THERE_IS, Resources, take_resources
+from ptq_cli.values import Activation, RunReport
 
-AnyPath = str | Path
-Heldout = (HELDOUT_EVERY, HELDOUT_LIMIT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Statistics for a command: where from, fingerprint, warnings of the matching."""
-
-    statistics: StatisticsSource | None
-    warnings: tuple[str, ...] = ()
-    fingerprint: str | None = None
+_RUN = ("force", "restart", "listen", "max_shard_size")
 
 
 def calibrate(
@@ -94,357 +67,60 @@ def calibrate(
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
     """
     checkpoint = open_checkpoint(Path(model))
-    target = (
-        checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
-        if output is None
-        else Path(output)
-    )
-    merged = [Path(path) for path in merge]
+    target = default_target(checkpoint) if output is None else Path(output)
     heldout = (heldout_every, heldout_limit)
-    if merged:
-        files = tuple(_calibration_of(checkpoint, path) for path in merged)
-        heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
-        source: StatisticsSource = Merged(files)
-        warnings: list[str] = []
-        job_inputs = [file.checkpoint.fingerprint for file in files]
-        inputs = list(source.files)
+    if merged := [Path(path) for path in merge]:
+        job = prepare_merge(checkpoint, merged, target)
     elif tokens is not None and tokens.given:
-        read = read_tokens(tokens, checkpoint)
-        source = TokenSource(checkpoint, read, heldout)
-        warnings, job_inputs = list(read.warnings), [source.fingerprint]
-        inputs = list(source.files)
+        job = prepare_tokens(checkpoint, tokens, heldout, target)
     else:
-        slopes = [Path(path) for path in gradients]
-        found = match_gradients(checkpoint, find_activations(slopes, bf16))
-        if slopes and not found:
-            raise InputError(f"{slopes[0]}: no gradients <module>.npy in it")
-        folders = [Path(path) for path in activations]
-        if not folders and (not found or beside(checkpoint)[1] is not None):
-            folders = [_activations_beside(checkpoint)]
-        match = match_activations(checkpoint, find_activations(folders, bf16))
-        alone = bool(found) and not folders
-        if ((match.missing and missing == "error") or not match.entries) and not alone:
-            raise missing_error(match, ", ".join(map(str, folders)))
-        warnings = match_warnings(match)
-        if match.missing:
-            warnings.append(
-                f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
-            )
-        name = ", ".join(map(str, folders))
-        source = Activations(name, match.entries, heldout, gradients=found)
-        job_inputs = activations_fingerprint(match) + gradients_fingerprint(found)
-        inputs = list(source.files)
-    for warning in warnings:
+        job = prepare_activations(
+            checkpoint,
+            [Path(path) for path in activations],
+            [Path(path) for path in gradients],
+            heldout,
+            target,
+            bf16=bf16,
+            missing=missing,
+        )
+    for warning in job.warnings:
         warn(warning)
-    job = {
-        "command": "calibrate",
-        "version": __version__,
-        "model": checkpoint.fingerprint,
-        "inputs": job_inputs,
-        "heldout": list(heldout),
-    }
-    staging = Staging(target, job, force=force, restart=restart, keep=[*checkpoint.files, *inputs])
-    result = calibrate_sites(source, checkpoint.fingerprint, heldout, staging, listen, resources)
-    if bare := result.pop("without_tokens"):
-        warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
-        warn(warnings[-1])
-    return {"output": str(target), "warnings": warnings, **result}
-
-
-def activations_fingerprint(match: Match) -> list[str]:
-    """What tells one set of activations from another: their headers and a sample of each file."""
-    return [
-        _fingerprint((site, entry.info.linears), entry.files)
-        for site, entry in match.entries.items()
-    ]
-
-
-def gradients_fingerprint(gradients: Mapping[str, GradientSite]) -> list[str]:
-    """The same for gradients."""
-    return [_fingerprint((module, "gradients"), g.files) for module, g in gradients.items()]
-
-
-def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256(repr(key).encode())
-    for file in files:
-        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
-        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
-            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
-    return digest.hexdigest()
-
-
-def _activations_beside(checkpoint: Checkpoint) -> Path:
-    _, folder = beside(checkpoint)
-    if folder is None:
-        raise InputError(
-            f"{checkpoint.path}: no activations given, and no activations/ beside it",
-            hint="--activations DIR",
-        )
-    return folder
-
-
-def _calibration_of(checkpoint: Checkpoint, path: Path) -> CalibrationFile:
-    statistics = open_calibration(path)
-    if statistics.model != checkpoint.fingerprint:
-        raise InputError(
-            f"{path}: these statistics were made for another model than {checkpoint.path}",
-            hint="calibrate this one",
-        )
-    return statistics
-
-
-def find_source(
-    checkpoint: Checkpoint,
-    calibration: AnyPath | None,
-    activations: Iterable[AnyPath],
-    *,
-    bf16: bool = False,
-) -> Source:
-    """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
-
-    Linears that they lack are the plan's business: it knows which are quantized.
-    """
-    folders = [Path(path) for path in activations]
-    path = None if calibration is None else Path(calibration)
-    if path is not None and folders:
-        raise InputError(
-            f"both a calibration ({path}) and activations ({folders[0]}) are given",
-            hint="give one of them",
-        )
-    if path is None and not folders:
-        path, folder = beside(checkpoint)
-        folders = [folder] if folder is not None and path is None else []
-    if path is not None:
-        statistics = _calibration_of(checkpoint, path)
-        return Source(statistics, (), statistics.checkpoint.fingerprint)
-    if not folders:
-        return Source(None)
-    match = match_activations(checkpoint, find_activations(folders, bf16))
-    name = ", ".join(map(str, folders))
-    warnings = tuple(w for w in match_warnings(match) if "fit no linear" in w)
-    fingerprint = " ".join(activations_fingerprint(match))
-    streamed = Activations(name, match.entries, Heldout, match.surplus)
-    return Source(streamed, warnings, fingerprint)
-
-
-def token_source(
-    checkpoint: Checkpoint, settings: TokenSettings, *, feedback: bool, correct: bool
-) -> Source:
-    """Statistics from the model's own forward; see `TokenSource`."""
-    tokens = read_tokens(settings, checkpoint)
-    statistics = TokenSource(checkpoint, tokens, Heldout, feedback=feedback, correct=correct)
-    return Source(statistics, tokens.warnings, statistics.fingerprint)
-
-
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """Every setting of a plan by its name."""
-    return {k: v for part in plan.settings for k, v in dataclasses.asdict(part).items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A quantization that is planned and ready to run."""
-
-    plan: Plan
-    checkpoint: Checkpoint
-    source: Source
-    output: Path
-    command: str
-    on_failure: str
-
-    def run(
-        self,
-        *,
-        force: bool = False,
-        restart: bool = False,
-        resources: Resources = ALL_THERE_IS,
-        max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
-    ) -> RunReport:
-        """Do the work, and give the output its name. Raises PtqError."""
-        inputs = {"model": self.checkpoint.fingerprint}
-        if self.source.fingerprint is not None:
-            inputs["calibration"] = self.source.fingerprint
-        settings = settings_of(self.plan)
-        job = {
-            "command": self.command,
-            "version": __version__,
-            "fallback": self.on_failure,
-            "max_shard_size": parse_size(str(max_shard_size)),
-            **settings,
-            **inputs,
-        }
-        keep = [*self.checkpoint.files, self.checkpoint.weights]
-        if self.source.statistics is not None:
-            keep += self.source.statistics.files
-        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
-        return run(
-            self.plan,
-            self.checkpoint,
-            self.source.statistics,
-            staging,
-            command=self.command,
-            on_failure=self.on_failure,
-            inputs=inputs,
-            listen=listen,
-            resources=resources,
-            max_shard=parse_size(str(max_shard_size)),
-        )
-
-    def memory_warnings(self, resources: Resources) -> list[str]:
-        """Units that take more memory than there is. (No part of the report: that depends on
-        nothing but what was asked.)"""
-        if resources.scheduler is not None:
-            return []
-        limit = resources.memory
-        big = [unit for unit in self.plan.units if unit.memory > limit]
-        if not big:
-            return []
-        most = max(unit.memory for unit in big)
-        return [
-            f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
-            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
-        ]
-
-
-def prepare(
-    command: str,
-    model: AnyPath,
-    given: Mapping[str, Any],
-    recipe: Mapping[str, Any] = {},
-    *,
-    calibration: AnyPath | None = None,
-    activations: Iterable[AnyPath] = (),
-    bf16: bool = False,
-    tokens: TokenSettings | None = None,
-    parallel_layers: bool = False,
-    output: AnyPath | None = None,
-    fallback: str = "error",
-    require_calibration: bool = False,
-    runtime: str | None = None,
-) -> Job | RepackJob:
-    """Plan a quantization: every mistake that can be known is found here.
-
-    command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
-    given, recipe: settings by name; `given` wins
-    runtime: warn of what this runtime could not load (`check`)
-    tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
-    """
-    if command == "pack" and holds_quantized(Path(model)):
-        return prepare_repack(Path(model), given, recipe, output, runtime)
-    chosen = method("rtn" if command == "pack" else command)
-    recipe = with_scheme(given, recipe)
-    settings = make_settings(GridSettings, given, recipe)
-    own = make_settings(chosen.settings, given, recipe)
-    checkpoint = open_checkpoint(Path(model))
-    source = Source(None)
-    if command != "pack" and tokens is not None and tokens.given:
-        if calibration is not None or list(activations):
-            raise InputError("tokens exclude --calibration and --activations")
-        correct = getattr(own, "drift", 0.0) > 0
-        source = token_source(checkpoint, tokens, feedback=not parallel_layers, correct=correct)
-    elif command != "pack":
-        source = find_source(checkpoint, calibration, activations, bf16=bf16)
-    if require_calibration and source.statistics is None:
-        raise InputError(
-            f"{checkpoint.path}: no calibration found",
-            hint="--tokens FILE, --calibration FILE or --activations DIR",
-        )
-    fmt = format_named(settings.format)
-    plan = make_plan(
-        checkpoint,
-        chosen,
-        settings,
-        own,
-        fmt,
-        source.statistics,
-        missing=fallback,
-        activation=Activation() if settings.scheme == "W8A8" else None,
-    )
-    said = runtime_warnings(plan, checkpoint, runtime)
-    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings, *said))
-    target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
-    return Job(plan, checkpoint, source, target, command, fallback)
-
-
-def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with what `scheme` is short for: named on the command line it wins over the recipe's
-    own values, named in the recipe the recipe's own values win over it."""
-    if given.get("scheme"):
-        return {**recipe, **SCHEMES.get(given["scheme"], {})}
-    return {**SCHEMES.get(recipe.get("scheme", ""), {}), **recipe}
-
-
-def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
-    """`<model>-gptq-w4g128`, in the current directory."""
-    stem = checkpoint.stem
-    if checkpoint.path.is_dir():
-        stem = checkpoint.path.resolve().name or stem
-    group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
-    name = f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
-    return name if settings.format == "ptq" else f"{name}-{settings.format}"
+    return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)
 
 
 def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport:
-    """Quantize a model; see `prepare` for the options. Everything else is a setting by name.
+    """Quantize a model; see `quantize_job.prepare` for the options. Everything else is a setting by
+    name.
 
     >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
     """
-    run_options: dict[str, Any] = {
-        key: options.pop(key)
-        for key in ("force", "restart", "listen", "max_shard_size")
-        if key in options
-    }
-    run_options["resources"] = take_resources(options)
-    own = (
-        "calibration",
-        "activations",
-        "bf16",
-        "output",
-        "fallback",
-        "require_calibration",
-        "runtime",
-        "parallel_layers",
-    )
-    where = {key: options.pop(key) for key in own if key in options}
-    where["tokens"] = token_settings(options)
     chosen = method("rtn" if command == "pack" else command)
-    _refuse_unknown(options, (GridSettings, chosen.settings))
-    return prepare(command, model, options, **where).run(**run_options)
+    own = ("output", "fallback", "require_calibration", "runtime")
+    return _run(prepare, command, model, options, own, (GridSettings, chosen.settings))
 
 
-def _refuse_unknown(options: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
-    known = {field.name for field, _ in settings_fields(*classes)}
-    unknown = sorted(set(options) - known)
-    if unknown:
+def _run(
+    prepare_job: Callable[..., Any],
+    command: str,
+    model: AnyPath,
+    options: dict[str, Any],
+    own: Iterable[str],
+    settings: Iterable[type[Any]],
+) -> RunReport:
+    """Plan and run. own: the options of `prepare_job` itself; what is left must be settings"""
+    run_options = _taken(options, _RUN)
+    run_options["resources"] = take_resources(options)
+    where = _taken(options, own)
+    source = take_source(options)
+    known = {field.name for field, _ in settings_fields(*settings)}
+    if unknown := sorted(set(options) - known):
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
+    report: RunReport = prepare_job(command, model, options, {}, source, **where).run(**run_options)
+    return report
 
 
-def token_settings(options: dict[str, Any]) -> TokenSettings:
-    """Take the fields of `TokenSettings` out of `options`; paths may be strings.
-
-    Raises:
-        InputError: which tokens to take, but none are given.
-    """
-    names = [field.name for field in dataclasses.fields(TokenSettings)]
-    values = {name: options.pop(name) for name in names if options.get(name) is not None}
-    for name in ("tokens", "text", "mask"):
-        if name in values:
-            values[name] = Path(values[name])
-    settings = TokenSettings(**values)
-    idle = [name for name in ("seq_len", "nsamples", "mask") if name in values]
-    if idle and not settings.given:
-        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens or --text")
-    return settings
-
-
-def take_resources(options: dict[str, Any]) -> Resources:
-    """Take `workers`, `max_memory` (bytes, or words like 2GiB) and `scheduler` out of `options`."""
-    workers, memory = options.pop("workers", None), options.pop("max_memory", None)
-    size = None if memory is None else parse_size(str(memory))
-    return Resources(workers, size, options.pop("scheduler", None))
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:
@@ -488,7 +164,8 @@ def evaluate(
 
     checkpoint = open_checkpoint(Path(original))
     folder = open_quantized(Path(quantized))
-    source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
+    source = find_source(checkpoint, take_source(named))
     activation = None
     if activation_scheme not in (None, "none"):
         activation = ActivationSettings(
@@ -522,7 +199,8 @@ def inspect(
     if holds_quantized(Path(path)):
         return inspect_quantized(open_quantized(Path(path)))
     checkpoint = open_checkpoint(Path(path))
-    source = find_source(checkpoint, calibration, activations, bf16=bf16)
+    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
+    source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source.statistics)
 
 
@@ -576,10 +254,5 @@ def awq(model: AnyPath, **options: Any) -> RunReport:
 def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
     from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
 
-    runs = ("force", "restart", "listen", "listen_sites")
-    run_options: dict[str, Any] = {key: options.pop(key) for key in runs if key in options}
-    run_options["resources"] = take_resources(options)
-    own = ("calibration", "activations", "bf16", "output")
-    where = {key: options.pop(key) for key in own if key in options}
-    _refuse_unknown(options, smooth_settings(command))
-    return prepare_smoothing(command, model, options, **where).run(**run_options)
+    own = ("output", "runtime")
+    return _run(prepare_smoothing, command, model, options, own, smooth_settings(command))

@@ -11,16 +11,10 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
+from ptq_cli.choice import check_float, default_reason, model_sites, transposed_tensors
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics.statistics import statistics_memory
-from ptq_cli.plan import (
-    check_float,
-    default_reason,
-    few_tokens,
-    model_sites,
-    transposed_tensors,
-)
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
@@ -39,6 +33,7 @@ from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
+from ptq_cli.work import few_tokens
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 33  # multiplications

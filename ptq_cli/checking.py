@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptq_cli.plan import dense_modules
+from ptq_cli.choice import dense_modules
 from ptq_cli.registry import format_named
 from ptq_cli.runtimes import NOTE, Artifact, Fact, facts
 from ptq_cli.storage.checkpoint import Checkpoint

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
 from ptq_cli.options import make_settings, settings_fields
-from ptq_cli.plan import LAYER_KEYS, GridSettings
 from ptq_cli.storage.files import read_small
 
 
-def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mapping[str, Any]:
+def load_recipe(
+    path: Path, command: str, classes: Iterable[type[Any]], *, floats: bool = False
+) -> Mapping[str, Any]:
     """Read a recipe for a command whose settings are `classes`.
+
+    floats: whether the command's `bits` may be 16, nothing rounded
 
     Raises:
         InputError: not TOML, an unknown key (the nearest known one is named), another command's
@@ -40,8 +44,19 @@ def load_recipe(path: Path, command: str, classes: Iterable[type[Any]]) -> Mappi
     for rule in recipe.get("layers", []):
         _check_keys(path, rule, LAYER_KEYS, "key of [[layers]]")
         _check_rule(path, rule)
-    _check_values(path, recipe, classes)
+    dense = recipe.get("bits") == FLOAT_BITS
+    if dense and not floats:
+        raise InputError(
+            f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
+            hint="leave single layers dense with [[layers]] bits = 16",
+        )
+    _check_values(path, _without_floats(recipe), classes)
     return recipe
+
+
+def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table without `bits = 16`, which is out of the range of a grid."""
+    return {k: v for k, v in table.items() if (k, v) != ("bits", FLOAT_BITS)}
 
 
 def _check_keys(path: Path, table: Mapping[str, Any], known: Iterable[str], what: str) -> None:
@@ -74,6 +89,7 @@ def _check_rule(path: Path, rule: Mapping[str, Any]) -> None:
     if not isinstance(rule.get("skip", False), bool):
         raise InputError(f"{path}: skip = {rule['skip']!r}: not bool")
     try:
-        make_settings(GridSettings, {}, {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]})
+        own = {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]}
+        make_settings(GridSettings, {}, _without_floats(own))
     except InputError as error:
         raise InputError(f"{path}: [[layers]] match = {rule['match']!r}: {error.message}") from None

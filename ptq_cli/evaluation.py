@@ -19,7 +19,6 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.measures import Measures, measure, output_errors
-from ptq_cli.plan import few_tokens, sites_of
 from ptq_cli.report import totals
 from ptq_cli.smoothing import activations_for
 from ptq_cli.storage.calibration import StatisticsSource
@@ -37,6 +36,7 @@ from ptq_cli.values import (
     SiteStatistics,
     Skipped,
 )
+from ptq_cli.work import few_tokens, sites_of
 
 
 @dataclass(frozen=True)

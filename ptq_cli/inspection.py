@@ -3,15 +3,21 @@ matter most."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
+from ptq_cli.choice import default_reason, model_sites
+from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import GridSettings
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.smoothing import channel_importance
-from ptq_cli.plan import default_reason, model_sites
+from ptq_cli.plan import make_plan
+from ptq_cli.registry import format_named, method
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.files import listing, read_json
 from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.values import Array
 
@@ -20,7 +26,11 @@ TOP = 5
 
 
 def inspect_model(checkpoint: Checkpoint, source: StatisticsSource | None) -> dict[str, Any]:
-    """Of a float checkpoint: `tensors`, `family`, `notes`, `sites`, `fisher`, `totals`.
+    """Of a float checkpoint: `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`,
+    `totals`.
+
+    `quantizing` says what the default grid would make of it: `layers`, `bits`, `group_size`,
+    `bytes_before` and `bytes_after` of the whole checkpoint, or `refused`, why it cannot be.
 
     With statistics each site also has `tokens`, `absmax`, `loud_channels` and `importance`:
     `max|x_j| · mean_i|W_ij|`, the loudest channels first. `fisher` ranks modules by the mean
@@ -35,12 +45,15 @@ def inspect_model(checkpoint: Checkpoint, source: StatisticsSource | None) -> di
         "tensors": _tensors(checkpoint),
         "sites": [_site(site, checkpoint, source) for site in found.sites],
         "fisher": _fisher(source),
+        "quantizing": _quantizing(checkpoint),
         "totals": _totals(checkpoint),
     }
 
 
 def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
-    """Of a quantized folder: `tensors`, `format`, `layers` with their grids, `totals`."""
+    """Of a quantized folder: `tensors`, `format`, `layers` with grid, method, size (`bytes` of
+    all their tensors, `bits_per_weight`), `totals`."""
+    packed, methods = folder.packed_names, _methods(folder.checkpoint)
     layers = [
         {
             "module": layer.module,
@@ -48,19 +61,32 @@ def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
             "bits": layer.grid.bits,
             "group_size": layer.grid.group_size,
             "sym": layer.grid.sym,
-            "method": layer.method,
+            "method": layer.method or methods.get(layer.module),
             "inputs": _inputs(layer.activation),
+            "bytes": size,
+            "bits_per_weight": 8 * size / layer.size,
         }
         for layer in folder.layers.values()
+        for size in (sum(spec.nbytes for spec in folder.fmt.specs(layer)),)
     ]
     return {
         "path": str(folder.checkpoint.path),
         "kind": "quantized",
         "format": folder.fmt.name,
         "layers": layers,
-        "tensors": _tensors(folder.checkpoint),
+        "tensors": _tensors(folder.checkpoint, packed),
         "totals": _totals(folder.checkpoint),
     }
+
+
+def _methods(checkpoint: Checkpoint) -> dict[str, str]:
+    """What rounded each module, where quantization.json says so: most layouts do not."""
+    if "quantization.json" not in listing(checkpoint.folder):
+        return {}
+    content = read_json(checkpoint.folder / "quantization.json")
+    layers = content.get("layers") if isinstance(content, dict) else None
+    layers = layers if isinstance(layers, dict) else {}
+    return {module: word for module, word in layers.items() if isinstance(word, str)}
 
 
 def _inputs(activation: Any) -> str | None:
@@ -71,14 +97,26 @@ def _inputs(activation: Any) -> str | None:
     return f"{activation.bits} bits, dynamic per {'token' if activation.per_token else 'tensor'}"
 
 
-def _tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
+    settings = GridSettings()
+    entry: dict[str, Any] = {"bits": settings.bits, "group_size": settings.group_size}
+    how = method("rtn")
+    try:
+        plan = make_plan(checkpoint, how, settings, how.settings(), format_named("ptq"), None)
+    except InputError as error:
+        return entry | {"refused": str(error)}
+    sizes = {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
+    return entry | {"layers": len(plan.layers)} | sizes
+
+
+def _tensors(checkpoint: Checkpoint, packed: Collection[str] = ()) -> list[dict[str, Any]]:
     return [
         {
             "tensor": stored.spec.name,
             "dtype": stored.spec.dtype,
             "shape": list(stored.spec.shape),
             "bytes": stored.spec.nbytes,
-            "left_alone": default_reason(stored),
+            "left_alone": None if stored.spec.name in packed else default_reason(stored),
         }
         for stored in checkpoint.tensors.values()
     ]

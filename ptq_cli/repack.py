@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli._version import __version__
+from ptq_cli.choice import dense_modules
 from ptq_cli.errors import InputError
+from ptq_cli.layers import keep_together, misfit_error
 from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.measures import measure
-from ptq_cli.plan import dense_modules, keep_together, misfit_error
 from ptq_cli.report import as_document, make_report
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES
 from ptq_cli.storage.folder import (

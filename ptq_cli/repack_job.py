@@ -10,8 +10,8 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
-from ptq_cli.plan import GridSettings
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
 from ptq_cli.runner import Listener, Progress
@@ -56,7 +56,7 @@ class RepackJob:
         )
 
         def told(done: int, total: int, row: LayerReport) -> None:
-            listen(Progress(done, total, row))
+            listen(Progress(done, total, row.module, row))
 
         return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=told)
 

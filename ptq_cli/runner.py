@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
+from ptq_cli.choice import dense_modules
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
-from ptq_cli.plan import dense_modules
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (
@@ -40,6 +40,7 @@ from ptq_cli.storage.calibration import (
 )
 from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
 from ptq_cli.storage.digest import digest_of, digest_words
+from ptq_cli.storage.files import kept_buffer
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.staging import Staging
@@ -55,11 +56,13 @@ WORTH_A_PROCESS = 1 << 22  # weights
 
 @dataclass(frozen=True)
 class Progress:
-    """Told of every finished layer: how many are done, of how many, and its row."""
+    """Told of every finished layer, or site of the pass before: how many are done, of how many,
+    which one this was, and a layer's row."""
 
     done: int
     total: int
-    row: LayerReport
+    name: str
+    row: LayerReport | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -157,7 +160,7 @@ def _run_units(
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row))
+            listen(Progress(len(rows), total, row.module, row))
 
     tasks = []
     for unit in plan.units:
@@ -194,7 +197,7 @@ def _work(job: UnitJob) -> Any:
     digests: dict[str, str] = {}
 
     def load(layer: Layer) -> StoredRows:
-        data = job.checkpoint.read_bytes(layer.tensor)
+        data = job.checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
         digests[layer.tensor] = digest_of(data)
         return job.checkpoint.weight_rows(layer, data)
 

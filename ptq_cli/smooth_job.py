@@ -5,44 +5,39 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ptq_cli._version import __version__
-from ptq_cli.api import AnyPath, Source, default_output, find_source, settings_of, with_scheme
+from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
+from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.options import make_settings
-from ptq_cli.plan import GridSettings, make_plan, model_sites
+from ptq_cli.plan import make_plan
+from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, quantization_document, run
-from ptq_cli.runner import Listener as RowListener
-from ptq_cli.smoothing import Listener, Smoothed, Smoothing, smooth
+from ptq_cli.runner import After, Listener, Progress, quantization_document, run
+from ptq_cli.smoothing import Smoothed, Smoothing, smooth
+from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
-from ptq_cli.storage.folder import Assembly, mapped, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport, Smoother
 
-FLOAT_BITS = 16  # `--bits 16`: smoothed float weights, nothing rounded
-
 
 @dataclasses.dataclass(frozen=True)
-class SmoothJob:
+class SmoothJob(Job):
     """A smoothing that is planned and ready to run. floats: only float weights are written."""
 
-    plan: Plan
-    checkpoint: Checkpoint
-    source: Source
     smoothing: Smoothing
-    output: Path
-    command: str
     floats: bool
 
     def run(
@@ -51,32 +46,27 @@ class SmoothJob:
         force: bool = False,
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
-        listen: RowListener = lambda _: None,
-        listen_sites: Listener = lambda *_: None,
+        max_shard_size: str | int = MAX_SHARD,
+        listen: Listener = lambda _: None,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError.
 
         resources: for the rounding; the pass over the sites is one process's work
         """
         begin = time.perf_counter()
-        inputs = {"model": self.checkpoint.fingerprint}
-        if self.source.fingerprint is not None:
-            inputs["calibration"] = self.source.fingerprint
-        job = {
-            "command": self.command,
-            "version": __version__,
-            "floats": self.floats,
-            **settings_of(self.plan),
-            **inputs,
-        }
-        keep = [*self.checkpoint.files, self.checkpoint.weights, *self.smoothing.source.files]
-        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        max_shard = parse_size(str(max_shard_size))
+        own = {"floats": self.floats, "max_shard_size": max_shard}
+        staging = self.staging(own, force=force, restart=restart)
+
+        def told(done: int, total: int, site: str) -> None:
+            listen(Progress(done, total, site))
+
         try:
             with threadpool_limits(1):
-                smoothed = smooth(self.smoothing, staging, listen_sites)
+                smoothed = smooth(self.smoothing, staging, told)
                 checkpoint = self._staged(smoothed, staging)
             if self.floats:
-                return self._write_floats(smoothed, checkpoint, staging, begin)
+                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard)
         except PtqError as error:
             staging.give_up(error)
             raise
@@ -89,9 +79,10 @@ class SmoothJob:
             smoothed.source,
             staging,
             command=self.command,
-            inputs=inputs,
+            inputs=self.inputs,
             listen=listen,
             resources=resources,
+            max_shard=max_shard,
             after=After(smoothed.annotate, _entries(smoothed), lambda out: _keep(smoothed, out)),
         )
         seconds = time.perf_counter() - begin
@@ -104,7 +95,12 @@ class SmoothJob:
         return stage_folded(smoothed.checkpoint, names, staging)
 
     def _write_floats(
-        self, smoothed: Smoothed, checkpoint: Checkpoint, staging: Staging, begin: float
+        self,
+        smoothed: Smoothed,
+        checkpoint: Checkpoint,
+        staging: Staging,
+        begin: float,
+        max_shard: int,
     ) -> RunReport:
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
         plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
@@ -112,13 +108,13 @@ class SmoothJob:
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=_entries(smoothed), settings=settings)
         parts = [(name, [mapped(checkpoint, name)]) for name in checkpoint.tensors]
-        inputs = {"model": self.checkpoint.fingerprint}
         documents = {
             "report.json": as_document(report, times=False),
-            "quantization.json": quantization_document(plan, report.settings, inputs, ()),
+            "quantization.json": quantization_document(plan, report.settings, self.inputs, ()),
         }
         fmt = format_named("ptq")
-        write_folder(staging.out, Assembly(parts, {}, (), fmt, documents), self.checkpoint)
+        assembly = Assembly(parts, {}, (), fmt, documents)
+        write_folder(staging.out, assembly, self.checkpoint, max_shard)
         _keep(smoothed, staging.out)
         staging.publish()
         return report
@@ -145,11 +141,10 @@ def prepare_smoothing(
     model: AnyPath,
     given: Mapping[str, Any],
     recipe: Mapping[str, Any] = {},
+    source: SourceSettings = BESIDE,
     *,
-    calibration: AnyPath | None = None,
-    activations: Iterable[AnyPath] = (),
-    bf16: bool = False,
     output: AnyPath | None = None,
+    runtime: str | None = None,
 ) -> SmoothJob:
     """Plan a smoothing: every mistake that can be known is found here.
 
@@ -176,8 +171,8 @@ def prepare_smoothing(
     rounder = method(own.then)
     rounding = make_settings(rounder.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
-    source = find_source(checkpoint, calibration, activations, bf16=bf16)
-    if source.statistics is None:
+    inputs = find_source(checkpoint, source)
+    if inputs.statistics is None:
         raise InputError(
             f"{checkpoint.path}: {command} needs calibration, and there is none",
             hint="--calibration FILE or --activations DIR",
@@ -191,7 +186,7 @@ def prepare_smoothing(
     _check(command, settings, own, found.sites, str(checkpoint.path), found.notes)
     fmt = format_named(settings.format)
     plan = make_plan(
-        checkpoint, rounder, settings, rounding, fmt, source.statistics,
+        checkpoint, rounder, settings, rounding, fmt, inputs.statistics,
         activation=None if floats else _activation(scheme),
     )  # fmt: skip
     _check_static(scheme, plan)
@@ -199,11 +194,12 @@ def prepare_smoothing(
     plan = dataclasses.replace(
         plan,
         settings=(settings, rounding, *(part for part in parts[1:] if part != rounding)),
-        warnings=(*plan.warnings, *source.warnings, *found.notes),
     )
+    runtime = None if floats else runtime
+    plan = with_warnings(plan, checkpoint, inputs, runtime, *found.notes)
     smoothing = Smoothing(
         checkpoint=checkpoint,
-        source=source.statistics,
+        source=inputs.statistics,
         sites=found.sites,
         layers={layer.tensor: layer for layer in plan.layers},
         smoother=how,
@@ -218,7 +214,7 @@ def prepare_smoothing(
     if output is None:
         output = default_output(checkpoint, command, settings)
         output = output.rsplit("-", 1)[0] if floats else output
-    return SmoothJob(plan, checkpoint, source, smoothing, Path(output), command, floats)
+    return SmoothJob(plan, checkpoint, inputs, Path(output), command, smoothing, floats)
 
 
 def _activation(scheme: ActivationSettings) -> Activation | None:

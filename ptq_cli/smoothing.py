@@ -323,7 +323,7 @@ class _Group:
         inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
         inputs = inputs.astype(np.float32)
         scheme = activations_for(statistics, self.job.activations)
-        product = linear_w8a8(inputs, chosen.rounded, None, scheme)
+        product = linear_w8a8(inputs, chosen.stored.rounded, None, scheme)
         return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
 
     def _rounded(

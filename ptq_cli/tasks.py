@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli import stopping
 from ptq_cli.errors import FileError, PtqError
 from ptq_cli.numerics.threads import use_threads
-from ptq_cli.storage.machine import cores, memory_available
+from ptq_cli.storage.machine import cores, memory_available, parse_size
 from ptq_cli.storage.units import ChangedInput
 from ptq_cli.workers import Crew, WorkerLost
 
@@ -54,6 +54,13 @@ class Resources:
 
 ALL_THERE_IS = Resources()
 THIS_PROCESS = Resources(workers=1)
+
+
+def take_resources(options: dict[str, Any]) -> Resources:
+    """Take `workers`, `max_memory` (bytes, or words like 2GiB) and `scheduler` out of `options`."""
+    workers, memory = options.pop("workers", None), options.pop("max_memory", None)
+    size = None if memory is None else parse_size(str(memory))
+    return Resources(workers, size, options.pop("scheduler", None))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.choice import default_reason, model_sites
 from ptq_cli.errors import InputError
 from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics.statistics import (
@@ -30,7 +31,6 @@ from ptq_cli.numerics.statistics import (
     SiteAccumulator,
     piece_tokens,
 )
-from ptq_cli.plan import default_reason, model_sites
 from ptq_cli.storage.calibration import file_content, site_entry, site_tensors
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.files import replacing

@@ -56,10 +56,18 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A format's tensors, and the rounded weight that they unpack to."""
+
+    tensors: dict[str, Array]
+    rounded: QuantizedWeight
+
+
+@dataclass(frozen=True)
 class Chosen:
     """What is written of a layer, and how good it is."""
 
-    rounded: QuantizedWeight
+    stored: Stored
     measures: Measures
     rtn: Measures
     method: str
@@ -160,7 +168,7 @@ def choose(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
     stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, stored, hessian, heldout, rounding.outputs, exact)
+    measures = measure(weight, stored.rounded, hessian, heldout, rounding.outputs, exact)
     if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
@@ -179,13 +187,13 @@ def _nearest(
     input_scale: float | None = None,
     outputs: FloatArray | None = None,
     exact: Array | None = None,
-) -> tuple[QuantizedWeight, Measures]:
+) -> tuple[Stored, Measures]:
     """Plain rounding to nearest and its errors, a few rows at a time."""
     if layer.grid.group_size == 0:
         whole = weight[:]
         plain = replace(round_to_nearest(whole, layer.grid), input_scale=input_scale)
         stored = _as_stored(layer, plain, fmt)
-        return stored, measure(whole, stored, hessian, heldout, outputs, exact)
+        return stored, measure(whole, stored.rounded, hessian, heldout, outputs, exact)
     plain = replace(blank(layer.shape, layer.grid), input_scale=input_scale)
 
     def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -198,8 +206,8 @@ def _nearest(
 
     measures = measure_rows(layer.shape, work, hessian, heldout, exact)
     stored = _as_stored(layer, plain, fmt)
-    if stored.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight[:], stored, hessian, heldout, outputs, exact)
+    if stored.rounded.offsets is not None:  # then it does not decode to quite what was measured
+        measures = measure(weight[:], stored.rounded, hessian, heldout, outputs, exact)
     return stored, measures
 
 
@@ -230,7 +238,6 @@ def _finish(
     layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
-    tensors = fmt.encode(layer, chosen.rounded)
     size = sum(spec.nbytes for spec in fmt.specs(layer))
     row = LayerReport(
         layer=layer.tensor,
@@ -251,7 +258,7 @@ def _finish(
         notes=(*chosen.notes, *_few(statistics)),
         **error_columns(chosen.measures, chosen.rtn),
     )
-    return LayerResult(layer, tensors, row)
+    return LayerResult(layer, chosen.stored.tensors, row)
 
 
 def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
@@ -287,9 +294,10 @@ def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     }
 
 
-def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> QuantizedWeight:
-    """What the packed tensors unpack to. Refuses a layer where that is not what was computed."""
-    unpacked = fmt.decode(layer, fmt.encode(layer, rounded))
+def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Stored:
+    """The weight, packed. Refuses a layer that does not unpack to what was computed."""
+    tensors = fmt.encode(layer, rounded)
+    unpacked = fmt.decode(layer, tensors)
     same = (
         _equal(unpacked.codes, rounded.codes)
         and np.array_equal(unpacked.scales, rounded.scales)
@@ -298,7 +306,7 @@ def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Quantized
     )
     if not same:
         raise InputError("what was packed does not unpack to the same", hint="report this bug")
-    return unpacked
+    return Stored(tensors, unpacked)
 
 
 def _equal(a: Codes, b: Codes) -> bool:

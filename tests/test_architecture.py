@@ -8,14 +8,15 @@ Imports point one way, from a later floor to an earlier one or within the same f
     4  methods, formats, models                  plug-ins; never one another
     5  registry                                  their names
     6  storage                                   the only one that opens files
-    7  plan
+    7  grid_settings, choice, layers, work,     what there is to do
+       plan                                      all of it in one value
     8  workers, worker, tasks                    where work is done, and in which order
        unit, linear, report                      one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
     10 display, options, config, page
-    11 api, smooth_job
+    11 sources, …_job, api                       the commands as functions
     12 cli
     13 __main__, __init__
 """
@@ -38,14 +39,14 @@ FLOORS = [
     ("methods", "formats", "models"),
     ("registry",),
     ("storage",),
-    ("plan",),
+    ("grid_settings", "choice", "layers", "work", "plan"),
     ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
         *("quality", "torch_capture"),
     ),
     ("display", "options", "config", "page"),
-    ("api", "smooth_job", "repack_job", "checking"),
+    ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),
     ("cli",),
     ("__main__", "__init__"),
 ]

@@ -21,8 +21,10 @@ from ptq_cli.models.attention import pack
 from ptq_cli.models.forward import embed, forward_block
 from ptq_cli.numerics.statistics import SiteAccumulator
 from ptq_cli.quality import quantized_tensors
+from ptq_cli.quantize_job import prepare
 from ptq_cli.runner import Progress
 from ptq_cli.sequential import TokenSource, model_architecture
+from ptq_cli.sources import SourceSettings
 from ptq_cli.storage.calibration import open_calibration
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
@@ -120,7 +122,8 @@ def test_parallel_layers_is_calibrate_then_gptq(tmp_path: Path) -> None:
 
 
 def test_strength_zero_needs_no_float_stream(tmp_path: Path) -> None:
-    job = api.prepare("gptq", SAMPLE, {"drift": 0.0}, tokens=SETTINGS, output=tmp_path / "out")
+    source = SourceSettings(tokens=SETTINGS)
+    job = prepare("gptq", SAMPLE, {"drift": 0.0}, source=source, output=tmp_path / "out")
     assert isinstance(job.source.statistics, TokenSource)
     assert not job.source.statistics.correct
 

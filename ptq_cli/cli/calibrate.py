@@ -11,6 +11,8 @@ from ptq_cli import api, display
 from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
+from ptq_cli.sources import take_tokens
+from ptq_cli.tasks import take_resources
 
 
 @click.command("calibrate")
@@ -105,7 +107,7 @@ def calibrate(
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    settings = api.token_settings(options)
+    settings = take_tokens(options)
     if bool(merge) + bool(activations or gradients) + settings.given > 1:
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
@@ -124,7 +126,7 @@ def calibrate(
             missing=fallback,
             force=force,
             restart=restart,
-            resources=api.take_resources(options),
+            resources=take_resources(options),
             listen=line,
             warn=lambda warning: emit_warnings([warning], strict),
         )

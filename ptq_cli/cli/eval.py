@@ -21,6 +21,7 @@ from ptq_cli.cli.common import (
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.report import check_gates
+from ptq_cli.sources import take_tokens
 
 
 @click.command("eval")
@@ -101,7 +102,7 @@ def evaluate(
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_path(report_path)
-    settings = api.token_settings(tokens)
+    settings = take_tokens(tokens)
     wants = kl_per_block or max_perplexity_increase is not None or max_kl is not None
     if wants and not settings.given:
         raise click.UsageError("perplexity and KL need --tokens or --text")

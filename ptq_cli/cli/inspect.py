@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def inspect(
     bf16: bool,
     as_json: bool,
 ) -> None:
-    """Show tensors, dtypes and shapes of PATH, and for a float model its sites.
+    """Show tensors, dtypes and shapes of PATH; of a float model its sites, too, and what quantizing
+    it would give; of a quantized one grid, method and size of each layer.
 
     With calibration: loud channels, the channels that can move a site's outputs most
     (max|x| · mean|W|), and, where gradients were given to ptq calibrate, layers ranked by Fisher
@@ -40,27 +42,61 @@ def inspect(
 
 
 def _show(document: dict[str, Any]) -> None:
+    quantized = document["kind"] == "quantized"
     columns = [("tensor", "left"), ("dtype", "left"), ("shape", "left"), ("left alone", "left")]
     rows = [
         [t["tensor"], t["dtype"], str(t["shape"]), t["left_alone"] or ""]
         for t in document["tensors"]
+        if t["left_alone"] or not quantized
     ]
     display.table(columns, rows)
-    for layer in document.get("layers", [])[:1]:
-        method = f", {layer['method']}" if layer["method"] else ""
-        display.line(
-            f"{document['format']}: {len(document['layers'])} layers, the first"
-            f" {layer['bits']} bits, group size {layer['group_size']}{method}"
-        )
+    if quantized:
+        _show_layers(document["format"], document["layers"])
     if document.get("sites"):
         _show_sites(document["sites"])
     if document.get("fisher"):
         _show_fisher(document["fisher"])
     for note in document.get("notes", []):
         display.line(note)
+    if not quantized:
+        _show_quantizing(document["quantizing"])
     totals = document["totals"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in totals["dtypes"].items())
     display.line(f"{totals['tensors']} tensors ({dtypes}), {display.size(totals['bytes'])}")
+
+
+def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
+    """Grid, method and size per layer, and how many have which grid."""
+    columns = ("shape", "bits", "group", "sym", "method", "inputs", "bits/weight", "size")
+    rows = [
+        [
+            layer["module"],
+            str(layer["shape"]),
+            *(str(layer[key]) for key in ("bits", "group_size")),
+            "yes" if layer["sym"] else "no",
+            layer["method"] or "-",
+            layer["inputs"] or "-",
+            f"{layer['bits_per_weight']:.2f}",
+            display.size(layer["bytes"]),
+        ]
+        for layer in layers
+    ]
+    display.table([("layer", "left"), *((column, "left") for column in columns)], rows)
+    grids = Counter((layer["bits"], layer["group_size"]) for layer in layers)
+    said = ", ".join(f"{n} with {b} bits in groups of {g}" for (b, g), n in grids.most_common())
+    said = said.replace("in groups of -1", "per row").replace("in groups of 0", "per tensor")
+    display.line(f"{name}: {len(layers)} layers, {said}")
+
+
+def _show_quantizing(entry: dict[str, Any]) -> None:
+    if "refused" in entry:
+        display.line(f"cannot be quantized: {entry['refused']}")
+        return
+    before, after = (display.size(entry[key]) for key in ("bytes_before", "bytes_after"))
+    display.line(
+        f"{entry['bits']} bits in groups of {entry['group_size']} would take {entry['layers']}"
+        f" tensors, and {before} to {after}; ptq gptq --dry-run says more"
+    )
 
 
 def _show_sites(sites: list[dict[str, Any]]) -> None:

@@ -7,26 +7,13 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
-from ptq_cli.cli.common import (
-    PATH,
-    check_report_path,
-    emit_report,
-    emit_warnings,
-    gate_options,
-    model_argument,
-    report_options,
-    resource_options,
-    source_options,
-)
+from ptq_cli.cli.common import model_argument, source_options
+from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
 from ptq_cli.cli.tokens import token_options
-from ptq_cli.config import load_recipe
+from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import add_options
-from ptq_cli.plan import GridSettings
+from ptq_cli.quantize_job import prepare
 from ptq_cli.registry import method
-from ptq_cli.report import check_gates
-from ptq_cli.runner import Progress
-from ptq_cli.runtimes import RUNTIMES
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -56,7 +43,6 @@ _HELP = {
 
 
 _DEFAULTS = {"pack": {"mse": False}}  # where a command's own differ
-_SOURCE = ("calibration", "activations", "bf16", "require_calibration")
 
 
 def _command(name: str) -> click.Command:
@@ -65,48 +51,12 @@ def _command(name: str) -> click.Command:
     def run(model: Path, **options: Any) -> None:
         _run(name, own, model, options)
 
-    command: Any = run
-    command = gate_options(command)
-    command = report_options(command)
-    command = resource_options(command)
-    command = click.option(
-        "--max-shard-size",
-        default="4GB",
-        show_default=True,
-        metavar="SIZE",
-        help="Weights files hold at most SIZE.",
-    )(command)
-    command = click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")(
-        command
-    )
-    command = click.option("--force", is_flag=True, help="Replace an existing output.")(command)
-    command = click.option(
-        "-o",
-        "--output",
-        type=PATH,
-        metavar="DIR",
-        help=f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]",
-    )(command)
-    command = click.option(
-        "--runtime",
-        type=click.Choice(list(RUNTIMES)),
-        help="Warn of what this runtime could not load (ptq check).",
-    )(command)
-    command = click.option(
-        "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
-    )(command)
+    command: Any = quantizing_options(name, "w<bits>g<group>[-<format>]")(run)
     if name != "pack":
         command = click.option(
             "--require-calibration", is_flag=True, help="Fail where there is no calibration."
         )(command)
-        command = click.option(
-            "--parallel-layers",
-            is_flag=True,
-            help="With --tokens: calibrate every layer on the float model, not on what the rounded"
-            " layers before it produce; faster.",
-        )(command)
-        command = token_options(command)
-        command = source_options(command)
+        command = source_options(token_options(command, parallel_layers=True))
     if name == "gptq":
         command = click.option(
             "--fallback",
@@ -121,40 +71,14 @@ def _command(name: str) -> click.Command:
 
 
 def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> None:
-    check_report_path(options["report_path"])
-    recipe_path = options.pop("config")
-    recipe = {} if recipe_path is None else load_recipe(recipe_path, name, (GridSettings, own))
-    if name in _DEFAULTS:
-        recipe = {**_DEFAULTS[name], **recipe}
-    own_words = (*_SOURCE, "fallback", "runtime", "parallel_layers")
-    where = {key: options.pop(key) for key in own_words if key in options}
-    where["tokens"] = tokens = api.token_settings(options)
-    if where.get("parallel_layers") and not tokens.given:
-        raise click.UsageError("--parallel-layers needs --tokens or --text")
-    job = api.prepare(name, model, options, recipe, output=options["output"], **where)
-    resources = api.take_resources(options)
-    warnings = (*job.plan.warnings, *job.memory_warnings(resources))
-    emit_warnings(warnings, options["strict"])
-    with display.ProgressLine(name, quiet=options["as_json"]) as line:
-
-        def listen(progress: Progress) -> None:
-            line(progress.done, progress.total, progress.row.module)
-
-        report = job.run(
-            force=options["force"],
-            restart=options["restart"],
-            resources=resources,
-            max_shard_size=options["max_shard_size"],
-            listen=listen,
-        )
-    for warning in report.warnings[len(job.plan.warnings) :]:
-        display.warn(warning)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
+    recipe = {**_DEFAULTS.get(name, {}), **take_recipe(name, options, (GridSettings, own))}
+    words = ("fallback", "runtime", "require_calibration")
+    where = {key: options.pop(key) for key in words if key in options}
+    source = take_sources(options)
+    run_command(
+        name,
+        lambda: prepare(name, model, options, recipe, source, output=options["output"], **where),
+        options,
     )
 
 

@@ -7,24 +7,12 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
-from ptq_cli.cli.common import (
-    PATH,
-    check_report_path,
-    emit_report,
-    emit_warnings,
-    gate_options,
-    model_argument,
-    report_options,
-    resource_options,
-    source_options,
-)
-from ptq_cli.config import load_recipe
+from ptq_cli.cli.common import model_argument, source_options
+from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
+from ptq_cli.grid_settings import FLOAT_BITS
 from ptq_cli.options import add_options
 from ptq_cli.registry import smoother
-from ptq_cli.report import check_gates
-from ptq_cli.runner import Progress
-from ptq_cli.smooth_job import FLOAT_BITS, SmoothJob, prepare_smoothing, smooth_settings
+from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
 
 _HELP = {
     "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.
@@ -52,66 +40,29 @@ _HELP = {
 }
 
 
+_FLOATS = "smoothquant"  # whose weights may stay floats
+
+
 def _command(name: str) -> click.Command:
     def run(model: Path, **options: Any) -> None:
         _run(name, model, options)
 
-    command: Any = run
-    command = report_options(gate_options(resource_options(command)))
-    command = click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")(
-        command
-    )
-    command = click.option("--force", is_flag=True, help="Replace an existing output.")(command)
-    command = click.option(
-        "-o",
-        "--output",
-        type=PATH,
-        metavar="DIR",
-        help=f"[default: <model>-{name}-w<bits><group> in the current folder]",
-    )(command)
-    command = click.option(
-        "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
-    )(command)
-    command = source_options(command)
+    command: Any = source_options(quantizing_options(name, "w<bits><group>")(run))
     command = add_options(*smooth_settings(name), defaults=smoother(name).defaults)(command)
     made: click.Command = click.command(name, help=_HELP[name])(model_argument()(command))
     for option in made.params:
-        if name == "smoothquant" and option.name == "bits":
+        if name == _FLOATS and option.name == "bits":
             option.type = click.IntRange(2, FLOAT_BITS)
     return made
 
 
 def _run(name: str, model: Path, options: dict[str, Any]) -> None:
-    check_report_path(options["report_path"])
-    path = options.pop("config")
-    recipe = {} if path is None else load_recipe(path, name, smooth_settings(name))
-    where = {key: options.pop(key) for key in ("calibration", "activations", "bf16")}
-    job = prepare_smoothing(name, model, options, recipe, output=options["output"], **where)
-    emit_warnings(job.plan.warnings, options["strict"])
-    report = _work(job, name, options)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
+    recipe = take_recipe(name, options, smooth_settings(name), floats=name == _FLOATS)
+    source = take_sources(options)
+    where = {key: options.pop(key) for key in ("output", "runtime")}
+    run_command(
+        name, lambda: prepare_smoothing(name, model, options, recipe, source, **where), options
     )
-
-
-def _work(job: SmoothJob, name: str, options: dict[str, Any]) -> Any:
-    resources = api.take_resources(options)
-    with display.ProgressLine(name, quiet=options["as_json"]) as line:
-
-        def listen(progress: Progress) -> None:
-            line(progress.done, progress.total, progress.row.module)
-
-        return job.run(
-            force=options["force"],
-            restart=options["restart"],
-            resources=resources,
-            listen=listen,
-            listen_sites=line,
-        )
 
 
 smoothquant = _command("smoothquant")

@@ -15,8 +15,18 @@ C = TypeVar("C", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
 
 
-def token_options(command: C) -> C:
-    """Which tokens: the fields of `TokenSettings`, by the same names."""
+def token_options(command: C, *, parallel_layers: bool = False) -> C:
+    """Which tokens: the fields of `TokenSettings`, by the same names.
+
+    parallel_layers: whether the command may quantize in sequence
+    """
+    if parallel_layers:
+        command = click.option(
+            "--parallel-layers",
+            is_flag=True,
+            help="With --tokens: calibrate every layer on the float model, not on what the rounded"
+            " layers before it produce; faster.",
+        )(command)
     for option in (
         click.option(
             "--mask",

@@ -100,6 +100,7 @@ def _unpack(words: Array) -> Codes:
 
 
 def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+    layout.check_fused(layers, dense)
     sizes = {layer.grid.group_size for layer in layers}
     if len(sizes) > 1:
         raise InputError(

@@ -142,7 +142,7 @@ def _order(layer: Layer, g_idx: Array) -> Array | None:
 
 
 def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
-    layout.check_fused(layers)
+    layout.check_fused(layers, dense)
     base = layout.commonest(layers)
     config: dict[str, Any] = {
         "quant_method": "gptq",

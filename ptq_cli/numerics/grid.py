@@ -86,17 +86,37 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
 
 def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, FloatArray]:
     """Scales and zeros of the whole range of each group, without a search."""
-    if grid.sym and weight.size and axis == -1 and weight.flags.c_contiguous:
-        high = _group_max(np.abs(weight))
-        return range_grid(-high, high, grid)
+    if weight.size and axis == -1 and weight.flags.c_contiguous:
+        return range_grid(*_group_range(weight, grid.sym), grid)
     return range_grid(weight.min(axis), weight.max(axis), grid)
 
 
-def _group_max(weight: FloatArray) -> FloatArray:
-    """`weight.max(-1)`: `reduceat` has less to do for each of many short groups."""
-    width = weight.shape[-1]
-    flat: FloatArray = np.maximum.reduceat(weight.reshape(-1), np.arange(0, weight.size, width))
-    return flat.reshape(weight.shape[:-1])
+def _group_range(weight: FloatArray, sym: bool) -> tuple[FloatArray, FloatArray]:
+    """`weight.min(-1), weight.max(-1)`, or with `sym` −absmax and absmax, of finite values.
+
+    Integers have the faster loops, and `reduceat` less to do for each of many short groups: the
+    bits of floats, as signed integers, sort as the floats do once negative ones are mirrored.
+    """
+    shape, word = weight.shape[:-1], np.dtype(f"i{weight.itemsize}")
+    starts = np.arange(0, weight.size, weight.shape[-1])
+    if sym:
+        bits = np.abs(weight).reshape(-1).view(word)
+        high = np.maximum.reduceat(bits, starts).view(weight.dtype).reshape(shape)
+        return -high, high
+    ordered = _mirrored(weight.reshape(-1).view(word))
+    low, high = (
+        _mirrored(extreme.reduceat(ordered, starts)).view(weight.dtype).reshape(shape)
+        for extreme in (np.minimum, np.maximum)
+    )
+    return low, high
+
+
+def _mirrored(bits: NDArray[np.signedinteger[Any]]) -> NDArray[np.signedinteger[Any]]:
+    """All bits but the sign inverted where the sign is set; its own inverse."""
+    mask = bits >> (8 * bits.itemsize - 1)
+    mask &= np.iinfo(bits.dtype).max
+    mask ^= bits
+    return mask
 
 
 def search_grid(
@@ -196,10 +216,10 @@ def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> Float
     `weight − dequantized`. (The group is not the whole tensor.)"""
     scales = np.empty(into.scales[rows].shape, weight.dtype)
     zeros = np.empty_like(scales)
-    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros)
+    decoded = np.empty_like(weight)
+    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros, decoded)
     into.scales[rows], into.zeros[rows] = scales, zeros
-    error = into.dequantized(rows)
-    return np.subtract(weight, error, out=error)
+    return np.subtract(weight, decoded, out=decoded)
 
 
 def pieces(start: int, stop: int, columns: int) -> list[slice]:
@@ -215,8 +235,10 @@ def round_rows(
     codes: Codes,
     scales: FloatArray,
     zeros: FloatArray,
+    decoded: FloatArray | None = None,
 ) -> None:
-    """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows."""
+    """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows, and what
+    they decode to into `decoded`."""
     for columns, groups in grid.runs(weight.shape[1]):
         n_groups = groups.stop - groups.start
         part = weight[:, columns].reshape(len(weight), n_groups, -1)
@@ -224,14 +246,27 @@ def round_rows(
         if importance is not None:
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], n_groups, -1)
-        part_scales, part_zeros = _fit(part, weights, grid)
-        centred = part / part_scales[..., None]
+        scales[:, groups], zeros[:, groups] = part_scales, part_zeros = _fit(part, weights, grid)
+        # Scales spread over the columns: one long loop costs less than one for each group.
+        scale = np.repeat(part_scales.reshape(-1), part.shape[-1])
+        centred = part.reshape(-1) / scale
         np.rint(centred, out=centred)
-        centred += part_zeros[..., None]
-        np.clip(centred, grid.min_code, grid.max_code, out=centred)
-        codes[:, columns] = centred.reshape(len(weight), -1)
-        scales[:, groups] = part_scales
-        zeros[:, groups] = part_zeros
+        if grid.sym:
+            np.clip(
+                centred, grid.min_code - grid.mid_code, grid.max_code - grid.mid_code, out=centred
+            )
+            unsigned = centred.astype(np.int8).view(np.uint8) + np.uint8(grid.mid_code)
+        else:
+            zero = np.repeat(part_zeros.reshape(-1), part.shape[-1])
+            centred += zero
+            np.clip(centred, grid.min_code, grid.max_code, out=centred)
+            unsigned = centred.astype(np.uint8)
+            if decoded is not None:
+                centred -= zero
+        codes[:, columns] = unsigned.reshape(len(weight), -1)
+        if decoded is not None:
+            centred *= scale
+            decoded[:, columns] = centred.reshape(len(weight), -1)
 
 
 def _fit(

@@ -103,25 +103,38 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-def check_fused(layers: Sequence[Layer]) -> None:
+def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
     """Runtimes fuse q/k/v and gate/up into one matrix: their grids must be the same.
+
+    dense: modules left in floating point; vLLM refuses a matrix that is quantized in part
 
     Raises:
         InputError: two of them differ; both are named.
     """
     first: dict[tuple[str, int], Layer] = {}
     for layer in layers:
-        parent, _, own = layer.module.rpartition(".")
-        for place, names in enumerate(_FUSED):
-            if own not in names:
-                continue
-            other = first.setdefault((parent, place), layer)
-            if scheme(other) != scheme(layer):
-                raise InputError(
-                    f"{other.module} has {_said(other)} and {layer.module} {_said(layer)},"
-                    " but runtimes fuse the two",
-                    hint="give them the same bits, group size and symmetry",
-                )
+        place = _fused_place(layer.module)
+        other = layer if place is None else first.setdefault(place, layer)
+        if scheme(other) != scheme(layer):
+            raise InputError(
+                f"{other.module} has {_said(other)} and {layer.module} {_said(layer)},"
+                " but runtimes fuse the two",
+                hint="give them the same bits, group size and symmetry",
+            )
+    for module in dense:
+        place = _fused_place(module)
+        if place in first:
+            raise InputError(
+                f"{first[place].module} has {_said(first[place])} and {module} is left dense, but"
+                " runtimes (vLLM) fuse the two",
+                hint="quantize both or neither",
+            )
+
+
+def _fused_place(module: str) -> tuple[str, int] | None:
+    """The fused matrix that a module becomes a part of, if any."""
+    parent, _, own = module.rpartition(".")
+    return next(((parent, i) for i, names in enumerate(_FUSED) if own in names), None)
 
 
 def scheme(layer: Layer) -> tuple[Any, ...]:

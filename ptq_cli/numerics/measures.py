@@ -201,7 +201,7 @@ def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
 
 def _square(values: NDArray[np.float32]) -> float:
     """Σ values²: BLAS in float32 over a row, float64 over rows."""
-    return float(np.einsum("rk,rk->r", values, values).sum(dtype=np.float64))
+    return float(np.vecdot(values, values).sum(dtype=np.float64))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -19,7 +19,7 @@ from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothing import check_factors
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, Room, StoredRows, new_buffer, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
@@ -47,9 +47,9 @@ class FoldedCheckpoint(Checkpoint):
             return values
         return as_stored(name, fold_tensor(name, values, self.folds[name]), values.dtype)
 
-    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+    def read_bytes(self, name: str, room: Room = new_buffer) -> NDArray[np.uint8]:
         if name not in self.folds:
-            return self.base.read_bytes(name)
+            return self.base.read_bytes(name, room)
         return as_bytes(name, self.read(name)).data
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:

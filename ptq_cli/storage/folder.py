@@ -271,10 +271,10 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
             return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})
-    raise InputError(
-        f"{path}: not a quantized checkpoint in a layout this tool knows",
-        hint=f"it knows {', '.join(FORMATS)}",
-    )
+    known = f"it knows {', '.join(FORMATS)}"
+    if mlx_weights(checkpoint):
+        known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
+    raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
 
 
 def holds_quantized(path: Path) -> bool:
@@ -289,8 +289,21 @@ def holds_quantized(path: Path) -> bool:
     return (
         ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
         or any(name.endswith(_PACKED) for name in checkpoint.tensors)
+        or bool(mlx_weights(checkpoint))
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )
+
+
+def mlx_weights(checkpoint: Checkpoint) -> list[str]:
+    """Weights packed as MLX does: they keep their name, and are words beside `.scales`."""
+    tensors = checkpoint.tensors
+    return [
+        name
+        for name, stored in tensors.items()
+        if stored.spec.dtype == "U32"
+        and name.endswith(".weight")
+        and name.removesuffix("weight") + "scales" in tensors
+    ]
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ class Staging:
             raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
         self.folder = output.with_name(output.name + ".partial")
         self.store = UnitStore(self.folder / "units")
-        self._lock, self._fresh = -1, False
+        self._lock, self._fresh, self._kept_out = -1, False, False
         stopping.work_begins()
         self._open = True
         try:
@@ -76,9 +76,10 @@ class Staging:
         except BaseException:
             if self._fresh:
                 self.drop()
+            elif not self._kept_out:  # an empty folder is ours, unless its lock is another's
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
             self.close()
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()  # where it is empty, it is ours
             raise
 
     @property
@@ -96,6 +97,7 @@ class Staging:
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
+                self._kept_out = True
                 raise InputError(
                     f"{self.folder}: another run is working on this output",
                     hint="wait for it, or choose another output with -o",

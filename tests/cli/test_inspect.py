@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ptq_cli.storage.checkpoint import open_checkpoint
-from tests.builders import ptq
+from tests.builders import ptq, write_model
 from tests.methods.rescaled import rescaled_sample
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -69,6 +72,52 @@ def test_a_smoothed_float_model_is_a_float_model(sample):
     assert ptq("inspect", "packed", "--json").document["kind"] == "quantized"
 
 
-def test_no_method_leaves_no_comma_behind(sample):
-    assert ptq("rtn", sample, "--format", "gptq", "-o", "out").code == 0
-    assert "group size 128\n" in ptq("inspect", "out").out
+def test_a_float_model_says_what_the_default_grid_would_make_of_it(sample):
+    entry = ptq("inspect", sample, "--json").document["quantizing"]
+    assert ptq("rtn", sample, "-o", "out", "--json").code == 0
+    totals = json.loads(Path("out/report.json").read_text())["totals"]
+    assert entry == {
+        "bits": 4, "group_size": 128, "layers": totals["layers"],
+        "bytes_before": totals["bytes_before"], "bytes_after": totals["bytes_after"],
+    }  # fmt: skip
+    assert "28 tensors" in ptq("inspect", sample).out
+
+
+def test_a_model_without_anything_to_quantize(tmp_path):
+    path = write_model(tmp_path / "m.safetensors", {"x": np.ones(3, np.float32)})
+    assert "refused" in ptq("inspect", path, "--json").document["quantizing"]
+    outcome = ptq("inspect", path)
+    assert (outcome.code, "cannot be quantized" in outcome.out) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["ptq", "gptq", "awq", "compressed-tensors", "mlx"])
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_layers_of_every_layout_with_their_grids_and_sizes(sample, name, file):
+    """By the folder, and by its weights file: MLX's had passed for a float model."""
+    asym = ["--asym"] if name in ("awq", "mlx") else []
+    assert ptq("rtn", sample, "--group-size", 64, *asym, "--format", name, "-o", "out").code == 0
+    outcome = ptq("inspect", Path("out") / file, "--json")
+    assert outcome.code == 0, outcome.err
+    document = outcome.document
+    assert (document["kind"], document["format"]) == ("quantized", name)
+    rows = json.loads(Path("out/report.json").read_text())["layers"]
+    sizes = {row["module"]: (row["bytes"], row["bits_per_weight"]) for row in rows}
+    found = {x["module"]: (x["bytes"], x["bits_per_weight"]) for x in document["layers"]}
+    assert found == sizes
+    assert {layer["method"] for layer in document["layers"]} == {"rtn"}
+    left = {entry["tensor"] for entry in document["tensors"] if entry["left_alone"]}
+    assert "model.norm.weight" in left
+    assert not any("_proj" in tensor for tensor in left)
+    assert "28 layers, 28 with 4 bits in groups of 64" in ptq("inspect", "out").out
+
+
+def test_an_mlx_file_is_never_taken_for_a_float_model(sample):
+    outcome = ptq("rtn", sample, "--asym", "--group-size", 32, "--format", "mlx", "-o", "out")
+    assert outcome.code == 0, outcome.err
+    alone = Path("alone").mkdir() or Path("alone/model.safetensors")
+    alone.write_bytes(Path("out/model.safetensors").read_bytes())
+    for command in (["rtn"], ["inspect"], ["calibrate", "--activations", sample / "activations"]):
+        outcome = ptq(*command, alone)
+        assert (outcome.code, len(outcome.errors)) == (1, 1), outcome
+        assert "quantized" in outcome.err
+    assert "config.json" in ptq("inspect", alone).err

@@ -176,7 +176,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(loud, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ptq_cli.smoothquant(loud, output="out", listen_sites=stop)
+        ptq_cli.smoothquant(loud, output="out", listen=stop)
     assert Path("out.partial").exists()
     ptq_cli.smoothquant(loud, output="out")
     assert tree(Path("out")) == tree(Path("whole"))
@@ -283,3 +283,16 @@ def test_which_tokens_needs_tokens(option, sample):
 
 def test_the_help_of_pack_tells_its_own_default():
     assert "[default: no-mse]" in " ".join(ptq("pack", "--help").out.split())
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_shards_and_what_a_runtime_could_not_load(sample, bits):
+    small = ("--max-shard-size", "500KB", "--runtime", "vllm", "--alpha", 0.5)
+    outcome = ptq("smoothquant", sample, "--bits", bits, *small, "-o", "out")
+    assert outcome.code == 0
+    assert "vllm: " in outcome.err if bits == 8 else "vllm" not in outcome.err
+    shards = list(Path("out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    ptq("smoothquant", sample, "--bits", bits, "--alpha", 0.5, "-o", "whole")
+    split = {name: entry for shard in shards for name, entry in read_model(shard).items()}
+    assert split == read_model(Path("whole/model.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -131,6 +132,18 @@ def test_a_second_run_is_kept_out():
     with pytest.raises(PtqError, match="another run is working"):
         opened(restart=True)
     first.close()
+    opened().close()
+
+
+def test_a_run_that_is_kept_out_leaves_the_others_empty_folder():
+    """Two runs that began together: one held the lock, the other removed the folder under it."""
+    os.mkdir("out.partial")
+    other = os.open("out.partial", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(PtqError, match="another run is working"):
+        opened()
+    assert os.path.isdir("out.partial")
+    os.close(other)
     opened().close()
 
 

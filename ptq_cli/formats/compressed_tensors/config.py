@@ -34,7 +34,7 @@ _OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
 def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`: one group per scheme. The commonest aims at the class Linear, the
     others, which win over it, at modules by name."""
-    layout.check_fused(layers)
+    layout.check_fused(layers, dense)
     base = layout.scheme(layout.commonest(layers))
     members: dict[tuple[Any, ...], list[Layer]] = {base: []}
     for layer in layers:

@@ -1,0 +1,143 @@
+"""`calibrate` as a command runs it: what is streamed or merged, the job, the statistics file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration import (
+    calibrate_sites,
+    match_activations,
+    match_warnings,
+    missing_error,
+)
+from ptq_cli.errors import InputError
+from ptq_cli.sequential import TokenSource
+from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
+from ptq_cli.storage.calibration import (
+    Activations,
+    Merged,
+    StatisticsSource,
+    beside,
+    find_activations,
+)
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
+from ptq_cli.storage.gradients import match_gradients
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from ptq_cli.tasks import Resources
+
+
+@dataclass(frozen=True)
+class CalibrateJob:
+    """A calibration that is planned and ready to run.
+
+    heldout: every how many tokens one is held out, and how many at most
+    fingerprints: of what the source reads
+    """
+
+    checkpoint: Checkpoint
+    source: StatisticsSource
+    heldout: tuple[int, int]
+    fingerprints: Sequence[str]
+    warnings: tuple[str, ...]
+    output: Path
+
+    def run(
+        self,
+        *,
+        force: bool,
+        restart: bool,
+        resources: Resources,
+        listen: Callable[[int, int, str], None],
+        warn: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Do the work, and give the file its name; what it holds. Raises PtqError."""
+        job = {
+            "command": "calibrate",
+            "version": __version__,
+            "model": self.checkpoint.fingerprint,
+            "inputs": list(self.fingerprints),
+            "heldout": list(self.heldout),
+        }
+        keep = [*self.checkpoint.files, *self.source.files]
+        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        result = calibrate_sites(
+            self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
+        )
+        warnings = list(self.warnings)
+        if bare := result.pop("without_tokens"):
+            warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+            warn(warnings[-1])
+        return {"output": str(self.output), "warnings": warnings, **result}
+
+
+def default_target(checkpoint: Checkpoint) -> Path:
+    """`<model>.calibration.safetensors` beside the model."""
+    return checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
+
+
+def prepare_merge(checkpoint: Checkpoint, paths: Sequence[Path], output: Path) -> CalibrateJob:
+    """Statistics files into one; tokens were held out as the first of them says."""
+    files = tuple(calibration_of(checkpoint, path) for path in paths)
+    heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
+    fingerprints = [file.checkpoint.fingerprint for file in files]
+    return CalibrateJob(checkpoint, Merged(files), heldout, fingerprints, (), output)
+
+
+def prepare_tokens(
+    checkpoint: Checkpoint, settings: TokenSettings, heldout: tuple[int, int], output: Path
+) -> CalibrateJob:
+    """What the float model computes on tokens."""
+    tokens = read_tokens(settings, checkpoint)
+    source = TokenSource(checkpoint, tokens, heldout)
+    prints = [source.fingerprint]
+    return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
+
+
+def prepare_activations(
+    checkpoint: Checkpoint,
+    activations: Sequence[Path],
+    gradients: Sequence[Path],
+    heldout: tuple[int, int],
+    output: Path,
+    *,
+    bf16: bool,
+    missing: str,
+) -> CalibrateJob:
+    """Activations, as named or beside the model, and gradients.
+
+    missing: what linears without activations are: "error", or left out
+    """
+    slopes = match_gradients(checkpoint, find_activations(gradients, bf16))
+    if gradients and not slopes:
+        raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
+    folders = list(activations)
+    if not folders and (not slopes or beside(checkpoint)[1] is not None):
+        folders = [_activations_beside(checkpoint)]
+    match = match_activations(checkpoint, find_activations(folders, bf16))
+    alone = bool(slopes) and not folders
+    name = ", ".join(map(str, folders))
+    if ((match.missing and missing == "error") or not match.entries) and not alone:
+        raise missing_error(match, name)
+    warnings = list(match_warnings(match))
+    if match.missing:
+        warnings.append(
+            f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
+        )
+    source = Activations(name, match.entries, heldout, gradients=slopes)
+    fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
+    return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
+
+
+def _activations_beside(checkpoint: Checkpoint) -> Path:
+    _, folder = beside(checkpoint)
+    if folder is None:
+        raise InputError(
+            f"{checkpoint.path}: no activations given, and no activations/ beside it",
+            hint="--activations DIR",
+        )
+    return folder

@@ -1,0 +1,116 @@
+"""What the quantizing commands share: options, and the run of a job from warnings to gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ptq_cli import display
+from ptq_cli.cli.common import (
+    PATH,
+    check_report_path,
+    emit_report,
+    emit_warnings,
+    gate_options,
+    report_options,
+    resource_options,
+)
+from ptq_cli.config import load_recipe
+from ptq_cli.report import check_gates
+from ptq_cli.runner import Progress
+from ptq_cli.runtimes import RUNTIMES
+from ptq_cli.sources import SourceSettings, take_source
+from ptq_cli.tasks import take_resources
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def quantizing_options(name: str, output: str) -> Callable[[C], C]:
+    """Recipe, runtime, output, resources, report and gates. output: the default's form, in words"""
+
+    def decorate(command: C) -> C:
+        for option in (
+            gate_options,
+            report_options,
+            resource_options,
+            click.option(
+                "--max-shard-size",
+                default="4GB",
+                show_default=True,
+                metavar="SIZE",
+                help="Weights files hold at most SIZE.",
+            ),
+            click.option("--restart", is_flag=True, help="Drop an interrupted run's work."),
+            click.option("--force", is_flag=True, help="Replace an existing output."),
+            click.option(
+                "-o",
+                "--output",
+                type=PATH,
+                metavar="DIR",
+                help=f"[default: <model>-{name}-{output} in the current folder]",
+            ),
+            click.option(
+                "--runtime",
+                type=click.Choice(list(RUNTIMES)),
+                help="Warn of what this runtime could not load (ptq check).",
+            ),
+            click.option(
+                "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def take_recipe(
+    name: str, options: dict[str, Any], classes: tuple[type[Any], ...], *, floats: bool = False
+) -> Any:
+    """Take `config` out of `options`: the settings of that recipe. floats: whose weights may stay
+    floats"""
+    path: Path | None = options.pop("config")
+    return {} if path is None else load_recipe(path, name, classes, floats=floats)
+
+
+def take_sources(options: dict[str, Any]) -> SourceSettings:
+    """Take where statistics come from out of `options`."""
+    source = take_source(options)
+    if source.parallel_layers and not source.tokens.given:
+        raise click.UsageError("--parallel-layers needs --tokens or --text")
+    return source
+
+
+def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) -> None:
+    """Plan, warn, run with progress, report, and see to the gates.
+
+    prepare: gives the job. options: those of `quantizing_options`
+    """
+    check_report_path(options["report_path"])
+    resources = take_resources(options)
+    job = prepare()
+    emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
+    with display.ProgressLine(name, quiet=options["as_json"]) as line:
+
+        def listen(progress: Progress) -> None:
+            line(progress.done, progress.total, progress.name)
+
+        report = job.run(
+            force=options["force"],
+            restart=options["restart"],
+            resources=resources,
+            max_shard_size=options["max_shard_size"],
+            listen=listen,
+        )
+    for warning in report.warnings[len(job.plan.warnings) :]:
+        display.warn(warning)
+    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
+    check_gates(
+        report,
+        max_rel_err=options["max_rel_err"],
+        min_gain=options["min_gain"],
+        max_fallbacks=options["max_fallbacks"],
+    )

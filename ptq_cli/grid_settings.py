@@ -1,0 +1,92 @@
+"""Settings of the grid, the tensors and the layout: what every quantizing command shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What --scheme is short for.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
+    "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
+}
+
+
+FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Settings of the grid, the tensors and the layout: common to every quantizing command."""
+
+    scheme: str = field(
+        default="",
+        metadata={
+            "help": "Short for: W4A16, 4 bits in groups of 128; W8A8, int8 weights per channel and"
+            " inputs per token.",
+            "choices": tuple(SCHEMES),
+        },
+    )
+    bits: int = field(
+        default=4, metadata={"help": "Bits per weight.", "min": 2, "max": 8, "short": "-b"}
+    )
+    group_size: int = field(
+        default=128,
+        metadata={
+            "help": "Columns that share a scale; -1: the whole row, 0: the whole tensor.",
+            "min": -1,
+            "short": "-g",
+        },
+    )
+    sym: bool = field(
+        default=True,
+        metadata={"help": "Zero in the middle of the codes, or chosen per group.", "off": "asym"},
+    )
+    narrow_range: bool = field(
+        default=False,
+        metadata={"help": "Symmetric codes within ±(2^(bits−1) − 1), as integer runtimes like it."},
+    )
+    scale_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "What scales are stored in; auto: what the format wants, else float16.",
+            "choices": ("auto", "float16", "bfloat16", "float32"),
+        },
+    )
+    ignore: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Leave tensors alone whose name holds REGEX.", "metavar": "REGEX"},
+    )
+    include: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Quantize also what is left alone by default (embeddings, lm_head, tensors"
+            " of higher rank seen as [first dimension, all others]).",
+            "metavar": "REGEX",
+        },
+    )
+    layers: tuple[Mapping[str, Any], ...] = field(
+        default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
+    )
+    family: str = field(
+        default="",
+        metadata={"help": "The family of models that tells the sites.", "recipe_only": True},
+    )
+    sites: tuple[Mapping[str, Any], ...] = field(
+        default=(),
+        metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
+    )
+    format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
+    on_misfit: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to layers that the format cannot hold: an error, or they are"
+            " kept as they are and declared so.",
+            "choices": ("error", "keep"),
+        },
+    )
+
+
+# What a rule of a recipe's [[layers]] may say; `bits` may be FLOAT_BITS there.
+LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")
