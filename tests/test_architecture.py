@@ -11,7 +11,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
     7  grid_settings, choice, layers, work,     what there is to do
        plan                                      all of it in one value
     8  workers, worker, tasks                    where work is done, and in which order
-       unit, linear, report                      one unit's work; what is said of it
+       unit, linear, report, difference          one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
@@ -40,7 +40,10 @@ FLOORS = [
     ("registry",),
     ("storage",),
     ("grid_settings", "choice", "layers", "work", "plan"),
-    ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
+    (
+        *("workers", "worker", "tasks", "unit", "linear", "report", "difference", "runtimes"),
+        *("stream", "sequential"),
+    ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
         *("quality", "torch_capture"),

@@ -30,6 +30,8 @@ COMMANDS = {
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
+    "report": ("ptq_cli.cli.report:report", "Runs as a page with charts, one or side by side."),
+    "diff": ("ptq_cli.cli.diff:diff", "What changed between two reports; worse or not."),
 }
 
 

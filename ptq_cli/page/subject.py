@@ -14,7 +14,7 @@ from ptq_cli.report import Gate
 from ptq_cli.storage.calibration import Activations, CalibrationFile, StatisticsSource
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
-from ptq_cli.storage.reports import read_report
+from ptq_cli.storage.reports import REPORT, read_report
 
 WORST = 3  # layers whose codes and scales are shown, sites whose channels are
 _SCALE_BINS = 24
@@ -67,15 +67,31 @@ class Subject:
     channels: tuple[Channels, ...] = ()
 
 
-def open_subject(path: Path, source: StatisticsSource | None = None) -> Subject:
-    """A run from its output folder, or from its report alone.
+def open_subjects(
+    paths: Sequence[Path], source: StatisticsSource | None = None
+) -> tuple[Subject, ...]:
+    """Runs from their output folders, or from their reports alone; labels tell them apart. What is
+    read beside the reports belongs to the page of one run.
 
     Raises:
         InputError: no report; damaged weights.
     """
-    document, folder = read_report(path)
-    name = (path if path.name != "report.json" else path.parent).resolve().name
-    return subject_of(document, name.removesuffix(".json"), folder, source)
+    read = [read_report(path) for path in paths]
+    if len(paths) == 1:
+        document, folder = read[0]
+        return (subject_of(document, _labels(paths)[0], folder, source),)
+    labels = _labels(paths)
+    return tuple(Subject(label, found) for label, (found, _) in zip(labels, read, strict=True))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The folder's or file's name; where two are alike, as much of the path as tells them apart."""
+    whole = [(p.parent if p.name == REPORT else p).resolve() for p in paths]
+    for count in range(1, max(len(path.parts) for path in whole) + 1):
+        labels = ["/".join(path.parts[-count:]).removesuffix(".json") for path in whole]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels, 1)]
 
 
 def subject_of(
