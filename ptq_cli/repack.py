@@ -25,13 +25,12 @@ from ptq_cli.numerics import layout
 from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.measures import measure
 from ptq_cli.report import as_document, make_report
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
 from ptq_cli.storage.folder import (
     MAX_SHARD,
     Assembly,
     QuantizedFolder,
     check_container,
-    mapped,
     write_folder,
 )
 from ptq_cli.storage.staging import Staging
@@ -296,11 +295,11 @@ def _assemble(
         for layer in folder.layers.values()
         for spec in folder.fmt.specs(layer)
     }
-    parts: dict[str, Sequence[Bytes]] = {}
+    parts: dict[str, Sequence[Bytes | StoredTensor]] = {}
     for name in folder.checkpoint.tensors:
         module = owner.get(name)
         if module is None:
-            parts[name] = [mapped(folder.checkpoint, name)]
+            parts[name] = [folder.checkpoint.tensors[name]]
         elif module in layers:
             parts.setdefault(module, staging.tensors(module))
         else:

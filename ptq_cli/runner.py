@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.choice import dense_modules
+from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
 from ptq_cli.registry import format_named, method
@@ -38,13 +39,14 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
 )
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, StoredTensor
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.files import kept_buffer
-from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_array, as_bytes
+from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import quantize_unit
@@ -120,12 +122,24 @@ def run(
     try:
         packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
         staging.check_space(packed, plan.bytes_after)
-        with threadpool_limits(1):
-            rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
+        fmt = format_named(plan.format)
+        layers = {layer.tensor: layer for layer in plan.layers}
+        parts = [
+            (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
+            for name, own in checkpoint.tensors.items()
+        ]
+        of_module = {layer.module: layer for layer in plan.layers}
+        shards = begin_weights(staging.out, parts, of_module, fmt, max_shard)
+        with threadpool_limits(1), Copying(shards) as copying:
+            untouched = [own for name, own in checkpoint.tensors.items() if name not in layers]
+            copying.put(lambda: untouched)
+            rows = _run_units(
+                plan, checkpoint, source, staging, on_failure, listen, resources, copying
+            )
         rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
+        _assemble(plan, checkpoint, staging, report, inputs or {}, shards)
         after.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -149,6 +163,7 @@ def _run_units(
     on_failure: str,
     listen: Listener,
     resources: Resources,
+    copying: Copying,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
     total = len(plan.layers)
@@ -157,6 +172,7 @@ def _run_units(
         source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
 
     def done(task: Task, entries: Any) -> None:
+        copying.put(lambda: staging.tensors(task.name))
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
@@ -283,7 +299,7 @@ def _assemble(
     staging: Staging,
     report: RunReport,
     inputs: Mapping[str, str],
-    max_shard: int,
+    shards: Shards | None,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
@@ -292,11 +308,11 @@ def _assemble(
     staged = {
         tensor.spec.name: tensor for unit in plan.units for tensor in staging.tensors(unit.name)
     }
-    parts = []
-    for name in checkpoint.tensors:
+    parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
+    for name, own in checkpoint.tensors.items():
         layer = of_tensor.get(name)
         if layer is None:
-            parts.append((name, [mapped(checkpoint, name)]))
+            parts.append((name, [own]))
         else:
             parts.append((layer.module, [staged[spec.name] for spec in fmt.specs(layer)]))
     dense = dense_modules(plan.skipped)
@@ -304,7 +320,8 @@ def _assemble(
         "report.json": as_document(report, times=False),
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
-    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint, max_shard)
+    assembly = Assembly(parts, layers, dense, fmt, documents)
+    write_folder(staging.out, assembly, checkpoint, shards=shards)
 
 
 def quantization_document(

@@ -26,7 +26,7 @@ from ptq_cli.smoothing import Smoothed, Smoothing, smooth
 from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
-from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, write_folder
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
@@ -107,7 +107,7 @@ class SmoothJob(Job):
         report = make_report(self.command, plan, [], time.perf_counter() - begin)
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=_entries(smoothed), settings=settings)
-        parts = [(name, [mapped(checkpoint, name)]) for name in checkpoint.tensors]
+        parts = [(name, [own]) for name, own in checkpoint.tensors.items()]
         documents = {
             "report.json": as_document(report, times=False),
             "quantization.json": quantization_document(plan, report.settings, self.inputs, ()),

@@ -10,7 +10,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
     6  storage                                   the only one that opens files
     7  grid_settings, choice, layers, work,     what there is to do
        plan                                      all of it in one value
-    8  workers, worker, tasks                    where work is done, and in which order
+    8  workers, worker, tasks, copying           where work is done, and in which order
        unit, linear, report, difference          one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
@@ -41,8 +41,8 @@ FLOORS = [
     ("storage",),
     ("grid_settings", "choice", "layers", "work", "plan"),
     (
-        *("workers", "worker", "tasks", "unit", "linear", "report", "difference", "runtimes"),
-        *("stream", "sequential"),
+        *("workers", "worker", "tasks", "copying", "unit", "linear", "report", "runtimes"),
+        *("stream", "sequential", "difference"),
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
