@@ -17,19 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ptq_cli.errors import FileError
-from ptq_cli.report import row_error, row_rtn_error
+from ptq_cli.report import printable, row_error, row_rtn_error
 from ptq_cli.values import LayerReport, RunReport
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-def printable(text: str) -> str:
-    """Text with control, bidirectional and other unprintable characters escaped."""
-    return "".join(
-        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -98,6 +98,14 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
     return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
 
 
+def printable(text: str) -> str:
+    """Text with control, bidirectional and other unprintable characters escaped."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
     """The report as one JSON document; without `times`, the same bytes for the same run."""
     document = {

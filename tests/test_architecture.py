@@ -42,7 +42,7 @@ FLOORS = [
     ("grid_settings", "choice", "layers", "work", "plan"),
     (
         *("workers", "worker", "tasks", "copying", "unit", "linear", "report", "runtimes"),
-        *("stream", "sequential", "difference"),
+        *("stream", "sequential", "difference", "junit"),
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
     "report": ("ptq_cli.cli.report:report", "Runs as a page with charts, one or side by side."),
     "diff": ("ptq_cli.cli.diff:diff", "What changed between two reports; worse or not."),
+    "completion": ("ptq_cli.cli.completion:completion", "Complete words in bash, zsh or fish."),
 }
 
 
@@ -102,6 +103,10 @@ def run(arguments: list[str]) -> int:
     """Run the command line and give back the exit code."""
     debug = "--debug" in arguments
     try:
+        if instruction := os.environ.get("_PTQ_COMPLETE"):
+            from ptq_cli.cli.completion import answer
+
+            return answer(instruction)
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

@@ -11,15 +11,14 @@ import click
 from ptq_cli import display
 from ptq_cli.cli.common import (
     PATH,
-    check_report_path,
-    emit_report,
+    check_report_paths,
     emit_warnings,
+    finish,
     gate_options,
     report_options,
     resource_options,
 )
 from ptq_cli.config import load_recipe
-from ptq_cli.report import check_gates
 from ptq_cli.runner import Progress
 from ptq_cli.runtimes import RUNTIMES
 from ptq_cli.sources import SourceSettings, take_source
@@ -89,7 +88,7 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
 
     prepare: gives the job. options: those of `quantizing_options`
     """
-    check_report_path(options["report_path"])
+    check_report_paths(options)
     resources = take_resources(options)
     job = prepare()
     emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
@@ -107,10 +106,4 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
         )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
-    )
+    finish(report, options, str(job.output), written=True)
