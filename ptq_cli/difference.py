@@ -96,7 +96,9 @@ def _settings(before: Document, after: Document) -> dict[str, tuple[Any, Any]]:
 
 def _measured(before: Document, after: Document) -> tuple[str, ...]:
     """What keeps errors from being comparable."""
-    words = []
+    words: list[str] = []
+    if not (before["layers"] and after["layers"]):
+        return ()
     for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
         sides = [bool(document["totals"].get(key)) for document in (before, after)]
         if sides[0] != sides[1]:

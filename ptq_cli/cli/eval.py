@@ -20,7 +20,8 @@ from ptq_cli.cli.common import (
 )
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.sources import take_tokens
+from ptq_cli.sources import SourceSettings, find_source, take_tokens
+from ptq_cli.storage.checkpoint import open_checkpoint
 
 
 @click.command("eval")
@@ -119,4 +120,8 @@ def evaluate(
             listen=listen,
         )
     emit_warnings(report.warnings, options["strict"])
-    finish(report, options, str(quantized), written=False)
+    source = None
+    if options["html"] is not None:
+        named = SourceSettings(calibration, tuple(activations), bf16)
+        source = find_source(open_checkpoint(original), named).statistics
+    finish(report, options, str(quantized), written=False, source=source)

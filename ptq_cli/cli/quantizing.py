@@ -106,4 +106,4 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
         )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
-    finish(report, options, str(job.output), written=True)
+    finish(report, options, str(job.output), written=True, source=job.source.statistics)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ptq_cli import display
-from ptq_cli.cli.common import PATH
+from ptq_cli.cli.common import PATH, check_path
 
 
 @click.command("report")
@@ -37,11 +37,13 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     ptq report model-gptq-w4g128
     ptq report w4/ w3/ w3-tokens/ -o compared.html
     """
-    from ptq_cli.page.build import check_page_path, write_page
+    from ptq_cli.page.build import write_page
     from ptq_cli.page.subject import open_subjects
+    from ptq_cli.page.svg import require_matplotlib
     from ptq_cli.storage.calibration import open_calibration
 
-    check_page_path(output)
+    check_path(output, (".html", ".htm"), "a page")
+    require_matplotlib("the page")
     source = None if calibration is None else open_calibration(calibration)
     if source is not None and len(runs) > 1:
         raise click.UsageError("--calibration goes with one run")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ptq_cli.display import middle, number, printable
+from ptq_cli.display import middle, number
 from ptq_cli.page.drawing import (
     MARKERS,
     Chart,
@@ -18,6 +18,7 @@ from ptq_cli.page.drawing import (
     mean,
     optional,
     positive,
+    zeros,
 )
 from ptq_cli.page.names import kinds_of
 from ptq_cli.page.subject import (
@@ -25,6 +26,7 @@ from ptq_cli.page.subject import (
     error_of,
 )
 from ptq_cli.page.svg import SERIES, colour
+from ptq_cli.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,20 +52,21 @@ def trade_chart(subjects: Sequence[Subject]) -> Chart | None:
         return None
     words = "; ".join(f"{printable(n)}: {b:.2f} bits, error {number(e)}" for n, b, e in points)
     caption = f"Bits per weight against mean error; down and to the left is better. {words}."
+    caption += zeros([error for *_, error in points])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         errors = [error for *_, error in points]
         for i, (name, bits, error) in enumerate(points):
             axes.plot(
-                [bits], positive([error], errors)[0], MARKERS[i], color=colour(SERIES[i]),
+                [bits], positive([error], errors), MARKERS[i], color=colour(SERIES[i]),
                 markersize=9, label=middle(printable(name), 26),
             )  # fmt: skip
         logarithmic(axes, "y", errors)
         axes.margins(x=0.15)
         axes.set_xlabel("bits per weight")
         axes.set_ylabel("mean relative error")
-        legend(figure, axes, 1 if len(points) > 2 or len(points[0][0]) > 14 else 2)
+        legend(figure, axes)
 
     return draw_chart("trade", "Size against error", caption, draw)
 
@@ -79,13 +82,14 @@ def runs_chart(subjects: Sequence[Subject]) -> Chart:
         for i, v in sorted_errors.items()
     )
     caption = f"Errors of the layers of each run, worst first. {words}."
+    caption += zeros([value for values in sorted_errors.values() for value in values])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         every = [value for values in sorted_errors.values() for value in values]
         for i, values in sorted_errors.items():
             axes.plot(
-                range(1, len(values) + 1), positive(values, every)[0], color=colour(SERIES[i]),
+                range(1, len(values) + 1), positive(values, every), color=colour(SERIES[i]),
                 marker=MARKERS[i] if len(values) <= 40 else None, markersize=4, linewidth=1.6,
                 linestyle=dashes(i, len(values)),
                 label=middle(printable(subjects[i].label), 26),
@@ -94,7 +98,7 @@ def runs_chart(subjects: Sequence[Subject]) -> Chart:
         count_axis(axes, max(map(len, sorted_errors.values())))
         axes.set_xlabel("layers, worst first")
         axes.set_ylabel("relative error")
-        legend(figure, axes, 1 if len(subjects) > 2 else 2)
+        legend(figure, axes)
 
     return draw_chart("runs", "Error of each layer", caption, draw)
 
@@ -115,6 +119,7 @@ def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
         for i, found in means.items()
     )
     caption = f"Mean error by kind of layer. {words}."
+    caption += zeros([value for found in means.values() for value in found.values()])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -123,7 +128,7 @@ def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
             places = [kinds.index(kind) for kind in found if kind in kinds]
             values = [value for kind, value in found.items() if kind in kinds]
             axes.plot(
-                positive(values, every)[0], places, MARKERS[i], color=colour(SERIES[i]),
+                positive(values, every), places, MARKERS[i], color=colour(SERIES[i]),
                 markersize=7, label=middle(printable(subjects[i].label), 26),
             )  # fmt: skip
         logarithmic(axes, "x", every)
@@ -132,6 +137,6 @@ def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
         axes.grid(axis="y")
         axes.set_xlabel("mean relative error")
         axes.tick_params(axis="y", length=0)
-        legend(figure, axes, 1 if len(subjects) > 2 else 2)
+        legend(figure, axes)
 
     return draw_chart("kindruns", "Error by kind of layer", caption, draw)

@@ -12,13 +12,11 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq_cli.errors import InputError
 from ptq_cli.page.script import SCRIPT
 from ptq_cli.page.several import several_runs
 from ptq_cli.page.single import one_run
 from ptq_cli.page.style import STYLE
 from ptq_cli.page.subject import Subject
-from ptq_cli.page.svg import require_matplotlib
 from ptq_cli.page.text import escaped
 from ptq_cli.storage.files import write_whole
 
@@ -45,21 +43,6 @@ def _document(title: str, body: str) -> str:
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
-
-
-def check_page_path(path: Path) -> None:
-    """Find out before the work whether a page could be drawn, and written there.
-
-    Raises:
-        InputError: it could not, matplotlib missing included.
-    """
-    if path.suffix not in (".html", ".htm"):
-        raise InputError(f"{path}: a page is .html")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
-    if path.is_dir():
-        raise InputError(f"{path}: a folder", hint="name a file for the page")
-    require_matplotlib("the page")
 
 
 def write_page(path: Path, subjects: Sequence[Subject]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ptq_cli.display import middle, number, printable
+from ptq_cli.display import middle, number
 from ptq_cli.page.distributions import channels_chart, distribution_chart
 from ptq_cli.page.drawing import (
     MARKERS,
@@ -23,6 +23,7 @@ from ptq_cli.page.drawing import (
     positive,
     short,
     whole_numbers,
+    zeros,
 )
 from ptq_cli.page.names import depth_of, kinds_of
 from ptq_cli.page.subject import (
@@ -32,6 +33,7 @@ from ptq_cli.page.subject import (
     worst_first,
 )
 from ptq_cli.page.svg import SERIES, colour
+from ptq_cli.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,17 +59,19 @@ def errors_chart(rows: Sequence[Row]) -> Chart:
     ordered = worst_first(rows)
     ours, rtn = [error_of(row) for row in ordered], [rtn_error_of(row) for row in ordered]
     better = sum(a < b for a, b in zip(ours, rtn, strict=True))
+    equal = sum(a == b for a, b in zip(ours, rtn, strict=True))
     caption = (
-        f"{len(ours)} layers, worst first. {better} of them are better than round-to-nearest at the"
-        f" same grid. Errors go from {number(ours[0])} ({short(rows, ordered[0])}) to"
+        f"{len(ours)} layers, worst first. {better} are better than round-to-nearest at the same"
+        f" grid, {equal} equal it. Errors go from {number(ours[0])} ({short(rows, ordered[0])}) to"
         f" {number(ours[-1])}, median {number(median(ours))}; round-to-nearest from"
         f" {number(max(rtn))} to {number(min(rtn))}, median {number(median(rtn))}."
+        f"{zeros([*ours, *rtn])}"
     )
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         x = range(1, len(ours) + 1)
-        shown, plain = positive(ours, rtn)
+        shown, plain = positive(ours, rtn), positive(rtn, ours)
         single = len(ours) <= SINGLE
         if single:
             axes.vlines(x, shown, plain, color=colour("grid"), linewidth=1.2)
@@ -79,7 +83,7 @@ def errors_chart(rows: Sequence[Row]) -> Chart:
         count_axis(axes, len(ours))
         axes.set_xlabel("layers, worst first")
         axes.set_ylabel("relative error")
-        legend(figure, axes, 2)
+        legend(figure, axes)
 
     return draw_chart("errors", "Error of each layer", caption, draw, wide=True)
 
@@ -104,7 +108,8 @@ def kinds_chart(rows: Sequence[Row]) -> Chart | None:
         axes = figure.subplots()
         names = list(gains)
         bars = axes.barh(range(len(names)), list(gains.values()), color=colour("ours"), height=0.62)
-        axes.bar_label(bars, [f"{gain:.2f}x" for gain in gains.values()], padding=4)
+        behind = {"facecolor": colour("paper"), "edgecolor": "none", "pad": 1.5}
+        axes.bar_label(bars, [f"{gain:.2f}x" for gain in gains.values()], padding=5, bbox=behind)
         axes.axvline(1, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(names)), [middle(printable(name), 18) for name in names])
         axes.invert_yaxis()
@@ -143,7 +148,7 @@ def depth_chart(rows: Sequence[Row]) -> Chart | None:
         every = [value for line in lines.values() for value in line.values()]
         for i, (kind, line) in enumerate(lines.items()):
             axes.plot(
-                list(line), positive(list(line.values()), every)[0], color=colour(SERIES[i]),
+                list(line), positive(list(line.values()), every), color=colour(SERIES[i]),
                 marker=MARKERS[i] if len(depths) <= 40 else None, markersize=5, linewidth=1.5,
                 linestyle=dashes(i, len(depths)),
                 label=middle(printable(kind), 12),
@@ -152,7 +157,7 @@ def depth_chart(rows: Sequence[Row]) -> Chart | None:
         whole_numbers(axes.xaxis)
         axes.set_xlabel("block")
         axes.set_ylabel("relative error")
-        legend(figure, axes, 4)
+        legend(figure, axes)
 
     return draw_chart("depth", "Error by depth", caption, draw)
 
@@ -182,7 +187,7 @@ def integer_chart(rows: Sequence[Row]) -> Chart | None:
         roles = ("rtn", "ours", SERIES[1])
         for i, (name, values) in enumerate(parts.items()):
             axes.plot(
-                range(1, len(values) + 1), positive(values, every)[0], color=colour(roles[i]),
+                range(1, len(values) + 1), positive(values, every), color=colour(roles[i]),
                 marker=MARKERS[i] if len(values) <= SINGLE else None, markersize=4,
                 linewidth=1.3, linestyle=dashes(i, len(values), SINGLE), label=name,
             )  # fmt: skip
@@ -190,7 +195,7 @@ def integer_chart(rows: Sequence[Row]) -> Chart | None:
         count_axis(axes, len(known))
         axes.set_xlabel("layers, worst first")
         axes.set_ylabel("relative error")
-        legend(figure, axes, 3)
+        legend(figure, axes)
 
     return draw_chart("integer", "With integer inputs", caption, draw)
 

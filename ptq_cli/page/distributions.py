@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptq_cli.display import number, printable
+from ptq_cli.display import number
 from ptq_cli.page.drawing import (
     Chart,
     draw_chart,
@@ -21,6 +21,7 @@ from ptq_cli.page.subject import (
     Distribution,
 )
 from ptq_cli.page.svg import SERIES, colour
+from ptq_cli.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +93,7 @@ def channels_chart(index: int, found: Channels) -> Chart:
             step = -(-len(channel) // _SLOTS)
             starts = np.arange(0, len(channel), step)
             peaks = np.maximum.reduceat(channel, starts).astype(float).tolist()
-            shown = positive(peaks, [float(v) for v in values])[0]
+            shown = positive(peaks, [float(v) for v in values])
             axes.step(starts, shown, color=colour(role), linewidth=1.2, where="post", label=label)
             every += shown
         if middle_value > 0:
@@ -104,6 +105,6 @@ def channels_chart(index: int, found: Channels) -> Chart:
         whole_numbers(axes.xaxis, 6)
         axes.set_xlabel("channel")
         axes.set_ylabel("largest |input|")
-        legend(figure, axes, 3)
+        legend(figure, axes)
 
     return draw_chart(f"channels{index}", f"Input channels: {tail(found.site)}", caption, draw)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptq_cli.display import middle, printable
+from ptq_cli.display import middle
 from ptq_cli.page.names import common_parents
 from ptq_cli.page.svg import as_svg, drawing, new_figure
+from ptq_cli.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,18 +71,24 @@ def short(rows: Sequence[Row], row: Row) -> str:
     return printable(row["module"].removeprefix(common_parents([r["module"] for r in rows])))
 
 
-def positive(values: Sequence[float], beside: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Both for a logarithmic axis: what is 0 lies at half of the least that is not."""
+def positive(values: Sequence[float], beside: Sequence[float]) -> list[float]:
+    """Values for a logarithmic axis: what is 0 lies at half of the least that is not, of these and
+    of what stands beside them."""
     least = min((v for v in (*values, *beside) if v > 0), default=1.0) / 2
-    return [v if v > 0 else least for v in values], [v if v > 0 else least for v in beside]
+    return [v if v > 0 else least for v in values]
+
+
+def zeros(values: Sequence[float]) -> str:
+    """What a caption says of them on a logarithmic axis."""
+    return "" if all(value > 0 for value in values) else " An error of 0 lies at the edge."
 
 
 def logarithmic(
     axes: Axes, which: Literal["x", "y"], values: Sequence[float], most: int = 6
 ) -> None:
     """A logarithmic axis with plain numbers at 1, 2, 5 times powers of ten."""
-    positive = [value for value in values if value > 0] or [1.0]
-    low, high = min(positive) / 1.3, max(positive) * 1.3
+    shown = positive(values, values) or [1.0]
+    low, high = min(shown) / 1.3, max(shown) * 1.3
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     (axes.set_ylim if which == "y" else axes.set_xlim)(low, high)
@@ -116,8 +123,13 @@ def count_axis(axes: Axes, count: int) -> None:
     axes.set_xlim(0.3, max(count, 1) + 0.7)
 
 
-def legend(figure: Figure, axes: Axes, columns: int) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, in as many columns as fit; the figure grows with the lines."""
     handles, labels = axes.get_legend_handles_labels()
+    fitting = int(figure.get_figwidth() * 72 / (7 * max(map(len, labels)) + 42))
+    columns = max(1, min(fitting, len(labels)))
+    lines = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 17 / 72 * (lines - 1))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 

@@ -28,8 +28,7 @@ def several_runs(subjects: Sequence[Subject]) -> str:
     return "\n".join(
         part
         for part in (
-            f"<header><h1>{len(subjects)} runs compared</h1>"
-            f'<p class="under">{escaped(_fairness(subjects))}</p></header>',
+            f"<header><h1>{len(subjects)} runs compared</h1>{_fairness(subjects)}</header>",
             section("Runs", _runs(subjects)),
             section("Charts", f'<div class="charts">{charts}</div>' if charts else ""),
             section("Layers", _layers_between(subjects)),
@@ -43,12 +42,21 @@ def several_runs(subjects: Sequence[Subject]) -> str:
 def _fairness(subjects: Sequence[Subject]) -> str:
     """Whether the runs may be compared at all."""
     places = {measured_on(s.document["totals"]) for s in subjects if s.document["layers"]}
-    if len(places) > 1:
-        return f"Errors were not measured on the same thing: {'; '.join(sorted(places))}."
     names = [{row["module"] for row in s.document["layers"]} for s in subjects]
+    doubts = [
+        f"{s.label} was repacked: its errors are those against what it was repacked from."
+        for s in subjects
+        if s.document["settings"].get("method") == "repack"
+    ]
+    if len(places) > 1:
+        doubts.append(f"Errors were not measured on the same: {'; '.join(sorted(places))}.")
     if any(name != names[0] for name in names):
-        return "The runs do not have the same layers; means are over the layers of each."
-    return f"The same {len(names[0])} layers; errors {''.join(places)}."
+        doubts.append("The runs do not have the same layers; means are over the layers of each.")
+    if doubts:
+        lines = "".join(f'<li class="missed">{escaped(text)}</li>' for text in doubts)
+        return f'<ul class="list">{lines}</ul>'
+    where = "".join(places) or "not measured"
+    return f'<p class="under">{len(names[0])} layers, the same in each; errors {where}.</p>'
 
 
 def _runs(subjects: Sequence[Subject]) -> str:
@@ -56,7 +64,7 @@ def _runs(subjects: Sequence[Subject]) -> str:
     columns = [Column("Run", "name"), Column("Bits/w"), Column("Mean error")]
     columns += [Column("Worst error"), Column("Gain"), Column("Size")]
     columns += [Column("Perplexity"), Column("Increase")] if measured else []
-    columns += [Column("What", "long")]
+    columns += [Column("What", "text")]
     rows = []
     for subject in subjects:
         totals, quality = subject.document["totals"], subject.document.get("quality")

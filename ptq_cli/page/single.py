@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from ptq_cli.display import number, size
 from ptq_cli.page.charts import charts_of
 from ptq_cli.page.subject import Subject
 from ptq_cli.page.tables import (
     READING,
+    Document,
     described,
     figure,
     layers_table,
@@ -18,6 +22,15 @@ from ptq_cli.page.tables import (
     warnings_list,
 )
 from ptq_cli.page.text import escaped, section
+
+
+class _Tile(NamedTuple):
+    """A figure of the headline; css: "good", "bad" or neither."""
+
+    title: str
+    value: str
+    about: str
+    css: str = ""
 
 
 def one_run(subject: Subject) -> str:
@@ -43,46 +56,64 @@ def one_run(subject: Subject) -> str:
 
 
 def _tiles(subject: Subject) -> str:
-    document = subject.document
-    totals, quality = document["totals"], document.get("quality")
-    bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
-    shown = []
-    about = [
-        f"{ratio:.2f}x smaller" if ratio else "",
-        f"{bits:.2f} bits per weight" if bits else "",
-    ]
-    sizes = f"{size(totals['bytes_before'])} \u2192 {size(totals['bytes_after'])}"
-    shown.append(("Size", sizes, ", ".join(filter(None, about)), ""))
-    if totals.get("mean_rel_err") is not None:
-        where = measured_on(totals)
-        shown.append(("Mean error", number(totals["mean_rel_err"]), where, ""))
-        worst = totals.get("worst_layer") or ""
-        shown.append(("Worst error", number(totals.get("worst_rel_err")), worst, ""))
-    gain = totals.get("gain_vs_rtn")
-    if gain is not None:
-        about_rtn = f"round-to-nearest has a mean error of {number(totals.get('rtn_mean_rel_err'))}"
-        css = "good" if gain > 1.005 else "bad" if gain < 0.995 else ""
-        shown.append(("Gain over round-to-nearest", f"{gain:.2f}x", about_rtn, css))
-    if quality is not None:
-        values = quality["perplexity"]
-        rise, plain = (quality["increase"][name]["perplexity"] for name in ("quantized", "rtn"))
-        about_rise = f"{rise:+.3g}; round-to-nearest {plain:+.3g}"
-        both = f"{values['original']:.4g} \u2192 {values['quantized']:.4g}"
-        shown.append(("Perplexity", both, about_rise, ""))
-    if totals.get("fallbacks"):
-        said = "layers were rounded to nearest"
-        shown.append(("Fallbacks", str(totals["fallbacks"]), said, "bad"))
-    if subject.gates:
-        missed = sum(not gate.passed for gate in subject.gates)
-        words = f"{missed} missed" if missed else "all passed"
-        said = f"{len(subject.gates)} gates were set"
-        shown.append(("Gates", words, said, "bad" if missed else "good"))
     tiles = "".join(
-        f'<div class="tile"><dt>{escaped(title)}</dt><dd><strong class="{css}">{escaped(value)}'
-        f"</strong><small>{escaped(about)}</small></dd></div>"
-        for title, value, about, css in shown
+        f'<div class="tile"><dt>{escaped(tile.title)}</dt><dd><strong class="{tile.css}">'
+        f"{escaped(tile.value)}</strong><small>{escaped(tile.about)}</small></dd></div>"
+        for tile in (
+            *_sizes(subject.document),
+            *_errors(subject.document["totals"]),
+            *_predictions(subject.document),
+            *_verdicts(subject),
+        )
     )
     return f'<dl class="tiles">{tiles}</dl>'
+
+
+def _sizes(document: Document) -> list[_Tile]:
+    totals = document["totals"]
+    bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
+    about = [f"{ratio:.2f}x smaller"] if ratio else []
+    about += [f"{bits:.2f} bits per weight"] if bits else []
+    sizes = f"{size(totals['bytes_before'])} \u2192 {size(totals['bytes_after'])}"
+    return [_Tile("Size", sizes, ", ".join(about))]
+
+
+def _errors(totals: Mapping[str, Any]) -> list[_Tile]:
+    tiles = []
+    if totals.get("mean_rel_err") is not None:
+        worst, where = totals.get("worst_rel_err"), totals.get("worst_layer") or ""
+        tiles.append(_Tile("Mean error", number(totals["mean_rel_err"]), measured_on(totals)))
+        tiles.append(_Tile("Worst error", number(worst), where))
+    gain = totals.get("gain_vs_rtn")
+    if gain is not None:
+        about = f"round-to-nearest has a mean error of {number(totals.get('rtn_mean_rel_err'))}"
+        css = "good" if gain > 1.005 else "bad" if gain < 0.995 else ""
+        tiles.append(_Tile("Gain over round-to-nearest", f"{gain:.2f}x", about, css))
+    return tiles
+
+
+def _predictions(document: Document) -> list[_Tile]:
+    quality = document.get("quality")
+    if quality is None:
+        return []
+    values = quality["perplexity"]
+    rise, plain = (quality["increase"][name]["perplexity"] for name in ("quantized", "rtn"))
+    both = f"{values['original']:.4g} \u2192 {values['quantized']:.4g}"
+    return [_Tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")]
+
+
+def _verdicts(subject: Subject) -> list[_Tile]:
+    """Fallbacks and gates."""
+    fallbacks = subject.document["totals"].get("fallbacks")
+    tiles = []
+    if fallbacks:
+        about = "layers were rounded to nearest"
+        tiles.append(_Tile("Fallbacks", str(fallbacks), about, "bad"))
+    if subject.gates:
+        missed = sum(not gate.passed for gate in subject.gates)
+        words, css = (f"{missed} missed", "bad") if missed else ("all passed", "good")
+        tiles.append(_Tile("Gates", words, f"{len(subject.gates)} gates were set", css))
+    return tiles
 
 
 def _gates(subject: Subject) -> str:

@@ -87,7 +87,7 @@ th[aria-sort=ascending] button::after { content: "\\2191"; color: var(--ink); }
 th[aria-sort=descending] button::after { content: "\\2193"; color: var(--ink); }
 :focus-visible, th button:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px;
   border-radius: .2rem; }
-tr.missed > * { background: var(--mark); }
+tr.marked > * { background: var(--mark); }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; padding: .25rem 0; }
 @media (max-width: 30rem) {
   .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; }

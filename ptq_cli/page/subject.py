@@ -159,7 +159,7 @@ def channels(
     if source is None:
         return ()
     found = []
-    factors = {} if folder is None else _factors(folder)
+    factors = {} if folder is None else _factors(folder if folder.is_dir() else folder.parent)
     for site, absmax in _absmax(source, rows):
         own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
         smoothed = None if own is None or own.shape != absmax.shape else absmax / own

@@ -155,11 +155,8 @@ def settings_table(subjects: Sequence[Subject]) -> str:
     ]
     columns = [Column("Setting", "name")]
     columns += [Column(s.label if len(subjects) > 1 else "Value", "text") for s in subjects]
-    content = table(columns, rows, "Settings")
-    for row in rows if len(subjects) > 1 else ():
-        if len(set(row[1:])) > 1:
-            head = f'<tr><th scope="row" class="name">{escaped(row[0])}</th>'
-            content = content.replace(head, head.replace("<tr>", '<tr class="missed">', 1), 1)
+    differ = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
+    content = table(columns, rows, "Settings", marked=differ)
     return details("Settings", content)
 
 

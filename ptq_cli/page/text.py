@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ptq_cli.display import printable
+from ptq_cli.report import printable
 
 
 def escaped(value: object) -> str:
@@ -38,7 +38,7 @@ def figure_number(value: Any) -> Cell:
 
 def three_digits(value: float) -> str:
     """0.0100 below 0.00993: columns of numbers line up."""
-    return f"{value:#.3g}".removesuffix(".")
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
 def table(
@@ -48,8 +48,12 @@ def table(
     *,
     ids: str | None = None,
     sortable: bool = False,
+    marked: Container[int] = (),
 ) -> str:
-    """A table that scrolls by itself where it is too wide; the first cell of a row is its head."""
+    """A table that scrolls by itself where it is too wide; the first cell of a row is its head.
+
+    marked: numbers of rows to be made out
+    """
     heads = "".join(
         f'<th scope="col" class="{column.kind}">'
         + (
@@ -60,7 +64,7 @@ def table(
         + "</th>"
         for column in columns
     )
-    body = "\n".join(_row(columns, row) for row in rows)
+    body = "\n".join(_row(columns, row, i in marked) for i, row in enumerate(rows))
     own = f' id="{ids}"' if ids else ""
     css = "scroll rows" if sortable else "scroll"
     return (
@@ -70,7 +74,7 @@ def table(
     )
 
 
-def _row(columns: Sequence[Column], row: Sequence[Cell | str]) -> str:
+def _row(columns: Sequence[Column], row: Sequence[Cell | str], marked: bool) -> str:
     cells = []
     for i, (column, entry) in enumerate(zip(columns, row, strict=True)):
         cell = Cell(entry) if isinstance(entry, str) else entry
@@ -78,7 +82,8 @@ def _row(columns: Sequence[Column], row: Sequence[Cell | str]) -> str:
         css = f' class="{column.kind}"' if column.kind != "number" else ""
         own = f' data-v="{cell.value:.6g}"' if cell.value is not None else ""
         cells.append(f"<{tag}{css}{own}>{escaped(cell.text)}</{tag[:2]}>")
-    return f"<tr>{''.join(cells)}</tr>"
+    css = ' class="marked"' if marked else ""
+    return f"<tr{css}>{''.join(cells)}</tr>"
 
 
 def details(title: str, content: str, *, is_open: bool = False) -> str:

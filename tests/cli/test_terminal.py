@@ -260,7 +260,7 @@ def test_help_fits_80_columns(command):
     assert "Usage: ptq" in outcome.out
     if command:
         assert "-o, --output" in outcome.out or command in (
-            *(["eval"], ["inspect"], ["check"], ["completion"]),
+            *(["eval"], ["inspect"], ["check"], ["completion"], ["diff"]),
         )
     else:
         for name in COMMANDS:

@@ -247,7 +247,7 @@ def test_runs_measured_on_different_things_are_named():
     for row in b:
         row |= {"heldout_rel_err": None, "rtn_heldout_rel_err": None}
     subjects = [Subject("a", documents.document(a)), Subject("b", documents.document(b))]
-    assert "Errors were not measured on the same thing" in page(subjects)
+    assert "Errors were not measured on the same: " in page(subjects)
 
 
 # ---- colours ----
