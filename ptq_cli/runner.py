@@ -31,6 +31,7 @@ from ptq_cli.choice import dense_modules
 from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.numerics.threads import use_threads
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (
@@ -54,20 +55,6 @@ from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told of every finished layer, or site of the pass before: how many are done, of how many,
-    which one this was, and a layer's row."""
-
-    done: int
-    total: int
-    name: str
-    row: LayerReport | None = None
-
-
-Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def run(
     command: str,
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
-    listen: Listener = lambda _: None,
+    listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
     after: After = After(),
@@ -120,26 +107,30 @@ def run(
     """
     begin = time.perf_counter()
     try:
-        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(packed, plan.bytes_after)
         fmt = format_named(plan.format)
+        # Hosts that write to one file of a shared file system could spoil one another's pages.
+        placing = fmt.container != "gguf" and resources.scheduler is None
+        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
+        staging.check_space(0 if placing else packed, plan.bytes_after)
         layers = {layer.tensor: layer for layer in plan.layers}
         parts = [
             (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
             for name, own in checkpoint.tensors.items()
         ]
         of_module = {layer.module: layer for layer in plan.layers}
-        shards = begin_weights(staging.out, parts, of_module, fmt, max_shard)
+        shards = begin_weights(staging.weights, parts, of_module, fmt, max_shard)
+        places = {} if shards is None else shards.places
+        store = replace(staging.store, places=places, placing=placing)
         with threadpool_limits(1), Copying(shards) as copying:
             untouched = [own for name, own in checkpoint.tensors.items() if name not in layers]
-            copying.put(lambda: untouched)
+            copying.put(untouched)
             rows = _run_units(
-                plan, checkpoint, source, staging, on_failure, listen, resources, copying
+                plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
             )
         rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, report, inputs or {}, shards)
+        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
         after.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -160,23 +151,32 @@ def _run_units(
     checkpoint: Checkpoint,
     source: StatisticsSource | None,
     staging: Staging,
+    store: UnitStore,
     on_failure: str,
     listen: Listener,
     resources: Resources,
     copying: Copying,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
-    total = len(plan.layers)
+    sizes = {layer.module: layer.size for layer in plan.layers}
+    total, weights, finished = len(sizes), sum(sizes.values()), 0
     if isinstance(source, StreamingSource):
         work = staging.folder / "stream"
-        source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
+        source.begin(work, _rounded(plan, store), resources.workers, resources.max_memory)
 
-    def done(task: Task, entries: Any) -> None:
-        copying.put(lambda: staging.tensors(task.name))
+    def done(task: Task, result: Any) -> None:
+        nonlocal finished
+        entries, kept = result
+        copying.put_unit(store, task.name)
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row.module, row))
+            finished += sizes[row.module]
+            listen(
+                Progress(
+                    "quantize", len(rows), total, row.module, finished, weights, row, kept=kept
+                )
+            )
 
     tasks = []
     for unit in plan.units:
@@ -185,8 +185,11 @@ def _run_units(
         if isinstance(source, PortableSource):
             statistics = None if unit.site is None else source.only(unit.site)
         own = plan.settings[1]
+        specs = [spec for layer in unit.layers for spec in format_named(plan.format).specs(layer)]
+        places = {spec.name: store.places[spec.name] for spec in specs if store.places}
+        own_store = replace(store, places=places)
         job = UnitJob(
-            unit, tensors, statistics, plan.method, own, plan.format, on_failure, staging.store
+            unit, tensors, statistics, plan.method, own, plan.format, on_failure, own_store
         )
         tasks.append(Task(unit.name, unit.memory, _work, job))
     if source is not None and not isinstance(source, PortableSource):
@@ -205,10 +208,11 @@ def _workers_at_most(plan: Plan) -> int:
 
 
 def _work(job: UnitJob) -> Any:
-    """Read, quantize and stage one unit, unless a run before this one has; its report rows."""
+    """Read, quantize and stage one unit, unless a run before this one has; its report rows, and
+    whether they are that run's."""
     unit = job.unit
     if job.store.exists(unit.name) and job.store.reusable(unit.name, _key(job)):
-        return job.store.result(unit.name)
+        return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
@@ -245,7 +249,7 @@ def _work(job: UnitJob) -> Any:
     entries = [asdict(result.row) for result in results]
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
-    return entries
+    return entries, False
 
 
 def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -267,17 +271,17 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
     }
 
 
-def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
+def _rounded(plan: Plan, store: UnitStore) -> Callable[[str], FloatArray | None]:
     """What a layer's tensor decodes to, once its unit is finished."""
     fmt = format_named(plan.format)
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
     def rounded(tensor: str) -> FloatArray | None:
-        if tensor not in place or not staging.store.exists(place[tensor][0].name):
+        if tensor not in place or not store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
-        staged = staging.tensors(unit.name)
+        staged = store.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
         return layer.as_stored(fmt.decode(layer, tensors).dequantized())
 
@@ -297,16 +301,18 @@ def _assemble(
     plan: Plan,
     checkpoint: Checkpoint,
     staging: Staging,
+    store: UnitStore,
     report: RunReport,
     inputs: Mapping[str, str],
     shards: Shards | None,
+    listen: Listener,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
     of_tensor = {layer.tensor: layer for layer in layers.values()}
     staged = {
-        tensor.spec.name: tensor for unit in plan.units for tensor in staging.tensors(unit.name)
+        tensor.spec.name: tensor for unit in plan.units for tensor in store.tensors(unit.name)
     }
     parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
     for name, own in checkpoint.tensors.items():
@@ -321,7 +327,7 @@ def _assemble(
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
     assembly = Assembly(parts, layers, dense, fmt, documents)
-    write_folder(staging.out, assembly, checkpoint, shards=shards)
+    write_folder(staging.out, assembly, checkpoint, shards=shards, listen=listen)
 
 
 def quantization_document(

@@ -18,10 +18,11 @@ from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, Listener, Progress, quantization_document, run
+from ptq_cli.runner import After, quantization_document, run
 from ptq_cli.smoothing import Smoothed, Smoothing, smooth
 from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +48,7 @@ class SmoothJob(Job):
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
+        listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError.
 
@@ -58,15 +59,12 @@ class SmoothJob(Job):
         own = {"floats": self.floats, "max_shard_size": max_shard}
         staging = self.staging(own, force=force, restart=restart)
 
-        def told(done: int, total: int, site: str) -> None:
-            listen(Progress(done, total, site))
-
         try:
             with threadpool_limits(1):
-                smoothed = smooth(self.smoothing, staging, told)
+                smoothed = smooth(self.smoothing, staging, listen)
                 checkpoint = self._staged(smoothed, staging)
             if self.floats:
-                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard)
+                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard, listen)
         except PtqError as error:
             staging.give_up(error)
             raise
@@ -101,6 +99,7 @@ class SmoothJob(Job):
         staging: Staging,
         begin: float,
         max_shard: int,
+        listen: Listener,
     ) -> RunReport:
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
         plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
@@ -114,7 +113,7 @@ class SmoothJob(Job):
         }
         fmt = format_named("ptq")
         assembly = Assembly(parts, {}, (), fmt, documents)
-        write_folder(staging.out, assembly, self.checkpoint, max_shard)
+        write_folder(staging.out, assembly, self.checkpoint, max_shard, listen=listen)
         _keep(smoothed, staging.out)
         staging.publish()
         return report

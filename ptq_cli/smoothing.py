@@ -9,7 +9,7 @@ whatever is read after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ptq_cli.numerics.integer_matmul import linear_w8a8
 from ptq_cli.numerics.measures import output_errors
 from ptq_cli.numerics.smoothing import function_change
 from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import method
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -44,7 +45,6 @@ from ptq_cli.values import (
 
 Factors = NDArray[np.float32]
 Fold = tuple[Site, Factors]
-Listener = Callable[[int, int, str], None]
 
 TRIES = 4  # proposals of a search that are tried before a site is left alone
 
@@ -136,7 +136,7 @@ class Smoothed:
         return any(module in o.linears for o in self.outcomes if o.fed_by is not None)
 
 
-def smooth(job: Smoothing, staging: Staging, listen: Listener = lambda *_: None) -> Smoothed:
+def smooth(job: Smoothing, staging: Staging, listen: Listener = nobody) -> Smoothed:
     """Find and judge factors for every site; finished groups of sites are taken from `staging`.
 
     Raises:
@@ -147,9 +147,11 @@ def smooth(job: Smoothing, staging: Staging, listen: Listener = lambda *_: None)
     folds: list[Fold] = []
     rtn: dict[str, Any] = {}
     compared: dict[str, Any] = {}
-    for done, group in enumerate(groups):
+    listen(Progress("smooth", 0, len(groups), groups[0][0].name))
+    for done, group in enumerate(groups, 1):
         unit = f"smoothing {group[0].name}"
-        if not staging.finished(unit):
+        kept = staging.finished(unit)
+        if not kept:
             _Group(job, group).stage(staging, unit)
         result = staging.result(unit)
         factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.tensors(unit)}
@@ -157,7 +159,7 @@ def smooth(job: Smoothing, staging: Staging, listen: Listener = lambda *_: None)
         outcomes += [_outcome(entry) for entry in result["sites"]]
         rtn |= {module: tuple(pair) for module, pair in result["rtn"].items()}
         compared |= result["compared"]
-        listen(done + 1, len(groups), group[0].name)
+        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
     return Smoothed(
         folded_checkpoint(job.checkpoint, folds),
         smoothed_source(job.source, folds),

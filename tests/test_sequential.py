@@ -20,9 +20,9 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.attention import pack
 from ptq_cli.models.forward import embed, forward_block
 from ptq_cli.numerics.statistics import SiteAccumulator
+from ptq_cli.progress import Progress
 from ptq_cli.quality import quantized_tensors
 from ptq_cli.quantize_job import prepare
-from ptq_cli.runner import Progress
 from ptq_cli.sequential import TokenSource, model_architecture
 from ptq_cli.sources import SourceSettings
 from ptq_cli.storage.calibration import open_calibration

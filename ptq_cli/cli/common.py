@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ptq_cli import display
-from ptq_cli.errors import InputError
+from ptq_cli.cli.next_steps import Step, after, as_line
+from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.junit import as_junit
 from ptq_cli.report import Gate, as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.files import write_whole
-from ptq_cli.values import RunReport
+from ptq_cli.values import Layer, RunReport
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -48,9 +49,16 @@ def source_options(command: C) -> C:
     return command
 
 
+def quiet_option(command: C) -> C:
+    """No progress."""
+    text = "No progress on stderr; warnings and errors still are."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
+
+
 def resource_options(command: C) -> C:
-    """What a run may use."""
+    """What a run may use, and whether it tells of it."""
     for option in (
+        quiet_option,
         click.option(
             "--scheduler",
             metavar="ADDRESS",
@@ -179,11 +187,13 @@ def finish(
     output: str,
     *,
     written: bool,
+    layers: Sequence[Layer] = (),
     source: StatisticsSource | None = None,
 ) -> None:
-    """Write and print the report, then hold it against the gates.
+    """Write and print the report, hold it against the gates, and say what to do next.
 
     output: what was written, or else what was measured
+    layers: that a runtime could load from there
     source: the statistics of its inputs, for the page
 
     Raises:
@@ -199,7 +209,18 @@ def finish(
     finally:
         shown = output if written else None
         emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
-    check_gates(report, **limits)
+    try:
+        check_gates(report, **limits)
+    except GateMissed as error:
+        error.hint = f"{output} was written all the same" if written else None
+        raise
+    if not options["as_json"]:
+        show_next(after(report, click.get_current_context().params, output, layers))
+
+
+def show_next(steps: Iterable[Step]) -> None:
+    for what, words in steps:
+        display.line(f"{what}: {as_line(words)}")
 
 
 def _write_page(

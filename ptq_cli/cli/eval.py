@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
+from ptq_cli import api
 from ptq_cli.cli.common import (
     PATH,
     check_report_paths,
@@ -15,10 +15,12 @@ from ptq_cli.cli.common import (
     finish,
     gate_options,
     model_argument,
+    quiet_option,
     report_options,
     source_options,
 )
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.live import Follow
 from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.sources import SourceSettings, find_source, take_tokens
 from ptq_cli.storage.checkpoint import open_checkpoint
@@ -64,6 +66,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
     metavar="P",
     help="Range of integer inputs: this part of their absolute values, in (0, 1].",
 )
+@quiet_option
 @gate_options
 @report_options
 def evaluate(
@@ -101,11 +104,7 @@ def evaluate(
     inputs = activation_bits is not None or percentile != 1.0
     if inputs and activation_scheme in (None, "none"):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    with display.ProgressLine("eval", quiet=options["as_json"]) as line:
-
-        def listen(done: int, total: int, row: Any) -> None:
-            line(done, total, getattr(row, "module", str(row)))
-
+    with Follow("eval", options["quiet"]) as listen:
         report = api.evaluate(
             original,
             quantized,

@@ -10,6 +10,7 @@ import click
 
 from ptq_cli import display
 from ptq_cli.cli.common import (
+    GATES,
     PATH,
     check_report_paths,
     emit_warnings,
@@ -19,7 +20,7 @@ from ptq_cli.cli.common import (
     resource_options,
 )
 from ptq_cli.config import load_recipe
-from ptq_cli.runner import Progress
+from ptq_cli.live import Follow
 from ptq_cli.runtimes import RUNTIMES
 from ptq_cli.sources import SourceSettings, take_source
 from ptq_cli.tasks import take_resources
@@ -83,6 +84,15 @@ def take_sources(options: dict[str, Any]) -> SourceSettings:
     return source
 
 
+def _check_measurable(method: str, options: dict[str, Any]) -> None:
+    gates = [name for name in GATES if options.get(name) is not None]
+    if method == "repack" and gates:
+        raise click.UsageError(
+            f"--{gates[0].replace('_', '-')}: repacking measures nothing, the codes stay as they"
+            " are; set the gate on ptq eval ORIGINAL QUANTIZED"
+        )
+
+
 def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) -> None:
     """Plan, warn, run with progress, report, and see to the gates.
 
@@ -91,12 +101,9 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
     check_report_paths(options)
     resources = take_resources(options)
     job = prepare()
+    _check_measurable(job.plan.method, options)
     emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
-    with display.ProgressLine(name, quiet=options["as_json"]) as line:
-
-        def listen(progress: Progress) -> None:
-            line(progress.done, progress.total, progress.name)
-
+    with Follow(name, options["quiet"]) as listen:
         report = job.run(
             force=options["force"],
             restart=options["restart"],
@@ -106,4 +113,6 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
         )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
-    finish(report, options, str(job.output), written=True, source=job.source.statistics)
+    layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
+    source = job.source.statistics
+    finish(report, options, str(job.output), written=True, layers=layers, source=source)
