@@ -42,10 +42,10 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     from ptq_cli.page.svg import require_matplotlib
     from ptq_cli.storage.calibration import open_calibration
 
+    if calibration is not None and len(runs) > 1:
+        raise click.UsageError("--calibration goes with one run")
     check_path(output, (".html", ".htm"), "a page")
     require_matplotlib("the page")
     source = None if calibration is None else open_calibration(calibration)
-    if source is not None and len(runs) > 1:
-        raise click.UsageError("--calibration goes with one run")
     write_page(output, open_subjects(runs, source))
     display.line(f"written: {output}")
