@@ -109,6 +109,7 @@ def run(arguments: list[str]) -> int:
             return answer(instruction)
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
+        _quiet_streams()  # a full or closed stderr is no error
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort as error:
         if isinstance(error.__cause__ or error.__context__, EOFError):

@@ -38,6 +38,7 @@ from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     NonFiniteInput,
     SiteAccumulator,
+    calibration_tokens,
     merge,
     percentile,
     piece_tokens,
@@ -414,7 +415,13 @@ class Activations:
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
-        return {site: entry.info for site, entry in self.entries.items()}
+        """Of the tokens, those that are not held out."""
+        return {
+            site: replace(
+                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
+            )
+            for site, entry in self.entries.items()
+        }
 
     def load(self, site: str) -> SiteStatistics:
         """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
