@@ -127,8 +127,8 @@ def legend(figure: Figure, axes: Axes) -> None:
     """Above the axes, in as many columns as fit; the figure grows with the lines."""
     handles, labels = axes.get_legend_handles_labels()
     fitting = int(figure.get_figwidth() * 72 / (7 * max(map(len, labels)) + 42))
-    columns = max(1, min(fitting, len(labels)))
-    lines = -(-len(labels) // columns)
+    lines = -(-len(labels) // max(1, fitting))
+    columns = -(-len(labels) // lines)
     figure.set_figheight(figure.get_figheight() + 17 / 72 * (lines - 1))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
