@@ -29,6 +29,8 @@ from threadpoolctl import threadpool_limits
 from ptq_cli._version import __version__
 from ptq_cli.choice import dense_modules
 from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.linear import as_tensor
+from ptq_cli.models.layers import Tensor
 from ptq_cli.numerics.threads import use_threads
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
@@ -48,7 +50,7 @@ from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import quantize_unit
-from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
+from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
@@ -251,19 +253,19 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
     }
 
 
-def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
+def _rounded(plan: Plan, staging: Staging) -> Callable[[str], Tensor | None]:
     """What a layer's tensor decodes to, once its unit is finished."""
     fmt = format_named(plan.format)
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
-    def rounded(tensor: str) -> FloatArray | None:
+    def rounded(tensor: str) -> Tensor | None:
         if tensor not in place or not staging.store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
         staged = staging.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
-        return layer.as_stored(fmt.decode(layer, tensors).dequantized())
+        return as_tensor(layer, fmt.decode(layer, tensors))
 
     return rounded
 

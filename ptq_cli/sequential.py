@@ -26,16 +26,17 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.forward import stages
+from ptq_cli.models.layers import Tensor
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tokens import Tokens
-from ptq_cli.stream import Stream, batches, threads
-from ptq_cli.values import Array, FloatArray, SiteStatistics
+from ptq_cli.stream import Read, Stream, batches, threads
+from ptq_cli.values import FloatArray, SiteStatistics
 
-Rounded = Callable[[str], FloatArray | None]
+Rounded = Callable[[str], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +137,15 @@ class TokenSource:
     ) -> None:
         """Begin, or go on.
 
-        work: a folder of the run's; rounded: the float32 tensor that a rounded layer decodes to,
-        or None where it is not rounded (yet); workers, memory: batches side by side, and the
-        bytes they may take
+        work: a folder of the run's; rounded: what a rounded layer's tensor is, or None where it is
+        not rounded (yet); workers, memory: batches side by side, and the bytes they may take
         """
 
-        def current(name: str) -> Array:
+        def current(name: str) -> Tensor:
             values = rounded(name)
             return self.checkpoint.read(name) if values is None else values
 
-        reads = {"rounded": current} if self.feedback else {}
+        reads: dict[str, Read] = {"rounded": current} if self.feedback else {}
         if self.correct or not self.feedback:
             reads["float"] = self.checkpoint.read
         n_threads = threads(self.arch, self._parts, workers, memory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ptq_cli.models.architecture import Architecture
 from ptq_cli.models.attention import Packing, pack
 from ptq_cli.models.forward import Routing, Stage, State, begin, embed, forward_block, stages
+from ptq_cli.models.layers import LinearTensor, Tensor
 from ptq_cli.models.memory import block_memory
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
@@ -30,7 +31,7 @@ from ptq_cli.values import Array
 
 BATCH_TOKENS = 4096
 T = TypeVar("T")
-Read = Callable[[str], Array]
+Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,21 @@ class Held:
 
     def __init__(self, read: Read, *, float32: bool = True) -> None:
         self._read, self._float32 = read, float32
-        self._kept: dict[str, Array] = {}
+        self._kept: dict[str, Tensor] = {}
         self._lock = Lock()
 
-    def __call__(self, name: str) -> Array:
+    def __call__(self, name: str) -> Tensor:
         with self._lock:
             if name not in self._kept:
                 tensor = self._read(name)
-                self._kept[name] = tensor.astype(np.float32) if self._float32 else tensor
+                self._kept[name] = _float32(tensor) if self._float32 else tensor
             return self._kept[name]
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, LinearTensor):
+        return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
+    return tensor.astype(np.float32, copy=False)
 
 
 class Stream:

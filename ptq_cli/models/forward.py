@@ -28,7 +28,15 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, Block, Experts
 from ptq_cli.models.attention import Packing, attend
-from ptq_cli.models.layers import Linear, Weights, activate, apply_linear, apply_norm
+from ptq_cli.models.layers import (
+    Linear,
+    Weights,
+    activate,
+    apply_linear,
+    apply_norm,
+    round_inputs,
+    stored,
+)
 from ptq_cli.models.rope import rotate, rotations
 from ptq_cli.values import Array, FloatArray
 
@@ -89,7 +97,7 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
 
 
 def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
-    table = weights(name) if callable(weights) else weights[name]
+    table = stored(weights, name)
     if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
         raise InputError(f"{what} {ids.max()} is out of range: {name} has {len(table)} rows")
     return np.asarray(table[ids], dtype=np.float32)
@@ -159,7 +167,8 @@ def logits(
     vocabulary: slice = slice(None),
 ) -> FloatArray:
     """Scores of the tokens of `vocabulary` after each row of `finished`, float32 [n, n_ids]."""
-    table = weights(arch.head) if callable(weights) else weights[arch.head]
+    table = stored(weights, arch.head)
+    finished = round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
     if arch.logit_softcap is not None:
         scores /= np.float32(arch.logit_softcap)
