@@ -86,14 +86,16 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class After:
-    """What a pass before the rounding has to say about the result.
+    """What smoothing has to say about the result, once every unit is finished.
 
     annotate: completes a row; sites: what it did; write: files of its own in the output folder
+    checkpoint: where tensors that are not quantized are copied from; None: the run's
     """
 
     annotate: Callable[[LayerReport], LayerReport] = lambda row: row
     sites: tuple[Mapping[str, Any], ...] = ()
     write: Callable[[Path], None] = lambda _: None
+    checkpoint: Checkpoint | None = None
 
 
 def run(
@@ -108,7 +110,7 @@ def run(
     listen: Listener = lambda _: None,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
-    after: After = After(),
+    after: Callable[[], After] = After,
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
@@ -124,11 +126,13 @@ def run(
         staging.check_space(packed, plan.bytes_after)
         with threadpool_limits(1):
             rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
-        rows = [after.annotate(row) for row in rows]
+            end = after()
+        rows = [end.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
-        report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, report, inputs or {}, max_shard)
-        after.write(staging.out)
+        report = replace(report, sites=end.sites)
+        copied = checkpoint if end.checkpoint is None else end.checkpoint
+        _assemble(plan, copied, staging, report, inputs or {}, max_shard)
+        end.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
         staging.give_up(error)

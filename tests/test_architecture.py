@@ -43,7 +43,7 @@ FLOORS = [
     ("workers", "worker", "tasks", "unit", "linear", "report", "runtimes", "stream", "sequential"),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
-        *("quality", "torch_capture"),
+        *("sequential_smoothing", "quality", "torch_capture"),
     ),
     ("display", "options", "config"),
     ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),

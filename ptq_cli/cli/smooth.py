@@ -9,6 +9,7 @@ import click
 
 from ptq_cli.cli.common import model_argument, source_options
 from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.grid_settings import FLOAT_BITS
 from ptq_cli.options import add_options
 from ptq_cli.registry import smoother
@@ -47,7 +48,8 @@ def _command(name: str) -> click.Command:
     def run(model: Path, **options: Any) -> None:
         _run(name, model, options)
 
-    command: Any = source_options(quantizing_options(name, "w<bits><group>")(run))
+    command: Any = quantizing_options(name, "w<bits><group>")(run)
+    command = source_options(token_options(command, parallel_layers=True))
     command = add_options(*smooth_settings(name), defaults=smoother(name).defaults)(command)
     made: click.Command = click.command(name, help=_HELP[name])(model_argument()(command))
     for option in made.params:

@@ -34,7 +34,8 @@ from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
 _SLACK = 1 << 20
-_OWN = ("job.json", "units", "out", "stream", "published.json")
+STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
+_OWN = ("job.json", "units", "out", "stream", STATISTICS, f"{STATISTICS}.partial", "published.json")
 
 
 class Staging:
