@@ -26,6 +26,7 @@ from ptq_cli.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import settings_fields
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.quantize_job import prepare
 from ptq_cli.registry import method
 from ptq_cli.sources import AnyPath, find_source, take_source
@@ -53,7 +54,7 @@ def calibrate(
     force: bool = False,
     restart: bool = False,
     resources: Resources = ALL_THERE_IS,
-    listen: Callable[[int, int, str], None] = lambda done, total, site: None,
+    listen: Listener = nobody,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Stream activations into a statistics file, or what the model computes on tokens, or merge
@@ -151,7 +152,7 @@ def evaluate(
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
     percentile: float = 1.0,
-    listen: Callable[[int, int, Any], None] = lambda done, total, row: None,
+    listen: Listener = nobody,
 ) -> RunReport:
     """Measure a quantized folder against the original, from their tensors alone.
 

@@ -15,6 +15,7 @@ from ptq_cli.calibration import (
     missing_error,
 )
 from ptq_cli.errors import InputError
+from ptq_cli.progress import Listener
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
 from ptq_cli.storage.calibration import (
@@ -52,7 +53,7 @@ class CalibrateJob:
         force: bool,
         restart: bool,
         resources: Resources,
-        listen: Callable[[int, int, str], None],
+        listen: Listener,
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""

@@ -15,6 +15,7 @@ from ptq_cli.choice import check_float, default_reason, model_sites, transposed_
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics.statistics import statistics_memory
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.storage.calibration import (
     Activations,
     ActivationSite,
@@ -143,7 +144,7 @@ def calibrate_sites(
     model: str,
     heldout: tuple[int, int],
     staging: Staging,
-    listen: Callable[[int, int, str], None] = lambda done, total, site: None,
+    listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Make the statistics of every site of `source`, stage them, write the file.
@@ -155,12 +156,18 @@ def calibrate_sites(
     entries: dict[str, Any] = {}
     bare: list[str] = []
 
-    def done(task: Task, entry: Any) -> None:
+    all_work, work = sum(_effort(info) for info in source.sites.values()), 0
+
+    def done(task: Task, result: Any) -> None:
+        nonlocal work
+        entry, kept = result
         if entry is None:
             bare.append(task.name)
         else:
             entries[task.name] = entry
-        listen(len(entries) + len(bare), len(source.sites), task.name)
+        work += _effort(source.sites[task.name])
+        count, total = len(entries) + len(bare), len(source.sites)
+        listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
 
     try:
         size = sum(_site_bytes(info, heldout) for info in source.sites.values())
@@ -200,7 +207,7 @@ def _run_sites(
     for site, info in source.sites.items():
         own = source.only(site) if isinstance(source, PortableSource) else source
         tasks.append(Task(site, _memory(info), _make, SiteJob(site, own, staging.store)))
-        work += info.n_tokens * info.in_features**2
+        work += _effort(info)
     most = 1 + work // WORTH_A_PROCESS
     size = resources.crew_for(most) if portable else 1
     with hire(size, resources.scheduler if portable else None) as crew:
@@ -208,22 +215,28 @@ def _run_sites(
 
 
 def _make(job: SiteJob) -> Any:
-    """Make and stage the statistics of one site, unless a run before this one has."""
+    """Make and stage the statistics of one site, unless a run before this one has: what its entry
+    says, or None where no token reaches it, and whether it is that run's."""
     key = {}
     if isinstance(job.source, PortableSource):
         key = {"activations": {job.site: job.source.digest(job.site)}, "version": __version__}
     if job.store.exists(job.site) and job.store.reusable(job.site, key):
-        return job.store.result(job.site)
+        return job.store.result(job.site), True
     begin = time.perf_counter()
     try:
         statistics = job.source.load(job.site)
     except NoTokens:
         job.store.put(job.site, key, [], None)
-        return None
+        return None, False
     entry = site_entry(statistics)
     tensors = site_tensors(statistics)
     job.store.put(job.site, key, tensors, entry, time.perf_counter() - begin)
-    return entry
+    return entry, False
+
+
+def _effort(info: SiteInfo) -> int:
+    """Multiplications of its Hessian."""
+    return info.n_tokens * info.in_features**2
 
 
 def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:

@@ -1,6 +1,6 @@
-"""What people see. The only importer of rich.
+"""What people see: with live.py, which shows progress, the only importer of rich.
 
-Progress, warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
+Warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
 one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
 markup. Errors are printed raw, one line, never wrapped.
 """
@@ -17,29 +17,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ptq_cli.errors import FileError
-from ptq_cli.report import row_error, row_rtn_error
+from ptq_cli.report import printable, row_error, row_rtn_error
 from ptq_cli.values import LayerReport, RunReport
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def printable(text: str) -> str:
-    """Text with control, bidirectional and other unprintable characters escaped."""
-    return "".join(
-        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
-
-
-def _write(stream: TextIO, text: str) -> None:
-    """Write one line, with escapes for what the stream cannot encode.
+def write(stream: TextIO, text: str) -> None:
+    """Write one line to a stream, with escapes for what the stream cannot encode.
 
     Raises:
         FileError: the stream takes nothing (a full disk, a closed stdout).
         BrokenPipeError: its reader has left.
     """
-    encoding = stream.encoding or "ascii"
+    # rich puts a proxy in the place of stderr while lines are live.
+    encoding = getattr(stream, "rich_proxied_file", stream).encoding or "ascii"
     safe = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         stream.write(safe + "\n")
@@ -55,7 +48,7 @@ def say(kind: str, text: str) -> None:
     stderr is not an error."""
     with contextlib.suppress(OSError, ValueError, FileError):
         words = re.sub(r"\S{201,}", lambda word: middle(word[0], 200), printable(text))
-        _write(sys.stderr, f"ptq: {kind}: {words}")
+        write(sys.stderr, f"ptq: {kind}: {words}")
 
 
 def warn(text: str) -> None:
@@ -64,7 +57,7 @@ def warn(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    _write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+    write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
 
 
 def _console() -> Console:
@@ -87,49 +80,6 @@ def _console() -> Console:
     )
 
 
-class ProgressLine:
-    """A line on stderr with the layer's name, done/total, time left; silent without a terminal."""
-
-    def __init__(self, what: str, quiet: bool = False) -> None:
-        self._progress: Any = None
-        self._what = what
-        self._quiet = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-
-    def __enter__(self) -> ProgressLine:
-        if self._quiet:
-            return self
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, markup=False, emoji=False),
-            transient=True,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(self._what, total=None)
-        return self
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        if self._progress is not None:
-            self._progress.update(
-                self._task, completed=done, total=total, description=middle(printable(name), 36)
-            )
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-
 def middle(text: str, width: int) -> str:
     """Text cut in its middle to at most `width` characters."""
     if len(text) <= width:
@@ -147,7 +97,8 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(box=box.ASCII2 if not _unicode() else box.SIMPLE_HEAD, pad_edge=False)
+    plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
+    result = Table(box=box.SIMPLE_HEAD if _unicode() else plain, pad_edge=False)
     for i, (title, side) in enumerate(columns):
         result.add_column(
             title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
@@ -162,7 +113,7 @@ def _print_rich(renderable: Any) -> None:
     console.print(renderable)
     rendered = cast(io.StringIO, console.file).getvalue()
     lines = [line.rstrip() for line in rendered.splitlines()]
-    _write(sys.stdout, "\n".join(line for line in lines if line))
+    write(sys.stdout, "\n".join(line for line in lines if line))
 
 
 def _unicode() -> bool:
@@ -171,7 +122,7 @@ def _unicode() -> bool:
 
 def line(text: str = "") -> None:
     """A line on stdout."""
-    _write(sys.stdout, printable(text))
+    write(sys.stdout, printable(text))
 
 
 def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:
@@ -185,27 +136,40 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
     common = _common_parents([row.module for row in rows])
-    title = f"layer ({common}...)" if common else "layer"
-    table(
-        [
-            (title, "left"),
-            ("method", "left"),
-            ("bits/w", "right"),
-            ("rel err", "right"),
-            ("rtn", "right"),
-            ("gain", "right"),
-        ],
-        [_cells(row, common) for row in shown],
-    )
+    _show_layers(shown, common, is_repack(report))
     _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
-        line(f"... and {len(rows) - len(shown)} better layers (--top 0 shows all)")
+        others = "more" if is_repack(report) else "better"
+        line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
     _show_compared(rows)
-    _show_totals(report.totals)
+    _show_totals(report)
     if report.quality is not None:
         _show_quality(report.quality)
     if output is not None:
         line(f"written: {output}")
+
+
+def is_repack(report: RunReport) -> bool:
+    """Whether codes were only packed anew: then there is no error to speak of."""
+    return report.settings.get("method") == "repack"
+
+
+def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
+    columns = {
+        f"layer ({common}...)" if common else "layer": "left",
+        "method": "left",
+        "bits/w": "right",
+        "rel err": "right",
+        "rtn": "right",
+        "gain": "right",
+    }
+    left_out = {"rel err", "rtn", "gain"} if repacked else set()
+    if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
+        left_out |= {"bits/w"}  # which the totals tell, too
+    keep = [i for i, title in enumerate(columns) if title not in left_out]
+    cells = [_cells(row, common) for row in rows]
+    sides = list(columns.items())
+    table([sides[i] for i in keep], [[row[i] for i in keep] for row in cells])
 
 
 def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
@@ -287,29 +251,45 @@ def _cells(row: LayerReport, common: str) -> list[str]:
     ]
 
 
-def _show_totals(totals: Mapping[str, Any]) -> None:
-    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
-    if not totals["calibrated"]:
-        where = "the weights" if not totals["heldout"] else where
-    gain, ratio = totals["gain_vs_rtn"], totals["compression_ratio"]
-    marked = " (marked *)" if totals["fallbacks"] else ""
+def _show_totals(report: RunReport) -> None:
+    totals = report.totals
+    ratio = totals["compression_ratio"]
     line(
         f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight,"
         f" {totals['left_alone']} tensors left alone"
     )
     line(
         f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
-        + (f" ({ratio:.2f}x smaller)" if ratio else "")
+        + (f" ({ratio:.2f}x smaller)" if ratio and ratio >= 1.01 else "")
     )
+    if is_repack(report):
+        line(f"codes and scales are those that were there; done in {totals['seconds']:.1f} s")
+        return
+    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
+    if not totals["calibrated"]:
+        where = "the weights" if not totals["heldout"] else where
     line(
         f"rel err on {where}: mean {number(totals['mean_rel_err'])},"
         f" worst {number(totals['worst_rel_err'])}"
     )
+    gain = totals["gain_vs_rtn"]
     line(
         f"gain over round-to-nearest: {'-' if gain is None else f'{gain:.2f}x'}"
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
-    line(f"fallbacks: {totals['fallbacks']}{marked}; {totals['seconds']:.1f} s")
+    line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
+
+
+def _fallbacks(report: RunReport) -> str:
+    """Layers that plain rounding wrote where something better was asked for; to an evaluation,
+    which does not know what was asked for, all whose codes are those of plain rounding."""
+    count = report.totals["fallbacks"]
+    marked = " (marked *)" if count else ""
+    if report.command == "eval":
+        return f"codes equal to round-to-nearest's: {count} layers{marked}; "
+    if report.settings.get("method") == "rtn":
+        return ""
+    return f"fallbacks to round-to-nearest: {count}{marked}; "
 
 
 def _show_quality(quality: Mapping[str, Any]) -> None:

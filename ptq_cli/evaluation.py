@@ -7,7 +7,6 @@ the same grid, to compare with. A layer whose codes are those of plain rounding 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.measures import Measures, measure, output_errors
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.report import totals
 from ptq_cli.smoothing import activations_for
 from ptq_cli.storage.calibration import StatisticsSource
@@ -97,7 +97,7 @@ def open_sides(
 
 def evaluate(
     sides: Sides,
-    listen: Callable[[int, int, LayerReport], None] = lambda done, total, row: None,
+    listen: Listener = nobody,
 ) -> RunReport:
     """Measure every quantized layer.
 
@@ -110,6 +110,7 @@ def evaluate(
     site_of = sites_of(quantized.layers, source)
     rows: list[LayerReport] = []
     loaded = Loaded(None, None)
+    weights, work = sum(layer.size for layer in quantized.layers.values()), 0
     with threadpool_limits(1):
         for layer in quantized.layers.values():
             site = site_of.get(layer.module)
@@ -118,7 +119,8 @@ def evaluate(
             elif loaded.plain is None or loaded.plain.site != site:
                 loaded = Loaded(source.load(site), sides.smoothed_source.load(site))
             rows.append(_row(layer, sides, loaded))
-            listen(len(rows), len(quantized.layers), rows[-1])
+            count, total, work = len(rows), len(quantized.layers), work + layer.size
+            listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
     skipped = tuple(
         Skipped(name, spec.shape, spec.dtype, "different" if name in comparison.different else "")
         for name in quantized.untouched()

@@ -11,7 +11,7 @@ taken token by token, so what both versions find hard cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ptq_cli.models.forward import finish
 from ptq_cli.models.layers import Tensor
 from ptq_cli.models.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.sequential import model_architecture
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
@@ -35,7 +36,6 @@ from ptq_cli.storage.tokens import Tokens
 from ptq_cli.stream import Batch, Held, Read, Stream, batches, threads
 from ptq_cli.values import Layer
 
-Listen = Callable[[int, int, str], None]
 Doubles = NDArray[np.float64]
 
 
@@ -54,7 +54,7 @@ def measure_quality(
     tokens: Tokens,
     *,
     per_block: bool = False,
-    listen: Listen = lambda done, total, what: None,
+    listen: Listener = nobody,
 ) -> dict[str, Any]:
     """Run the models over `tokens`; gives the report's `quality` object.
 
@@ -68,7 +68,7 @@ def measure_quality(
     with temporary_folder() as work, threadpool_limits(1):
         versions = _versions(original, quantized, arch, parts, work, per_block)
         ends = _run(versions, len(arch.blocks), listen)
-        return _summary(versions, ends, parts)
+        return _summary(versions, ends, parts, listen)
 
 
 def _versions(
@@ -136,9 +136,11 @@ def _is_symmetric(layer: Layer, quantized: QuantizedFolder) -> bool:
     return bool((zeros == layer.grid.mid_code).all())
 
 
-def _run(versions: list[_Version], n_blocks: int, listen: Listen) -> dict[str, Rows]:
+def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str, Rows]:
     """Take every version through all blocks; gives where each one's last residual is."""
     at: dict[str, Rows] = {}
+    total, done = sum(n_blocks - (version.block or 0) for version in versions), 0
+    listen(Progress("run", 0, total))
     for version in versions:
         if version.block is None:
             version.stream.embed()
@@ -152,9 +154,10 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listen) -> dict[str, R
             if version.block is not None and version.block != block:
                 version.stream.read = exact
             at[version.name] = version.stream.cross(block, source)
+            done += 1
+            listen(Progress("run", done, total, f"block {block}, {version.name}"))
         for rows in before.values():
             rows.drop()
-        listen(block + 1, n_blocks, f"block {block}")
     return at
 
 
@@ -169,9 +172,12 @@ class _Predictions:
 
 
 def _summary(
-    versions: list[_Version], ends: Mapping[str, Rows], parts: tuple[Batch, ...]
+    versions: list[_Version],
+    ends: Mapping[str, Rows],
+    parts: tuple[Batch, ...],
+    listen: Listener,
 ) -> dict[str, Any]:
-    p = _predictions(versions, ends, parts)
+    p = _predictions(versions, ends, parts, listen)
     blocks = [version for version in versions if version.block is not None]
     names = [v.name for v in versions[1:] if v.block is None]
     quality: dict[str, Any] = {
@@ -194,7 +200,10 @@ def _summary(
 
 
 def _predictions(
-    versions: list[_Version], ends: Mapping[str, Rows], parts: tuple[Batch, ...]
+    versions: list[_Version],
+    ends: Mapping[str, Rows],
+    parts: tuple[Batch, ...],
+    listen: Listener,
 ) -> _Predictions:
     arch = versions[0].stream.arch
     heads = {v.name: Held(v.stream.read, float32=False) for v in versions}
@@ -203,7 +212,8 @@ def _predictions(
             heads[version.name] = heads["original"]
     found: dict[str, list[TokenMeasures]] = {version.name: [] for version in versions[1:]}
     sequences, first = [], 0
-    for batch in parts:
+    listen(Progress("predict", 0, len(parts)))
+    for number, batch in enumerate(parts, 1):
         rows, targets = next_tokens(batch.tokens, batch.packing)
         predicted = {
             name: Prediction(
@@ -215,6 +225,7 @@ def _predictions(
             measures.append(measure_tokens(predicted[name], targets, predicted["original"]))
         sequences.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
         first += len(batch.tokens)
+        listen(Progress("predict", number, len(parts), f"batch {number}"))
     return _joined(sequences, found)
 
 

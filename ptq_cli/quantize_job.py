@@ -14,9 +14,10 @@ from ptq_cli.errors import InputError
 from ptq_cli.grid_settings import SCHEMES, GridSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack_job import RepackJob, prepare_repack
-from ptq_cli.runner import Listener, run
+from ptq_cli.runner import run
 from ptq_cli.sources import BESIDE, AnyPath, Source, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized
@@ -84,7 +85,7 @@ class QuantizeJob(Job):
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
+        listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError."""
         max_shard = parse_size(str(max_shard_size))

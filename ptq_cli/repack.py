@@ -9,7 +9,7 @@ a dense tensor in the model's dtype and is declared so.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,14 +24,14 @@ from ptq_cli.models.sharing import group_modules
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.measures import measure
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.report import as_document, make_report
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
 from ptq_cli.storage.folder import (
     MAX_SHARD,
     Assembly,
     QuantizedFolder,
     check_container,
-    mapped,
     write_folder,
 )
 from ptq_cli.storage.staging import Staging
@@ -224,11 +224,12 @@ def run_repack(
     *,
     inputs: Mapping[str, str],
     max_shard: int = MAX_SHARD,
-    listen: Callable[[int, int, LayerReport], None] = lambda done, total, row: None,
+    listen: Listener = nobody,
 ) -> RunReport:
     """Do it and give the output its name. Raises PtqError; the work folder is removed then."""
     begin = time.perf_counter()
     rows: list[LayerReport] = []
+    total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
     try:
         for module, layer in job.wanted.items():
             weight = job.folder.load(module)
@@ -238,11 +239,12 @@ def run_repack(
             tensors = convert(weight, layer, job.fmt)
             staging.put(module, [as_bytes(k, v) for k, v in tensors.items()], None)
             rows.append(_row(layer, weight, job.fmt.decode(layer, tensors), job.fmt))
-            listen(len(rows), len(job.plan.layers), rows[-1])
+            work += layer.size
+            listen(Progress("repack", len(rows), total, module, work, weights))
         report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
         chosen = {key: value for key, value in report.settings.items() if value is not None}
         report = replace(report, settings=chosen)
-        _assemble(job, staging, report, inputs, max_shard)
+        _assemble(job, staging, report, inputs, max_shard, listen)
         staging.publish()
     except BaseException:
         staging.drop()
@@ -289,6 +291,7 @@ def _assemble(
     report: RunReport,
     inputs: Mapping[str, str],
     max_shard: int,
+    listen: Listener,
 ) -> None:
     folder, layers = job.folder, {layer.module: layer for layer in job.plan.layers}
     owner = {
@@ -296,11 +299,11 @@ def _assemble(
         for layer in folder.layers.values()
         for spec in folder.fmt.specs(layer)
     }
-    parts: dict[str, Sequence[Bytes]] = {}
+    parts: dict[str, Sequence[Bytes | StoredTensor]] = {}
     for name in folder.checkpoint.tensors:
         module = owner.get(name)
         if module is None:
-            parts[name] = [mapped(folder.checkpoint, name)]
+            parts[name] = [folder.checkpoint.tensors[name]]
         elif module in layers:
             parts.setdefault(module, staging.tensors(module))
         else:
@@ -322,4 +325,4 @@ def _assemble(
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
     assembly = Assembly(list(parts.items()), layers, dense, job.fmt, documents, config)
-    write_folder(staging.out, assembly, folder.checkpoint, max_shard)
+    write_folder(staging.out, assembly, folder.checkpoint, max_shard, listen=listen)

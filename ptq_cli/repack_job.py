@@ -12,14 +12,15 @@ from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
-from ptq_cli.runner import Listener, Progress
+from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, open_quantized
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import LayerReport, Plan, RunReport
+from ptq_cli.values import Plan, RunReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,10 @@ class RepackJob:
     def plan(self) -> Plan:
         return self.repack.plan
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.repack.folder.checkpoint
+
     def memory_warnings(self, resources: Resources) -> list[str]:
         return []
 
@@ -43,7 +48,7 @@ class RepackJob:
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
+        listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, layer by layer, and give the output its name. Raises PtqError."""
         checkpoint, limit = self.repack.folder.checkpoint, parse_size(str(max_shard_size))
@@ -54,11 +59,7 @@ class RepackJob:
         staging = Staging(
             self.output, {**job, **settings, **inputs}, force=force, restart=restart, keep=keep
         )
-
-        def told(done: int, total: int, row: LayerReport) -> None:
-            listen(Progress(done, total, row.module, row))
-
-        return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=told)
+        return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=listen)
 
 
 def prepare_repack(

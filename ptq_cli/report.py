@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite, prod
 from typing import Any
 
@@ -98,6 +98,14 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
     return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
 
 
+def printable(text: str) -> str:
+    """Text with control, bidirectional and other unprintable characters escaped."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
     """The report as one JSON document; without `times`, the same bytes for the same run."""
     document = {
@@ -168,58 +176,86 @@ def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
     return LayerReport(**values)
 
 
-def check_gates(
-    report: RunReport,
-    *,
-    max_rel_err: float | None = None,
-    min_gain: float | None = None,
-    max_fallbacks: int | None = None,
-    max_perplexity_increase: float | None = None,
-    max_kl: float | None = None,
-) -> None:
-    """Hold the report against the quality gates.
+@dataclass(frozen=True)
+class Gate:
+    """A quality gate, and how a report stands to it.
 
-    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
-    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
-    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
+    option: "--max-rel-err"; value: what was measured, None where nothing could be
+    said: what there is to say where it was missed
+    """
+
+    option: str
+    limit: float
+    value: float | None
+    passed: bool
+    said: str
+
+
+def check_gates(report: RunReport, **limits: float | None) -> None:
+    """Hold the report against the quality gates; see `gates_of` for the limits.
 
     Raises:
         GateMissed: with every gate that was missed.
     """
-    missed = []
-    if max_rel_err is not None:
-        over = [row for row in report.rows if not row_error(row) <= max_rel_err]
-        if over:
-            worst = max(over, key=row_error)
-            missed.append(
-                f"--max-rel-err {max_rel_err:g}: {len(over)} layers are above it, the worst"
-                f" {worst.module} with {row_error(worst):.4g}"
-            )
-    gain = report.totals["gain_vs_rtn"]
-    if min_gain is not None and not (gain is not None and gain >= min_gain):
-        shown = "not measurable" if gain is None else f"{gain:.4g}"
-        missed.append(f"--min-gain {min_gain:g}: gain_vs_rtn is {shown}")
-    fallbacks = report.totals["fallbacks"]
-    if max_fallbacks is not None and fallbacks > max_fallbacks:
-        missed.append(
-            f"--max-fallbacks {max_fallbacks}: {fallbacks} layers were rounded to nearest"
-        )
-    missed += _missed_quality(report.quality, max_perplexity_increase, max_kl)
+    missed = [
+        f"{g.option} {g.limit:g}: {g.said}" for g in gates_of(report, **limits) if not g.passed
+    ]
     if missed:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
 
 
-def _missed_quality(
+def gates_of(
+    report: RunReport,
+    *,
+    max_rel_err: float | None = None,
+    min_gain: float | None = None,
+    max_fallbacks: float | None = None,
+    max_perplexity_increase: float | None = None,
+    max_kl: float | None = None,
+) -> tuple[Gate, ...]:
+    """The gates that were set, passed or missed.
+
+    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
+    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
+    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
+    """
+    found = []
+    if max_rel_err is not None:
+        over = [row for row in report.rows if not row_error(row) <= max_rel_err]
+        worst = max(over or report.rows, key=row_error, default=None)
+        said = (
+            f"{len(over)} layers are above it, the worst {worst.module} with {row_error(worst):.4g}"
+            if worst
+            else ""
+        )
+        value = row_error(worst) if worst else None
+        found.append(Gate("--max-rel-err", max_rel_err, value, not over, said))
+    gain = report.totals["gain_vs_rtn"]
+    if min_gain is not None:
+        shown = "not measurable" if gain is None else f"{gain:.4g}"
+        passed = gain is not None and gain >= min_gain
+        found.append(Gate("--min-gain", min_gain, gain, passed, f"gain_vs_rtn is {shown}"))
+    fallbacks = report.totals["fallbacks"]
+    if max_fallbacks is not None:
+        said = f"{fallbacks} layers were rounded to nearest"
+        passed = fallbacks <= max_fallbacks
+        found.append(Gate("--max-fallbacks", max_fallbacks, fallbacks, passed, said))
+    return (*found, *_gates_of_quality(report.quality, max_perplexity_increase, max_kl))
+
+
+def _gates_of_quality(
     quality: Mapping[str, Any] | None, max_increase: float | None, max_kl: float | None
-) -> list[str]:
-    """The gates on predictions that were missed."""
+) -> list[Gate]:
+    """The gates on predictions."""
     if quality is None:
         return []
-    missed = []
+    found = []
     increase = quality["increase"]["quantized"]["perplexity"]
-    if max_increase is not None and not increase <= max_increase:
-        missed.append(f"--max-perplexity-increase {max_increase:g}: it rises by {increase:.4g}")
+    if max_increase is not None:
+        said, passed = f"it rises by {increase:.4g}", increase <= max_increase
+        found.append(Gate("--max-perplexity-increase", max_increase, increase, passed, said))
     kl = quality["kl"]["quantized"]["mean"]
-    if max_kl is not None and not kl <= max_kl:
-        missed.append(f"--max-kl {max_kl:g}: the mean KL divergence is {kl:.4g}")
-    return missed
+    if max_kl is not None:
+        said = f"the mean KL divergence is {kl:.4g}"
+        found.append(Gate("--max-kl", max_kl, kl, kl <= max_kl, said))
+    return found

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.choice import dense_modules
+from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.linear import as_tensor
 from ptq_cli.models.layers import Tensor
 from ptq_cli.numerics.threads import use_threads
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.report import as_document, make_report, row_from_json
 from ptq_cli.storage.calibration import (
@@ -40,13 +42,14 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
 )
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, StoredTensor
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.files import kept_buffer
-from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_array, as_bytes
+from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import quantize_unit
@@ -54,20 +57,6 @@ from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told of every finished layer, or site of the pass before: how many are done, of how many,
-    which one this was, and a layer's row."""
-
-    done: int
-    total: int
-    name: str
-    row: LayerReport | None = None
-
-
-Listener = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -107,31 +96,52 @@ def run(
     command: str,
     on_failure: str = "error",
     inputs: Mapping[str, str] | None = None,
-    listen: Listener = lambda _: None,
+    listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
     after: Callable[[], After] = After,
+    later: Collection[str] = (),
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
     inputs: fingerprints of the inputs, for quantization.json
     max_shard: bytes of tensors in one weights file
+    after: called once every unit is finished
+    later: tensors that may not be copied before that
 
     Raises:
         PtqError: what a unit met; the work folder is removed, unless it is an earlier run's.
     """
     begin = time.perf_counter()
     try:
+        fmt = format_named(plan.format)
+        # Hosts that write to one file of a shared file system could spoil one another's pages.
+        placing = fmt.container != "gguf" and resources.scheduler is None
         packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(packed, plan.bytes_after)
-        with threadpool_limits(1):
-            rows = _run_units(plan, checkpoint, source, staging, on_failure, listen, resources)
+        staging.check_space(0 if placing else packed, plan.bytes_after)
+        layers = {layer.tensor: layer for layer in plan.layers}
+        parts = [
+            (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
+            for name, own in checkpoint.tensors.items()
+        ]
+        of_module = {layer.module: layer for layer in plan.layers}
+        shards = begin_weights(staging.weights, parts, of_module, fmt, max_shard)
+        places = {} if shards is None else shards.places
+        store = replace(staging.store, places=places, placing=placing)
+        with threadpool_limits(1), Copying(shards) as copying:
+            untouched = {name: x for name, x in checkpoint.tensors.items() if name not in layers}
+            copying.put(own for name, own in untouched.items() if name not in later)
+            rows = _run_units(
+                plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
+            )
             end = after()
+            if end.checkpoint is not None:
+                checkpoint = end.checkpoint
+            copying.put(checkpoint.tensors[name] for name in untouched if name in later)
         rows = [end.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=end.sites)
-        copied = checkpoint if end.checkpoint is None else end.checkpoint
-        _assemble(plan, copied, staging, report, inputs or {}, max_shard)
+        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
         end.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -152,21 +162,32 @@ def _run_units(
     checkpoint: Checkpoint,
     source: StatisticsSource | None,
     staging: Staging,
+    store: UnitStore,
     on_failure: str,
     listen: Listener,
     resources: Resources,
+    copying: Copying,
 ) -> list[LayerReport]:
     rows: dict[str, LayerReport] = {}
-    total = len(plan.layers)
+    sizes = {layer.module: layer.size for layer in plan.layers}
+    total, weights, finished = len(sizes), sum(sizes.values()), 0
     if isinstance(source, StreamingSource):
         work = staging.folder / "stream"
-        source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
+        source.begin(work, _rounded(plan, store), resources.workers, resources.max_memory)
 
-    def done(task: Task, entries: Any) -> None:
+    def done(task: Task, result: Any) -> None:
+        nonlocal finished
+        entries, kept = result
+        copying.put_unit(store, task.name)
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
-            listen(Progress(len(rows), total, row.module, row))
+            finished += sizes[row.module]
+            listen(
+                Progress(
+                    "quantize", len(rows), total, row.module, finished, weights, row, kept=kept
+                )
+            )
 
     tasks = []
     for unit in plan.units:
@@ -175,8 +196,11 @@ def _run_units(
         if isinstance(source, PortableSource):
             statistics = None if unit.site is None else source.only(unit.site)
         own = plan.settings[1]
+        specs = [spec for layer in unit.layers for spec in format_named(plan.format).specs(layer)]
+        places = {spec.name: store.places[spec.name] for spec in specs if store.places}
+        own_store = replace(store, places=places)
         job = UnitJob(
-            unit, tensors, statistics, plan.method, own, plan.format, on_failure, staging.store
+            unit, tensors, statistics, plan.method, own, plan.format, on_failure, own_store
         )
         tasks.append(Task(unit.name, unit.memory, _work, job))
     if source is not None and not isinstance(source, PortableSource):
@@ -195,10 +219,11 @@ def _workers_at_most(plan: Plan) -> int:
 
 
 def _work(job: UnitJob) -> Any:
-    """Read, quantize and stage one unit, unless a run before this one has; its report rows."""
+    """Read, quantize and stage one unit, unless a run before this one has; its report rows, and
+    whether they are that run's."""
     unit = job.unit
     if job.store.exists(unit.name) and job.store.reusable(unit.name, _key(job)):
-        return job.store.result(unit.name)
+        return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
 
@@ -235,7 +260,7 @@ def _work(job: UnitJob) -> Any:
     entries = [asdict(result.row) for result in results]
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
-    return entries
+    return entries, False
 
 
 def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -257,17 +282,17 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
     }
 
 
-def _rounded(plan: Plan, staging: Staging) -> Callable[[str], Tensor | None]:
+def _rounded(plan: Plan, store: UnitStore) -> Callable[[str], Tensor | None]:
     """What a layer's tensor decodes to, once its unit is finished."""
     fmt = format_named(plan.format)
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
     def rounded(tensor: str) -> Tensor | None:
-        if tensor not in place or not staging.store.exists(place[tensor][0].name):
+        if tensor not in place or not store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
-        staged = staging.tensors(unit.name)
+        staged = store.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
         return as_tensor(layer, fmt.decode(layer, tensors))
 
@@ -287,22 +312,24 @@ def _assemble(
     plan: Plan,
     checkpoint: Checkpoint,
     staging: Staging,
+    store: UnitStore,
     report: RunReport,
     inputs: Mapping[str, str],
-    max_shard: int,
+    shards: Shards | None,
+    listen: Listener,
 ) -> None:
     fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
     of_tensor = {layer.tensor: layer for layer in layers.values()}
     staged = {
-        tensor.spec.name: tensor for unit in plan.units for tensor in staging.tensors(unit.name)
+        tensor.spec.name: tensor for unit in plan.units for tensor in store.tensors(unit.name)
     }
-    parts = []
-    for name in checkpoint.tensors:
+    parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
+    for name, own in checkpoint.tensors.items():
         layer = of_tensor.get(name)
         if layer is None:
-            parts.append((name, [mapped(checkpoint, name)]))
+            parts.append((name, [own]))
         else:
             parts.append((layer.module, [staged[spec.name] for spec in fmt.specs(layer)]))
     dense = dense_modules(plan.skipped)
@@ -310,7 +337,8 @@ def _assemble(
         "report.json": as_document(report, times=False),
         "quantization.json": quantization_document(plan, report.settings, inputs, layers.values()),
     }
-    write_folder(staging.out, Assembly(parts, layers, dense, fmt, documents), checkpoint, max_shard)
+    assembly = Assembly(parts, layers, dense, fmt, documents)
+    write_folder(staging.out, assembly, checkpoint, shards=shards, listen=listen)
 
 
 def quantization_document(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan
+from ptq_cli.progress import Listener, nobody
 from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, Listener, Progress, quantization_document, run
+from ptq_cli.runner import After, quantization_document, run
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sequential_smoothing import SmoothedTokens, place_groups
 from ptq_cli.smoothing import Smoothed, Smoothing, smooth
@@ -30,7 +32,7 @@ from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.calibration import CalibrationFile, StatisticsSource, open_calibration
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
-from ptq_cli.storage.folder import MAX_SHARD, Assembly, mapped, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, write_folder
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import STATISTICS, Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
@@ -51,7 +53,7 @@ class SmoothJob(Job):
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = lambda _: None,
+        listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError.
 
@@ -62,41 +64,39 @@ class SmoothJob(Job):
         own = {"floats": self.floats, "max_shard_size": max_shard}
         staging = self.staging(own, force=force, restart=restart)
 
-        def rounded(
-            plan: Plan, checkpoint: Checkpoint, source: StatisticsSource, after: Callable[[], After]
-        ) -> RunReport:
-            return run(
-                plan,
-                checkpoint,
-                source,
-                staging,
-                command=self.command,
-                inputs=self.inputs,
-                listen=listen,
-                resources=resources,
-                max_shard=max_shard,
-                after=after,
-            )
-
+        rounded = partial(
+            run,
+            staging=staging,
+            command=self.command,
+            inputs=self.inputs,
+            listen=listen,
+            resources=resources,
+            max_shard=max_shard,
+        )
         tokens = self.source.statistics
         if isinstance(tokens, TokenSource) and tokens.feedback:
             stream = SmoothedTokens(self.smoothing, tokens, staging)
             report = rounded(
-                self.plan, stream.checkpoint, stream, lambda: self._end(stream.finish(), staging)
+                self.plan,
+                stream.checkpoint,
+                stream,
+                after=lambda: self._end(stream.finish(), staging),
+                later={tensor for site in self.smoothing.sites for tensor in site.tensors},
             )
         else:
             try:
                 plan, smoothed = self._pass(staging, resources, listen)
                 end = self._end(smoothed, staging)
                 if self.floats:
-                    return self._write_floats(end, staging, begin, max_shard)
+                    return self._write_floats(end, staging, begin, max_shard, listen)
             except PtqError as error:
                 staging.give_up(error)
                 raise
             except BaseException:
                 staging.close()
                 raise
-            report = rounded(plan, end.checkpoint or self.checkpoint, smoothed.source, lambda: end)
+            checkpoint = end.checkpoint or self.checkpoint
+            report = rounded(plan, checkpoint, smoothed.source, after=lambda: end)
         seconds = time.perf_counter() - begin
         return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
 
@@ -107,26 +107,22 @@ class SmoothJob(Job):
         statistics there are."""
         plan, smoothing = self.plan, self.smoothing
         if isinstance(self.source.statistics, TokenSource):
-            statistics = self._calibrated(self.source.statistics, staging, resources)
+            statistics = self._calibrated(self.source.statistics, staging, resources, listen)
             smoothing = dataclasses.replace(smoothing, source=statistics)
             units = tuple(_with_tokens(unit, statistics) for unit in plan.units)
             plan = dataclasses.replace(plan, units=units)
-
-        def told(done: int, total: int, site: str) -> None:
-            listen(Progress(done, total, site))
-
         with threadpool_limits(1):
-            return plan, smooth(smoothing, staging, told)
+            return plan, smooth(smoothing, staging, listen)
 
     def _calibrated(
-        self, tokens: TokenSource, staging: Staging, resources: Resources
+        self, tokens: TokenSource, staging: Staging, resources: Resources, listen: Listener
     ) -> CalibrationFile:
         """Statistics of the float model on its tokens: a file in the work folder."""
         path = staging.folder / STATISTICS
         if not path.exists():
             inner = Staging(path, {"command": "calibrate"})
             fingerprint = self.checkpoint.fingerprint
-            calibrate_sites(tokens, fingerprint, tokens.heldout, inner, resources=resources)
+            calibrate_sites(tokens, fingerprint, tokens.heldout, inner, listen, resources)
         return open_calibration(path)
 
     def _end(self, smoothed: Smoothed, staging: Staging) -> After:
@@ -149,6 +145,7 @@ class SmoothJob(Job):
         staging: Staging,
         begin: float,
         max_shard: int,
+        listen: Listener,
     ) -> RunReport:
         checkpoint = end.checkpoint or self.checkpoint
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
@@ -156,14 +153,14 @@ class SmoothJob(Job):
         report = make_report(self.command, plan, [], time.perf_counter() - begin)
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=end.sites, settings=settings)
-        parts = [(name, [mapped(checkpoint, name)]) for name in checkpoint.tensors]
+        parts = [(name, [own]) for name, own in checkpoint.tensors.items()]
         documents = {
             "report.json": as_document(report, times=False),
             "quantization.json": quantization_document(plan, report.settings, self.inputs, ()),
         }
         fmt = format_named("ptq")
         assembly = Assembly(parts, {}, (), fmt, documents)
-        write_folder(staging.out, assembly, self.checkpoint, max_shard)
+        write_folder(staging.out, assembly, self.checkpoint, max_shard, listen=listen)
         end.write(staging.out)
         staging.publish()
         return report

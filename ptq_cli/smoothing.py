@@ -24,6 +24,7 @@ from ptq_cli.numerics.integer_matmul import linear_w8a8
 from ptq_cli.numerics.measures import output_errors
 from ptq_cli.numerics.smoothing import function_change
 from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import method
 from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -44,7 +45,6 @@ from ptq_cli.values import (
 
 Factors = NDArray[np.float32]
 Fold = tuple[Site, Factors]
-Listener = Callable[[int, int, str], None]
 
 TRIES = 4  # proposals of a search that are tried before a site is left alone
 
@@ -150,7 +150,7 @@ class Smoothed:
         return any(module in o.linears for o in self.outcomes if o.fed_by is not None)
 
 
-def smooth(job: Smoothing, staging: Staging, listen: Listener = lambda *_: None) -> Smoothed:
+def smooth(job: Smoothing, staging: Staging, listen: Listener = nobody) -> Smoothed:
     """Find and judge factors for every site; finished groups of sites are taken from `staging`.
 
     Raises:
@@ -158,11 +158,13 @@ def smooth(job: Smoothing, staging: Staging, listen: Listener = lambda *_: None)
     """
     groups = connected(job.sites)
     found = Found(job)
-    for done, group in enumerate(groups):
-        if not staging.finished(unit_of(group)):
+    listen(Progress("smooth", 0, len(groups), groups[0][0].name))
+    for done, group in enumerate(groups, 1):
+        kept = staging.finished(unit_of(group))
+        if not kept:
             settle_group(job, group, job.source, staging)
         found.take(group, staging)
-        listen(done + 1, len(groups), group[0].name)
+        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
     checkpoint = folded_checkpoint(job.checkpoint, found.folds)
     return found.smoothed(checkpoint, smoothed_source(job.source, found.folds))
 

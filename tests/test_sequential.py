@@ -20,9 +20,9 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.attention import pack
 from ptq_cli.models.forward import embed, forward_block
 from ptq_cli.numerics.statistics import SiteAccumulator
+from ptq_cli.progress import Progress
 from ptq_cli.quality import quantized_tensors
 from ptq_cli.quantize_job import prepare
-from ptq_cli.runner import Progress
 from ptq_cli.sequential import TokenSource, model_architecture
 from ptq_cli.sources import SourceSettings
 from ptq_cli.storage.calibration import open_calibration
@@ -37,9 +37,9 @@ SETTINGS = TokenSettings(**TOKENS)  # type: ignore[arg-type]
 FAST: dict[str, Any] = {"bits": 3, "sym": False, "refine": 0, "sweeps": 0, "mse": False}
 
 
-def observed(read: Any, ids: Any, mask: Any = None) -> dict[str, Any]:
+def observed(read: Any, ids: Any, mask: Any = None, model: Path = SAMPLE) -> dict[str, Any]:
     """The inputs of every site, everything in one batch."""
-    arch = model_architecture(open_checkpoint(SAMPLE))
+    arch = model_architecture(open_checkpoint(model))
     packing, seen = pack(ids.shape, mask), {}
     hidden = embed(arch, read, ids, packing)
     for block in range(len(arch.blocks)):

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ptq_cli
 from ptq_cli import sequential_smoothing
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Preceding
 from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.progress import Progress
 from ptq_cli.quality import quantized_tensors
-from ptq_cli.runner import Progress
 from ptq_cli.sequential import TokenSource
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
@@ -27,7 +28,15 @@ from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.values import SiteStatistics
 from tests.methods.rescaled import rescaled_sample
-from tests.test_sequential import FAST, SAMPLE, SETTINGS, TOKENS, observed, same_bytes
+from tests.test_sequential import (
+    FAST,
+    SAMPLE,
+    SETTINGS,
+    TOKENS,
+    moe_folder,
+    observed,
+    same_bytes,
+)
 
 HELD = slice(7, 512 * 8, 8)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "smoothquant",
         {"alpha": 0.6, "then": "gptq", "activation_scheme": "static", "activation_bits": 4},
     ),
+    "gpt2": ("smoothquant", {"alpha": 0.5, "activation_scheme": "dynamic-tensor"}),
 }
 
 
@@ -51,6 +61,46 @@ def quantize(model: Path, case: str, output: Path, **more: Any) -> Any:
     if command == "awq":
         settings = {"compare": False, **settings}
     return getattr(ptq_cli, command)(model, output=output, **TOKENS, **settings, **more)
+
+
+def gpt2_folder(folder: Path) -> Path:
+    """A random GPT-2 in three blocks (LayerNorm with biases, transposed weights), some channels of
+    its norms loud."""
+    config = {
+        "model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4,
+        "n_positions": 64, "n_inner": 96, "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    }  # fmt: skip
+    random = np.random.default_rng(3)
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (512, 64), "wpe.weight": (64, 64)}
+    for block in range(3):
+        base = f"h.{block}."
+        for name, n in (("ln_1", 64), ("ln_2", 64)):
+            shapes |= {f"{base}{name}.weight": (n,), f"{base}{name}.bias": (n,)}
+        for name, shape in (
+            ("attn.c_attn", (64, 192)),
+            ("attn.c_proj", (64, 64)),
+            ("mlp.c_fc", (64, 96)),
+            ("mlp.c_proj", (96, 64)),
+        ):
+            shapes |= {f"{base}{name}.weight": shape, f"{base}{name}.bias": shape[1:]}
+    shapes |= {"ln_f.weight": (64,), "ln_f.bias": (64,)}
+    tensors = {
+        name: (random.standard_normal(shape) / 4).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    for name, values in tensors.items():
+        if "ln_" in name and name.endswith("weight"):
+            values += 1
+    for block in range(3):
+        for norm, linear in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+            for part in ("weight", "bias"):
+                tensors[f"h.{block}.{norm}.{part}"][:2] *= 32
+            tensors[f"h.{block}.{linear}.weight"][:2] /= 32
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def ids_of(model: Path) -> Any:
@@ -69,14 +119,16 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
         return seen[site]
 
     monkeypatch.setattr(TokenSource, "load", spy)
-    report = quantize(loud, case, tmp_path / "out")
+    model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
+    report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
-    assert len(folds) > 6
+    assert len(folds) > 5
     assert {entry["site"] for entry in report.sites if entry["fed_by"]} == set(folds)
-    checkpoint = open_checkpoint(loud)
-    ids = ids_of(loud)
-    exact = observed(checkpoint.read, ids)
-    ours = observed(quantized_tensors(checkpoint, open_quantized(tmp_path / "out")), ids)
+    checkpoint = open_checkpoint(model)
+    ids = ids_of(model)
+    exact = observed(checkpoint.read, ids, model=model)
+    rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
+    ours = observed(rounded, ids, model=model)
     assert list(seen) == list(exact)
     for site, inputs in ours.items():
         wanted = exact[site] / folds.get(site, np.float32(1))
@@ -281,6 +333,49 @@ def test_a_fold_changes_nothing_where_nothing_is_better_folded(tmp_path: Path) -
     ptq_cli.awq(SAMPLE, output=tmp_path / "a", **settings, **TOKENS, **FAST)
     ptq_cli.gptq(SAMPLE, output=tmp_path / "b", **TOKENS, **FAST)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+def test_layers_that_are_left_alone_are_folded_on_the_way(tmp_path: Path, loud: Path) -> None:
+    out, ignore = tmp_path / "out", ("self_attn.q_proj", "k_proj", "v_proj", "1.mlp")
+    report = quantize(loud, "awq gptq", out, ignore=ignore)
+    assert [entry["site"] for entry in report.sites][:2] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.o_proj",
+    ]
+    assert len(report.sites) == 16
+    seen = ptq_cli.evaluate(loud, out, tokens=SETTINGS)
+    assert not any("differ" in warning for warning in seen.warnings)
+    assert not any("missing" in warning for warning in seen.warnings)
+    assert seen.quality is not None
+    assert seen.quality["kl"]["quantized"]["mean"] < seen.quality["kl"]["rtn"]["mean"]
+
+
+def test_experts_are_smoothed_where_a_recipe_names_them(tmp_path: Path) -> None:
+    model = moe_folder(tmp_path / "moe")
+    moe = "model.layers.*.block_sparse_moe."
+    entries = [
+        {
+            "linears": [
+                moe + "gate",
+                *(f"{moe}experts.{e}.{w}" for e in range(4) for w in ("w1", "w3")),
+            ],
+            "norm": "model.layers.*.post_attention_layernorm",
+        },
+        *({"linears": [f"{moe}experts.{e}.w2"], "after": f"{moe}experts.{e}.w3"} for e in range(4)),
+    ]
+    report = ptq_cli.awq(
+        model, tokens=model / "tokens.npy", output=tmp_path / "out", ignore=("gate",),
+        group_size=16, bits=3, sites=entries, compare=False,
+    )  # fmt: skip
+    rows, sites = ({getattr(x, "module", None): x for x in report.rows}, report.sites)
+    lonely = "model.layers.0.block_sparse_moe.experts.3."
+    assert rows[lonely + "w1"].fallback == "no token reaches it"
+    assert any(entry["fed_by"] for entry in sites)
+    reasons = {entry["site"]: entry["reason"] for entry in sites}
+    assert reasons[lonely + "w2"] == "no statistics of its inputs"
+    seen = ptq_cli.evaluate(model, tmp_path / "out", tokens=TokenSettings(model / "tokens.npy"))
+    assert seen.quality is not None
+    assert not any("differ" in warning for warning in seen.warnings)
 
 
 def test_sites_across_blocks_have_no_sequence(tmp_path: Path) -> None:

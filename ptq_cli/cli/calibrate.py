@@ -8,10 +8,14 @@ from typing import Any
 import click
 
 from ptq_cli import api, display
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options
+from ptq_cli.calibrate_job import default_target
+from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options, show_next
+from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.live import Follow
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.sources import take_tokens
+from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.tasks import take_resources
 
 
@@ -92,6 +96,7 @@ def calibrate(
     restart: bool,
     strict: bool,
     as_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
@@ -112,7 +117,7 @@ def calibrate(
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    with display.ProgressLine("calibrate", quiet=as_json) as line:
+    with Follow("calibrate", quiet) as listen:
         result = api.calibrate(
             model,
             activations,
@@ -127,13 +132,15 @@ def calibrate(
             force=force,
             restart=restart,
             resources=take_resources(options),
-            listen=line,
+            listen=listen,
             warn=lambda warning: emit_warnings([warning], strict),
         )
     if as_json:
         display.print_json(result)
     else:
         _show(result)
+        default = default_target(open_checkpoint(model))
+        show_next([after_calibration(model, output or default, default)])
 
 
 def _show(result: dict[str, object]) -> None:

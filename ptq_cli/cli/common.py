@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ptq_cli import display
-from ptq_cli.errors import InputError
-from ptq_cli.report import as_csv, as_document
+from ptq_cli.cli.next_steps import Step, after, as_line
+from ptq_cli.errors import GateMissed, InputError
+from ptq_cli.junit import as_junit
+from ptq_cli.report import as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import write_whole
-from ptq_cli.values import RunReport
+from ptq_cli.values import Layer, RunReport
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -46,9 +48,16 @@ def source_options(command: C) -> C:
     return command
 
 
+def quiet_option(command: C) -> C:
+    """No progress."""
+    text = "No progress on stderr; warnings and errors still are."
+    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
+
+
 def resource_options(command: C) -> C:
-    """What a run may use."""
+    """What a run may use, and whether it tells of it."""
     for option in (
+        quiet_option,
         click.option(
             "--scheduler",
             metavar="ADDRESS",
@@ -89,10 +98,19 @@ def report_options(command: C) -> C:
             metavar="FILE",
             help="Write the report also to FILE, .csv or .json.",
         ),
+        click.option(
+            "--junit",
+            type=PATH,
+            metavar="FILE",
+            help="Write layers and gates to FILE as JUnit XML, for CI.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     ):
         command = option(command)
     return command
+
+
+GATES = ("max_rel_err", "min_gain", "max_fallbacks", "max_perplexity_increase", "max_kl")
 
 
 def gate_options(command: C) -> C:
@@ -133,16 +151,56 @@ def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
         display.warn(warning)
 
 
-def check_report_path(path: Path | None) -> None:
-    """Find out before the work whether a report could be written there."""
+def check_report_paths(options: Mapping[str, Any]) -> None:
+    """Find out before the work whether the reports that were asked for could be written."""
+    _check_path(options["report_path"], (".csv", ".json"), "a report")
+    _check_path(options["junit"], (".xml",), "a JUnit report")
+
+
+def _check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
     if path is None:
         return
-    if path.suffix not in (".csv", ".json"):
-        raise InputError(f"{path}: a report is .csv or .json")
+    if path.suffix not in suffixes:
+        raise InputError(f"{path}: {what} is {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder")
     if path.is_dir():
         raise InputError(f"{path}: a folder", hint="name a file for the report")
+
+
+def finish(
+    report: RunReport,
+    options: Mapping[str, Any],
+    output: str,
+    *,
+    written: bool,
+    layers: Sequence[Layer] = (),
+) -> None:
+    """Write and print the report, hold it against the gates, and say what to do next.
+
+    output: what was written, or else what was measured
+    layers: that a runtime could load from there
+
+    Raises:
+        GateMissed: after everything was written.
+    """
+    limits = {name: options[name] for name in GATES if options.get(name) is not None}
+    if options["junit"] is not None:
+        write_whole(options["junit"], as_junit(report, gates_of(report, **limits), output))
+    shown = output if written else None
+    emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
+    try:
+        check_gates(report, **limits)
+    except GateMissed as error:
+        error.hint = f"{output} was written all the same" if written else None
+        raise
+    if not options["as_json"]:
+        show_next(after(report, click.get_current_context().params, output, layers))
+
+
+def show_next(steps: Iterable[Step]) -> None:
+    for what, words in steps:
+        display.line(f"{what}: {as_line(words)}")
 
 
 def emit_report(

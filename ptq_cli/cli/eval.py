@@ -7,20 +7,21 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
+from ptq_cli import api
 from ptq_cli.cli.common import (
     PATH,
-    check_report_path,
-    emit_report,
+    check_report_paths,
     emit_warnings,
+    finish,
     gate_options,
     model_argument,
+    quiet_option,
     report_options,
     source_options,
 )
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.live import Follow
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.report import check_gates
 from ptq_cli.sources import take_tokens
 
 
@@ -64,6 +65,7 @@ from ptq_cli.sources import take_tokens
     metavar="P",
     help="Range of integer inputs: this part of their absolute values, in (0, 1].",
 )
+@quiet_option
 @gate_options
 @report_options
 def evaluate(
@@ -73,19 +75,10 @@ def evaluate(
     activations: tuple[Path, ...],
     bf16: bool,
     kl_per_block: bool,
-    max_perplexity_increase: float | None,
-    max_kl: float | None,
     activation_scheme: str | None,
     activation_bits: str | None,
     percentile: float,
-    max_rel_err: float | None,
-    min_gain: float | None,
-    max_fallbacks: int | None,
-    report_path: Path | None,
-    as_json: bool,
-    top: int,
-    strict: bool,
-    **tokens: Any,
+    **options: Any,
 ) -> None:
     """Measure QUANTIZED against the ORIGINAL weights, worst layers first.
 
@@ -103,19 +96,16 @@ def evaluate(
     ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-kl 0.01
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
-    check_report_path(report_path)
-    settings = take_tokens(tokens)
-    wants = kl_per_block or max_perplexity_increase is not None or max_kl is not None
+    check_report_paths(options)
+    settings = take_tokens(options)
+    predictions = ("max_perplexity_increase", "max_kl")
+    wants = kl_per_block or any(options[name] is not None for name in predictions)
     if wants and not settings.given:
         raise click.UsageError("perplexity and KL need --tokens or --text")
     inputs = activation_bits is not None or percentile != 1.0
     if inputs and activation_scheme in (None, "none"):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    with display.ProgressLine("eval", quiet=as_json) as line:
-
-        def listen(done: int, total: int, row: Any) -> None:
-            line(done, total, getattr(row, "module", str(row)))
-
+    with Follow("eval", options["quiet"]) as listen:
         report = api.evaluate(
             original,
             quantized,
@@ -129,13 +119,5 @@ def evaluate(
             percentile=percentile,
             listen=listen,
         )
-    emit_warnings(report.warnings, strict)
-    emit_report(report, report_path, as_json, top)
-    check_gates(
-        report,
-        max_rel_err=max_rel_err,
-        min_gain=min_gain,
-        max_fallbacks=max_fallbacks,
-        max_perplexity_increase=max_perplexity_increase,
-        max_kl=max_kl,
-    )
+    emit_warnings(report.warnings, options["strict"])
+    finish(report, options, str(quantized), written=False)

@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
+    "completion": ("ptq_cli.cli.completion:completion", "Complete words in bash, zsh or fish."),
 }
 
 
@@ -100,6 +101,10 @@ def run(arguments: list[str]) -> int:
     """Run the command line and give back the exit code."""
     debug = "--debug" in arguments
     try:
+        if instruction := os.environ.get("_PTQ_COMPLETE"):
+            from ptq_cli.cli.completion import answer
+
+            return answer(instruction)
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

@@ -10,17 +10,17 @@ import click
 
 from ptq_cli import display
 from ptq_cli.cli.common import (
+    GATES,
     PATH,
-    check_report_path,
-    emit_report,
+    check_report_paths,
     emit_warnings,
+    finish,
     gate_options,
     report_options,
     resource_options,
 )
 from ptq_cli.config import load_recipe
-from ptq_cli.report import check_gates
-from ptq_cli.runner import Progress
+from ptq_cli.live import Follow
 from ptq_cli.runtimes import RUNTIMES
 from ptq_cli.sources import SourceSettings, take_source
 from ptq_cli.tasks import take_resources
@@ -84,20 +84,26 @@ def take_sources(options: dict[str, Any]) -> SourceSettings:
     return source
 
 
+def _check_measurable(method: str, options: dict[str, Any]) -> None:
+    gates = [name for name in GATES if options.get(name) is not None]
+    if method == "repack" and gates:
+        raise click.UsageError(
+            f"--{gates[0].replace('_', '-')}: repacking measures nothing, the codes stay as they"
+            " are; set the gate on ptq eval ORIGINAL QUANTIZED"
+        )
+
+
 def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) -> None:
     """Plan, warn, run with progress, report, and see to the gates.
 
     prepare: gives the job. options: those of `quantizing_options`
     """
-    check_report_path(options["report_path"])
+    check_report_paths(options)
     resources = take_resources(options)
     job = prepare()
+    _check_measurable(job.plan.method, options)
     emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
-    with display.ProgressLine(name, quiet=options["as_json"]) as line:
-
-        def listen(progress: Progress) -> None:
-            line(progress.done, progress.total, progress.name)
-
+    with Follow(name, options["quiet"]) as listen:
         report = job.run(
             force=options["force"],
             restart=options["restart"],
@@ -107,10 +113,5 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
         )
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
-    emit_report(report, options["report_path"], options["as_json"], options["top"], str(job.output))
-    check_gates(
-        report,
-        max_rel_err=options["max_rel_err"],
-        min_gain=options["min_gain"],
-        max_fallbacks=options["max_fallbacks"],
-    )
+    layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
+    finish(report, options, str(job.output), written=True, layers=layers)

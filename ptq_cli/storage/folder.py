@@ -13,27 +13,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import InputError
+from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
     SUFFIX,
     Checkpoint,
+    StoredTensor,
     open_checkpoint,
-    read_header,
 )
 from ptq_cli.storage.files import (
+    link,
     listing,
     named,
-    read_into,
     read_json,
-    regular_file,
     sync_folder,
     to_json,
     write_file,
@@ -41,7 +41,8 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
-from ptq_cli.storage.tensors import Bytes, own_metadata, serialize
+from ptq_cli.storage.shards import Part, Shards, mapped
+from ptq_cli.storage.tensors import Bytes, own_metadata
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
 GGUF_SUFFIX = ".gguf"
@@ -49,31 +50,19 @@ _WEIGHTS = (SUFFIX, INDEX_SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".npy", ".h5", ".o
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 MAX_SHARD = 4 * 10**9
-_VERIFY_BYTES = 1 << 24
+_LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
 
 @dataclass(frozen=True)
 class Assembly:
     """What goes into an output folder: modules in order, each with its tensors."""
 
-    parts: Sequence[tuple[str, Sequence[Bytes]]]
+    parts: Sequence[tuple[str, Sequence[Bytes | StoredTensor]]]
     layers: Mapping[str, Layer]
     dense: Sequence[str]
     fmt: Format
     documents: dict[str, Any]
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
-
-
-def mapped(checkpoint: Checkpoint, name: str) -> Bytes:
-    """A tensor of a checkpoint as memory-mapped bytes, to be copied."""
-    stored = checkpoint.tensors[name]
-    if stored.spec.nbytes == 0:
-        return Bytes(stored.spec, np.empty(0, np.uint8))
-    if regular_file(stored.file) < stored.offset + stored.spec.nbytes:
-        raise FileError(f"{stored.file}: changed while it was read")
-    with named(stored.file):
-        shape = (stored.spec.nbytes,)
-        return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
 
 
 def check_container(
@@ -89,16 +78,44 @@ def check_container(
         onnx_library()
 
 
+def begin_weights(
+    folder: Path, parts: Sequence[Part], layers: Mapping[str, Layer], fmt: Format, max_shard: int
+) -> Shards | None:
+    """Lay out the weights files in a folder, to be filled before `write_folder`; None where the
+    container is written whole."""
+    if fmt.container == "gguf":
+        return None
+    with named(folder):
+        folder.mkdir(exist_ok=True)
+    unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
+    return Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+
+
 def write_folder(
-    out: Path, assembly: Assembly, source: Checkpoint, max_shard: int = MAX_SHARD
+    out: Path,
+    assembly: Assembly,
+    source: Checkpoint,
+    max_shard: int = MAX_SHARD,
+    shards: Shards | None = None,
+    listen: Listener = nobody,
 ) -> None:
-    """Write the folder at its temporary place and prove it equal to what was staged."""
+    """Write the folder at its temporary place and prove it equal to what was staged.
+
+    shards: what `begin_weights` laid out, and what is in there already
+    """
     with named(out):
         out.mkdir()
-    if assembly.fmt.container == "gguf":
-        write_gguf_model(out, assembly.parts, assembly.layers, assembly.fmt, source)
+    if shards is None:
+        parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
+        shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
+    if shards is None:
+        whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
+        size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
+        listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
+        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
+        listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
     else:
-        _write_weights(out, assembly, max_shard)
+        _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
     root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
@@ -107,27 +124,29 @@ def write_folder(
     sync_folder(out)
 
 
-def _write_weights(out: Path, assembly: Assembly, max_shard: int) -> None:
+def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listener) -> None:
     """Shards of safetensors, with an index where there are several."""
-    shards = _shards(assembly.parts, max_shard)
-    names = _shard_names(len(shards))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for name, parts in zip(names, shards, strict=True):
-        tensors = [tensor for _, group in parts for tensor in group]
-        layers = [assembly.layers[module] for module, _ in parts if module in assembly.layers]
-        serialize(out / name, tensors, _metadata(layers, assembly.fmt))
-        _verify(out / name, tensors)
-        weight_map |= {tensor.spec.name: name for tensor in tensors}
-        total += sum(tensor.spec.nbytes for tensor in tensors)
+    missing, names = shards.missing, shards.names
+    size = sum(tensor.spec.nbytes for _, tensors in assembly.parts for tensor in tensors)
+    done = 0
+    for _, tensors in assembly.parts:
+        listen(Progress("write", 0, len(names), names[0], done, size))
+        shards.put(tensor for tensor in tensors if tensor.spec.name in missing)
+        done += sum(tensor.spec.nbytes for tensor in tensors)
+    weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
+    if shards.folder != out:
+        for name in names:
+            link(shards.folder / name, out / name)
+    listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
     if assembly.fmt.container == "onnx":
         write_graph(out, names, assembly.layers, assembly.fmt)
 
 
-def _metadata(layers: Sequence[Layer], fmt: Format) -> Mapping[str, str]:
+def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) -> Mapping[str, str]:
+    """Metadata of the weights file that holds these modules."""
     if fmt.file_metadata is not None:
         return fmt.file_metadata
     return own_metadata(
@@ -135,7 +154,7 @@ def _metadata(layers: Sequence[Layer], fmt: Format) -> Mapping[str, str]:
             "kind": "quantized",
             "version": 1,
             "format": fmt.name,
-            "layers": fmt.metadata(layers),
+            "layers": fmt.metadata([layers[name] for name in names if name in layers]),
         }
     )
 
@@ -153,45 +172,6 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
     return documents
-
-
-def _shards(
-    parts: Sequence[tuple[str, Sequence[Bytes]]], max_shard: int
-) -> list[list[tuple[str, Sequence[Bytes]]]]:
-    """Parts in order, in shards of at most `max_shard` bytes; a larger part is one of its own."""
-    shards: list[list[tuple[str, Sequence[Bytes]]]] = [[]]
-    room = max_shard
-    for part in parts:
-        size = sum(tensor.spec.nbytes for tensor in part[1])
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard
-        shards[-1].append(part)
-        room -= size
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [f"model{SUFFIX}"]
-    return [f"model-{i + 1:05d}-of-{count:05d}{SUFFIX}" for i in range(count)]
-
-
-def _verify(path: Path, tensors: Sequence[Bytes]) -> None:
-    """Read the file back and compare every byte with what was staged."""
-    stored = {tensor.spec.name: tensor for tensor in read_header(path).tensors}
-    if set(stored) != {tensor.spec.name for tensor in tensors}:
-        raise FileError(f"{path}: does not hold the tensors that were written")
-    for tensor in tensors:
-        there = stored[tensor.spec.name]
-        same = there.spec == tensor.spec
-        for start in range(0, tensor.spec.nbytes if same else 0, _VERIFY_BYTES):
-            staged = tensor.data[start : start + _VERIFY_BYTES]
-            buffer = np.empty(len(staged), np.uint8)
-            read_into(path, there.offset + start, buffer)
-            same = same and np.array_equal(buffer, staged)
-        if not same:
-            raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
 
 
 def copy_companions(root: Path, out: Path) -> None:

@@ -259,7 +259,9 @@ def test_help_fits_80_columns(command):
     assert max(map(len, outcome.out.splitlines())) <= 80
     assert "Usage: ptq" in outcome.out
     if command:
-        assert "-o, --output" in outcome.out or command in (["eval"], ["inspect"], ["check"])
+        assert "-o, --output" in outcome.out or command in (
+            *(["eval"], ["inspect"], ["check"], ["completion"]),
+        )
     else:
         for name in COMMANDS:
             assert f"  {name} " in outcome.out

@@ -1,0 +1,150 @@
+"""What to do with what a command has just made: the command lines, ready to be pasted."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptq_cli.grid_settings import FLOAT_BITS
+from ptq_cli.registry import format_named
+from ptq_cli.values import Layer, RunReport
+
+# The runtime that most people load a format with.
+_RUNTIME = {
+    "compressed-tensors": "vllm",
+    "gptq": "vllm",
+    "gptq_v2": "gptqmodel",
+    "awq": "vllm",
+    "gguf": "llama.cpp",
+    "mlx": "mlx",
+}
+Step = tuple[str, Sequence[object]]
+
+
+def quoted(word: object) -> str:
+    """A word as a shell takes it, in printable characters that stdout can show."""
+    text = str(word)
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        text.encode(encoding)
+        plain = text.isprintable()
+    except UnicodeEncodeError:
+        plain = False
+    if plain:
+        return shlex.quote(text)
+    kept = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in _bytes(text))
+    return f"$'{''.join(kept)}'"
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def as_line(words: Sequence[object]) -> str:
+    return " ".join(map(quoted, words))
+
+
+def path(value: object) -> str:
+    """A path that cannot be taken for an option."""
+    return f".{os.sep}{value}" if str(value).startswith("-") else str(value)
+
+
+def after(
+    report: RunReport, given: Mapping[str, Any], output: str, layers: Sequence[Layer] = ()
+) -> Iterator[Step]:
+    """What for, and the words of a command.
+
+    given: the parameters of the command that was run; layers: what was written, where a runtime
+        could load it: a model with its config.json
+    """
+    if report.command == "eval":
+        yield from _after_eval(report, given)
+        return
+    if report.settings.get("bits") == FLOAT_BITS:
+        yield "to round it", ("ptq", "rtn", path(output), "--scheme", "W8A8")
+        return
+    if not report.rows:
+        return
+    if report.settings.get("method") != "repack":
+        yield from _measure(given, output)
+    fmt = str(report.settings["format"])
+    if not layers:
+        return
+    if fmt == "ptq":
+        fitting = [name for name in _RUNTIME if not any(map(format_named(name).misfit, layers))]
+        if fitting:
+            yield "for a runtime", ("ptq", "pack", path(output), "--format", fitting[0])
+    elif runtime := given.get("runtime") or _RUNTIME.get(fmt):
+        yield "before loading it", ("ptq", "check", path(output), "--runtime", runtime)
+
+
+def _measure(given: Mapping[str, Any], output: str) -> Iterator[Step]:
+    words: list[object] = ["ptq", "eval", path(given["model"]), path(output)]
+    tokens = _tokens(given)
+    yield (
+        f"to measure it{', better on other tokens' if tokens else ''}",
+        [
+            *words,
+            *(tokens or _source(given)),
+        ],
+    )
+
+
+def _tokens(given: Mapping[str, Any]) -> list[object]:
+    """The options of tokens, as they were given."""
+    words: list[object] = []
+    for option in ("tokens", "text", "seq_len", "nsamples", "seed", "mask"):
+        if given.get(option) is not None:
+            words += [f"--{option.replace('_', '-')}", path(given[option])]
+    return words
+
+
+def _source(given: Mapping[str, Any]) -> list[object]:
+    """Where statistics come from, as it was given."""
+    words: list[object] = []
+    if given.get("calibration"):
+        words += ["--calibration", path(given["calibration"])]
+    for folder in given.get("activations") or ():
+        words += ["--activations", path(folder)]
+    return [*words, *(["--bf16"] if given.get("bf16") and words else [])]
+
+
+def _after_eval(report: RunReport, given: Mapping[str, Any]) -> Iterator[Step]:
+    """The same evaluation with gates that it passes, if none were set."""
+    gates = ("max_rel_err", "min_gain", "max_fallbacks", "max_kl", "max_perplexity_increase")
+    gain, worst = report.totals["gain_vs_rtn"], report.totals["worst_rel_err"]
+    if any(given.get(gate) is not None for gate in gates) or not gain or not worst:
+        return
+    words: list[object] = [
+        "ptq",
+        "eval",
+        path(given["original"]),
+        path(given["quantized"]),
+        *_source(given),
+    ]
+    if gain > 1.15:
+        words += ["--min-gain", f"{math.floor(9 * gain) / 10:g}"]
+    words += ["--max-rel-err", _above(worst), *_tokens(given)]
+    if report.quality is not None:
+        words += ["--max-kl", _above(report.quality["kl"]["quantized"]["mean"])]
+    yield "to keep it so in CI", words
+
+
+def _above(value: float) -> str:
+    """A limit a quarter above a value, in two digits, rounded up."""
+    if value <= 0:
+        return "0"
+    step = 10.0 ** (math.floor(math.log10(1.25 * value)) - 1)
+    return f"{math.ceil(1.25 * value / step) * step:.2g}"
+
+
+def after_calibration(model: Path, output: Path, default: Path) -> Step:
+    words: list[object] = ["ptq", "gptq", path(model), "--bits", 4, "--group-size", 128]
+    if output != default:
+        words += ["--calibration", path(output)]
+    return "to use it", words

@@ -1,0 +1,239 @@
+"""Weights files that are laid out before their tensors are there, and filled in any order.
+
+A run copies finished units to their places while others are still being worked on, and the disk
+writes them meanwhile; at the end only the headers are missing. safetensors' own writer wants all
+tensors at once, so the container is written here; it is read with the library's rules.
+
+The layout (https://github.com/huggingface/safetensors): eight bytes of header length, little
+endian; the header, JSON, filled up with spaces; the data, without holes or overlap. Tensors stand
+as the library puts them, those of wider dtypes first and then by name, so that each is aligned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.errors import FileError
+from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
+from ptq_cli.storage.files import named, read_into, regular_file
+from ptq_cli.storage.tensors import Bytes
+from ptq_cli.values import DTYPE_BITS, TensorSpec
+
+Part = tuple[str, Sequence[TensorSpec]]  # a module or tensor, and what is stored of it
+Metadata = Callable[[Sequence[str]], Mapping[str, str]]
+
+_PIECE = 1 << 20
+_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weights file. start: of its data; places: offset of each tensor's bytes in the file."""
+
+    path: Path
+    parts: Sequence[Part]
+    start: int
+    places: Mapping[str, int]
+    size: int
+
+    @property
+    def modules(self) -> list[str]:
+        return [name for name, _ in self.parts]
+
+
+class Shards:
+    """The weights files of a folder; those that an interrupted run laid out are gone on with.
+
+    parts: in order; a file takes as many as fit `max_shard` bytes, a larger part is alone in one
+    longest: the metadata of the parts with these names, as long as it can become
+    places: where in these files each tensor belongs
+    """
+
+    def __init__(
+        self, folder: Path, parts: Sequence[Part], longest: Metadata, max_shard: int
+    ) -> None:
+        cut = _cut(parts, max_shard)
+        names = _shard_names(len(cut))
+        self._shards = [
+            _laid_out(folder / name, own, longest) for name, own in zip(names, cut, strict=True)
+        ]
+        self.folder = folder
+        self.places = {
+            spec.name: StoredTensor(spec, shard.path, shard.places[spec.name])
+            for shard in self._shards
+            for _, specs in shard.parts
+            for spec in specs
+        }
+        self._there: set[str] = set()
+        for shard in self._shards:
+            with named(shard.path), open(shard.path, "ab") as file:
+                file.truncate(shard.size)
+
+    @property
+    def names(self) -> list[str]:
+        """The files' names."""
+        return [shard.path.name for shard in self._shards]
+
+    @property
+    def missing(self) -> set[str]:
+        """Tensors that are not there yet."""
+        return self.places.keys() - self._there
+
+    def put(self, tensors: Iterable[Bytes | StoredTensor]) -> None:
+        """Copy tensors to their places. Raises FileError."""
+        for tensor in tensors:
+            put_tensor(tensor, self.places[tensor.spec.name])
+            self._there.add(tensor.spec.name)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Believe that these tensors are in their places."""
+        self._there.update(names)
+
+    def finish(self, metadata: Metadata) -> dict[str, str]:
+        """Write the headers, wait for the disk, and read the headers back.
+
+        metadata: of the parts with these names
+        Returns: the file of each tensor.
+        """
+        for shard in self._shards:
+            header = _header(shard, metadata(shard.modules))
+            if len(header) != shard.start:
+                raise FileError(f"{shard.path}: its header does not fit the room left for it")
+            with named(shard.path), open(shard.path, "r+b") as file:
+                file.write(header)
+                file.flush()
+                os.fsync(file.fileno())
+            written = {tensor.spec.name: tensor.spec for tensor in read_header(shard.path).tensors}
+            if self.missing or written != {n: self.places[n].spec for n in shard.places}:
+                raise FileError(f"{shard.path}: does not hold the tensors that were written")
+        return {name: place.file.name for name, place in self.places.items()}
+
+
+def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bool = False) -> None:
+    """Copy a tensor to its place in a file that is there, read it back and compare.
+
+    durable: wait until it is on the disk
+
+    Raises:
+        FileError: the file system said no, or gave back something else.
+    """
+    if tensor.spec != place.spec:
+        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} is not as planned")
+    with named(place.file):
+        descriptor = os.open(place.file, os.O_RDWR)
+    buffers = np.empty((2, min(_PIECE, tensor.spec.nbytes)), np.uint8)
+    try:
+        for start in range(0, tensor.spec.nbytes, _PIECE):
+            _put_piece(tensor, start, place, descriptor, buffers)
+        if durable:
+            with named(place.file):
+                os.fsync(descriptor)
+        else:
+            _start_writing(descriptor, place.offset, tensor.spec.nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _put_piece(
+    tensor: Bytes | StoredTensor,
+    start: int,
+    place: StoredTensor,
+    descriptor: int,
+    buffers: NDArray[np.uint8],
+) -> None:
+    size = min(_PIECE, tensor.spec.nbytes - start)
+    piece, back = buffers[0, :size], buffers[1, :size]
+    if isinstance(tensor, Bytes):
+        piece = tensor.data[start : start + size]
+    else:
+        read_into(tensor.file, tensor.offset + start, piece)
+    with named(place.file):
+        _write_all(descriptor, piece, place.offset + start)
+        same = os.preadv(descriptor, [back.data], place.offset + start) == size
+    if not (same and np.array_equal(back, piece)):
+        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
+
+
+def mapped(stored: Bytes | StoredTensor) -> Bytes:
+    """A tensor as bytes, memory-mapped where it lies in a file."""
+    if isinstance(stored, Bytes):
+        return stored
+    if stored.spec.nbytes == 0:
+        return Bytes(stored.spec, np.empty(0, np.uint8))
+    if regular_file(stored.file) < stored.offset + stored.spec.nbytes:
+        raise FileError(f"{stored.file}: changed while it was read")
+    with named(stored.file):
+        shape = (stored.spec.nbytes,)
+        return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
+
+
+def _write_all(descriptor: int, data: NDArray[np.uint8], place: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:].data, place + done)
+
+
+def _start_writing(descriptor: int, place: int, size: int) -> None:
+    """Ask the system to begin writing to the disk, without waiting. Only advice: errors show at the
+    end."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call(descriptor, ctypes.c_int64(place), ctypes.c_int64(size), _START_WRITING)
+
+
+def _cut(parts: Sequence[Part], max_shard: int) -> list[list[Part]]:
+    """Parts in order, in shards of at most `max_shard` bytes; a larger part is one of its own."""
+    shards: list[list[Part]] = [[]]
+    room = max_shard
+    for part in parts:
+        size = sum(spec.nbytes for spec in part[1])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard
+        shards[-1].append(part)
+        room -= size
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [f"model{SUFFIX}"]
+    return [f"model-{i + 1:05d}-of-{count:05d}{SUFFIX}" for i in range(count)]
+
+
+def _laid_out(path: Path, parts: Sequence[Part], longest: Metadata) -> Shard:
+    """Find every tensor its place, behind a header of the greatest length it can have."""
+    shard = Shard(path, parts, 0, {}, 0)
+    start = len(_header(shard, longest(shard.modules)))
+    places, end = {}, start
+    for spec in _in_order(parts):
+        places[spec.name] = end
+        end += spec.nbytes
+    return Shard(path, parts, start, places, end)
+
+
+def _in_order(parts: Sequence[Part]) -> list[TensorSpec]:
+    specs = [spec for _, own in parts for spec in own]
+    return sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.name))
+
+
+def _header(shard: Shard, metadata: Mapping[str, str]) -> bytes:
+    """Length and header, filled up to `shard.start`, or to a multiple of eight bytes."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for spec in _in_order(shard.parts):
+        begin, end = end, end + spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    size = shard.start - 8 if shard.start else -(-len(text) // 8) * 8
+    return size.to_bytes(8, "little") + text.ljust(size)
