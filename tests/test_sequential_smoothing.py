@@ -67,12 +67,12 @@ def gpt2_folder(folder: Path) -> Path:
     """A random GPT-2 in three blocks (LayerNorm with biases, transposed weights), some channels of
     its norms loud."""
     config = {
-        "model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4,
+        "model_type": "gpt2", "vocab_size": 2048, "n_embd": 64, "n_layer": 3, "n_head": 4,
         "n_positions": 64, "n_inner": 96, "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
     }  # fmt: skip
     random = np.random.default_rng(3)
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (512, 64), "wpe.weight": (64, 64)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (2048, 64), "wpe.weight": (64, 64)}
     for block in range(3):
         base = f"h.{block}."
         for name, n in (("ln_1", 64), ("ln_2", 64)):
