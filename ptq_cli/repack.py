@@ -231,6 +231,7 @@ def run_repack(
     rows: list[LayerReport] = []
     total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
     try:
+        staging.check_space(job.plan.bytes_after, job.plan.bytes_after)
         for module, layer in job.wanted.items():
             weight = job.folder.load(module)
             if module in job.kept:
@@ -303,7 +304,7 @@ def _assemble(
     for name in folder.checkpoint.tensors:
         module = owner.get(name)
         if module is None:
-            parts[name] = [folder.checkpoint.tensors[name]]
+            parts[name] = [folder.checkpoint.copyable(name)]
         elif module in layers:
             parts.setdefault(module, staging.tensors(module))
         else:

@@ -30,7 +30,7 @@ from ptq_cli.storage.folded import FoldsByTensor, add_folds, folded_checkpoint
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
 from ptq_cli.unit import measure_plain
-from ptq_cli.values import SiteStatistics
+from ptq_cli.values import SiteStatistics, Work
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,19 @@ class SmoothedTokens:
         self._site_of = {x: site for site, info in self.sites.items() for x in info.linears}
         self._groups = place_groups(job.sites, tokens)
         self._pending: list[Group] = []
+
+    @property
+    def scratch(self) -> int:
+        """As `TokenSource.scratch`, and as much for looking ahead."""
+        return 2 * self.tokens.scratch
+
+    def memory(self, workers: int | None, memory: int | None) -> int:
+        """As `TokenSource.memory`."""
+        return self.tokens.memory(workers, memory)
+
+    def work(self, site: str) -> Work:
+        """As `TokenSource.work`."""
+        return self.tokens.work(site)
 
     def begin(
         self, work: Path, rounded: Rounded, workers: int | None = None, memory: int | None = None

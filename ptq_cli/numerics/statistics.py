@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.threads import each
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, SiteStatistics, Work
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -48,6 +48,12 @@ def statistics_memory(in_features: int) -> int:
     rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
     blocks = 2 * BLOCK_COLUMNS * in_features
     return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
+
+
+def statistics_work(n_tokens: int, in_features: int) -> Work:
+    """Roughly what the accumulator of one site computes: half of `inputs.T @ inputs`, the sums, and
+    the histogram."""
+    return Work(in_features / 2, 18) * (n_tokens * in_features) + Work(calls=2000)
 
 
 class NonFiniteInput(InputError):

@@ -30,6 +30,7 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
+from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
@@ -163,6 +164,10 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
+    def copyable(self, name: str) -> StoredTensor | Bytes:
+        """A tensor as it is to be copied: where it lies, unless its bytes lie there in disorder."""
+        return self.tensors[name]
+
     def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.
 
@@ -203,6 +208,10 @@ class Checkpoint:
             return self.rows(layer.tensor, layer.shape, data)
         stored = self.rows(layer.tensor, layer.shape[::-1], data)
         return replace(stored, values=np.ascontiguousarray(stored.values.T))
+
+    def streams(self, layer: Layer) -> bool:
+        """Whether the layer's rows lie in the file one after the other, as they are."""
+        return not layer.transposed and layer.grid.group_size != 0
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
