@@ -3,10 +3,13 @@
     python benchmarks/accuracy.py                        # sample_data, 4, 3 and 2 bits, asymmetric
     python benchmarks/accuracy.py --model DIR --calibration FILE.npy --evaluation FILE.npy --sym
     python benchmarks/accuracy.py --bits 3 --contenders field default --json
+    python benchmarks/accuracy.py --bits 8 --contenders w8a8-rtn w8a8-parallel w8a8 w8a8-gptq
 
-All contenders see the same calibration tokens; perplexity is measured by this project's forward, in
-one run, on the same evaluation tokens. AutoRound's result is read back from its torch model's
-weights, so all that differs is the rounding.
+The names with w8a8 stand for int8 weights per channel and int8 inputs per token, which the forward
+rounds too; they want --bits 8. All contenders see the same calibration tokens; perplexity and KL
+divergence from the original are measured by this project's forward, in one run, on the same
+evaluation tokens. AutoRound's result is read back from its torch model's weights, so all that
+differs is the rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +40,39 @@ SAMPLE = Path(__file__).parents[1] / "sample_data"
 PAPER = {"refine": 0, "sweeps": 0, "mse": False, "drift": 0.0}
 AUTOROUND_ITERATIONS = 200
 
-# name -> (what it is, settings of ptq gptq; None: another tool)
-CONTENDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "rtn": ("round to nearest", None),
-    "field": ("the field's: sequential, paper's GPTQ", PAPER),
-    "parallel": ("default, --parallel-layers", {"parallel_layers": True}),
-    "uncorrected": ("default, --drift 0", {"drift": 0.0}),
-    "default": ("default", {}),
-    "autoround": (f"AutoRound, {AUTOROUND_ITERATIONS} iterations", None),
+PARALLEL = {"parallel_layers": True}
+AWQ = {"compare": False}
+THEN = {"then": "gptq"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """what: for the table; command: of ptq, None for another tool; settings: of the command"""
+
+    what: str
+    command: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CONTENDERS = {
+    "rtn": Contender("round to nearest", "pack"),
+    "field": Contender("the field's: sequential, paper's GPTQ", "gptq", PAPER),
+    "parallel": Contender("gptq --parallel-layers", "gptq", PARALLEL),
+    "uncorrected": Contender("gptq --drift 0", "gptq", {"drift": 0.0}),
+    "default": Contender("gptq", "gptq"),
+    "awq-parallel": Contender("awq --parallel-layers", "awq", AWQ | PARALLEL),
+    "awq": Contender("awq", "awq", AWQ),
+    "awq-gptq-parallel": Contender(
+        "awq --then gptq --parallel-layers", "awq", AWQ | THEN | PARALLEL
+    ),
+    "awq-gptq": Contender("awq --then gptq", "awq", AWQ | THEN),
+    "w8a8-rtn": Contender("round to nearest, W8A8", "pack", {"scheme": "W8A8"}),
+    "w8a8-parallel": Contender("smoothquant --parallel-layers", "smoothquant", PARALLEL),
+    "w8a8": Contender("smoothquant", "smoothquant"),
+    "w8a8-gptq": Contender("smoothquant --then gptq", "smoothquant", THEN),
+    "autoround": Contender(f"AutoRound, {AUTOROUND_ITERATIONS} iterations", None),
 }
+TABLE = [name for name in CONTENDERS if not name.startswith("w8a8")]
 
 
 @dataclass(frozen=True)
@@ -58,21 +85,29 @@ class Setup:
     group_size: int
     sym: bool
 
-    def grid(self, bits: int) -> dict[str, Any]:
+    def grid(self, name: str, bits: int) -> dict[str, Any]:
+        """Of a contender; those of W8A8 have their own."""
+        if name.startswith("w8a8"):
+            return {}
         return {"bits": bits, "group_size": self.group_size, "sym": self.sym}
 
 
 @dataclass(frozen=True)
 class Measured:
+    """Of every evaluation token: negative log-likelihood, which sequence it is in, KL divergence
+    from the original; predictions: by batch"""
+
     nll: Any
     sequence: Any
+    kl: Any
+    predictions: list[Prediction]
 
 
-def predict(setup: Setup, read: Read) -> Measured:
-    """Negative log-likelihood of every evaluation token, and which sequence it is in."""
+def predict(setup: Setup, read: Read, original: Measured | None = None) -> Measured:
+    """Run a model over the evaluation tokens."""
     arch = model_architecture(setup.checkpoint)
     parts = batches(read_tokens(TokenSettings(setup.evaluation), setup.checkpoint))
-    nll, sequence, first = [], [], 0
+    nll, sequence, kl, predictions, first = [], [], [], [], 0
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         stream = Stream("model", arch, read, parts, Path(folder), threads(arch, parts))
         stream.embed()
@@ -82,18 +117,23 @@ def predict(setup: Setup, read: Read) -> Measured:
         for batch in parts:
             rows, targets = next_tokens(batch.tokens, batch.packing)
             finished = finish(arch, weights, end.read(batch.rows))[rows]
-            nll.append(measure_tokens(Prediction(arch, weights, finished), targets).nll)
+            ours = Prediction(arch, weights, finished)
+            exact = ours if original is None else original.predictions[len(predictions)]
+            measures = measure_tokens(ours, targets, exact)
+            nll.append(measures.nll)
+            kl.append(measures.kl)
+            predictions.append(ours)
             sequence.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
             first += len(batch.tokens)
-    return Measured(np.concatenate(nll), np.concatenate(sequence))
+    return Measured(*map(np.concatenate, (nll, sequence, kl)), predictions)
 
 
-def by_ptq(setup: Setup, settings: dict[str, Any] | None, bits: int, out: Path) -> Read:
-    path = setup.checkpoint.path
-    if settings is None:
-        ptq_cli.pack(path, output=out, **setup.grid(bits))
-    else:
-        ptq_cli.gptq(path, tokens=setup.calibration, output=out, **setup.grid(bits), **settings)
+def by_ptq(setup: Setup, name: str, bits: int, out: Path) -> Read:
+    contender = CONTENDERS[name]
+    settings = {**setup.grid(name, bits), **contender.settings}
+    if contender.command != "pack":
+        settings["tokens"] = setup.calibration
+    getattr(ptq_cli, contender.command)(setup.checkpoint.path, output=out, **settings)
     return quantized_tensors(setup.checkpoint, open_quantized(out))
 
 
@@ -120,9 +160,9 @@ def by_autoround(setup: Setup, bits: int) -> Read:
 
 
 def contend(setup: Setup, name: str, bits: int, out: Path) -> Read:
-    if name == "autoround":
+    if CONTENDERS[name].command is None:
         return by_autoround(setup, bits)
-    return by_ptq(setup, CONTENDERS[name][1], bits, out)
+    return by_ptq(setup, name, bits, out)
 
 
 def installed(name: str) -> bool:
@@ -134,31 +174,36 @@ def installed(name: str) -> bool:
 
 
 def run(setup: Setup, bits: list[int], names: list[str], say: Callable[[str], None]) -> Any:
-    """Rows of the table: bits, contender, rise of perplexity, its standard error, seconds."""
+    """Rows of the table: bits, contender, rise of perplexity, its standard error, mean KL
+    divergence, seconds."""
     base = predict(setup, setup.checkpoint.read)
     rows = []
     for width in bits:
-        field: Measured | None = None
+        fields: Measured | None = None
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 read = contend(setup, name, width, Path(folder) / "out")
                 seconds = time.perf_counter() - start
-                found = predict(setup, read)
-            field = found if name == "field" else field
+                found = predict(setup, read, base)
+            fields = found if name == "field" else fields
             rise = difference(found.nll, base.nll, base.sequence)
             row = {"bits": width, "contender": name, "seconds": seconds, **rise}
-            if field is not None:
-                row["minus_field"] = difference(found.nll, field.nll, base.sequence)
+            row["kl"] = float(found.kl.mean())
+            if fields is not None:
+                row["minus_field"] = difference(found.nll, fields.nll, base.sequence)
             rows.append(row)
-            say(f"{width} bits, {CONTENDERS[name][0]}: {rise['perplexity']:+.4f}, {seconds:.0f} s")
+            words = f"{rise['perplexity']:+.4f}, KL {row['kl']:.5f}, {seconds:.0f} s"
+            say(f"{width} bits, {CONTENDERS[name].what}: {words}")
     return {"original": float(np.exp(base.nll.mean())), "tokens": len(base.nll), "rows": rows}
 
 
 def show(result: Any, bits: list[int], names: list[str]) -> None:
     """The table in Markdown."""
     print(f"original: perplexity {result['original']:.3f} on {result['tokens']} tokens")
-    print("\n| rise of perplexity | " + " | ".join(f"{width} bits" for width in bits) + " |")
+    print(
+        "\n| rise of perplexity, mean KL | " + " | ".join(f"{width} bits" for width in bits) + " |"
+    )
     print("|---|" + "---|" * len(bits))
     cells = {(row["bits"], row["contender"]): row for row in result["rows"]}
     for name in names:
@@ -166,8 +211,9 @@ def show(result: Any, bits: list[int], names: list[str]) -> None:
         for width in bits:
             row, field = cells[width, name], cells.get((width, "field"))
             ratio = f" ({row['perplexity'] / field['perplexity']:.2f})" if field else ""
-            shown.append(f"{row['perplexity']:.3f} ± {row['standard_error']:.3f}{ratio}")
-        print(f"| {CONTENDERS[name][0]} | " + " | ".join(shown) + " |")
+            rise = f"{row['perplexity']:.3f} ± {row['standard_error']:.3f}{ratio}"
+            shown.append(f"{rise}, {row['kl']:.4f}")
+        print(f"| {CONTENDERS[name].what} | " + " | ".join(shown) + " |")
     print("\nin brackets: as a part of the field's")
 
 
@@ -179,9 +225,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sym", action="store_true")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=TABLE, choices=CONTENDERS)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if given.bits != [8] and any(name.startswith("w8a8") for name in given.contenders):
+        parser.error("contenders with w8a8 want --bits 8")
     setup = Setup(
         open_checkpoint(given.model),
         given.calibration or given.model / "calibration_tokens.npy",
@@ -191,7 +239,7 @@ def main() -> None:
     )
     names = [name for name in given.contenders if installed(name)]
     for name in set(given.contenders) - set(names):
-        print(f"not installed: {CONTENDERS[name][0]}")
+        print(f"not installed: {CONTENDERS[name].what}")
     result = run(
         setup, given.bits, names, lambda line: None if given.json else print(line, flush=True)
     )

@@ -17,7 +17,7 @@ from ptq_cli.checking import check as check
 from ptq_cli.errors import InputError
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.linear import QuantizedLinear
-from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.options import settings_fields
 from ptq_cli.progress import Listener, nobody
@@ -28,7 +28,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 from ptq_cli.tasks import ALL_THERE_IS, Resources, take_resources
-from ptq_cli.values import Activation, RunReport
+from ptq_cli.values import RunReport
 
 _RUN = ("force", "restart", "listen", "max_shard_size")
 
@@ -193,16 +193,6 @@ def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:
     return layer.as_stored(weight)
 
 
-def _stated(activation: Activation | None, scale: float | None) -> ActivationSettings | None:
-    """How a layer's metadata says its inputs are rounded."""
-    if activation is None:
-        return None
-    if not activation.dynamic:
-        return ActivationSettings(activation.bits, "static", static_scale=scale)
-    scheme = "dynamic-token" if activation.per_token else "dynamic-tensor"
-    return ActivationSettings(activation.bits, scheme)
-
-
 def load_linear(
     quantized: AnyPath, module: str, activations: ActivationSettings | None = None
 ) -> QuantizedLinear:
@@ -213,7 +203,8 @@ def load_linear(
     folder = open_quantized(Path(quantized))
     weight = folder.load(module)
     if activations is None:
-        activations = _stated(folder.layers[module].activation, weight.input_scale)
+        said = folder.layers[module].activation
+        activations = None if said is None else stated(said, weight.input_scale)
     bias = f"{module}.bias"
     present = bias in folder.checkpoint.tensors
     return QuantizedLinear(

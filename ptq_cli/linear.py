@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.errors import NumericalError
+from ptq_cli.models.layers import LinearTensor, Tensor
+from ptq_cli.numerics.activations import ActivationSettings, rounded_inputs
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
-from ptq_cli.values import Array, QuantizedWeight
+from ptq_cli.values import Activation, Array, FloatArray, Layer, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,32 @@ class QuantizedLinear:
         if self.activations is None:
             return linear_dequantized(inputs, self.weight, self.bias)
         return linear_w8a8(inputs, self.weight, self.bias, self.activations)
+
+
+def as_tensor(layer: Layer, weight: QuantizedWeight) -> Tensor:
+    """What a forward takes for the layer's tensor: the dequantized weight in its stored shape, and
+    with it how the inputs are rounded, where the layer says so."""
+    values = layer.as_stored(weight.dequantized())
+    if layer.activation is None:
+        return values
+    return rounding_tensor(layer, values, layer.activation, weight.input_scale, weight.input_zero)
+
+
+def rounding_tensor(
+    layer: Layer,
+    values: Array,
+    activation: Activation,
+    scale: float | None = None,
+    zero: int | None = None,
+) -> LinearTensor:
+    """A tensor in its stored shape with the rounding of the inputs that an activation states; its
+    errors name the layer."""
+
+    def round_inputs(inputs: FloatArray) -> FloatArray:
+        try:
+            return rounded_inputs(inputs, activation, scale, zero)
+        except NumericalError as error:
+            error.message = f"{layer.module}: {error.message}"
+            raise
+
+    return LinearTensor(values, round_inputs)

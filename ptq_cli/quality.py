@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
+from ptq_cli.linear import as_tensor, rounding_tensor
 from ptq_cli.models.architecture import Architecture
 from ptq_cli.models.forward import finish
+from ptq_cli.models.layers import Tensor
 from ptq_cli.models.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.progress import Listener, Progress, nobody
@@ -33,7 +35,7 @@ from ptq_cli.storage.scratch import Rows, temporary_folder, temporary_place
 from ptq_cli.storage.staging import check_free, free_space
 from ptq_cli.storage.tokens import Tokens
 from ptq_cli.stream import Batch, Held, Read, Stream, batches, threads
-from ptq_cli.values import Array, Layer
+from ptq_cli.values import Layer
 
 Doubles = NDArray[np.float64]
 
@@ -101,13 +103,12 @@ def _versions(
 
 
 def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
-    """Tensors as the quantized folder has them, decoded."""
+    """Tensors as the quantized folder has them, decoded; with them how inputs are rounded."""
     layers = {layer.tensor: layer for layer in quantized.layers.values()}
 
-    def read(name: str) -> Array:
+    def read(name: str) -> Tensor:
         if name in layers:
-            layer = layers[name]
-            return layer.as_stored(quantized.load(layer.module).dequantized())
+            return as_tensor(layers[name], quantized.load(layers[name].module))
         present = name in quantized.checkpoint.tensors
         return (quantized.checkpoint if present else original).read(name)
 
@@ -115,16 +116,22 @@ def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
 
 
 def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
-    """The original's tensors, those of quantized layers rounded to nearest at the same grid."""
+    """The original's tensors, those of quantized layers rounded to nearest at the same grid, and
+    inputs rounded as there; a static scale, which belongs to what was quantized, is found anew in
+    every batch."""
     layers = {layer.tensor: layer for layer in quantized.layers.values()}
 
-    def read(name: str) -> Array:
+    def read(name: str) -> Tensor:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
         weight = original.weight(layer)
         rounded = round_to_nearest(weight, replace(layer.grid, sym=_is_symmetric(layer, quantized)))
-        return layer.as_stored(rounded.dequantized())
+        values, inputs = layer.as_stored(rounded.dequantized()), layer.activation
+        if inputs is None:
+            return values
+        own = inputs if inputs.dynamic else replace(inputs, dynamic=True, per_token=False)
+        return rounding_tensor(layer, values, own)
 
     return read
 

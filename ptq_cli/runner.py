@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from ptq_cli._version import __version__
 from ptq_cli.choice import dense_modules
 from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.linear import as_tensor
+from ptq_cli.models.layers import Tensor
 from ptq_cli.numerics.threads import use_threads
 from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
@@ -53,7 +55,7 @@ from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.unit import Rows, quantize_unit
-from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
+from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 22  # weights
@@ -75,14 +77,16 @@ class UnitJob:
 
 @dataclass(frozen=True)
 class After:
-    """What a pass before the rounding has to say about the result.
+    """What smoothing has to say about the result, once every unit is finished.
 
     annotate: completes a row; sites: what it did; write: files of its own in the output folder
+    checkpoint: where tensors that are not quantized are copied from; None: the run's
     """
 
     annotate: Callable[[LayerReport], LayerReport] = lambda row: row
     sites: tuple[Mapping[str, Any], ...] = ()
     write: Callable[[Path], None] = lambda _: None
+    checkpoint: Checkpoint | None = None
 
 
 def run(
@@ -97,12 +101,15 @@ def run(
     listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
     max_shard: int = MAX_SHARD,
-    after: After = After(),
+    after: Callable[[], After] = After,
+    later: Collection[str] = (),
 ) -> RunReport:
     """Work through the plan and give the output its name.
 
     inputs: fingerprints of the inputs, for quantization.json
     max_shard: bytes of tensors in one weights file
+    after: called once every unit is finished
+    later: tensors that may not be copied before that
 
     Raises:
         PtqError: what a unit met; the work folder is removed, unless it is an earlier run's.
@@ -122,16 +129,20 @@ def run(
         places = {} if shards is None else shards.places
         store = replace(staging.store, places=places, placing=placing)
         with threadpool_limits(1), Copying(shards) as copying:
-            untouched = [own for name, own in checkpoint.tensors.items() if name not in layers]
-            copying.put(untouched)
+            untouched = {name: x for name, x in checkpoint.tensors.items() if name not in layers}
+            copying.put(own for name, own in untouched.items() if name not in later)
             rows = _run_units(
                 plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
             )
-        rows = [after.annotate(row) for row in rows]
+            end = after()
+            if end.checkpoint is not None:
+                checkpoint = end.checkpoint
+            copying.put(checkpoint.tensors[name] for name in untouched if name in later)
+        rows = [end.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
-        report = replace(report, sites=after.sites)
+        report = replace(report, sites=end.sites)
         _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
-        after.write(staging.out)
+        end.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
         staging.give_up(error)
@@ -287,19 +298,19 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
     }
 
 
-def _rounded(plan: Plan, store: UnitStore) -> Callable[[str], FloatArray | None]:
+def _rounded(plan: Plan, store: UnitStore) -> Callable[[str], Tensor | None]:
     """What a layer's tensor decodes to, once its unit is finished."""
     fmt = format_named(plan.format)
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
-    def rounded(tensor: str) -> FloatArray | None:
+    def rounded(tensor: str) -> Tensor | None:
         if tensor not in place or not store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
         staged = store.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
-        return layer.as_stored(fmt.decode(layer, tensors).dequantized())
+        return as_tensor(layer, fmt.decode(layer, tensors))
 
     return rounded
 

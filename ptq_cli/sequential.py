@@ -27,27 +27,50 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.forward import stages
+from ptq_cli.models.layers import Tensor
 from ptq_cli.models.memory import block_memory, state_memory
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator, statistics_work
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gradients import FisherInfo
+from ptq_cli.storage.scratch import Scratch
 from ptq_cli.storage.tokens import Tokens
-from ptq_cli.stream import Stream, batches, threads
-from ptq_cli.values import Array, FloatArray, SiteStatistics, Work
+from ptq_cli.stream import Read, Stream, batches, threads
+from ptq_cli.values import FloatArray, SiteStatistics, Work
 
-Rounded = Callable[[str], FloatArray | None]
+Rounded = Callable[[str], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a site is: its block and stage, and whether it belongs to an expert."""
 
     block: int
     stage: int
     linears: tuple[str, ...]
     expert: bool
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.block, self.stage
+
+
+def _nowhere(site: str) -> SiteStatistics:
+    raise KeyError(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Statistics of sites whose turn has not come: what they would see as things stand.
+
+    drop: called once they are no longer needed
+    """
+
+    name: str
+    sites: Mapping[str, SiteInfo]
+    load: Callable[[str], SiteStatistics] = _nowhere
+    drop: Callable[[], None] = lambda: None
 
 
 def model_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -69,6 +92,8 @@ class TokenSource:
 
     feedback: layers that are rounded already feed the layers after them
     correct: sum up the drift from the float model, too
+    divisors: of sites whose inputs are smoothed in the model that is rounded, [in_features]: what
+        the float model's inputs are divided by before they are compared
     """
 
     def __init__(
@@ -86,6 +111,7 @@ class TokenSource:
         self.name, self.files = tokens.name, tokens.files
         self.surplus: tuple[str, ...] = ()
         self.fisher: Mapping[str, FisherInfo] = {}
+        self.divisors: dict[str, NDArray[np.float32]] = {}
         self._parts = batches(tokens)
         self._streams: list[Stream] = []
 
@@ -111,7 +137,7 @@ class TokenSource:
         and outputs of a block for each, and the weights of a stage, which all share."""
         n_threads = threads(self.arch, self._parts, workers, memory)
         most = max(batch.packing.n_tokens for batch in self._parts)
-        weights = max(4 * self._size(place) for place in self._places.values())
+        weights = max(4 * self._size(place) for place in self.places.values())
         return n_threads * block_memory(self.arch, most) + weights
 
     def work(self, site: str) -> Work:
@@ -120,23 +146,24 @@ class TokenSource:
         info, length = self.sites[site], self.tokens.ids.shape[1]
         hidden, heads = self.arch.hidden_size, self.arch.n_heads * self.arch.head_dim
         between = Work(length * heads / 4, 10 * hidden + 6 * self.arch.intermediate_size)
-        forward = Work(self._size(self._places[site])) + between
+        forward = Work(self._size(self.places[site])) + between
         streams = forward * ((1 + self.correct) * info.n_tokens)
         sums = statistics_work(info.n_tokens, info.in_features)
         if self.correct:
             sums += Work(info.in_features**2, 10 * info.in_features) * info.n_tokens
         return streams + sums + Work(calls=4000 * len(self._parts))
 
-    def _size(self, place: _Place) -> int:
+    def _size(self, place: Place) -> int:
         """Weights of a site's linears."""
         tensors = (self.checkpoint.tensors.get(f"{linear}.weight") for linear in place.linears)
         return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
 
     @cached_property
-    def _places(self) -> dict[str, _Place]:
+    def places(self) -> dict[str, Place]:
+        """Where each site is, in the order of the forward."""
         packing = self._parts[0].packing
         return {
-            site: _Place(block, number, linears, len(stage.sites) > 1)
+            site: Place(block, number, linears, len(stage.sites) > 1)
             for block in range(len(self.arch.blocks))
             for number, stage in enumerate(stages(self.arch, block, packing))
             for site, linears in stage.sites.items()
@@ -150,10 +177,10 @@ class TokenSource:
         n_tokens = seen - min(limit, seen // every if every else 0)
         return {
             site: SiteInfo(site, place.linears, self._width(place), self._share(place, n_tokens))
-            for site, place in self._places.items()
+            for site, place in self.places.items()
         }
 
-    def _width(self, place: _Place) -> int:
+    def _width(self, place: Place) -> int:
         name = f"{place.linears[0]}.weight"
         stored = self.checkpoint.tensors.get(name)
         if stored is None or len(stored.spec.shape) != 2:
@@ -165,7 +192,7 @@ class TokenSource:
         transposed = any(linear.transposed for linear in self.arch.blocks[place.block].qkv)
         return stored.spec.shape[0 if transposed else 1]
 
-    def _share(self, place: _Place, n_tokens: int) -> int:
+    def _share(self, place: Place, n_tokens: int) -> int:
         experts = self.arch.blocks[place.block].experts
         if experts is None or not place.expert:
             return n_tokens
@@ -176,16 +203,15 @@ class TokenSource:
     ) -> None:
         """Begin, or go on.
 
-        work: a folder of the run's; rounded: the float32 tensor that a rounded layer decodes to,
-        or None where it is not rounded (yet); workers, memory: batches side by side, and the
-        bytes they may take
+        work: a folder of the run's; rounded: what a rounded layer's tensor is, or None where it is
+        not rounded (yet); workers, memory: batches side by side, and the bytes they may take
         """
 
-        def current(name: str) -> Array:
+        def current(name: str) -> Tensor:
             values = rounded(name)
             return self.checkpoint.read(name) if values is None else values
 
-        reads = {"rounded": current} if self.feedback else {}
+        reads: dict[str, Read] = {"rounded": current} if self.feedback else {}
         if self.correct or not self.feedback:
             reads["float"] = self.checkpoint.read
         n_threads = threads(self.arch, self._parts, workers, memory)
@@ -201,16 +227,16 @@ class TokenSource:
             NoTokens: no token reaches this expert.
             InputError: the forward leaves the range of float32.
         """
-        place = self._places[site]
-        self._go_to(place)
+        place = self.places[site]
+        self.go_to(place)
         main = self._streams[0]
         if main.count(site) == 0:
             raise NoTokens(f"{site}: no token of {self.name} is routed to it")
         if len(self._streams) < 2 or place.expert:
-            return self._statistics(site, place)
+            return self._statistics(site)
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(self._drift, site)
-            statistics = self._statistics(site, place)
+            statistics = self._statistics(site)
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
 
@@ -218,9 +244,9 @@ class TokenSource:
         """Raises InputError: tokens have no gradients."""
         raise InputError(f"{self.name}: no gradients of {module}", hint="--calibration FILE")
 
-    def _statistics(self, site: str, place: _Place) -> SiteStatistics:
+    def _statistics(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
         sums = SiteAccumulator(self.sites[site].in_features, *self.heldout)
-        for inputs in self._streams[0].inputs(site):
+        for inputs in self._streams[0].inputs(site, ahead):
             try:
                 sums.update(inputs)
             except NonFiniteInput as error:
@@ -229,17 +255,36 @@ class TokenSource:
                     f" {self.name}",
                     hint="is the checkpoint sound?",
                 ) from None
-        return sums.result(site, place.linears)
+        return sums.result(site, self.places[site].linears)
 
     def _drift(self, site: str) -> tuple[FloatArray, FloatArray]:
         sums = DriftSum(self.sites[site].in_features, *self.heldout)
         ours, exact = (stream.inputs(site) for stream in self._streams)
+        divisor = self.divisors.get(site)
         for inputs, wanted in zip(ours, exact, strict=True):
-            sums.update(wanted, inputs)
+            sums.update(wanted if divisor is None else wanted / divisor, inputs)
         return sums.result()
 
-    def _go_to(self, place: _Place) -> None:
-        """Bring every stream to a site's stage."""
+    def look_ahead(self, last: Place) -> Ahead:
+        """The sites from the stage in hand to `last`, in the same block, before anything in between
+        is changed."""
+        stream = self._streams[0]
+        inputs = stream.look_ahead(last.stage)
+        here = (p for p in self.places.items() if p[1].block == stream.block)
+        sites = [site for site, p in here if stream.stage <= p.stage <= last.stage]
+        some = {site: self.sites[site] for site in sites if stream.count(site, inputs)}
+
+        def load(site: str) -> SiteStatistics:
+            return self._statistics(site, inputs)
+
+        return Ahead(self.name, some, load, inputs.drop)
+
+    def refresh(self) -> None:
+        """Make the inputs of the stage in hand anew, behind a norm that has changed."""
+        self._streams[0].refresh()
+
+    def go_to(self, place: Place) -> None:
+        """Bring every stream to a site's stage, which must not lie behind them."""
         if self._streams[0].block < 0:
             self._enter_last(place.block)
         while (here := self._streams[0]).block < place.block:

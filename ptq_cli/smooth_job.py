@@ -6,11 +6,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from ptq_cli.calibration import calibrate_sites
 from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.forecast import Forecast
@@ -25,15 +27,18 @@ from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
 from ptq_cli.runner import After, quantization_document, run, staged_bytes
+from ptq_cli.sequential import TokenSource
+from ptq_cli.sequential_smoothing import SmoothedTokens, place_groups
 from ptq_cli.smoothing import Smoothed, Smoothing, smooth
 from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
+from ptq_cli.storage.calibration import CalibrationFile, StatisticsSource, open_calibration
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, write_folder
 from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.staging import STATISTICS, Staging
 from ptq_cli.tasks import ALL_THERE_IS, Resources
-from ptq_cli.values import Activation, Plan, RunReport, Smoother
+from ptq_cli.values import Activation, Plan, RunReport, Smoother, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +74,76 @@ class SmoothJob(Job):
         begin = time.perf_counter()
         max_shard = parse_size(str(max_shard_size))
         staging = self.target(max_shard_size, force=force, restart=restart).begin()
-        staged = 0 if self.floats else staged_bytes(self.plan, resources)
-        try:
-            staging.check_space(staged, self._bytes_after())
-            with threadpool_limits(1):
-                smoothed = smooth(self.smoothing, staging, listen)
-                checkpoint = self._staged(smoothed, staging)
-            if self.floats:
-                return self._write_floats(smoothed, checkpoint, staging, begin, max_shard, listen)
-        except PtqError as error:
-            staging.give_up(error)
-            raise
-        except BaseException:
-            staging.close()
-            raise
-        report = run(
-            self.plan,
-            checkpoint,
-            smoothed.source,
-            staging,
+        rounded = partial(
+            run,
+            staging=staging,
             command=self.command,
             inputs=self.inputs,
             listen=listen,
             resources=resources,
             max_shard=max_shard,
-            after=After(smoothed.annotate, _entries(smoothed), lambda out: _keep(smoothed, out)),
         )
+        tokens = self.source.statistics
+        if isinstance(tokens, TokenSource) and tokens.feedback:
+            stream = SmoothedTokens(self.smoothing, tokens, staging)
+            report = rounded(
+                self.plan,
+                stream.checkpoint,
+                stream,
+                after=lambda: self._end(stream.finish(), staging),
+                later={tensor for site in self.smoothing.sites for tensor in site.tensors},
+            )
+        else:
+            try:
+                staged = 0 if self.floats else staged_bytes(self.plan, resources)
+                staging.check_space(staged, self._bytes_after())
+                plan, smoothed = self._pass(staging, resources, listen)
+                end = self._end(smoothed, staging)
+                if self.floats:
+                    return self._write_floats(end, staging, begin, max_shard, listen)
+            except PtqError as error:
+                staging.give_up(error)
+                raise
+            except BaseException:
+                staging.close()
+                raise
+            checkpoint = end.checkpoint or self.checkpoint
+            report = rounded(plan, checkpoint, smoothed.source, after=lambda: end)
         seconds = time.perf_counter() - begin
         return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
+
+    def _pass(
+        self, staging: Staging, resources: Resources, listen: Listener
+    ) -> tuple[Plan, Smoothed]:
+        """Smooth every site, before anything is rounded; the plan, now that it is known which
+        statistics there are."""
+        plan, smoothing = self.plan, self.smoothing
+        if isinstance(self.source.statistics, TokenSource):
+            statistics = self._calibrated(self.source.statistics, staging, resources, listen)
+            smoothing = dataclasses.replace(smoothing, source=statistics)
+            units = tuple(_with_tokens(unit, statistics) for unit in plan.units)
+            plan = dataclasses.replace(plan, units=units)
+        with threadpool_limits(1):
+            return plan, smooth(smoothing, staging, listen)
+
+    def _calibrated(
+        self, tokens: TokenSource, staging: Staging, resources: Resources, listen: Listener
+    ) -> CalibrationFile:
+        """Statistics of the float model on its tokens: a file in the work folder."""
+        path = staging.folder / STATISTICS
+        if not path.exists():
+            inner = Staging(path, {"command": "calibrate"})
+            fingerprint = self.checkpoint.fingerprint
+            calibrate_sites(tokens, fingerprint, tokens.heldout, inner, listen, resources)
+        return open_calibration(path)
+
+    def _end(self, smoothed: Smoothed, staging: Staging) -> After:
+        return After(
+            smoothed.annotate,
+            _entries(smoothed),
+            lambda out: _keep(smoothed, out),
+            self._staged(smoothed, staging),
+        )
 
     def _bytes_after(self) -> int:
         return self.plan.bytes_before if self.floats else self.plan.bytes_after
@@ -109,18 +156,18 @@ class SmoothJob(Job):
 
     def _write_floats(
         self,
-        smoothed: Smoothed,
-        checkpoint: Checkpoint,
+        end: After,
         staging: Staging,
         begin: float,
         max_shard: int,
         listen: Listener,
     ) -> RunReport:
+        checkpoint = end.checkpoint or self.checkpoint
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
         plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
         report = make_report(self.command, plan, [], time.perf_counter() - begin)
         settings = {**report.settings, "bits": FLOAT_BITS}
-        report = dataclasses.replace(report, sites=_entries(smoothed), settings=settings)
+        report = dataclasses.replace(report, sites=end.sites, settings=settings)
         parts = [(name, [own]) for name, own in checkpoint.tensors.items()]
         documents = {
             "report.json": as_document(report, times=False),
@@ -129,9 +176,15 @@ class SmoothJob(Job):
         fmt = format_named("ptq")
         assembly = Assembly(parts, {}, (), fmt, documents)
         write_folder(staging.out, assembly, self.checkpoint, max_shard, listen=listen)
-        _keep(smoothed, staging.out)
+        end.write(staging.out)
         staging.publish()
         return report
+
+
+def _with_tokens(unit: Unit, statistics: StatisticsSource) -> Unit:
+    if unit.site is None or unit.site in statistics.sites:
+        return unit
+    return dataclasses.replace(unit, site=None, nearest="no token reaches it")
 
 
 def _entries(smoothed: Smoothed) -> tuple[Mapping[str, Any], ...]:
@@ -185,11 +238,13 @@ def prepare_smoothing(
     rounder = method(own.then)
     rounding = make_settings(rounder.settings, given, recipe)
     checkpoint = open_checkpoint(Path(model))
-    inputs = find_source(checkpoint, source)
+    if floats:  # nothing is rounded that could feed what comes after it
+        source = dataclasses.replace(source, parallel_layers=True)
+    inputs = find_source(checkpoint, source, correct=True)
     if inputs.statistics is None:
         raise InputError(
             f"{checkpoint.path}: {command} needs calibration, and there is none",
-            hint="--calibration FILE or --activations DIR",
+            hint="--tokens FILE, --calibration FILE or --activations DIR",
         )
     scheme = ActivationSettings(
         getattr(own, "activation_bits", 8), getattr(own, "activation_scheme", "none"),
@@ -198,6 +253,8 @@ def prepare_smoothing(
     found = model_sites(checkpoint, settings)
     require_whole(found.sites)
     _check(command, settings, own, found.sites, str(checkpoint.path), found.notes)
+    if isinstance(inputs.statistics, TokenSource) and inputs.statistics.feedback:
+        place_groups(found.sites, inputs.statistics)  # refuses what has no sequence
     fmt = format_named(settings.format)
     plan = make_plan(
         checkpoint, rounder, settings, rounding, fmt, inputs.statistics,

@@ -9,9 +9,9 @@ whatever is read after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from ptq_cli.numerics.smoothing import function_change
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import method
-from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import FoldedCheckpoint, folded_checkpoint, smoothed_source
 from ptq_cli.storage.staging import Staging
@@ -79,6 +79,19 @@ class Smoothing:
     stored: bool = False
 
 
+class SiteSource(Protocol):
+    """What the pass needs of statistics: those of a site, by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]: ...
+
+    @property
+    def load(self) -> Callable[[str], SiteStatistics]: ...
+
+
 @dataclass(frozen=True)
 class SiteOutcome:
     """What became of a site.
@@ -104,6 +117,7 @@ class SiteOutcome:
 class Smoothed:
     """A checkpoint and its statistics behind the pass.
 
+    source: of the smoothed inputs
     rtn: of each module, plain rounding of the weight as it was: (rel_err, held-out rel_err)
     compared: of each module, the error of each method that was tried
     """
@@ -143,32 +157,63 @@ def smooth(job: Smoothing, staging: Staging, listen: Listener = nobody) -> Smoot
         InputError, NumericalError: a tensor is not finite, or scales do not fit their dtype.
     """
     groups = connected(job.sites)
-    outcomes: list[SiteOutcome] = []
-    folds: list[Fold] = []
-    rtn: dict[str, Any] = {}
-    compared: dict[str, Any] = {}
+    found = Found(job)
     listen(Progress("smooth", 0, len(groups), groups[0][0].name))
     for done, group in enumerate(groups, 1):
-        unit = f"smoothing {group[0].name}"
-        kept = staging.finished(unit)
+        kept = staging.finished(unit_of(group))
         if not kept:
-            _Group(job, group).stage(staging, unit)
+            settle_group(job, group, job.source, staging)
+        found.take(group, staging)
+        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
+    checkpoint = folded_checkpoint(job.checkpoint, found.folds)
+    return found.smoothed(checkpoint, smoothed_source(job.source, found.folds))
+
+
+def unit_of(group: Sequence[Site]) -> str:
+    """The name of the unit that holds a group's factors."""
+    return f"smoothing {group[0].name}"
+
+
+def settle_group(
+    job: Smoothing, group: Sequence[Site], source: SiteSource, staging: Staging
+) -> None:
+    """Find and judge the factors of a group of connected sites, on statistics of their inputs
+    before anything of the group is folded or rounded; stage them."""
+    _Group(job, group, source).stage(staging, unit_of(group))
+
+
+@dataclass
+class Found:
+    """What the pass has found so far, group by group."""
+
+    job: Smoothing
+    folds: list[Fold] = field(default_factory=list)
+    outcomes: list[SiteOutcome] = field(default_factory=list)
+    rtn: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    compared: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def take(self, group: Sequence[Site], staging: Staging) -> list[Fold]:
+        """Take in a staged group; its folds."""
+        unit = unit_of(group)
         result = staging.result(unit)
         factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.tensors(unit)}
-        folds += [(site, factors[site.name]) for site in group if site.name in factors]
-        outcomes += [_outcome(entry) for entry in result["sites"]]
-        rtn |= {module: tuple(pair) for module, pair in result["rtn"].items()}
-        compared |= result["compared"]
-        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
-    return Smoothed(
-        folded_checkpoint(job.checkpoint, folds),
-        smoothed_source(job.source, folds),
-        tuple(outcomes),
-        rtn,
-        compared,
-        tuple(folds),
-        job.smoother.name,
-    )
+        folds = [(site, factors[site.name]) for site in group if site.name in factors]
+        self.folds += folds
+        self.outcomes += [_outcome(entry) for entry in result["sites"]]
+        self.rtn |= {module: tuple(pair) for module, pair in result["rtn"].items()}
+        self.compared |= result["compared"]
+        return folds
+
+    def smoothed(self, checkpoint: FoldedCheckpoint, source: StatisticsSource) -> Smoothed:
+        return Smoothed(
+            checkpoint,
+            source,
+            tuple(self.outcomes),
+            self.rtn,
+            self.compared,
+            tuple(self.folds),
+            self.job.smoother.name,
+        )
 
 
 def _outcome(entry: Mapping[str, Any]) -> SiteOutcome:
@@ -193,8 +238,8 @@ def connected(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
 class _Group:
     """The work on one group of sites: `folds` holds what has been decided so far."""
 
-    def __init__(self, job: Smoothing, sites: Sequence[Site]) -> None:
-        self.job, self.sites = job, sites
+    def __init__(self, job: Smoothing, sites: Sequence[Site], source: SiteSource) -> None:
+        self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
         self._statistics: dict[str, SiteStatistics] = {}
         self._prepared: tuple[Any, Any] = (None, None)
@@ -217,11 +262,11 @@ class _Group:
     def statistics(self, site: Site, folds: Sequence[Fold]) -> SiteStatistics | None:
         """Of the site's inputs behind its own fold, if there is one."""
         if site.name not in self._statistics:
-            of_linear = {x: s for s, i in self.job.source.sites.items() for x in i.linears}
+            of_linear = {x: s for s, i in self.source.sites.items() for x in i.linears}
             name = next((of_linear[x.module] for x in site.linears if x.module in of_linear), None)
             if name is None:
                 return None
-            self._statistics[site.name] = self.job.source.load(name)
+            self._statistics[site.name] = self.source.load(name)
         own = [factors for other, factors in folds if other is site]
         return smoothed(self._statistics[site.name], own[0]) if own else self._statistics[site.name]
 
@@ -247,7 +292,7 @@ class _Group:
             return replace(outcome, reason=site.reason or "no statistics of its inputs")
         if statistics.in_features != site.in_features:
             raise InputError(
-                f"{self.job.source.name}: {site.name} has {statistics.in_features} inputs there,"
+                f"{self.source.name}: {site.name} has {statistics.in_features} inputs there,"
                 f" {site.in_features} in {self.job.checkpoint.path}",
                 hint="these statistics belong to another model",
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ptq_cli.models.architecture import Architecture
 from ptq_cli.models.attention import Packing, pack
 from ptq_cli.models.forward import Routing, Stage, State, begin, embed, forward_block, stages
+from ptq_cli.models.layers import LinearTensor, Tensor
 from ptq_cli.models.memory import block_memory
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
@@ -30,7 +31,7 @@ from ptq_cli.values import Array
 
 BATCH_TOKENS = 4096
 T = TypeVar("T")
-Read = Callable[[str], Array]
+Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,21 @@ class Held:
 
     def __init__(self, read: Read, *, float32: bool = True) -> None:
         self._read, self._float32 = read, float32
-        self._kept: dict[str, Array] = {}
+        self._kept: dict[str, Tensor] = {}
         self._lock = Lock()
 
-    def __call__(self, name: str) -> Array:
+    def __call__(self, name: str) -> Tensor:
         with self._lock:
             if name not in self._kept:
                 tensor = self._read(name)
-                self._kept[name] = tensor.astype(np.float32) if self._float32 else tensor
+                self._kept[name] = _float32(tensor) if self._float32 else tensor
             return self._kept[name]
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, LinearTensor):
+        return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
+    return tensor.astype(np.float32, copy=False)
 
 
 class Stream:
@@ -163,6 +170,35 @@ class Stream:
             rows.finish()
             self.block, self.stage = self.block + 1, -1
 
+    def refresh(self) -> None:
+        """Make the inputs of the stage in hand anew, where a norm gives them that has changed."""
+        weights = Held(self.read)
+
+        def work(batch: Batch) -> None:
+            enter = self._stages(batch)[self.stage].enter
+            if enter is not None:
+                state = enter(weights, self.scratch.get(batch.key, "hidden"))
+                self.scratch.put(batch.key, _arrays(state))
+
+        side_by_side(self.n_threads, work, self.parts)
+
+    def look_ahead(self, last: int) -> Scratch:
+        """The inputs of the sites of the stage in hand and those after it, up to stage `last`, with
+        the weights as they are now; batch by batch, `inputs/<site>`. The stream stays where it is.
+        """
+        weights, ahead = Held(self.read), Scratch(self.work / f"{self.name}.ahead")
+
+        def work(batch: Batch) -> None:
+            state = self._state(batch)
+            inputs = dict(state.inputs)
+            for stage in self._stages(batch)[self.stage : last]:
+                state = stage.apply(weights, state)
+                inputs |= state.inputs
+            ahead.put(batch.key, {f"inputs/{site}": values for site, values in inputs.items()})
+
+        side_by_side(self.n_threads, work, self.parts)
+        return ahead
+
     def cross(self, block: int, source: Rows) -> Rows:
         """The residual after `block`, from that before it, without a stop at its stages."""
         weights, rows = Held(self.read), self.boundary(block + 1)
@@ -177,13 +213,15 @@ class Stream:
         rows.finish()
         return rows
 
-    def inputs(self, site: str) -> Iterator[NDArray[np.float32]]:
-        """The inputs of a site of the stage in hand, batch by batch."""
-        return (self.scratch.get(batch.key, f"inputs/{site}") for batch in self.parts)
+    def inputs(self, site: str, where: Scratch | None = None) -> Iterator[NDArray[np.float32]]:
+        """The inputs of a site of the stage in hand, batch by batch. where: of `look_ahead`"""
+        scratch = self.scratch if where is None else where
+        return (scratch.get(batch.key, f"inputs/{site}") for batch in self.parts)
 
-    def count(self, site: str) -> int:
+    def count(self, site: str, where: Scratch | None = None) -> int:
         """How many tokens reach the site."""
-        return sum(self.scratch.length(batch.key, f"inputs/{site}") for batch in self.parts)
+        scratch = self.scratch if where is None else where
+        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.parts)
 
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing)

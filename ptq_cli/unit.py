@@ -217,7 +217,9 @@ def measure_plain(
     """Errors of the layer plainly rounded to nearest."""
     hessian = None if statistics is None else statistics.hessian
     heldout = None if statistics is None else statistics.heldout
-    return _nearest(weight, layer, fmt, hessian, heldout, _input_scale(layer, statistics))[1]
+    exact = None if statistics is None else statistics.heldout_float
+    scale = _input_scale(layer, statistics)
+    return _nearest(weight, layer, fmt, hessian, heldout, scale, exact=exact)[1]
 
 
 def _input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:

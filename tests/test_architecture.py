@@ -46,7 +46,7 @@ FLOORS = [
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
-        *("quality", "torch_capture", "cost", "forecast", "forecast_jobs"),
+        *("sequential_smoothing", "quality", "torch_capture", "cost", "forecast", "forecast_jobs"),
     ),
     ("display", "live", "options", "config", "page"),
     (

@@ -10,6 +10,7 @@ import pytest
 
 from ptq_cli import api
 from ptq_cli.errors import GateMissed
+from ptq_cli.models import forward
 from ptq_cli.models.attention import pack
 from ptq_cli.models.forward import embed, finish, forward_block, logits
 from ptq_cli.quality import difference, quantized_tensors
@@ -69,6 +70,36 @@ def test_quality_is_what_the_whole_distributions_say(folder: Path, report: RunRe
     assert quality["same_top"]["quantized"] == pytest.approx(same, abs=0.01)
     assert quality["tokens"] == 6 * 63
     assert quality["quantized_minus_rtn"]["perplexity"] == 0
+
+
+@pytest.mark.parametrize("scheme", ["dynamic-token", "static"])
+def test_integer_inputs_are_part_of_what_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """W8A8: perplexity is that of the integer products that `load_linear` makes."""
+    from ptq_cli.storage.tokens import read_tokens
+
+    out = tmp_path / "out"
+    api.smoothquant(SAMPLE, alpha=0.5, activation_scheme=scheme, activation_bits=4, output=out)
+    quality = api.evaluate(SAMPLE, out, tokens=TOKENS).quality
+    assert quality is not None
+    layers = open_quantized(out).layers
+    integer = {module: api.load_linear(out, module) for module in layers}
+    plain = forward.apply_linear
+
+    def run(linear: Any, weights: Any, inputs: Any) -> Any:
+        ours = integer.get(linear.name)
+        return plain(linear, weights, inputs) if ours is None else ours(inputs)
+
+    monkeypatch.setattr(forward, "apply_linear", run)
+    tokens = read_tokens(TOKENS, open_checkpoint(SAMPLE)).ids
+    scores = log_probabilities(out, tokens)
+    nll = -np.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=2)
+    assert quality["perplexity"]["quantized"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+    monkeypatch.undo()
+    floats = log_probabilities(None, tokens)
+    exact = np.exp(-np.take_along_axis(floats[:, :-1], tokens[:, 1:, None], axis=2).mean())
+    assert quality["perplexity"]["quantized"] > 1.03 * exact
 
 
 def test_each_block_alone_adds_less_than_all(report: RunReport) -> None:

@@ -37,9 +37,9 @@ SETTINGS = TokenSettings(**TOKENS)  # type: ignore[arg-type]
 FAST: dict[str, Any] = {"bits": 3, "sym": False, "refine": 0, "sweeps": 0, "mse": False}
 
 
-def observed(read: Any, ids: Any, mask: Any = None) -> dict[str, Any]:
+def observed(read: Any, ids: Any, mask: Any = None, model: Path = SAMPLE) -> dict[str, Any]:
     """The inputs of every site, everything in one batch."""
-    arch = model_architecture(open_checkpoint(SAMPLE))
+    arch = model_architecture(open_checkpoint(model))
     packing, seen = pack(ids.shape, mask), {}
     hidden = embed(arch, read, ids, packing)
     for block in range(len(arch.blocks)):

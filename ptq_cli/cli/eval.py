@@ -93,7 +93,9 @@ def evaluate(
 
     With --tokens both models are run, and beside them the original rounded to nearest at the same
     grid: perplexity, its increase with a standard error (clustered by sequence), KL divergence of
-    the next-token distributions, and the share of equal top tokens.
+    the next-token distributions, and the share of equal top tokens. Where QUANTIZED says that its
+    inputs are rounded too (W8A8), they are in these runs: per token, with the static scale of the
+    file, or with one scale for each batch that the forward takes at once.
 
     \b
     ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-kl 0.01

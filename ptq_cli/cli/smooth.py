@@ -9,6 +9,7 @@ import click
 
 from ptq_cli.cli.common import model_argument, source_options
 from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
+from ptq_cli.cli.tokens import token_options
 from ptq_cli.grid_settings import FLOAT_BITS
 from ptq_cli.options import add_options
 from ptq_cli.registry import smoother
@@ -22,8 +23,12 @@ _HELP = {
     checked. Written are int8 weights per channel (W8A8), or with --bits 16 the smoothed float
     weights. A site where rounding is no better for it is left as it was.
 
+    With --tokens the model itself is run, and each site is smoothed and rounded on what the
+    quantized layers before it produce, their inputs rounded as at run time.
+
     \b
     ptq smoothquant model/ --alpha auto
+    ptq smoothquant model/ --tokens tokens.npy
     ptq smoothquant model/ --bits 16 -o smoothed
     ptq smoothquant model/ --activation-scheme static --then gptq
     """,
@@ -31,10 +36,13 @@ _HELP = {
 
     For every layer rtn, awq, gptq and awq+gptq are compared on held-out inputs (the report's
     `compared` and `best`). What is written is awq, or with --then gptq awq+gptq; where a layer of
-    a site would come out worse than plain rounding, the site is not scaled.
+    a site would come out worse than plain rounding, the site is not scaled. With --tokens the
+    model itself is run, and each site is scaled and rounded on what the quantized layers before it
+    produce.
 
     \b
     ptq awq model/ --bits 4 --group-size 128
+    ptq awq model/ --bits 3 --asym --tokens tokens.npy
     ptq awq model/ --bits 3 --then gptq
     """,
 }
@@ -47,7 +55,8 @@ def _command(name: str) -> click.Command:
     def run(model: Path, **options: Any) -> None:
         _run(name, model, options)
 
-    command: Any = source_options(quantizing_options(name, "w<bits><group>")(run))
+    command: Any = quantizing_options(name, "w<bits><group>")(run)
+    command = source_options(token_options(command, parallel_layers=True))
     command = add_options(*smooth_settings(name), defaults=smoother(name).defaults)(command)
     made: click.Command = click.command(name, help=_HELP[name])(model_argument()(command))
     for option in made.params:

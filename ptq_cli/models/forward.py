@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,15 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, Block, Experts
 from ptq_cli.models.attention import Packing, attend
-from ptq_cli.models.layers import Linear, Weights, activate, apply_linear, apply_norm
+from ptq_cli.models.layers import (
+    Linear,
+    Weights,
+    activate,
+    apply_linear,
+    apply_norm,
+    round_inputs,
+    stored,
+)
 from ptq_cli.models.rope import rotate, rotations
 from ptq_cli.values import Array, FloatArray
 
@@ -60,11 +69,15 @@ class State:
 @dataclass(frozen=True)
 class Stage:
     """One step of a block: `apply` puts the inputs of `sites` through their linears and goes on to
-    the inputs of the next stage. sites: site -> names of the linears that share its inputs."""
+    the inputs of the next stage. sites: site -> names of the linears that share its inputs.
+
+    enter: the state before it from the residual, where nothing but a norm lies between
+    """
 
     name: str
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
+    enter: Callable[[Weights, FloatArray], State] | None = None
 
 
 def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing) -> FloatArray:
@@ -89,7 +102,7 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
 
 
 def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
-    table = weights(name) if callable(weights) else weights[name]
+    table = stored(weights, name)
     if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
         raise InputError(f"{what} {ids.max()} is out of range: {name} has {len(table)} rows")
     return np.asarray(table[ids], dtype=np.float32)
@@ -112,13 +125,13 @@ def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...
 
     def attention_out(weights: Weights, state: State) -> State:
         branch = apply_linear(block.output, weights, state.inputs[block.output.name])
-        hidden = _add(block, "attention", weights, state.hidden, branch)
-        inputs = apply_norm(block.norms.get("mlp_in"), weights, hidden)
-        first = block.experts.router if block.experts else block.mlp_in[0]
-        return State(hidden, {first.name: inputs})
+        return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
+
+    def enter(weights: Weights, hidden: FloatArray) -> State:
+        return begin(arch, index, weights, hidden)
 
     head = (
-        Stage("attention_in", _site(*block.qkv), attention_in),
+        Stage("attention_in", _site(*block.qkv), attention_in, enter),
         Stage("attention_out", _site(block.output), attention_out),
     )
     if block.experts:
@@ -159,7 +172,8 @@ def logits(
     vocabulary: slice = slice(None),
 ) -> FloatArray:
     """Scores of the tokens of `vocabulary` after each row of `finished`, float32 [n, n_ids]."""
-    table = weights(arch.head) if callable(weights) else weights[arch.head]
+    table = stored(weights, arch.head)
+    finished = round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
     if arch.logit_softcap is not None:
         scores /= np.float32(arch.logit_softcap)
@@ -170,6 +184,12 @@ def logits(
 
 def _site(*linears: Linear) -> dict[str, tuple[str, ...]]:
     return {linears[0].name: tuple(linear.name for linear in linears)}
+
+
+def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
+    """A block before its MLP or router."""
+    first = block.experts.router if block.experts else block.mlp_in[0]
+    return State(hidden, {first.name: apply_norm(block.norms.get("mlp_in"), weights, hidden)})
 
 
 def _add(
@@ -222,7 +242,7 @@ def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
         return State(_add(block, "mlp", weights, state.hidden, branch))
 
     return (
-        Stage("mlp_in", _site(*block.mlp_in), mlp_in),
+        Stage("mlp_in", _site(*block.mlp_in), mlp_in, partial(_enter_mlp, block)),
         Stage("mlp_out", _site(block.mlp_out), mlp_out),
     )
 
@@ -267,7 +287,7 @@ def _expert_stages(arch: Architecture, block: Block, experts: Experts) -> tuple[
     ins = {linears[0].name: tuple(li.name for li in linears) for linears in experts.inputs}
     outs = {down.name: (down.name,) for down in experts.outputs}
     return (
-        Stage("router", _site(experts.router), route),
+        Stage("router", _site(experts.router), route, partial(_enter_mlp, block)),
         Stage("mlp_in", ins, mlp_in),
         Stage("mlp_out", outs, mlp_out),
     )

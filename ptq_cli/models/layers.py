@@ -9,7 +9,21 @@ import numpy as np
 
 from ptq_cli.values import Array, FloatArray
 
-Weights = Callable[[str], Array] | Mapping[str, Array]
+
+@dataclass(frozen=True)
+class LinearTensor:
+    """A linear's weight in a model that rounds the linear's inputs when it runs (W8A8).
+
+    values: the weight, in the checkpoint's shape
+    round_inputs: float [n, in_features] → float32, what the integers stand for
+    """
+
+    values: Array
+    round_inputs: Callable[[FloatArray], FloatArray]
+
+
+Tensor = Array | LinearTensor
+Weights = Callable[[str], Tensor] | Mapping[str, Tensor]
 """A tensor by its name in the checkpoint, in any float dtype; float32 is used without a copy."""
 
 CHUNK = 1 << 17  # values that one pass of an activation function touches, so that they stay in L2
@@ -42,15 +56,27 @@ class Norm:
     affine: bool = True
 
 
+def stored(weights: Weights, name: str) -> Array:
+    """The tensor `name` as it is given."""
+    tensor = weights(name) if callable(weights) else weights[name]
+    return tensor.values if isinstance(tensor, LinearTensor) else tensor
+
+
 def fetch(weights: Weights, name: str) -> FloatArray:
     """The tensor `name` as float32."""
+    return np.asarray(stored(weights, name), dtype=np.float32)
+
+
+def round_inputs(weights: Weights, name: str, inputs: FloatArray) -> FloatArray:
+    """The inputs of a linear as it multiplies them with its weight, the tensor `name`."""
     tensor = weights(name) if callable(weights) else weights[name]
-    return np.asarray(tensor, dtype=np.float32)
+    return tensor.round_inputs(inputs) if isinstance(tensor, LinearTensor) else inputs
 
 
 def apply_linear(linear: Linear, weights: Weights, inputs: FloatArray) -> FloatArray:
     """`inputs` [n_tokens, in_features] through `linear`: float32 [n_tokens, out_features]."""
     weight = fetch(weights, f"{linear.name}.weight")
+    inputs = round_inputs(weights, f"{linear.name}.weight", inputs)
     outputs: FloatArray = inputs @ (weight if linear.transposed else weight.T)
     if linear.bias:
         outputs += fetch(weights, f"{linear.name}.bias")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.values import Array, FloatArray
+from ptq_cli.values import Activation, Array, FloatArray
 
 SCHEMES = ("dynamic-token", "dynamic-tensor", "static", "none")
 LARGEST_CODE = {8: 127, 4: 7}
@@ -134,6 +134,54 @@ def quantize_activations(inputs: Array, settings: ActivationSettings) -> Quantiz
     if settings.scheme == "static" and settings.static_scale is not None:
         return quantize_static(inputs, settings.static_scale, settings.bits)
     raise InputError(f"activation scheme {settings.scheme!r} does not round activations")
+
+
+def stated(activation: Activation, scale: float | None = None) -> ActivationSettings:
+    """The settings that say what a layer's metadata says of its (symmetric) inputs.
+
+    scale: of a static scheme
+
+    Raises:
+        InputError: inputs with a zero of their own, which these settings do not know.
+    """
+    if not activation.sym:
+        raise InputError("asymmetric inputs have no integer product here")
+    if not activation.dynamic:
+        return ActivationSettings(activation.bits, "static", static_scale=scale)
+    scheme = "dynamic-token" if activation.per_token else "dynamic-tensor"
+    return ActivationSettings(activation.bits, scheme)
+
+
+def rounded_inputs(
+    inputs: Array, activation: Activation, scale: float | None = None, zero: int | None = None
+) -> NDArray[np.float32]:
+    """What a layer's integer inputs stand for: float [n, in_features] → float32, the same shape.
+
+    scale, zero: of a static scheme, `input ≈ scale · (code − zero)`, codes 0 … 2^bits − 1. Dynamic
+    asymmetric inputs find theirs as weights do: the range is widened to hold 0.
+
+    Raises:
+        InputError: a static scheme without a scale.
+        NumericalError: inputs hold NaN or infinity.
+    """
+    if activation.sym:
+        return quantize_activations(inputs, stated(activation, scale)).dequantized()
+    activation_range(inputs)  # refuses NaN and infinity
+    largest = (1 << activation.bits) - 1
+    values = inputs.astype(np.float32, copy=False)
+    if activation.dynamic:
+        axis = 1 if activation.per_token else None
+        low = np.minimum(values.min(axis, initial=0, keepdims=True), 0)
+        high = np.maximum(values.max(axis, initial=0, keepdims=True), 0)
+        steps = (high - low) / np.float32(largest)
+        steps[steps == 0] = 1
+        middle = np.clip(np.rint(-low / steps), 0, largest)
+    else:
+        _check_static(scale)
+        steps, middle = np.array([[scale or 1]], np.float32), np.array([[zero or 0]], np.float32)
+    codes = np.clip(np.rint(values / steps) + middle, 0, largest)
+    result: NDArray[np.float32] = (codes - middle) * steps
+    return result
 
 
 def _round(inputs: Array, scales: FloatArray, bits: int) -> QuantizedActivations:

@@ -325,7 +325,7 @@ def _combine(
 
 
 def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
-    """Statistics of `inputs / factors`, factors [in_features].
+    """Statistics of `inputs / factors`, factors [in_features]; the float model's are divided too.
 
     Exact but for the histogram, which the sample gives anew, and the mean and least and greatest
     value, which follow from it and the channels' extrema.
@@ -353,4 +353,12 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
         histogram_start=first,
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
+        drift=None if statistics.drift is None else statistics.drift / divisor / divisor[:, None],
+        heldout_float=_divided(statistics.heldout_float, divisor),
     )
+
+
+def _divided(
+    inputs: NDArray[np.float32] | None, divisor: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    return None if inputs is None else inputs / divisor

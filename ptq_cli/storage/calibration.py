@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.models.layers import Tensor
 from ptq_cli.numerics.statistics import (
     HELDOUT_EVERY,
     HELDOUT_LIMIT,
@@ -50,7 +51,7 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.values import Array, FloatArray, SiteStatistics, Work
+from ptq_cli.values import Array, SiteStatistics, Work
 
 VERSION = 2
 DIGEST_PIECE = 1 << 24
@@ -102,7 +103,7 @@ class StreamingSource(StatisticsSource, Protocol):
     `sites`, each after the layers before it were rounded.
 
     begin: called once before that, with a folder for scratch files that survives a kill, and with
-        what a layer's tensor decodes to once it is rounded (None before); workers, memory: the
+        what a layer's tensor is once it is rounded (None before); workers, memory: the
         threads and bytes it may use
     scratch: bytes that those files take at most
     memory: bytes that the forward takes, with so many workers and that limit
@@ -119,7 +120,7 @@ class StreamingSource(StatisticsSource, Protocol):
     def begin(
         self,
         work: Path,
-        rounded: Callable[[str], FloatArray | None],
+        rounded: Callable[[str], Tensor | None],
         workers: int | None,
         memory: int | None,
     ) -> None: ...

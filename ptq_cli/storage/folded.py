@@ -29,13 +29,15 @@ from ptq_cli.values import Array, Layer, SiteStatistics
 FOLDS_FILE = "smooth_scales.st"
 
 Folds = Sequence[tuple[Site, NDArray[np.float32]]]
+FoldsByTensor = dict[str, list[tuple[Site, NDArray[np.float32]]]]
 
 
 @dataclass(frozen=True)
 class FoldedCheckpoint(Checkpoint):
     """A checkpoint whose sites are folded. `read` rounds to the stored dtype, `matrix` does not.
 
-    base: the checkpoint as it lies on the disk; folds: of each changed tensor, in order
+    base: the checkpoint as it lies on the disk; folds: of each changed tensor, in order (a
+        sequential run adds to them as it goes: `add_folds`)
     """
 
     base: Checkpoint = field(kw_only=True)
@@ -81,12 +83,17 @@ def folded_checkpoint(base: Checkpoint, folds: Folds) -> FoldedCheckpoint:
 
     folds: sites with their settled factors
     """
-    by_tensor: dict[str, list[tuple[Site, NDArray[np.float32]]]] = {}
+    by_tensor: FoldsByTensor = {}
+    add_folds(by_tensor, folds)
+    own = {f.name: getattr(base, f.name) for f in fields(Checkpoint)}
+    return FoldedCheckpoint(**own, base=base, folds=by_tensor)
+
+
+def add_folds(by_tensor: FoldsByTensor, folds: Folds) -> None:
+    """Put further folds behind those of each tensor."""
     for site, factors in folds:
         for name in site.tensors:
             by_tensor.setdefault(name, []).append((site, factors))
-    own = {f.name: getattr(base, f.name) for f in fields(Checkpoint)}
-    return FoldedCheckpoint(**own, base=base, folds=by_tensor)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
 _SLACK = 1 << 20
-_OWN = ("job.json", "units", "weights", "out", "stream", "published.json")
+STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
+_OWN = (
+    *("job.json", "units", "weights", "out", "stream", "published.json"),
+    *(STATISTICS, f"{STATISTICS}.partial"),
+)
 
 
 class Staging:

@@ -18,6 +18,8 @@ from ptq_cli.numerics.activations import (
     quantize_per_tensor,
     quantize_per_token,
     quantize_static,
+    rounded_inputs,
+    stated,
 )
 from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import (
@@ -26,7 +28,7 @@ from ptq_cli.numerics.integer_matmul import (
     linear_dequantized,
     linear_w8a8,
 )
-from ptq_cli.values import Grid, QuantizedWeight
+from ptq_cli.values import Activation, Grid, QuantizedWeight
 
 
 def slow_row_codes(row, bits, percentile=1.0):
@@ -163,6 +165,34 @@ def test_inputs_that_are_not_finite_are_errors(value, scheme):
     inputs[1, 1] = value
     with pytest.raises(NumericalError, match="NaN"):
         quantize_activations(inputs, ActivationSettings(scheme=scheme, static_scale=0.1))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_asymmetric_inputs_stand_for_what_their_codes_say(rng, per_token):
+    inputs = (rng.standard_normal((5, 12)) + 2).astype(np.float32)
+    inputs[0] = 0
+    activation = Activation(8, sym=False, per_token=per_token)
+    found = rounded_inputs(inputs, activation)
+    for row in range(5):
+        seen = inputs[row] if per_token else inputs
+        low, high = min(0.0, seen.min()), max(0.0, seen.max())
+        step = (high - low) / 255 or 1.0
+        zero = round(-low / step)
+        wanted = [(min(255, max(0, round(x / step) + zero)) - zero) * step for x in inputs[row]]
+        np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-6)
+    assert rounded_inputs(inputs[:0], activation).shape == (0, 12)
+
+
+def test_static_inputs_are_clipped_at_their_codes():
+    inputs = np.array([[-3.0, -1.0, 0.0, 0.26, 300.0]])
+    static = Activation(8, sym=False, dynamic=False)
+    np.testing.assert_allclose(
+        rounded_inputs(inputs, static, 0.5, 4), [[-2.0, -1.0, 0.0, 0.5, 125.5]]
+    )
+    with pytest.raises(InputError, match="static activation scale None"):
+        rounded_inputs(inputs, static)
+    with pytest.raises(InputError, match="asymmetric"):
+        stated(static, 0.5)
 
 
 @pytest.mark.parametrize("k", [0, 1, 1032, 1033, 2500])
