@@ -13,9 +13,7 @@ from typing import Self
 
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.shards import Shards
-from ptq_cli.storage.tensors import Bytes
-
-Tensors = Iterable[Bytes | StoredTensor]
+from ptq_cli.storage.units import UnitStore
 
 
 class Copying:
@@ -39,15 +37,26 @@ class Copying:
         if kind is None:
             self.check()
 
-    def put(self, tensors: Callable[[], Tensors]) -> None:
-        """Have tensors copied; the thread asks for them. Raises FileError of an earlier copy."""
+    def put(self, tensors: Iterable[StoredTensor]) -> None:
+        """Have tensors copied. Raises FileError of an earlier copy."""
+        self._submit(lambda shards: shards.put(tensors))
+
+    def put_unit(self, store: UnitStore, unit: str) -> None:
+        """Have the tensors of a finished unit copied, where they are not in their places yet."""
+
+        def copy(shards: Shards) -> None:
+            tensors = store.tensors(unit)
+            if store.placed(unit):
+                shards.take(tensor.spec.name for tensor in tensors)
+            else:
+                shards.put(tensors)
+
+        self._submit(copy)
+
+    def _submit(self, copy: Callable[[Shards], None]) -> None:
         self.check()
         if self._shards is not None:
-            self._running.append(self._thread.submit(self._copy, self._shards, tensors))
-
-    @staticmethod
-    def _copy(shards: Shards, tensors: Callable[[], Tensors]) -> None:
-        shards.put(tensors())
+            self._running.append(self._thread.submit(copy, self._shards))
 
     def check(self) -> None:
         """Raises what a copy met."""

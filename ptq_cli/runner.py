@@ -107,26 +107,30 @@ def run(
     """
     begin = time.perf_counter()
     try:
-        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(packed, plan.bytes_after)
         fmt = format_named(plan.format)
+        # Hosts that write to one file of a shared file system could spoil one another's pages.
+        placing = fmt.container != "gguf" and resources.scheduler is None
+        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
+        staging.check_space(0 if placing else packed, plan.bytes_after)
         layers = {layer.tensor: layer for layer in plan.layers}
         parts = [
             (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
             for name, own in checkpoint.tensors.items()
         ]
         of_module = {layer.module: layer for layer in plan.layers}
-        shards = begin_weights(staging.out, parts, of_module, fmt, max_shard)
+        shards = begin_weights(staging.weights, parts, of_module, fmt, max_shard)
+        places = {} if shards is None else shards.places
+        store = replace(staging.store, places=places, placing=placing)
         with threadpool_limits(1), Copying(shards) as copying:
             untouched = [own for name, own in checkpoint.tensors.items() if name not in layers]
-            copying.put(lambda: untouched)
+            copying.put(untouched)
             rows = _run_units(
-                plan, checkpoint, source, staging, on_failure, listen, resources, copying
+                plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
             )
         rows = [after.annotate(row) for row in rows]
         report = make_report(command, plan, rows, time.perf_counter() - begin)
         report = replace(report, sites=after.sites)
-        _assemble(plan, checkpoint, staging, report, inputs or {}, shards, listen)
+        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
         after.write(staging.out)
         staging.publish()
     except (PtqError, OSError) as error:
@@ -147,6 +151,7 @@ def _run_units(
     checkpoint: Checkpoint,
     source: StatisticsSource | None,
     staging: Staging,
+    store: UnitStore,
     on_failure: str,
     listen: Listener,
     resources: Resources,
@@ -157,12 +162,12 @@ def _run_units(
     total, weights, finished = len(sizes), sum(sizes.values()), 0
     if isinstance(source, StreamingSource):
         work = staging.folder / "stream"
-        source.begin(work, _rounded(plan, staging), resources.workers, resources.max_memory)
+        source.begin(work, _rounded(plan, store), resources.workers, resources.max_memory)
 
     def done(task: Task, result: Any) -> None:
         nonlocal finished
         entries, kept = result
-        copying.put(lambda: staging.tensors(task.name))
+        copying.put_unit(store, task.name)
         for entry in entries:
             row = row_from_json(entry)
             rows[row.module] = row
@@ -180,8 +185,11 @@ def _run_units(
         if isinstance(source, PortableSource):
             statistics = None if unit.site is None else source.only(unit.site)
         own = plan.settings[1]
+        specs = [spec for layer in unit.layers for spec in format_named(plan.format).specs(layer)]
+        places = {spec.name: store.places[spec.name] for spec in specs if store.places}
+        own_store = replace(store, places=places)
         job = UnitJob(
-            unit, tensors, statistics, plan.method, own, plan.format, on_failure, staging.store
+            unit, tensors, statistics, plan.method, own, plan.format, on_failure, own_store
         )
         tasks.append(Task(unit.name, unit.memory, _work, job))
     if source is not None and not isinstance(source, PortableSource):
@@ -263,17 +271,17 @@ def _key(job: UnitJob, digests: Mapping[str, str] | None = None) -> dict[str, An
     }
 
 
-def _rounded(plan: Plan, staging: Staging) -> Callable[[str], FloatArray | None]:
+def _rounded(plan: Plan, store: UnitStore) -> Callable[[str], FloatArray | None]:
     """What a layer's tensor decodes to, once its unit is finished."""
     fmt = format_named(plan.format)
     place = {layer.tensor: (unit, layer) for unit in plan.units for layer in unit.layers}
 
     def rounded(tensor: str) -> FloatArray | None:
-        if tensor not in place or not staging.store.exists(place[tensor][0].name):
+        if tensor not in place or not store.exists(place[tensor][0].name):
             return None
         unit, layer = place[tensor]
         wanted = {spec.name for spec in fmt.specs(layer)}
-        staged = staging.tensors(unit.name)
+        staged = store.tensors(unit.name)
         tensors = {t.spec.name: as_array(t) for t in staged if t.spec.name in wanted}
         return layer.as_stored(fmt.decode(layer, tensors).dequantized())
 
@@ -293,6 +301,7 @@ def _assemble(
     plan: Plan,
     checkpoint: Checkpoint,
     staging: Staging,
+    store: UnitStore,
     report: RunReport,
     inputs: Mapping[str, str],
     shards: Shards | None,
@@ -303,7 +312,7 @@ def _assemble(
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
     of_tensor = {layer.tensor: layer for layer in layers.values()}
     staged = {
-        tensor.spec.name: tensor for unit in plan.units for tensor in staging.tensors(unit.name)
+        tensor.spec.name: tensor for unit in plan.units for tensor in store.tensors(unit.name)
     }
     parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
     for name, own in checkpoint.tensors.items():

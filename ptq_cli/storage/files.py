@@ -160,6 +160,17 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def link(path: Path, other: Path) -> None:
+    """Give a file a second name; where the file system has no such thing, another name."""
+    with named(other):
+        try:
+            os.link(path, other)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            os.rename(path, other)
+
+
 def sync_file(path: Path) -> None:
     """Give a file that a library wrote the umask's mode and wait until it is on the disk."""
     with named(path):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import InputError
 from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
@@ -30,10 +30,10 @@ from ptq_cli.storage.checkpoint import (
     open_checkpoint,
 )
 from ptq_cli.storage.files import (
+    link,
     listing,
     named,
     read_json,
-    regular_file,
     sync_folder,
     to_json,
     write_file,
@@ -41,7 +41,7 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
-from ptq_cli.storage.shards import Part, Shards
+from ptq_cli.storage.shards import Part, Shards, mapped
 from ptq_cli.storage.tensors import Bytes, own_metadata
 from ptq_cli.values import Format, Layer, QuantizedWeight
 
@@ -65,19 +65,6 @@ class Assembly:
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
 
 
-def _mapped(stored: Bytes | StoredTensor) -> Bytes:
-    """A tensor of a checkpoint as memory-mapped bytes, to be copied."""
-    if isinstance(stored, Bytes):
-        return stored
-    if stored.spec.nbytes == 0:
-        return Bytes(stored.spec, np.empty(0, np.uint8))
-    if regular_file(stored.file) < stored.offset + stored.spec.nbytes:
-        raise FileError(f"{stored.file}: changed while it was read")
-    with named(stored.file):
-        shape = (stored.spec.nbytes,)
-        return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
-
-
 def check_container(
     fmt: Format, source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
 ) -> None:
@@ -92,16 +79,16 @@ def check_container(
 
 
 def begin_weights(
-    out: Path, parts: Sequence[Part], layers: Mapping[str, Layer], fmt: Format, max_shard: int
+    folder: Path, parts: Sequence[Part], layers: Mapping[str, Layer], fmt: Format, max_shard: int
 ) -> Shards | None:
-    """Make the folder and lay out its weights files, to be filled before `write_folder`; None where
-    the container is written whole."""
-    with named(out):
-        out.mkdir()
+    """Lay out the weights files in a folder, to be filled before `write_folder`; None where the
+    container is written whole."""
     if fmt.container == "gguf":
         return None
+    with named(folder):
+        folder.mkdir(exist_ok=True)
     unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
-    return Shards(out, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    return Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
 
 
 def write_folder(
@@ -116,11 +103,13 @@ def write_folder(
 
     shards: what `begin_weights` laid out, and what is in there already
     """
-    if shards is None and not out.exists():
+    with named(out):
+        out.mkdir()
+    if shards is None:
         parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
         shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
     if shards is None:
-        whole = [(name, [_mapped(tensor) for tensor in own]) for name, own in assembly.parts]
+        whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
         size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
         listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
         write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
@@ -145,6 +134,9 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
         shards.put(tensor for tensor in tensors if tensor.spec.name in missing)
         done += sum(tensor.spec.nbytes for tensor in tensors)
     weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
+    if shards.folder != out:
+        for name in names:
+            link(shards.folder / name, out / name)
     listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

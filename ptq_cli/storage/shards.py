@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import FileError
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
-from ptq_cli.storage.files import named, read_into
+from ptq_cli.storage.files import named, read_into, regular_file
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import DTYPE_BITS, TensorSpec
 
@@ -50,10 +50,11 @@ class Shard:
 
 
 class Shards:
-    """The weights files of a folder.
+    """The weights files of a folder; those that an interrupted run laid out are gone on with.
 
     parts: in order; a file takes as many as fit `max_shard` bytes, a larger part is alone in one
     longest: the metadata of the parts with these names, as long as it can become
+    places: where in these files each tensor belongs
     """
 
     def __init__(
@@ -64,12 +65,16 @@ class Shards:
         self._shards = [
             _laid_out(folder / name, own, longest) for name, own in zip(names, cut, strict=True)
         ]
-        self._home = {name: shard for shard in self._shards for name in shard.places}
-        self._specs = {spec.name: spec for _, specs in parts for spec in specs}
+        self.folder = folder
+        self.places = {
+            spec.name: StoredTensor(spec, shard.path, shard.places[spec.name])
+            for shard in self._shards
+            for _, specs in shard.parts
+            for spec in specs
+        }
         self._there: set[str] = set()
-        self._buffers = np.empty((2, _PIECE), np.uint8)
         for shard in self._shards:
-            with named(shard.path), open(shard.path, "xb") as file:
+            with named(shard.path), open(shard.path, "ab") as file:
                 file.truncate(shard.size)
 
     @property
@@ -80,43 +85,17 @@ class Shards:
     @property
     def missing(self) -> set[str]:
         """Tensors that are not there yet."""
-        return self._specs.keys() - self._there
+        return self.places.keys() - self._there
 
     def put(self, tensors: Iterable[Bytes | StoredTensor]) -> None:
-        """Copy tensors to their places, read them back and compare. (One thread at a time.)
-
-        Raises:
-            FileError: the file system said no, or gave back something else.
-        """
+        """Copy tensors to their places. Raises FileError."""
         for tensor in tensors:
-            shard = self._home[tensor.spec.name]
-            place = shard.places[tensor.spec.name]
-            if tensor.spec != self._specs[tensor.spec.name]:
-                raise FileError(f"{shard.path}: tensor {tensor.spec.name!r} is not as planned")
-            with named(shard.path):
-                descriptor = os.open(shard.path, os.O_RDWR)
-            try:
-                for start in range(0, tensor.spec.nbytes, _PIECE):
-                    self._copy(tensor, start, shard.path, descriptor, place)
-                _start_writing(descriptor, place, tensor.spec.nbytes)
-            finally:
-                os.close(descriptor)
+            put_tensor(tensor, self.places[tensor.spec.name])
             self._there.add(tensor.spec.name)
 
-    def _copy(
-        self, tensor: Bytes | StoredTensor, start: int, path: Path, descriptor: int, place: int
-    ) -> None:
-        size = min(_PIECE, tensor.spec.nbytes - start)
-        piece, back = self._buffers[0, :size], self._buffers[1, :size]
-        if isinstance(tensor, Bytes):
-            piece = tensor.data[start : start + size]
-        else:
-            read_into(tensor.file, tensor.offset + start, piece)
-        with named(path):
-            _write_all(descriptor, piece, place + start)
-            same = os.preadv(descriptor, [back.data], place + start) == size
-        if not (same and np.array_equal(back, piece)):
-            raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
+    def take(self, names: Iterable[str]) -> None:
+        """Believe that these tensors are in their places."""
+        self._there.update(names)
 
     def finish(self, metadata: Metadata) -> dict[str, str]:
         """Write the headers, wait for the disk, and read the headers back.
@@ -133,9 +112,67 @@ class Shards:
                 file.flush()
                 os.fsync(file.fileno())
             written = {tensor.spec.name: tensor.spec for tensor in read_header(shard.path).tensors}
-            if self.missing or written != {name: self._specs[name] for name in shard.places}:
+            if self.missing or written != {n: self.places[n].spec for n in shard.places}:
                 raise FileError(f"{shard.path}: does not hold the tensors that were written")
-        return {name: shard.path.name for name, shard in self._home.items()}
+        return {name: place.file.name for name, place in self.places.items()}
+
+
+def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bool = False) -> None:
+    """Copy a tensor to its place in a file that is there, read it back and compare.
+
+    durable: wait until it is on the disk
+
+    Raises:
+        FileError: the file system said no, or gave back something else.
+    """
+    if tensor.spec != place.spec:
+        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} is not as planned")
+    with named(place.file):
+        descriptor = os.open(place.file, os.O_RDWR)
+    buffers = np.empty((2, min(_PIECE, tensor.spec.nbytes)), np.uint8)
+    try:
+        for start in range(0, tensor.spec.nbytes, _PIECE):
+            _put_piece(tensor, start, place, descriptor, buffers)
+        if durable:
+            with named(place.file):
+                os.fsync(descriptor)
+        else:
+            _start_writing(descriptor, place.offset, tensor.spec.nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _put_piece(
+    tensor: Bytes | StoredTensor,
+    start: int,
+    place: StoredTensor,
+    descriptor: int,
+    buffers: NDArray[np.uint8],
+) -> None:
+    size = min(_PIECE, tensor.spec.nbytes - start)
+    piece, back = buffers[0, :size], buffers[1, :size]
+    if isinstance(tensor, Bytes):
+        piece = tensor.data[start : start + size]
+    else:
+        read_into(tensor.file, tensor.offset + start, piece)
+    with named(place.file):
+        _write_all(descriptor, piece, place.offset + start)
+        same = os.preadv(descriptor, [back.data], place.offset + start) == size
+    if not (same and np.array_equal(back, piece)):
+        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
+
+
+def mapped(stored: Bytes | StoredTensor) -> Bytes:
+    """A tensor as bytes, memory-mapped where it lies in a file."""
+    if isinstance(stored, Bytes):
+        return stored
+    if stored.spec.nbytes == 0:
+        return Bytes(stored.spec, np.empty(0, np.uint8))
+    if regular_file(stored.file) < stored.offset + stored.spec.nbytes:
+        raise FileError(f"{stored.file}: changed while it was read")
+    with named(stored.file):
+        shape = (stored.spec.nbytes,)
+        return Bytes(stored.spec, np.memmap(stored.file, np.uint8, "r", stored.offset, shape))
 
 
 def _write_all(descriptor: int, data: NDArray[np.uint8], place: int) -> None:

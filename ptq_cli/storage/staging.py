@@ -2,6 +2,7 @@
 
     job.json          what the run is: command, settings, inputs' fingerprints, version
     units/            finished units (storage/units.py)
+    weights/          the weights files of the output while they are filled (storage/shards.py)
     out/              the finished output, until it is renamed to its place
     published.json    which `out` was given its name: what is left after that is rubbish
 
@@ -34,7 +35,7 @@ from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 
 _SLACK = 1 << 20
-_OWN = ("job.json", "units", "out", "stream", "published.json")
+_OWN = ("job.json", "units", "weights", "out", "stream", "published.json")
 
 
 class Staging:
@@ -85,6 +86,10 @@ class Staging:
     @property
     def out(self) -> Path:
         return self.folder / "out"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
 
     def _locked_folder(self) -> int:
         while True:
@@ -173,17 +178,19 @@ class Staging:
         return self.store.tensors(unit)
 
     def check_space(self, staged: int, final: int) -> None:
-        """Refuse to begin where the disk cannot hold `staged` bytes of units (less what is there
-        already) and `final` bytes of output.
+        """Refuse to begin where the disk cannot hold `staged` bytes of units and `final` bytes of
+        output, less what is there already.
 
         Raises:
             FileError: too little space; what was there is left as it is.
         """
         with named(self.folder):
             there = sum(entry.stat().st_size for entry in os.scandir(self.store.folder))
+            if self.weights.exists():  # files with holes
+                there += sum(512 * entry.stat().st_blocks for entry in os.scandir(self.weights))
             status = os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize
-        wanted = max(0, staged - there) + final + _SLACK
+        wanted = max(0, staged + final - there) + _SLACK
         if free < wanted:
             raise FileError(
                 f"{self.output.parent}: {_megabytes(wanted)} are needed, {_megabytes(free)} free",

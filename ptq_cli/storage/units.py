@@ -1,6 +1,7 @@
 """Finished units in the work folder: files found by hash, believed by key and checksum.
 
-    <hash>.bin   the tensors of a unit, one after the other
+    <hash>.bin   the tensors of a unit, one after the other, unless they lie in their places in the
+                 weights files of the output already
     <hash>.json  `sha256`, a digest of the rest: `unit`, `key` (digests of every input tensor, of
                  the statistics and of the settings), `data` (digest of the tensors), `tensors`,
                  `result`; its being there makes the unit finished
@@ -15,15 +16,17 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import named, read_json, regular_file, sync_folder, to_json
+from ptq_cli.storage.shards import mapped, put_tensor
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import TensorSpec
 
@@ -40,9 +43,14 @@ class ChangedInput(InputError):
 
 @dataclass(frozen=True)
 class UnitStore:
-    """The finished units in a folder. It is but a path, so any process can have one."""
+    """The finished units in a folder. It is but paths, so any process can have one.
+
+    places: where tensors belong in files that are there; placing: new ones are written there
+    """
 
     folder: Path
+    places: Mapping[str, StoredTensor] = field(default_factory=dict)
+    placing: bool = False
 
     def path(self, unit: str, suffix: str) -> Path:
         name = hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
@@ -60,10 +68,15 @@ class UnitStore:
             "key": dict(key),
             "data": digest.hexdigest(),
             "tensors": [[t.spec.name, t.spec.dtype, list(t.spec.shape)] for t in tensors],
+            "placed": self.placing,
             "result": result,
         }
         durable = seconds >= WORTH_SYNCING
-        self._write(self.path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
+        if self.placing:
+            for tensor in tensors:
+                put_tensor(tensor, self.places[tensor.spec.name], durable=durable)
+        else:
+            self._write(self.path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
         text = to_json(entry | {"sha256": _check(entry)}).encode()
         self._write(self.path(unit, ".json"), [text], durable)
         if durable:
@@ -130,10 +143,16 @@ class UnitStore:
     def result(self, unit: str) -> Any:
         return self._entry(unit)["result"]
 
+    def placed(self, unit: str) -> bool:
+        """Whether the tensors of a finished unit are in their places."""
+        return bool(self._entry(unit)["placed"])
+
     def tensors(self, unit: str) -> list[Bytes]:
         """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
-        path = self.path(unit, ".bin")
-        specs = [TensorSpec(n, d, tuple(s)) for n, d, s in self._entry(unit)["tensors"]]
+        path, entry = self.path(unit, ".bin"), self._entry(unit)
+        specs = [TensorSpec(n, d, tuple(s)) for n, d, s in entry["tensors"]]
+        if entry["placed"]:
+            return [mapped(self.places[spec.name]) for spec in specs]
         size = sum(spec.nbytes for spec in specs)
         if regular_file(path) != size:
             raise FileError(f"{path}: not the {size} bytes that were written")
