@@ -100,19 +100,19 @@ def test_eval_with_gates_suggests_none(job):
 # ---- what was counted ----
 
 
-def test_fallbacks_are_named_for_what_they_are(job):
-    assert "fallbacks" not in ptq("pack", job, "-o", "packed").out
-    assert "fallbacks" not in ptq("rtn", job, "--activations", "acts", "-o", "rounded").out
+def test_what_is_counted_is_named(job):
+    assert "fallbacks to" not in ptq("pack", job, "-o", "packed").out
+    assert "fallbacks to" not in ptq("rtn", job, "--activations", "acts", "-o", "rounded").out
     made = ptq("gptq", job, "--activations", "acts", "-o", "out")
     assert "fallbacks to round-to-nearest: 0;" in made.out
     measured = ptq("eval", job, "packed", "--activations", "acts")
     assert "codes equal to round-to-nearest's: 4 layers (marked *)" in measured.out
-    assert "fallbacks" not in measured.out
+    assert "fallbacks to" not in measured.out
 
 
 def test_repacking_speaks_of_no_error(job):
     assert ptq("gptq", job, "--activations", "acts", "-o", "out").code == 0
-    outcome = ptq("pack", "out", "--format", "gptq", "-o", "repacked")
+    outcome = ptq("pack", "out", "-o", "repacked")
     assert outcome.code == 0
     for word in ("gain", "rel err", "rtn", "smaller"):
         assert word not in outcome.out, word
@@ -122,7 +122,7 @@ def test_repacking_speaks_of_no_error(job):
 @pytest.mark.parametrize("gate", ["--min-gain", "--max-rel-err", "--max-fallbacks"])
 def test_a_gate_on_repacking_would_hold_nothing(gate, job):
     assert ptq("gptq", job, "--activations", "acts", "-o", "out").code == 0
-    outcome = ptq("pack", "out", "--format", "gptq", "-o", "repacked", gate, "1")
+    outcome = ptq("pack", "out", "-o", "repacked", gate, "1")
     assert outcome.code == 2
     assert "ptq eval" in outcome.err
     assert not Path("repacked").exists()
