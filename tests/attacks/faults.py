@@ -100,6 +100,10 @@ class Written:
         self._fault.hit("write")
         return self._file.write(data)
 
+    def truncate(self, size):
+        self._fault.hit("truncate")
+        return self._file.truncate(size)
+
     def __enter__(self):
         self._file.__enter__()
         return self
