@@ -25,6 +25,7 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
     file_content,
+    scratch_of,
     site_entry,
     site_tensors,
 )
@@ -165,8 +166,8 @@ def calibrate_sites(
         listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
 
     try:
-        size = sum(_site_bytes(info, heldout) for info in source.sites.values())
-        staging.check_space(size, size)
+        size = statistics_bytes(source, heldout)
+        staging.check_space(size, size, scratch_of(source))
         with threadpool_limits(1):
             _run_sites(source, staging, resources, done)
         fisher = _stage_fisher(source, staging)
@@ -198,13 +199,11 @@ def _run_sites(
     if isinstance(source, StreamingSource):
         work_folder = staging.folder / "stream"
         source.begin(work_folder, lambda tensor: None, resources.workers, resources.max_memory)
-    tasks, work = [], 0
+    tasks = []
     for site, info in source.sites.items():
         own = source.only(site) if isinstance(source, PortableSource) else source
-        tasks.append(Task(site, _memory(info), _make, SiteJob(site, own, staging.store)))
-        work += _effort(info)
-    most = 1 + work // WORTH_A_PROCESS
-    size = resources.crew_for(most) if portable else 1
+        tasks.append(Task(site, site_memory(info), _make, SiteJob(site, own, staging.store)))
+    size = resources.crew_for(workers_at_most(source)) if portable else 1
     with hire(size, resources.scheduler if portable else None) as crew:
         run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=not portable)
 
@@ -234,13 +233,21 @@ def _effort(info: SiteInfo) -> int:
     return info.n_tokens * info.in_features**2
 
 
-def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
-    n = info.in_features
-    return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
+def workers_at_most(source: StatisticsSource) -> int:
+    """How many processes are worth their start."""
+    work = sum(info.n_tokens * info.in_features**2 for info in source.sites.values())
+    return 1 + work // WORTH_A_PROCESS
 
 
-def _memory(info: SiteInfo) -> int:
-    """Two Hessians while halves are merged, a chunk of inputs, and what is made of it."""
+def statistics_bytes(source: StatisticsSource, heldout: tuple[int, int]) -> int:
+    """Of the file, about: Hessians and held-out inputs make it."""
+    widths = [(info.in_features, info.n_tokens) for info in source.sites.values()]
+    return sum(4 * n * (n + min(heldout[1], tokens) + 8) for n, tokens in widths)
+
+
+def site_memory(info: SiteInfo) -> int:
+    """Bytes that making a site's statistics takes: two Hessians while halves are merged, a chunk of
+    inputs, and what is made of it."""
     return statistics_memory(info.in_features) + 4 * info.in_features**2
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.threads import each
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, SiteStatistics, Work
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -55,6 +55,12 @@ def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
     and how many at most"""
     every, limit = heldout
     return n_seen - min(limit, n_seen // every if every else 0)
+
+
+def statistics_work(n_tokens: int, in_features: int) -> Work:
+    """Roughly what the accumulator of one site computes: half of `inputs.T @ inputs`, the sums, and
+    the histogram."""
+    return Work(in_features / 2, 18) * (n_tokens * in_features) + Work(calls=2000)
 
 
 class NonFiniteInput(InputError):

@@ -50,7 +50,7 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
 from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.values import Array, FloatArray, SiteStatistics
+from ptq_cli.values import Array, FloatArray, SiteStatistics, Work
 
 VERSION = 2
 DIGEST_PIECE = 1 << 24
@@ -104,7 +104,17 @@ class StreamingSource(StatisticsSource, Protocol):
     begin: called once before that, with a folder for scratch files that survives a kill, and with
         what a layer's tensor decodes to once it is rounded (None before); workers, memory: the
         threads and bytes it may use
+    scratch: bytes that those files take at most
+    memory: bytes that the forward takes, with so many workers and that limit
+    work: roughly what it computes to get a site's statistics
     """
+
+    def memory(self, workers: int | None, memory: int | None) -> int: ...
+
+    def work(self, site: str) -> Work: ...
+
+    @property
+    def scratch(self) -> int: ...
 
     def begin(
         self,
@@ -113,6 +123,11 @@ class StreamingSource(StatisticsSource, Protocol):
         workers: int | None,
         memory: int | None,
     ) -> None: ...
+
+
+def scratch_of(source: StatisticsSource | None) -> int:
+    """Bytes of a source's own files in the work folder."""
+    return source.scratch if isinstance(source, StreamingSource) else 0
 
 
 class NoTokens(InputError):

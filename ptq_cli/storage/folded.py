@@ -41,6 +41,9 @@ class FoldedCheckpoint(Checkpoint):
     base: Checkpoint = field(kw_only=True)
     folds: Mapping[str, Folds] = field(kw_only=True)
 
+    def streams(self, layer: Layer) -> bool:
+        return layer.tensor not in self.folds and self.base.streams(layer)
+
     def read(self, name: str) -> Array:
         values = self.base.read(name)
         if name not in self.folds:
