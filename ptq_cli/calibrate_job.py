@@ -18,13 +18,8 @@ from ptq_cli.errors import InputError
 from ptq_cli.progress import Listener
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
-from ptq_cli.storage.calibration import (
-    Activations,
-    Merged,
-    StatisticsSource,
-    beside,
-    find_activations,
-)
+from ptq_cli.storage.activations import Activations, find_activations
+from ptq_cli.storage.calibration import Merged, StatisticsSource, beside
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.gradients import match_gradients
 from ptq_cli.storage.staging import Staging

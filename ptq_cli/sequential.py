@@ -27,7 +27,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.forward import stages
 from ptq_cli.numerics.drift import DriftSum
-from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
+from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator, statistics_memory
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gradients import FisherInfo
@@ -173,6 +173,11 @@ class TokenSource:
             statistics = self._statistics(site, place)
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
+
+    def memory(self, site: str) -> int:
+        """Sums of the inputs, and of the drift; the forward has a budget of its own."""
+        width = self.sites[site].in_features
+        return statistics_memory(width) * (2 if self.correct else 1)
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Raises InputError: tokens have no gradients."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.storage import activations
 from tests.builders import ROOT, SAMPLE, ptq, tree
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -44,6 +45,22 @@ def test_the_same_bytes(tmp_path, cluster, monkeypatch):
             assert one.read_bytes() == many.read_bytes()
         for path in (one, many):
             path.rename(f"{path}-{words[0]}")
+
+
+def test_parts_of_a_site_are_summed_by_all_workers_with_the_same_bytes(
+    tmp_path, cluster, monkeypatch
+):
+    """The cut travels with the work: the workers' own constant is another."""
+    monkeypatch.setattr(activations, "PART_TOKENS", 300)
+    words = ["calibrate", MODEL, "-o"]
+    assert ptq(*words, tmp_path / "one", "--workers", 1).code == 0
+    outcome = ptq(*words, tmp_path / "many", "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    one = (tmp_path / "one").read_bytes()
+    assert one == (tmp_path / "many").read_bytes()
+    monkeypatch.undo()
+    assert ptq(*words, tmp_path / "uncut", "--workers", 1).code == 0
+    assert one != (tmp_path / "uncut").read_bytes()
 
 
 def test_a_worker_that_is_killed_is_survived(tmp_path, cluster):
