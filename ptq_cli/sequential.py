@@ -176,8 +176,8 @@ class TokenSource:
 
     def memory(self, site: str) -> int:
         """Sums of the inputs, and of the drift; the forward has a budget of its own."""
-        width = self.sites[site].in_features
-        return statistics_memory(width) * (2 if self.correct else 1)
+        info = self.sites[site]
+        return statistics_memory(info.in_features, info.n_tokens) * (2 if self.correct else 1)
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Raises InputError: tokens have no gradients."""

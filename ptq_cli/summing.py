@@ -104,7 +104,7 @@ class SiteTasks:
             return merge_memory(job.source.sites[job.site].in_features)
         if job.parts is None or job.below():
             return job.source.memory(job.site)
-        return statistics_memory(job.source.sites[job.site].in_features)
+        return statistics_memory(job.source.sites[job.site].in_features, tokens_of(job))
 
 
 def tokens_of(job: SiteJob) -> int:

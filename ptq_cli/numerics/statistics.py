@@ -43,10 +43,10 @@ def piece_tokens(in_features: int) -> int:
     return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
-def statistics_memory(in_features: int) -> int:
-    """Bytes that the accumulator of one site takes at most."""
-    rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
-    blocks = 2 * BLOCK_COLUMNS * in_features
+def statistics_memory(in_features: int, n_tokens: int) -> int:
+    """Bytes that the accumulator of so many tokens of a site takes at most."""
+    rows = min(n_tokens, max(256, CHUNK_ELEMENTS // max(1, in_features)))
+    blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
     return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
 
 

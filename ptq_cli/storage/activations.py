@@ -25,7 +25,7 @@ from ptq_cli.numerics.statistics import (
     piece_tokens,
     statistics_memory,
 )
-from ptq_cli.storage.calibration import SiteInfo, only_entry
+from ptq_cli.storage.calibration import DIGEST_PIECE, SiteInfo, only_entry
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
@@ -33,7 +33,6 @@ from ptq_cli.storage.npy import InputsFile, open_inputs
 from ptq_cli.values import SiteStatistics
 
 PART_TOKENS = 1 << 18
-DIGEST_PIECE = 1 << 24
 
 Parts = tuple[int, int]  # a node of the tree: the parts from the first to before the second
 
@@ -153,9 +152,11 @@ class Activations:
 
     def memory(self, site: str) -> int:
         """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""
-        width = self.entries[site].info.in_features
-        levels = (self.all_parts(site)[1] - 1).bit_length()
-        return statistics_memory(width) + (4 * width**2 * (levels + 1) if levels else 0)
+        info = self.entries[site].info
+        width, levels = info.in_features, (self.all_parts(site)[1] - 1).bit_length()
+        return statistics_memory(width, info.n_tokens) + (
+            4 * width**2 * (levels + 1) if levels else 0
+        )
 
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:

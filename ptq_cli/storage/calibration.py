@@ -36,12 +36,13 @@ from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
-from ptq_cli.storage.files import listing
+from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, FloatArray, SiteStatistics
 
 VERSION = 2
+DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
@@ -204,7 +205,11 @@ class CalibrationFile:
     def digest(self, site: str) -> str:
         digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
         for part in PARTS:
-            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
+            stored = self.checkpoint.tensors[f"{site}.{part}"]
+            for start in range(0, stored.spec.nbytes, DIGEST_PIECE):
+                piece = np.empty(min(DIGEST_PIECE, stored.spec.nbytes - start), np.uint8)
+                read_into(stored.file, stored.offset + start, piece)
+                digest.update(piece)
         return digest.hexdigest()
 
 
@@ -355,8 +360,8 @@ class Merged:
 
     def memory(self, site: str) -> int:
         """Two Hessians and their sum; that of tokens which one file alone would have held out."""
-        width = self.sites[site].in_features
-        return statistics_memory(width) + 12 * width**2
+        width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
+        return statistics_memory(width, tokens) + 12 * width**2
 
     def only(self, site: str | None) -> Merged:
         return Merged(tuple(part.only(site) for part in self.parts))
