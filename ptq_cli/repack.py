@@ -303,7 +303,7 @@ def _assemble(
     for name in folder.checkpoint.tensors:
         module = owner.get(name)
         if module is None:
-            parts[name] = [folder.checkpoint.tensors[name]]
+            parts[name] = [folder.checkpoint.copyable(name)]
         elif module in layers:
             parts.setdefault(module, staging.tensors(module))
         else:

@@ -171,6 +171,12 @@ def _transformers_compressed(artifact: Artifact) -> Facts:
     yield from _where(
         artifact.layers, _undivided, FAILS, "in_features is no multiple of the group size"
     )
+    yield from _where(
+        artifact.layers,
+        lambda x: x.activation is not None and x.grid.bits != 8,
+        LIMIT,
+        "rounded inputs were tried with weights of 8 bits only",
+    )
     asym = [x for x in artifact.layers if not x.grid.sym and x.activation is None]
     if not asym:
         return
@@ -217,6 +223,18 @@ def _vllm(artifact: Artifact) -> Facts:
     plain = [layer for layer in layers if layer.activation is not None]
     packed = [layer for layer in layers if layer.activation is None]
     yield from _where(plain, lambda x: not x.grid.sym, FAILS, "W8A8 weights must be symmetric")
+    yield from _where(
+        plain,
+        lambda x: x.grid.bits not in (4, 8),
+        FAILS,
+        "no kernel for weights of this width with rounded inputs; --bits 8",
+    )
+    yield from _where(
+        plain,
+        lambda x: x.grid.bits == 4,
+        LIMIT,
+        "W4A8 needs a recent version, and hardware that it has kernels for",
+    )
     yield from _where(
         packed,
         lambda x: not x.grid.sym and x.grid.bits not in (4, 8),

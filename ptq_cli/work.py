@@ -17,7 +17,6 @@ from ptq_cli.values import (
     Unit,
 )
 
-
 # Inputs held out, as they are stored and in float32, and the sample.
 _HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
 

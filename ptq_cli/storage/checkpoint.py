@@ -30,6 +30,7 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
+from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
@@ -162,6 +163,10 @@ class Checkpoint:
         buffer = room(stored.spec.nbytes)
         read_into(stored.file, stored.offset, buffer)
         return buffer
+
+    def copyable(self, name: str) -> StoredTensor | Bytes:
+        """A tensor as it is to be copied: where it lies, unless its bytes lie there in disorder."""
+        return self.tensors[name]
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """A float tensor as float32 [out_features, in_features], every value finite.

@@ -62,6 +62,10 @@ class GgufCheckpoint(Checkpoint):
         rows = data.reshape(self.tensors[name].spec.shape[0], -1)
         return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
 
+    def copyable(self, name: str) -> StoredTensor | Bytes:
+        stored = self.tensors[name]
+        return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
+
 
 def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
     """Open a GGUF file of a known architecture. Raises InputError."""

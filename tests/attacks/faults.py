@@ -3,12 +3,11 @@
     python -m tests.attacks.faults kill|ENOSPC|EIO|EACCES STEP FOLDER OLD COMMAND…
 
 Every call of the process that changes the file system is counted: mkdir, open for writing, write,
-pwrite, truncate, fsync, rename, replace, link, exchange, unlink, rmdir, chmod, and safetensors'
-own writing (at its beginning and half way). At the N-th the process dies by SIGKILL, or the call
-fails; N goes through
-1, 1 + STEP … until the command ends before it gets there. Then the command runs once more,
-undisturbed. One line of JSON a case: what was hit, the exit codes, the state of `FOLDER/out` after
-each, what else lies there, and whether there was a traceback.
+pwrite, truncate, fsync, rename, replace, link, exchange, unlink, rmdir, chmod, and safetensors' own
+writing (at its beginning and half way). At the N-th the process dies by SIGKILL, or the call fails;
+N goes through 1, 1 + STEP … until the command ends before it gets there. Then the command runs once
+more, undisturbed. One line of JSON a case: what was hit, the exit codes, the state of `FOLDER/out`
+after each, what else lies there, and whether there was a traceback.
 
 Forks, so that the imports are paid for once. OLD: there is an output already, and --force.
 """
@@ -100,6 +99,10 @@ class Written:
     def write(self, data):
         self._fault.hit("write")
         return self._file.write(data)
+
+    def truncate(self, size):
+        self._fault.hit("truncate")
+        return self._file.truncate(size)
 
     def __enter__(self):
         self._file.__enter__()

@@ -64,6 +64,23 @@ def test_facts(sample, runtime, options, code, level, words):
         assert [line for line in made.err.splitlines() if words in line and runtime in line]
 
 
+@pytest.mark.parametrize(
+    ("bits", "runtime", "code", "words"),
+    [
+        (8, "vllm", 0, "note: from vLLM's source"),
+        (4, "vllm", 0, "W4A8 needs a recent version"),
+        (6, "vllm", 3, "--bits 8"),
+        (4, "transformers", 0, "8 bits only"),
+    ],
+)
+def test_facts_of_rounded_inputs(sample, bits, runtime, code, words):
+    options = ("--bits", bits, "--format", "compressed-tensors", "-o", "out")
+    assert ptq("smoothquant", sample, *options).code == 0
+    outcome = ptq("check", "out", "--runtime", runtime)
+    assert outcome.code == code
+    assert words in outcome.out
+
+
 def test_mixed_grids_are_for_gptqmodel(sample):
     Path("r.toml").write_text('group_size = 32\n[[layers]]\nmatch = "down_proj"\nbits = 8\n')
     assert ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out").code == 0

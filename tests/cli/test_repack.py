@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ptq_cli
+from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from tests.builders import ptq
 
@@ -203,6 +204,17 @@ def damaged(data: bytearray, number: int) -> bytes:
         offset, kind, value = field
         data[start + offset : start + offset + struct.calcsize(kind)] = struct.pack(kind, value)
     return bytes(data)
+
+
+def test_dense_rows_of_a_gguf_file_come_back_in_order(half):
+    """llama.cpp wants the rows of q and k in another order; other layouts do not."""
+    own = ["rtn", half, "--group-size", "32", "--ignore", "[qk]_proj", "--format", "gguf"]
+    assert ptq(*own, "-o", "first").code == 0
+    pack("first", "--format", "ptq", "-o", "second")
+    original, back = open_checkpoint(half), open_quantized(Path("second")).checkpoint
+    for name in ("q_proj", "k_proj"):
+        tensor = f"model.layers.1.self_attn.{name}.weight"
+        np.testing.assert_array_equal(original.read(tensor), back.read(tensor))
 
 
 @pytest.mark.parametrize("number", range(11))

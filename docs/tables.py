@@ -1,0 +1,283 @@
+"""The generated parts of docs/: each function gives Markdown made from the code.
+
+A page says where its part stands, between markers that cog knows:
+
+    <!-- [[[cog import tables; cog.out(tables.settings()) ]]] -->
+    <!-- [[[end]]] -->
+
+`cog -r -I docs docs/*.md` writes them anew; `cog --check` in CI and tests/test_docs_made.py find
+what has gone stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import click
+
+from ptq_cli.cli import quantize
+from ptq_cli.cli.main import COMMANDS, cli
+from ptq_cli.grid_settings import GridSettings
+from ptq_cli.options import settings_fields
+from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
+from ptq_cli.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
+from ptq_cli.values import Activation, Format, Grid, Layer
+
+WIDTH = 80
+PACKS = quantize._DEFAULTS["pack"]
+BITS = range(2, 9)
+GROUPS = (16, 32, 64, 96, 128, 256, -1, 0)
+SYMMETRIES = (True, False)
+
+
+def commands() -> str:
+    """What `--help` says, of `ptq` and of every command."""
+    top = click.Context(cli, info_name="ptq", terminal_width=WIDTH, **cli.context_settings)
+    parts = [f"## ptq\n\n```text\n{cli.get_help(top)}\n```\n"]
+    for name in COMMANDS:
+        command = cli.get_command(top, name)
+        assert command is not None
+        own = click.Context(command, parent=top, info_name=name)
+        parts.append(f"## ptq {name}\n\n```text\n{command.get_help(own)}\n```\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n" + _row(head) + _row("---" for _ in head) + "".join(map(_row, rows))
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def settings() -> str:
+    """Every field of every settings class: option, recipe key, default, values, meaning."""
+    parts = ["\n## Of every quantizing command", _fields(GridSettings)]
+    parts += [
+        f"## Of `ptq {name}`\n\n{smoother(name).help}\n{_defaults(name)}"
+        f"{_fields(smoother(name).settings)}"
+        for name in SMOOTHERS
+    ]
+    parts += [
+        f"## Of `ptq {name}`\n\n{method(name).help}\n{_fields(method(name).settings)}"
+        for name in METHODS
+        if name not in SMOOTHERS
+    ]
+    packs = ", ".join(f"`{key} = {_toml(value)}`" for key, value in PACKS.items())
+    parts.append(f"`ptq pack` has the settings of `ptq rtn`, but {packs}.\n\n")
+    return "\n".join(parts)
+
+
+def _defaults(name: str) -> str:
+    own = smoother(name).defaults
+    said = ", ".join(f"`{key} = {_toml(value)}`" for key, value in own.items())
+    return f"Other defaults than above: {said}.\n" if own else ""
+
+
+def _fields(cls: type[Any]) -> str:
+    return _table(
+        ["recipe key", "option", "default", "values", "meaning"],
+        [_field(field, kind) for field, kind in settings_fields(cls)],
+    )
+
+
+def _field(field: Any, kind: Any) -> list[str]:
+    meta, word = field.metadata, field.name.replace("_", "-")
+    option = f"`--{word}`"
+    if kind is bool:
+        option += f", `--{meta.get('off', 'no-' + word)}`"
+    if "short" in meta:
+        option += f", `{meta['short']}`"
+    default = meta.get("shown") or f"`{_toml(field.default)}`"
+    return [
+        f"`{field.name}`",
+        "" if meta.get("recipe_only") else option,
+        default if field.default not in ((), "") else "",
+        _values(meta, kind),
+        meta["help"],
+    ]
+
+
+def _values(meta: Any, kind: Any) -> str:
+    choices = tuple(FORMATS) if meta.get("formats") else meta.get("choices")
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    low, high = meta.get("min"), meta.get("max")
+    if low is None and high is None:
+        tables = kind == tuple[str, ...] and "a list of patterns"
+        return tables or ("" if kind is bool else "`[[tables]]`" if kind is not str else "a name")
+    said = f"{low:g} or more" if high is None else f"{low:g} … {high:g}"
+    return said + "".join(f", `{word}`" for word in meta.get("words", ()))
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- formats and runtimes ------------------------------------------------------------------------
+
+
+def _layer(bits: int, group: int, sym: bool, **more: Any) -> Layer:
+    """A linear of a llama in bfloat16, 256 by 768."""
+    module, shape = more.pop("module", "model.layers.0.mlp.down_proj"), (256, 768)
+    dtype, scales = more.pop("dtype", "BF16"), more.pop("scale_dtype", "float16")
+    grid = Grid(bits, group, sym, scale_dtype=scales)
+    return Layer(module, f"{module}.weight", shape, shape, dtype, grid, **more)
+
+
+def _held(fmt: Format, bits: int, group: int, sym: bool, **more: Any) -> Layer | None:
+    """The layer as the format holds it, with the scales it wants; or None."""
+    wants = fmt.scale_dtype(more.get("dtype", "BF16")) if fmt.scale_dtype else "float16"
+    own = _layer(bits, group, sym, scale_dtype=wants, **more)
+    return own if fmt.misfit(own) is None else None
+
+
+def _artifact(name: str, own: Layer, head: Layer | None = None) -> Artifact:
+    """A model of such layers in this format, as it declares itself."""
+    fmt = format_named(name)
+    layers, dense = [own, *([head] if head else [])], [] if head else ["lm_head"]
+    config: dict[str, Any] = {"model_type": "llama", "dtype": "bfloat16"}
+    config |= dict.fromkeys(fmt.config_keys, fmt.config(layers, dense))
+    files = ["model.gguf"] if name == "gguf" else ["config.json", "tokenizer.json"]
+    return Artifact(name, layers, dense, config, files)
+
+
+def _held_layers(name: str) -> Iterator[Layer]:
+    for bits, group, sym, inputs in product(BITS, GROUPS, SYMMETRIES, (None, Activation())):
+        own = _held(format_named(name), bits, group, sym, activation=inputs)
+        if own is not None:
+            yield own
+
+
+def _loaded(name: str, runtime: str) -> list[Layer]:
+    """Layers that the format holds and the runtime loads."""
+    return [own for own in _held_layers(name) if loads(facts(_artifact(name, own), runtime))]
+
+
+def _numbers(values: Iterable[int]) -> str:
+    """2, 3, 4, 8 of a set; 2–8 where none is missing."""
+    own = sorted(set(values))
+    whole = len(own) > 3 and own == list(range(own[0], own[-1] + 1))
+    return f"{own[0]}–{own[-1]}" if whole else ", ".join(map(str, own))
+
+
+def _symmetries(layers: Iterable[Layer]) -> str:
+    """`4, 8 sym; 4 asym` of layers."""
+    own = list(layers)
+    widths = {sym: _numbers(x.grid.bits for x in own if x.grid.sym is sym) for sym in SYMMETRIES}
+    if widths[True] == widths[False]:
+        return f"{widths[True]} both"
+    words = ((widths[True], "sym"), (widths[False], "asym"))
+    return "; ".join(f"{bits} {word}" for bits, word in words if bits)
+
+
+def runtimes() -> str:
+    """Which runtime loads which format, with which bits, as `ptq check` knows it."""
+    rows = [[f"`{name}`", *(_cell(name, runtime) for runtime in RUNTIMES)] for name in FORMATS]
+    return _table(["format", *RUNTIMES], rows) + "\n"
+
+
+def _cell(name: str, runtime: str) -> str:
+    layers = _loaded(name, runtime)
+    packed = [layer for layer in layers if layer.activation is None]
+    said = [_symmetries(packed)] if packed else []
+    return "; ".join(said + _rounded(layers))
+
+
+def _rounded(layers: Iterable[Layer]) -> list[str]:
+    """`W4A8, W8A8` of layers whose inputs are rounded too."""
+    widths = {layer.grid.bits for layer in layers if layer.activation is not None}
+    return [", ".join(f"W{bits}A8" for bits in _numbers(widths).split(", "))] if widths else []
+
+
+def remarks() -> str:
+    """What is known of each runtime, worst first, by the formats that it is known of."""
+    return "\n" + "\n".join(f"### {name}\n\n{_remarks(name)}" for name in RUNTIMES) + "\n"
+
+
+def _remarks(runtime: str) -> str:
+    known: dict[Fact, dict[str, None]] = {}
+    for name in (name for name in FORMATS if _loaded(name, runtime)):
+        for own in _held_layers(name):
+            head = dataclasses.replace(own, module="lm_head", tensor="lm_head.weight")
+            both = (own,) if format_named(name).misfit(head) else (own, head)
+            for fact in facts(_artifact(name, *both), runtime):
+                known.setdefault(dataclasses.replace(fact, modules=()), {})[name] = None
+    order = sorted(known, key=lambda fact: (FAILS, LIMIT, NOTE).index(fact.level))
+    return "".join(
+        f"- **{fact.level}** ({', '.join(f'`{name}`' for name in known[fact])}):"
+        f" {_escaped(fact.text)}\n"
+        for fact in order
+    )
+
+
+def holds() -> str:
+    """What each format holds, found by asking it about layers."""
+    head = [
+        "format",
+        "bits",
+        "group sizes",
+        "asymmetric",
+        "act-order desc",
+        "rounded inputs",
+        "scales",
+    ]
+    head += ["short last group", "embeddings", "`lm_head`"]
+    return _table(head, [[f"`{name}`", *_holds(format_named(name))] for name in FORMATS]) + "\n"
+
+
+def _holds(fmt: Format) -> list[str]:
+    grids = [
+        (own.grid.bits, own.grid.group_size, own.grid.sym)
+        for bits, group, sym in product(BITS, GROUPS, SYMMETRIES)
+        if (own := _held(fmt, bits, group, sym))
+    ]
+    common = next(grid for grid in grids if grid[2])
+    bits = {grid[0] for grid in grids}
+    asym = {grid[0] for grid in grids if not grid[2]}
+    sizes = [size for size in GROUPS if any(grid[1] == size for grid in grids)]
+    scales = [
+        word
+        for word in ("float16", "bfloat16", "float32")
+        if any(
+            fmt.misfit(_layer(*common, scale_dtype=word, dtype=dtype)) is None
+            for dtype in ("F16", "BF16", "F32")
+        )
+    ]
+    even = _held(fmt, common[0], 128, True)
+    assert even is not None
+    uneven = dataclasses.replace(even, shape=(256, 800), full_shape=(256, 800))
+    return [
+        _numbers(bits),
+        _sizes(sizes),
+        "yes" if asym == bits else _numbers(asym) + " bits" if asym else "no",
+        _yes(_held(fmt, *common, reordered=True)),
+        (_rounded(_held_layers(fmt.name)) or ["no"])[0],
+        ", ".join(scales) + (" as the model" if fmt.name == "compressed-tensors" else ""),
+        _yes(uneven if fmt.misfit(uneven) is None else None),
+        _yes(_held(fmt, *common, module="model.embed_tokens")),
+        _yes(_held(fmt, *common, module="lm_head")),
+    ]
+
+
+def _yes(own: Layer | None) -> str:
+    return "no" if own is None else "yes"
+
+
+def _sizes(sizes: list[int]) -> str:
+    positive = [size for size in sizes if size > 0]
+    named = [size for size in GROUPS if size > 0]
+    said = "any" if positive == named else ", ".join(map(str, positive))
+    if positive == [size for size in named if size % 32 == 0]:
+        said = "multiples of 32"
+    return said + "".join(f", {size}" for size in sizes if size <= 0)
