@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ptq_cli.storage import activations
+from ptq_cli.storage.units import UnitStore
 from tests.builders import ROOT, SAMPLE, ptq, tree
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -31,7 +32,7 @@ def cluster():
         yield cluster
 
 
-def test_the_same_bytes(tmp_path, cluster, monkeypatch):
+def test_two_workers_of_a_cluster_give_the_same_bytes(tmp_path, cluster, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the workers' current folder is another: paths must travel
     (tmp_path / "in").symlink_to(SAMPLE)
     for words in (["gptq", "in/model.safetensors"], ["calibrate", "in/model.safetensors"]):
@@ -104,6 +105,28 @@ def test_interrupted_on_the_cluster_and_gone_on_with_here(tmp_path, cluster):
     assert "Traceback" not in err
     assert ptq(*arguments, "--workers", 2).code == 0
     assert ptq(*arguments[:-1], tmp_path / "p", "--workers", 1).code == 0
+    assert tree(tmp_path / "o") == tree(tmp_path / "p")
+
+
+def test_interrupted_here_and_gone_on_with_on_the_cluster(tmp_path, cluster, monkeypatch):
+    """Units that lie in their places already, and units that the cluster stages, side by side."""
+    arguments = ["gptq", MODEL, "-o", tmp_path / "o"]
+    put, kept = UnitStore.put, []
+
+    def stop(self, unit, *rest, **options):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        put(self, unit, *rest, **options)
+        kept.append(unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitStore, "put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ptq(*arguments, "--workers", 1)
+    outcome = ptq(*arguments, "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    assert "kept from the interrupted run" in outcome.err
+    assert ptq("gptq", MODEL, "-o", tmp_path / "p", "--workers", 1).code == 0
     assert tree(tmp_path / "o") == tree(tmp_path / "p")
 
 
