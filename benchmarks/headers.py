@@ -102,8 +102,10 @@ def write_headers(folder: Path, model: str = "70b") -> int:
 def measured(command: list[str], folder: Path) -> tuple[float, float]:
     """Seconds, and the MiB of the largest child so far."""
     begin = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
+    if done.returncode and "are needed" not in done.stderr:  # a disk with less room than that
+        raise SystemExit(done.stderr)
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 

@@ -12,6 +12,7 @@ what has gone stale.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
@@ -20,6 +21,7 @@ import click
 
 from ptq_cli.cli import quantize
 from ptq_cli.cli.main import COMMANDS, cli
+from ptq_cli.formats import ptq
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
@@ -281,3 +283,8 @@ def _sizes(sizes: list[int]) -> str:
     if positive == [size for size in named if size % 32 == 0]:
         said = "multiples of 32"
     return said + "".join(f", {size}" for size in sizes if size <= 0)
+
+
+def native() -> str:
+    """The native layout, in the words of its module."""
+    return f"\n```text\n{inspect.getdoc(ptq)}\n```\n\n"

@@ -5,7 +5,6 @@ Paths may be strings. Settings are the fields of `GridSettings` and of the metho
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibrate_job import (
-    default_target,
-    prepare_activations,
-    prepare_merge,
-    prepare_tokens,
-)
+from ptq_cli.calibrate_job import prepare_calibration
 from ptq_cli.checking import check as check
 from ptq_cli.errors import InputError
 from ptq_cli.grid_settings import GridSettings
@@ -32,7 +26,7 @@ from ptq_cli.registry import method
 from ptq_cli.sources import AnyPath, find_source, take_source
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import holds_quantized, open_quantized
-from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from ptq_cli.storage.tokens import TokenSettings
 from ptq_cli.tasks import ALL_THERE_IS, Resources, take_resources
 from ptq_cli.values import Activation, RunReport
 
@@ -67,23 +61,17 @@ def calibrate(
     Returns:
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
     """
-    checkpoint = open_checkpoint(Path(model))
-    target = default_target(checkpoint) if output is None else Path(output)
-    heldout = (heldout_every, heldout_limit)
-    if merged := [Path(path) for path in merge]:
-        job = prepare_merge(checkpoint, merged, target)
-    elif tokens is not None and tokens.given:
-        job = prepare_tokens(checkpoint, tokens, heldout, target)
-    else:
-        job = prepare_activations(
-            checkpoint,
-            [Path(path) for path in activations],
-            [Path(path) for path in gradients],
-            heldout,
-            target,
-            bf16=bf16,
-            missing=missing,
-        )
+    job = prepare_calibration(
+        model,
+        activations,
+        output,
+        tokens=tokens,
+        merge=merge,
+        gradients=gradients,
+        bf16=bf16,
+        heldout=(heldout_every, heldout_limit),
+        missing=missing,
+    )
     for warning in job.warnings:
         warn(warning)
     return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)
@@ -160,31 +148,24 @@ def evaluate(
     activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
         integer inputs of `activation_bits` (default: 8), their range at `percentile`
     """
-    from ptq_cli.evaluation import evaluate as run_evaluation
-    from ptq_cli.evaluation import open_sides
+    from ptq_cli.eval_job import prepare_evaluation
 
-    checkpoint = open_checkpoint(Path(original))
-    folder = open_quantized(Path(quantized))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
-    source = find_source(checkpoint, take_source(named))
-    activation = None
-    if activation_scheme not in (None, "none"):
-        activation = ActivationSettings(
-            8 if activation_bits is None else activation_bits,
-            activation_scheme,
-            percentile,
-            static_scale=0.0,
-        )
-    sides = open_sides(checkpoint, folder, source.statistics, activation)
-    read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
-    report = run_evaluation(sides, listen)
-    if read is None:
-        return report
-    from ptq_cli.quality import measure_quality
+    activation = evaluated_inputs(activation_scheme, activation_bits, percentile)
+    source = take_source(named)
+    job = prepare_evaluation(
+        original, quantized, source, tokens, activation, per_block=kl_per_block
+    )
+    return job.run(listen)
 
-    quality = measure_quality(checkpoint, folder, read, per_block=kl_per_block, listen=listen)
-    warnings = (*report.warnings, *read.warnings)
-    return dataclasses.replace(report, quality=quality, warnings=warnings)
+
+def evaluated_inputs(
+    scheme: str | None, bits: int | None, percentile: float
+) -> ActivationSettings | None:
+    """How `evaluate` rounds inputs, or None where it does not."""
+    if scheme in (None, "none"):
+        return None
+    return ActivationSettings(8 if bits is None else bits, scheme, percentile, static_scale=0.0)
 
 
 def inspect(

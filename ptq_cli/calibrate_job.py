@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from ptq_cli.calibration import (
     missing_error,
 )
 from ptq_cli.errors import InputError
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_calibration
 from ptq_cli.progress import Listener
 from ptq_cli.sequential import TokenSource
-from ptq_cli.sources import activations_fingerprint, calibration_of, gradients_fingerprint
+from ptq_cli.sources import AnyPath, activations_fingerprint, calibration_of, gradients_fingerprint
 from ptq_cli.storage.activations import Activations, find_activations
 from ptq_cli.storage.calibration import Merged, StatisticsSource, beside
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.gradients import match_gradients
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.tasks import Resources
 
@@ -42,6 +44,25 @@ class CalibrateJob:
     warnings: tuple[str, ...]
     output: Path
 
+    def target(self, *, force: bool, restart: bool) -> Target:
+        """Where the run works, and what makes another the same."""
+        job = {
+            "command": "calibrate",
+            "version": __version__,
+            "model": self.checkpoint.fingerprint,
+            "inputs": list(self.fingerprints),
+            "heldout": list(self.heldout),
+        }
+        keep = [*self.checkpoint.files, *self.source.files]
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(self, *, force: bool, restart: bool, resources: Resources) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(force=force, restart=restart)
+        return forecast_calibration(
+            self.checkpoint, self.source, self.heldout, target, resources, self.warnings
+        )
+
     def run(
         self,
         *,
@@ -52,15 +73,7 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        job = {
-            "command": "calibrate",
-            "version": __version__,
-            "model": self.checkpoint.fingerprint,
-            "inputs": list(self.fingerprints),
-            "heldout": list(self.heldout),
-        }
-        keep = [*self.checkpoint.files, *self.source.files]
-        staging = Staging(self.output, job, force=force, restart=restart, keep=keep)
+        staging = self.target(force=force, restart=restart).begin()
         result = calibrate_sites(
             self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
         )
@@ -69,6 +82,36 @@ class CalibrateJob:
             warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
             warn(warnings[-1])
         return {"output": str(self.output), "warnings": warnings, **result}
+
+
+def prepare_calibration(
+    model: AnyPath,
+    activations: Iterable[AnyPath] = (),
+    output: AnyPath | None = None,
+    *,
+    tokens: TokenSettings | None,
+    merge: Iterable[AnyPath],
+    gradients: Iterable[AnyPath],
+    bf16: bool,
+    heldout: tuple[int, int],
+    missing: str,
+) -> CalibrateJob:
+    """Plan a calibration; see `api.calibrate`. heldout: every how many tokens, how many at most"""
+    checkpoint = open_checkpoint(Path(model))
+    target = default_target(checkpoint) if output is None else Path(output)
+    if merged := [Path(path) for path in merge]:
+        return prepare_merge(checkpoint, merged, target)
+    if tokens is not None and tokens.given:
+        return prepare_tokens(checkpoint, tokens, heldout, target)
+    return prepare_activations(
+        checkpoint,
+        [Path(path) for path in activations],
+        [Path(path) for path in gradients],
+        heldout,
+        target,
+        bf16=bf16,
+        missing=missing,
+    )
 
 
 def default_target(checkpoint: Checkpoint) -> Path:

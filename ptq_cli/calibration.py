@@ -21,6 +21,7 @@ from ptq_cli.storage.calibration import (
     StatisticsSource,
     StreamingSource,
     file_content,
+    scratch_of,
 )
 from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
@@ -196,10 +197,10 @@ def _run_sites(
         listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
         return trees[job.site].after(job)
 
-    size = resources.crew_for(1 + all_work // WORTH_A_PROCESS) if portable else 1
+    size = resources.crew_for(workers_at_most(source)) if portable else 1
     with hire(size, resources.scheduler if portable else None) as crew:
-        final = [_site_bytes(info, heldout) for info in source.sites.values()]
-        staging.check_space(sum(final) + _parts_bytes(source, heldout, crew.size), sum(final))
+        size, parts = statistics_bytes(source, heldout), parts_bytes(source, heldout, crew.size)
+        staging.check_space(size + parts, size, scratch_of(source))
         run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=not portable)
 
 
@@ -208,12 +209,23 @@ def _effort(job: SiteJob) -> int:
     return tokens_of(job) * job.source.sites[job.site].in_features ** 2
 
 
+def workers_at_most(source: StatisticsSource) -> int:
+    """How many processes are worth their start."""
+    work = sum(info.n_tokens * info.in_features**2 for info in source.sites.values())
+    return 1 + work // WORTH_A_PROCESS
+
+
+def statistics_bytes(source: StatisticsSource, heldout: tuple[int, int]) -> int:
+    """Of the file, about: Hessians and held-out inputs make it."""
+    return sum(_site_bytes(info, heldout) for info in source.sites.values())
+
+
 def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
     n = info.in_features
     return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
 
 
-def _parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: int) -> int:
+def parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: int) -> int:
     """Bytes of what waits to be merged, at most: merges come first, so that hardly more sites than
     there are workers are in parts at any time."""
     if not isinstance(source, Activations):
@@ -225,6 +237,13 @@ def _parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: in
         if count > 1
     ]
     return sum(sorted(sizes)[-workers - 1 :])
+
+
+def site_memory(source: StatisticsSource, site: str) -> int:
+    """Bytes that making a site's statistics takes: those of one of its parts."""
+    if isinstance(source, Activations):
+        return source.part_memory(site)
+    return source.load_memory(site)
 
 
 def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:

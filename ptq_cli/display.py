@@ -135,7 +135,7 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         return
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
-    common = _common_parents([row.module for row in rows])
+    common = common_parents([row.module for row in rows])
     _show_layers(shown, common, is_repack(report))
     _show_activations([row for row in shown if row.activations], common)
     if len(shown) < len(rows):
@@ -202,7 +202,7 @@ def _show_compared(rows: Sequence[LayerReport]) -> None:
 
 def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     """What smoothing made of each site."""
-    common = _common_parents([site["site"] for site in sites])
+    common = common_parents([site["site"] for site in sites])
     table(
         [
             (f"site ({common}...)" if common else "site", "left"),
@@ -231,7 +231,7 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _common_parents(modules: Sequence[str]) -> str:
+def common_parents(modules: Sequence[str]) -> str:
     """The leading names that all modules share, `model.layers.`."""
     split = [module.split(".")[:-1] for module in modules]
     count = 0

@@ -29,7 +29,8 @@ from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.sequential import model_architecture
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
-from ptq_cli.storage.scratch import Rows, temporary_folder
+from ptq_cli.storage.scratch import Rows, temporary_folder, temporary_place
+from ptq_cli.storage.staging import check_free, free_space
 from ptq_cli.storage.tokens import Tokens
 from ptq_cli.stream import Batch, Held, Read, Stream, batches, threads
 from ptq_cli.values import Array, Layer
@@ -63,10 +64,17 @@ def measure_quality(
     parts = batches(tokens)
     if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in parts):
         raise InputError(f"{tokens.name}: no sequence has a token to predict")
+    needed = _scratch_bytes(arch, parts, 3 + (len(arch.blocks) if per_block else 0))
+    check_free(temporary_place(), needed, free_space(temporary_place()))
     with temporary_folder() as work, threadpool_limits(1):
         versions = _versions(original, quantized, arch, parts, work, per_block)
         ends = _run(versions, len(arch.blocks), listen)
         return _summary(versions, ends, parts, listen)
+
+
+def _scratch_bytes(arch: Architecture, parts: tuple[Batch, ...], versions: int) -> int:
+    """Of the residuals before and after a block."""
+    return versions * 2 * 4 * int(parts[-1].rows.stop) * arch.hidden_size
 
 
 def _versions(

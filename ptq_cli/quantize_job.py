@@ -11,6 +11,8 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_plan
 from ptq_cli.grid_settings import SCHEMES, GridSettings
 from ptq_cli.options import make_settings
 from ptq_cli.plan import make_plan
@@ -22,7 +24,7 @@ from ptq_cli.sources import BESIDE, AnyPath, Source, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized
 from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Activation, Plan, RunReport
 
@@ -45,8 +47,15 @@ class Job:
             inputs["calibration"] = self.source.fingerprint
         return inputs
 
-    def staging(self, own: Mapping[str, Any], *, force: bool, restart: bool) -> Staging:
-        """The work folder. own: what makes two runs the same besides settings and inputs"""
+    def own(self) -> dict[str, Any]:
+        """What makes two runs the same besides settings and inputs."""
+        return {}
+
+    def target(
+        self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
+    ) -> Target:
+        """Where the run works, and what makes another the same."""
+        own = {**self.own(), "max_shard_size": parse_size(str(max_shard_size))}
         settings = {
             k: v for part in self.plan.settings for k, v in dataclasses.asdict(part).items()
         }
@@ -54,7 +63,22 @@ class Job:
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source.statistics is not None:
             keep += self.source.statistics.files
-        return Staging(self.output, job, force=force, restart=restart, keep=keep)
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+    ) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(max_shard_size, force=force, restart=restart)
+        statistics = self.source.statistics
+        return forecast_plan(
+            self.command, self.plan, self.checkpoint, statistics, target, resources
+        )
 
     def memory_warnings(self, resources: Resources) -> list[str]:
         """Units that take more memory than there is. (No part of the report: that depends on
@@ -78,6 +102,9 @@ class QuantizeJob(Job):
 
     on_failure: str
 
+    def own(self) -> dict[str, Any]:
+        return {"fallback": self.on_failure}
+
     def run(
         self,
         *,
@@ -88,19 +115,17 @@ class QuantizeJob(Job):
         listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError."""
-        max_shard = parse_size(str(max_shard_size))
-        own = {"fallback": self.on_failure, "max_shard_size": max_shard}
         return run(
             self.plan,
             self.checkpoint,
             self.source.statistics,
-            self.staging(own, force=force, restart=restart),
+            self.target(max_shard_size, force=force, restart=restart).begin(),
             command=self.command,
             on_failure=self.on_failure,
             inputs=self.inputs,
             listen=listen,
             resources=resources,
-            max_shard=max_shard,
+            max_shard=parse_size(str(max_shard_size)),
         )
 
 

@@ -231,6 +231,7 @@ def run_repack(
     rows: list[LayerReport] = []
     total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
     try:
+        staging.check_space(job.plan.bytes_after, job.plan.bytes_after)
         for module, layer in job.wanted.items():
             weight = job.folder.load(module)
             if module in job.kept:

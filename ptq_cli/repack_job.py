@@ -10,6 +10,8 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.checking import runtime_warnings
 from ptq_cli.errors import InputError
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_repack
 from ptq_cli.grid_settings import GridSettings
 from ptq_cli.options import settings_fields
 from ptq_cli.progress import Listener, nobody
@@ -18,7 +20,7 @@ from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, open_quantized
 from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
 from ptq_cli.tasks import ALL_THERE_IS, Resources
 from ptq_cli.values import Plan, RunReport
 
@@ -41,6 +43,32 @@ class RepackJob:
     def memory_warnings(self, resources: Resources) -> list[str]:
         return []
 
+    def target(self, max_shard_size: str | int, *, force: bool, restart: bool) -> Target:
+        """Where the run works, and what makes another the same."""
+        checkpoint = self.repack.folder.checkpoint
+        job = {
+            "command": "repack",
+            "version": __version__,
+            "max_shard_size": parse_size(str(max_shard_size)),
+            **dataclasses.asdict(self.plan.settings[0]),
+            "model": checkpoint.fingerprint,
+        }
+        keep = [*checkpoint.files, checkpoint.weights]
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+    ) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(max_shard_size, force=force, restart=restart)
+        layers = self.repack.wanted.values()
+        return forecast_repack(self.plan, self.repack.folder.checkpoint, layers, target)
+
     def run(
         self,
         *,
@@ -51,14 +79,9 @@ class RepackJob:
         listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, layer by layer, and give the output its name. Raises PtqError."""
-        checkpoint, limit = self.repack.folder.checkpoint, parse_size(str(max_shard_size))
-        inputs = {"model": checkpoint.fingerprint}
-        settings = dataclasses.asdict(self.plan.settings[0])
-        job = {"command": "repack", "version": __version__, "max_shard_size": limit}
-        keep = [*checkpoint.files, checkpoint.weights]
-        staging = Staging(
-            self.output, {**job, **settings, **inputs}, force=force, restart=restart, keep=keep
-        )
+        limit = parse_size(str(max_shard_size))
+        inputs = {"model": self.checkpoint.fingerprint}
+        staging = self.target(limit, force=force, restart=restart).begin()
         return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=listen)
 
 

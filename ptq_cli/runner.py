@@ -39,18 +39,20 @@ from ptq_cli.storage.calibration import (
     PortableSource,
     StatisticsSource,
     StreamingSource,
+    scratch_of,
 )
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, StoredTensor
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.files import kept_buffer
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.rows import FileRows
 from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.unit import quantize_unit
+from ptq_cli.unit import Rows, quantize_unit
 from ptq_cli.values import FloatArray, Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
@@ -108,10 +110,8 @@ def run(
     begin = time.perf_counter()
     try:
         fmt = format_named(plan.format)
-        # Hosts that write to one file of a shared file system could spoil one another's pages.
-        placing = fmt.container != "gguf" and resources.scheduler is None
-        packed = sum(row_bytes(layer, plan.format) for layer in plan.layers)
-        staging.check_space(0 if placing else packed, plan.bytes_after)
+        placing = is_placing(plan, resources)
+        staging.check_space(staged_bytes(plan, resources), plan.bytes_after, scratch_of(source))
         layers = {layer.tensor: layer for layer in plan.layers}
         parts = [
             (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
@@ -142,8 +142,18 @@ def run(
     return replace(report, totals={**report.totals, "seconds": seconds})
 
 
-def row_bytes(layer: Layer, fmt: str) -> int:
-    return sum(spec.nbytes for spec in format_named(fmt).specs(layer))
+def is_placing(plan: Plan, resources: Resources) -> bool:
+    """Whether units go to their places in the output's files at once. Hosts that write to one file
+    of a shared file system could spoil one another's pages."""
+    return format_named(plan.format).container != "gguf" and resources.scheduler is None
+
+
+def staged_bytes(plan: Plan, resources: Resources) -> int:
+    """Bytes of finished units that lie beside the output."""
+    if is_placing(plan, resources):
+        return 0
+    specs = format_named(plan.format).specs
+    return sum(spec.nbytes for layer in plan.layers for spec in specs(layer))
 
 
 def _run_units(
@@ -197,12 +207,12 @@ def _run_units(
         with hire(1) as crew, use_threads(threads):
             run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=True)
     else:
-        with hire(resources.crew_for(_workers_at_most(plan)), resources.scheduler) as crew:
+        with hire(resources.crew_for(workers_at_most(plan)), resources.scheduler) as crew:
             run_tasks(tasks, crew, resources.memory_of(crew), done)
     return [rows[layer.module] for layer in plan.layers]
 
 
-def _workers_at_most(plan: Plan) -> int:
+def workers_at_most(plan: Plan) -> int:
     """A process takes half a second to start: how many are worth it, unless asked for."""
     return 1 + sum(layer.size for layer in plan.layers) // WORTH_A_PROCESS
 
@@ -215,8 +225,13 @@ def _work(job: UnitJob) -> Any:
         return job.store.result(unit.name), True
     begin = time.perf_counter()
     digests: dict[str, str] = {}
+    streamed: dict[str, FileRows] = {}
+    chosen = method(job.method)
 
-    def load(layer: Layer) -> StoredRows:
+    def load(layer: Layer) -> Rows:
+        if chosen.is_nearest(job.settings) and job.checkpoint.streams(layer):
+            streamed[layer.tensor] = rows = FileRows(job.checkpoint, layer)
+            return rows
         data = job.checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
         digests[layer.tensor] = digest_of(data)
         return job.checkpoint.weight_rows(layer, data)
@@ -233,7 +248,7 @@ def _work(job: UnitJob) -> Any:
             unit,
             statistics,
             load,
-            method(job.method),
+            chosen,
             job.settings,
             format_named(job.format),
             on_failure=job.on_failure,
@@ -247,6 +262,7 @@ def _work(job: UnitJob) -> Any:
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
     entries = [asdict(result.row) for result in results]
+    digests |= {name: rows.digest() for name, rows in streamed.items()}
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
     return entries, False

@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,20 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.architecture import Architecture, read_architecture
 from ptq_cli.models.forward import stages
+from ptq_cli.models.memory import block_memory, state_memory
 from ptq_cli.numerics.drift import DriftSum
-from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator, statistics_memory
+from ptq_cli.numerics.statistics import (
+    NonFiniteInput,
+    SiteAccumulator,
+    statistics_memory,
+    statistics_work,
+)
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tokens import Tokens
 from ptq_cli.stream import Stream, batches, threads
-from ptq_cli.values import Array, FloatArray, SiteStatistics
+from ptq_cli.values import Array, FloatArray, SiteStatistics, Work
 
 Rounded = Callable[[str], FloatArray | None]
 
@@ -91,6 +98,44 @@ class TokenSource:
     def fingerprint(self) -> str:
         mode = "float" if not self.feedback else "drift" if self.correct else "sequential"
         return f"{self.tokens.fingerprint} {mode}"
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the streams' files at most: each has the states between two stages, the residual
+        before the block in hand, and the one after it."""
+        state = state_memory(self.arch, self._parts[-1].rows.stop)
+        return (1 + self.correct) * (state + self.residuals)
+
+    @property
+    def residuals(self) -> int:
+        """Bytes of the residuals before and after a block."""
+        return 2 * 4 * int(self._parts[-1].rows.stop) * self.arch.hidden_size
+
+    def memory(self, workers: int | None, memory: int | None) -> int:
+        """Bytes that the forward takes at most, on so many threads: what lies between the inputs
+        and outputs of a block for each, and the weights of a stage, which all share."""
+        n_threads = threads(self.arch, self._parts, workers, memory)
+        most = max(batch.packing.n_tokens for batch in self._parts)
+        weights = max(4 * self._size(place) for place in self._places.values())
+        return n_threads * block_memory(self.arch, most) + weights
+
+    def work(self, site: str) -> Work:
+        """Roughly what it takes to get a site's statistics: the forward through its linears in
+        every stream, a share of what lies between them, the sums, those of the drift too."""
+        info, length = self.sites[site], self.tokens.ids.shape[1]
+        hidden, heads = self.arch.hidden_size, self.arch.n_heads * self.arch.head_dim
+        between = Work(length * heads / 4, 10 * hidden + 6 * self.arch.intermediate_size)
+        forward = Work(self._size(self._places[site])) + between
+        streams = forward * ((1 + self.correct) * info.n_tokens)
+        sums = statistics_work(info.n_tokens, info.in_features)
+        if self.correct:
+            sums += Work(info.in_features**2, 10 * info.in_features) * info.n_tokens
+        return streams + sums + Work(calls=4000 * len(self._parts))
+
+    def _size(self, place: _Place) -> int:
+        """Weights of a site's linears."""
+        tensors = (self.checkpoint.tensors.get(f"{linear}.weight") for linear in place.linears)
+        return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
@@ -174,7 +219,7 @@ class TokenSource:
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
 
-    def memory(self, site: str) -> int:
+    def load_memory(self, site: str) -> int:
         """Sums of the inputs, and of the drift; the forward has a budget of its own."""
         info = self.sites[site]
         return statistics_memory(info.in_features, info.n_tokens) * (2 if self.correct else 1)

@@ -13,6 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.choice import model_sites
 from ptq_cli.errors import InputError, PtqError
+from ptq_cli.forecast import Forecast
+from ptq_cli.forecast_jobs import forecast_smoothing
 from ptq_cli.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
@@ -22,7 +24,7 @@ from ptq_cli.progress import Listener, nobody
 from ptq_cli.quantize_job import Job, default_output, with_scheme, with_warnings
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report import as_document, make_report
-from ptq_cli.runner import After, quantization_document, run
+from ptq_cli.runner import After, quantization_document, run, staged_bytes
 from ptq_cli.smoothing import Smoothed, Smoothing, smooth
 from ptq_cli.sources import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
@@ -41,6 +43,16 @@ class SmoothJob(Job):
     smoothing: Smoothing
     floats: bool
 
+    def own(self) -> dict[str, Any]:
+        return {"floats": self.floats}
+
+    def forecast(self, **options: Any) -> Forecast:
+        """Raises InputError, FileError: what `run` would refuse to begin with."""
+        keys = ("max_shard_size", "force", "restart")
+        target = self.target(**{key: options[key] for key in keys if key in options})
+        rounding = super().forecast(**options)
+        return forecast_smoothing(rounding, self.smoothing, self.floats, target)
+
     def run(
         self,
         *,
@@ -56,10 +68,10 @@ class SmoothJob(Job):
         """
         begin = time.perf_counter()
         max_shard = parse_size(str(max_shard_size))
-        own = {"floats": self.floats, "max_shard_size": max_shard}
-        staging = self.staging(own, force=force, restart=restart)
-
+        staging = self.target(max_shard_size, force=force, restart=restart).begin()
+        staged = 0 if self.floats else staged_bytes(self.plan, resources)
         try:
+            staging.check_space(staged, self._bytes_after())
             with threadpool_limits(1):
                 smoothed = smooth(self.smoothing, staging, listen)
                 checkpoint = self._staged(smoothed, staging)
@@ -85,6 +97,9 @@ class SmoothJob(Job):
         )
         seconds = time.perf_counter() - begin
         return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
+
+    def _bytes_after(self) -> int:
+        return self.plan.bytes_before if self.floats else self.plan.bytes_after
 
     def _staged(self, smoothed: Smoothed, staging: Staging) -> Checkpoint:
         """Folded tensors that are not rounded, in their own dtype in the work folder."""

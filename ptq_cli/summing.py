@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.numerics.statistics import merge, merge_memory, statistics_memory
+from ptq_cli.numerics.statistics import merge, merge_memory
 from ptq_cli.storage.activations import Activations, Parts, halves
 from ptq_cli.storage.calibration import (
     NoTokens,
@@ -102,9 +102,9 @@ class SiteTasks:
     def _memory(self, job: SiteJob) -> int:
         if job.unit in self._missing:
             return merge_memory(job.source.sites[job.site].in_features)
-        if job.parts is None or job.below():
-            return job.source.memory(job.site)
-        return statistics_memory(job.source.sites[job.site].in_features, tokens_of(job))
+        if isinstance(job.source, Activations) and not job.below():
+            return job.source.part_memory(job.site)
+        return job.source.load_memory(job.site)
 
 
 def tokens_of(job: SiteJob) -> int:

@@ -378,6 +378,28 @@ class RunReport:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Arithmetic, for an estimate of the time it takes.
+
+    products: multiply-adds in products of float32 matrices
+    passes: float32 values that one elementwise operation reads and writes
+    calls: operations, on arrays of whatever size
+    """
+
+    products: float = 0.0
+    passes: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products, self.passes + other.passes, self.calls + other.calls
+        )
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.products * factor, self.passes * factor, self.calls * factor)
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to round weights: a plug-in record (methods/ has one each, registry.py names them).
 
@@ -391,6 +413,8 @@ class Method:
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
         itself, its Hessian and the result
+    work: roughly what `prepare` for a site of that many columns, and `apply` for a weight of that
+        shape, compute
     is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
         each group; it is then not called
     """
@@ -402,6 +426,7 @@ class Method:
     apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
+    work: Callable[[tuple[int, int], Grid, Any], tuple[Work, Work]]
     is_nearest: Callable[[Any], bool] = lambda settings: False
 
 
@@ -440,6 +465,7 @@ class Smoother:
     defaults: defaults of the grid's settings that differ under it
     method: the name of the method that rounds what it has smoothed, unless another is asked for
     search: factors for a site, the best first; empty where none is better than no factors
+    work: roughly what `search` computes for a site: shapes of its weights, tokens in the sample
     """
 
     name: str
@@ -448,6 +474,7 @@ class Smoother:
     defaults: Mapping[str, Any]
     method: str
     search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
+    work: Callable[[Sequence[tuple[int, int]], int, Grid, Any], Work]
 
 
 @dataclass(frozen=True)

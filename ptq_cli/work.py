@@ -98,7 +98,7 @@ def _unit_memory(
     packed = sum(layer.size for layer in members)
     if site is None or source is None:
         return most + packed
-    return packed + max(source.memory(site), most + 4 * columns * (columns + _HELD_ROWS))
+    return packed + max(source.load_memory(site), most + 4 * columns * (columns + _HELD_ROWS))
 
 
 def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:

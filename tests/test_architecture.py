@@ -47,10 +47,13 @@ FLOORS = [
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
-        *("quality", "torch_capture"),
+        *("quality", "torch_capture", "cost", "forecast", "forecast_jobs"),
     ),
     ("display", "live", "options", "config"),
-    ("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job", "repack_job"),
+    (
+        *("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job"),
+        *("repack_job", "eval_job"),
+    ),
     ("cli",),
     ("__main__", "__init__"),
 ]

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ptq_cli import api, display
-from ptq_cli.calibrate_job import default_target
+from ptq_cli.calibrate_job import default_target, prepare_calibration
 from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options, show_next
+from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.tokens import token_options
 from ptq_cli.live import Follow
@@ -77,6 +78,7 @@ from ptq_cli.tasks import take_resources
     help="[default: <model>.calibration.safetensors beside MODEL]",
 )
 @resource_options
+@dry_run_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
@@ -92,6 +94,7 @@ def calibrate(
     heldout_limit: int,
     fallback: str,
     output: Path | None,
+    dry_run: bool,
     force: bool,
     restart: bool,
     strict: bool,
@@ -117,6 +120,22 @@ def calibrate(
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
+    resources = take_resources(options)
+    if dry_run:
+        job = prepare_calibration(
+            model,
+            activations,
+            output,
+            tokens=settings,
+            merge=merge,
+            gradients=gradients,
+            bf16=bf16,
+            heldout=(heldout_every, heldout_limit),
+            missing=fallback,
+        )
+        forecast = job.forecast(force=force, restart=restart, resources=resources)
+        emit_forecast(forecast, as_json, 0, (), strict)
+        return
     with Follow("calibrate", quiet) as listen:
         result = api.calibrate(
             model,
@@ -131,7 +150,7 @@ def calibrate(
             missing=fallback,
             force=force,
             restart=restart,
-            resources=take_resources(options),
+            resources=resources,
             listen=listen,
             warn=lambda warning: emit_warnings([warning], strict),
         )

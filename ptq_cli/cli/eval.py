@@ -19,10 +19,12 @@ from ptq_cli.cli.common import (
     report_options,
     source_options,
 )
+from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
 from ptq_cli.cli.tokens import token_options
+from ptq_cli.eval_job import prepare_evaluation
 from ptq_cli.live import Follow
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.sources import take_tokens
+from ptq_cli.sources import SourceSettings, take_tokens
 
 
 @click.command("eval")
@@ -65,6 +67,7 @@ from ptq_cli.sources import take_tokens
     metavar="P",
     help="Range of integer inputs: this part of their absolute values, in (0, 1].",
 )
+@dry_run_option
 @quiet_option
 @gate_options
 @report_options
@@ -78,6 +81,7 @@ def evaluate(
     activation_scheme: str | None,
     activation_bits: str | None,
     percentile: float,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Measure QUANTIZED against the ORIGINAL weights, worst layers first.
@@ -100,9 +104,18 @@ def evaluate(
     wants = kl_per_block or any(options[name] is not None for name in predictions)
     if wants and not settings.given:
         raise click.UsageError("perplexity and KL need --tokens or --text")
-    inputs = activation_bits is not None or percentile != 1.0
+    bits = None if activation_bits is None else int(activation_bits)
+    inputs = bits is not None or percentile != 1.0
     if inputs and activation_scheme in (None, "none"):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
+    if dry_run:
+        activation = api.evaluated_inputs(activation_scheme, bits, percentile)
+        source = SourceSettings(calibration, activations, bf16)
+        job = prepare_evaluation(
+            original, quantized, source, settings, activation, per_block=kl_per_block
+        )
+        emit_forecast(job.forecast(), options["as_json"], options["top"], (), options["strict"])
+        return
     with Follow("eval", options["quiet"]) as listen:
         report = api.evaluate(
             original,
@@ -113,7 +126,7 @@ def evaluate(
             tokens=settings,
             kl_per_block=kl_per_block,
             activation_scheme=activation_scheme,
-            activation_bits=None if activation_bits is None else int(activation_bits),
+            activation_bits=bits,
             percentile=percentile,
             listen=listen,
         )

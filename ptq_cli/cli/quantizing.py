@@ -19,6 +19,7 @@ from ptq_cli.cli.common import (
     report_options,
     resource_options,
 )
+from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
 from ptq_cli.config import load_recipe
 from ptq_cli.live import Follow
 from ptq_cli.runtimes import RUNTIMES
@@ -43,6 +44,7 @@ def quantizing_options(name: str, output: str) -> Callable[[C], C]:
                 metavar="SIZE",
                 help="Weights files hold at most SIZE.",
             ),
+            dry_run_option,
             click.option("--restart", is_flag=True, help="Drop an interrupted run's work."),
             click.option("--force", is_flag=True, help="Replace an existing output."),
             click.option(
@@ -102,15 +104,19 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
     resources = take_resources(options)
     job = prepare()
     _check_measurable(job.plan.method, options)
-    emit_warnings((*job.plan.warnings, *job.memory_warnings(resources)), options["strict"])
+    warnings = (*job.plan.warnings, *job.memory_warnings(resources))
+    emit_warnings(warnings, options["strict"])
+    how = {
+        "force": options["force"],
+        "restart": options["restart"],
+        "resources": resources,
+        "max_shard_size": options["max_shard_size"],
+    }
+    if options["dry_run"]:
+        emit_forecast(job.forecast(**how), options["as_json"], options["top"], warnings)
+        return
     with Follow(name, options["quiet"]) as listen:
-        report = job.run(
-            force=options["force"],
-            restart=options["restart"],
-            resources=resources,
-            max_shard_size=options["max_shard_size"],
-            listen=listen,
-        )
+        report = job.run(**how, listen=listen)
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()

@@ -7,6 +7,7 @@ finds the factors, `METHOD` rounds what they have scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ from ptq_cli.values import (
     Smoother,
     SmoothingCase,
     SmoothingChoice,
+    Work,
 )
 
 
@@ -99,6 +101,24 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return 4 * (4 * n * n + 5 * out_features * n)
 
 
+def _work(shape: tuple[int, int], grid: Grid, settings: AwqSettings) -> tuple[Work, Work]:
+    """The root of the Hessian; then half of `n_grid` ranges are tried on each group."""
+    out_features, n = shape
+    group = grid.width(n)
+    tries = max(1, settings.n_grid // 2) if settings.clip else 0
+    each = Work(tries * group, 12 * tries + 10) * (out_features * n)
+    return Work(n**3 / 3 + (n * n * group if tries else 0), 10 * n * n), each
+
+
+def _search_work(
+    shapes: Sequence[tuple[int, int]], n_sample: int, grid: Grid, settings: AwqSettings
+) -> Work:
+    """The root of the Hessian and its square; then `n_grid` ratios on whole rows."""
+    n = shapes[0][1]
+    each = Work(n, 14) * (settings.n_grid * sum(rows * n for rows, _ in shapes))
+    return Work(n**3 / 3 + n**3) + each
+
+
 METHOD = Method(
     name="awq",
     help="Round to nearest, each group's range cut to the least error of the outputs.",
@@ -107,6 +127,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
+    work=_work,
 )
 
 SMOOTHER = Smoother(
@@ -116,4 +137,5 @@ SMOOTHER = Smoother(
     defaults={},
     method="awq",
     search=_search,
+    work=_search_work,
 )

@@ -7,13 +7,14 @@ The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import corrected, correction
 from ptq_cli.numerics.factor import NotPositiveDefinite
-from ptq_cli.numerics.grid import round_to_nearest
+from ptq_cli.numerics.grid import SEARCH_PASSES, round_to_nearest
 from ptq_cli.numerics.solver import (
     PANEL_ROWS,
     Feedback,
@@ -22,7 +23,7 @@ from ptq_cli.numerics.solver import (
     make_feedback,
     solve,
 )
-from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
+from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics, Work
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
 # last bit of a float32.
@@ -173,6 +174,21 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return item * (n * n + 3 * n * rows + group) + 2 * out_features * n
 
 
+def _work(shape: tuple[int, int], grid: Grid, settings: GptqSettings) -> tuple[Work, Work]:
+    """The factorization, a third of n³; then for each weight of n columns in groups of g: n/2
+    multiply-adds bring it the errors of the columns before, each pass over its group takes 3g and
+    each sweep over the row n + 3g. Counted in the code, as are the elementwise operations."""
+    out_features, n = shape
+    group = grid.width(n)
+    passes = settings.refine + settings.sweeps
+    products = n / 2 + 3 * group * passes + n * settings.sweeps
+    elementwise = 30 + (SEARCH_PASSES if settings.mse else 4) + 35 * passes
+    factor = 2 if n <= FLOAT64_COLUMNS else 1
+    each = Work(products, elementwise) * (factor * out_features * n)
+    calls = ceil(out_features / PANEL_ROWS) * n * (10 + 8 * passes)
+    return Work(n**3 / 3 + n * group * group, 20 * n * n) * factor, each + Work(calls=calls)
+
+
 METHOD = Method(
     name="gptq",
     help="GPTQ: round column by column, each error compensated by the columns after it.",
@@ -181,4 +197,5 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
+    work=_work,
 )

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ptq_cli.numerics.grid import PIECE_ELEMENTS, round_to_nearest
-from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics
+from ptq_cli.numerics.grid import PIECE_ELEMENTS, SEARCH_PASSES, round_to_nearest
+from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics, Work
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return 24 * size if grid.group_size == 0 else size + 64 * PIECE_ELEMENTS
 
 
+def _work(shape: tuple[int, int], grid: Grid, settings: RtnSettings) -> tuple[Work, Work]:
+    return Work(), Work(0, shape[0] * shape[1] * (SEARCH_PASSES if settings.mse else 6))
+
+
 METHOD = Method(
     name="rtn",
     help="Round to nearest, with a search for the best range of each group.",
@@ -63,5 +67,6 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=False,
     memory=_memory,
+    work=_work,
     is_nearest=lambda settings: not settings.mse,
 )

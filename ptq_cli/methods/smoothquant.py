@@ -5,13 +5,14 @@ The mathematics and its floors stand in numerics/smoothing.py (Xiao et al., arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
-from ptq_cli.numerics.smoothing import search_alpha, smooth_factors, tied, weights_absmax
-from ptq_cli.values import Smoother, SmoothingCase, SmoothingChoice
+from ptq_cli.numerics.smoothing import ALPHAS, search_alpha, smooth_factors, tied, weights_absmax
+from ptq_cli.values import Grid, Smoother, SmoothingCase, SmoothingChoice, Work
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def _search(case: SmoothingCase, settings: SmoothquantSettings) -> tuple[Smoothi
     return () if found.alpha is None else (SmoothingChoice(found.alpha, found.factors),)
 
 
+def _work(
+    shapes: Sequence[tuple[int, int]], n_sample: int, grid: Grid, settings: SmoothquantSettings
+) -> Work:
+    """Maxima; with `auto`, integer products of half the sample for every alpha and for none."""
+    size = sum(rows * columns for rows, columns in shapes)
+    if isinstance(settings.alpha, float):
+        return Work(0, 2 * size)
+    return Work(n_sample / 2, 20) * (size * (len(ALPHAS) + 2))
+
+
 SMOOTHER = Smoother(
     name="smoothquant",
     help="SmoothQuant: outlying channels of the inputs move into the weights.",
@@ -68,4 +79,5 @@ SMOOTHER = Smoother(
     defaults={"bits": 8, "group_size": -1, "narrow_range": True},
     method="rtn",
     search=_search,
+    work=_work,
 )

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.threads import each
-from ptq_cli.values import Array, SiteStatistics
+from ptq_cli.values import Array, SiteStatistics, Work
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -53,6 +53,12 @@ def statistics_memory(in_features: int, n_tokens: int) -> int:
 def merge_memory(in_features: int) -> int:
     """Bytes that `merge` takes at most beside what it is given, without a surplus held out."""
     return 4 * in_features * (in_features + 2 * BLOCK_COLUMNS + 4 * SAMPLE_LIMIT)
+
+
+def statistics_work(n_tokens: int, in_features: int) -> Work:
+    """Roughly what the accumulator of one site computes: half of `inputs.T @ inputs`, the sums, and
+    the histogram."""
+    return Work(in_features / 2, 18) * (n_tokens * in_features) + Work(calls=2000)
 
 
 class NonFiniteInput(InputError):

@@ -150,13 +150,18 @@ class Activations:
             digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
-    def memory(self, site: str) -> int:
+    def part_memory(self, site: str) -> int:
+        """Bytes that a part takes at most. One number for all of a site, so that tasks that are
+        ordered by it keep its parts together, and few sites are in parts at a time."""
+        last = self.all_parts(site)[1]
+        longest = max(len(self.tokens(site, part)) for part in ((0, 1), (last - 1, last)))
+        return statistics_memory(self.entries[site].info.in_features, longest)
+
+    def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""
-        info = self.entries[site].info
-        width, levels = info.in_features, (self.all_parts(site)[1] - 1).bit_length()
-        return statistics_memory(width, info.n_tokens) + (
-            4 * width**2 * (levels + 1) if levels else 0
-        )
+        width = self.entries[site].info.in_features
+        levels = (self.all_parts(site)[1] - 1).bit_length()
+        return self.part_memory(site) + (4 * width**2 * (levels + 1) if levels else 0)
 
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:

@@ -39,7 +39,7 @@ from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.values import Array, FloatArray, SiteStatistics
+from ptq_cli.values import Array, FloatArray, SiteStatistics, Work
 
 VERSION = 2
 DIGEST_PIECE = 1 << 24
@@ -82,7 +82,7 @@ class StatisticsSource(Protocol):
 
     def load(self, site: str) -> SiteStatistics: ...
 
-    def memory(self, site: str) -> int:
+    def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most."""
         ...
 
@@ -97,7 +97,17 @@ class StreamingSource(StatisticsSource, Protocol):
     begin: called once before that, with a folder for scratch files that survives a kill, and with
         what a layer's tensor decodes to once it is rounded (None before); workers, memory: the
         threads and bytes it may use
+    scratch: bytes that those files take at most
+    memory: bytes that the forward takes, with so many workers and that limit
+    work: roughly what it computes to get a site's statistics
     """
+
+    def memory(self, workers: int | None, memory: int | None) -> int: ...
+
+    def work(self, site: str) -> Work: ...
+
+    @property
+    def scratch(self) -> int: ...
 
     def begin(
         self,
@@ -106,6 +116,11 @@ class StreamingSource(StatisticsSource, Protocol):
         workers: int | None,
         memory: int | None,
     ) -> None: ...
+
+
+def scratch_of(source: StatisticsSource | None) -> int:
+    """Bytes of a source's own files in the work folder."""
+    return source.scratch if isinstance(source, StreamingSource) else 0
 
 
 class NoTokens(InputError):
@@ -182,7 +197,7 @@ class CalibrationFile:
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
         return site_statistics(site, self.sites[site].linears, entry, parts)
 
-    def memory(self, site: str) -> int:
+    def load_memory(self, site: str) -> int:
         return sum(self.checkpoint.tensors[f"{site}.{part}"].spec.nbytes for part in PARTS)
 
     def only(self, site: str | None) -> CalibrationFile:
@@ -358,7 +373,7 @@ class Merged:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
-    def memory(self, site: str) -> int:
+    def load_memory(self, site: str) -> int:
         """Two Hessians and their sum; that of tokens which one file alone would have held out."""
         width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
         return statistics_memory(width, tokens) + 12 * width**2

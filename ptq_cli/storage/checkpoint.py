@@ -209,6 +209,10 @@ class Checkpoint:
         stored = self.rows(layer.tensor, layer.shape[::-1], data)
         return replace(stored, values=np.ascontiguousarray(stored.values.T))
 
+    def streams(self, layer: Layer) -> bool:
+        """Whether the layer's rows lie in the file one after the other, as they are."""
+        return not layer.transposed and layer.grid.group_size != 0
+
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
         disk, [out_features]; None: they are."""

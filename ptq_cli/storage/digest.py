@@ -9,11 +9,13 @@ would at a quarter of the speed; it is no defence against somebody who makes col
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _LANES = 4096
+_BLOCK = 8 * _LANES
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 
@@ -31,26 +33,62 @@ class Digest:
 
     def update(self, data: NDArray[np.uint8]) -> None:
         """Take in contiguous bytes, uint8 [n]."""
-        whole = len(data) // (8 * _LANES) * (8 * _LANES)
-        state = np.zeros(_LANES, np.uint64)
-        shifted = np.empty_like(state)
-        for words in data[:whole].view(np.uint64).reshape(-1, _LANES):
-            np.bitwise_xor(state, words, out=state)
-            np.multiply(state, _ODD, out=state)
-            np.right_shift(state, _HALF, out=shifted)
-            np.bitwise_xor(state, shifted, out=state)
-        self._sha.update(state.data)
-        self._sha.update(data[whole:].data)
-        self._sha.update(len(data).to_bytes(8, "little"))
+        message = Message()
+        message.update(data)
+        message.end(self._sha)
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
 
 
+class Message:
+    """Bytes of one message, however they are cut."""
+
+    def __init__(self) -> None:
+        self._state = np.zeros(_LANES, np.uint64)
+        self._shifted = np.empty_like(self._state)
+        self._rest = np.empty(0, np.uint8)
+        self._length = 0
+
+    def update(self, data: NDArray[np.uint8]) -> None:
+        """Take in contiguous bytes, uint8 [n]; they may be overwritten afterwards."""
+        self._length += len(data)
+        if len(self._rest):
+            missing = min(_BLOCK - len(self._rest), len(data))
+            self._rest = np.concatenate((self._rest, data[:missing]))
+            data = data[missing:]
+            if len(self._rest) < _BLOCK:
+                return
+            self._mix(self._rest)
+        whole = len(data) // _BLOCK * _BLOCK
+        self._mix(data[:whole])
+        self._rest = data[whole:].copy()
+
+    def _mix(self, data: NDArray[np.uint8]) -> None:
+        state, shifted = self._state, self._shifted
+        for words in data.view(np.uint64).reshape(-1, _LANES):
+            np.bitwise_xor(state, words, out=state)
+            np.multiply(state, _ODD, out=state)
+            np.right_shift(state, _HALF, out=shifted)
+            np.bitwise_xor(state, shifted, out=state)
+
+    def end(self, sha: Any) -> None:
+        """Give it all to SHA-256."""
+        sha.update(self._state.data)
+        sha.update(self._rest.data)
+        sha.update(self._length.to_bytes(8, "little"))
+
+    def hexdigest(self) -> str:
+        """`digest_of` all of it."""
+        sha = hashlib.sha256()
+        self.end(sha)
+        return sha.hexdigest()
+
+
 def digest_of(data: NDArray[np.uint8]) -> str:
-    digest = Digest()
-    digest.update(data)
-    return digest.hexdigest()
+    message = Message()
+    message.update(data)
+    return message.hexdigest()
 
 
 def digest_words(*words: str) -> str:

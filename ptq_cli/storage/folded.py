@@ -41,6 +41,9 @@ class FoldedCheckpoint(Checkpoint):
     base: Checkpoint = field(kw_only=True)
     folds: Mapping[str, Folds] = field(kw_only=True)
 
+    def streams(self, layer: Layer) -> bool:
+        return layer.tensor not in self.folds and self.base.streams(layer)
+
     def read(self, name: str) -> Array:
         values = self.base.read(name)
         if name not in self.folds:
@@ -116,8 +119,8 @@ class SmoothedSource:
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         raise KeyError(module)
 
-    def memory(self, site: str) -> int:
-        return self.base.memory(site) + 4 * self.sites[site].in_features ** 2
+    def load_memory(self, site: str) -> int:
+        return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
 
     def load(self, site: str) -> SiteStatistics:
         statistics = self.base.load(site)

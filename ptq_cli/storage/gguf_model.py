@@ -62,6 +62,9 @@ class GgufCheckpoint(Checkpoint):
         rows = data.reshape(self.tensors[name].spec.shape[0], -1)
         return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
 
+    def streams(self, layer: Layer) -> bool:
+        return False
+
     def copyable(self, name: str) -> StoredTensor | Bytes:
         stored = self.tensors[name]
         return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored

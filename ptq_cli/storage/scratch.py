@@ -100,8 +100,13 @@ class Rows:
         self.path.unlink(missing_ok=True)
 
 
+def temporary_place() -> Path:
+    """Where scratch files of a command without an output lie: TMPDIR says."""
+    return Path(tempfile.gettempdir())
+
+
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for scratch files (TMPDIR says where), removed at the end."""
+    """A folder for scratch files, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="ptq-") as name:
         yield Path(name)

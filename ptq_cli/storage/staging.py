@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli import stopping
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, PtqError
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
@@ -57,19 +57,17 @@ class Staging:
         keep: Sequence[Path] = (),
     ) -> None:
         self.output, self.force = output, force
-        if output.name in ("", ".."):
-            raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = work_folder(output)
         self.store = UnitStore(self.folder / "units")
         self._lock, self._fresh, self._kept_out = -1, False, False
         stopping.work_begins()
         self._open = True
         try:
-            _check_place(output)
+            check_place(output)
             if os.path.lexists(self.folder):
                 self._sweep()
                 self._put_back()
-            _check_output(output, force, keep)
+            check_output(output, force, keep)
             if self._lock < 0:
                 self._lock = self._locked_folder()
             self.resumed = self._take_over(job, restart)
@@ -107,10 +105,7 @@ class Staging:
             except BlockingIOError:
                 os.close(descriptor)
                 self._kept_out = True
-                raise InputError(
-                    f"{self.folder}: another run is working on this output",
-                    hint="wait for it, or choose another output with -o",
-                ) from None
+                raise kept_out(self.folder) from None
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -133,11 +128,7 @@ class Staging:
         marker = self.folder / "published.json"
         if not marker.exists():
             return
-        try:
-            identity = read_json(marker)
-        except InputError:
-            identity = None
-        if self.output.exists() and identity == _identity(self.output):
+        if is_published(self.folder, self.output):
             shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
@@ -147,31 +138,14 @@ class Staging:
 
     def _take_over(self, job: Mapping[str, Any], restart: bool) -> bool:
         """Go on with what an interrupted run left, or begin. True where there was something."""
-        path = self.folder / "job.json"
-        if path.exists() and not restart:
-            earlier, now = read_json(path), plain(dict(job))
-            if not isinstance(earlier, dict):
-                raise InputError(f"{path}: damaged", hint="--restart begins anew")
-            keys = sorted({*earlier, *now})
-            differing = [key for key in keys if earlier.get(key) != now.get(key)]
-            if differing:
-                raise InputError(
-                    f"{self.folder}: an interrupted run with other {', '.join(differing)}",
-                    hint="--restart drops its work, -o chooses another output",
-                )
+        if goes_on(self.folder, job, restart):
             return True
         with named(self.folder):
             entries = list(self.folder.iterdir())
-        for entry in entries:
-            if entry.name not in _OWN and not entry.name.startswith("."):
-                raise InputError(
-                    f"{entry}: not a run's; {self.folder} is where this run would work",
-                    hint="move it away, or choose another output with -o",
-                )
         self._fresh = True
         for entry in entries:
             _remove(entry)
-        write_whole(path, to_json(dict(job)))
+        write_whole(self.folder / "job.json", to_json(dict(job)))
         return False
 
     def _path(self, unit: str, suffix: str) -> Path:
@@ -190,25 +164,15 @@ class Staging:
     def tensors(self, unit: str) -> list[Bytes]:
         return self.store.tensors(unit)
 
-    def check_space(self, staged: int, final: int) -> None:
-        """Refuse to begin where the disk cannot hold `staged` bytes of units and `final` bytes of
-        output, less what is there already.
+    def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
+        """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
+        output and `scratch` bytes of a stream's files, less what is there already.
 
         Raises:
             FileError: too little space; what was there is left as it is.
         """
-        with named(self.folder):
-            there = sum(entry.stat().st_size for entry in os.scandir(self.store.folder))
-            if self.weights.exists():  # files with holes
-                there += sum(512 * entry.stat().st_blocks for entry in os.scandir(self.weights))
-            status = os.statvfs(self.folder)
-        free = status.f_bavail * status.f_frsize
-        wanted = max(0, staged + final - there) + _SLACK
-        if free < wanted:
-            raise FileError(
-                f"{self.output.parent}: {_megabytes(wanted)} are needed, {_megabytes(free)} free",
-                hint="free some space, or choose another place with -o",
-            )
+        needed = still_needed(self.folder, staged + final, scratch)
+        check_free(self.output.parent, needed, free_space(self.folder))
 
     def stored(self, unit: str) -> list[StoredTensor]:
         """The same tensors, each as a place in a file."""
@@ -311,7 +275,95 @@ def _exists(output: Path) -> InputError:
     )
 
 
-def _check_place(output: Path) -> None:
+def work_folder(output: Path) -> Path:
+    """Where a run into `output` works. Raises InputError."""
+    if output.name in ("", ".."):
+        raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
+    return output.with_name(output.name + ".partial")
+
+
+def kept_out(folder: Path) -> InputError:
+    """The error of a run that finds another's lock."""
+    return InputError(
+        f"{folder}: another run is working on this output",
+        hint="wait for it, or choose another output with -o",
+    )
+
+
+def is_published(folder: Path, output: Path) -> bool:
+    """Whether the work folder is what a run left that was killed after its output had its name."""
+    try:
+        identity = read_json(folder / "published.json")
+    except PtqError:
+        return False
+    return output.exists() and identity == _identity(output)
+
+
+def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
+    """Whether a run would go on with what lies in its work folder.
+
+    Raises:
+        InputError: an interrupted run with other settings; files that are no run's.
+    """
+    path = folder / "job.json"
+    if path.exists() and not restart:
+        earlier, now = read_json(path), plain(dict(job))
+        if not isinstance(earlier, dict):
+            raise InputError(f"{path}: damaged", hint="--restart begins anew")
+        keys = sorted({*earlier, *now})
+        differing = [key for key in keys if earlier.get(key) != now.get(key)]
+        if differing:
+            raise InputError(
+                f"{folder}: an interrupted run with other {', '.join(differing)}",
+                hint="--restart drops its work, -o chooses another output",
+            )
+        return True
+    with named(folder):
+        names = [entry.name for entry in folder.iterdir()]
+    for name in names:
+        if name not in _OWN and not name.startswith("."):
+            raise InputError(
+                f"{folder / name}: not a run's; {folder} is where this run would work",
+                hint="move it away, or choose another output with -o",
+            )
+    return False
+
+
+def still_needed(folder: Path | None, output: int, scratch: int) -> int:
+    """Bytes that a run in a work folder (None: a new one) writes still, of those of its units and
+    output, and of those of a stream's files."""
+    if folder is None:
+        return output + scratch + _SLACK
+    with named(folder):
+        there = sum(entry.st_size for entry in _files(folder / "units"))
+        there += sum(512 * entry.st_blocks for entry in _files(folder / "weights"))  # with holes
+        streamed = sum(entry.st_size for entry in _files(folder / "stream"))
+    return max(0, output - there) + max(0, scratch - streamed) + _SLACK
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """All files under a folder; none where it isn't there."""
+    return [path.stat() for path in folder.rglob("*") if path.is_file()]
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of a folder."""
+    with named(folder):
+        status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def check_free(folder: Path, needed: int, free: int) -> None:
+    """Raises FileError where less is free than needed."""
+    if free < needed:
+        raise FileError(
+            f"{folder}: {_megabytes(needed)} are needed, {_megabytes(free)} free",
+            hint="free some space, or choose another place with -o (scratch files: with TMPDIR)",
+        )
+
+
+def check_place(output: Path) -> None:
+    """Refuse an output where nothing can be written."""
     parent = output.parent
     if not parent.is_dir():
         raise FileError(f"{parent}: no such folder", hint="make it first")
@@ -319,7 +371,7 @@ def _check_place(output: Path) -> None:
         raise FileError(f"{parent}: not writable", hint="choose another place with -o")
 
 
-def _check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
+def check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
     """Refuse an output that exists, or holds what is being read."""
     if not os.path.lexists(output):
         return

@@ -64,6 +64,15 @@ def test_parts_of_a_site_are_summed_by_all_workers_with_the_same_bytes(
     assert one != (tmp_path / "uncut").read_bytes()
 
 
+def test_a_dry_run_asks_the_cluster(tmp_path, cluster):
+    words = ("gptq", MODEL, "-o", tmp_path / "out", "--dry-run", "--json", "--scheduler")
+    outcome = ptq(*words, cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["memory"]["workers"] == 2
+    assert os.listdir(tmp_path) == []
+    assert ptq(*words, "tcp://127.0.0.1:1").code == 1
+
+
 def test_a_worker_that_is_killed_is_survived(tmp_path, cluster):
     arguments = ["gptq", MODEL, "--sweeps", 30]
     assert ptq(*arguments, "-o", tmp_path / "one", "--workers", 1).code == 0

@@ -1,0 +1,58 @@
+"""The rows of a tensor, read from the file as they are asked for.
+
+What is done with a few rows then happens in the cache, from the bytes of the file to the codes: the
+tensor as a whole is never in memory. It serves where each row is looked at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.numerics.grid import pieces
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, all_finite
+from ptq_cli.storage.digest import Message
+from ptq_cli.storage.files import kept_buffer, read_into
+from ptq_cli.values import Layer
+
+
+class FileRows:
+    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32 and finite.
+
+    The layer is stored as it is seen, row by row, in a file of its own checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+        self.shape: tuple[int, ...] = layer.shape
+        self._checkpoint, self._name = checkpoint, layer.tensor
+        self._stored = checkpoint.tensors[layer.tensor]
+        self._row_bytes = self._stored.spec.nbytes // layer.shape[0]
+        self._message, self._seen = Message(), 0
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        """Raises InputError for NaN and inf, FileError where the file ends early."""
+        start, stop, _ = rows.indices(self.shape[0])
+        result = np.empty((stop - start, self.shape[1]), np.float32)
+        for part in pieces(start, stop, self.shape[1]):
+            values = self._read(part).view(NUMPY_DTYPES[self._stored.spec.dtype])
+            place = result[part.start - start : part.stop - start]
+            with np.errstate(over="ignore"):
+                place[...] = values.reshape(place.shape)
+            if not all_finite(place):
+                self._checkpoint.matrix(self._name, (self.shape[0], self.shape[1]))  # says which
+        return result
+
+    def _read(self, part: slice) -> NDArray[np.uint8]:
+        data = kept_buffer((part.stop - part.start) * self._row_bytes)
+        read_into(self._stored.file, self._stored.offset + part.start * self._row_bytes, data)
+        if part.start == self._seen:
+            self._message.update(data)
+            self._seen = part.stop
+        return data
+
+    def digest(self) -> str:
+        """`digest_of` the tensor's bytes. Rows that were not asked for in order are read again."""
+        if self._seen < self.shape[0]:
+            for part in pieces(self._seen, self.shape[0], self.shape[1]):
+                self._read(part)
+        return self._message.hexdigest()
