@@ -20,13 +20,8 @@ from ptq_cli.forecast_jobs import forecast_calibration
 from ptq_cli.progress import Listener
 from ptq_cli.sequential import TokenSource
 from ptq_cli.sources import AnyPath, activations_fingerprint, calibration_of, gradients_fingerprint
-from ptq_cli.storage.calibration import (
-    Activations,
-    Merged,
-    StatisticsSource,
-    beside,
-    find_activations,
-)
+from ptq_cli.storage.activations import Activations, find_activations
+from ptq_cli.storage.calibration import Merged, StatisticsSource, beside
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.gradients import match_gradients
 from ptq_cli.storage.target import Target

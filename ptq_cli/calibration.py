@@ -4,36 +4,30 @@ statistics."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ptq_cli._version import __version__
 from ptq_cli.choice import check_float, default_reason, model_sites, transposed_tensors
 from ptq_cli.errors import InputError, PtqError
 from ptq_cli.models.sharing import group_modules
-from ptq_cli.numerics.statistics import statistics_memory
 from ptq_cli.progress import Listener, Progress, nobody
+from ptq_cli.storage.activations import Activations, ActivationSite
 from ptq_cli.storage.calibration import (
-    Activations,
-    ActivationSite,
-    NoTokens,
     PortableSource,
     SiteInfo,
     StatisticsSource,
     StreamingSource,
     file_content,
     scratch_of,
-    site_entry,
-    site_tensors,
 )
 from ptq_cli.storage.checkpoint import Checkpoint, is_float
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
-from ptq_cli.storage.units import UnitStore
+from ptq_cli.summing import SiteJob, SiteTasks, tokens_of
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.workers import hire
 
@@ -126,15 +120,6 @@ def missing_error(match: Match, where: str) -> InputError:
     )
 
 
-@dataclass(frozen=True)
-class SiteJob:
-    """All that a worker must know to make the statistics of one site."""
-
-    site: str
-    source: StatisticsSource
-    store: UnitStore
-
-
 def calibrate_sites(
     source: StatisticsSource,
     model: str,
@@ -151,25 +136,9 @@ def calibrate_sites(
     begin = time.perf_counter()
     entries: dict[str, Any] = {}
     bare: list[str] = []
-
-    all_work, work = sum(_effort(info) for info in source.sites.values()), 0
-
-    def done(task: Task, result: Any) -> None:
-        nonlocal work
-        entry, kept = result
-        if entry is None:
-            bare.append(task.name)
-        else:
-            entries[task.name] = entry
-        work += _effort(source.sites[task.name])
-        count, total = len(entries) + len(bare), len(source.sites)
-        listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
-
     try:
-        size = statistics_bytes(source, heldout)
-        staging.check_space(size, size, scratch_of(source))
         with threadpool_limits(1):
-            _run_sites(source, staging, resources, done)
+            _run_sites(source, staging, heldout, resources, listen, entries, bare)
         fisher = _stage_fisher(source, staging)
         filled = [site for site in source.sites if site in entries]
         units = [*filled, *fisher]
@@ -192,45 +161,47 @@ def calibrate_sites(
 def _run_sites(
     source: StatisticsSource,
     staging: Staging,
+    heldout: tuple[int, int],
     resources: Resources,
-    done: Callable[[Task, Any], None],
+    listen: Listener,
+    entries: dict[str, Any],
+    bare: list[str],
 ) -> None:
+    """Stage the statistics of every site; what is to be said of each goes into `entries`, the sites
+    without tokens into `bare`."""
     portable = isinstance(source, PortableSource)
     if isinstance(source, StreamingSource):
         work_folder = staging.folder / "stream"
         source.begin(work_folder, lambda tensor: None, resources.workers, resources.max_memory)
-    tasks = []
-    for site, info in source.sites.items():
-        own = source.only(site) if isinstance(source, PortableSource) else source
-        tasks.append(Task(site, site_memory(info), _make, SiteJob(site, own, staging.store)))
+    trees = {site: SiteTasks(site, source, staging.store) for site in source.sites}
+    tasks = [task for tree in trees.values() for task in tree.first()]
+    efforts = {task.name: _effort(task.argument) for task in tasks}
+    total, all_work, work = len(trees), sum(efforts.values()), 0
+
+    def done(task: Task, result: Any) -> list[Task]:
+        nonlocal work
+        job, (entry, kept) = task.argument, result
+        if job.unit != job.site:
+            pass
+        elif entry is None:
+            bare.append(job.site)
+        else:
+            entries[job.site] = entry
+        work += efforts.get(task.name, 0)  # a merge is no work to speak of
+        count = len(entries) + len(bare)
+        listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
+        return trees[job.site].after(job)
+
     size = resources.crew_for(workers_at_most(source)) if portable else 1
     with hire(size, resources.scheduler if portable else None) as crew:
+        size, parts = statistics_bytes(source, heldout), parts_bytes(source, heldout, crew.size)
+        staging.check_space(size + parts, size, scratch_of(source))
         run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=not portable)
 
 
-def _make(job: SiteJob) -> Any:
-    """Make and stage the statistics of one site, unless a run before this one has: what its entry
-    says, or None where no token reaches it, and whether it is that run's."""
-    key = {}
-    if isinstance(job.source, PortableSource):
-        key = {"activations": {job.site: job.source.digest(job.site)}, "version": __version__}
-    if job.store.exists(job.site) and job.store.reusable(job.site, key):
-        return job.store.result(job.site), True
-    begin = time.perf_counter()
-    try:
-        statistics = job.source.load(job.site)
-    except NoTokens:
-        job.store.put(job.site, key, [], None)
-        return None, False
-    entry = site_entry(statistics)
-    tensors = site_tensors(statistics)
-    job.store.put(job.site, key, tensors, entry, time.perf_counter() - begin)
-    return entry, False
-
-
-def _effort(info: SiteInfo) -> int:
+def _effort(job: SiteJob) -> int:
     """Multiplications of its Hessian."""
-    return info.n_tokens * info.in_features**2
+    return tokens_of(job) * job.source.sites[job.site].in_features ** 2
 
 
 def workers_at_most(source: StatisticsSource) -> int:
@@ -241,14 +212,33 @@ def workers_at_most(source: StatisticsSource) -> int:
 
 def statistics_bytes(source: StatisticsSource, heldout: tuple[int, int]) -> int:
     """Of the file, about: Hessians and held-out inputs make it."""
-    widths = [(info.in_features, info.n_tokens) for info in source.sites.values()]
-    return sum(4 * n * (n + min(heldout[1], tokens) + 8) for n, tokens in widths)
+    return sum(_site_bytes(info, heldout) for info in source.sites.values())
 
 
-def site_memory(info: SiteInfo) -> int:
-    """Bytes that making a site's statistics takes: two Hessians while halves are merged, a chunk of
-    inputs, and what is made of it."""
-    return statistics_memory(info.in_features) + 4 * info.in_features**2
+def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
+    n = info.in_features
+    return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
+
+
+def parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: int) -> int:
+    """Bytes of what waits to be merged, at most: merges come first, so that hardly more sites than
+    there are workers are in parts at any time."""
+    if not isinstance(source, Activations):
+        return 0
+    counts = {site: source.all_parts(site)[1] for site in source.sites}
+    sizes = [
+        (count + 1) * _site_bytes(source.sites[site], heldout)
+        for site, count in counts.items()
+        if count > 1
+    ]
+    return sum(sorted(sizes)[-workers - 1 :])
+
+
+def site_memory(source: StatisticsSource, site: str) -> int:
+    """Bytes that making a site's statistics takes: those of one of its parts."""
+    if isinstance(source, Activations):
+        return source.part_memory(site)
+    return source.load_memory(site)
 
 
 def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:
@@ -260,7 +250,3 @@ def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:
             staging.put(unit, [as_bytes(unit, source.load_fisher(module))], None)
         units.append(unit)
     return units
-
-
-def activations_source(match: Match, name: str, heldout: tuple[int, int]) -> Activations:
-    return Activations(name, match.entries, heldout)

@@ -21,7 +21,8 @@ from ptq_cli.numerics.statistics import (
 )
 from ptq_cli.registry import method
 from ptq_cli.smoothing import Smoothing
-from ptq_cli.storage.calibration import Activations, StatisticsSource, StreamingSource
+from ptq_cli.storage.activations import Activations
+from ptq_cli.storage.calibration import StatisticsSource, StreamingSource
 from ptq_cli.values import Layer, Method, Unit, Work
 
 NEAREST = 24  # passes on a weight: read, rounded, packed, unpacked and compared

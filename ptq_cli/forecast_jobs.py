@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ptq_cli.calibration import site_memory, statistics_bytes, workers_at_most
+from ptq_cli.calibration import parts_bytes, site_memory, statistics_bytes, workers_at_most
 from ptq_cli.cost import (
     LAYER_CALLS,
     NEAREST,
@@ -28,8 +28,8 @@ from ptq_cli.runner import staged_bytes
 from ptq_cli.runner import workers_at_most as processes_at_most
 from ptq_cli.sequential import TokenSource
 from ptq_cli.smoothing import Smoothing
+from ptq_cli.storage.activations import Activations
 from ptq_cli.storage.calibration import (
-    Activations,
     PortableSource,
     SiteInfo,
     StatisticsSource,
@@ -193,20 +193,21 @@ def forecast_calibration(
 ) -> Forecast:
     """Of a statistics file, site by site."""
     size, scratch = statistics_bytes(source, heldout), scratch_of(source)
+    crew = crew_of(resources, workers_at_most(source), source)
     pieces = tuple(
-        Piece(site, info.linears, info.n_tokens, site_memory(info), source_work(source, site),
-              _statistics_read(source, info))
+        Piece(site, info.linears, info.n_tokens, site_memory(source, site),
+              source_work(source, site), _statistics_read(source, info))
         for site, info in source.sites.items()
     )  # fmt: skip
     return Forecast(
         command="calibrate",
         checkpoint=checkpoint,
         output=target.output,
-        crew=crew_of(resources, workers_at_most(source), source),
+        crew=crew,
         pieces=pieces,
         moved=MOVES * size,
         bytes_after=size,
-        found=target.look(size, size, scratch),
+        found=target.look(size + parts_bytes(source, heldout, crew.workers), size, scratch),
         scratch=scratch,
         warnings=tuple(warnings),
     )

@@ -30,7 +30,12 @@ from ptq_cli.models.forward import stages
 from ptq_cli.models.layers import Tensor
 from ptq_cli.models.memory import block_memory, state_memory
 from ptq_cli.numerics.drift import DriftSum
-from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator, statistics_work
+from ptq_cli.numerics.statistics import (
+    NonFiniteInput,
+    SiteAccumulator,
+    statistics_memory,
+    statistics_work,
+)
 from ptq_cli.storage.calibration import NoTokens, SiteInfo
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gradients import FisherInfo
@@ -239,6 +244,11 @@ class TokenSource:
             statistics = self._statistics(site)
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
+
+    def load_memory(self, site: str) -> int:
+        """Sums of the inputs, and of the drift; the forward has a budget of its own."""
+        info = self.sites[site]
+        return statistics_memory(info.in_features, info.n_tokens) * (2 if self.correct else 1)
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Raises InputError: tokens have no gradients."""

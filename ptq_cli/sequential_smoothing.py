@@ -95,6 +95,10 @@ class SmoothedTokens:
         """As `TokenSource.memory`."""
         return self.tokens.memory(workers, memory)
 
+    def load_memory(self, site: str) -> int:
+        """As `TokenSource.load_memory`, and another Hessian to fold."""
+        return self.tokens.load_memory(site) + 4 * self.sites[site].in_features ** 2
+
     def work(self, site: str) -> Work:
         """As `TokenSource.work`."""
         return self.tokens.work(site)

@@ -13,12 +13,11 @@ from ptq_cli.calibration import Match, match_activations, match_warnings
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.sequential import TokenSource
+from ptq_cli.storage.activations import Activations, find_activations
 from ptq_cli.storage.calibration import (
-    Activations,
     CalibrationFile,
     StatisticsSource,
     beside,
-    find_activations,
     open_calibration,
 )
 from ptq_cli.storage.checkpoint import Checkpoint

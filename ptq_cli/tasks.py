@@ -9,7 +9,7 @@ the crew has members, each gets threads of the idle ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cache
@@ -77,11 +77,12 @@ def run_tasks(
     tasks: Sequence[Task],
     crew: Crew,
     memory: int,
-    done: Callable[[Task, Any], None] = lambda task, result: None,
+    done: Callable[[Task, Any], Iterable[Task] | None] = lambda task, result: None,
     *,
     in_order: bool = False,
 ) -> None:
-    """Work through the tasks; `done` hears of each.
+    """Work through the tasks; `done` hears of each, and gives those that can follow: they come
+    before all others.
 
     in_order: one after the other as they stand, else the largest first
 
@@ -91,7 +92,9 @@ def run_tasks(
     """
     pending = list(tasks) if in_order else sorted(tasks, key=lambda task: -task.memory)
     running: dict[Future[Any], Task] = {}
+    order = [task.name for task in tasks]
     failed: dict[str, PtqError] = {}
+    hopeless = False
     while pending or running:
         _start(pending, running, crew, memory)
         finished = wait(running, return_when=FIRST_COMPLETED).done
@@ -99,13 +102,15 @@ def run_tasks(
         for future in finished:
             task = running.pop(future)
             try:
-                done(task, _result(future, crew))
+                follow = done(task, _result(future, crew)) or ()
+                pending[:0] = () if hopeless else follow
             except PtqError as error:
                 failed[task.name] = error
                 if isinstance(error, FileError | ChangedInput | WorkerLost):
+                    hopeless = True
                     pending.clear()
     if failed:
-        raise _first(failed, [task.name for task in tasks])
+        raise _first(failed, [*order, *(name for name in failed if name not in order)])
 
 
 def _start(pending: list[Task], running: dict[Future[Any], Task], crew: Crew, memory: int) -> None:

@@ -9,13 +9,16 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.sharing import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.measures import ROWS_AT_ONCE
-from ptq_cli.numerics.statistics import statistics_memory
+from ptq_cli.numerics.statistics import HELDOUT_LIMIT, SAMPLE_LIMIT
 from ptq_cli.storage.calibration import StatisticsSource, StreamingSource
 from ptq_cli.values import (
     Layer,
     Method,
     Unit,
 )
+
+# Inputs held out, as they are stored and in float32, and the sample.
+_HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
 
 
 def plan_units(
@@ -73,17 +76,19 @@ def _unit(
         name=members[0].module,
         layers=tuple(members),
         site=site,
-        memory=_unit_memory(site, members, method),
+        memory=_unit_memory(site, members, method, source),
         nearest=nearest,
     )
 
 
-def _unit_memory(site: str | None, members: Sequence[Layer], method: Method) -> int:
+def _unit_memory(
+    site: str | None, members: Sequence[Layer], method: Method, source: StatisticsSource | None
+) -> int:
     """Bytes that a unit takes at most, its process' own 60 MB aside.
 
     A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
-    of weight and error while it is measured. The site: its Hessian, and before anything else the
-    sums it is made of.
+    of weight and error while it is measured. The site: its Hessian, inputs that were held out or
+    sampled, and before anything else the sums it is made of.
     """
     columns = members[0].shape[1]
     most = max(
@@ -91,9 +96,9 @@ def _unit_memory(site: str | None, members: Sequence[Layer], method: Method) -> 
         for layer in members
     )
     packed = sum(layer.size for layer in members)
-    if site is None:
+    if site is None or source is None:
         return most + packed
-    return packed + max(statistics_memory(columns), most + 4 * columns * columns)
+    return packed + max(source.load_memory(site), most + 4 * columns * (columns + _HELD_ROWS))
 
 
 def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:

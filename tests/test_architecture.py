@@ -10,7 +10,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
     6  storage                                   the only one that opens files
     7  grid_settings, choice, layers, work,     what there is to do
        plan                                      all of it in one value
-    8  workers, worker, tasks, copying           where work is done, and in which order
+    8  workers, worker, tasks, copying, summing  where work is done, and in which order
        unit, linear, report, difference          one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
@@ -41,7 +41,7 @@ FLOORS = [
     ("storage",),
     ("grid_settings", "choice", "layers", "work", "plan"),
     (
-        *("workers", "worker", "tasks", "copying", "unit", "linear", "report", "junit"),
+        *("workers", "worker", "tasks", "copying", "summing", "unit", "linear", "report", "junit"),
         *("runtimes", "stream", "sequential", "difference"),
     ),
     (

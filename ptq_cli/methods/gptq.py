@@ -169,8 +169,9 @@ def _apply(
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
     out_features, n = shape
     item = 8 if n <= FLOAT64_COLUMNS else 4
-    panel = n * min(out_features, PANEL_ROWS)
-    return item * (2 * n * n + 5 * panel + 2 * n * grid.width(n)) + 2 * out_features * n
+    rows, width = min(out_features, PANEL_ROWS), grid.width(n)
+    group = width * (9 * rows + 4 * width + n)
+    return item * (n * n + 3 * n * rows + group) + 2 * out_features * n
 
 
 def _work(shape: tuple[int, int], grid: Grid, settings: GptqSettings) -> tuple[Work, Work]:

@@ -52,7 +52,7 @@ def _apply(
 
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
     size = shape[0] * shape[1]
-    return 24 * size if grid.group_size == 0 else 3 * size + 64 * PIECE_ELEMENTS
+    return 24 * size if grid.group_size == 0 else size + 64 * PIECE_ELEMENTS
 
 
 def _work(shape: tuple[int, int], grid: Grid, settings: RtnSettings) -> tuple[Work, Work]:

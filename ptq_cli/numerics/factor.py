@@ -22,17 +22,21 @@ class NotPositiveDefinite(ArithmeticError):
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite shows in the pivots
-def ldl_upper(matrix: FloatArray, block: int = BLOCK) -> tuple[FloatArray, FloatArray]:
+def ldl_upper(
+    matrix: FloatArray, block: int = BLOCK, *, in_place: bool = False
+) -> tuple[FloatArray, FloatArray]:
     """Factor a symmetric positive definite matrix [n, n] into (U [n, n], D [n]).
 
     Left-looking: block column J of `F = U · sqrt(D)` is
     `(H[:, J] − F[:, >J] · F[J, >J]ᵀ) · F_JJ⁻ᵀ`.
 
+    in_place: U takes the place of `matrix`, which is C-ordered
+
     Raises:
         NotPositiveDefinite: a pivot is not positive, or the matrix holds NaN or inf.
     """
     n = matrix.shape[0]
-    factor = np.array(matrix, order="C")
+    factor = matrix if in_place else np.array(matrix, order="C")
     for start in reversed(range(0, n, block)):
         stop = min(n, start + block)
         panel = factor[:stop, start:stop]

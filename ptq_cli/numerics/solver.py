@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +51,23 @@ class Feedback:
     """All that the linears of one site share: the factored Hessian and the order of the columns.
 
     order: column visited k-th, int [in_features]
-    hessian: H + λI in that order (sweeps read it)
-    upper, pivots: `hessian = upper · diag(pivots) · upperᵀ`
+    hessian, damping: H as it stands, and λ
+    upper, pivots: `H + λI = upper · diag(pivots) · upperᵀ`, in that order
     """
 
     order: NDArray[np.intp]
     hessian: FloatArray
+    damping: np.floating[Any]
     upper: FloatArray
     pivots: FloatArray
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Rows of H + λI in the order of visits, gathered when a sweep needs them: a copy of all of
+        it would be a third large matrix."""
+        rows = np.take(self.hessian[self.order[start:stop]], self.order, axis=1)
+        here = np.arange(stop - start)
+        rows[here, start + here] += self.damping
+        return rows
 
 
 def make_feedback(hessian: FloatArray, damp: float, order: NDArray[np.intp]) -> Feedback:
@@ -67,9 +77,10 @@ def make_feedback(hessian: FloatArray, damp: float, order: NDArray[np.intp]) -> 
         NotPositiveDefinite: raise `damp` and try again.
     """
     damped = hessian[np.ix_(order, order)]
-    damped.flat[:: len(order) + 1] += hessian.dtype.type(damp * hessian.diagonal().mean())
-    upper, pivots = ldl_upper(damped)
-    return Feedback(order, damped, upper, pivots)
+    damping = hessian.dtype.type(damp * hessian.diagonal().mean())
+    damped.flat[:: len(order) + 1] += damping
+    upper, pivots = ldl_upper(damped, in_place=True)
+    return Feedback(order, hessian, damping, upper, pivots)
 
 
 def column_order(hessian: FloatArray, act_order: str, grid: Grid) -> NDArray[np.intp]:
@@ -358,9 +369,9 @@ class _Panel:
         index, group = self._index[start], slice(start, stop)
         scale, zero = self.scales[index], self.zeros[index]
         centred = self.codes[group] - zero
-        hessian = self.feedback.hessian
-        gradient = hessian[group] @ self.error
-        scale = self._descend(start, stop, hessian[group, group], gradient, centred, scale, zero)
+        hessian = self.feedback.rows(start, stop)
+        gradient = hessian @ self.error
+        scale = self._descend(start, stop, hessian[:, group], gradient, centred, scale, zero)
         self._store(index, group, centred, scale, zero)
 
     def _store(

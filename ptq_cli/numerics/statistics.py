@@ -43,10 +43,10 @@ def piece_tokens(in_features: int) -> int:
     return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
-def statistics_memory(in_features: int) -> int:
-    """Bytes that the accumulator of one site takes at most."""
-    rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
-    blocks = 2 * BLOCK_COLUMNS * in_features
+def statistics_memory(in_features: int, n_tokens: int) -> int:
+    """Bytes that the accumulator of so many tokens of a site takes at most."""
+    rows = min(n_tokens, max(256, CHUNK_ELEMENTS // max(1, in_features)))
+    blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
     return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
 
 
@@ -55,6 +55,11 @@ def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
     and how many at most"""
     every, limit = heldout
     return n_seen - min(limit, n_seen // every if every else 0)
+
+
+def merge_memory(in_features: int) -> int:
+    """Bytes that `merge` takes at most beside what it is given, without a surplus held out."""
+    return 4 * in_features * (in_features + 2 * BLOCK_COLUMNS + 4 * SAMPLE_LIMIT)
 
 
 def statistics_work(n_tokens: int, in_features: int) -> Work:
@@ -79,6 +84,9 @@ class SiteAccumulator:
 
     Pieces are gathered to chunks of a size that depends on the width alone, so that the sums depend
     neither on the pieces nor on the machine.
+
+    first, total: where these are but a part of a site's `total` tokens, the place of the first:
+        tokens are held out, and taken as samples, so that merged parts have those of the whole
     """
 
     def __init__(
@@ -86,19 +94,24 @@ class SiteAccumulator:
         in_features: int,
         heldout_every: int = HELDOUT_EVERY,
         heldout_limit: int = HELDOUT_LIMIT,
+        first: int = 0,
+        total: int | None = None,
     ) -> None:
-        self.in_features = in_features
+        self.in_features, self._first = in_features, first
         self.every, self.limit = heldout_every, heldout_limit
         self.hessian = np.zeros((in_features, in_features), np.float32)
-        self.n_tokens = self.n_seen = 0
+        self.n_tokens, self.n_seen = 0, first
         self.low = np.full(in_features, np.inf, np.float32)
         self.high = np.full(in_features, -np.inf, np.float32)
         self.sum, self.sum_abs = np.zeros((2, in_features), np.float64)
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
-        self._room = heldout_limit
+        self._before = first - self._held_out(first)  # tokens in the statistics of other parts
+        self._room = max(0, heldout_limit - self._held_out(first))
         self._sampled: list[Array] = []
         self._stride = 1
+        while total is not None and total - self._held_out(total) > SAMPLE_LIMIT * self._stride:
+            self._stride *= 2
         rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
         self._chunk = np.empty((rows, in_features), np.float32)
         self._filled = 0
@@ -126,6 +139,10 @@ class SiteAccumulator:
                 self._multiply()
         self.n_seen += len(inputs)
 
+    def _held_out(self, tokens: int) -> int:
+        """How many of the site's first tokens are held out."""
+        return min(self.limit, tokens // self.every) if self.every else 0
+
     def _hold_out(self, inputs: Array) -> Array:
         """Keep the held-out tokens; the others are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
@@ -139,7 +156,7 @@ class SiteAccumulator:
 
     def _take_sample(self, inputs: Array) -> None:
         """Keep every `_stride`-th calibration token; where they become too many, every second."""
-        first = -self.n_tokens % self._stride
+        first = -(self._before + self.n_tokens) % self._stride
         self._sampled.append(inputs[first :: self._stride].copy())
         while sum(map(len, self._sampled)) > SAMPLE_LIMIT:
             self._sampled = [np.concatenate(self._sampled)[::2]]
@@ -188,7 +205,9 @@ class SiteAccumulator:
         """
         self._multiply()
         if self.n_tokens == 0:
-            raise InputError(f"{site}: no tokens to calibrate on ({self.n_seen} seen)")
+            raise InputError(
+                f"{site}: no tokens to calibrate on ({self.n_seen - self._first} seen)"
+            )
         if not np.isfinite(self.hessian.diagonal()).all():
             raise InputError(
                 f"{site}: inputs up to {float(max(-self.low.min(), self.high.max())):.3g} overflow"
@@ -208,7 +227,7 @@ class SiteAccumulator:
             linears=linears,
             hessian=self.hessian,
             n_tokens=self.n_tokens,
-            n_seen=self.n_seen,
+            n_seen=self.n_seen - self._first,
             absmax=np.maximum(-self.low, self.high),
             absmean=(self.sum_abs / self.n_tokens).astype(np.float32),
             minimum=float(self.low.min()),
@@ -275,6 +294,8 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
 
 
 def _stacked(first: Array, second: Array) -> Array:
+    if not len(first) or not len(second):  # nothing has no dtype to speak of
+        return first if len(first) else second
     dtype = np.result_type(first, second)
     return np.concatenate([first.astype(dtype), second.astype(dtype)])
 
@@ -297,7 +318,9 @@ def _combine(
     n = a.n_tokens + b.n_tokens
     of_a, of_b = a.n_tokens / n, b.n_tokens / n
     hessian = a.hessian * np.float32(of_a)
-    hessian += b.hessian * np.float32(of_b)
+    for start in range(0, len(hessian), BLOCK_COLUMNS):
+        rows = slice(start, start + BLOCK_COLUMNS)
+        hessian[rows] += b.hessian[rows] * np.float32(of_b)
     mean = of_a * a.mean + of_b * b.mean
     square = of_a * (a.std**2 + a.mean**2) + of_b * (b.std**2 + b.mean**2)
     start = min(a.histogram_start, b.histogram_start)

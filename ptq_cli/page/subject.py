@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.report import Gate
-from ptq_cli.storage.calibration import Activations, CalibrationFile, StatisticsSource
+from ptq_cli.storage.activations import Activations
+from ptq_cli.storage.calibration import CalibrationFile, StatisticsSource
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import REPORT, read_report

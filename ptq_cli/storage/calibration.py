@@ -1,4 +1,4 @@
-"""Where statistics come from: a statistics file, or activations read on the way.
+"""Where statistics come from: what sources are, and the statistics file.
 
 A statistics file is a safetensors file. Per site `<site>`:
 
@@ -22,8 +22,8 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
 from pathlib import Path
@@ -34,22 +34,11 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.layers import Tensor
-from ptq_cli.numerics.statistics import (
-    HELDOUT_EVERY,
-    HELDOUT_LIMIT,
-    NonFiniteInput,
-    SiteAccumulator,
-    calibration_tokens,
-    merge,
-    percentile,
-    piece_tokens,
-    static_scale,
-)
+from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, is_float, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
-from ptq_cli.storage.files import listing
-from ptq_cli.storage.gradients import FisherInfo, GradientSite, gradient_files
-from ptq_cli.storage.npy import InputsFile, open_inputs
+from ptq_cli.storage.files import listing, read_into
+from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.tensors import Bytes, as_bytes
 from ptq_cli.values import Array, SiteStatistics, Work
 
@@ -93,6 +82,10 @@ class StatisticsSource(Protocol):
     def fisher(self) -> Mapping[str, FisherInfo]: ...
 
     def load(self, site: str) -> SiteStatistics: ...
+
+    def load_memory(self, site: str) -> int:
+        """Bytes that `load` takes at most."""
+        ...
 
     def load_fisher(self, module: str) -> NDArray[np.float32]: ...
 
@@ -203,18 +196,10 @@ class CalibrationFile:
                 raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
         if (parts["hessian"].diagonal() < 0).any():
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
-        return SiteStatistics(
-            site=site,
-            linears=self.sites[site].linears,
-            n_tokens=int(entry["n_tokens"]),
-            n_seen=int(entry["n_seen"]),
-            minimum=float(entry["min"]),
-            maximum=float(entry["max"]),
-            mean=float(entry["mean"]),
-            std=float(entry["std"]),
-            histogram_start=int(entry["histogram_start"]),
-            **parts,
-        )
+        return site_statistics(site, self.sites[site].linears, entry, parts)
+
+    def load_memory(self, site: str) -> int:
+        return sum(self.checkpoint.tensors[f"{site}.{part}"].spec.nbytes for part in PARTS)
 
     def absmax(self, site: str) -> NDArray[np.float32]:
         """The site's absmax alone, float32 [in_features]. Raises InputError as `load` does."""
@@ -234,20 +219,25 @@ class CalibrationFile:
             checkpoint=replace(self.checkpoint.part(names), metadata={}),
             content={
                 **self.content,
-                "sites": _only(self.content["sites"], site),
+                "sites": only_entry(self.content["sites"], site),
                 "fisher": fisher,
             },
-            sites=_only(self.sites, site),
+            sites=only_entry(self.sites, site),
         )
 
     def digest(self, site: str) -> str:
         digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
         for part in PARTS:
-            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
+            stored = self.checkpoint.tensors[f"{site}.{part}"]
+            for start in range(0, stored.spec.nbytes, DIGEST_PIECE):
+                piece = np.empty(min(DIGEST_PIECE, stored.spec.nbytes - start), np.uint8)
+                read_into(stored.file, stored.offset + start, piece)
+                digest.update(piece)
         return digest.hexdigest()
 
 
-def _only(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+def only_entry(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+    """The entry of one site, or none."""
     return {name: entry for name, entry in entries.items() if name == site}
 
 
@@ -328,6 +318,24 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
     }
 
 
+def site_statistics(
+    site: str, linears: tuple[str, ...], entry: Mapping[str, Any], parts: Mapping[str, Array]
+) -> SiteStatistics:
+    """The statistics behind `site_entry` and the arrays of `site_tensors`, by their last names."""
+    return SiteStatistics(
+        site=site,
+        linears=linears,
+        n_tokens=int(entry["n_tokens"]),
+        n_seen=int(entry["n_seen"]),
+        minimum=float(entry["min"]),
+        maximum=float(entry["max"]),
+        mean=float(entry["mean"]),
+        std=float(entry["std"]),
+        histogram_start=int(entry["histogram_start"]),
+        **parts,
+    )
+
+
 def file_content(
     model: str,
     heldout: tuple[int, int],
@@ -373,6 +381,11 @@ class Merged:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
+    def load_memory(self, site: str) -> int:
+        """Two Hessians and their sum; that of tokens which one file alone would have held out."""
+        width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
+        return statistics_memory(width, tokens) + 12 * width**2
+
     def only(self, site: str | None) -> Merged:
         return Merged(tuple(part.only(site) for part in self.parts))
 
@@ -398,129 +411,6 @@ class Merged:
         ]
         mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
         return mean
-
-
-@dataclass(frozen=True)
-class ActivationSite:
-    info: SiteInfo
-    files: tuple[InputsFile, ...]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Folders or files of activations, matched to sites; statistics are made when asked for."""
-
-    name: str
-    entries: Mapping[str, ActivationSite]
-    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    surplus: tuple[str, ...] = ()
-    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
-
-    @property
-    def files(self) -> Sequence[Path]:
-        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
-        return [*found, *gradient_files(self.gradients)]
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {module: entry.info for module, entry in self.gradients.items()}
-
-    def load_fisher(self, module: str) -> NDArray[np.float32]:
-        """Stream the module's gradients."""
-        return self.gradients[module].load()
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        """Of the tokens, those that are not held out."""
-        return {
-            site: replace(
-                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
-            )
-            for site, entry in self.entries.items()
-        }
-
-    def load(self, site: str) -> SiteStatistics:
-        """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
-        entry = self.entries[site]
-        info = entry.info
-        sums = SiteAccumulator(info.in_features, *self.heldout)
-        step = piece_tokens(info.in_features)
-        for file in entry.files:
-            before = sums.n_seen
-            for start in range(0, file.n_tokens, step):
-                stop = min(file.n_tokens, start + step)
-                try:
-                    sums.update(file.read(start, stop))
-                except NonFiniteInput as error:
-                    raise InputError(
-                        f"{file.npy.path}: {list(file.npy.shape)}: {error.value} at token"
-                        f" {error.token - before}, channel {error.channel}",
-                        hint="capture the activations again",
-                    ) from None
-        return sums.result(site, info.linears)
-
-    def absmax(self, site: str) -> NDArray[np.float32]:
-        """The largest absolute value of each channel, float32 [in_features], without a Hessian."""
-        entry = self.entries[site]
-        found = np.zeros(entry.info.in_features, np.float32)
-        step = piece_tokens(entry.info.in_features)
-        for file in entry.files:
-            for start in range(0, file.n_tokens, step):
-                tokens = file.read(start, min(file.n_tokens, start + step))
-                np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
-        return found
-
-    def only(self, site: str | None) -> Activations:
-        return replace(self, entries=_only(self.entries, site))
-
-    def digest(self, site: str) -> str:
-        entry = self.entries[site]
-        digest = Digest(repr((entry.info, self.heldout)))
-        for file in entry.files:
-            digest.update(np.empty(0, np.uint8))
-            step = DIGEST_PIECE // max(1, file.in_features * file.npy.dtype.itemsize) or 1
-            for start in range(0, file.n_tokens, step):
-                tokens = file.read(start, min(file.n_tokens, start + step))
-                digest.update(tokens.reshape(-1).view(np.uint8))
-        return digest.hexdigest()
-
-
-def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
-    """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
-
-    paths: folders that hold those, or the files themselves; what several of them hold of one
-        module is put together
-
-    Raises:
-        InputError: a damaged file, shards of different widths.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        for module, file in _modules_in(path):
-            found.setdefault(module, []).append(file)
-    result = {}
-    for module, files in sorted(found.items()):
-        inputs = tuple(open_inputs(file, bf16) for file in files)
-        widths = {file.in_features: file.npy.path for file in inputs}
-        if len(widths) > 1:
-            (a, file_a), (b, file_b) = list(widths.items())[:2]
-            raise InputError(f"{file_a} has in_features {a}, {file_b} has {b}: one module")
-        result[module] = inputs
-    return result
-
-
-def _modules_in(path: Path) -> list[tuple[str, Path]]:
-    if not path.is_dir():
-        return [(path.name.removesuffix(".npy"), path)]
-    pairs = []
-    for name in listing(path):
-        entry = path / name
-        if entry.is_dir():
-            shards = [entry / shard for shard in listing(entry) if shard.endswith(".npy")]
-            pairs += [(name, shard) for shard in shards]
-        elif name.endswith(".npy"):
-            pairs.append((name.removesuffix(".npy"), entry))
-    return pairs
 
 
 def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:

@@ -126,6 +126,9 @@ class SmoothedSource:
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         raise KeyError(module)
 
+    def load_memory(self, site: str) -> int:
+        return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
+
     def load(self, site: str) -> SiteStatistics:
         statistics = self.base.load(site)
         factors = self.factors.get(statistics.linears[0])

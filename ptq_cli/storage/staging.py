@@ -4,6 +4,7 @@
     units/            finished units (storage/units.py)
     weights/          the weights files of the output while they are filled (storage/shards.py)
     out/              the finished output, until it is renamed to its place
+    old/              an older output on its way out, where two names cannot be swapped
     published.json    which `out` was given its name: what is left after that is rubbish
 
 The folder is locked as long as a run works in it; the system drops the lock with the process. At
@@ -13,6 +14,7 @@ every instant the output's path is absent, the old output, or the new one, compl
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -37,7 +39,7 @@ from ptq_cli.storage.units import ChangedInput, UnitStore, plain
 _SLACK = 1 << 20
 STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
 _OWN = (
-    *("job.json", "units", "weights", "out", "stream", "published.json"),
+    *("job.json", "units", "weights", "out", "old", "stream", "published.json"),
     *(STATISTICS, f"{STATISTICS}.partial"),
 )
 
@@ -68,6 +70,7 @@ class Staging:
             check_place(output)
             if os.path.lexists(self.folder):
                 self._sweep()
+                self._put_back()
             check_output(output, force, keep)
             if self._lock < 0:
                 self._lock = self._locked_folder()
@@ -76,6 +79,7 @@ class Staging:
                 self.store.folder.mkdir(exist_ok=True)
             self.store.drop_partials()
             _remove(self.out)
+            self._drop_shared()
         except BaseException:
             if self._fresh:
                 self.drop()
@@ -112,6 +116,15 @@ class Staging:
                 os.close(descriptor)
                 raise FileError(f"{self.folder}: {error.strerror}") from error
             os.close(descriptor)
+
+    def _drop_shared(self) -> None:
+        """Let go of weights files that have another name: a run that was killed after its output
+        had got its name left them, and the output has been moved since. It is not ours to fill."""
+        if self.weights.is_dir():
+            with named(self.weights):
+                for entry in os.scandir(self.weights):
+                    if entry.stat().st_nlink > 1:
+                        os.unlink(entry.path)
 
     def _sweep(self) -> None:
         """Remove what a run left that was killed after its output had got its name."""
@@ -180,12 +193,43 @@ class Staging:
         if os.path.lexists(self.output):
             if not self.force:
                 raise _exists(self.output)
-            exchange(self.out, self.output)
+            self._exchange()
         else:
             with named(self.output):
                 os.rename(self.out, self.output)
         sync_folder(self.output.parent)
         self.drop()
+
+    def _exchange(self) -> None:
+        """Take the older output's place: in one step where the file system can do that (NFS and
+        most of FUSE cannot); else the older one goes aside first, and comes back after a kill."""
+        try:
+            exchange(self.out, self.output)
+            return
+        except FileError as error:
+            code = getattr(error.__cause__, "errno", None)
+            if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        with named(self.output):
+            if not self.out.is_dir():
+                os.replace(self.out, self.output)
+                return
+            os.rename(self.output, self._aside)
+            try:
+                os.rename(self.out, self.output)
+            except OSError:
+                os.rename(self._aside, self.output)
+                raise
+
+    @property
+    def _aside(self) -> Path:
+        return self.folder / "old"
+
+    def _put_back(self) -> None:
+        """Give an older output its name again that a killed run had put aside."""
+        if os.path.lexists(self._aside) and not os.path.lexists(self.output):
+            with named(self.output):
+                os.rename(self._aside, self.output)
 
     def give_up(self, error: Exception) -> None:
         """After an error nothing is left, unless that would throw away an earlier run's work."""

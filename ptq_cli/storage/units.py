@@ -124,13 +124,23 @@ class UnitStore:
                 f" another {', '.join(differing)}",
                 hint="--restart drops its work, -o chooses another output",
             )
+        return self.whole(unit)
+
+    def whole(self, unit: str) -> bool:
+        """Whether the unit is there, and its tensors are those that were kept."""
         try:
             digest = Digest()
             for tensor in self.tensors(unit):
                 digest.update(np.asarray(tensor.data))
-            return bool(entry["data"] == digest.hexdigest())
+            return bool(self._entry(unit)["data"] == digest.hexdigest())
         except (InputError, KeyError, TypeError, ValueError):
             return False
+
+    def drop(self, unit: str) -> None:
+        """Remove what is there of a unit."""
+        for suffix in (".json", ".bin"):
+            with named(self.path(unit, suffix)):
+                self.path(unit, suffix).unlink(missing_ok=True)
 
     def _entry(self, unit: str) -> Any:
         path = self.path(unit, ".json")
@@ -139,6 +149,11 @@ class UnitStore:
         if not whole or entry["unit"] != unit:
             raise InputError(f"{path}: damaged")
         return entry
+
+    def key(self, unit: str) -> Key:
+        """What a finished unit was made from."""
+        key: Key = self._entry(unit)["key"]
+        return key
 
     def result(self, unit: str) -> Any:
         return self._entry(unit)["result"]

@@ -9,7 +9,8 @@ N goes through 1, 1 + STEP … until the command ends before it gets there. Then
 more, undisturbed. One line of JSON a case: what was hit, the exit codes, the state of `FOLDER/out`
 after each, what else lies there, and whether there was a traceback.
 
-Forks, so that the imports are paid for once. OLD: there is an output already, and --force.
+Forks, so that the imports are paid for once. OLD: there is an output already, and --force. A first
+word `parts=N` of COMMAND cuts a site's tokens into parts of N.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ def fresh(folder: Path, old: bool, as_file: bool) -> None:
 def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> None:
     import ptq_cli.cli.calibrate
     import ptq_cli.cli.quantize  # noqa: F401
+    from ptq_cli.storage import activations
 
+    if command[0].startswith("parts="):
+        activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
     as_file = command[0] == "calibrate"
     arguments = [*command, "-o", str(folder / "out"), "--workers", "1"]
     arguments += ["--force"] if old else []

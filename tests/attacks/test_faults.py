@@ -7,15 +7,52 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from tests.builders import ROOT, small_job
+from tests.builders import ROOT, copy_sample, ptq, random_weight, small_job, write_model
+
+
+def calibrated(command, *first):
+    """A command on a small model and its activations."""
+
+    def words(folder):
+        model, activations = small_job(folder)
+        return [*first, command, model, "--activations", activations]
+
+    return words
+
+
+def square_model(folder):
+    """Of a width that every format can hold."""
+    names = ("up_proj", "down_proj")
+    tensors = {
+        f"model.layers.0.mlp.{name}.weight": random_weight(64, 64, seed=i, dtype=np.float16)
+        for i, name in enumerate(names)
+    }
+    norm = random_weight(64, dtype=np.float16)
+    return write_model(folder / "model.safetensors", {**tensors, "model.norm.weight": norm})
+
+
+def repacked(folder):
+    packed = folder / "packed"
+    assert ptq("rtn", square_model(folder), "--group-size", 32, "-o", packed).code == 0
+    return ["pack", packed, "--format", "gptq"]
+
+
+COMMANDS = {
+    "gptq": calibrated("gptq"),
+    "calibrate": calibrated("calibrate"),
+    "calibrate in parts": calibrated("calibrate", "parts=48"),
+    "onnx": lambda f: ["rtn", square_model(f), "--format", "onnx", "--group-size", 32],
+    "gguf": lambda f: ["rtn", copy_sample(f / "sample"), "--format", "gguf"],
+    "repack": repacked,
+}
 
 
 def cases(tmp_path, kind, step, command, old):
     """Run tests/attacks/faults.py on a small model."""
-    model, activations = small_job(tmp_path)
-    words = [command, str(model), "--activations", str(activations)]
+    words = [str(word) for word in COMMANDS[command](tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     script = [sys.executable, "-m", "tests.attacks.faults", kind, str(step)]
     result = subprocess.run(
@@ -64,7 +101,9 @@ OLD = pytest.mark.parametrize("old", [False, True], ids=["new", "over an older o
 
 @pytest.mark.parametrize("step", STEPS)
 @OLD
-@pytest.mark.parametrize("command", ["gptq", "calibrate"])
+@pytest.mark.parametrize(
+    "command", ["gptq", "calibrate", pytest.param("calibrate in parts", marks=pytest.mark.slow)]
+)
 def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, step, old, command):
     for case in cases(tmp_path, "kill", step, command, old):
         check_kill(case)
@@ -76,6 +115,16 @@ def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, 
 def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, step, old, command, kind):
     for case in cases(tmp_path, kind, step, command, old):
         check_failure(case)
+
+
+@pytest.mark.slow
+@OLD
+@pytest.mark.parametrize("kind", ["kill", "ENOSPC"])
+@pytest.mark.parametrize(("command", "step"), [("onnx", 3), ("gguf", 29), ("repack", 3)])
+def test_other_containers(tmp_path, old, command, step, kind):
+    pytest.importorskip(command if command != "repack" else "numpy")
+    for case in cases(tmp_path, kind, step, command, old):
+        (check_kill if kind == "kill" else check_failure)(case)
 
 
 @pytest.mark.slow

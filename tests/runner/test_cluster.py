@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.storage import activations
+from ptq_cli.storage.units import UnitStore
 from tests.builders import ROOT, SAMPLE, ptq, tree
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -30,7 +32,7 @@ def cluster():
         yield cluster
 
 
-def test_the_same_bytes(tmp_path, cluster, monkeypatch):
+def test_two_workers_of_a_cluster_give_the_same_bytes(tmp_path, cluster, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the workers' current folder is another: paths must travel
     (tmp_path / "in").symlink_to(SAMPLE)
     for words in (["gptq", "in/model.safetensors"], ["calibrate", "in/model.safetensors"]):
@@ -44,6 +46,22 @@ def test_the_same_bytes(tmp_path, cluster, monkeypatch):
             assert one.read_bytes() == many.read_bytes()
         for path in (one, many):
             path.rename(f"{path}-{words[0]}")
+
+
+def test_parts_of_a_site_are_summed_by_all_workers_with_the_same_bytes(
+    tmp_path, cluster, monkeypatch
+):
+    """The cut travels with the work: the workers' own constant is another."""
+    monkeypatch.setattr(activations, "PART_TOKENS", 300)
+    words = ["calibrate", MODEL, "-o"]
+    assert ptq(*words, tmp_path / "one", "--workers", 1).code == 0
+    outcome = ptq(*words, tmp_path / "many", "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    one = (tmp_path / "one").read_bytes()
+    assert one == (tmp_path / "many").read_bytes()
+    monkeypatch.undo()
+    assert ptq(*words, tmp_path / "uncut", "--workers", 1).code == 0
+    assert one != (tmp_path / "uncut").read_bytes()
 
 
 def test_a_dry_run_asks_the_cluster(tmp_path, cluster):
@@ -96,6 +114,28 @@ def test_interrupted_on_the_cluster_and_gone_on_with_here(tmp_path, cluster):
     assert "Traceback" not in err
     assert ptq(*arguments, "--workers", 2).code == 0
     assert ptq(*arguments[:-1], tmp_path / "p", "--workers", 1).code == 0
+    assert tree(tmp_path / "o") == tree(tmp_path / "p")
+
+
+def test_interrupted_here_and_gone_on_with_on_the_cluster(tmp_path, cluster, monkeypatch):
+    """Units that lie in their places already, and units that the cluster stages, side by side."""
+    arguments = ["gptq", MODEL, "-o", tmp_path / "o"]
+    put, kept = UnitStore.put, []
+
+    def stop(self, unit, *rest, **options):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        put(self, unit, *rest, **options)
+        kept.append(unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitStore, "put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ptq(*arguments, "--workers", 1)
+    outcome = ptq(*arguments, "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    assert "kept from the interrupted run" in outcome.err
+    assert ptq("gptq", MODEL, "-o", tmp_path / "p", "--workers", 1).code == 0
     assert tree(tmp_path / "o") == tree(tmp_path / "p")
 
 

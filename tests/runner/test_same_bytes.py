@@ -68,11 +68,22 @@ def test_little_memory_one_at_a_time(tmp_path, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("threads", ["1", "2", None], ids=lambda n: f"OPENBLAS_NUM_THREADS {n}")
+def test_openblas_num_threads_1_2_and_unset(tmp_path, expected, monkeypatch, threads, workers):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    more = {} if threads is None else {"OPENBLAS_NUM_THREADS": threads}
+    run("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", workers, **more)
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+    run("calibrate", MODEL, "-o", tmp_path / "stats", "--workers", workers, **more)
+    assert (tmp_path / "stats").read_bytes() == (expected / "stats.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
-        {"OPENBLAS_NUM_THREADS": "1"},
-        {"OPENBLAS_NUM_THREADS": "2"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"},
         {"LC_ALL": "tr_TR.UTF-8", "COLUMNS": "20", "PYTHONHASHSEED": "7", "TERM": "dumb"},
         {"HOME": "/nowhere", "NO_COLOR": "1", "PYTHONHASHSEED": "1"},
