@@ -32,6 +32,7 @@ from ptq_cli.storage.gradients import match_gradients
 from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from ptq_cli.tasks import Resources
+from ptq_cli.work import few_tokens
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,14 @@ def prepare_activations(
     name = ", ".join(map(str, folders))
     if ((match.missing and missing == "error") or not match.entries) and not alone:
         raise missing_error(match, name)
-    warnings = list(match_warnings(match))
+    source = Activations(name, match.entries, heldout, gradients=slopes)
+    infos = source.sites.values()
+    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
+    warnings = [*match_warnings(match), *few]
     if match.missing:
         warnings.append(
             f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
         )
-    source = Activations(name, match.entries, heldout, gradients=slopes)
     fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
     return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
 

@@ -35,7 +35,6 @@ from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.work import few_tokens
 from ptq_cli.workers import hire
 
 WORTH_A_PROCESS = 1 << 33  # multiplications
@@ -109,16 +108,12 @@ def _mistakes(
     ]
 
 
-def match_warnings(match: Match) -> list[str]:
-    """Warnings about activations that fit no linear, and about sites with few tokens."""
-    warnings = []
-    if match.surplus:
-        warnings.append(
-            f"{len(match.surplus)} activations fit no linear of the model:"
-            f" {', '.join(match.surplus[:10])}"
-        )
-    infos = [entry.info for entry in match.entries.values()]
-    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in infos])
+def match_warnings(match: Match) -> tuple[str, ...]:
+    """A warning about activations that fit no linear."""
+    if not match.surplus:
+        return ()
+    names = ", ".join(match.surplus[:10])
+    return (f"{len(match.surplus)} activations fit no linear of the model: {names}",)
 
 
 def missing_error(match: Match, where: str) -> InputError:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ptq_cli.errors import FileError
+from ptq_cli.page.names import common_parents
 from ptq_cli.report import printable, row_error, row_rtn_error
 from ptq_cli.values import LayerReport, RunReport
 
@@ -229,15 +230,6 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     line(
         f"{folded} of {len(sites)} sites smoothed; float outputs change by at most {number(change)}"
     )
-
-
-def common_parents(modules: Sequence[str]) -> str:
-    """The leading names that all modules share, `model.layers.`."""
-    split = [module.split(".")[:-1] for module in modules]
-    count = 0
-    while split and all(len(s) > count and s[count] == split[0][count] for s in split):
-        count += 1
-    return "".join(f"{name}." for name in split[0][:count]) if split else ""
 
 
 def _cells(row: LayerReport, common: str) -> list[str]:

@@ -56,6 +56,8 @@ def _option(
         extra = {"multiple": True, "metavar": meta.get("metavar")}
     else:
         extra = {"type": _click_type(field, kind)}
+    if kind is int and "choices" in meta:  # click before 8.2 has choices of words only
+        extra["callback"] = lambda ctx, param, value: None if value is None else int(value)
     if "short" in meta:
         names.insert(0, meta["short"])
     default = _shown_default(field, kind, defaults.get(field.name, field.default))
@@ -68,7 +70,7 @@ def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     if meta.get("formats"):
         return click.Choice(list(FORMATS))
     if "choices" in meta:
-        return click.Choice(list(meta["choices"]))
+        return click.Choice([str(choice) for choice in meta["choices"]])
     if kind is int:
         return click.IntRange(meta.get("min"), meta.get("max"))
     if "words" in meta:

@@ -17,6 +17,7 @@ from ptq_cli.options import settings_fields
 from ptq_cli.progress import Listener, nobody
 from ptq_cli.registry import format_named, method
 from ptq_cli.repack import Repack, RepackSettings, plan_repack, run_repack
+from ptq_cli.sources import Source
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, open_quantized
 from ptq_cli.storage.machine import parse_size
@@ -35,6 +36,11 @@ class RepackJob:
     @property
     def plan(self) -> Plan:
         return self.repack.plan
+
+    @property
+    def source(self) -> Source:
+        """Codes that stay as they are need no statistics."""
+        return Source(None)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -120,10 +120,9 @@ def find_source(
         return Source(None)
     match = match_activations(checkpoint, find_activations(folders, settings.bf16))
     name = ", ".join(map(str, folders))
-    warnings = tuple(w for w in match_warnings(match) if "fit no linear" in w)
     fingerprint = " ".join(activations_fingerprint(match))
     streamed = Activations(name, match.entries, HELDOUT, match.surplus)
-    return Source(streamed, warnings, fingerprint)
+    return Source(streamed, match_warnings(match), fingerprint)
 
 
 def _token_source(checkpoint: Checkpoint, settings: SourceSettings, correct: bool) -> Source:

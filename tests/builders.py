@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from ptq_cli.cli.main import run
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_data"
 
+PROGRESS = re.compile(r"\[ *\d+/\d+\] ")
 WORDS = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
@@ -42,11 +44,12 @@ SITES = {"layers.0.q_proj": 32, "layers.0.o_proj": 12, "layers.0.down_proj": 40}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the command line left behind."""
+    """What a run of the command line left behind. err: without the lines of progress"""
 
     code: int
     out: str
     err: str
+    progress: tuple[str, ...] = ()
 
     @property
     def document(self) -> Any:
@@ -68,7 +71,16 @@ def ptq(*arguments: object) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([str(argument) for argument in arguments])
         out.flush(), err.flush()
-    return Outcome(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
+    said, progress = apart(err.buffer.getvalue().decode())
+    return Outcome(code, out.buffer.getvalue().decode(), said, progress)
+
+
+def apart(stderr: str) -> tuple[str, tuple[str, ...]]:
+    """What stands on stderr, and the lines of progress among it: `[3/28] …`."""
+    lines = stderr.splitlines(keepends=True)
+    progress = [line for line in lines if PROGRESS.match(line)]
+    said = "".join(line for line in lines if line not in progress)
+    return said, tuple(line.rstrip("\n") for line in progress)
 
 
 def raw_safetensors(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:

@@ -11,11 +11,11 @@ Imports point one way, from a later floor to an earlier one or within the same f
     7  grid_settings, choice, layers, work,     what there is to do
        plan                                      all of it in one value
     8  workers, worker, tasks, copying           where work is done, and in which order
-       unit, linear, report                      one unit's work; what is said of it
+       unit, linear, report, difference          one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
-    10 display, live, options, config
+    10 display, live, options, config, page
     11 sources, …_job, api                       the commands as functions
     12 cli
     13 __main__, __init__
@@ -42,14 +42,13 @@ FLOORS = [
     ("grid_settings", "choice", "layers", "work", "plan"),
     (
         *("workers", "worker", "tasks", "copying", "unit", "linear", "report", "junit"),
-        "runtimes",
-        *("stream", "sequential"),
+        *("runtimes", "stream", "sequential", "difference"),
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),
         *("sequential_smoothing", "quality", "torch_capture", "cost", "forecast", "forecast_jobs"),
     ),
-    ("display", "live", "options", "config"),
+    ("display", "live", "options", "config", "page"),
     (
         *("api", "sources", "checking", "calibrate_job", "quantize_job", "smooth_job"),
         *("repack_job", "eval_job"),

@@ -12,7 +12,8 @@ from ptq_cli import display
 from ptq_cli.cli.next_steps import Step, after, as_line
 from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.junit import as_junit
-from ptq_cli.report import as_csv, as_document, check_gates, gates_of
+from ptq_cli.report import Gate, as_csv, as_document, check_gates, gates_of
+from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.files import write_whole
 from ptq_cli.values import Layer, RunReport
 
@@ -104,6 +105,12 @@ def report_options(command: C) -> C:
             metavar="FILE",
             help="Write layers and gates to FILE as JUnit XML, for CI.",
         ),
+        click.option(
+            "--html",
+            type=PATH,
+            metavar="FILE",
+            help="Write the report also as a page with charts (needs ptq[report]).",
+        ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     ):
         command = option(command)
@@ -153,11 +160,17 @@ def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
 
 def check_report_paths(options: Mapping[str, Any]) -> None:
     """Find out before the work whether the reports that were asked for could be written."""
-    _check_path(options["report_path"], (".csv", ".json"), "a report")
-    _check_path(options["junit"], (".xml",), "a JUnit report")
+    check_path(options["report_path"], (".csv", ".json"), "a report")
+    check_path(options["junit"], (".xml",), "a JUnit report")
+    if options["html"] is not None:
+        from ptq_cli.page.svg import require_matplotlib
+
+        check_path(options["html"], (".html", ".htm"), "a page")
+        require_matplotlib("--html")
 
 
-def _check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
+def check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
+    """Raises InputError where no file of this kind can be written there."""
     if path is None:
         return
     if path.suffix not in suffixes:
@@ -165,7 +178,7 @@ def _check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder")
     if path.is_dir():
-        raise InputError(f"{path}: a folder", hint="name a file for the report")
+        raise InputError(f"{path}: a folder", hint=f"name a file for {what}")
 
 
 def finish(
@@ -175,20 +188,27 @@ def finish(
     *,
     written: bool,
     layers: Sequence[Layer] = (),
+    source: StatisticsSource | None = None,
 ) -> None:
     """Write and print the report, hold it against the gates, and say what to do next.
 
     output: what was written, or else what was measured
     layers: that a runtime could load from there
+    source: the statistics of its inputs, for the page
 
     Raises:
         GateMissed: after everything was written.
     """
     limits = {name: options[name] for name in GATES if options.get(name) is not None}
+    gates = gates_of(report, **limits)
     if options["junit"] is not None:
-        write_whole(options["junit"], as_junit(report, gates_of(report, **limits), output))
-    shown = output if written else None
-    emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
+        write_whole(options["junit"], as_junit(report, gates, output))
+    try:
+        if options["html"] is not None:
+            _write_page(report, options["html"], Path(output), source, gates)
+    finally:
+        shown = output if written else None
+        emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
     try:
         check_gates(report, **limits)
     except GateMissed as error:
@@ -201,6 +221,21 @@ def finish(
 def show_next(steps: Iterable[Step]) -> None:
     for what, words in steps:
         display.line(f"{what}: {as_line(words)}")
+
+
+def _write_page(
+    report: RunReport,
+    path: Path,
+    output: Path,
+    source: StatisticsSource | None,
+    gates: Sequence[Gate],
+) -> None:
+    from ptq_cli.page.build import write_page
+    from ptq_cli.page.subject import subject_of
+
+    document = as_document(report, times=False)
+    subject = subject_of(document, output.resolve().name, output, source, gates)
+    write_page(path, [subject])
 
 
 def emit_report(

@@ -10,6 +10,7 @@ import click
 from ptq_cli import display
 from ptq_cli.cli.common import emit_warnings
 from ptq_cli.forecast import Forecast, check, document
+from ptq_cli.page.names import common_parents
 from ptq_cli.storage.rates import measure
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -76,7 +77,7 @@ def _interrupted(finished: int | None) -> str:
 
 def _show_layers(layers: list[dict[str, Any]], top: int) -> None:
     shown = layers if top <= 0 else layers[:top]
-    common = display.common_parents([row["module"] for row in layers])
+    common = common_parents([row["module"] for row in layers])
     rows = [
         [
             row["module"].removeprefix(common),

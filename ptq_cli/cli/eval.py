@@ -24,7 +24,8 @@ from ptq_cli.cli.tokens import token_options
 from ptq_cli.eval_job import prepare_evaluation
 from ptq_cli.live import Follow
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.sources import SourceSettings, take_tokens
+from ptq_cli.sources import SourceSettings, find_source, take_tokens
+from ptq_cli.storage.checkpoint import open_checkpoint
 
 
 @click.command("eval")
@@ -133,4 +134,8 @@ def evaluate(
             listen=listen,
         )
     emit_warnings(report.warnings, options["strict"])
-    finish(report, options, str(quantized), written=False)
+    inputs_seen = None
+    if options["html"] is not None:
+        named = SourceSettings(calibration, activations, bf16)
+        inputs_seen = find_source(open_checkpoint(original), named).statistics
+    finish(report, options, str(quantized), written=False, source=inputs_seen)

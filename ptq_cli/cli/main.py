@@ -30,6 +30,8 @@ COMMANDS = {
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
+    "report": ("ptq_cli.cli.report:report", "Runs as a page with charts, one or side by side."),
+    "diff": ("ptq_cli.cli.diff:diff", "What changed between two reports; worse or not."),
     "completion": ("ptq_cli.cli.completion:completion", "Complete words in bash, zsh or fish."),
 }
 
@@ -107,6 +109,7 @@ def run(arguments: list[str]) -> int:
             return answer(instruction)
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
+        _quiet_streams()  # a full or closed stderr is no error
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort as error:
         if isinstance(error.__cause__ or error.__context__, EOFError):

@@ -120,4 +120,5 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
     for warning in report.warnings[len(job.plan.warnings) :]:
         display.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
-    finish(report, options, str(job.output), written=True, layers=layers)
+    source = job.source.statistics
+    finish(report, options, str(job.output), written=True, layers=layers, source=source)

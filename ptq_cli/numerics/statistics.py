@@ -50,6 +50,13 @@ def statistics_memory(in_features: int) -> int:
     return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
 
 
+def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
+    """Of `n_seen` tokens, those that enter the statistics. heldout: every how many one is held out,
+    and how many at most"""
+    every, limit = heldout
+    return n_seen - min(limit, n_seen // every if every else 0)
+
+
 def statistics_work(n_tokens: int, in_features: int) -> Work:
     """Roughly what the accumulator of one site computes: half of `inputs.T @ inputs`, the sums, and
     the histogram."""

@@ -39,6 +39,7 @@ from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     NonFiniteInput,
     SiteAccumulator,
+    calibration_tokens,
     merge,
     percentile,
     piece_tokens,
@@ -214,6 +215,13 @@ class CalibrationFile:
             histogram_start=int(entry["histogram_start"]),
             **parts,
         )
+
+    def absmax(self, site: str) -> NDArray[np.float32]:
+        """The site's absmax alone, float32 [in_features]. Raises InputError as `load` does."""
+        values = self.checkpoint.read(f"{site}.absmax").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.name}: {site}.absmax is damaged", hint="calibrate again")
+        return values
 
     def only(self, site: str | None) -> CalibrationFile:
         names = [] if site is None else [f"{site}.{part}" for part in PARTS]
@@ -423,7 +431,13 @@ class Activations:
 
     @property
     def sites(self) -> Mapping[str, SiteInfo]:
-        return {site: entry.info for site, entry in self.entries.items()}
+        """Of the tokens, those that are not held out."""
+        return {
+            site: replace(
+                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
+            )
+            for site, entry in self.entries.items()
+        }
 
     def load(self, site: str) -> SiteStatistics:
         """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
@@ -444,6 +458,17 @@ class Activations:
                         hint="capture the activations again",
                     ) from None
         return sums.result(site, info.linears)
+
+    def absmax(self, site: str) -> NDArray[np.float32]:
+        """The largest absolute value of each channel, float32 [in_features], without a Hessian."""
+        entry = self.entries[site]
+        found = np.zeros(entry.info.in_features, np.float32)
+        step = piece_tokens(entry.info.in_features)
+        for file in entry.files:
+            for start in range(0, file.n_tokens, step):
+                tokens = file.read(start, min(file.n_tokens, start + step))
+                np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
+        return found
 
     def only(self, site: str | None) -> Activations:
         return replace(self, entries=_only(self.entries, site))

@@ -16,7 +16,7 @@ from tests.builders import ROOT, SAMPLE
 def started(tmp_path, *more):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     model = SAMPLE / "model.safetensors"
-    words = ["gptq", str(model), "-o", str(tmp_path / "o"), "--sweeps", "40", *more]
+    words = ["gptq", str(model), "-o", str(tmp_path / "o"), "--sweeps", "40", "-q", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "ptq_cli", *words],
         env=env,

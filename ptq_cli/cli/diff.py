@@ -1,0 +1,123 @@
+"""`ptq diff`: what changed between two reports, and did it become worse."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptq_cli import display
+from ptq_cli.cli.common import PATH
+from ptq_cli.difference import Change, Difference, difference
+from ptq_cli.errors import GateMissed
+from ptq_cli.storage.reports import read_report
+
+_SHOWN = 5
+
+
+@click.command("diff")
+@click.argument("before", type=PATH)
+@click.argument("after", type=PATH)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=0.01,
+    show_default=True,
+    metavar="X",
+    help="Fail where something became worse by more than this fraction of what it was.",
+)
+@click.option(
+    "--top",
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Layers in the table, those that became worst first; 0 shows all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def diff(before: Path, after: Path, tolerance: float, top: int, as_json: bool) -> None:
+    """Say what changed from the report BEFORE to AFTER: settings, layers, errors, size, perplexity.
+
+    Each is an output folder, its report.json, or a file of --report. Exits 3 where something
+    became worse by more than --tolerance.
+
+    \b
+    ptq diff model-gptq-w4g128 candidate --tolerance 0.02
+    """
+    if not isfinite(tolerance):
+        raise click.UsageError("--tolerance is a number like 0.01")
+    found = difference(read_report(before)[0], read_report(after)[0])
+    worse = found.worse(tolerance)
+    if as_json:
+        display.print_json(_document(found, tolerance, worse))
+    else:
+        _show(found, top)
+    if worse:
+        named = ", ".join(f"{c.name} {_moved(c)}" for c in worse[:_SHOWN])
+        more = f" and {len(worse) - _SHOWN} more" if len(worse) > _SHOWN else ""
+        raise GateMissed(f"worse by more than {100 * tolerance:g} %: {named}{more}")
+
+
+def _document(found: Difference, tolerance: float, worse: list[Change]) -> dict[str, Any]:
+    def entry(change: Change) -> dict[str, Any]:
+        part = change.worse if isfinite(change.worse) else None
+        missed = change in worse
+        return {"before": change.before, "after": change.after, "worse": part, "missed": missed}
+
+    return {
+        "same": found.same,
+        "tolerance": tolerance,
+        "missed": len(worse),
+        "settings": {k: {"before": b, "after": a} for k, (b, a) in found.settings.items()},
+        "totals": {change.name: entry(change) for change in found.totals},
+        "layers": {change.name: entry(change) for change in found.layers},
+        "added": list(found.added),
+        "removed": list(found.removed),
+        "measured": list(found.measured),
+    }
+
+
+def _show(found: Difference, top: int) -> None:
+    if found.same:
+        display.line("no difference")
+        return
+    for key, (before, after) in found.settings.items():
+        display.line(f"{key}: {_word(before)} -> {_word(after)}")
+    for words in found.measured:
+        display.line(f"not comparable: {words}")
+    for title, modules in (("added", found.added), ("removed", found.removed)):
+        if modules:
+            more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+            names = ", ".join(modules[:_SHOWN])
+            display.line(f"{len(modules)} layers {title}: {names}{more}")
+    shown = found.layers if top <= 0 else found.layers[:top]
+    if found.totals:
+        _table("total", found.totals)
+    if shown:
+        _table("layer", shown)
+    if len(shown) < len(found.layers):
+        display.line(f"... and {len(found.layers) - len(shown)} more (--top 0 shows all)")
+
+
+def _table(title: str, changes: tuple[Change, ...]) -> None:
+    columns = [(title, "left"), ("before", "right"), ("after", "right"), ("change", "right")]
+    rows = [
+        [c.name, _number(c.before), _number(c.after), _moved(c), "worse" if worse else "better"]
+        for c, worse in ((change, change.worse > 0) for change in changes)
+    ]
+    display.table([*columns, ("", "left")], rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _moved(change: Change) -> str:
+    if change.before == 0:
+        return f"from 0 to {_number(change.after)}"
+    return f"{100 * (change.after - change.before) / abs(change.before):+.3g} %"
+
+
+def _word(value: Any) -> str:
+    return "unset" if value is None or value in ("", []) else str(value)

@@ -1,0 +1,51 @@
+"""`ptq report`: runs as a page with charts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptq_cli import display
+from ptq_cli.cli.common import PATH, check_path
+
+
+@click.command("report")
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE",
+    help="The page.",
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    metavar="FILE",
+    help="Statistics from ptq calibrate: of one run, show its loudest input channels.",
+)
+def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> None:
+    """Write a page with charts and tables of one of RUNS, or of several side by side.
+
+    Each is an output folder, its report.json, or a file of --report. The page is one file that
+    needs no network. Needs ptq[report].
+
+    \b
+    ptq report model-gptq-w4g128
+    ptq report w4/ w3/ w3-tokens/ -o compared.html
+    """
+    from ptq_cli.page.build import write_page
+    from ptq_cli.page.subject import open_subjects
+    from ptq_cli.page.svg import require_matplotlib
+    from ptq_cli.storage.calibration import open_calibration
+
+    if calibration is not None and len(runs) > 1:
+        raise click.UsageError("--calibration goes with one run")
+    check_path(output, (".html", ".htm"), "a page")
+    require_matplotlib("the page")
+    source = None if calibration is None else open_calibration(calibration)
+    write_page(output, open_subjects(runs, source))
+    display.line(f"written: {output}")

@@ -1,0 +1,134 @@
+"""What changed between two reports of one model, and whether it became worse.
+
+A measure is worse by the fraction that it moved in its bad direction, of what it was:
+`new / old − 1` for an error, `1 − new / old` for a gain. The tolerance is such a fraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+Document = Mapping[str, Any]
+
+# what it is called -> (where it stands in the report, whether larger is better)
+_TOTALS: Mapping[str, tuple[Sequence[str], bool]] = {
+    "mean error": (("totals", "mean_rel_err"), False),
+    "worst error": (("totals", "worst_rel_err"), False),
+    "gain over RTN": (("totals", "gain_vs_rtn"), True),
+    "size in bytes": (("totals", "bytes_after"), False),
+    "bits per weight": (("totals", "bits_per_weight"), False),
+    "fallbacks": (("totals", "fallbacks"), False),
+    "perplexity": (("quality", "perplexity", "quantized"), False),
+    "mean KL": (("quality", "kl", "quantized", "mean"), False),
+    "equal top tokens": (("quality", "same_top", "quantized"), True),
+    "calibrated": (("totals", "calibrated"), True),
+    "held-out inputs": (("totals", "heldout"), True),
+}
+_DESCRIBED = ("command", "ptq")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure in both reports.
+
+    worse: the fraction by which it became worse, negative where it became better; inf from nothing
+    """
+
+    name: str
+    before: float
+    after: float
+    worse: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed.
+
+    settings: what was set otherwise, name -> (before, after); `command` and `ptq` stand among them
+    totals, layers: measures that changed at all, the worst first; layers are errors by module
+    added, removed: modules that only one report has; measured: why the errors may not be compared
+    """
+
+    settings: Mapping[str, tuple[Any, Any]]
+    totals: tuple[Change, ...]
+    layers: tuple[Change, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    measured: tuple[str, ...] = ()
+
+    def worse(self, tolerance: float) -> list[Change]:
+        """What became worse by more than the tolerance."""
+        return [change for change in (*self.totals, *self.layers) if change.worse > tolerance]
+
+    @property
+    def same(self) -> bool:
+        return not (self.settings or self.totals or self.layers or self.added or self.removed)
+
+
+def difference(before: Document, after: Document) -> Difference:
+    """Compare two reports (report.schema.json)."""
+    rows = [{row["module"]: row for row in document["layers"]} for document in (before, after)]
+    both = [module for module in rows[0] if module in rows[1]]
+    totals = (
+        _change(name, _value(before, place), _value(after, place), better)
+        for name, (place, better) in _TOTALS.items()
+    )
+    layers = (_change(m, _error(rows[0][m]), _error(rows[1][m]), False) for m in both)
+    return Difference(
+        settings=_settings(before, after),
+        totals=_changed(totals),
+        layers=_changed(layers),
+        added=tuple(module for module in rows[1] if module not in rows[0]),
+        removed=tuple(module for module in rows[0] if module not in rows[1]),
+        measured=_measured(before, after),
+    )
+
+
+def _settings(before: Document, after: Document) -> dict[str, tuple[Any, Any]]:
+    sides = [{**d["settings"], **{key: d[key] for key in _DESCRIBED}} for d in (before, after)]
+    keys = sorted(sides[0].keys() | sides[1].keys())
+    pairs = {key: (sides[0].get(key), sides[1].get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _measured(before: Document, after: Document) -> tuple[str, ...]:
+    """What keeps errors from being comparable."""
+    words: list[str] = []
+    if not (before["layers"] and after["layers"]):
+        return ()
+    for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
+        sides = [bool(document["totals"].get(key)) for document in (before, after)]
+        if sides[0] != sides[1]:
+            words.append(f"only the errors {'before' if sides[0] else 'after'} are those {text}")
+    return tuple(words)
+
+
+def _value(document: Document, place: Sequence[str]) -> float | None:
+    value: Any = document
+    for key in place:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def _error(row: Mapping[str, Any]) -> float:
+    heldout = row["heldout_rel_err"]
+    return float(row["rel_err"] if heldout is None else heldout)
+
+
+def _change(name: str, before: float | None, after: float | None, better: bool) -> Change | None:
+    """None where nothing changed, or one side was not measured."""
+    if before is None or after is None or before == after:
+        return None
+    moved = before - after if better else after - before
+    if before == 0:
+        return Change(name, before, after, inf if moved > 0 else -inf)
+    return Change(name, before, after, moved / abs(before))
+
+
+def _changed(changes: Iterable[Change | None]) -> tuple[Change, ...]:
+    """The worst first."""
+    found = [change for change in changes if change is not None]
+    return tuple(sorted(found, key=lambda change: (-change.worse, change.name)))

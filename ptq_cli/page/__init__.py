@@ -1,0 +1,1 @@
+"""The report as a page: self-contained HTML with charts, for people (`--html`, `ptq report`)."""
