@@ -7,10 +7,11 @@ The commands as functions:
 >>> weight = ptq_cli.load_weight("model-gptq-w4g128", "lm_head")  # doctest: +SKIP
 """
 
-from importlib import import_module
-from typing import Any
-
 from ptq_cli._version import __version__
+
+TYPE_CHECKING = False  # typing is slow to import, and the command answers signals after this
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "PtqError",
@@ -36,7 +37,9 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in __all__:
         raise AttributeError(f"module 'ptq_cli' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOME.get(name, "ptq_cli.api")), name)

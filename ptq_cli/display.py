@@ -90,7 +90,8 @@ def middle(text: str, width: int) -> str:
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column folds where it is too long, so that no name is lost.
+    """A table on stdout. Nothing in it is ever cut: the first column folds where it is too long,
+    and where that is not enough each row is a name with its values under it.
 
     columns: (title, "left" or "right")
     """
@@ -98,6 +99,9 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
+    if not _fits(columns, rows):
+        _stacked([title for title, _ in columns], rows)
+        return
     plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
     result = Table(box=box.SIMPLE_HEAD if _unicode() else plain, pad_edge=False)
     for i, (title, side) in enumerate(columns):
@@ -107,6 +111,32 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         result.add_row(*(Text(printable(cell)) for cell in row))
     _print_rich(result)
+
+
+def _fits(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the columns stand side by side, the first folded to no less than 18 characters."""
+    from rich.cells import cell_len
+
+    cells = [[title for title, _ in columns], *rows]
+    widths = [max(cell_len(printable(row[i])) for row in cells) for i in range(len(columns))]
+    gaps = 2 * len(columns)
+    return min(widths[0], 18) + sum(widths[1:]) + gaps <= _console().width
+
+
+def _stacked(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Each row a name, and under it its values with their titles, as many a line as fit."""
+    width = _console().width
+    line(f"{titles[0]}:")
+    for row in rows:
+        line(f"  {row[0]}")
+        words = "    "
+        for title, cell in zip(titles[1:], row[1:], strict=True):
+            pair = " ".join(filter(None, (title, cell))) if cell else ""
+            if pair and words.strip() and len(words) + 2 + len(pair) > width:
+                line(words)
+                words = "    "
+            words += ("; " if pair and words.strip() else "") + pair
+        line(words)
 
 
 def _print_rich(renderable: Any) -> None:

@@ -224,14 +224,14 @@ def duration(seconds: float) -> str:
     """Seconds for people: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     whole = round(seconds)
-    for big, small, names in ((60, 1, "min s"), (3600, 60, "h min"), (86400, 3600, "d h")):
-        if whole < 60 * big or big == 86400:
-            first, second = names.split()
-            return f"{whole // big} {first} {whole % big // small} {second}"
-    raise AssertionError
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def _text(lines: list[str]) -> Any:

@@ -164,7 +164,13 @@ class SmoothJob(Job):
     ) -> RunReport:
         checkpoint = end.checkpoint or self.checkpoint
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-        plan = dataclasses.replace(self.plan, bytes_before=size, bytes_after=size)
+        plan = dataclasses.replace(
+            self.plan,
+            method=self.command,
+            settings=(self.smoothing.settings,),  # nothing else was used
+            bytes_before=size,
+            bytes_after=size,
+        )
         report = make_report(self.command, plan, [], time.perf_counter() - begin)
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=end.sites, settings=settings)

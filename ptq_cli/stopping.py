@@ -8,9 +8,13 @@ signal ends the process at once.
 
 from __future__ import annotations
 
+# The half of `signal` that is built in: the other imports enum, and this must stand at once.
+import _signal as signal  # type: ignore[import-not-found]
 import os
-import signal
-from types import FrameType
+
+TYPE_CHECKING = False  # for the same reason not typing's
+if TYPE_CHECKING:
+    from types import FrameType
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -31,7 +35,7 @@ class _State:
 def install() -> None:
     """Answer both signals (unless the process was started to ignore one, as by nohup)."""
     for number in WORDS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _answer)
 
 
@@ -48,7 +52,7 @@ def leave(number: int, more: str = "; finished work is kept, the same command go
     """End the process with one line: whatever threads there are, nobody waits for them."""
     cursor = b"\x1b[?25h\n" if os.isatty(2) else b""
     try:
-        os.write(2, cursor + f"ptq: {WORDS[signal.Signals(number)]}{more}\n".encode())
+        os.write(2, cursor + f"ptq: {WORDS[number]}{more}\n".encode())
     finally:
         os._exit(128 + number)
 

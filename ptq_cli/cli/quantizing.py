@@ -83,6 +83,11 @@ def take_sources(options: dict[str, Any]) -> SourceSettings:
     source = take_source(options)
     if source.parallel_layers and not source.tokens.given:
         raise click.UsageError("--parallel-layers needs --tokens or --text")
+    if options.get("drift") is not None and (source.parallel_layers or not source.tokens.given):
+        raise click.UsageError(
+            "--drift corrects for the layers before, which takes --tokens or --text without"
+            " --parallel-layers"
+        )
     return source
 
 

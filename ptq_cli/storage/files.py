@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ptq_cli.errors import FileError, InputError
 
 MAX_JSON = 10 << 20
+FULL = "free some space, or choose another place with -o, and run the same command again"
 MAX_KEPT = 256 << 20
 
 
@@ -33,7 +34,7 @@ def named(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        hint = FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         raise FileError(f"{path}: {reason}", hint=hint) from error
 
 

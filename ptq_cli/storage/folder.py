@@ -251,6 +251,11 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
             return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})
+    if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
+        raise InputError(
+            f"{path}: nothing in it is quantized, these are smoothed float weights",
+            hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
+        )
     known = f"it knows {', '.join(FORMATS)}"
     if mlx_weights(checkpoint):
         known = "this looks like MLX's, whose bits and groups stand in config.json beside it"

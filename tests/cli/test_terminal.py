@@ -223,12 +223,20 @@ def test_no_colours_where_none_are_wanted(env, job):
         assert "\x1b" not in shown
 
 
-@pytest.mark.parametrize("columns", [20, 40, 1])
+@pytest.mark.parametrize("columns", [60, 40, 20, 1])
 def test_narrow_terminals_lose_no_digit(columns, job):
-    code, shown = on_terminal("pack", job, "-o", "out", columns=columns)
+    code, shown = on_terminal("rtn", job, "--activations", "acts", "-o", "out", columns=columns)
     assert code == 0
     assert "Traceback" not in shown
     assert "written: out" in shown.replace("\r\n", "\n")
+    _, wide = on_terminal("eval", job, "out", "--activations", "acts", columns=200)
+    _, narrow = on_terminal("eval", job, "out", "--activations", "acts", columns=columns)
+    table = ESCAPES.sub("", wide.split("layers at")[0].split("layer")[-1])
+    numbers = set(re.findall(r"\d+\.\d+(?:e-\d+)?x?", table))
+    assert len(numbers) > 8
+    assert {n for n in numbers if n not in ESCAPES.sub("", narrow)} == set()
+    for name in ("q_proj", "k_proj", "o_proj", "down_proj"):
+        assert name in narrow
 
 
 def test_hostile_names_reach_no_terminal(job):

@@ -78,3 +78,16 @@ def test_during_imports(tmp_path, number, delay):
         return  # it was faster
     assert process.returncode == 128 + number, err
     assert err in ("ptq: interrupted\n", "ptq: terminated\n")
+
+
+def test_the_handlers_stand_before_anything_is_imported():
+    """What comes before them is answered by Python, with a traceback."""
+    script = (
+        "import sys; there = set(sys.modules); import ptq_cli.stopping;"
+        "print(*sorted(set(sys.modules) - there))"
+    )
+    command = [sys.executable, "-c", script]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    own = {"ptq_cli", "ptq_cli._version", "ptq_cli.stopping", "__future__"}
+    assert set(result.stdout.split()) <= own
