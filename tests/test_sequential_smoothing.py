@@ -402,8 +402,11 @@ def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["awq", "gptq"])
-def test_in_sequence_predictions_change_no_more_than_in_parallel(tmp_path: Path, then: str) -> None:
+@pytest.mark.parametrize(("then", "part"), [("awq", 1.03), ("gptq", 0.85)])
+def test_in_sequence_predictions_change_no_more_than_in_parallel(
+    tmp_path: Path, then: str, part: float
+) -> None:
+    """Clearly less where GPTQ makes up for the drift; AWQ alone gains next to nothing."""
     calibration, evaluation = (SAMPLE / f"{kind}_tokens.npy" for kind in ("calibration", "eval"))
     divergence = []
     for parallel in (False, True):
@@ -415,4 +418,4 @@ def test_in_sequence_predictions_change_no_more_than_in_parallel(tmp_path: Path,
         report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation))
         assert report.quality is not None
         divergence.append(report.quality["kl"]["quantized"]["mean"])
-    assert divergence[0] < divergence[1]
+    assert divergence[0] < part * divergence[1]
