@@ -27,6 +27,7 @@ from ptq_cli.registry import method
 from ptq_cli.runner import staged_bytes
 from ptq_cli.runner import workers_at_most as processes_at_most
 from ptq_cli.sequential import TokenSource
+from ptq_cli.sequential_smoothing import smoothing_scratch
 from ptq_cli.smoothing import Smoothing
 from ptq_cli.storage.activations import Activations
 from ptq_cli.storage.calibration import (
@@ -136,6 +137,10 @@ def forecast_smoothing(
         memory, work = smoothing_memory(job, site), smoothing_work(job, site)
         before.append(Piece(f"smoothing {site.name}", linears, tokens, memory, work, 0))
     forecast = replace(forecast, before=tuple(before))
+    if isinstance(job.source, TokenSource) and job.source.feedback and forecast.found is not None:
+        scratch = smoothing_scratch(job.source)
+        needed = forecast.found.needed + scratch - forecast.scratch
+        forecast = replace(forecast, scratch=scratch, found=replace(forecast.found, needed=needed))
     if not floats:
         return forecast
     assert forecast.plan is not None
@@ -146,7 +151,7 @@ def forecast_smoothing(
     ]
     skipped = (*smooth, *forecast.plan.skipped)
     plan = replace(forecast.plan, units=(), skipped=skipped, bytes_after=size)
-    found = target.look(0, size)
+    found = target.look(0, size, forecast.scratch)
     return replace(
         forecast, plan=plan, pieces=(), nearest={}, after=NOTHING, moved=MOVES * size,
         bytes_after=size, found=found,

@@ -68,6 +68,11 @@ def place_groups(sites: Sequence[Site], tokens: TokenSource) -> list[Group]:
     return sorted(groups, key=lambda group: group.order)
 
 
+def smoothing_scratch(tokens: TokenSource) -> int:
+    """Bytes of a stream's files: as `TokenSource.scratch`, and as much for looking ahead."""
+    return 2 * tokens.scratch
+
+
 class SmoothedTokens:
     """A `StreamingSource` (storage/calibration.py) of what the model sees as it is smoothed and
     rounded.
@@ -88,8 +93,7 @@ class SmoothedTokens:
 
     @property
     def scratch(self) -> int:
-        """As `TokenSource.scratch`, and as much for looking ahead."""
-        return 2 * self.tokens.scratch
+        return smoothing_scratch(self.tokens)
 
     def memory(self, workers: int | None, memory: int | None) -> int:
         """As `TokenSource.memory`."""

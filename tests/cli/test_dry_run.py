@@ -33,6 +33,7 @@ QUANTIZING = [
     ["awq", "--no-compare"],
     ["smoothquant"],
     ["smoothquant", "--bits", 16],
+    ["smoothquant", *TOKENS],
 ]
 IDS = [" ".join(map(str, words[:3])) for words in QUANTIZING]
 
@@ -201,7 +202,8 @@ def test_too_little_space(sample, monkeypatch):
     assert with_tokens["needed"] > needed + with_tokens["scratch"] // 2
     fields = namedtuple("fields", "f_bavail f_frsize")
     monkeypatch.setattr(os, "statvfs", lambda _: fields(needed - 1, 1))
-    for command in (["rtn", sample, "-o", "out"], ["gptq", sample, *TOKENS, "-o", "out"]):
+    tokens = [[name, sample, *TOKENS, "-o", "out"] for name in ("gptq", "awq")]
+    for command in (["rtn", sample, "-o", "out"], *tokens):
         assert "are needed" in refused(*command)
         assert "are needed" in ptq(*command, "--dry-run", "--json").err
     monkeypatch.setattr(os, "statvfs", lambda _: fields(needed, 1))
@@ -226,7 +228,9 @@ def test_a_full_disk_is_found_by_every_command_before_it_works(sample, monkeypat
         assert not Path("out.partial").exists()
 
 
-@pytest.mark.parametrize("command", [["gptq"], ["calibrate"], ["gptq", "--drift", 0]])
+@pytest.mark.parametrize(
+    "command", [["gptq"], ["calibrate"], ["gptq", "--drift", 0], ["awq", "--no-compare"]]
+)
 def test_scratch_files_take_what_was_said(sample, monkeypatch, command):
     words = [command[0], sample, *command[1:], *TOKENS, "-o", "out"]
     said = dry(*words)["disk"]["scratch"]
@@ -244,7 +248,8 @@ def test_scratch_files_take_what_was_said(sample, monkeypatch, command):
     for cls, name in ((scratch.Scratch, "put"), (scratch.Rows, "write"), (scratch.Rows, "finish")):
         monkeypatch.setattr(cls, name, watched(getattr(cls, name)))
     assert ptq(*words).code == 0
-    assert max(most) <= said < 1.5 * max(most)
+    ahead = 2 if command[0] == "awq" else 1  # it looks ahead, for which as much is kept free
+    assert max(most) <= said < 1.5 * ahead * max(most)
 
 
 # ---- what it takes ----
