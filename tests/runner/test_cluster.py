@@ -134,7 +134,7 @@ def test_interrupted_here_and_gone_on_with_on_the_cluster(tmp_path, cluster, mon
             ptq(*arguments, "--workers", 1)
     outcome = ptq(*arguments, "--scheduler", cluster.scheduler_address)
     assert outcome.code == 0, outcome.err
-    assert "kept from the interrupted run" in outcome.err
+    assert "kept from the interrupted run" in "".join(outcome.progress)
     assert ptq("gptq", MODEL, "-o", tmp_path / "p", "--workers", 1).code == 0
     assert tree(tmp_path / "o") == tree(tmp_path / "p")
 
