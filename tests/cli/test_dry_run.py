@@ -360,4 +360,4 @@ def test_seventy_billion_parameters_in_200_mib(headers, words):
     if "gptq" in words:
         content = json.loads(done.stdout)
         assert content["totals"]["layers"] == 560
-        assert content["time"]["seconds"] > 600
+        assert content["time"]["seconds"] > 10
