@@ -25,7 +25,7 @@ from ptq_cli.storage.calibration import StatisticsSource
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between, smoothed_source
 from ptq_cli.storage.folder import QuantizedFolder
-from ptq_cli.unit import dead_columns, error_columns
+from ptq_cli.unit import dead_columns, error_columns, layer_columns
 from ptq_cli.values import (
     ActivationErrors,
     FloatArray,
@@ -201,13 +201,7 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
     plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
     rtn = _measure_on(unsmoothed, plain, loaded.plain)
     same = np.array_equal(plain.codes, rounded.codes)
-    size = sum(spec.nbytes for spec in quantized.fmt.specs(layer))
     return LayerReport(
-        layer=layer.tensor,
-        module=layer.module,
-        shape=layer.full_shape,
-        bits=layer.grid.bits,
-        group_size=layer.grid.group_size,
         sym=sym,
         method=layer.method,
         calibrated=statistics is not None,
@@ -216,9 +210,8 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
         damp_percent=None,
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
-        bytes=size,
-        bits_per_weight=8 * size / layer.size,
         activations=_activation_errors(layer, sides, loaded, rounded, plain),
+        **layer_columns(layer, quantized.fmt),
         **error_columns(measures, rtn),
     )
 

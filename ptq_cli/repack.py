@@ -36,7 +36,7 @@ from ptq_cli.storage.folder import (
 )
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.unit import error_columns
+from ptq_cli.unit import error_columns, layer_columns, same_weight
 from ptq_cli.values import (
     Array,
     Format,
@@ -156,14 +156,8 @@ def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Ar
     moved = _regrouped(weight, target.grid)
     tensors = fmt.encode(target, moved)
     back = fmt.decode(target, tensors)
-    same = (
-        np.array_equal(back.codes, moved.codes)
-        and np.array_equal(back.scales, moved.scales)
-        and np.array_equal(back.zeros, moved.zeros)
-        and np.array_equal(back.column_groups(), moved.column_groups())
-        and (back.input_scale, back.input_zero) == (moved.input_scale, moved.input_zero)
-    )
-    if not same:
+    inputs = (back.input_scale, back.input_zero) == (moved.input_scale, moved.input_zero)
+    if not (same_weight(back, moved) and inputs):
         raise InputError(f"{fmt.name} would not give back the same values")
     if back.offsets is not None and moved.offsets is None:
         raise InputError(
@@ -263,14 +257,8 @@ def _dense(layer: Layer, weight: QuantizedWeight) -> Bytes:
 def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: Format) -> LayerReport:
     """Measured against the folder that was repacked: plain zeros, but for offsets made exact."""
     found = measure(before.dequantized(), after, None, None)
-    size = sum(spec.nbytes for spec in fmt.specs(layer))
     exact = before.offsets is not None and after.offsets is None
     return LayerReport(
-        layer=layer.tensor,
-        module=layer.module,
-        shape=layer.full_shape,
-        bits=layer.grid.bits,
-        group_size=layer.grid.group_size,
         sym=layer.grid.sym,
         method=layer.method or "repack",
         calibrated=False,
@@ -279,9 +267,8 @@ def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: For
         damp_percent=None,
         fallback=None,
         seconds=0.0,
-        bytes=size,
-        bits_per_weight=8 * size / layer.size,
         notes=("zeros · scales are exact again, they were rounded",) if exact else (),
+        **layer_columns(layer, fmt),
         **error_columns(found, found),
     )
 

@@ -338,9 +338,12 @@ def _assemble(
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
     of_tensor = {layer.tensor: layer for layer in layers.values()}
-    staged = {
-        tensor.spec.name: tensor for unit in plan.units for tensor in store.tensors(unit.name)
-    }
+    staged: Mapping[str, Bytes | StoredTensor]
+    if shards is not None:
+        staged = shards.places  # where all is by now
+    else:
+        units = (store.tensors(unit.name) for unit in plan.units)
+        staged = {tensor.spec.name: tensor for tensors in units for tensor in tensors}
     parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
     for name, own in checkpoint.tensors.items():
         layer = of_tensor.get(name)

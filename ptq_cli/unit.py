@@ -240,13 +240,7 @@ def _finish(
     layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format
 ) -> LayerResult:
     layer = replace(layer, method=chosen.method)
-    size = sum(spec.nbytes for spec in fmt.specs(layer))
     row = LayerReport(
-        layer=layer.tensor,
-        module=layer.module,
-        shape=layer.full_shape,
-        bits=layer.grid.bits,
-        group_size=layer.grid.group_size,
         sym=layer.grid.sym,
         method=chosen.method,
         calibrated=statistics is not None,
@@ -255,9 +249,8 @@ def _finish(
         damp_percent=chosen.damp_percent,
         fallback=chosen.fallback,
         seconds=0.0,
-        bytes=size,
-        bits_per_weight=8 * size / layer.size,
         notes=(*chosen.notes, *_few(statistics)),
+        **layer_columns(layer, fmt),
         **error_columns(chosen.measures, chosen.rtn),
     )
     return LayerResult(layer, chosen.stored.tensors, row)
@@ -280,6 +273,20 @@ def dead_columns(statistics: SiteStatistics | None) -> int:
     return 0 if statistics is None else int((statistics.hessian.diagonal() == 0).sum())
 
 
+def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
+    """The columns of the report that say which layer it is, and what it weighs."""
+    size = sum(spec.nbytes for spec in fmt.specs(layer))
+    return {
+        "layer": layer.tensor,
+        "module": layer.module,
+        "shape": layer.full_shape,
+        "bits": layer.grid.bits,
+        "group_size": layer.grid.group_size,
+        "bytes": size,
+        "bits_per_weight": 8 * size / layer.size,
+    }
+
+
 def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
     """The columns of the report that say how wrong the result is."""
     ours, plain = error_of(measures), error_of(rtn)
@@ -300,15 +307,19 @@ def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Stored:
     """The weight, packed. Refuses a layer that does not unpack to what was computed."""
     tensors = fmt.encode(layer, rounded)
     unpacked = fmt.decode(layer, tensors)
-    same = (
-        _equal(unpacked.codes, rounded.codes)
-        and np.array_equal(unpacked.scales, rounded.scales)
-        and np.array_equal(unpacked.zeros, rounded.zeros)
-        and np.array_equal(unpacked.column_groups(), rounded.column_groups())
-    )
-    if not same:
+    if not same_weight(unpacked, rounded):
         raise InputError("what was packed does not unpack to the same", hint="report this bug")
     return Stored(tensors, unpacked)
+
+
+def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether codes, scales, zeros and groups of two rounded weights are equal."""
+    return (
+        _equal(a.codes, b.codes)
+        and np.array_equal(a.scales, b.scales)
+        and np.array_equal(a.zeros, b.zeros)
+        and np.array_equal(a.column_groups(), b.column_groups())
+    )
 
 
 def _equal(a: Codes, b: Codes) -> bool:

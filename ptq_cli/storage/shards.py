@@ -103,6 +103,8 @@ class Shards:
         metadata: of the parts with these names
         Returns: the file of each tensor.
         """
+        if self.missing:
+            raise FileError(f"{self.folder}: {len(self.missing)} tensors were not written")
         for shard in self._shards:
             header = _header(shard, metadata(shard.modules))
             if len(header) != shard.start:
@@ -112,7 +114,7 @@ class Shards:
                 file.flush()
                 os.fsync(file.fileno())
             written = {tensor.spec.name: tensor.spec for tensor in read_header(shard.path).tensors}
-            if self.missing or written != {n: self.places[n].spec for n in shard.places}:
+            if written != {n: self.places[n].spec for n in shard.places}:
                 raise FileError(f"{shard.path}: does not hold the tensors that were written")
         return {name: place.file.name for name, place in self.places.items()}
 
