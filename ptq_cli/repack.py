@@ -21,6 +21,7 @@ from ptq_cli.choice import dense_modules
 from ptq_cli.errors import InputError
 from ptq_cli.layers import keep_together, misfit_error
 from ptq_cli.models.sharing import group_modules
+from ptq_cli.nearest import same_weight
 from ptq_cli.numerics import layout
 from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.measures import measure
@@ -36,7 +37,7 @@ from ptq_cli.storage.folder import (
 )
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_bytes
-from ptq_cli.unit import error_columns, layer_columns, same_weight
+from ptq_cli.unit import error_columns, layer_columns
 from ptq_cli.values import (
     Array,
     Format,

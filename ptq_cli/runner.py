@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from ptq_cli.copying import Copying
 from ptq_cli.errors import NumericalError, PtqError
 from ptq_cli.linear import as_tensor
 from ptq_cli.models.layers import Tensor
+from ptq_cli.nearest import Rows
+from ptq_cli.numerics.grid import ScaleOverflow
 from ptq_cli.numerics.threads import use_threads
 from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import format_named, method
@@ -54,7 +57,7 @@ from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 from ptq_cli.tasks import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.unit import Rows, quantize_unit
+from ptq_cli.unit import quantize_unit
 from ptq_cli.values import Layer, LayerReport, Plan, RunReport, Unit
 from ptq_cli.workers import hire
 
@@ -241,7 +244,7 @@ def _work(job: UnitJob) -> Any:
 
     def load(layer: Layer) -> Rows:
         if chosen.is_nearest(job.settings) and job.checkpoint.streams(layer):
-            streamed[layer.tensor] = rows = FileRows(job.checkpoint, layer)
+            streamed[layer.tensor] = rows = files.enter_context(FileRows(job.checkpoint, layer))
             return rows
         data = job.checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
         digests[layer.tensor] = digest_of(data)
@@ -254,26 +257,31 @@ def _work(job: UnitJob) -> Any:
             statistics = job.source.load(site)
     except NoTokens:
         unit = replace(unit, nearest="no token reaches it")
-    try:
-        results = quantize_unit(
-            unit,
-            statistics,
-            load,
-            chosen,
-            job.settings,
-            format_named(job.format),
-            on_failure=job.on_failure,
-            importance=lambda layer: _importance(layer, job),
-            outputs=job.checkpoint.output_scale,
-        )
-    except NumericalError as error:
-        error.hint = f"{error.hint}, or allow --fallback rtn"
-        raise
+    with ExitStack() as files:
+        try:
+            results = quantize_unit(
+                unit,
+                statistics,
+                load,
+                chosen,
+                job.settings,
+                format_named(job.format),
+                on_failure=job.on_failure,
+                importance=lambda layer: _importance(layer, job),
+                outputs=job.checkpoint.output_scale,
+            )
+        except NumericalError as error:
+            error.hint = f"{error.hint}, or allow --fallback rtn"
+            raise
+        except ScaleOverflow:
+            for rows in streamed.values():
+                rows.check()
+            raise
+        digests |= {name: rows.digest() for name, rows in streamed.items()}
     tensors = [
         as_bytes(name, values) for result in results for name, values in result.tensors.items()
     ]
     entries = [asdict(result.row) for result in results]
-    digests |= {name: rows.digest() for name, rows in streamed.items()}
     seconds = time.perf_counter() - begin
     job.store.put(unit.name, _key(job, digests), tensors, entries, seconds)
     return entries, False

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.layers import Tensor
 from ptq_cli.models.sites import Site
+from ptq_cli.nearest import measure_plain
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.sequential import Ahead, Place, Rounded, TokenSource
 from ptq_cli.smoothing import Found, Smoothed, Smoothing, connected, settle_group, unit_of
 from ptq_cli.storage.folded import FoldsByTensor, add_folds, folded_checkpoint
 from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
-from ptq_cli.unit import measure_plain
 from ptq_cli.values import SiteStatistics, Work
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
+from ptq_cli.nearest import measure_plain
 from ptq_cli.numerics.activations import ActivationSettings, absmax_scale
 from ptq_cli.numerics.integer_matmul import linear_w8a8
 from ptq_cli.numerics.measures import output_errors
@@ -31,7 +32,7 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import FoldedCheckpoint, folded_checkpoint, smoothed_source
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
-from ptq_cli.unit import Chosen, Rounding, choose, error_of, measure_plain
+from ptq_cli.unit import Chosen, Rounding, choose, error_of
 from ptq_cli.values import (
     Array,
     Format,
@@ -370,7 +371,7 @@ class _Group:
         inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
         inputs = inputs.astype(np.float32)
         scheme = activations_for(statistics, self.job.activations)
-        product = linear_w8a8(inputs, chosen.stored.rounded, None, scheme)
+        product = linear_w8a8(inputs, chosen.stored.unpacked(), None, scheme)
         return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
 
     def _rounded(

@@ -9,39 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ptq_cli.errors import InputError, NumericalError, PtqError
-from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.grid import blank, pieces, round_piece, round_to_nearest
-from ptq_cli.numerics.measures import Measures, measure, measure_rows
+from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.nearest import Rows, Stored, as_stored, input_scale, inputs_of, round_layer
+from ptq_cli.numerics.measures import Measures, measure
 from ptq_cli.values import (
     Array,
-    Codes,
     FloatArray,
     Format,
     Layer,
     LayerReport,
     Method,
     MethodResult,
-    QuantizedWeight,
     SiteStatistics,
     Unit,
 )
-
-
-class Rows(Protocol):
-    """A weight [out_features, in_features] whose rows are float32 and finite: an array, or
-    something that reads like one (`rows[:]` is all of it)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
-
 
 LoadWeight = Callable[[Layer], Rows]
 
@@ -53,14 +36,6 @@ class LayerResult:
     layer: Layer
     tensors: dict[str, Array]
     row: LayerReport
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A format's tensors, and the rounded weight that they unpack to."""
-
-    tensors: dict[str, Array]
-    rounded: QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -156,19 +131,17 @@ def choose(
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
     tensors unpack to."""
     grid, method, fmt = layer.grid, rounding.method, rounding.fmt
-    hessian = None if statistics is None else statistics.hessian
-    heldout = None if statistics is None else statistics.heldout
-    exact = None if statistics is None else statistics.heldout_float
-    scale = _input_scale(layer, statistics)
-    plain, rtn = _nearest(rows, layer, fmt, hessian, heldout, scale, rounding.outputs, exact)
+    plain, rtn = round_layer(rows, layer, fmt, statistics, rounding.outputs)
     if rounding.failure is not None or method.is_nearest(rounding.settings):
         return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
     weight = rows[:]
     result: MethodResult = method.apply(
         weight, rounding.prepared, grid, rounding.settings, rounding.importance
     )
-    stored = _as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, stored.rounded, hessian, heldout, rounding.outputs, exact)
+    scale = input_scale(layer, statistics)
+    stored = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
+    known = inputs_of(statistics)
+    measures = measure(weight, stored.unpacked(), outputs=rounding.outputs, **known)
     if error_of(measures) > error_of(rtn):
         where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
         fallback = None if method.name == "rtn" else f"rtn is better on {where}"
@@ -176,59 +149,6 @@ def choose(
         notes = (*result.notes, *(note if method.name == "rtn" else ()))
         return Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
     return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
-
-
-def _nearest(
-    weight: Rows,
-    layer: Layer,
-    fmt: Format,
-    hessian: NDArray[np.float32] | None,
-    heldout: Array | None,
-    input_scale: float | None = None,
-    outputs: FloatArray | None = None,
-    exact: Array | None = None,
-) -> tuple[Stored, Measures]:
-    """Plain rounding to nearest and its errors, a few rows at a time."""
-    if layer.grid.group_size == 0:
-        whole = weight[:]
-        plain = replace(round_to_nearest(whole, layer.grid), input_scale=input_scale)
-        stored = _as_stored(layer, plain, fmt)
-        return stored, measure(whole, stored.rounded, hessian, heldout, outputs, exact)
-    plain = replace(blank(layer.shape, layer.grid), input_scale=input_scale)
-
-    def work(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        part = weight[rows]
-        error = round_piece(part, plain, rows)
-        if outputs is None:
-            return part, error
-        scale = outputs[rows, None].astype(np.float32)
-        return part * scale, error * scale
-
-    measures = measure_rows(layer.shape, work, hessian, heldout, exact)
-    stored = _as_stored(layer, plain, fmt)
-    if stored.rounded.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight[:], stored.rounded, hessian, heldout, outputs, exact)
-    return stored, measures
-
-
-def measure_plain(
-    weight: Rows, layer: Layer, statistics: SiteStatistics | None, fmt: Format
-) -> Measures:
-    """Errors of the layer plainly rounded to nearest."""
-    hessian = None if statistics is None else statistics.hessian
-    heldout = None if statistics is None else statistics.heldout
-    exact = None if statistics is None else statistics.heldout_float
-    scale = _input_scale(layer, statistics)
-    return _nearest(weight, layer, fmt, hessian, heldout, scale, exact=exact)[1]
-
-
-def _input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
-    """The static scale of the layer's inputs, or None where it has none."""
-    if layer.activation is None or layer.activation.dynamic:
-        return None
-    if statistics is None:
-        raise InputError("no statistics of its inputs to take a static scale from")
-    return absmax_scale(statistics.absmax, layer.activation.bits)
 
 
 def error_of(measures: Measures) -> float:
@@ -301,29 +221,3 @@ def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
         "sqnr_db": measures.sqnr_db,
         "max_abs_err": measures.max_abs_err,
     }
-
-
-def _as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Stored:
-    """The weight, packed. Refuses a layer that does not unpack to what was computed."""
-    tensors = fmt.encode(layer, rounded)
-    unpacked = fmt.decode(layer, tensors)
-    if not same_weight(unpacked, rounded):
-        raise InputError("what was packed does not unpack to the same", hint="report this bug")
-    return Stored(tensors, unpacked)
-
-
-def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    """Whether codes, scales, zeros and groups of two rounded weights are equal."""
-    return (
-        _equal(a.codes, b.codes)
-        and np.array_equal(a.scales, b.scales)
-        and np.array_equal(a.zeros, b.zeros)
-        and np.array_equal(a.column_groups(), b.column_groups())
-    )
-
-
-def _equal(a: Codes, b: Codes) -> bool:
-    """`np.array_equal`, a piece at a time: the answers stay in the cache."""
-    return a.shape == b.shape and all(
-        np.array_equal(a[rows], b[rows]) for rows in pieces(0, len(a), a.shape[1])
-    )

@@ -6,7 +6,7 @@ Arrays inside them are never written to after construction.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -145,6 +145,12 @@ class QuantizedWeight:
     def column_groups(self) -> NDArray[np.int32]:
         """Group of each column, int32 [in_features]."""
         return self.grid.g_idx(self.codes.shape[1]) if self.g_idx is None else self.g_idx
+
+    def panel(self, rows: slice) -> QuantizedWeight:
+        """Some of its rows, in the same memory. (The group is not the whole tensor.)"""
+        return replace(
+            self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows]
+        )
 
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """`scales · (codes − zeros)` (or with offsets) as float32 [rows, in_features]."""
@@ -498,6 +504,7 @@ class Format:
         knows
     file_metadata: the metadata of the weights file where its readers want just that; None: this
         tool's own entry, which holds `metadata`
+    by_rows: whether row n of the weight is row n of every tensor of a layer, whatever the others
     """
 
     name: str
@@ -518,3 +525,4 @@ class Format:
     file_metadata: Mapping[str, str] | None = None
     model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     container: str = "safetensors"
+    by_rows: Callable[[Layer], bool] = lambda layer: False

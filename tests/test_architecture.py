@@ -11,7 +11,7 @@ Imports point one way, from a later floor to an earlier one or within the same f
     7  grid_settings, choice, layers, work,     what there is to do
        plan                                      all of it in one value
     8  workers, worker, tasks, copying, summing  where work is done, and in which order
-       unit, linear, report, difference          one unit's work; what is said of it
+       unit, nearest, linear, report, difference  one unit's work; what is said of it
        stream, sequential                        a whole model on its way through the blocks
     9  runner, calibration, evaluation,          the loops
        smoothing, inspection, quality, torch_capture
@@ -41,8 +41,8 @@ FLOORS = [
     ("storage",),
     ("grid_settings", "choice", "layers", "work", "plan"),
     (
-        *("workers", "worker", "tasks", "copying", "summing", "unit", "linear", "report", "junit"),
-        *("runtimes", "stream", "sequential", "difference"),
+        *("workers", "worker", "tasks", "copying", "summing", "unit", "nearest", "linear"),
+        *("report", "junit", "runtimes", "stream", "sequential", "difference"),
     ),
     (
         *("runner", "calibration", "evaluation", "smoothing", "inspection", "repack"),

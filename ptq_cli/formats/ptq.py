@@ -92,6 +92,11 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     )
 
 
+def _by_rows(layer: Layer) -> bool:
+    static = layer.activation is not None and not layer.activation.dynamic
+    return layer.grid.group_size != 0 and not layer.reordered and not static
+
+
 def _config(layers: Sequence[Layer], dense: Sequence[str]) -> None:
     return None
 
@@ -176,4 +181,5 @@ FORMAT = Format(
     config=_config,
     metadata=_metadata,
     layers=_layers,
+    by_rows=_by_rows,
 )

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.buffers import kept
 from ptq_cli.numerics.threads import each
 from ptq_cli.values import Codes, FloatArray, Grid, QuantizedWeight
 
@@ -57,14 +58,16 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     """
     stored = SCALE_DTYPES[grid.scale_dtype]
     smallest, largest = SCALE_LIMITS[grid.scale_dtype]
-    if scales.size and not float(scales.max()) <= largest:
+    greatest = float(scales.max(initial=0))
+    if not greatest <= largest:
         raise ScaleOverflow(
-            f"a scale of {float(scales.max()):.4g} does not fit {grid.scale_dtype}"
-            f" (at most {largest:.4g})",
+            f"a scale of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",
             hint="--scale-dtype float32",
         )
     rounded = np.maximum(scales, smallest).astype(stored).astype(scales.dtype)
-    return np.where(scales == 0, scales.dtype.type(1), rounded)
+    if not scales.all():
+        rounded[scales == 0] = 1
+    return rounded
 
 
 def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArray, FloatArray]:
@@ -88,36 +91,23 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
 def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, FloatArray]:
     """Scales and zeros of the whole range of each group, without a search."""
     if weight.size and axis == -1 and weight.flags.c_contiguous:
-        return range_grid(*_group_range(weight, grid.sym), grid)
+        return range_grid(*_group_range(weight), grid)
     return range_grid(weight.min(axis), weight.max(axis), grid)
 
 
-def _group_range(weight: FloatArray, sym: bool) -> tuple[FloatArray, FloatArray]:
-    """`weight.min(-1), weight.max(-1)`, or with `sym` −absmax and absmax, of finite values.
+def _group_range(weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """`weight.min(-1)` and `weight.max(-1)` of finite values, both widened to hold 0.
 
-    Integers have the faster loops, and `reduceat` less to do for each of many short groups: the
-    bits of floats, as signed integers, sort as the floats do once negative ones are mirrored.
+    Integers have the faster loops, and `reduceat` less to do for each of many short groups. The
+    bits of positive floats sort as integers; negative ones come before them as signed integers and
+    after them as unsigned ones, the farthest from zero last.
     """
-    shape, word = weight.shape[:-1], np.dtype(f"i{weight.itemsize}")
-    starts = np.arange(0, weight.size, weight.shape[-1])
-    if sym:
-        bits = np.abs(weight).reshape(-1).view(word)
-        high = np.maximum.reduceat(bits, starts).view(weight.dtype).reshape(shape)
-        return -high, high
-    ordered = _mirrored(weight.reshape(-1).view(word))
-    low, high = (
-        _mirrored(extreme.reduceat(ordered, starts)).view(weight.dtype).reshape(shape)
-        for extreme in (np.minimum, np.maximum)
-    )
-    return low, high
-
-
-def _mirrored(bits: NDArray[np.signedinteger[Any]]) -> NDArray[np.signedinteger[Any]]:
-    """All bits but the sign inverted where the sign is set; its own inverse."""
-    mask = bits >> (8 * bits.itemsize - 1)
-    mask &= np.iinfo(bits.dtype).max
-    mask ^= bits
-    return mask
+    shape, size = weight.shape[:-1], weight.itemsize
+    signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
+    flat, starts = weight.reshape(-1), np.arange(0, weight.size, weight.shape[-1])
+    last = np.maximum.reduceat(flat.view(unsigned), starts).view(weight.dtype)
+    high = np.maximum(np.maximum.reduceat(flat.view(signed), starts), 0).view(weight.dtype)
+    return np.minimum(last, 0).reshape(shape), high.reshape(shape)
 
 
 def search_grid(
@@ -214,18 +204,19 @@ def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
 
 def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
     """`round_to_nearest` of a few rows, written into those rows of `into`; gives their error,
-    `weight − dequantized`. (The group is not the whole tensor.)"""
+    `weight − dequantized`, in memory of the next call. (The group is not the whole tensor.)"""
     scales = np.empty(into.scales[rows].shape, weight.dtype)
     zeros = np.empty_like(scales)
-    decoded = np.empty_like(weight)
-    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros, decoded)
+    error: FloatArray = kept("decoded", weight.shape, weight.dtype)
+    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros, error)
     into.scales[rows], into.zeros[rows] = scales, zeros
-    return np.subtract(weight, decoded, out=decoded)
+    np.subtract(weight, error, out=error)
+    return error
 
 
-def pieces(start: int, stop: int, columns: int) -> list[slice]:
+def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) -> list[slice]:
     """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
-    step = max(1, PIECE_ELEMENTS // max(1, columns))
+    step = max(1, elements // max(1, columns))
     return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]
 
 
@@ -240,34 +231,40 @@ def round_rows(
 ) -> None:
     """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows, and what
     they decode to into `decoded`."""
+    work = kept("decoded", weight.shape, weight.dtype) if decoded is None else decoded
     for columns, groups in grid.runs(weight.shape[1]):
-        n_groups = groups.stop - groups.start
-        part = weight[:, columns].reshape(len(weight), n_groups, -1)
-        weights = importance
+        shape = (len(weight), groups.stop - groups.start, -1)
+        part, centred = weight[:, columns].reshape(shape), work[:, columns].reshape(shape)
+        found, weights = codes[:, columns].reshape(shape), importance
         if importance is not None:
             own = importance[..., columns]
-            weights = own.reshape(*own.shape[:-1], n_groups, -1)
+            weights = own.reshape(*own.shape[:-1], *shape[1:])
         scales[:, groups], zeros[:, groups] = part_scales, part_zeros = _fit(part, weights, grid)
         # Scales spread over the columns: one long loop costs less than one for each group.
-        scale = np.repeat(part_scales.reshape(-1), part.shape[-1])
-        centred = part.reshape(-1) / scale
+        scale = _spread("scale", part_scales, part)
+        np.divide(part, scale, out=centred)
         np.rint(centred, out=centred)
         if grid.sym:
-            np.clip(
-                centred, grid.min_code - grid.mid_code, grid.max_code - grid.mid_code, out=centred
-            )
-            unsigned = centred.astype(np.int8).view(np.uint8) + np.uint8(grid.mid_code)
+            middle = grid.mid_code
+            np.clip(centred, grid.min_code - middle, grid.max_code - middle, out=centred)
+            np.copyto(found.view(np.int8), centred, casting="unsafe")
+            found += np.uint8(middle)
         else:
-            zero = np.repeat(part_zeros.reshape(-1), part.shape[-1])
+            zero = _spread("zero", part_zeros, part)
             centred += zero
             np.clip(centred, grid.min_code, grid.max_code, out=centred)
-            unsigned = centred.astype(np.uint8)
+            np.copyto(found, centred, casting="unsafe")
             if decoded is not None:
                 centred -= zero
-        codes[:, columns] = unsigned.reshape(len(weight), -1)
         if decoded is not None:
             centred *= scale
-            decoded[:, columns] = centred.reshape(len(weight), -1)
+
+
+def _spread(name: str, groups: FloatArray, weight: FloatArray) -> FloatArray:
+    """What each group has, for each of its weights."""
+    wide: FloatArray = kept(name, weight.shape, weight.dtype)
+    np.copyto(wide, groups[..., None])
+    return wide
 
 
 def _fit(

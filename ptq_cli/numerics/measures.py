@@ -19,7 +19,7 @@ the drift of the inputs included, while `loss` and `rel_err` are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log10
 
@@ -31,8 +31,12 @@ from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, FloatArray, OutputErrors, QuantizedWeight
 
 ROWS_AT_ONCE = 1024
+PANEL_ELEMENTS = 1 << 19  # weights whose codes stay in the cache
 STRIP_ROWS = 256
 BLOCK_COLUMNS = 1024  # of ⟨H, Eᵀ E⟩, computed at a time
+
+
+Piece = tuple[NDArray[np.float32], NDArray[np.float32]]  # a few rows of a weight and of its error
 
 
 @dataclass(frozen=True)
@@ -75,31 +79,36 @@ def measure_against(
 ) -> Measures:
     """The same, for anything that gives rows of the dequantized weight."""
 
-    def rows_of(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        original = weight[rows].astype(np.float32, copy=False)
-        error = original - dequantized(rows)
-        if outputs is None:
-            return original, error
-        scale = outputs[rows, None].astype(np.float32)
-        return original * scale, error * scale
+    def pieces_of(panel: slice) -> Iterator[Piece]:
+        for rows in pieces(panel.start, panel.stop, weight.shape[1]):
+            original = weight[rows].astype(np.float32, copy=False)
+            error = original - dequantized(rows)
+            if outputs is None:
+                yield original, error
+            else:
+                scale = outputs[rows, None].astype(np.float32)
+                yield original * scale, error * scale
 
-    return measure_rows(weight.shape, rows_of, hessian, heldout, heldout_float)
+    return measure_rows(weight.shape, pieces_of, hessian, heldout, heldout_float)
 
 
 def measure_rows(
     shape: tuple[int, ...],
-    rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+    pieces_of: Callable[[slice], Iterator[Piece]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
     heldout_float: Array | None = None,
 ) -> Measures:
-    """The same, for anything that gives rows of the weight and of its error; each row is asked for
-    once, on any thread."""
+    """The same, for anything that gives the weight and its error.
+
+    pieces_of: a few rows of both at a time, in order, of the rows it is asked for. Each row is
+        asked for once, on any thread; a piece may be overwritten once the next is asked for
+    """
     sums = _Sums(hessian, heldout, heldout_float)
     for top in range(0, shape[0], ROWS_AT_ONCE):
         stop = min(top + ROWS_AT_ONCE, shape[0])
         kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
-        sums.add(top, pieces(top, stop, shape[1]), rows_of, kept)
+        sums.add(top, pieces(top, stop, shape[1], PANEL_ELEMENTS), pieces_of, kept)
     return sums.result()
 
 
@@ -125,22 +134,28 @@ class _Sums:
     def add(
         self,
         top: int,
-        parts: Sequence[slice],
-        rows_of: Callable[[slice], tuple[NDArray[np.float32], NDArray[np.float32]]],
+        panels: Sequence[slice],
+        pieces_of: Callable[[slice], Iterator[Piece]],
         kept: NDArray[np.float32],
     ) -> None:
         """Take in rows from `top` on; `kept` has room for weight and error where products need
         them whole."""
 
-        def work(rows: slice) -> tuple[float, float, float]:
-            weight, error = rows_of(rows)
-            if self.has_products:
-                place = slice(rows.start - top, rows.stop - top)
-                kept[0, place], kept[1, place] = weight, error
-            largest = max(float(error.max()), -float(error.min())) if error.size else 0.0
-            return _square(error), _square(weight), largest
+        def work(panel: slice) -> tuple[float, float, float]:
+            lost = power = largest = 0.0
+            start = panel.start - top
+            for weight, error in pieces_of(panel):
+                if self.has_products:
+                    place = slice(start, start + len(weight))
+                    kept[0, place], kept[1, place] = weight, error
+                    start = place.stop
+                lost += _square(error)
+                power += _square(weight)
+                if error.size:
+                    largest = max(largest, float(error.max()), -float(error.min()))
+            return lost, power, largest
 
-        for error, power, largest in each(work, parts):
+        for error, power, largest in each(work, panels):
             self.error += error
             self.power += power
             self.largest = max(self.largest, largest)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.numerics.buffers import kept
 from ptq_cli.values import Codes
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
@@ -49,8 +50,10 @@ def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
     words, out = np.ascontiguousarray(codes).reshape(-1).view(word), packed.reshape(-1)
     for start in range(0, len(words), _WORDS_AT_ONCE):
         part = words[start : start + _WORDS_AT_ONCE]
-        moved = part.copy()
-        for place in range(1, per_byte):
+        moved = kept("moved", part.shape, word)
+        np.right_shift(part, word.type(8 - bits), out=moved)
+        moved |= part
+        for place in range(2, per_byte):
             moved |= part >> word.type(place * (8 - bits))
         np.copyto(out[start : start + _WORDS_AT_ONCE], moved, casting="unsafe")
     return packed
@@ -75,9 +78,12 @@ def _unpack_nibbles(packed: NDArray[np.uint8]) -> Codes:
     codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
     flat, words = np.ascontiguousarray(packed).reshape(-1), codes.reshape(-1).view("<u2")
     for start in range(0, len(flat), _WORDS_AT_ONCE):
-        spread = flat[start : start + _WORDS_AT_ONCE].astype(np.uint16)
-        spread |= spread << np.uint16(4)
-        np.bitwise_and(spread, np.uint16(0x0F0F), out=words[start : start + _WORDS_AT_ONCE])
+        part = flat[start : start + _WORDS_AT_ONCE]
+        spread = kept("spread", part.shape, np.uint16)
+        np.copyto(spread, part)
+        moved = np.left_shift(spread, 4, out=words[start : start + _WORDS_AT_ONCE])
+        moved |= spread
+        moved &= np.uint16(0x0F0F)
     return codes
 
 

@@ -11,9 +11,9 @@ import errno
 import json
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.numerics.buffers import kept
 
 MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o, and run the same command again"
-MAX_KEPT = 256 << 20
 
 
 @contextmanager
@@ -54,33 +54,29 @@ def listing(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
 
 
-_kept = threading.local()
-
-
 def kept_buffer(size: int) -> NDArray[np.uint8]:
-    """Bytes [size] that the next call on the same thread hands out again: memory that is there
-    already is filled several times faster than new pages."""
-    if size > MAX_KEPT:
-        return np.empty(size, np.uint8)
-    there: NDArray[np.uint8] | None = getattr(_kept, "buffer", None)
-    if there is None or len(there) < size:
-        _kept.buffer = there = np.empty(size, np.uint8)
-    return there[:size]
+    """Bytes [size] that the next call on the same thread hands out again."""
+    return kept("bytes", (size,), np.uint8)
 
 
 def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from the file at `offset`. Raises FileError where the file is too short."""
-    view = buffer.data
     with named(path), open(path, "rb", buffering=0) as file:
-        done = 0
-        while done < len(view):
+        read_exactly(file, offset, buffer)
+
+
+def read_exactly(file: FileIO, offset: int, buffer: NDArray[np.uint8]) -> None:
+    """Fill `buffer` from an open file at `offset`. Raises FileError where the file is too short."""
+    view, done = buffer.data, 0
+    while done < len(view):
+        with named(file.name):
             n = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
-            if n == 0:
-                raise FileError(
-                    f"{path}: ends at byte {offset + done}, {len(view) - done} bytes too early;"
-                    " it changed while it was read"
-                )
-            done += n
+        if n == 0:
+            raise FileError(
+                f"{file.name}: ends at byte {offset + done}, {len(view) - done} bytes too early;"
+                " it changed while it was read"
+            )
+        done += n
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:

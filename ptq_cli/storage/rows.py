@@ -6,45 +6,62 @@ tensor as a whole is never in memory. It serves where each row is looked at once
 
 from __future__ import annotations
 
+from io import FileIO
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.numerics.buffers import kept
 from ptq_cli.numerics.grid import pieces
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, all_finite
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint
 from ptq_cli.storage.digest import Message
-from ptq_cli.storage.files import kept_buffer, read_into
+from ptq_cli.storage.files import kept_buffer, named, read_exactly
 from ptq_cli.values import Layer
 
 
 class FileRows:
-    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32 and finite.
+    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32, in memory of the next
+    `rows[…]`. NaN and inf are not looked for here: no scale fits them, and then `check` names them.
 
-    The layer is stored as it is seen, row by row, in a file of its own checkpoint.
+    The layer is stored as it is seen, row by row, in a file of its own checkpoint, which is open
+    inside a `with` block.
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
         self.shape: tuple[int, ...] = layer.shape
         self._checkpoint, self._name = checkpoint, layer.tensor
         self._stored = checkpoint.tensors[layer.tensor]
+        self._dtype = NUMPY_DTYPES[self._stored.spec.dtype]
         self._row_bytes = self._stored.spec.nbytes // layer.shape[0]
         self._message, self._seen = Message(), 0
+        with named(self._stored.file):
+            self._file = FileIO(self._stored.file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
-        """Raises InputError for NaN and inf, FileError where the file ends early."""
+        """Raises FileError where the file ends early."""
         start, stop, _ = rows.indices(self.shape[0])
-        result = np.empty((stop - start, self.shape[1]), np.float32)
+        result = kept("rows", (stop - start, self.shape[1]), np.float32)
         for part in pieces(start, stop, self.shape[1]):
-            values = self._read(part).view(NUMPY_DTYPES[self._stored.spec.dtype])
             place = result[part.start - start : part.stop - start]
+            values = self._read(part).view(self._dtype)
             with np.errstate(over="ignore"):
-                place[...] = values.reshape(place.shape)
-            if not all_finite(place):
-                self._checkpoint.matrix(self._name, (self.shape[0], self.shape[1]))  # says which
+                np.copyto(place, values.reshape(place.shape), casting="unsafe")
         return result
+
+    def check(self) -> None:
+        """Raises InputError where the weight is not finite."""
+        self._checkpoint.matrix(self._name, (self.shape[0], self.shape[1]))
 
     def _read(self, part: slice) -> NDArray[np.uint8]:
         data = kept_buffer((part.stop - part.start) * self._row_bytes)
-        read_into(self._stored.file, self._stored.offset + part.start * self._row_bytes, data)
+        read_exactly(self._file, self._stored.offset + part.start * self._row_bytes, data)
         if part.start == self._seen:
             self._message.update(data)
             self._seen = part.stop

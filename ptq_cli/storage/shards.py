@@ -14,24 +14,27 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import FileError
+from ptq_cli.numerics.buffers import kept
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
-from ptq_cli.storage.files import named, read_into, regular_file
+from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.values import DTYPE_BITS, TensorSpec
 
 Part = tuple[str, Sequence[TensorSpec]]  # a module or tensor, and what is stored of it
 Metadata = Callable[[Sequence[str]], Mapping[str, str]]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18  # bytes: written and read back in the cache
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,9 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} is not as planned")
     with named(place.file):
         descriptor = os.open(place.file, os.O_RDWR)
-    buffers = np.empty((2, min(_PIECE, tensor.spec.nbytes)), np.uint8)
     try:
-        for start in range(0, tensor.spec.nbytes, _PIECE):
-            _put_piece(tensor, start, place, descriptor, buffers)
+        for start, piece in _pieces(tensor):
+            _put_piece(tensor, start, piece, place, descriptor)
         if durable:
             with named(place.file):
                 os.fsync(descriptor)
@@ -144,22 +146,30 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
         os.close(descriptor)
 
 
+def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """A tensor's bytes, a piece that fits the cache at a time, each with its place."""
+    starts = range(0, tensor.spec.nbytes, _PIECE)
+    if isinstance(tensor, Bytes):
+        yield from ((start, tensor.data[start : start + _PIECE]) for start in starts)
+        return
+    with named(tensor.file), FileIO(tensor.file) as file:
+        for start in starts:
+            piece = kept("piece", (_PIECE,), np.uint8)[: tensor.spec.nbytes - start]
+            read_exactly(file, tensor.offset + start, piece)
+            yield start, piece
+
+
 def _put_piece(
     tensor: Bytes | StoredTensor,
     start: int,
+    piece: NDArray[np.uint8],
     place: StoredTensor,
     descriptor: int,
-    buffers: NDArray[np.uint8],
 ) -> None:
-    size = min(_PIECE, tensor.spec.nbytes - start)
-    piece, back = buffers[0, :size], buffers[1, :size]
-    if isinstance(tensor, Bytes):
-        piece = tensor.data[start : start + size]
-    else:
-        read_into(tensor.file, tensor.offset + start, piece)
+    back = kept("back", (_PIECE,), np.uint8)[: len(piece)]
     with named(place.file):
         _write_all(descriptor, piece, place.offset + start)
-        same = os.preadv(descriptor, [back.data], place.offset + start) == size
+        same = os.preadv(descriptor, [back.data], place.offset + start) == len(piece)
     if not (same and np.array_equal(back, piece)):
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
 
@@ -186,9 +196,8 @@ def _write_all(descriptor: int, data: NDArray[np.uint8], place: int) -> None:
 def _start_writing(descriptor: int, place: int, size: int) -> None:
     """Ask the system to begin writing to the disk, without waiting. Only advice: errors show at the
     end."""
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if call is not None:
-        call(descriptor, ctypes.c_int64(place), ctypes.c_int64(size), _START_WRITING)
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(place), ctypes.c_int64(size), _START_WRITING)
 
 
 def _cut(parts: Sequence[Part], max_shard: int) -> list[list[Part]]:
