@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
@@ -60,15 +61,15 @@ class Grid:
     narrow_range: bool = False
     scale_dtype: str = "float16"
 
-    @property
+    @cached_property
     def max_code(self) -> int:
         return int(2**self.bits - 1)
 
-    @property
+    @cached_property
     def min_code(self) -> int:
         return 1 if self.narrow_range else 0
 
-    @property
+    @cached_property
     def mid_code(self) -> int:
         """The zero of a symmetric grid."""
         return int(2 ** (self.bits - 1))

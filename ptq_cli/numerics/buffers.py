@@ -20,20 +20,25 @@ _STEP = 5 * _LINE  # from the place of one array in its page to that of the next
 
 _MOST_SHAPES = 256
 
-_kept = threading.local()
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[str, NDArray[np.uint8]] = {}
+        self.arrays: dict[Any, NDArray[Any]] = {}
+
+
+_kept = _Kept()
 
 
 def kept(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array of `shape`, contents unknown, whose memory the next call with the same name on the
     same thread hands out again."""
-    arrays = _kept.__dict__.get("arrays")
-    array = None if arrays is None else arrays.get((name, shape, dtype))
+    array = _kept.arrays.get((name, shape, dtype))
     return _new(name, shape, dtype) if array is None else array
 
 
 def _new(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    arrays = _kept.__dict__.setdefault("arrays", {})
-    buffers = _kept.__dict__.setdefault("buffers", {})
+    buffers, arrays = _kept.buffers, _kept.arrays
     size = prod(shape) * np.dtype(dtype).itemsize
     if size > MOST:
         return np.empty(shape, dtype)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.buffers import kept
 from ptq_cli.numerics.threads import each
-from ptq_cli.values import Codes, FloatArray, Grid, QuantizedWeight
+from ptq_cli.values import Array, Codes, FloatArray, Grid, QuantizedWeight
 
 PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
+_LONG_GROUP = 64  # columns
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -58,14 +59,16 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     """
     stored = SCALE_DTYPES[grid.scale_dtype]
     smallest, largest = SCALE_LIMITS[grid.scale_dtype]
-    greatest = float(scales.max(initial=0))
+    if not scales.size:
+        return scales
+    greatest = float(np.maximum.reduce(scales, axis=None))
     if not greatest <= largest:
         raise ScaleOverflow(
             f"a scale of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",
             hint="--scale-dtype float32",
         )
     rounded = np.maximum(scales, smallest).astype(stored).astype(scales.dtype)
-    if not scales.all():
+    if np.minimum.reduce(scales, axis=None) == 0:
         rounded[scales == 0] = 1
     return rounded
 
@@ -80,7 +83,7 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
     if grid.sym:
         steps = (grid.max_code - 1) / 2 if grid.narrow_range else grid.max_code / 2
         scales = round_scales(np.maximum(-low, high) / low.dtype.type(steps), grid)
-        return scales, np.full_like(scales, grid.mid_code)
+        return scales, np.full(scales.shape, grid.mid_code, scales.dtype)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     n_steps = low.dtype.type(grid.max_code)
     # Two quotients, so that high − low cannot overflow.
@@ -205,11 +208,9 @@ def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
 def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
     """`round_to_nearest` of a few rows, written into those rows of `into`; gives their error,
     `weight − dequantized`, in memory of the next call. (The group is not the whole tensor.)"""
-    scales = np.empty(into.scales[rows].shape, weight.dtype)
-    zeros = np.empty_like(scales)
     error: FloatArray = kept("decoded", weight.shape, weight.dtype)
-    round_rows(weight, into.grid, None, into.codes[rows], scales, zeros, error)
-    into.scales[rows], into.zeros[rows] = scales, zeros
+    codes, scales, zeros = into.codes[rows], into.scales[rows], into.zeros[rows]
+    round_rows(weight, into.grid, None, codes, scales, zeros, error)
     np.subtract(weight, error, out=error)
     return error
 
@@ -225,8 +226,8 @@ def round_rows(
     grid: Grid,
     importance: FloatArray | None,
     codes: Codes,
-    scales: FloatArray,
-    zeros: FloatArray,
+    scales: Array,
+    zeros: Array,
     decoded: FloatArray | None = None,
 ) -> None:
     """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows, and what
@@ -240,20 +241,19 @@ def round_rows(
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
         scales[:, groups], zeros[:, groups] = part_scales, part_zeros = _fit(part, weights, grid)
-        # Scales spread over the columns: one long loop costs less than one for each group.
         scale = _spread("scale", part_scales, part)
         np.divide(part, scale, out=centred)
         np.rint(centred, out=centred)
         if grid.sym:
             middle = grid.mid_code
             np.clip(centred, grid.min_code - middle, grid.max_code - middle, out=centred)
-            np.copyto(found.view(np.int8), centred, casting="unsafe")
+            found.view(np.int8)[...] = centred
             found += np.uint8(middle)
         else:
             zero = _spread("zero", part_zeros, part)
             centred += zero
             np.clip(centred, grid.min_code, grid.max_code, out=centred)
-            np.copyto(found, centred, casting="unsafe")
+            found[...] = centred
             if decoded is not None:
                 centred -= zero
         if decoded is not None:
@@ -261,9 +261,13 @@ def round_rows(
 
 
 def _spread(name: str, groups: FloatArray, weight: FloatArray) -> FloatArray:
-    """What each group has, for each of its weights."""
+    """What each group has, for each of its weights: spread out where a loop for each group would
+    cost more than one long loop."""
+    each_group = groups[..., None]
+    if weight.shape[-1] >= _LONG_GROUP:
+        return each_group
     wide: FloatArray = kept(name, weight.shape, weight.dtype)
-    np.copyto(wide, groups[..., None])
+    wide[...] = each_group
     return wide
 
 

@@ -152,7 +152,9 @@ class _Sums:
                 lost += _square(error)
                 power += _square(weight)
                 if error.size:
-                    largest = max(largest, float(error.max()), -float(error.min()))
+                    high = np.maximum.reduce(error, axis=None)
+                    low = np.minimum.reduce(error, axis=None)
+                    largest = max(largest, float(high), -float(low))
             return lost, power, largest
 
         for error, power, largest in each(work, panels):
@@ -216,7 +218,7 @@ def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
 
 def _square(values: NDArray[np.float32]) -> float:
     """Σ values²: BLAS in float32 over a row, float64 over rows."""
-    return float(np.vecdot(values, values).sum(dtype=np.float64))
+    return float(np.add.reduce(np.vecdot(values, values), axis=None, dtype=np.float64))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -49,6 +49,7 @@ class Message:
 
     def __init__(self) -> None:
         self._state = np.zeros(_LANES, np.uint64)
+        self._shifted = kept("shifted", (_LANES,), np.uint64)
         self._lane = 0  # of the next word
         self._rest = np.empty(0, np.uint8)  # bytes that are no whole word yet
         self._length = 0
@@ -72,7 +73,7 @@ class Message:
         while start < len(words):
             count = min(_LANES - self._lane, len(words) - start)
             state = self._state[self._lane : self._lane + count]
-            shifted = kept("shifted", (_LANES,), np.uint64)[:count]
+            shifted = self._shifted[:count]
             np.bitwise_xor(state, words[start : start + count], out=state)
             np.multiply(state, _ODD, out=state)
             np.right_shift(state, _HALF, out=shifted)

@@ -27,15 +27,19 @@ MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o, and run the same command again"
 
 
-@contextmanager
-def named(path: Path | str) -> Iterator[None]:
+class named:
     """Turn an OSError into a FileError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        hint = FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        raise FileError(f"{path}: {reason}", hint=hint) from error
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            hint = FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+            raise FileError(f"{self._path}: {reason}", hint=hint) from error
 
 
 def regular_file(path: Path) -> int:
@@ -61,7 +65,7 @@ def kept_buffer(size: int) -> NDArray[np.uint8]:
 
 def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from the file at `offset`. Raises FileError where the file is too short."""
-    with named(path), open(path, "rb", buffering=0) as file:
+    with named(path), FileIO(path) as file:
         read_exactly(file, offset, buffer)
 
 

@@ -51,8 +51,11 @@ class FileRows:
         for part in pieces(start, stop, self.shape[1]):
             place = result[part.start - start : part.stop - start]
             values = self._read(part).view(self._dtype)
-            with np.errstate(over="ignore"):
-                np.copyto(place, values.reshape(place.shape), casting="unsafe")
+            if values.itemsize > place.itemsize:
+                with np.errstate(over="ignore"):
+                    place[...] = values.reshape(place.shape)
+            else:
+                place[...] = values.reshape(place.shape)
         return result
 
     def check(self) -> None:

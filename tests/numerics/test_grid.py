@@ -15,6 +15,7 @@ from ptq_cli.numerics.grid import (
     SCALE_DTYPES,
     SCALE_LIMITS,
     SEARCH_RATIOS,
+    _group_range,
     fit_grid,
     round_scales,
     round_to_nearest,
@@ -87,6 +88,19 @@ def test_the_axis_of_a_group_may_be_any():
 
 
 # ---- scales as they are stored ----
+
+
+@given(st.data(), st.sampled_from([np.float32, np.float64]))
+def test_the_range_of_a_group_is_exact_to_the_bit(data, dtype):
+    """Neighbours among the floats, zeros of both signs, subnormals; all of one sign, or not."""
+    signs = data.draw(st.sampled_from([(1,), (-1,), (1, -1)]))
+    size = st.sampled_from([0.0, 1e-45, 1e-38, 0.1, 1.0, float(np.nextafter(dtype(1), 2)), 3e38])
+    value = st.builds(lambda sign, size: sign * size, st.sampled_from(signs), size)
+    groups = data.draw(st.lists(st.lists(value, min_size=3, max_size=3), min_size=1, max_size=5))
+    weight = np.array(groups, dtype)
+    low, high = _group_range(weight)
+    np.testing.assert_array_equal(low, np.minimum(weight.min(-1), 0), strict=True)
+    np.testing.assert_array_equal(high, np.maximum(weight.max(-1), 0), strict=True)
 
 
 @settings(deadline=None)
