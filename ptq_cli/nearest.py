@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import absmax_scale
+from ptq_cli.numerics.buffers import same_bytes
 from ptq_cli.numerics.grid import blank, pieces, round_piece, round_to_nearest
 from ptq_cli.numerics.measures import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
 from ptq_cli.values import (
@@ -186,5 +187,5 @@ def _same_groups(a: QuantizedWeight, b: QuantizedWeight) -> bool:
 def _equal(a: Codes, b: Codes) -> bool:
     """`np.array_equal`, a piece at a time: the answers stay in the cache."""
     return a.shape == b.shape and all(
-        np.array_equal(a[rows], b[rows]) for rows in pieces(0, len(a), a.shape[1], PANEL_ELEMENTS)
+        same_bytes(a[rows], b[rows]) for rows in pieces(0, len(a), a.shape[1], PANEL_ELEMENTS)
     )

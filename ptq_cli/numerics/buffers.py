@@ -52,6 +52,14 @@ def _new(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return array
 
 
+def same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
+    """`np.array_equal` of contiguous bytes of the same shape, eight at a time."""
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    whole = len(flat_a) // 8 * 8
+    words_a, words_b = flat_a[:whole].view(np.uint64), flat_b[:whole].view(np.uint64)
+    return np.array_equal(words_a, words_b) and np.array_equal(flat_a[whole:], flat_b[whole:])
+
+
 def _aligned(size: int, number: int) -> NDArray[np.uint8]:
     """Bytes [size] whose address says by its place in the page which of the arrays it is."""
     raw = np.empty(size + _PAGE, np.uint8)

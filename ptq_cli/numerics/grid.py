@@ -23,6 +23,7 @@ from ptq_cli.values import Array, Codes, FloatArray, Grid, QuantizedWeight
 
 PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
 _LONG_GROUP = 64  # columns
+_INTEGERS = {size: (np.dtype(f"i{size}"), np.dtype(f"u{size}")) for size in (4, 8)}
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -83,7 +84,9 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
     if grid.sym:
         steps = (grid.max_code - 1) / 2 if grid.narrow_range else grid.max_code / 2
         scales = round_scales(np.maximum(-low, high) / low.dtype.type(steps), grid)
-        return scales, np.full(scales.shape, grid.mid_code, scales.dtype)
+        zeros = np.empty_like(scales)
+        zeros.fill(grid.mid_code)
+        return scales, zeros
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     n_steps = low.dtype.type(grid.max_code)
     # Two quotients, so that high − low cannot overflow.
@@ -105,8 +108,7 @@ def _group_range(weight: FloatArray) -> tuple[FloatArray, FloatArray]:
     bits of positive floats sort as integers; negative ones come before them as signed integers and
     after them as unsigned ones, the farthest from zero last.
     """
-    shape, size = weight.shape[:-1], weight.itemsize
-    signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
+    shape, (signed, unsigned) = weight.shape[:-1], _INTEGERS[weight.itemsize]
     flat, starts = weight.reshape(-1), np.arange(0, weight.size, weight.shape[-1])
     last = np.maximum.reduceat(flat.view(unsigned), starts).view(weight.dtype)
     high = np.maximum(np.maximum.reduceat(flat.view(signed), starts), 0).view(weight.dtype)
@@ -246,13 +248,13 @@ def round_rows(
         np.rint(centred, out=centred)
         if grid.sym:
             middle = grid.mid_code
-            np.clip(centred, grid.min_code - middle, grid.max_code - middle, out=centred)
+            centred.clip(grid.min_code - middle, grid.max_code - middle, out=centred)
             found.view(np.int8)[...] = centred
             found += np.uint8(middle)
         else:
             zero = _spread("zero", part_zeros, part)
             centred += zero
-            np.clip(centred, grid.min_code, grid.max_code, out=centred)
+            centred.clip(grid.min_code, grid.max_code, out=centred)
             found[...] = centred
             if decoded is not None:
                 centred -= zero

@@ -141,11 +141,13 @@ class _Sums:
         """Take in rows from `top` on; `kept` has room for weight and error where products need
         them whole."""
 
+        products = self.has_products
+
         def work(panel: slice) -> tuple[float, float, float]:
             lost = power = largest = 0.0
             start = panel.start - top
             for weight, error in pieces_of(panel):
-                if self.has_products:
+                if products:
                     place = slice(start, start + len(weight))
                     kept[0, place], kept[1, place] = weight, error
                     start = place.stop

@@ -64,9 +64,11 @@ class Message:
             if len(self._rest) < _WORD:
                 return
             self._mix(self._rest.view(np.uint64))
+            self._rest = self._rest[:0]
         whole = len(data) // _WORD * _WORD
         self._mix(data[:whole].view(np.uint64))
-        self._rest = data[whole:].copy()
+        if whole < len(data):
+            self._rest = data[whole:].copy()
 
     def _mix(self, words: NDArray[np.uint64]) -> None:
         start = 0

@@ -37,9 +37,13 @@ class named:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            hint = FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-            raise FileError(f"{self._path}: {reason}", hint=hint) from error
+            raise file_error(self._path, error) from error
+
+
+def file_error(path: Path | str, error: OSError) -> FileError:
+    """The system's own word on a file, for people."""
+    hint = FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return FileError(f"{path}: {error.strerror or error}", hint=hint)
 
 
 def regular_file(path: Path) -> int:
@@ -71,16 +75,18 @@ def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
 
 def read_exactly(file: FileIO, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from an open file at `offset`. Raises FileError where the file is too short."""
-    view, done = buffer.data, 0
-    while done < len(view):
-        with named(file.name):
-            n = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+    view = buffer.data
+    while view:
+        try:
+            n = os.preadv(file.fileno(), [view[: 1 << 30]], offset)
+        except OSError as error:
+            raise file_error(file.name, error) from error
         if n == 0:
             raise FileError(
-                f"{file.name}: ends at byte {offset + done}, {len(view) - done} bytes too early;"
-                " it changed while it was read"
+                f"{file.name}: ends at byte {offset}, {len(view)} bytes too early; it changed"
+                " while it was read"
             )
-        done += n
+        view, offset = view[n:], offset + n
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
