@@ -22,7 +22,6 @@ from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, Codes, FloatArray, Grid, QuantizedWeight
 
 PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
-_LONG_GROUP = 64  # columns
 _INTEGERS = {size: (np.dtype(f"i{size}"), np.dtype(f"u{size}")) for size in (4, 8)}
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -243,7 +242,7 @@ def round_rows(
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
         scales[:, groups], zeros[:, groups] = part_scales, part_zeros = _fit(part, weights, grid)
-        scale = _spread("scale", part_scales, part)
+        scale = part_scales[..., None]
         np.divide(part, scale, out=centred)
         np.rint(centred, out=centred)
         if grid.sym:
@@ -252,7 +251,7 @@ def round_rows(
             found.view(np.int8)[...] = centred
             found += np.uint8(middle)
         else:
-            zero = _spread("zero", part_zeros, part)
+            zero = part_zeros[..., None]
             centred += zero
             centred.clip(grid.min_code, grid.max_code, out=centred)
             found[...] = centred
@@ -260,17 +259,6 @@ def round_rows(
                 centred -= zero
         if decoded is not None:
             centred *= scale
-
-
-def _spread(name: str, groups: FloatArray, weight: FloatArray) -> FloatArray:
-    """What each group has, for each of its weights: spread out where a loop for each group would
-    cost more than one long loop."""
-    each_group = groups[..., None]
-    if weight.shape[-1] >= _LONG_GROUP:
-        return each_group
-    wide: FloatArray = kept(name, weight.shape, weight.dtype)
-    wide[...] = each_group
-    return wide
 
 
 def _fit(
