@@ -6,7 +6,7 @@
 rtn: seconds over those that one process needs to read the shards and convert them to float32 with
 ml_dtypes. gptq: the gain of two workers over one, next to the gain of two processes that do plain
 sgemm over one, measured before and after. Peak anonymous memory is the sum over all processes of a
-run, sampled every 50 ms.
+run, sampled; rtn's in a run of its own.
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ def anonymous(process: int) -> int:
     return memory + sum(map(anonymous, children))
 
 
-def timed(*arguments: str) -> tuple[float, int]:
-    """Seconds and peak anonymous memory of `ptq` with these arguments."""
+def timed(*arguments: str, every: float = 0.5) -> tuple[float, int]:
+    """Seconds and peak anonymous memory of `ptq` with these arguments.
+
+    every: seconds from one look at the memory to the next; looking costs time itself
+    """
     begin = time.perf_counter()
     command = [sys.executable, "-m", "ptq_cli", *arguments, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -97,7 +100,7 @@ def timed(*arguments: str) -> tuple[float, int]:
         nonlocal peak
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
-            time.sleep(0.05)
+            time.sleep(every)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -128,9 +131,12 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, work: Path, bare: Path) -> None:
     read_and_convert(given.folder)  # into the page cache
+    plain = ("rtn", str(bare), "--no-mse", "-o", str(work / "rtn"), "--force")
+    peak = timed(*plain, every=0.02)[1]
     for _ in range(given.repeat):
-        reading = read_and_convert(given.folder)
-        rtn, peak = timed("rtn", str(bare), "--no-mse", "-o", str(work / "rtn"), "--force")
+        before = read_and_convert(given.folder)
+        rtn = timed(*plain)[0]
+        reading = (before + read_and_convert(given.folder)) / 2
         show(
             "rtn", seconds=rtn, read_and_convert=reading, ratio=rtn / reading, peak_gib=peak / 2**30
         )

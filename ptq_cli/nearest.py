@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.buffers import same_bytes
+from ptq_cli.numerics.buffers import kept, same_bytes
 from ptq_cli.numerics.grid import blank, pieces, round_piece, round_to_nearest
 from ptq_cli.numerics.measures import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
 from ptq_cli.values import (
@@ -116,7 +116,8 @@ def _row_by_row(
     }
 
     def begin(panel: slice) -> QuantizedWeight:
-        return blank((panel.stop - panel.start, columns), layer.grid)
+        shape = (panel.stop - panel.start, columns)
+        return blank(shape, layer.grid, kept("codes", shape, np.uint8))
 
     def finish(panel: slice, rounded: QuantizedWeight) -> None:
         part = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)

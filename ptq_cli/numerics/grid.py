@@ -198,12 +198,11 @@ def round_to_nearest(
     return pack_result(codes, scales, zeros, grid)
 
 
-def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
+def blank(shape: tuple[int, int], grid: Grid, codes: Codes | None = None) -> QuantizedWeight:
     """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
     scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
-    return QuantizedWeight(
-        np.empty(shape, np.uint8), scales, np.empty(scales.shape, np.uint8), grid
-    )
+    codes = np.empty(shape, np.uint8) if codes is None else codes
+    return QuantizedWeight(codes, scales, np.empty(scales.shape, np.uint8), grid)
 
 
 def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
