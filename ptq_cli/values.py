@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil, prod
 from typing import Any
 
@@ -40,6 +40,15 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@lru_cache(1024)
+def _runs(width: int, in_features: int) -> tuple[tuple[slice, slice], ...]:
+    full = in_features // width
+    runs = [(slice(0, full * width), slice(0, full))] if full else []
+    if in_features % width:
+        runs.append((slice(full * width, in_features), slice(full, full + 1)))
+    return tuple(runs)
 
 
 @dataclass(frozen=True)
@@ -87,14 +96,9 @@ class Grid:
         """First column of each group, then `in_features`."""
         return [*range(0, in_features, self.width(in_features)), in_features]
 
-    def runs(self, in_features: int) -> list[tuple[slice, slice]]:
+    def runs(self, in_features: int) -> tuple[tuple[slice, slice], ...]:
         """Runs of equally long groups: (their columns, the groups)."""
-        width = self.width(in_features)
-        full = in_features // width
-        runs = [(slice(0, full * width), slice(0, full))] if full else []
-        if in_features % width:
-            runs.append((slice(full * width, in_features), slice(full, full + 1)))
-        return runs
+        return _runs(self.width(in_features), in_features)
 
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scales and zeros for a weight of `shape`."""

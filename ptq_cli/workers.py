@@ -38,8 +38,10 @@ _BLAS_THREADS = (
     "NUMEXPR_NUM_THREADS",
 )
 
-# Pages that one unit gives back serve the next; the C library would return them to the system.
+# Pages that one unit gives back serve the next; the C library would return them to the system. Huge
+# ones are filled faster.
 _KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }

@@ -34,6 +34,7 @@ class FileRows:
         self._stored = checkpoint.tensors[layer.tensor]
         self._dtype = NUMPY_DTYPES[self._stored.spec.dtype]
         self._row_bytes = self._stored.spec.nbytes // layer.shape[0]
+        self._at_once = pieces(0, layer.shape[0], layer.shape[1])[0].stop
         self._message, self._seen = Message(), 0
         with named(self._stored.file):
             self._file = FileIO(self._stored.file)
@@ -48,31 +49,35 @@ class FileRows:
         """Raises FileError where the file ends early."""
         start, stop, _ = rows.indices(self.shape[0])
         result = kept("rows", (stop - start, self.shape[1]), np.float32)
+        if stop - start <= self._at_once:
+            self._fill(result, start, stop)
+            return result
         for part in pieces(start, stop, self.shape[1]):
-            place = result[part.start - start : part.stop - start]
-            values = self._read(part).view(self._dtype)
-            if values.itemsize > place.itemsize:
-                with np.errstate(over="ignore"):
-                    place[...] = values.reshape(place.shape)
-            else:
-                place[...] = values.reshape(place.shape)
+            self._fill(result[part.start - start : part.stop - start], part.start, part.stop)
         return result
+
+    def _fill(self, place: NDArray[np.float32], start: int, stop: int) -> None:
+        values = self._read(start, stop).view(self._dtype).reshape(place.shape)
+        if values.itemsize > place.itemsize:
+            with np.errstate(over="ignore"):
+                place[...] = values
+        else:
+            place[...] = values
 
     def check(self) -> None:
         """Raises InputError where the weight is not finite."""
         self._checkpoint.matrix(self._name, (self.shape[0], self.shape[1]))
 
-    def _read(self, part: slice) -> NDArray[np.uint8]:
-        data = kept_buffer((part.stop - part.start) * self._row_bytes)
-        read_exactly(self._file, self._stored.offset + part.start * self._row_bytes, data)
-        if part.start == self._seen:
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        data = kept_buffer((stop - start) * self._row_bytes)
+        read_exactly(self._file, self._stored.offset + start * self._row_bytes, data)
+        if start == self._seen:
             self._message.update(data)
-            self._seen = part.stop
+            self._seen = stop
         return data
 
     def digest(self) -> str:
         """`digest_of` the tensor's bytes. Rows that were not asked for in order are read again."""
-        if self._seen < self.shape[0]:
-            for part in pieces(self._seen, self.shape[0], self.shape[1]):
-                self._read(part)
+        for part in pieces(self._seen, self.shape[0], self.shape[1]):
+            self._read(part.start, part.stop)
         return self._message.hexdigest()
