@@ -1,7 +1,8 @@
 """Finished tensors go to their places in the output while others are still being worked on.
 
 One thread copies, so that the disk is busy from the beginning and nothing is left to write at the
-end but headers. It holds no work that could be lost: what it has not copied is copied at the end.
+end but headers. It holds no work that could be lost: units wait for nobody, and are copied again
+where a run is interrupted.
 """
 
 from __future__ import annotations

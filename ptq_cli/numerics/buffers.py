@@ -26,6 +26,7 @@ _MOST_SHAPES = 256
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[str, NDArray[np.uint8]] = {}
+        self.numbers: dict[str, int] = {}
         self.arrays: dict[Any, NDArray[Any]] = {}
         self.block = np.empty(0, np.uint8)
 
@@ -46,7 +47,8 @@ def _new(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     if size > MOST:
         return np.empty(shape, dtype)
     if name not in buffers or len(buffers[name]) < size:
-        buffers[name] = _room(size, len(buffers))
+        number = _kept.numbers.setdefault(name, len(_kept.numbers))
+        buffers[name] = _room(size, number)
         arrays.clear()
     if len(arrays) > _MOST_SHAPES:
         arrays.clear()

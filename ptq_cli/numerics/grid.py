@@ -101,7 +101,7 @@ def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, Flo
 
 
 def _group_range(weight: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """`weight.min(-1)` and `weight.max(-1)` of finite values, both widened to hold 0.
+    """`weight.min(-1)` and `weight.max(-1)`, both widened to hold 0; NaN and inf go through.
 
     Integers have the faster loops, and `reduceat` less to do for each of many short groups. The
     bits of positive floats sort as integers; negative ones come before them as signed integers and
@@ -199,7 +199,8 @@ def round_to_nearest(
 
 
 def blank(shape: tuple[int, int], grid: Grid, codes: Codes | None = None) -> QuantizedWeight:
-    """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
+    """Room for a rounded weight of `shape`, to be filled a few rows at a time; `codes` is the room
+    for its codes where there is some."""
     scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
     codes = np.empty(shape, np.uint8) if codes is None else codes
     return QuantizedWeight(codes, scales, np.empty(scales.shape, np.uint8), grid)

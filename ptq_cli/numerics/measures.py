@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import log10
+from math import isfinite, log10
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.errors import InputError
 from ptq_cli.numerics.grid import pieces
 from ptq_cli.numerics.threads import each
 from ptq_cli.values import Array, FloatArray, OutputErrors, QuantizedWeight
@@ -146,17 +147,19 @@ class _Sums:
         def work(panel: slice) -> tuple[float, float, float]:
             lost = power = largest = 0.0
             start = panel.start - top
-            for weight, error in pieces_of(panel):
-                if products:
-                    place = slice(start, start + len(weight))
-                    kept[0, place], kept[1, place] = weight, error
-                    start = place.stop
-                lost += _square(error)
-                power += _square(weight)
-                if error.size:
-                    high = np.maximum.reduce(error, axis=None)
-                    low = np.minimum.reduce(error, axis=None)
-                    largest = max(largest, float(high), -float(low))
+            # What is not finite shows in the scales, and what overflows in the sums.
+            with np.errstate(over="ignore", invalid="ignore"):
+                for weight, error in pieces_of(panel):
+                    if products:
+                        place = slice(start, start + len(weight))
+                        kept[0, place], kept[1, place] = weight, error
+                        start = place.stop
+                    lost += _square(error)
+                    power += _square(weight)
+                    if error.size:
+                        high = np.maximum.reduce(error, axis=None)
+                        low = np.minimum.reduce(error, axis=None)
+                        largest = max(largest, float(high), -float(low))
             return lost, power, largest
 
         for error, power, largest in each(work, panels):
@@ -166,6 +169,7 @@ class _Sums:
         if self.has_products and kept.size:
             self._add_products(*kept)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _add_products(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
         if self.hessian is not None:
             self.loss += _trace(self.hessian, error)
@@ -187,6 +191,12 @@ class _Sums:
     def result(self) -> Measures:
         loss = self.error if self.hessian is None else max(0.0, self.loss)
         energy = self.power if self.hessian is None else self.energy
+        sums = (self.loss, energy, self.error, self.power, self.heldout_loss, self.heldout_energy)
+        if not all(map(isfinite, sums)):
+            raise InputError(
+                "its values are too large: their squares do not fit float32",
+                hint="leave it out with --ignore",
+            )
         return Measures(
             loss=loss,
             rel_err=_ratio(loss, energy),

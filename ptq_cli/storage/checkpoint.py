@@ -96,7 +96,7 @@ class StoredRows:
         result = np.empty(values.shape, np.float32)
 
         def convert(part: slice) -> bool:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 result[part] = values[part]
             return all_finite(result[part])
 
@@ -184,7 +184,7 @@ class Checkpoint:
         return StoredRows(values.reshape(shape), refuse)
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             bad = ~np.isfinite(values.astype(np.float32))
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         what = "NaN or inf" if not np.isfinite(values[first]) else "a value too large for float32"

@@ -3,7 +3,7 @@
 Sixteen thousand lanes of 64 bits take the words in turn, each a chain of
 `state = mix(state ^ word)` with a `mix` that maps no two states to one, so a change in a single
 word of a lane always changes it; the lanes, the rest of the bytes and the length then go through
-SHA-256. It tells damage and mix-ups apart, as SHA-256 would at a quarter of the speed; it is no
+SHA-256. It tells damage and mix-ups apart, as SHA-256 would at a third of the speed; it is no
 defence against somebody who makes collisions on purpose.
 """
 
@@ -49,7 +49,6 @@ class Message:
 
     def __init__(self) -> None:
         self._state = np.zeros(_LANES, np.uint64)
-        self._shifted = kept("shifted", (_LANES,), np.uint64)
         self._lane = 0  # of the next word
         self._rest = np.empty(0, np.uint8)  # bytes that are no whole word yet
         self._length = 0
@@ -75,7 +74,7 @@ class Message:
         while start < len(words):
             count = min(_LANES - self._lane, len(words) - start)
             state = self._state[self._lane : self._lane + count]
-            shifted = self._shifted[:count]
+            shifted = kept("shifted", (_LANES,), np.uint64)[:count]
             np.bitwise_xor(state, words[start : start + count], out=state)
             np.multiply(state, _ODD, out=state)
             np.right_shift(state, _HALF, out=shifted)

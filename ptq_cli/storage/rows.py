@@ -21,8 +21,9 @@ from ptq_cli.values import Layer
 
 
 class FileRows:
-    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32, in memory of the next
-    `rows[…]`. NaN and inf are not looked for here: no scale fits them, and then `check` names them.
+    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32, a few rows in memory
+    of the next few on the same thread. NaN and inf are not looked for here: no scale fits them
+    (ScaleOverflow), and who meets that has `check` name them.
 
     The layer is stored as it is seen, row by row, in a file of its own checkpoint, which is open
     inside a `with` block.
@@ -48,10 +49,12 @@ class FileRows:
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
         """Raises FileError where the file ends early."""
         start, stop, _ = rows.indices(self.shape[0])
-        result = kept("rows", (stop - start, self.shape[1]), np.float32)
+        shape = (stop - start, self.shape[1])
         if stop - start <= self._at_once:
+            result = kept("rows", shape, np.float32)
             self._fill(result, start, stop)
             return result
+        result = np.empty(shape, np.float32)
         for part in pieces(start, stop, self.shape[1]):
             self._fill(result[part.start - start : part.stop - start], part.start, part.stop)
         return result
@@ -59,7 +62,7 @@ class FileRows:
     def _fill(self, place: NDArray[np.float32], start: int, stop: int) -> None:
         values = self._read(start, stop).view(self._dtype).reshape(place.shape)
         if values.itemsize > place.itemsize:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 place[...] = values
         else:
             place[...] = values

@@ -132,6 +132,8 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
     """
     if tensor.spec != place.spec:
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} is not as planned")
+    if tensor == place:
+        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} was not written")
     with named(place.file):
         descriptor = os.open(place.file, os.O_RDWR)
     try:

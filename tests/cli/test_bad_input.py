@@ -168,6 +168,27 @@ def test_weights_that_are_no_numbers(value, dtype, job):
     gptq_refused(job, words=("model.safetensors", f"{Q}.weight", "[12, 32]", "[3, 5]", "2 in all"))
 
 
+@pytest.mark.parametrize("group_size", ["128", "-1", "0", "5"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7F800000, 0xFF800000, 0xFFC00001])
+def test_plain_rounding_reads_row_by_row_and_sees_them_too(bits, group_size, job):
+    """Quiet and signalling NaN of both signs, inf: no warning of NumPy's, one line."""
+    weight = random_weight(*LINEARS[Q], dtype=np.float32)
+    weight.view(np.uint32)[3, 5] = bits
+    small_model(job, **{f"{Q}.weight": weight})
+    words = ("model.safetensors", f"{Q}.weight", "[12, 32]", "[3, 5]", "1 in all")
+    for more in ([], ["--asym"], ["--scale-dtype", "float32"]):
+        refused("rtn", job, "--no-mse", "--group-size", group_size, *more, words=words)
+
+
+@pytest.mark.parametrize("command", ["gptq", "rtn"])
+def test_weights_whose_squares_do_not_fit_float32(command, job):
+    weight = random_weight(*LINEARS[Q], dtype=np.float32) * np.float32(1e30)
+    small_model(job, **{f"{Q}.weight": weight})
+    words = (f"{Q}.weight", "[12, 32]", "too large", "--ignore")
+    source = ["--activations", "acts"] if command == "gptq" else ["--no-mse"]
+    refused(command, job, *source, "--scale-dtype", "float32", words=words)
+
+
 def test_weights_beyond_float32(job):
     weight = random_weight(*LINEARS[Q], dtype=np.float64)
     weight[1, 2] = 1e300
