@@ -20,11 +20,13 @@ WIDTHS = [(0.05, 512, 1408), (0.5, 1024, 2816), (1.2, 2048, 5632), (99, 2560, 69
 VOCABULARY = 32000
 
 
-def shapes_of(billions: float) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Tensor shapes in order, and the width of each site."""
+def shapes_of(
+    billions: float, layers: int | None = None
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Tensor shapes in order, and the width of each site. layers: so many of that size's instead"""
     hidden, inner = next((h, i) for limit, h, i in WIDTHS if billions <= limit)
     block = 4 * hidden * hidden + 3 * hidden * inner
-    n_layers = max(1, round((billions * 1e9 - 2 * VOCABULARY * hidden) / block))
+    n_layers = layers or max(1, round((billions * 1e9 - 2 * VOCABULARY * hidden) / block))
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     sites = {}
     for i in range(n_layers):
@@ -70,8 +72,9 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], rng: np.random.
     return offset
 
 
-def write_model(folder: Path, billions: float, n_shards: int, rng: np.random.Generator) -> None:
-    tensors, _ = shapes_of(billions)
+def write_model(
+    folder: Path, tensors: dict[str, tuple[int, ...]], n_shards: int, rng: np.random.Generator
+) -> None:
     total = sum(2 * int(np.prod(shape)) for shape in tensors.values())
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(n_shards)]
     done = 0
@@ -88,9 +91,11 @@ def write_model(folder: Path, billions: float, n_shards: int, rng: np.random.Gen
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-def write_activations(folder: Path, billions: float, tokens: int, rng: np.random.Generator) -> None:
+def write_activations(
+    folder: Path, sites: dict[str, int], tokens: int, rng: np.random.Generator
+) -> None:
     folder.mkdir(exist_ok=True)
-    for site, width in shapes_of(billions)[1].items():
+    for site, width in sites.items():
         loud = np.exp(rng.standard_normal(width) * 0.7)
         mix = rng.standard_normal((64, width)) / 8
         values = rng.standard_normal((tokens, 64)) @ mix + rng.standard_normal((tokens, width))
@@ -101,16 +106,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parameters", type=float, default=2.0, help="billions")
+    parser.add_argument("--layers", type=int, help="so many layers of that size's instead")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024, help="per site; 0: no activations")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     rng = np.random.default_rng(given.seed)
     given.folder.mkdir(parents=True, exist_ok=True)
-    write_model(given.folder, given.parameters, given.shards, rng)
+    tensors, sites = shapes_of(given.parameters, given.layers)
+    write_model(given.folder, tensors, given.shards, rng)
     if given.tokens:
-        write_activations(given.folder / "activations", given.parameters, given.tokens, rng)
-    count = sum(int(np.prod(shape)) for shape in shapes_of(given.parameters)[0].values())
+        write_activations(given.folder / "activations", sites, given.tokens, rng)
+    count = sum(int(np.prod(shape)) for shape in tensors.values())
     print(f"{given.folder}: {count / 1e9:.2f} billion parameters")
 
 
