@@ -59,21 +59,21 @@ def round_layer(
 
     outputs: [out_features], what the outputs are multiplied by before they are measured, or None
     """
-    known = inputs_of(statistics)
+    known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
     if layer.grid.group_size == 0:
         whole = weight[:]
         plain = replace(round_to_nearest(whole, layer.grid), input_scale=scale)
         stored = as_stored(layer, plain, fmt)
-        return stored, measure(whole, stored.unpacked(), outputs=outputs, **known)
+        return stored, measure(whole, stored.unpacked(), **known)
     if fmt.by_rows(layer):
-        return _row_by_row(weight, layer, fmt, known, outputs)
+        return _row_by_row(weight, layer, fmt, known)
     plain = replace(blank(layer.shape, layer.grid), input_scale=scale)
-    measures = _measured(weight, known, outputs, plain.panel)
+    measures = _measured(weight, known, plain.panel)
     stored = as_stored(layer, plain, fmt)
     unpacked = stored.unpacked()
     if unpacked.offsets is not None:  # then it does not decode to quite what was measured
-        measures = measure(weight[:], unpacked, outputs=outputs, **known)
+        measures = measure(weight[:], unpacked, **known)
     return stored, measures
 
 
@@ -105,7 +105,7 @@ def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None
 
 
 def _row_by_row(
-    weight: Rows, layer: Layer, fmt: Format, known: dict[str, Any], outputs: FloatArray | None
+    weight: Rows, layer: Layer, fmt: Format, known: dict[str, Any]
 ) -> tuple[Stored, Measures]:
     """For formats whose tensors have the weight's rows: each panel is packed, proven and put into
     its place, and its codes are forgotten."""
@@ -124,7 +124,7 @@ def _row_by_row(
         for name, values in part.tensors.items():
             tensors[name][panel] = values
 
-    measures = _measured(weight, known, outputs, begin, finish)
+    measures = _measured(weight, known, begin, finish)
     return Stored(tensors, lambda: fmt.decode(layer, tensors)), measures
 
 
@@ -136,7 +136,6 @@ def _panel_of(layer: Layer, rows: int) -> Layer:
 def _measured(
     weight: Rows,
     known: dict[str, Any],
-    outputs: FloatArray | None,
     begin: Callable[[slice], QuantizedWeight],
     finish: Callable[[slice, QuantizedWeight], None] = lambda panel, rounded: None,
 ) -> Measures:
@@ -150,11 +149,7 @@ def _measured(
         for rows in pieces(panel.start, panel.stop, weight.shape[1]):
             part = weight[rows]
             place = slice(rows.start - panel.start, rows.stop - panel.start)
-            error = round_piece(part, into, place)
-            if outputs is not None:
-                scale = outputs[rows, None].astype(np.float32)
-                part, error = part * scale, error * scale
-            yield part, error
+            yield part, round_piece(part, into, place)
         finish(panel, into)
 
     return measure_rows(weight.shape, work, **known)

@@ -67,30 +67,13 @@ def measure(
     outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
     heldout_float: x_fp, of the shape of `heldout`, or None where nothing has drifted
     """
-    return measure_against(weight, rounded.dequantized, hessian, heldout, outputs, heldout_float)
-
-
-def measure_against(
-    weight: FloatArray,
-    dequantized: Callable[[slice], NDArray[np.float32]],
-    hessian: NDArray[np.float32] | None,
-    heldout: Array | None,
-    outputs: FloatArray | None = None,
-    heldout_float: Array | None = None,
-) -> Measures:
-    """The same, for anything that gives rows of the dequantized weight."""
 
     def pieces_of(panel: slice) -> Iterator[Piece]:
         for rows in pieces(panel.start, panel.stop, weight.shape[1]):
             original = weight[rows].astype(np.float32, copy=False)
-            error = original - dequantized(rows)
-            if outputs is None:
-                yield original, error
-            else:
-                scale = outputs[rows, None].astype(np.float32)
-                yield original * scale, error * scale
+            yield original, original - rounded.dequantized(rows)
 
-    return measure_rows(weight.shape, pieces_of, hessian, heldout, heldout_float)
+    return measure_rows(weight.shape, pieces_of, hessian, heldout, outputs, heldout_float)
 
 
 def measure_rows(
@@ -98,6 +81,7 @@ def measure_rows(
     pieces_of: Callable[[slice], Iterator[Piece]],
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
+    outputs: FloatArray | None = None,
     heldout_float: Array | None = None,
 ) -> Measures:
     """The same, for anything that gives the weight and its error.
@@ -105,7 +89,7 @@ def measure_rows(
     pieces_of: a few rows of both at a time, in order, of the rows it is asked for. Each row is
         asked for once, on any thread; a piece may be overwritten once the next is asked for
     """
-    sums = _Sums(hessian, heldout, heldout_float)
+    sums = _Sums(hessian, heldout, outputs, heldout_float)
     for top in range(0, shape[0], ROWS_AT_ONCE):
         stop = min(top + ROWS_AT_ONCE, shape[0])
         kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
@@ -120,9 +104,11 @@ class _Sums:
         self,
         hessian: NDArray[np.float32] | None,
         heldout: Array | None,
+        outputs: FloatArray | None,
         heldout_float: Array | None,
     ) -> None:
         self.hessian = hessian
+        self.outputs = outputs
         self.heldout = _columns(heldout)
         self.drifted = None if heldout_float is None else _columns(heldout_float)
         self.error = self.power = self.loss = self.energy = 0.0
@@ -146,14 +132,18 @@ class _Sums:
 
         def work(panel: slice) -> tuple[float, float, float]:
             lost = power = largest = 0.0
-            start = panel.start - top
+            start = panel.start
             # What is not finite shows in the scales, and what overflows in the sums.
             with np.errstate(over="ignore", invalid="ignore"):
                 for weight, error in pieces_of(panel):
+                    rows = slice(start, start + len(weight))
+                    start = rows.stop
+                    if self.outputs is not None:
+                        scale = self.outputs[rows, None].astype(np.float32)
+                        weight, error = weight * scale, error * scale
                     if products:
-                        place = slice(start, start + len(weight))
+                        place = slice(rows.start - top, rows.stop - top)
                         kept[0, place], kept[1, place] = weight, error
-                        start = place.stop
                     lost += _square(error)
                     power += _square(weight)
                     if error.size:
