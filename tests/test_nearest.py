@@ -73,3 +73,17 @@ def test_what_does_not_unpack_to_the_same_is_refused(weight, by_rows, row):
     broken = replace(native, encode=encode, by_rows=lambda layer: by_rows)
     with pytest.raises(InputError, match="does not unpack to the same"):
         round_layer(weight, layer_of(Grid(4)), broken, None)
+
+
+@pytest.mark.parametrize("fmt", ["ptq", "compressed-tensors"])
+def test_outputs_are_measured_multiplied(weight, fmt):
+    """Each row by its own factor, in every piece of every panel."""
+    grid = Grid(4, group_size=40)
+    outputs = np.random.default_rng(1).uniform(0.1, 10, SHAPE[0])
+    stored, measures = round_layer(weight, layer_of(grid), format_named(fmt), None, outputs)
+    whole = stored.unpacked()
+    assert measure(weight, whole, None, None, outputs) == measures
+    scaled = weight * outputs[:, None]
+    error = scaled - whole.dequantized() * outputs[:, None]
+    np.testing.assert_allclose(measures.rel_err, (error**2).sum() / (scaled**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(measures.max_abs_err, np.abs(error).max(), rtol=1e-5)
