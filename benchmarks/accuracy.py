@@ -27,14 +27,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import ptq_cli
-from ptq_cli.models.forward import finish
-from ptq_cli.models.likelihood import Prediction, measure_tokens, next_tokens
-from ptq_cli.quality import difference, quantized_tensors
-from ptq_cli.sequential import model_architecture
+from ptq_cli.calibration.from_tokens import model_architecture
+from ptq_cli.calibration.stream import Held, Read, Stream, batches, threads
+from ptq_cli.evaluation.perplexity import difference, quantized_tensors
+from ptq_cli.models.forward.likelihood import Prediction, measure_tokens, next_tokens
+from ptq_cli.models.forward.stages import finish
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
-from ptq_cli.stream import Held, Read, Stream, batches, threads
 
 SAMPLE = Path(__file__).parents[1] / "sample_data"
 PAPER = {"refine": 0, "sweeps": 0, "mse": False, "drift": 0.0}

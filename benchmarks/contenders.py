@@ -28,8 +28,8 @@ Run = Callable[[Weights, Weights], Timed]
 
 def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
     """This engine, by the calls its gptq method makes."""
-    from ptq_cli.numerics.solver import Passes, column_order, make_feedback, solve
-    from ptq_cli.values import Grid
+    from ptq_cli.core.grid import Grid
+    from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve
 
     grid, passes = Grid(BITS, GROUP, sym=False), Passes(mse, refine, sweeps)
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.models.architecture import Architecture, read_architecture
-from ptq_cli.models.attention import pack
-from ptq_cli.models.forward import forward_block
+from ptq_cli.models.forward.architecture import Architecture, read_architecture
+from ptq_cli.models.forward.attention import pack
+from ptq_cli.models.forward.stages import forward_block
 
 LENGTHS = (512, 2048)
 

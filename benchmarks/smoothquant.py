@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 import ptq_cli
+from ptq_cli.core.grid import Grid
 from ptq_cli.numerics.activations import quantize_per_token
-from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import integer_product, linear_dequantized, linear_w8a8
-from ptq_cli.tasks import Resources
-from ptq_cli.values import Grid
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.run.schedule import Resources
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from contenders import BITS, GROUP, loss  # noqa: E402
 
-from ptq_cli.numerics.grid import round_to_nearest  # noqa: E402
-from ptq_cli.values import Grid  # noqa: E402
+from ptq_cli.core.grid import Grid  # noqa: E402
+from ptq_cli.numerics.rounding import round_to_nearest  # noqa: E402
 
 SIZES = ["1024x1024", "4096x4096", "4096x11008"]
 TARGET_SIZE = "4096x4096"

@@ -5,8 +5,8 @@ A page says where its part stands, between markers that cog knows:
     <!-- [[[cog import tables; cog.out(tables.settings()) ]]] -->
     <!-- [[[end]]] -->
 
-`cog -r -I docs docs/*.md` writes them anew; `cog --check` in CI and tests/test_docs_made.py find
-what has gone stale.
+`cog -r -I docs docs/*.md` writes them anew; `cog --check` in CI and tests/docs/test_docs_made.py
+find what has gone stale.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import click
 
 from ptq_cli.cli import quantize
 from ptq_cli.cli.main import COMMANDS, cli
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
 from ptq_cli.formats import ptq
-from ptq_cli.grid_settings import GridSettings
-from ptq_cli.options import settings_fields
+from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
+from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
-from ptq_cli.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
-from ptq_cli.values import Activation, Format, Grid, Layer
 
 WIDTH = 80
 PACKS = quantize._DEFAULTS["pack"]

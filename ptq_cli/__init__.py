@@ -32,8 +32,8 @@ __all__ = [
 
 _HOME = {
     "PtqError": "ptq_cli.errors",
-    "QuantizedLinear": "ptq_cli.linear",
-    "capture": "ptq_cli.torch_capture",
+    "QuantizedLinear": "ptq_cli.models.forward.linear",
+    "capture": "ptq_cli.calibration.from_torch",
 }
 
 
@@ -42,4 +42,4 @@ def __getattr__(name: str) -> "Any":
         raise AttributeError(f"module 'ptq_cli' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME.get(name, "ptq_cli.api")), name)
+    return getattr(import_module(_HOME.get(name, "ptq_cli.commands.api")), name)

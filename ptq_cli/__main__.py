@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ptq_cli import stopping
+from ptq_cli.cli import signals
+from ptq_cli.storage.interruption import Stopped
 
-stopping.install()
+signals.install()
 
 import io  # noqa: E402
 import os  # noqa: E402
@@ -20,11 +21,11 @@ def main() -> NoReturn:
         from ptq_cli.cli.main import run
 
         code = run(sys.argv[1:])
-    except stopping.Stopped as stopped:
-        stopping.leave(stopped.number)
+    except Stopped as stopped:
+        signals.leave(stopped.number)
     except KeyboardInterrupt:  # raised by a library itself
-        stopping.leave(signal.SIGINT)
-    stopping.too_late()
+        signals.leave(signal.SIGINT)
+    signals.too_late()
     sys.exit(code)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
+from ptq_cli.core.plugins import Format, Method, Smoother
 from ptq_cli.errors import InputError
-from ptq_cli.values import Format, Method, Smoother
 
 METHODS = {
     "rtn": "ptq_cli.methods.rtn:METHOD",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptq_cli.values import Grid
+from ptq_cli.core.grid import Grid
 
 # Binary digits of a stored scale, exponent of its finest step, smallest value it may take.
 STORED = {

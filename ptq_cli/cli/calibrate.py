@@ -7,17 +7,25 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
-from ptq_cli.calibrate_job import default_target, prepare_calibration
-from ptq_cli.cli.common import PATH, emit_warnings, model_argument, resource_options, show_next
+from ptq_cli.calibration.find import take_tokens
+from ptq_cli.cli import console
+from ptq_cli.cli.common import (
+    PATH,
+    emit_warnings,
+    model_argument,
+    resource_options,
+    show_next,
+)
 from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
 from ptq_cli.cli.next_steps import after_calibration
+from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.tokens import token_options
-from ptq_cli.live import Follow
+from ptq_cli.commands import api
+from ptq_cli.commands.calibrate import default_target, prepare_calibration
+from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.sources import take_tokens
+from ptq_cli.run.schedule import take_resources
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.tasks import take_resources
 
 
 @click.command("calibrate")
@@ -155,7 +163,7 @@ def calibrate(
             warn=lambda warning: emit_warnings([warning], strict),
         )
     if as_json:
-        display.print_json(result)
+        console.print_json(result)
     else:
         _show(result)
         default = default_target(open_checkpoint(model))
@@ -165,7 +173,7 @@ def calibrate(
 def _show(result: dict[str, object]) -> None:
     sites = result["sites"]
     assert isinstance(sites, dict)
-    display.table(
+    console.table(
         [
             ("site", "left"),
             ("linears", "right"),
@@ -179,11 +187,11 @@ def _show(result: dict[str, object]) -> None:
                 site,
                 str(len(entry["linears"])),
                 str(entry["n_tokens"]),
-                display.number(entry["std"]),
-                display.number(max(-entry["min"], entry["max"])),
-                display.number(entry["p99"]),
+                number(entry["std"]),
+                number(max(-entry["min"], entry["max"])),
+                number(entry["p99"]),
             ]
             for site, entry in sites.items()
         ],
     )
-    display.line(f"{len(sites)} sites; written: {result['output']}")
+    console.line(f"{len(sites)} sites; written: {result['output']}")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from ptq_cli import api, display
+from ptq_cli.cli import console
 from ptq_cli.cli.common import PATH
+from ptq_cli.commands import api
 from ptq_cli.errors import GateMissed
-from ptq_cli.runtimes import FAILS, RUNTIMES, loads
+from ptq_cli.formats.runtimes import FAILS, RUNTIMES, loads
 
 _SHOWN = 5
 
@@ -29,7 +30,7 @@ def check(out: Path, runtime: str, as_json: bool) -> None:
     """
     name, found = api.check(out, runtime)
     if as_json:
-        display.print_json(
+        console.print_json(
             {
                 "path": str(out),
                 "format": name,
@@ -40,8 +41,8 @@ def check(out: Path, runtime: str, as_json: bool) -> None:
         )
     else:
         for fact in found:
-            display.line(f"{fact.level}: {words(fact.text, fact.modules)}")
-        display.line(f"{out}: {runtime} {'loads' if loads(found) else 'does not load'} it ({name})")
+            console.line(f"{fact.level}: {words(fact.text, fact.modules)}")
+        console.line(f"{out}: {runtime} {'loads' if loads(found) else 'does not load'} it ({name})")
     if not loads(found):
         first = next(fact for fact in found if fact.level == FAILS)
         raise GateMissed(f"{out}: {runtime} does not load it: {words(first.text, first.modules)}")

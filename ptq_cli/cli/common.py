@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 
 import click
 
-from ptq_cli import display
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.cli import console
 from ptq_cli.cli.next_steps import Step, after, as_line
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError
-from ptq_cli.junit import as_junit
-from ptq_cli.report import Gate, as_csv, as_document, check_gates, gates_of
-from ptq_cli.storage.calibration import StatisticsSource
+from ptq_cli.report.junit import as_junit
+from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import write_whole
-from ptq_cli.values import Layer, RunReport
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -155,7 +156,7 @@ def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
     if warnings and strict:
         raise InputError(f"{warnings[0]} (--strict)")
     for warning in warnings:
-        display.warn(warning)
+        console.warn(warning)
 
 
 def check_report_paths(options: Mapping[str, Any]) -> None:
@@ -163,7 +164,7 @@ def check_report_paths(options: Mapping[str, Any]) -> None:
     check_path(options["report_path"], (".csv", ".json"), "a report")
     check_path(options["junit"], (".xml",), "a JUnit report")
     if options["html"] is not None:
-        from ptq_cli.page.svg import require_matplotlib
+        from ptq_cli.report.html.svg import require_matplotlib
 
         check_path(options["html"], (".html", ".htm"), "a page")
         require_matplotlib("--html")
@@ -220,7 +221,7 @@ def finish(
 
 def show_next(steps: Iterable[Step]) -> None:
     for what, words in steps:
-        display.line(f"{what}: {as_line(words)}")
+        console.line(f"{what}: {as_line(words)}")
 
 
 def _write_page(
@@ -230,8 +231,8 @@ def _write_page(
     source: StatisticsSource | None,
     gates: Sequence[Gate],
 ) -> None:
-    from ptq_cli.page.build import write_page
-    from ptq_cli.page.subject import subject_of
+    from ptq_cli.report.html.build import write_page
+    from ptq_cli.report.html.subject import subject_of
 
     document = as_document(report, times=False)
     subject = subject_of(document, output.resolve().name, output, source, gates)
@@ -250,6 +251,6 @@ def emit_report(
     if path is not None:
         write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))
     if as_json:
-        display.print_json(document)
+        console.print_json(document)
     else:
-        display.show_report(report, top=top, output=output)
+        console.show_report(report, top=top, output=output)

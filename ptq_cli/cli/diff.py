@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from ptq_cli import display
+from ptq_cli.cli import console
 from ptq_cli.cli.common import PATH
-from ptq_cli.difference import Change, Difference, difference
 from ptq_cli.errors import GateMissed
+from ptq_cli.report.compare import Change, Difference, difference
 from ptq_cli.storage.reports import read_report
 
 _SHOWN = 5
@@ -50,7 +50,7 @@ def diff(before: Path, after: Path, tolerance: float, top: int, as_json: bool) -
     found = difference(read_report(before)[0], read_report(after)[0])
     worse = found.worse(tolerance)
     if as_json:
-        display.print_json(_document(found, tolerance, worse))
+        console.print_json(_document(found, tolerance, worse))
     else:
         _show(found, top)
     if worse:
@@ -80,24 +80,24 @@ def _document(found: Difference, tolerance: float, worse: list[Change]) -> dict[
 
 def _show(found: Difference, top: int) -> None:
     if found.same:
-        display.line("no difference")
+        console.line("no difference")
         return
     for key, (before, after) in found.settings.items():
-        display.line(f"{key}: {_word(before)} -> {_word(after)}")
+        console.line(f"{key}: {_word(before)} -> {_word(after)}")
     for words in found.measured:
-        display.line(f"not comparable: {words}")
+        console.line(f"not comparable: {words}")
     for title, modules in (("added", found.added), ("removed", found.removed)):
         if modules:
             more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
             names = ", ".join(modules[:_SHOWN])
-            display.line(f"{len(modules)} layers {title}: {names}{more}")
+            console.line(f"{len(modules)} layers {title}: {names}{more}")
     shown = found.layers if top <= 0 else found.layers[:top]
     if found.totals:
         _table("total", found.totals)
     if shown:
         _table("layer", shown)
     if len(shown) < len(found.layers):
-        display.line(f"... and {len(found.layers) - len(shown)} more (--top 0 shows all)")
+        console.line(f"... and {len(found.layers) - len(shown)} more (--top 0 shows all)")
 
 
 def _table(title: str, changes: tuple[Change, ...]) -> None:
@@ -106,7 +106,7 @@ def _table(title: str, changes: tuple[Change, ...]) -> None:
         [c.name, _number(c.before), _number(c.after), _moved(c), "worse" if worse else "better"]
         for c, worse in ((change, change.worse > 0) for change in changes)
     ]
-    display.table([*columns, ("", "left")], rows)
+    console.table([*columns, ("", "left")], rows)
 
 
 def _number(value: float) -> str:

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from ptq_cli import display
+from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings
-from ptq_cli.forecast import Forecast, check, document
-from ptq_cli.page.names import common_parents
+from ptq_cli.commands.forecast import Forecast, check, document
+from ptq_cli.core.text import common_parents, size
 from ptq_cli.storage.rates import measure
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -37,7 +37,7 @@ def emit_forecast(
     emit_warnings([w for w in forecast.warnings if w not in warnings], strict)
     content = document(forecast, measure(forecast.files, forecast.threads))
     if as_json:
-        display.print_json(content)
+        console.print_json(content)
     else:
         _show(content, top)
     check(forecast)
@@ -56,16 +56,16 @@ def _show(content: dict[str, Any], top: int) -> None:
         if content["method"] == "repack":
             verb = "repack"
         at = f" at {bits:.2f} bits/weight" if bits else ""
-        before, after = (display.size(totals[key]) for key in ("bytes_before", "bytes_after"))
-        display.line(
+        before, after = (size(totals[key]) for key in ("bytes_before", "bytes_after"))
+        console.line(
             f"ptq {content['command']} would {verb} {totals['layers']} layers{at} and copy"
             f" {totals['left_alone']} tensors: {before} -> {after}, format {content['format']}"
         )
     sites = [unit for unit in content["units"] if unit["unit"].startswith("smoothing ")]
     if sites:
-        display.line(f"before that the inputs of {len(sites)} sites would be smoothed")
+        console.line(f"before that the inputs of {len(sites)} sites would be smoothed")
     if content["output"] is not None:
-        display.line(f"output: {content['output']}{_interrupted(content['interrupted'])}")
+        console.line(f"output: {content['output']}{_interrupted(content['interrupted'])}")
     _show_needs(content)
 
 
@@ -90,13 +90,13 @@ def _show_layers(layers: list[dict[str, Any]], top: int) -> None:
     ]
     first = f"layer ({common}...)" if common else "layer"
     columns = [(first, "left"), ("by", "left"), ("shape", "right"), ("grid", "left")]
-    display.table([*columns, ("bits/w", "right")], rows)
+    console.table([*columns, ("bits/w", "right")], rows)
     if len(shown) < len(layers):
-        display.line(f"and {len(layers) - len(shown)} layers more; --top 0 shows all")
+        console.line(f"and {len(layers) - len(shown)} layers more; --top 0 shows all")
     reasons = sorted({row["reason"] for row in layers if row["reason"]})
     for reason in reasons:
         names = [row["module"] for row in layers if row["reason"] == reason]
-        display.line(f"rounded to nearest ({reason}): {_named(names)}")
+        console.line(f"rounded to nearest ({reason}): {_named(names)}")
 
 
 def _grid(row: dict[str, Any]) -> str:
@@ -109,19 +109,16 @@ def _show_left_alone(entries: list[dict[str, Any]]) -> None:
     reasons = dict.fromkeys(entry["reason"] for entry in entries)
     for reason in reasons:
         names = [entry["tensor"] for entry in entries if entry["reason"] == reason]
-        display.line(f"copied ({reason}): {_named(names)}")
+        console.line(f"copied ({reason}): {_named(names)}")
 
 
 def _show_units(units: list[dict[str, Any]], top: int) -> None:
     shown = units if top <= 0 else units[:top]
-    rows = [
-        [u["unit"], str(len(u["layers"])), str(u["tokens"]), display.size(u["memory"])]
-        for u in shown
-    ]
+    rows = [[u["unit"], str(len(u["layers"])), str(u["tokens"]), size(u["memory"])] for u in shown]
     columns = ("linears", "tokens", "memory")
-    display.table([("unit", "left"), *((column, "right") for column in columns)], rows)
+    console.table([("unit", "left"), *((column, "right") for column in columns)], rows)
     if len(shown) < len(units):
-        display.line(f"and {len(units) - len(shown)} units more; --top 0 shows all")
+        console.line(f"and {len(units) - len(shown)} units more; --top 0 shows all")
 
 
 def _named(names: list[str]) -> str:
@@ -131,23 +128,20 @@ def _named(names: list[str]) -> str:
 
 def _show_needs(content: dict[str, Any]) -> None:
     memory, disk, spent = (content[key] for key in ("memory", "disk", "time"))
-    largest = f", {display.size(memory['largest_bytes'])} for {memory['largest_unit']} alone"
-    display.line(
-        f"memory: at most {display.size(memory['peak_bytes'])} with {memory['workers']} at work"
+    largest = f", {size(memory['largest_bytes'])} for {memory['largest_unit']} alone"
+    console.line(
+        f"memory: at most {size(memory['peak_bytes'])} with {memory['workers']} at work"
         + (largest if memory["largest_unit"] else "")
-        + f" (units in flight may take {display.size(memory['limit'])})"
+        + f" (units in flight may take {size(memory['limit'])})"
     )
     if disk["free"] is not None:
-        scratch = f", {display.size(disk['scratch'])} of it scratch" if disk["scratch"] else ""
-        display.line(
-            f"disk: {display.size(disk['needed'])} needed{scratch}, {display.size(disk['free'])}"
-            " free"
-        )
-    display.line(
+        scratch = f", {size(disk['scratch'])} of it scratch" if disk["scratch"] else ""
+        console.line(f"disk: {size(disk['needed'])} needed{scratch}, {size(disk['free'])} free")
+    console.line(
         f"time: about {_duration(spent['seconds'])}, an estimate from half a second's measurement"
         " of this machine, often off by a factor of two"
     )
-    display.line("dry run: nothing was written")
+    console.line("dry run: nothing was written")
 
 
 def _duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptq_cli import api
+from ptq_cli.calibration.find import SourceSettings, find_source, take_tokens
 from ptq_cli.cli.common import (
     PATH,
     check_report_paths,
@@ -20,11 +20,11 @@ from ptq_cli.cli.common import (
     source_options,
 )
 from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
+from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.tokens import token_options
-from ptq_cli.eval_job import prepare_evaluation
-from ptq_cli.live import Follow
+from ptq_cli.commands import api
+from ptq_cli.commands.evaluate import prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.sources import SourceSettings, find_source, take_tokens
 from ptq_cli.storage.checkpoint import open_checkpoint
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from ptq_cli import api, display
+from ptq_cli.cli import console
 from ptq_cli.cli.common import PATH, source_options
+from ptq_cli.commands import api
+from ptq_cli.core.text import number, size
 
 
 @click.command("inspect")
@@ -36,7 +38,7 @@ def inspect(
     """
     document = api.inspect(path, calibration=calibration, activations=activations, bf16=bf16)
     if as_json:
-        display.print_json(document)
+        console.print_json(document)
     else:
         _show(document)
 
@@ -49,7 +51,7 @@ def _show(document: dict[str, Any]) -> None:
         for t in document["tensors"]
         if t["left_alone"] or not quantized
     ]
-    display.table(columns, rows)
+    console.table(columns, rows)
     if quantized:
         _show_layers(document["format"], document["layers"])
     if document.get("sites"):
@@ -57,12 +59,12 @@ def _show(document: dict[str, Any]) -> None:
     if document.get("fisher"):
         _show_fisher(document["fisher"])
     for note in document.get("notes", []):
-        display.line(note)
+        console.line(note)
     if not quantized:
         _show_quantizing(document["quantizing"])
     totals = document["totals"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in totals["dtypes"].items())
-    display.line(f"{totals['tensors']} tensors ({dtypes}), {display.size(totals['bytes'])}")
+    console.line(f"{totals['tensors']} tensors ({dtypes}), {size(totals['bytes'])}")
 
 
 def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
@@ -77,23 +79,23 @@ def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
             layer["method"] or "-",
             layer["inputs"] or "-",
             f"{layer['bits_per_weight']:.2f}",
-            display.size(layer["bytes"]),
+            size(layer["bytes"]),
         ]
         for layer in layers
     ]
-    display.table([("layer", "left"), *((column, "left") for column in columns)], rows)
+    console.table([("layer", "left"), *((column, "left") for column in columns)], rows)
     grids = Counter((layer["bits"], layer["group_size"]) for layer in layers)
     said = ", ".join(f"{n} with {b} bits in groups of {g}" for (b, g), n in grids.most_common())
     said = said.replace("in groups of -1", "per row").replace("in groups of 0", "per tensor")
-    display.line(f"{name}: {len(layers)} layers, {said}")
+    console.line(f"{name}: {len(layers)} layers, {said}")
 
 
 def _show_quantizing(entry: dict[str, Any]) -> None:
     if "refused" in entry:
-        display.line(f"cannot be quantized: {entry['refused']}")
+        console.line(f"cannot be quantized: {entry['refused']}")
         return
-    before, after = (display.size(entry[key]) for key in ("bytes_before", "bytes_after"))
-    display.line(
+    before, after = (size(entry[key]) for key in ("bytes_before", "bytes_after"))
+    console.line(
         f"{entry['bits']} bits in groups of {entry['group_size']} would take {entry['layers']}"
         f" tensors, and {before} to {after}; ptq gptq --dry-run says more"
     )
@@ -106,13 +108,13 @@ def _show_sites(sites: list[dict[str, Any]]) -> None:
         top = ", ".join(str(entry["channel"]) for entry in site.get("importance", []))
         fed_by = site["fed_by"] or f"nothing: {site['reason']}"
         loud = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
-        numbers = [display.number(site.get(key)) for key in ("absmax", "median_absmax")]
+        numbers = [number(site.get(key)) for key in ("absmax", "median_absmax")]
         rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, loud, top])
-    display.table([("site", "left"), *((name, "left") for name in columns)], rows)
+    console.table([("site", "left"), *((name, "left") for name in columns)], rows)
 
 
 def _show_fisher(rows: list[dict[str, Any]]) -> None:
-    display.table(
+    console.table(
         [("layer", "left"), ("mean Fisher", "right"), ("share", "right")],
-        [[row["module"], display.number(row["mean"]), f"{row['share']:.1%}"] for row in rows],
+        [[row["module"], number(row["mean"]), f"{row['share']:.1%}"] for row in rows],
     )

@@ -136,7 +136,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(text: str, code: int, debug: bool) -> int:
-    from ptq_cli.display import say
+    from ptq_cli.cli.console import say
 
     if debug:
         traceback.print_exc()

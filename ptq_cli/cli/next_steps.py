@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.grid_settings import FLOAT_BITS
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.report import RunReport
+from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import format_named
-from ptq_cli.values import Layer, RunReport
 
 # The runtime that most people load a format with.
 _RUNTIME = {

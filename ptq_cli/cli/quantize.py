@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from ptq_cli.cli.common import model_argument, source_options
+from ptq_cli.cli.options import add_options
 from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
 from ptq_cli.cli.tokens import token_options
-from ptq_cli.grid_settings import GridSettings
-from ptq_cli.options import add_options
-from ptq_cli.quantize_job import prepare
+from ptq_cli.commands.quantize import prepare
+from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.registry import method
 
 _HELP = {

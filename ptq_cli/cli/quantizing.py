@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ptq_cli import display
+from ptq_cli.calibration.find import SourceSettings, take_source
+from ptq_cli.cli import console
 from ptq_cli.cli.common import (
     GATES,
     PATH,
@@ -20,11 +21,10 @@ from ptq_cli.cli.common import (
     resource_options,
 )
 from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
-from ptq_cli.config import load_recipe
-from ptq_cli.live import Follow
-from ptq_cli.runtimes import RUNTIMES
-from ptq_cli.sources import SourceSettings, take_source
-from ptq_cli.tasks import take_resources
+from ptq_cli.cli.progress import Follow
+from ptq_cli.formats.runtimes import RUNTIMES
+from ptq_cli.plan.recipe import load_recipe
+from ptq_cli.run.schedule import take_resources
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -123,7 +123,7 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)
     for warning in report.warnings[len(job.plan.warnings) :]:
-        display.warn(warning)
+        console.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
     source = job.source.statistics
     finish(report, options, str(job.output), written=True, layers=layers, source=source)

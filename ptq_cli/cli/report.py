@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ptq_cli import display
+from ptq_cli.cli import console
 from ptq_cli.cli.common import PATH, check_path
 
 
@@ -37,10 +37,10 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     ptq report model-gptq-w4g128
     ptq report w4/ w3/ w3-tokens/ -o compared.html
     """
-    from ptq_cli.page.build import write_page
-    from ptq_cli.page.subject import open_subjects
-    from ptq_cli.page.svg import require_matplotlib
-    from ptq_cli.storage.calibration import open_calibration
+    from ptq_cli.calibration.from_file import open_calibration
+    from ptq_cli.report.html.build import write_page
+    from ptq_cli.report.html.subject import open_subjects
+    from ptq_cli.report.html.svg import require_matplotlib
 
     if calibration is not None and len(runs) > 1:
         raise click.UsageError("--calibration goes with one run")
@@ -48,4 +48,4 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     require_matplotlib("the page")
     source = None if calibration is None else open_calibration(calibration)
     write_page(output, open_subjects(runs, source))
-    display.line(f"written: {output}")
+    console.line(f"written: {output}")

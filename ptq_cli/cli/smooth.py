@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from ptq_cli.cli.common import model_argument, source_options
+from ptq_cli.cli.options import add_options
 from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
 from ptq_cli.cli.tokens import token_options
-from ptq_cli.grid_settings import FLOAT_BITS
-from ptq_cli.options import add_options
+from ptq_cli.commands.smooth import prepare_smoothing, smooth_settings
+from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import smoother
-from ptq_cli.smooth_job import prepare_smoothing, smooth_settings
 
 _HELP = {
     "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.

@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_words
-from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
-_LIMITS = layout.Limits(bits=(4,))
+_LIMITS = common.Limits(bits=(4,))
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _KNOWN = (
     "quant_method", "bits", "group_size", "zero_point", "version", "modules_to_not_convert",
@@ -35,7 +39,7 @@ _KNOWN = (
 
 
 def _misfit(layer: Layer) -> str | None:
-    found = layout.misfit(layer, "awq", _LIMITS)
+    found = common.misfit(layer, "awq", _LIMITS)
     if found is not None:
         return found
     if layer.shape[0] % 8:
@@ -55,7 +59,7 @@ def _is_head(module: str) -> bool:
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), module = layer.shape, layer.module
     groups = layer.grid.n_groups(columns)
-    word = layout.SCALE_WORDS[layer.grid.scale_dtype]
+    word = common.SCALE_WORDS[layer.grid.scale_dtype]
     return (
         TensorSpec(f"{module}.qweight", "I32", (columns, rows // 8)),
         TensorSpec(f"{module}.qzeros", "I32", (groups, rows // 8)),
@@ -65,7 +69,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     module = layer.module
-    zeros = layout.integer_zeros(layer, rounded)
+    zeros = common.integer_zeros(layer, rounded)
     return {
         f"{module}.qweight": _pack(rounded.codes.T),
         f"{module}.qzeros": _pack(zeros.T),
@@ -82,7 +86,7 @@ def _pack(codes: Codes) -> NDArray[np.int32]:
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     module = layer.module
     zeros = _unpack(tensors[f"{module}.qzeros"])
-    layout.check_symmetric(layer, zeros, f"{module}.qzeros")
+    common.check_symmetric(layer, zeros, f"{module}.qzeros")
     return QuantizedWeight(
         codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
         scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
@@ -100,7 +104,7 @@ def _unpack(words: Array) -> Codes:
 
 
 def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
-    layout.check_fused(layers, dense)
+    common.check_fused(layers, dense)
     sizes = {layer.grid.group_size for layer in layers}
     if len(sizes) > 1:
         raise InputError(
@@ -141,19 +145,19 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = layout.mapping(config, "quantization_config", "config.json")
+    settings = common.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method") != "awq":
         return ()
     where = "quantization_config"
-    layout.refuse_unknown(settings, _KNOWN, where)
+    common.refuse_unknown(settings, _KNOWN, where)
     for key in ("version", "format", "checkpoint_format"):
         if str(settings.get(key) or "gemm").lower() != "gemm":
             raise InputError(f"{where}: AWQ {key} {settings[key]!r} is not understood, only 'gemm'")
-    if layout.integer(settings, "bits", 4, where) != 4:
+    if common.integer(settings, "bits", 4, where) != 4:
         raise InputError(f"{where}: AWQ with {settings['bits']} bits is not understood, only 4")
     if settings.get("desc_act"):
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
-    modules = layout.modules_with(specs, ".qweight", ".qzeros")
+    modules = common.modules_with(specs, ".qweight", ".qzeros")
     layers = tuple(_layer(module, config, specs, read) for module in modules)
     if not layers:
         raise InputError(f"{where} says awq, but no tensor is named *.qweight")
@@ -170,25 +174,25 @@ def _layer(
     for stray in ("weight", "g_idx"):
         if f"{module}.{stray}" in specs:
             raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
-    entry = _left_dense(module, layout.strings(settings, "modules_to_not_convert", where))
+    entry = _left_dense(module, common.strings(settings, "modules_to_not_convert", where))
     if entry is not None:
         raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
-    scales = layout.tensor(specs, f"{module}.scales", 2)
-    columns = layout.tensor(specs, f"{module}.qweight", 2).shape[0]
-    size = layout.integer(settings, "group_size", 128, where)
+    scales = common.tensor(specs, f"{module}.scales", 2)
+    columns = common.tensor(specs, f"{module}.qweight", 2).shape[0]
+    size = common.integer(settings, "group_size", 128, where)
     if size == 0 or size < -1 or (size > 0 and columns % size):
         raise InputError(f"{where}: group_size {size} does not divide in_features of {module!r}")
     shape, tensor, dtype = (
         (scales.shape[1], columns),
         f"{module}.weight",
-        layout.model_dtype(config),
+        common.model_dtype(config),
     )
-    grid = Grid(4, size, sym=False, scale_dtype=layout.scale_name(scales))
+    grid = Grid(4, size, sym=False, scale_dtype=common.scale_name(scales))
     layer = Layer(module, tensor, shape, shape, dtype, grid)
-    layout.check_specs(specs, _specs(layer), where)
+    common.check_specs(specs, _specs(layer), where)
     if (read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
         grid = Grid(4, size, sym=True, scale_dtype=grid.scale_dtype)
-    elif not layout.boolean(settings, "zero_point", True, where):
+    elif not common.boolean(settings, "zero_point", True, where):
         raise InputError(
             f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
         )
@@ -207,5 +211,5 @@ FORMAT = Format(
     layers=_layers,
     scale_dtype=lambda model: "float16",
     file_metadata={"format": "pt"},
-    model_config=layout.rope_of_old,
+    model_config=common.rope_of_old,
 )

@@ -22,12 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_words, unpack_words
-from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
-_LIMITS = layout.Limits(bits=(2, 3, 4, 8), reordered=True)
+_LIMITS = common.Limits(bits=(2, 3, 4, 8), reordered=True)
 _NAMES = {1: "gptq", 2: "gptq_v2"}
 _KERNEL_GROUPS = (32, 64, 128, 256)  # of transformers' default CPU kernel for 4 bits
 
@@ -48,7 +52,7 @@ _KNOWN = (
 
 def _misfit(version: int, layer: Layer) -> str | None:
     name = _NAMES[version]
-    found = layout.misfit(layer, name, _LIMITS)
+    found = common.misfit(layer, name, _LIMITS)
     if found is not None:
         return found
     if version == 1 and not layer.grid.sym:
@@ -66,7 +70,7 @@ def _misfit(version: int, layer: Layer) -> str | None:
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), bits, module = layer.shape, layer.grid.bits, layer.module
     groups = layer.grid.n_groups(columns)
-    word = layout.SCALE_WORDS[layer.grid.scale_dtype]
+    word = common.SCALE_WORDS[layer.grid.scale_dtype]
     return (
         TensorSpec(f"{module}.qweight", "I32", (columns * bits // 32, rows)),
         TensorSpec(f"{module}.qzeros", "I32", (groups, rows * bits // 32)),
@@ -77,7 +81,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(version: int, layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     bits, module = layer.grid.bits, layer.module
-    zeros = layout.integer_zeros(layer, rounded)
+    zeros = common.integer_zeros(layer, rounded)
     if version == 1:
         if not zeros.all():
             raise InputError(
@@ -116,7 +120,7 @@ def _true_zeros(version: int, layer: Layer, fields: Codes) -> Codes:
                 " differently"
             )
         fields = fields + np.uint8(1)
-    layout.check_symmetric(layer, fields, name)
+    common.check_symmetric(layer, fields, name)
     return fields
 
 
@@ -142,8 +146,8 @@ def _order(layer: Layer, g_idx: Array) -> Array | None:
 
 
 def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
-    layout.check_fused(layers, dense)
-    base = layout.commonest(layers)
+    common.check_fused(layers, dense)
+    base = common.commonest(layers)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": base.grid.bits,
@@ -156,7 +160,7 @@ def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict
     left = [module for module in dense if _in_block(module) != module]
     dynamic: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in left}
     for layer in layers:
-        if layout.scheme(layer) != layout.scheme(base):
+        if common.scheme(layer) != common.scheme(base):
             settings = {key: getattr(layer.grid, key) for key in ("bits", "group_size", "sym")}
             dynamic[f"+:^{re.escape(layer.module)}$"] = settings
     if dynamic:
@@ -197,7 +201,7 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = layout.mapping(config, "quantization_config", "config.json")
+    settings = common.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method", settings.get("method")) != "gptq":
         return ()
     stored = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -205,15 +209,15 @@ def _layers(
         raise InputError(f"quantization_config: GPTQ in the layout {stored!r} is not understood")
     if stored != _NAMES[version]:
         return ()
-    layout.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), "quantization_config")
+    common.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), "quantization_config")
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise InputError(f"quantization_config: pack_dtype {settings['pack_dtype']!r}, not int32")
-    modules = layout.modules_with(specs, ".qweight", ".qzeros", ".g_idx")
-    dtype = layout.model_dtype(config)
+    modules = common.modules_with(specs, ".qweight", ".qzeros", ".g_idx")
+    dtype = common.model_dtype(config)
     layers = tuple(_layer(module, settings, specs, read, dtype) for module in modules)
     if not layers:
         raise InputError("quantization_config says gptq, but no tensor is named *.qweight")
-    layout.check_fused(layers)
+    common.check_fused(layers)
     return layers
 
 
@@ -226,28 +230,28 @@ def _layer(
 ) -> Layer:
     own = {
         **settings,
-        **_override(module, layout.mapping(settings, "dynamic", "quantization_config")),
+        **_override(module, common.mapping(settings, "dynamic", "quantization_config")),
     }
     where = f"quantization_config of {module}"
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
-    scales = layout.tensor(specs, f"{module}.scales", 2)
+    scales = common.tensor(specs, f"{module}.scales", 2)
     grid = Grid(
-        bits=layout.integer(own, "bits", None, where),
-        group_size=layout.integer(own, "group_size", 128, where),
-        sym=layout.boolean(own, "sym", True, where),
-        scale_dtype=layout.scale_name(scales),
+        bits=common.integer(own, "bits", None, where),
+        group_size=common.integer(own, "group_size", 128, where),
+        sym=common.boolean(own, "sym", True, where),
+        scale_dtype=common.scale_name(scales),
     )
     if grid.bits not in _LIMITS.bits or not (grid.group_size > 0 or grid.group_size == -1):
         raise InputError(f"{where}: {grid.bits} bits, group_size {grid.group_size} is not GPTQ")
-    shape = (scales.shape[1], layout.tensor(specs, f"{module}.g_idx", 1).shape[0])
+    shape = (scales.shape[1], common.tensor(specs, f"{module}.g_idx", 1).shape[0])
     if shape[0] * grid.bits % 32 or shape[1] * grid.bits % 32:
         raise InputError(f"{where}: {list(shape)} at {grid.bits} bits does not fill whole words")
     tensor = f"{module}.weight"
     layer = Layer(
-        module, tensor, shape, shape, dtype, grid, layout.boolean(own, "desc_act", False, where)
+        module, tensor, shape, shape, dtype, grid, common.boolean(own, "desc_act", False, where)
     )
-    layout.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
+    common.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
     reordered = _order(layer, read(f"{module}.g_idx")) is not None
     return Layer(module, tensor, shape, shape, dtype, grid, reordered)
 
@@ -264,8 +268,8 @@ def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
         if matches and pattern.startswith("-:"):
             raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
         if matches:
-            own = layout.mapping(dynamic, pattern, "dynamic")
-            layout.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
+            own = common.mapping(dynamic, pattern, "dynamic")
+            common.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
             return own
     return {}
 

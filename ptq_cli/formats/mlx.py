@@ -21,14 +21,18 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.values import Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
-_LIMITS = layout.Limits(
+_LIMITS = common.Limits(
     bits=(2, 3, 4, 5, 6, 8),
-    scale_dtypes=tuple(layout.SCALE_WORDS),
+    scale_dtypes=tuple(common.SCALE_WORDS),
     group_sizes=(32, 64, 128),
     whole_row=False,
     embeddings=True,
@@ -42,12 +46,12 @@ def _misfit(layer: Layer) -> str | None:
             "mlx rounds −zero · scale to bfloat16, whose 8 digits are off by up to a whole step of"
             " an asymmetric grid of 8 bits; --sym or --scale-dtype float16"
         )
-    return layout.misfit(layer, "mlx", _LIMITS)
+    return common.misfit(layer, "mlx", _LIMITS)
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), grid, module = layer.shape, layer.grid, layer.module
-    word, scales = layout.SCALE_WORDS[grid.scale_dtype], grid.scales_shape(layer.shape)
+    word, scales = common.SCALE_WORDS[grid.scale_dtype], grid.scales_shape(layer.shape)
     return (
         TensorSpec(f"{module}.weight", "U32", (rows, words_width(columns, grid.bits))),
         TensorSpec(f"{module}.scales", word, scales),
@@ -59,15 +63,15 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     return {
         f"{layer.module}.weight": pack_words(rounded.codes, layer.grid.bits),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.biases": layout.offsets(layer, rounded, layer.grid.scale_dtype),
+        f"{layer.module}.biases": common.offsets(layer, rounded, layer.grid.scale_dtype),
     }
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     words = np.ascontiguousarray(tensors[f"{layer.module}.weight"]).view(np.uint32)
     scales = tensors[f"{layer.module}.scales"]
-    zeros, offsets = layout.from_offsets(scales, tensors[f"{layer.module}.biases"], layer.grid)
-    layout.check_symmetric(layer, zeros, f"{layer.module}.biases")
+    zeros, offsets = common.from_offsets(scales, tensors[f"{layer.module}.biases"], layer.grid)
+    common.check_symmetric(layer, zeros, f"{layer.module}.biases")
     return QuantizedWeight(
         codes=unpack_words(words, layer.grid.bits, layer.shape[1]),
         scales=scales,
@@ -78,7 +82,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
 
 
 def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
-    base = layout.commonest(layers).grid
+    base = common.commonest(layers).grid
     config: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits, "mode": "affine"}
     for layer in layers:
         if (layer.grid.group_size, layer.grid.bits) != (base.group_size, base.bits):
@@ -92,19 +96,19 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    settings = layout.mapping(config, "quantization", "config.json")
-    repeated = layout.mapping(config, "quantization_config", "config.json")
+    settings = common.mapping(config, "quantization", "config.json")
+    repeated = common.mapping(config, "quantization_config", "config.json")
     settings = settings or repeated
     if "quant_method" in settings or not {"bits", "group_size"} <= settings.keys():
         return ()
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping | bool)}
-    layout.refuse_unknown(own, ("bits", "group_size", "mode"), "quantization")
+    common.refuse_unknown(own, ("bits", "group_size", "mode"), "quantization")
     if repeated and dict(repeated) != dict(settings):
         raise InputError("config.json: quantization and quantization_config differ")
-    modules = layout.modules_with(specs, ".scales", ".biases")
+    modules = common.modules_with(specs, ".scales", ".biases")
     if not modules:
         raise InputError("config.json has a quantization, but no tensor is named *.scales")
-    dtype = layout.model_dtype(config)
+    dtype = common.model_dtype(config)
     return tuple(_layer(module, settings, specs, dtype) for module in modules)
 
 
@@ -117,22 +121,22 @@ def _layer(
         raise InputError(f"module {module!r} is packed, but config.json says it is not")
     if not isinstance(entry, Mapping):
         raise InputError(f"{where}: {entry!r} is not understood")
-    layout.refuse_unknown(entry, ("bits", "group_size", "mode"), where)
+    common.refuse_unknown(entry, ("bits", "group_size", "mode"), where)
     own = {**settings, **entry}
     if own.get("mode", "affine") != "affine":
         raise InputError(f"{where}: mode {own['mode']!r} is not understood, only 'affine'")
-    scales = layout.tensor(specs, f"{module}.scales", 2)
+    scales = common.tensor(specs, f"{module}.scales", 2)
     grid = Grid(
-        bits=layout.integer(own, "bits", None, where),
-        group_size=layout.integer(own, "group_size", None, where),
+        bits=common.integer(own, "bits", None, where),
+        group_size=common.integer(own, "group_size", None, where),
         sym=False,
-        scale_dtype=layout.scale_name(scales),
+        scale_dtype=common.scale_name(scales),
     )
     if grid.bits not in _LIMITS.bits or grid.group_size not in (_LIMITS.group_sizes or ()):
         raise InputError(f"{where}: {grid.bits} bits in groups of {grid.group_size} is not MLX")
     shape = (scales.shape[0], scales.shape[1] * grid.group_size)
     layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
-    layout.check_specs(specs, _specs(layer), f"{grid.bits} bits, group_size {grid.group_size}")
+    common.check_specs(specs, _specs(layer), f"{grid.bits} bits, group_size {grid.group_size}")
     return layer
 
 
@@ -146,8 +150,8 @@ FORMAT = Format(
     config=_config,
     metadata=lambda layers: {},
     layers=_layers,
-    scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
+    scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
-    model_config=layout.rope_of_old,
+    model_config=common.rope_of_old,
     config_keys=("quantization", "quantization_config"),
 )

@@ -22,13 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
-from ptq_cli.numerics.grid import SCALE_DTYPES
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack, packed_width
-from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
+from ptq_cli.numerics.rounding import SCALE_DTYPES
 
-_LIMITS = layout.Limits(
+_LIMITS = common.Limits(
     bits=(2, 4, 8),
     scale_dtypes=("float32", "float16", "bfloat16"),
     group_sizes=(16, 32, 64, 128, 256),
@@ -49,7 +53,7 @@ def attributes(layer: Layer) -> dict[str, int]:
 
 
 def _misfit(layer: Layer) -> str | None:
-    return layout.misfit(layer, "onnx", _LIMITS)
+    return common.misfit(layer, "onnx", _LIMITS)
 
 
 def _blocks(layer: Layer) -> int:
@@ -80,7 +84,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         f"{name}.qweight": pack(padded, grid.bits).reshape(rows, blocks, -1),
         f"{name}.scales": rounded.scales.astype(stored),
     }
-    zeros = layout.integer_zeros(layer, rounded)
+    zeros = common.integer_zeros(layer, rounded)
     if not grid.sym:
         per_byte = 8 // grid.bits
         full = np.full((rows, -(-blocks // per_byte) * per_byte), grid.mid_code, np.uint8)
@@ -98,7 +102,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
         zeros = np.full((rows, blocks), grid.mid_code, np.uint8)
     else:
         zeros = np.ascontiguousarray(_spread(stored, grid.bits)[:, :blocks])
-    layout.check_symmetric(layer, zeros, f"{name}.qzeros")
+    common.check_symmetric(layer, zeros, f"{name}.qzeros")
     return QuantizedWeight(
         codes=np.ascontiguousarray(codes[:, :columns]),
         scales=tensors[f"{name}.scales"]
@@ -122,7 +126,7 @@ def _layers(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    modules = layout.modules_with(specs, ".MatMul.qweight")
+    modules = common.modules_with(specs, ".MatMul.qweight")
     return tuple(_layer(module, metadata.get(module), specs) for module in modules)
 
 
@@ -130,19 +134,19 @@ def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
     if not isinstance(node, Mapping):
         raise InputError(f"module {module!r}: its MatMulNBits node is missing")
     where, name = f"MatMulNBits of {module}", f"{module}.MatMul"
-    scales = layout.tensor(specs, f"{name}.scales", 2)
+    scales = common.tensor(specs, f"{name}.scales", 2)
     grid = Grid(
-        bits=layout.integer(node, "bits", 4, where),
-        group_size=layout.integer(node, "block_size", None, where),
+        bits=common.integer(node, "bits", 4, where),
+        group_size=common.integer(node, "block_size", None, where),
         sym=f"{name}.qzeros" not in specs,
-        scale_dtype=layout.scale_name(scales),
+        scale_dtype=common.scale_name(scales),
     )
     if grid.bits not in _LIMITS.bits or grid.group_size not in (_LIMITS.group_sizes or ()):
         raise InputError(f"{where}: {grid.bits} bits in blocks of {grid.group_size}")
-    shape = (layout.integer(node, "N", None, where), layout.integer(node, "K", None, where))
-    dtype = layout.SCALE_WORDS[grid.scale_dtype]
+    shape = (common.integer(node, "N", None, where), common.integer(node, "K", None, where))
+    dtype = common.SCALE_WORDS[grid.scale_dtype]
     layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
-    layout.check_specs(specs, _specs(layer), where)
+    common.check_specs(specs, _specs(layer), where)
     return layer
 
 

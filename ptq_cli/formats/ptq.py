@@ -31,10 +31,14 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
-from ptq_cli.values import Activation, Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
 _SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _GRID_KEYS = ("bits", "group_size", "sym", "narrow_range", "scale_dtype")
@@ -65,7 +69,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     tensors: dict[str, Array] = {
         f"{layer.module}.qweight": pack_groups(rounded.codes, layer.grid.bits, width),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.zeros": layout.integer_zeros(layer, rounded),
+        f"{layer.module}.zeros": common.integer_zeros(layer, rounded),
     }
     if layer.reordered:
         tensors[f"{layer.module}.g_idx"] = rounded.column_groups()

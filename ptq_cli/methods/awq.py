@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.smoothing import tied
-from ptq_cli.values import (
-    FloatArray,
-    Grid,
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import (
     Method,
     MethodResult,
-    SiteStatistics,
     Smoother,
     SmoothingCase,
     SmoothingChoice,
     Work,
 )
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.smoothquant import tied
 
 
 @dataclass(frozen=True)

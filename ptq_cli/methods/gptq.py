@@ -11,11 +11,13 @@ from math import ceil
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import Method, MethodResult, Work
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import corrected, correction
-from ptq_cli.numerics.factor import NotPositiveDefinite
-from ptq_cli.numerics.grid import SEARCH_PASSES, round_to_nearest
-from ptq_cli.numerics.solver import (
+from ptq_cli.numerics.gptq import (
     PANEL_ROWS,
     Feedback,
     Passes,
@@ -23,7 +25,8 @@ from ptq_cli.numerics.solver import (
     make_feedback,
     solve,
 )
-from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics, Work
+from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.rounding import SEARCH_PASSES, round_to_nearest
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
 # last bit of a float32.

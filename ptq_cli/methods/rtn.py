@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ptq_cli.numerics.grid import PIECE_ELEMENTS, SEARCH_PASSES, round_to_nearest
-from ptq_cli.values import FloatArray, Grid, Method, MethodResult, SiteStatistics, Work
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import Method, MethodResult, Work
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.numerics.rounding import PIECE_ELEMENTS, SEARCH_PASSES, round_to_nearest
 
 
 @dataclass(frozen=True)

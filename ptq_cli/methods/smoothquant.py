@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import Smoother, SmoothingCase, SmoothingChoice, Work
 from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
-from ptq_cli.numerics.smoothing import ALPHAS, search_alpha, smooth_factors, tied, weights_absmax
-from ptq_cli.values import Grid, Smoother, SmoothingCase, SmoothingChoice, Work
+from ptq_cli.numerics.smoothquant import ALPHAS, search_alpha, smooth_factors, tied, weights_absmax
 
 
 @dataclass(frozen=True)

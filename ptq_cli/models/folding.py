@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site
-from ptq_cli.numerics.smoothing import check_factors
-from ptq_cli.values import Array, FloatArray
+from ptq_cli.numerics.smoothquant import check_factors
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
-from ptq_cli.values import TensorSpec
 
 Specs = Mapping[str, TensorSpec]
 

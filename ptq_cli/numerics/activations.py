@@ -14,8 +14,9 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.values import Activation, Array, FloatArray
 
 SCHEMES = ("dynamic-token", "dynamic-tensor", "static", "none")
 LARGEST_CODE = {8: 127, 4: 7}

@@ -19,11 +19,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.numerics.factor import NotPositiveDefinite, ldl_upper
-from ptq_cli.numerics.grid import ScaleOverflow, fit_grid, round_centred
-from ptq_cli.numerics.smoothing import Factors, nearest, tied
-from ptq_cli.values import Array, FloatArray, Grid
+from ptq_cli.numerics.ldl import NotPositiveDefinite, ldl_upper
+from ptq_cli.numerics.rounding import ScaleOverflow, fit_grid, round_centred
+from ptq_cli.numerics.smoothquant import Factors, nearest, tied
 
 _PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search

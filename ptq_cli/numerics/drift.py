@@ -20,8 +20,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.numerics.factor import NotPositiveDefinite
-from ptq_cli.values import FloatArray
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.numerics.ldl import NotPositiveDefinite
 
 
 def correction(hessian: FloatArray, drift: FloatArray, damp: float) -> FloatArray:

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import Array
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
-from ptq_cli.values import Array, QuantizedWeight
 
 _EXACT = 1 << 24  # float32 holds every integer up to here
 _INT32_MAX = (1 << 31) - 1

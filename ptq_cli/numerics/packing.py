@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import Codes
 from ptq_cli.numerics.buffers import kept
-from ptq_cli.values import Codes
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
 

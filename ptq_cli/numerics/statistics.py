@@ -25,9 +25,11 @@ from math import ceil, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.plugins import Work
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.threads import each
-from ptq_cli.values import Array, SiteStatistics, Work
+from ptq_cli.numerics.parallel import each
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache

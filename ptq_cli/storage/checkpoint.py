@@ -20,18 +20,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.grid import pieces
-from ptq_cli.numerics.threads import each
-from ptq_cli.storage.files import (
-    listing,
-    parse_json,
-    read_into,
-    read_json,
-    regular_file,
-)
+from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.rounding import pieces
+from ptq_cli.storage.files import listing, parse_json, read_into, read_json, regular_file
 from ptq_cli.storage.tensors import Bytes
-from ptq_cli.values import DTYPE_BITS, FLOAT_DTYPES, Array, Layer, TensorSpec
 
 MAX_HEADER = 25 << 20
 _ZEROS = np.zeros(1 << 18, np.float32)
@@ -422,7 +417,3 @@ def all_finite(values: NDArray[np.float32]) -> bool:
             np.isfinite(np.dot(flat[start : start + len(_ZEROS)], _ZEROS[: len(flat) - start]))
             for start in range(0, len(flat), len(_ZEROS))
         )
-
-
-def is_float(spec: TensorSpec) -> bool:
-    return spec.dtype in FLOAT_DTYPES

@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
-from ptq_cli.numerics.smoothing import check_factors
-from ptq_cli.numerics.statistics import smoothed
-from ptq_cli.storage.calibration import SiteInfo, StatisticsSource
+from ptq_cli.numerics.smoothquant import check_factors
 from ptq_cli.storage.checkpoint import Checkpoint, Room, StoredRows, new_buffer, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
-from ptq_cli.storage.gradients import FisherInfo
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
-from ptq_cli.values import Array, Layer, SiteStatistics
 
 FOLDS_FILE = "smooth_scales.st"
 
@@ -94,51 +92,6 @@ def add_folds(by_tensor: FoldsByTensor, folds: Folds) -> None:
     for site, factors in folds:
         for name in site.tensors:
             by_tensor.setdefault(name, []).append((site, factors))
-
-
-@dataclass(frozen=True)
-class SmoothedSource:
-    """Statistics of the smoothed inputs. factors: by the module of each linear, [in_features]"""
-
-    base: StatisticsSource
-    factors: Mapping[str, NDArray[np.float32]]
-
-    @property
-    def name(self) -> str:
-        return self.base.name
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        return self.base.sites
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.base.files
-
-    @property
-    def surplus(self) -> Sequence[str]:
-        return self.base.surplus
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {}  # it was taken of other weights
-
-    def load_fisher(self, module: str) -> NDArray[np.float32]:
-        raise KeyError(module)
-
-    def load_memory(self, site: str) -> int:
-        return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
-
-    def load(self, site: str) -> SiteStatistics:
-        statistics = self.base.load(site)
-        factors = self.factors.get(statistics.linears[0])
-        return statistics if factors is None else smoothed(statistics, factors)
-
-
-def smoothed_source(base: StatisticsSource, folds: Folds) -> SmoothedSource:
-    """Statistics of `base` behind these folds."""
-    factors = {linear.module: values for site, values in folds for linear in site.linears}
-    return SmoothedSource(base, factors)
 
 
 def stage_folded(

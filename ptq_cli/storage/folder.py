@@ -12,6 +12,7 @@ the layers in it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.progress import Listener, Progress, nobody
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -42,8 +46,7 @@ from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
-from ptq_cli.storage.tensors import Bytes, own_metadata
-from ptq_cli.values import Format, Layer, QuantizedWeight
+from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
 
 GGUF_SUFFIX = ".gguf"
 _WEIGHTS = (SUFFIX, INDEX_SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".npy", ".h5", ".onnx")
@@ -343,3 +346,38 @@ def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
             f"{checkpoint.path}: not a quantized checkpoint",
             hint="make one with ptq gptq, rtn or pack",
         ) from None
+
+
+_QUANTIZED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB)$"
+)
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds packed weights."""
+    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
+
+
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    named = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+    return named + mlx_weights(checkpoint)
+
+
+def _declared(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.get("quantization_config"))
+
+
+def check_float(checkpoint: Checkpoint) -> None:
+    """Refuse what is quantized already, and dtypes that could not be copied."""
+    packed = _packed(checkpoint)
+    if is_quantized(checkpoint):
+        what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
+        raise InputError(
+            f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
+        )
+    for stored in checkpoint.tensors.values():
+        if stored.spec.dtype not in WRITABLE:
+            raise InputError(
+                f"{stored.file}: tensor {stored.spec.name!r}: dtype {stored.spec.dtype} can be"
+                " neither quantized nor copied"
+            )

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.files import named, regular_file, sync_file
-from ptq_cli.values import Array, TensorSpec
 
 # ggml's types: number -> name, columns in a block, bytes of a block
 TYPES = {

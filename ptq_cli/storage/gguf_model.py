@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.formats.gguf.names import (
@@ -26,18 +30,10 @@ from ptq_cli.formats.gguf.names import (
     tensor_name,
     unpermute_rows,
 )
-from ptq_cli.numerics import layout
-from ptq_cli.storage.checkpoint import (
-    NUMPY_DTYPES,
-    Checkpoint,
-    Room,
-    StoredTensor,
-    new_buffer,
-)
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, Room, StoredTensor, new_buffer
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
 from ptq_cli.storage.tensors import Bytes, own_metadata
-from ptq_cli.values import FLOAT_DTYPES, Array, Format, Layer, TensorSpec
 
 NAME = "model.gguf"
 _DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
@@ -165,7 +161,7 @@ def _metadata(
         with named(source.folder / "chat_template.jinja"):
             template = (source.folder / "chat_template.jinja").read_text("utf-8")
         settings = {"chat_template": template, **settings}
-    kind = block_type(layout.commonest(layers).grid).name
+    kind = block_type(common.commonest(layers).grid).name
     name = (source.root or source.folder).resolve().name
     try:
         model = model_metadata(source.config, name, kind)

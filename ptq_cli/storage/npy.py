@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.files import named, read_into, regular_file
-from ptq_cli.values import Array
 
 _MAX_HEADER = 1 << 16
 

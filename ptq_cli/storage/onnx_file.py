@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import StoredTensor, read_header
 from ptq_cli.storage.files import named, sync_file
-from ptq_cli.values import Format, Layer
 
 NAME = "model.onnx"
 _MAX_GRAPH = 2**31 - 1  # protobuf's

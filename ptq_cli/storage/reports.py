@@ -40,7 +40,8 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path | None]:
         path = path / REPORT
     document = read_json(path, MAX_REPORT)
     schema = parse_json(
-        resources.files("ptq_cli").joinpath("report.schema.json").read_bytes(), Path("schema")
+        resources.files("ptq_cli.report").joinpath("report.schema.json").read_bytes(),
+        Path("schema"),
     )
     wrong = _misfit(document, schema, schema["$defs"], "")
     if wrong is not None:

@@ -12,12 +12,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.layer import Layer
 from ptq_cli.numerics.buffers import kept
-from ptq_cli.numerics.grid import pieces
+from ptq_cli.numerics.rounding import pieces
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint
 from ptq_cli.storage.digest import Message
 from ptq_cli.storage.files import kept_buffer, named, read_exactly
-from ptq_cli.values import Layer
 
 
 class FileRows:

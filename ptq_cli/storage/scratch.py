@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import Array
 from ptq_cli.storage.files import named, read_into, sync_folder
-from ptq_cli.values import Array
 
 
 class Scratch:

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
 from ptq_cli.numerics.buffers import kept, same_bytes
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
 from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes
-from ptq_cli.values import DTYPE_BITS, TensorSpec
 
 Part = tuple[str, Sequence[TensorSpec]]  # a module or tensor, and what is stored of it
 Metadata = Callable[[Sequence[str]], Mapping[str, str]]

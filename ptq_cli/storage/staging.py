@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq_cli import stopping
 from ptq_cli.errors import FileError, InputError, PtqError
+from ptq_cli.storage import interruption
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
@@ -64,7 +64,7 @@ class Staging:
         self.folder = work_folder(output)
         self.store = UnitStore(self.folder / "units")
         self._lock, self._fresh, self._kept_out = -1, False, False
-        stopping.work_begins()
+        interruption.work_begins()
         self._open = True
         try:
             check_place(output)
@@ -251,7 +251,7 @@ class Staging:
             self._lock = -1
         if self._open:
             self._open = False
-            stopping.work_ends()
+            interruption.work_ends()
 
 
 def _identity(path: Path) -> list[int]:

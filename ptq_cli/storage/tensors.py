@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file
 from safetensors import TensorSpec as Pointer
 
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.errors import FileError
 from ptq_cli.storage.files import named, sync_file
-from ptq_cli.values import Array, TensorSpec
 
 # safetensors' words in a header, and its words for the same dtypes when writing.
 _WORDS = {

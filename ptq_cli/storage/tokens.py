@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
-from ptq_cli.values import Array
 
 SEQ_LEN = 512
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import named, read_json, regular_file, sync_folder, to_json
 from ptq_cli.storage.shards import mapped, put_tensor
 from ptq_cli.storage.tensors import Bytes
-from ptq_cli.values import TensorSpec
 
 Key = Mapping[str, Any]
 

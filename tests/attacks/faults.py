@@ -164,10 +164,10 @@ def fresh(folder: Path, old: bool, as_file: bool) -> None:
 def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> None:
     import ptq_cli.cli.calibrate
     import ptq_cli.cli.quantize  # noqa: F401
-    from ptq_cli.storage import activations
+    from ptq_cli.calibration import from_activations
 
     if command[0].startswith("parts="):
-        activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
+        from_activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
     as_file = command[0] == "calibrate"
     arguments = [*command, "-o", str(folder / "out"), "--workers", "1"]
     arguments += ["--force"] if old else []

@@ -89,14 +89,14 @@ def stopped(monkeypatch, words, *, when, links=True):
 
 def close_as_killed(self):
     """The lock goes, all else stays."""
-    from ptq_cli import stopping
+    from ptq_cli.storage import interruption
 
     if self._lock >= 0:
         os.close(self._lock)
         self._lock = -1
     if self._open:
         self._open = False
-        stopping.work_ends()
+        interruption.work_ends()
 
 
 def no_links(*_arguments, **_options):

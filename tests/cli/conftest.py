@@ -32,7 +32,7 @@ def job(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def check_report():
     """Hold a report against the schema in the package, and its totals against its rows."""
-    schema = json.loads((ROOT / "ptq_cli" / "report.schema.json").read_text())
+    schema = json.loads((ROOT / "ptq_cli" / "report" / "report.schema.json").read_text())
     validator = jsonschema.Draft202012Validator(schema)
 
     def check(document):

@@ -171,5 +171,5 @@ def test_completion_imports_nothing_heavy(path):
     )
     assert b"--format" in result.stdout
     modules = result.stderr.decode().split()
-    for name in ("numpy", "rich", "safetensors", "ptq_cli.api", "ptq_cli.methods"):
+    for name in ("numpy", "rich", "safetensors", "ptq_cli.commands.api", "ptq_cli.methods"):
         assert name not in modules

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders import ptq
-from tests.page import documents
+from tests.report.html import documents
 
 
 @pytest.fixture

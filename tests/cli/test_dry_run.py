@@ -12,15 +12,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from ptq_cli.api import quantize
-from ptq_cli.forecast import Crew, Piece, document
-from ptq_cli.quantize_job import prepare
+from ptq_cli.commands.api import quantize
+from ptq_cli.commands.forecast import Crew, Piece, document
+from ptq_cli.commands.quantize import prepare
+from ptq_cli.core.plugins import Work
 from ptq_cli.storage import scratch
 from ptq_cli.storage.rates import Rates, measure
-from ptq_cli.values import Work
 from tests.builders import ROOT, ptq, random_weight, small_activations, tree, write_model
 
-SCHEMA = json.loads((ROOT / "ptq_cli" / "dry_run.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "ptq_cli" / "commands" / "dry_run.schema.json").read_text())
 TOKENS = ("--tokens", ROOT / "sample_data" / "calibration_tokens.npy", "--nsamples", 4)
 RATES = Rates(products=1e10, passes=1e9, calls=1e6, read=1e9)
 

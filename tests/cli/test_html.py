@@ -12,7 +12,7 @@ import pytest
 
 from ptq_cli.storage.folder import open_quantized
 from tests.builders import LINEARS, ptq, random_inputs, small_activations, small_model, tree
-from tests.page.reading import cells, read
+from tests.report.html.reading import cells, read
 
 SMALL = ("--group-size", "8")
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import ptq_cli
-from ptq_cli.report import CSV_COLUMNS
+from ptq_cli.core.grid import Grid
+from ptq_cli.report.report import CSV_COLUMNS
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
-from ptq_cli.values import Grid
 from tests import oracles
 from tests.builders import copy_sample, ptq, read_model, tree
 

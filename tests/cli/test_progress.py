@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 import ptq_cli
-from ptq_cli.live import Follow, Meter, duration
-from ptq_cli.progress import Progress
+from ptq_cli.cli.progress import Follow, Meter, duration
+from ptq_cli.core.progress import Progress
 from tests.builders import SAMPLE, ptq, random_weight, write_model
 from tests.cli.test_terminal import on_terminal, start
 

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import awq, compressed_tensors, gguf, gptq, mlx, onnx
-from ptq_cli.numerics.grid import SCALE_DTYPES
-from ptq_cli.values import Activation, Array, Format, Grid, Layer, QuantizedWeight, TensorSpec
+from ptq_cli.numerics.rounding import SCALE_DTYPES
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VECTORS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text())["vectors"]

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.layer import Layer
 from ptq_cli.errors import InputError
-from ptq_cli.values import Activation, Layer
 from tests.formats.cases import FORMATS, folder, layer, read_back
 
 DOWN, UP, GATE = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "up", "gate"))

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.values import Activation, Array
 from tests.formats.cases import FORMATS, folder, layer, read_back
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import FORMAT, TYPES, block_type
 from ptq_cli.formats.gguf.metadata import FILE_TYPES, Value, model_metadata, tokenizer_metadata
@@ -22,7 +24,6 @@ from ptq_cli.formats.gguf.names import (
     tensor_name,
     unpermute_rows,
 )
-from ptq_cli.values import Grid, TensorSpec
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import gguf
-from ptq_cli.values import Activation, Array, Format, Grid, Layer, QuantizedWeight
 from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, vectors
 
 MODULE = "model.layers.0.self_attn.q_proj"

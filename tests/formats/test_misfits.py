@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ptq_cli.values import Activation, Layer
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.layer import Layer
 from tests.formats.cases import FORMATS, layer
 
 EMBEDDING = "model.embed_tokens"

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.values import Activation, Layer, QuantizedWeight
+from ptq_cli.numerics.rounding import SCALE_DTYPES
 from tests.formats.cases import FORMATS, layer, read_back, rounded, specs_of
 
 PLENTY = settings(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ptq_cli
-from ptq_cli import api
+from ptq_cli.calibration.from_file import open_calibration
+from ptq_cli.commands import api
 from ptq_cli.errors import InputError
-from ptq_cli.storage.calibration import open_calibration
 from ptq_cli.storage.tokens import TokenSettings
 
 torch = pytest.importorskip("torch")

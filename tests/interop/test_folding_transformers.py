@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from ptq_cli.models.detection import find_sites
+from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.models.detect import find_sites
 from ptq_cli.models.folding import fold_site
-from ptq_cli.numerics.smoothing import tied
-from ptq_cli.values import TensorSpec
+from ptq_cli.numerics.smoothquant import tied
 
 pytestmark = pytest.mark.interop
 

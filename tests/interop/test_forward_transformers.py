@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli.models.architecture import read_architecture
-from ptq_cli.models.attention import pack
-from ptq_cli.models.forward import embed, finish, forward_block, logits
+from ptq_cli.models.forward.architecture import read_architecture
+from ptq_cli.models.forward.attention import pack
+from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 

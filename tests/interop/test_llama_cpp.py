@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_cli import api
+from ptq_cli.commands import api
 from tests.interop.clients import PROMPT, reference
 
 pytestmark = pytest.mark.interop

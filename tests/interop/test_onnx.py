@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli import api
+from ptq_cli.commands import api
 from ptq_cli.storage.folder import open_quantized
 
-# Marks, not a skip of the module: tests/test_docs.py reads CASES where this is not installed.
+# Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where this is not installed.
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs the extra interop"),

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli import api
+from ptq_cli.commands import api
 from tests.interop.clients import NEW_TOKENS, PROMPT
 
 NEEDED = ("torch", "transformers", "gptqmodel", "compressed_tensors", "gguf", "mlx_lm")
-# Marks, not a skip of the module: tests/test_docs.py reads CASES where none of these is installed.
+# Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where none is installed.
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra interop"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq_cli.models.detection import find_sites
+from ptq_cli.models.detect import find_sites
 from ptq_cli.models.sites import Norm
 from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import copy_sample, write_model

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from blocks import FAMILIES, HEAD_DIM, HIDDEN, block, config, tensors
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.models.detection import find_sites
+from ptq_cli.models.detect import find_sites
 from ptq_cli.models.folding import (
     fold_into_linear_rows,
     fold_into_norm,
@@ -17,8 +18,7 @@ from ptq_cli.models.folding import (
     scale_columns,
 )
 from ptq_cli.models.sites import Norm, Preceding, Rows
-from ptq_cli.numerics.smoothing import function_change, powers_of_two, tied
-from ptq_cli.values import TensorSpec
+from ptq_cli.numerics.smoothquant import function_change, powers_of_two, tied
 
 UNGROUPED = ("opt", "gpt2", "bloom")
 GROUPED = [(f, kv) for f in FAMILIES for kv in (4, 2, 1) if kv == 4 or f not in UNGROUPED]

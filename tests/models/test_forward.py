@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError
-from ptq_cli.models import attention, forward, layers, memory
-from ptq_cli.models.architecture import Architecture, read_architecture
-from ptq_cli.models.attention import pack
+from ptq_cli.models.forward import attention, layers, memory, stages
+from ptq_cli.models.forward.architecture import Architecture, read_architecture
+from ptq_cli.models.forward.attention import pack
 
 RANDOM = np.random.default_rng(7)
 LLAMA = {
@@ -107,7 +107,7 @@ def test_a_block_equals_the_plain_one() -> None:
     packing = pack(HOLES.shape, HOLES)
     hidden = random_array(*HOLES.shape, 32)
     before = hidden.copy()
-    found = forward.forward_block(arch, 1, weights, packing.flat(hidden), packing)
+    found = stages.forward_block(arch, 1, weights, packing.flat(hidden), packing)
     wanted = slow_llama_block(weights, 1, hidden, HOLES)
     np.testing.assert_allclose(found, packing.flat(wanted), atol=1e-5)
     np.testing.assert_array_equal(hidden, before)
@@ -118,13 +118,11 @@ def test_sequences_do_not_see_one_another_nor_padding() -> None:
     weights = random_weights(arch)
     packing = pack(HOLES.shape, HOLES)
     hidden = random_array(*HOLES.shape, 32)
-    together = packing.padded(
-        forward.forward_block(arch, 0, weights, packing.flat(hidden), packing)
-    )
+    together = packing.padded(stages.forward_block(arch, 0, weights, packing.flat(hidden), packing))
     for row, mask in enumerate(HOLES):
         alone = pack((1, 9), mask[None])
         flat = hidden[row, mask == 1]
-        found = forward.forward_block(arch, 0, weights, flat, alone)
+        found = stages.forward_block(arch, 0, weights, flat, alone)
         np.testing.assert_allclose(found, together[row, mask == 1], atol=1e-5)
 
 
@@ -134,7 +132,7 @@ def test_sites_are_observed_before_they_are_used() -> None:
     packing = pack(HOLES.shape, HOLES)
     hidden = random_array(packing.n_tokens, 32)
     seen: dict[str, Any] = {}
-    after = forward.forward_block(arch, 0, weights, hidden, packing, seen.__setitem__)
+    after = stages.forward_block(arch, 0, weights, hidden, packing, seen.__setitem__)
     short = [name.removeprefix("model.layers.0.") for name in seen]
     assert short == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     down = seen["model.layers.0.mlp.down_proj"] @ weights["model.layers.0.mlp.down_proj.weight"].T
@@ -152,14 +150,14 @@ def test_a_stage_uses_the_weights_that_are_there_when_it_is_applied() -> None:
     changed = {name: t if t.ndim == 2 else weights[name] for name, t in changed.items()}
     packing = pack(HOLES.shape, HOLES)
     hidden = random_array(packing.n_tokens, 32)
-    state = forward.begin(arch, 0, weights, hidden)
+    state = stages.begin(arch, 0, weights, hidden)
     current = dict(weights)
-    for stage in forward.stages(arch, 0, packing):
+    for stage in stages.stages(arch, 0, packing):
         assert list(stage.sites) == list(state.inputs)
         for linears in stage.sites.values():
             current |= {f"{name}.weight": changed[f"{name}.weight"] for name in linears}
         state = stage.apply(current.__getitem__, state)
-    wanted = forward.forward_block(arch, 0, changed, hidden, packing)
+    wanted = stages.forward_block(arch, 0, changed, hidden, packing)
     np.testing.assert_array_equal(state.hidden, wanted)
 
 
@@ -193,7 +191,7 @@ def test_experts_equal_one_token_at_a_time_and_unused_ones_are_not_read() -> Non
         read.append(name)
         return weights[name]
 
-    after = forward.forward_block(arch, 0, fetch, hidden, packing, seen.__setitem__)
+    after = stages.forward_block(arch, 0, fetch, hidden, packing, seen.__setitem__)
     o_proj = "model.layers.0.self_attn.o_proj"
     middle = hidden + seen[o_proj] @ weights[f"{o_proj}.weight"].T
     x = seen["model.layers.0.mlp.gate"]
@@ -218,7 +216,7 @@ def test_a_block_stays_within_its_stated_memory(config: Any, monkeypatch: Any) -
     packing = pack((200, 10))
     hidden = random_array(2000, 32)
     tracemalloc.start()
-    forward.forward_block(arch, 0, weights, hidden, packing)
+    stages.forward_block(arch, 0, weights, hidden, packing)
     peak = tracemalloc.get_traced_memory()[1] + hidden.nbytes
     tracemalloc.stop()
     assert 0.3 * memory.block_memory(arch, 2000) < peak < memory.block_memory(arch, 2000)
@@ -262,6 +260,6 @@ def test_tokens_out_of_range_are_said() -> None:
     arch = read_architecture(LLAMA)
     tokens = np.array([[1, 50]])
     with pytest.raises(InputError, match="token 50 is out of range"):
-        forward.embed(arch, random_weights(arch), tokens, pack(tokens.shape))
+        stages.embed(arch, random_weights(arch), tokens, pack(tokens.shape))
     with pytest.raises(InputError, match="mask"):
         pack((1, 2), np.ones((1, 3)))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli.models import attention, layers, rope
-from ptq_cli.models.attention import attend, pack
+from ptq_cli.models.forward import attention, layers, rope
+from ptq_cli.models.forward.attention import attend, pack
 
 RANDOM = np.random.default_rng(7)
 HOLES = np.array([[1] * 9, [0, 0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0, 0, 1, 1]])

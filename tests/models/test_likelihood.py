@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli.models import forward, likelihood
-from ptq_cli.models.architecture import read_architecture
-from ptq_cli.models.attention import pack
+from ptq_cli.models.forward import likelihood, stages
+from ptq_cli.models.forward.architecture import read_architecture
+from ptq_cli.models.forward.attention import pack
 
 RANDOM = np.random.default_rng(7)
 LLAMA = {
@@ -39,7 +39,7 @@ def test_likelihoods_in_pieces_equal_those_of_whole_rows(scale: float, monkeypat
     found = likelihood.measure_tokens(model, targets, base)
 
     def log_softmax(prediction: likelihood.Prediction) -> Any:
-        scores = forward.logits(arch, weights, prediction.finished).astype(float)
+        scores = stages.logits(arch, weights, prediction.finished).astype(float)
         scores -= scores.max(axis=1, keepdims=True)
         return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
@@ -79,10 +79,10 @@ def test_the_sample_model_predicts_its_own_language() -> None:
     arch = read_architecture(json.loads((folder / "config.json").read_text()), weights)
     tokens = np.load(folder / "eval_tokens.npy")[:4, :96].astype(np.int64)
     packing = pack(tokens.shape)
-    hidden = forward.embed(arch, weights, tokens, packing)
+    hidden = stages.embed(arch, weights, tokens, packing)
     for index in range(len(arch.blocks)):
-        hidden = forward.forward_block(arch, index, weights, hidden, packing)
+        hidden = stages.forward_block(arch, index, weights, hidden, packing)
     rows, targets = likelihood.next_tokens(tokens, packing)
-    finished = forward.finish(arch, weights, hidden)[rows]
+    finished = stages.finish(arch, weights, hidden)[rows]
     nll = likelihood.measure_tokens(likelihood.Prediction(arch, weights, finished), targets).nll
     assert nll.mean() < 0.6 * math.log(arch.vocab_size)

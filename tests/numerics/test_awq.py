@@ -5,16 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.numerics.awq import (
-    awq_factors,
-    clip,
-    hessian_root,
-    search_clip,
-    search_scales,
-)
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.values import Grid
+from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
+from ptq_cli.numerics.rounding import round_to_nearest
 
 ASYM = Grid(4, 16, sym=False, scale_dtype="float32")
 

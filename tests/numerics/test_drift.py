@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ptq_cli.core.grid import Grid
 from ptq_cli.numerics.drift import DriftSum, corrected, correction
-from ptq_cli.numerics.factor import NotPositiveDefinite
-from ptq_cli.numerics.grid import round_to_nearest
-from ptq_cli.numerics.measures import measure
-from ptq_cli.values import Grid
+from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.output_errors import measure
+from ptq_cli.numerics.rounding import round_to_nearest
 
 RANDOM = np.random.default_rng(3)
 EXACT = RANDOM.standard_normal((200, 12))

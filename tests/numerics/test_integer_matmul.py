@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import (
     ActivationSettings,
@@ -21,14 +23,13 @@ from ptq_cli.numerics.activations import (
     rounded_inputs,
     stated,
 )
-from ptq_cli.numerics.grid import round_to_nearest
 from ptq_cli.numerics.integer_matmul import (
     group_products,
     integer_product,
     linear_dequantized,
     linear_w8a8,
 )
-from ptq_cli.values import Activation, Grid, QuantizedWeight
+from ptq_cli.numerics.rounding import round_to_nearest
 
 
 def slow_row_codes(row, bits, percentile=1.0):

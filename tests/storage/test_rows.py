@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.digest import Message, digest_of
 from ptq_cli.storage.rows import FileRows
-from ptq_cli.values import Grid, Layer
 
 SHAPE = (700, 520)  # three pieces, none of them a whole number of the digest's blocks
 NAME = "layer.weight"

@@ -33,23 +33,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
+from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.config import declare, recognise
-from ptq_cli.numerics import layout
-from ptq_cli.numerics.grid import SCALE_DTYPES
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.values import Array, Codes, Format, Layer, QuantizedWeight, TensorSpec
+from ptq_cli.numerics.rounding import SCALE_DTYPES
 
 _NAME = "compressed-tensors"
-_LIMITS = layout.Limits(
-    bits=(2, 3, 4, 5, 6, 7, 8), scale_dtypes=tuple(layout.SCALE_WORDS), activations=True
+_LIMITS = common.Limits(
+    bits=(2, 3, 4, 5, 6, 7, 8), scale_dtypes=tuple(common.SCALE_WORDS), activations=True
 )
 _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every scale
 
 
 def _misfit(layer: Layer) -> str | None:
     grid = layer.grid
-    found = layout.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
+    found = common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
     if found is not None:
         return found
     if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
@@ -74,7 +77,7 @@ def _plain(layer: Layer) -> bool:
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), grid, module = layer.shape, layer.grid, layer.module
-    scale = layout.SCALE_WORDS[grid.scale_dtype]
+    scale = common.SCALE_WORDS[grid.scale_dtype]
     shape = (1,) if grid.group_size == 0 else grid.scales_shape(layer.shape)
     specs = [TensorSpec(f"{module}.weight_scale", scale, shape)]
     if _plain(layer):
@@ -97,7 +100,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     module, bits = layer.module, layer.grid.bits
-    zeros = layout.integer_zeros(layer, rounded)
+    zeros = common.integer_zeros(layer, rounded)
     tensors: dict[str, Array] = {}
     if _plain(layer):
         tensors["weight"] = _signed(rounded.codes)
@@ -205,7 +208,7 @@ def _layers(
             for name, spec in ((want.name, specs.get(want.name)) for want in _specs(layer))
             if spec is not None
         }
-        layout.check_specs(found, _specs(layer), "quantization_config")
+        common.check_specs(found, _specs(layer), "quantization_config")
     return layers
 
 
@@ -219,6 +222,6 @@ FORMAT = Format(
     config=declare,
     metadata=lambda layers: {},
     layers=_layers,
-    scale_dtype=lambda model: layout.SCALE_NAMES.get(model, "float32"),
+    scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
 )

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import layout
+from ptq_cli.formats import common
 from ptq_cli.numerics.packing import words_width
-from ptq_cli.values import Activation, Array, Grid, Layer, TensorSpec
 
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
 _WHERE = "quantization_config"
@@ -34,11 +36,11 @@ _OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
 def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`: one group per scheme. The commonest aims at the class Linear, the
     others, which win over it, at modules by name."""
-    layout.check_fused(layers, dense)
-    base = layout.scheme(layout.commonest(layers))
+    common.check_fused(layers, dense)
+    base = common.scheme(common.commonest(layers))
     members: dict[tuple[Any, ...], list[Layer]] = {base: []}
     for layer in layers:
-        members.setdefault(layout.scheme(layer), []).append(layer)
+        members.setdefault(common.scheme(layer), []).append(layer)
     groups = {}
     for number, (scheme, own) in enumerate(members.items()):
         targets = ["Linear"] if scheme == base else [layer.module for layer in own]
@@ -108,37 +110,37 @@ def recognise(
     config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Array]
 ) -> tuple[Layer, ...]:
     """The layers that config.json declares and the headers show; () for another layout."""
-    settings = layout.mapping(config, "quantization_config", "config.json")
+    settings = common.mapping(config, "quantization_config", "config.json")
     if settings.get("quant_method") != "compressed-tensors":
         return ()
-    layout.refuse_unknown(settings, _KNOWN, _WHERE)
-    sparsity = layout.mapping(settings, "sparsity_config", _WHERE)
+    common.refuse_unknown(settings, _KNOWN, _WHERE)
+    sparsity = common.mapping(settings, "sparsity_config", _WHERE)
     if sparsity.get("format", "dense") != "dense":
         raise InputError(f"{_WHERE}: sparsity_config {sparsity['format']!r} is not understood")
     if settings.get("quantization_status") != "compressed":
         status = settings.get("quantization_status")
         raise InputError(f"{_WHERE}: quantization_status is {status!r}, not 'compressed'")
-    groups = layout.mapping(settings, "config_groups", _WHERE)
+    groups = common.mapping(settings, "config_groups", _WHERE)
     if not groups:
         raise InputError(f"{_WHERE}: config_groups is missing")
     schemes = tuple(
-        _scheme(name, layout.mapping(groups, name, _WHERE), settings) for name in groups
+        _scheme(name, common.mapping(groups, name, _WHERE), settings) for name in groups
     )
-    modules = layout.modules_with(specs, ".weight_packed", ".weight_scale", ".weight_shape")
+    modules = common.modules_with(specs, ".weight_packed", ".weight_scale", ".weight_shape")
     if not modules:
         raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
     layers = tuple(_layer(module, config, schemes, specs, read) for module in modules)
-    layout.check_fused(layers)
+    common.check_fused(layers)
     return layers
 
 
 def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) -> _Scheme:
     where = f"{_WHERE}, {name}"
     known = ("targets", "format", "weights", "input_activations")
-    layout.refuse_unknown(group, known, where)
-    weights = layout.mapping(group, "weights", where)
-    layout.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
-    bits = layout.integer(weights, "num_bits", None, where)
+    common.refuse_unknown(group, known, where)
+    weights = common.mapping(group, "weights", where)
+    common.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
+    bits = common.integer(weights, "num_bits", None, where)
     if weights.get("type", "int") != "int" or not 2 <= bits <= 8 or weights.get("dynamic"):
         raise InputError(f"{where}: weights of type {weights.get('type')!r}, {bits} bits")
     if weights.get("actorder") not in (None, False, "weight", "static"):
@@ -146,14 +148,14 @@ def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) ->
             f"{where}: actorder {weights['actorder']!r} is not understood: no current loader reads"
             " weight_g_idx"
         )
-    activation = _activation(layout.mapping(group, "input_activations", where), where)
+    activation = _activation(common.mapping(group, "input_activations", where), where)
     stored = group.get("format") or settings.get("format")
     wanted = _PLAIN if activation is not None and bits == 8 else _PACKED
     if stored != wanted:
         raise InputError(f"{where}: format {stored!r} is not understood here, only {wanted!r}")
-    sym = layout.boolean(weights, "symmetric", True, where)
+    sym = common.boolean(weights, "symmetric", True, where)
     size = _group_size(weights, stored, where)
-    return _Scheme(layout.strings(group, "targets", where), stored, bits, size, sym, activation)
+    return _Scheme(common.strings(group, "targets", where), stored, bits, size, sym, activation)
 
 
 def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
@@ -163,9 +165,9 @@ def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
     if (
         strategy == "group"
         and stored == _PACKED
-        and layout.integer(weights, "group_size", 0, where) > 0
+        and common.integer(weights, "group_size", 0, where) > 0
     ):
-        return layout.integer(weights, "group_size", 0, where)
+        return common.integer(weights, "group_size", 0, where)
     if strategy == "channel" and size in (None, -1):
         return -1
     if strategy == "tensor" and stored == _PLAIN and size is None:
@@ -176,17 +178,17 @@ def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
 def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
     if not inputs:
         return None
-    layout.refuse_unknown(inputs, _SCHEME_KEYS, f"{where}, input_activations")
-    dynamic = layout.boolean(inputs, "dynamic", False, where)
+    common.refuse_unknown(inputs, _SCHEME_KEYS, f"{where}, input_activations")
+    dynamic = common.boolean(inputs, "dynamic", False, where)
     strategy = inputs.get("strategy", "token" if dynamic else "tensor")
-    bits = layout.integer(inputs, "num_bits", None, where)
+    bits = common.integer(inputs, "num_bits", None, where)
     plain = inputs.get("type", "int") == "int" and inputs.get("group_size") is None
     if not plain or bits != 8 or strategy != ("token" if dynamic else "tensor"):
         raise InputError(
             f"{where}: input_activations of type {inputs.get('type')!r}, {bits} bits, strategy"
             f" {strategy!r}, dynamic {dynamic} are not understood"
         )
-    return Activation(bits, layout.boolean(inputs, "symmetric", True, where), dynamic)
+    return Activation(bits, common.boolean(inputs, "symmetric", True, where), dynamic)
 
 
 def _matches(module: str, target: str) -> bool:
@@ -222,12 +224,12 @@ def _layer(
     read: Callable[[str], Array],
 ) -> Layer:
     settings = config["quantization_config"]
-    scheme = _scheme_of(module, schemes, layout.strings(settings, "ignore", _WHERE))
-    scales = layout.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
+    scheme = _scheme_of(module, schemes, common.strings(settings, "ignore", _WHERE))
+    scales = common.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
     if scheme.sym and f"{module}.weight_zero_point" in specs:
         raise InputError(f"module {module!r} has zero points, but {_WHERE} says symmetric")
     if scheme.format == _PLAIN:
-        rows, columns = layout.tensor(specs, f"{module}.weight", 2).shape
+        rows, columns = common.tensor(specs, f"{module}.weight", 2).shape
     else:
         rows, columns = _packed_shape(module, scheme, settings, specs, read)
     if scheme.group_size > 0 and columns % scheme.group_size:
@@ -240,9 +242,9 @@ def _layer(
         tensor=f"{module}.weight",
         shape=(rows, columns),
         full_shape=(rows, columns),
-        dtype=layout.model_dtype(config),
+        dtype=common.model_dtype(config),
         grid=Grid(
-            scheme.bits, scheme.group_size, scheme.sym, scale_dtype=layout.scale_name(scales)
+            scheme.bits, scheme.group_size, scheme.sym, scale_dtype=common.scale_name(scales)
         ),
         activation=scheme.activation,
     )
@@ -258,8 +260,8 @@ def _packed_shape(
     name, bits = f"{module}.weight_packed", scheme.bits
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'weight_packed'")
-    found = layout.tensor(specs, name, 2).shape
-    if layout.tensor(specs, f"{module}.weight_shape", 1).shape != (2,):
+    found = common.tensor(specs, name, 2).shape
+    if common.tensor(specs, f"{module}.weight_shape", 1).shape != (2,):
         raise InputError(f"tensor '{module}.weight_shape' is not a pair")
     rows, columns = (int(size) for size in read(f"{module}.weight_shape"))
     if bits in _OLD_ODD_BITS and not _dense_stream(

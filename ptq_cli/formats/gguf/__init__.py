@@ -29,13 +29,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
+from ptq_cli.formats import common
 from ptq_cli.formats.gguf.names import module_of
-from ptq_cli.numerics import layout
-from ptq_cli.values import Array, Codes, Format, Grid, Layer, QuantizedWeight, TensorSpec
 
 BLOCK = 32
-_LIMITS = layout.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
+_LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
 _DENSE = ("F64", "F32", "F16", "BF16")
 
 
@@ -116,7 +120,7 @@ def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array |
 
 def _misfit(layer: Layer) -> str | None:
     grid, columns = layer.grid, layer.shape[1]
-    found = layout.misfit(layer, "gguf", _LIMITS)
+    found = common.misfit(layer, "gguf", _LIMITS)
     if found is not None:
         return found
     if grid.bits == 8 and not grid.sym:
@@ -148,10 +152,10 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     full = (layer.shape[0], layer.grid.n_groups(layer.shape[1]))
     scales = np.broadcast_to(rounded.scales, full)[:, group]
     if kind.sym:
-        layout.integer_zeros(layer, rounded)
+        common.integer_zeros(layer, rounded)
         minima = scales
     else:
-        minima = np.broadcast_to(layout.offsets(layer, rounded, "float16"), full)[:, group]
+        minima = np.broadcast_to(common.offsets(layer, rounded, "float16"), full)[:, group]
     return {f"{layer.module}.weight": encode_blocks(kind, rounded.codes, scales, minima)}
 
 
@@ -163,7 +167,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
         zeros, offsets = np.full(own_scales.shape, layer.grid.mid_code, np.uint8), None
     else:
         stored = _of_groups(layer, minima, group)
-        zeros, offsets = layout.from_offsets(own_scales, stored, layer.grid)
+        zeros, offsets = common.from_offsets(own_scales, stored, layer.grid)
     return QuantizedWeight(codes, own_scales, zeros, layer.grid, offsets=offsets)
 
 
@@ -200,8 +204,8 @@ def _layers(
         if len(spec.shape) != 2 or spec.shape[1] % BLOCK:
             raise InputError(f"tensor {name!r} of type {spec.dtype} has shape {list(spec.shape)}")
         shape = (spec.shape[0], spec.shape[1])
-        entry = layout.mapping(layout.mapping(metadata, "ptq", "metadata"), module, "key ptq")
-        size = layout.integer(entry, "group_size", BLOCK, f"key ptq, {module}")
+        entry = common.mapping(common.mapping(metadata, "ptq", "metadata"), module, "key ptq")
+        size = common.integer(entry, "group_size", BLOCK, f"key ptq, {module}")
         if size != -1 and (size < 0 or size % BLOCK):
             raise InputError(f"key ptq, {module}: group_size {size} is no multiple of {BLOCK}")
         grid = Grid(kind.bits, size, kind.sym, scale_dtype="float16")

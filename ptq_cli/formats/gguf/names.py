@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.values import Array
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 

@@ -1,0 +1,1 @@
+"""Statistics of inputs, from wherever they come."""

@@ -1,0 +1,220 @@
+"""Activations as a source of statistics: `<module>.npy` files, summed up as a tree.
+
+A site's tokens are cut into parts of `PART_TOKENS`, whatever the number of workers (a rest of less
+than half a part goes to the last one). Each part has an accumulator of its own; neighbours are
+merged two by two, then the results of that, level by level. So bytes do not depend on who sums
+what: one process does all of it in `load`, and calibration.py hands parts and merges to workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.calibration.from_file import DIGEST_PIECE, only_entry
+from ptq_cli.calibration.gradients import FisherInfo, GradientSite, gradient_files
+from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.statistics import (
+    HELDOUT_EVERY,
+    HELDOUT_LIMIT,
+    NonFiniteInput,
+    SiteAccumulator,
+    calibration_tokens,
+    merge,
+    piece_tokens,
+    statistics_memory,
+)
+from ptq_cli.storage.digest import Digest, digest_words
+from ptq_cli.storage.files import listing
+from ptq_cli.storage.npy import InputsFile, open_inputs
+
+PART_TOKENS = 1 << 18
+
+Parts = tuple[int, int]  # a node of the tree: the parts from the first to before the second
+
+
+def halves(parts: Parts) -> tuple[Parts, Parts]:
+    """The two nodes below a node of more than one part: the left one holds a power of two."""
+    first, stop = parts
+    middle = first + (1 << (stop - first - 1).bit_length() - 1)
+    return (first, middle), (middle, stop)
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    info: SiteInfo
+    files: tuple[InputsFile, ...]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Folders or files of activations, matched to sites; statistics are made when asked for.
+
+    part_tokens: how tokens are cut; the last bits depend on it
+    """
+
+    name: str
+    entries: Mapping[str, ActivationSite]
+    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+    surplus: tuple[str, ...] = ()
+    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
+    part_tokens: int = field(default_factory=lambda: PART_TOKENS)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
+        return [*found, *gradient_files(self.gradients)]
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {module: entry.info for module, entry in self.gradients.items()}
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Stream the module's gradients."""
+        return self.gradients[module].load()
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        """Of the tokens, those that are not held out."""
+        return {
+            site: replace(
+                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
+            )
+            for site, entry in self.entries.items()
+        }
+
+    def all_parts(self, site: str) -> Parts:
+        """The root of the site's tree."""
+        if self.heldout[0] == 1:  # a part could be held out as a whole
+            return 0, 1
+        tokens = self.entries[site].info.n_tokens
+        return 0, max(1, (tokens + self.part_tokens // 2) // self.part_tokens)
+
+    def load(self, site: str) -> SiteStatistics:
+        """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
+        return self.load_parts(site, self.all_parts(site))
+
+    def load_parts(self, site: str, parts: Parts) -> SiteStatistics:
+        """The same for a node of the site's tree alone."""
+        if parts[1] - parts[0] > 1:
+            left, right = (self.load_parts(site, half) for half in halves(parts))
+            return merge(left, right, self.heldout[1])
+        info = self.entries[site].info
+        part = self.tokens(site, parts)
+        whole = len(part) == info.n_tokens
+        sums = SiteAccumulator(
+            info.in_features, *self.heldout, part.start, None if whole else info.n_tokens
+        )
+        for file, begin, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
+            try:
+                sums.update(file.read(start, stop))
+            except NonFiniteInput as error:
+                raise InputError(
+                    f"{file.npy.path}: {list(file.npy.shape)}: {error.value} at token"
+                    f" {error.token - begin}, channel {error.channel}",
+                    hint="capture the activations again",
+                ) from None
+        return sums.result(site, info.linears)
+
+    def absmax(self, site: str) -> NDArray[np.float32]:
+        """The largest absolute value of each channel, float32 [in_features], without a Hessian."""
+        entry = self.entries[site]
+        found = np.zeros(entry.info.in_features, np.float32)
+        step = piece_tokens(entry.info.in_features)
+        for file in entry.files:
+            for start in range(0, file.n_tokens, step):
+                tokens = file.read(start, min(file.n_tokens, start + step))
+                np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
+        return found
+
+    def tokens(self, site: str, parts: Parts) -> range:
+        """The tokens of a node."""
+        total, last = self.entries[site].info.n_tokens, self.all_parts(site)[1]
+        stop = total if parts[1] == last else parts[1] * self.part_tokens
+        return range(parts[0] * self.part_tokens, stop)
+
+    def _pieces(
+        self, site: str, tokens: range, step: int
+    ) -> Iterator[tuple[InputsFile, int, int, int]]:
+        """(file, the site's token at its begin, first and last token to read of it), in order."""
+        begin = 0
+        for file in self.entries[site].files:
+            first = max(0, tokens.start - begin)
+            last = min(file.n_tokens, tokens.stop - begin)
+            for start in range(first, last, step):
+                yield file, begin, start, min(last, start + step)
+            begin += file.n_tokens
+
+    def only(self, site: str | None) -> Activations:
+        return replace(self, entries=only_entry(self.entries, site))
+
+    def digest(self, site: str) -> str:
+        return self.digest_parts(site, self.all_parts(site))
+
+    def digest_parts(self, site: str, parts: Parts) -> str:
+        """A digest of all that a node is made from."""
+        if parts[1] - parts[0] > 1:
+            return digest_words(*(self.digest_parts(site, half) for half in halves(parts)))
+        info, part = self.entries[site].info, self.tokens(site, parts)
+        digest = Digest(repr((info, self.heldout, part)))
+        itemsize = max(file.npy.dtype.itemsize for file in self.entries[site].files)
+        step = DIGEST_PIECE // max(1, info.in_features * itemsize) or 1
+        for file, _, start, stop in self._pieces(site, part, step):
+            digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+    def part_memory(self, site: str) -> int:
+        """Bytes that a part takes at most. One number for all of a site, so that tasks that are
+        ordered by it keep its parts together, and few sites are in parts at a time."""
+        last = self.all_parts(site)[1]
+        longest = max(len(self.tokens(site, part)) for part in ((0, 1), (last - 1, last)))
+        return statistics_memory(self.entries[site].info.in_features, longest)
+
+    def load_memory(self, site: str) -> int:
+        """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""
+        width = self.entries[site].info.in_features
+        levels = (self.all_parts(site)[1] - 1).bit_length()
+        return self.part_memory(site) + (4 * width**2 * (levels + 1) if levels else 0)
+
+
+def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
+    """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
+
+    paths: folders that hold those, or the files themselves; what several of them hold of one
+        module is put together
+
+    Raises:
+        InputError: a damaged file, shards of different widths.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        for module, file in _modules_in(path):
+            found.setdefault(module, []).append(file)
+    result = {}
+    for module, files in sorted(found.items()):
+        inputs = tuple(open_inputs(file, bf16) for file in files)
+        widths = {file.in_features: file.npy.path for file in inputs}
+        if len(widths) > 1:
+            (a, file_a), (b, file_b) = list(widths.items())[:2]
+            raise InputError(f"{file_a} has in_features {a}, {file_b} has {b}: one module")
+        result[module] = inputs
+    return result
+
+
+def _modules_in(path: Path) -> list[tuple[str, Path]]:
+    if not path.is_dir():
+        return [(path.name.removesuffix(".npy"), path)]
+    pairs = []
+    for name in listing(path):
+        entry = path / name
+        if entry.is_dir():
+            shards = [entry / shard for shard in listing(entry) if shard.endswith(".npy")]
+            pairs += [(name, shard) for shard in shards]
+        elif name.endswith(".npy"):
+            pairs.append((name.removesuffix(".npy"), entry))
+    return pairs

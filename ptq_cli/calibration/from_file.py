@@ -1,0 +1,330 @@
+"""Where statistics come from: what sources are, and the statistics file.
+
+A statistics file is a safetensors file. Per site `<site>`:
+
+    <site>.hessian    F32 [in_features, in_features]
+    <site>.absmax     F32 [in_features]
+    <site>.absmean    F32 [in_features]
+    <site>.histogram  I64 [bins], counts of |value| (numerics/statistics.py states the bins)
+    <site>.heldout    F16, BF16 or F32 [n, in_features], inputs that no statistic has seen
+    <site>.sample     the same, evenly spaced inputs that the statistics have seen
+
+Per module whose gradients were given:
+
+    <module>.fisher   F32 in the shape of its weight, the diagonal Fisher information mean_n g²
+
+Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
+fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
+`linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
+`histogram_start`; under `fisher` the samples behind each module's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.calibration.gradients import FisherInfo
+from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.core.tensors import Array, is_float
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
+from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.digest import Digest, digest_words
+from ptq_cli.storage.files import listing, read_into
+from ptq_cli.storage.tensors import Bytes, as_bytes
+
+VERSION = 2
+DIGEST_PIECE = 1 << 24
+
+PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
+
+
+@dataclass(frozen=True)
+class CalibrationFile:
+    """An opened statistics file."""
+
+    checkpoint: Checkpoint
+    content: Mapping[str, Any]
+    sites: Mapping[str, SiteInfo]
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint.path)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return (self.checkpoint.weights, *self.checkpoint.files)
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
+
+    @property
+    def model(self) -> str:
+        return str(self.content["model"])
+
+    @property
+    def heldout_limit(self) -> int:
+        return int(self.content["heldout_limit"])
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        return {
+            module: FisherInfo(module, self.checkpoint.tensors[f"{module}.fisher"].spec.shape, n)
+            for module, n in self.content.get("fisher", {}).items()
+        }
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """Raises InputError where the file holds what no calibration writes."""
+        values = self.checkpoint.read(f"{module}.fisher").astype(np.float32)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise InputError(f"{self.name}: {module}.fisher is damaged", hint="calibrate again")
+        return values
+
+    def load(self, site: str) -> SiteStatistics:
+        """Raises InputError where the file holds what no calibration writes."""
+        entry = self.content["sites"][site]
+
+        def read(part: str) -> Array:
+            return self.checkpoint.read(f"{site}.{part}")
+
+        parts = {part: read(part) for part in PARTS}
+        for part, values in parts.items():
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
+        if (parts["hessian"].diagonal() < 0).any():
+            raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
+        return site_statistics(site, self.sites[site].linears, entry, parts)
+
+    def load_memory(self, site: str) -> int:
+        return sum(self.checkpoint.tensors[f"{site}.{part}"].spec.nbytes for part in PARTS)
+
+    def absmax(self, site: str) -> NDArray[np.float32]:
+        """The site's absmax alone, float32 [in_features]. Raises InputError as `load` does."""
+        values = self.checkpoint.read(f"{site}.absmax").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.name}: {site}.absmax is damaged", hint="calibrate again")
+        return values
+
+    def only(self, site: str | None) -> CalibrationFile:
+        names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+        fisher = self.content.get("fisher", {})
+        if site is not None and site in self.sites:
+            fisher = {m: n for m, n in fisher.items() if m in self.sites[site].linears}
+        names += [f"{module}.fisher" for module in fisher]
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint.part(names), metadata={}),
+            content={
+                **self.content,
+                "sites": only_entry(self.content["sites"], site),
+                "fisher": fisher,
+            },
+            sites=only_entry(self.sites, site),
+        )
+
+    def digest(self, site: str) -> str:
+        digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
+        for part in PARTS:
+            stored = self.checkpoint.tensors[f"{site}.{part}"]
+            for start in range(0, stored.spec.nbytes, DIGEST_PIECE):
+                piece = np.empty(min(DIGEST_PIECE, stored.spec.nbytes - start), np.uint8)
+                read_into(stored.file, stored.offset + start, piece)
+                digest.update(piece)
+        return digest.hexdigest()
+
+
+def only_entry(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+    """The entry of one site, or none."""
+    return {name: entry for name, entry in entries.items() if name == site}
+
+
+def open_calibration(path: Path) -> CalibrationFile:
+    """Open a statistics file that `write_calibration` wrote.
+
+    Raises:
+        InputError: another kind of file, or one that contradicts itself.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        content = json.loads(checkpoint.metadata["ptq"])
+        if content["kind"] != "calibration" or content["version"] != VERSION:
+            raise InputError(
+                f"{path}: a {content['kind']} file of version {content['version']}, not statistics"
+                f" of version {VERSION}",
+                hint="calibrate again",
+            )
+        sites = {
+            site: _site_info(path, checkpoint, site, entry)
+            for site, entry in sorted(content["sites"].items())
+        }
+        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+        for module, n in content.get("fisher", {}).items():
+            if f"{module}.fisher" not in checkpoint.tensors or int(n) < 1:
+                raise KeyError(module)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
+        raise InputError(
+            f"{path}: not a statistics file", hint="make one with ptq calibrate"
+        ) from None
+    return CalibrationFile(checkpoint, content, sites)
+
+
+def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
+    specs = {}
+    for part in PARTS:
+        stored = checkpoint.tensors.get(f"{site}.{part}")
+        if stored is None:
+            raise InputError(f"{path}: tensor '{site}.{part}' is missing", hint="calibrate again")
+        specs[part] = stored.spec
+    n = specs["absmax"].shape[0]
+    wanted = {"hessian": (n, n), "absmax": (n,), "absmean": (n,)}
+    good = (
+        all((specs[part].dtype, specs[part].shape) == ("F32", wanted[part]) for part in wanted)
+        and (specs["histogram"].dtype, len(specs["histogram"].shape)) == ("I64", 1)
+        and specs["histogram"].shape[0] > 0
+        and is_float(specs["heldout"])
+        and specs["heldout"].shape[1:] == (n,)
+        and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
+        and type(entry["histogram_start"]) is int
+        and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry["linears"], list)
+        and all(isinstance(linear, str) for linear in entry["linears"])
+    )
+    if not good:
+        raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
+    return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
+
+
+def site_tensors(s: SiteStatistics) -> list[Bytes]:
+    """The tensors of one site, as the file holds them."""
+    return [as_bytes(f"{s.site}.{part}", getattr(s, part)) for part in PARTS]
+
+
+def site_entry(s: SiteStatistics) -> dict[str, Any]:
+    """What the metadata says of one site."""
+    return {
+        "linears": list(s.linears),
+        "n_tokens": s.n_tokens,
+        "n_seen": s.n_seen,
+        "min": s.minimum,
+        "max": s.maximum,
+        "mean": s.mean,
+        "std": s.std,
+        "p99": percentile(s, 0.99),
+        "static_scale": static_scale(s),
+        "histogram_start": s.histogram_start,
+    }
+
+
+def site_statistics(
+    site: str, linears: tuple[str, ...], entry: Mapping[str, Any], parts: Mapping[str, Array]
+) -> SiteStatistics:
+    """The statistics behind `site_entry` and the arrays of `site_tensors`, by their last names."""
+    return SiteStatistics(
+        site=site,
+        linears=linears,
+        n_tokens=int(entry["n_tokens"]),
+        n_seen=int(entry["n_seen"]),
+        minimum=float(entry["min"]),
+        maximum=float(entry["max"]),
+        mean=float(entry["mean"]),
+        std=float(entry["std"]),
+        histogram_start=int(entry["histogram_start"]),
+        **parts,
+    )
+
+
+def file_content(
+    model: str,
+    heldout: tuple[int, int],
+    sites: Mapping[str, Any],
+    fisher: Mapping[str, FisherInfo],
+) -> dict[str, Any]:
+    """The metadata of a statistics file."""
+    more = {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
+    return more | {
+        "kind": "calibration",
+        "version": VERSION,
+        "model": model,
+        "heldout_every": heldout[0],
+        "heldout_limit": heldout[1],
+        "sites": dict(sites),
+    }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several calibrations of one model, as one source: the union of their sites, each site merged
+    from every file that has it."""
+
+    parts: tuple[CalibrationFile, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part.name for part in self.parts)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [path for part in self.parts for path in part.files]
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return ()
+
+    @property
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return {site: info for part in reversed(self.parts) for site, info in part.sites.items()}
+
+    def load(self, site: str) -> SiteStatistics:
+        statistics = [part.load(site) for part in self.parts if site in part.sites]
+        return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
+
+    def load_memory(self, site: str) -> int:
+        """Two Hessians and their sum; that of tokens which one file alone would have held out."""
+        width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
+        return statistics_memory(width, tokens) + 12 * width**2
+
+    def only(self, site: str | None) -> Merged:
+        return Merged(tuple(part.only(site) for part in self.parts))
+
+    def digest(self, site: str) -> str:
+        parts = [part.digest(site) for part in self.parts if site in part.sites]
+        return digest_words(*parts, str(self.parts[0].heldout_limit))
+
+    @property
+    def fisher(self) -> Mapping[str, FisherInfo]:
+        found: dict[str, FisherInfo] = {}
+        for part in self.parts:
+            for module, info in part.fisher.items():
+                before = found[module].n_samples if module in found else 0
+                found[module] = FisherInfo(module, info.shape, before + info.n_samples)
+        return found
+
+    def load_fisher(self, module: str) -> NDArray[np.float32]:
+        """The mean over all samples."""
+        own = [part for part in self.parts if module in part.fisher]
+        total = sum(part.fisher[module].n_samples for part in own)
+        weighted = [
+            part.load_fisher(module) * (part.fisher[module].n_samples / total) for part in own
+        ]
+        mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
+        return mean
+
+
+def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:
+    """The statistics file and the `activations/` folder beside a model, where there are any."""
+    names = listing(checkpoint.folder)
+    statistics = f"{checkpoint.stem}.calibration{SUFFIX}"
+    return (
+        checkpoint.folder / statistics if statistics in names else None,
+        checkpoint.folder / "activations" if "activations" in names else None,
+    )

@@ -1,0 +1,141 @@
+"""Statistics straight from a torch model, for architectures without a forward here.
+
+    with ptq_cli.capture(model, "model/"):
+        for batch in batches:
+            model(batch)
+    # model/model.calibration.safetensors is there; ptq gptq model/ finds it
+
+Every linear's inputs go into Hessians as they are computed; nothing of the size of the activations
+touches the disk. torch is the caller's; it is imported late. Linears that share an input by their
+names (q, k and v) are seen once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
+from ptq_cli.calibration.sites import model_sites
+from ptq_cli.errors import InputError
+from ptq_cli.models.linears import default_reason
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.numerics.statistics import (
+    HELDOUT_EVERY,
+    HELDOUT_LIMIT,
+    NonFiniteInput,
+    SiteAccumulator,
+    piece_tokens,
+)
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.files import replacing
+from ptq_cli.storage.tensors import own_metadata, serialize
+
+
+class Capture:
+    """What the hooks fill. `mask` may be set before a call: [n, length], 0 at padding."""
+
+    def __init__(self, groups: Mapping[str, tuple[str, ...]], heldout: tuple[int, int]) -> None:
+        self.groups, self.heldout = groups, heldout
+        self.mask: Any = None
+        self._sums: dict[str, SiteAccumulator] = {}
+
+    def see(self, site: str, inputs: Any) -> None:
+        """Take in a linear's inputs, a tensor [..., in_features]."""
+        width = inputs.shape[-1]
+        rows = inputs.detach().reshape(-1, width).float().cpu().numpy()
+        if self.mask is not None:
+            shown = np.asarray(self.mask).astype(np.bool_).reshape(-1)
+            if len(shown) == len(rows):
+                rows = rows[shown]
+        sums = self._sums.setdefault(site, SiteAccumulator(width, *self.heldout))
+        self._add(site, sums, rows)
+
+    @staticmethod
+    def _add(site: str, sums: SiteAccumulator, rows: NDArray[np.float32]) -> None:
+        step = piece_tokens(sums.in_features)
+        for start in range(0, len(rows), step):
+            try:
+                sums.update(rows[start : start + step])
+            except NonFiniteInput as error:
+                raise InputError(f"{site}: {error.message}") from None
+
+    def write(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Write the statistics file. Raises InputError where no linear was called."""
+        seen = [site for site, sums in self._sums.items() if sums.n_tokens]
+        if not seen:
+            raise InputError("no linear of the model was called", hint="run it inside the capture")
+        tensors, entries = [], {}
+        for site in seen:
+            statistics = self._sums.pop(site).result(site, self.groups[site])
+            tensors += site_tensors(statistics)
+            entries[site] = site_entry(statistics)
+        content = file_content(checkpoint.fingerprint, self.heldout, entries, {})
+        with replacing(path) as partial:
+            serialize(partial, tensors, own_metadata(content))
+
+
+@contextmanager
+def capture(
+    model: Any,
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    named: Callable[[str], str] = lambda name: name,
+    heldout_every: int = HELDOUT_EVERY,
+    heldout_limit: int = HELDOUT_LIMIT,
+) -> Iterator[Capture]:
+    """Hook the linears of a torch model; at the end write `<model>.calibration.safetensors`.
+
+    model: a torch.nn.Module
+    checkpoint: the weights that ptq will quantize; output: default beside them
+    named: from a module's name in `model` to the one in the checkpoint, where they differ
+
+    Raises:
+        InputError: torch is missing; no module has the name of a linear of the checkpoint.
+    """
+    try:
+        torch = import_module("torch")
+    except ImportError:
+        raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
+    opened = open_checkpoint(Path(checkpoint))
+    target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
+    groups = _groups(opened)
+    capture = Capture(groups, (heldout_every, heldout_limit))
+
+    def hook(site: str) -> Callable[[Any, Any], None]:
+        return lambda module, inputs: capture.see(site, inputs[0])
+
+    modules = {named(name): module for name, module in model.named_modules()}
+    handles = [
+        modules[site].register_forward_pre_hook(hook(site)) for site in groups if site in modules
+    ]
+    if not handles:
+        raise InputError(
+            f"{opened.path}: no module of the model has the name of a linear there",
+            hint=f"named= maps names; there is {next(iter(groups), 'none')!r}, for instance",
+        )
+    try:
+        with torch.no_grad():
+            yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+    capture.write(target, opened)
+
+
+def _groups(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Sites by their first linear."""
+    sites = model_sites(checkpoint).sites
+    linears = [
+        name.removesuffix(".weight")
+        for name, stored in checkpoint.tensors.items()
+        if default_reason(stored.spec) is None
+    ]
+    return {group[0]: group for group in group_modules(linears, sites)}

@@ -1,0 +1,103 @@
+"""Diagonal Fisher information: `mean_n g²` of per-sample gradients, streamed from `.npy` files.
+
+`<module>.npy` holds the gradient of the loss at the module's weight for each of n samples,
+`[n, *the weight's shape]` or `[n, P]`, in any float dtype; a folder `<module>/` of such shards
+counts as one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.tensors import is_float
+from ptq_cli.errors import InputError
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.npy import InputsFile
+
+_PIECE = 1 << 22  # gradients squared at a time
+
+
+@dataclass(frozen=True)
+class FisherInfo:
+    """A module's Fisher information before it is read. shape: of its tensor in the checkpoint"""
+
+    module: str
+    shape: tuple[int, ...]
+    n_samples: int
+
+
+@dataclass(frozen=True)
+class GradientSite:
+    info: FisherInfo
+    files: tuple[InputsFile, ...]
+
+    def load(self) -> NDArray[np.float32]:
+        """`mean_n g²`, float32 in the shape of the tensor, summed in float64.
+
+        Raises:
+            InputError: NaN or inf, with file and sample.
+        """
+        size = prod(self.info.shape)
+        total = np.zeros(size, np.float64)
+        for file in self.files:
+            rows = size // file.in_features  # of the file's rows, in one sample
+            step = max(1, min(rows, _PIECE // file.in_features))
+            for start in range(0, file.n_tokens, rows):
+                for row in range(0, rows, step):
+                    stop = min(rows, row + step)
+                    piece = file.read(start + row, start + stop).astype(np.float64).ravel()
+                    if not np.isfinite(piece).all():
+                        raise InputError(
+                            f"{file.npy.path}: NaN or inf in sample {start // rows}",
+                            hint="take the gradients again",
+                        )
+                    first = row * file.in_features
+                    total[first : first + len(piece)] += piece * piece
+        total /= self.info.n_samples
+        return total.astype(np.float32).reshape(self.info.shape)
+
+
+def match_gradients(
+    checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFile, ...]]
+) -> dict[str, GradientSite]:
+    """Gradients by module.
+
+    Raises:
+        InputError: gradients that fit no weight; all such are listed.
+    """
+    sites: dict[str, GradientSite] = {}
+    wrong: list[str] = []
+    for module, files in found.items():
+        stored = checkpoint.tensors.get(f"{module}.weight")
+        if stored is None or not is_float(stored.spec):
+            wrong.append(f"{files[0].npy.path}: the model has no weight {module + '.weight'!r}")
+            continue
+        shape = stored.spec.shape
+        misfits = [file for file in files if not _fits(file.npy.shape, shape)]
+        wrong += [
+            f"{file.npy.path}: gradients {list(file.npy.shape)} are neither [n,"
+            f" {', '.join(map(str, shape))}] nor [n, {prod(shape)}]"
+            for file in misfits
+        ]
+        n = sum(file.npy.shape[0] for file in files)
+        if not misfits and n == 0:
+            wrong.append(f"{files[0].npy.path}: gradients of no samples")
+        sites[module] = GradientSite(FisherInfo(module, shape, n), files)
+    if wrong:
+        more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
+        raise InputError("; ".join(wrong[:10]) + more)
+    return sites
+
+
+def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return shape[1:] in (weight, (prod(weight),)) and prod(weight) > 0
+
+
+def gradient_files(sites: Mapping[str, GradientSite]) -> list[Path]:
+    return [file.npy.path for site in sites.values() for file in site.files]

@@ -1,0 +1,335 @@
+"""What people see: with live.py, which shows progress, the only importer of rich.
+
+Warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
+one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
+markup. Errors are printed raw, one line, never wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from ptq_cli.core.report import LayerReport, RunReport
+from ptq_cli.core.text import common_parents, middle, number, printable, size
+from ptq_cli.errors import FileError
+from ptq_cli.report.report import row_error, row_rtn_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write one line to a stream, with escapes for what the stream cannot encode.
+
+    Raises:
+        FileError: the stream takes nothing (a full disk, a closed stdout).
+        BrokenPipeError: its reader has left.
+    """
+    # rich puts a proxy in the place of stderr while lines are live.
+    encoding = getattr(stream, "rich_proxied_file", stream).encoding or "ascii"
+    safe = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        stream.write(safe + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FileError(f"stdout: {error.strerror}") from error
+
+
+def say(kind: str, text: str) -> None:
+    """One line on stderr: `ptq: <kind>: <text>`, very long words cut in their middle. A closed
+    stderr is not an error."""
+    with contextlib.suppress(OSError, ValueError, FileError):
+        words = re.sub(r"\S{201,}", lambda word: middle(word[0], 200), printable(text))
+        write(sys.stderr, f"ptq: {kind}: {words}")
+
+
+def warn(text: str) -> None:
+    say("warning", text)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    write(sys.stdout, json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+
+
+def _console() -> Console:
+    """A console that renders for stdout, into a string: as wide as the terminal, or as wide as the
+    table where there is none."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    width = None if terminal else 1000
+    if os.environ.get("COLUMNS", "").strip() == "0":
+        width = 80
+    return Console(
+        file=io.StringIO(),
+        force_terminal=terminal or None,
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=False,
+    )
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout. Nothing in it is ever cut: the first column folds where it is too long,
+    and where that is not enough each row is a name with its values under it.
+
+    columns: (title, "left" or "right")
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not _fits(columns, rows):
+        _stacked([title for title, _ in columns], rows)
+        return
+    plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
+    result = Table(box=box.SIMPLE_HEAD if _unicode() else plain, pad_edge=False)
+    for i, (title, side) in enumerate(columns):
+        result.add_column(
+            title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
+        )
+    for row in rows:
+        result.add_row(*(Text(printable(cell)) for cell in row))
+    _print_rich(result)
+
+
+def _fits(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the columns stand side by side, the first folded to no less than 18 characters."""
+    from rich.cells import cell_len
+
+    cells = [[title for title, _ in columns], *rows]
+    widths = [max(cell_len(printable(row[i])) for row in cells) for i in range(len(columns))]
+    gaps = 2 * len(columns)
+    return min(widths[0], 18) + sum(widths[1:]) + gaps <= _console().width
+
+
+def _stacked(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Each row a name, and under it its values with their titles, as many a line as fit."""
+    width = _console().width
+    line(f"{titles[0]}:")
+    for row in rows:
+        line(f"  {row[0]}")
+        words = "    "
+        for title, cell in zip(titles[1:], row[1:], strict=True):
+            pair = " ".join(filter(None, (title, cell))) if cell else ""
+            if pair and words.strip() and len(words) + 2 + len(pair) > width:
+                line(words)
+                words = "    "
+            words += ("; " if pair and words.strip() else "") + pair
+        line(words)
+
+
+def _print_rich(renderable: Any) -> None:
+    console = _console()
+    console.print(renderable)
+    rendered = cast(io.StringIO, console.file).getvalue()
+    lines = [line.rstrip() for line in rendered.splitlines()]
+    write(sys.stdout, "\n".join(line for line in lines if line))
+
+
+def _unicode() -> bool:
+    return (sys.stdout.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
+def line(text: str = "") -> None:
+    """A line on stdout."""
+    write(sys.stdout, printable(text))
+
+
+def show_report(report: RunReport, *, top: int, output: str | None = None) -> None:
+    """Worst layers first, then the totals."""
+    if report.sites:
+        show_sites(report.sites)
+    if not report.rows:
+        if output is not None:
+            line(f"written: {output}")
+        return
+    rows = sorted(report.rows, key=row_error, reverse=True)
+    shown = rows if top <= 0 else rows[:top]
+    common = common_parents([row.module for row in rows])
+    _show_layers(shown, common, is_repack(report))
+    _show_activations([row for row in shown if row.activations], common)
+    if len(shown) < len(rows):
+        others = "more" if is_repack(report) else "better"
+        line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
+    _show_compared(rows)
+    _show_totals(report)
+    if report.quality is not None:
+        _show_quality(report.quality)
+    if output is not None:
+        line(f"written: {output}")
+
+
+def is_repack(report: RunReport) -> bool:
+    """Whether codes were only packed anew: then there is no error to speak of."""
+    return report.settings.get("method") == "repack"
+
+
+def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
+    columns = {
+        f"layer ({common}...)" if common else "layer": "left",
+        "method": "left",
+        "bits/w": "right",
+        "rel err": "right",
+        "rtn": "right",
+        "gain": "right",
+    }
+    left_out = {"rel err", "rtn", "gain"} if repacked else set()
+    if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
+        left_out |= {"bits/w"}  # which the totals tell, too
+    keep = [i for i, title in enumerate(columns) if title not in left_out]
+    cells = [_cells(row, common) for row in rows]
+    sides = list(columns.items())
+    table([sides[i] for i in keep], [[row[i] for i in keep] for row in cells])
+
+
+def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
+    """Errors with integer inputs, beside those of the weight alone and of plain rounding."""
+    if not rows:
+        return
+    columns = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
+    cells = []
+    for row in rows:
+        assert row.activations is not None
+        ours, alone, plain = (
+            getattr(row.activations, part) for part in ("integer", "weight_only", "plain")
+        )
+        numbers = (ours.mae, ours.rel_err, ours.sqnr_db, alone.rel_err, alone.sqnr_db)
+        values = (*numbers, plain.rel_err, plain.sqnr_db)
+        cells.append([row.module.removeprefix(common), *(number(value) for value in values)])
+    scheme = rows[0].activations.scheme if rows[0].activations else ""
+    line(f"outputs with integer inputs ({scheme}):")
+    table([("layer", "left"), *((name, "right") for name in columns)], cells)
+
+
+def _show_compared(rows: Sequence[LayerReport]) -> None:
+    """Mean errors of the methods that were compared, and how often each was best."""
+    tried = [row for row in rows if row.compared]
+    for name in tried[0].compared or () if tried else ():
+        errors = [row.compared[name] for row in tried if row.compared]
+        best = sum(row.best == name for row in tried)
+        line(f"{name}: mean {number(sum(errors) / len(errors))}, best on {best} of {len(tried)}")
+
+
+def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
+    """What smoothing made of each site."""
+    common = common_parents([site["site"] for site in sites])
+    table(
+        [
+            (f"site ({common}...)" if common else "site", "left"),
+            ("strength", "right"),
+            ("rel err", "right"),
+            ("without", "right"),
+            ("float change", "right"),
+            ("", "left"),
+        ],
+        [
+            [
+                site["site"].removeprefix(common),
+                number(site["strength"]),
+                number(site["error"]),
+                number(site["plain_error"]),
+                number(site["function_change"]),
+                "; ".join([*([site["reason"]] if site["reason"] else []), *site["notes"]]),
+            ]
+            for site in sites
+        ],
+    )
+    folded = sum(site["fed_by"] is not None for site in sites)
+    change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
+    line(
+        f"{folded} of {len(sites)} sites smoothed; float outputs change by at most {number(change)}"
+    )
+
+
+def _cells(row: LayerReport, common: str) -> list[str]:
+    return [
+        row.module.removeprefix(common),
+        row.method + ("*" if row.fallback else ""),
+        f"{row.bits_per_weight:.2f}",
+        number(row_error(row)),
+        number(row_rtn_error(row)),
+        "-" if row.gain_vs_rtn is None else f"{row.gain_vs_rtn:.2f}x",
+    ]
+
+
+def _show_totals(report: RunReport) -> None:
+    totals = report.totals
+    ratio = totals["compression_ratio"]
+    line(
+        f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight,"
+        f" {totals['left_alone']} tensors left alone"
+    )
+    line(
+        f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
+        + (f" ({ratio:.2f}x smaller)" if ratio and ratio >= 1.01 else "")
+    )
+    if is_repack(report):
+        line(f"codes and scales are those that were there; done in {totals['seconds']:.1f} s")
+        return
+    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
+    if not totals["calibrated"]:
+        where = "the weights" if not totals["heldout"] else where
+    line(
+        f"rel err on {where}: mean {number(totals['mean_rel_err'])},"
+        f" worst {number(totals['worst_rel_err'])}"
+    )
+    gain = totals["gain_vs_rtn"]
+    line(
+        f"gain over round-to-nearest: {'-' if gain is None else f'{gain:.2f}x'}"
+        f" (its mean: {number(totals['rtn_mean_rel_err'])})"
+    )
+    line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
+
+
+def _fallbacks(report: RunReport) -> str:
+    """Layers that plain rounding wrote where something better was asked for; to an evaluation,
+    which does not know what was asked for, all whose codes are those of plain rounding."""
+    count = report.totals["fallbacks"]
+    marked = " (marked *)" if count else ""
+    if report.command == "eval":
+        return f"codes equal to round-to-nearest's: {count} layers{marked}; "
+    if report.settings.get("method") == "rtn":
+        return ""
+    return f"fallbacks to round-to-nearest: {count}{marked}; "
+
+
+def _show_quality(quality: Mapping[str, Any]) -> None:
+    """Predictions: the model, and what rounding to nearest at the same grid would make of it."""
+
+    def increase(name: str) -> str:
+        entry = quality["increase"][name]
+        error = entry["standard_error"]
+        return f"{entry['perplexity']:+.3g}" + (f" ± {error:.2g}" if error is not None else "")
+
+    rows = [["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]]
+    for name in quality["increase"]:
+        kl = quality["kl"][name]
+        rows.append(
+            [
+                name,
+                f"{quality['perplexity'][name]:.4f}",
+                increase(name),
+                number(kl["mean"]),
+                number(kl["p99_9"]),
+                f"{100 * quality['same_top'][name]:.1f} %",
+            ]
+        )
+    names = ("perplexity", "increase", "KL", "KL 99.9 %", "equal top")
+    table([("model", "left"), *((name, "right") for name in names)], rows)
+    line(f"{quality['tokens']} tokens predicted in {quality['sequences']} sequences")
+    if "kl_per_block" in quality:
+        per_block = ", ".join(f"{i}: {kl:.2g}" for i, kl in enumerate(quality["kl_per_block"]))
+        line(f"KL of each block quantized alone: {per_block}")

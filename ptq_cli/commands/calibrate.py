@@ -1,0 +1,187 @@
+"""`calibrate` as a command runs it: what is streamed or merged, the job, the statistics file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration.find import (
+    AnyPath,
+    activations_fingerprint,
+    calibration_of,
+    gradients_fingerprint,
+)
+from ptq_cli.calibration.from_activations import Activations, find_activations
+from ptq_cli.calibration.from_file import Merged, beside
+from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.gradients import match_gradients
+from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.commands.forecast import Forecast
+from ptq_cli.commands.forecast_jobs import forecast_calibration
+from ptq_cli.core.progress import Listener
+from ptq_cli.errors import InputError
+from ptq_cli.plan.units import few_tokens
+from ptq_cli.run.calibrate import calibrate_sites
+from ptq_cli.run.schedule import Resources
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.target import Target
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
+
+
+@dataclass(frozen=True)
+class CalibrateJob:
+    """A calibration that is planned and ready to run.
+
+    heldout: every how many tokens one is held out, and how many at most
+    fingerprints: of what the source reads
+    """
+
+    checkpoint: Checkpoint
+    source: StatisticsSource
+    heldout: tuple[int, int]
+    fingerprints: Sequence[str]
+    warnings: tuple[str, ...]
+    output: Path
+
+    def target(self, *, force: bool, restart: bool) -> Target:
+        """Where the run works, and what makes another the same."""
+        job = {
+            "command": "calibrate",
+            "version": __version__,
+            "model": self.checkpoint.fingerprint,
+            "inputs": list(self.fingerprints),
+            "heldout": list(self.heldout),
+        }
+        keep = [*self.checkpoint.files, *self.source.files]
+        return Target(self.output, job, force, restart, keep)
+
+    def forecast(self, *, force: bool, restart: bool, resources: Resources) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(force=force, restart=restart)
+        return forecast_calibration(
+            self.checkpoint, self.source, self.heldout, target, resources, self.warnings
+        )
+
+    def run(
+        self,
+        *,
+        force: bool,
+        restart: bool,
+        resources: Resources,
+        listen: Listener,
+        warn: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Do the work, and give the file its name; what it holds. Raises PtqError."""
+        staging = self.target(force=force, restart=restart).begin()
+        result = calibrate_sites(
+            self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
+        )
+        warnings = list(self.warnings)
+        if bare := result.pop("without_tokens"):
+            warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+            warn(warnings[-1])
+        return {"output": str(self.output), "warnings": warnings, **result}
+
+
+def prepare_calibration(
+    model: AnyPath,
+    activations: Iterable[AnyPath] = (),
+    output: AnyPath | None = None,
+    *,
+    tokens: TokenSettings | None,
+    merge: Iterable[AnyPath],
+    gradients: Iterable[AnyPath],
+    bf16: bool,
+    heldout: tuple[int, int],
+    missing: str,
+) -> CalibrateJob:
+    """Plan a calibration; see `api.calibrate`. heldout: every how many tokens, how many at most"""
+    checkpoint = open_checkpoint(Path(model))
+    target = default_target(checkpoint) if output is None else Path(output)
+    if merged := [Path(path) for path in merge]:
+        return prepare_merge(checkpoint, merged, target)
+    if tokens is not None and tokens.given:
+        return prepare_tokens(checkpoint, tokens, heldout, target)
+    return prepare_activations(
+        checkpoint,
+        [Path(path) for path in activations],
+        [Path(path) for path in gradients],
+        heldout,
+        target,
+        bf16=bf16,
+        missing=missing,
+    )
+
+
+def default_target(checkpoint: Checkpoint) -> Path:
+    """`<model>.calibration.safetensors` beside the model."""
+    return checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
+
+
+def prepare_merge(checkpoint: Checkpoint, paths: Sequence[Path], output: Path) -> CalibrateJob:
+    """Statistics files into one; tokens were held out as the first of them says."""
+    files = tuple(calibration_of(checkpoint, path) for path in paths)
+    heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
+    fingerprints = [file.checkpoint.fingerprint for file in files]
+    return CalibrateJob(checkpoint, Merged(files), heldout, fingerprints, (), output)
+
+
+def prepare_tokens(
+    checkpoint: Checkpoint, settings: TokenSettings, heldout: tuple[int, int], output: Path
+) -> CalibrateJob:
+    """What the float model computes on tokens."""
+    tokens = read_tokens(settings, checkpoint)
+    source = TokenSource(checkpoint, tokens, heldout)
+    prints = [source.fingerprint]
+    return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
+
+
+def prepare_activations(
+    checkpoint: Checkpoint,
+    activations: Sequence[Path],
+    gradients: Sequence[Path],
+    heldout: tuple[int, int],
+    output: Path,
+    *,
+    bf16: bool,
+    missing: str,
+) -> CalibrateJob:
+    """Activations, as named or beside the model, and gradients.
+
+    missing: what linears without activations are: "error", or left out
+    """
+    slopes = match_gradients(checkpoint, find_activations(gradients, bf16))
+    if gradients and not slopes:
+        raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
+    folders = list(activations)
+    if not folders and (not slopes or beside(checkpoint)[1] is not None):
+        folders = [_activations_beside(checkpoint)]
+    match = match_activations(checkpoint, find_activations(folders, bf16))
+    alone = bool(slopes) and not folders
+    name = ", ".join(map(str, folders))
+    if ((match.missing and missing == "error") or not match.entries) and not alone:
+        raise missing_error(match, name)
+    source = Activations(name, match.entries, heldout, gradients=slopes)
+    infos = source.sites.values()
+    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
+    warnings = [*match_warnings(match), *few]
+    if match.missing:
+        warnings.append(
+            f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
+        )
+    fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
+    return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
+
+
+def _activations_beside(checkpoint: Checkpoint) -> Path:
+    _, folder = beside(checkpoint)
+    if folder is None:
+        raise InputError(
+            f"{checkpoint.path}: no activations given, and no activations/ beside it",
+            hint="--activations DIR",
+        )
+    return folder

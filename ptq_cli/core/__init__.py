@@ -1,0 +1,1 @@
+"""The nouns: frozen values that cross the walls of the house."""

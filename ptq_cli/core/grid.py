@@ -1,0 +1,91 @@
+"""The points a weight may be rounded to, and how inputs are rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@lru_cache(1024)
+def _runs(width: int, in_features: int) -> tuple[tuple[slice, slice], ...]:
+    full = in_features // width
+    runs = [(slice(0, full * width), slice(0, full))] if full else []
+    if in_features % width:
+        runs.append((slice(full * width, in_features), slice(full, full + 1)))
+    return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points a weight may be rounded to: `weight ≈ scales · (codes − zeros)`.
+
+    bits: width of a code, 2 to 8.
+    group_size: columns that share a scale; −1 a whole row, 0 the whole tensor. The last group of
+        a row may be short.
+    sym: zero in the middle, `zeros = 2^(bits−1)`; else zeros are chosen per group.
+    narrow_range: symmetric only; codes stay within ±(2^(bits−1) − 1) of zero (±127, ±7).
+    scale_dtype: "float16", "bfloat16" or "float32"; scales are rounded to it before codes are
+        chosen.
+    """
+
+    bits: int
+    group_size: int = 128
+    sym: bool = True
+    narrow_range: bool = False
+    scale_dtype: str = "float16"
+
+    @cached_property
+    def max_code(self) -> int:
+        return int(2**self.bits - 1)
+
+    @cached_property
+    def min_code(self) -> int:
+        return 1 if self.narrow_range else 0
+
+    @cached_property
+    def mid_code(self) -> int:
+        """The zero of a symmetric grid."""
+        return int(2 ** (self.bits - 1))
+
+    def width(self, in_features: int) -> int:
+        """Columns in a full group of a row with `in_features` columns (at least 1)."""
+        whole_row = self.group_size <= 0 or self.group_size > in_features
+        return max(1, in_features if whole_row else self.group_size)
+
+    def n_groups(self, in_features: int) -> int:
+        """Groups in a row."""
+        return max(1, ceil(in_features / self.width(in_features)))
+
+    def starts(self, in_features: int) -> list[int]:
+        """First column of each group, then `in_features`."""
+        return [*range(0, in_features, self.width(in_features)), in_features]
+
+    def runs(self, in_features: int) -> tuple[tuple[slice, slice], ...]:
+        """Runs of equally long groups: (their columns, the groups)."""
+        return _runs(self.width(in_features), in_features)
+
+    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of scales and zeros for a weight of `shape`."""
+        return (1, 1) if self.group_size == 0 else (shape[0], self.n_groups(shape[1]))
+
+    def g_idx(self, in_features: int) -> NDArray[np.int32]:
+        """Group of each column where columns were not reordered, int32 [in_features]."""
+        return (np.arange(in_features) // self.width(in_features)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How a layer's inputs are rounded when it runs (W8A8).
+
+    dynamic: every token finds its own scale (without `per_token`: all tokens together find one);
+        else one scale for the tensor, known beforehand (QuantizedWeight.input_scale)
+    """
+
+    bits: int = 8
+    sym: bool = True
+    dynamic: bool = True
+    per_token: bool = True

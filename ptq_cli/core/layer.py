@@ -1,0 +1,91 @@
+"""Layers, units of work, and the plan: all that is known before the first weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.grid import Activation, Grid
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tensor that is quantized, seen as a matrix.
+
+    module: the tensor's name without `.weight`
+    tensor: the tensor's name in the checkpoint
+    shape: (out_features, in_features); a tensor of higher rank is [first, all others]
+    full_shape: the shape in the checkpoint
+    dtype: safetensors' word for the float dtype in the checkpoint
+    reordered: whether the groups follow a g_idx of their own (act_order desc)
+    method: what rounded it, once that is known
+    activation: how the layer's inputs are rounded too, or None
+    transposed: stored [in_features, out_features] in the checkpoint (GPT-2's Conv1D)
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    full_shape: tuple[int, ...]
+    dtype: str
+    grid: Grid
+    reordered: bool = False
+    method: str = ""
+    activation: Activation | None = None
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def as_stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A weight [out_features, in_features] in the shape of the checkpoint's tensor."""
+        return (weight.T if self.transposed else weight).reshape(self.full_shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The least work that can be lost and redone alone: the linears of one site.
+
+    name: the site, or the module where a layer shares its input with none
+    site: the site whose statistics serve, or None where there is no calibration
+    memory: bytes that working on it needs, at most
+    nearest: why its layers are rounded to nearest whatever the method, or None
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    site: str | None
+    memory: int
+    nearest: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that is copied byte for byte, and why."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first weight is read."""
+
+    method: str
+    settings: Any
+    format: str
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for unit in self.units for layer in unit.layers)

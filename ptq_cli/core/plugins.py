@@ -1,0 +1,170 @@
+"""The records that plug-ins are: methods, smoothers, formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method made of one weight: the rounded weight and what there is to say about it."""
+
+    weight: QuantizedWeight
+    damp_percent: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic, for an estimate of the time it takes.
+
+    products: multiply-adds in products of float32 matrices
+    passes: float32 values that one elementwise operation reads and writes
+    calls: operations, on arrays of whatever size
+    """
+
+    products: float = 0.0
+    passes: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products, self.passes + other.passes, self.calls + other.calls
+        )
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.products * factor, self.passes * factor, self.calls * factor)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to round weights: a plug-in record (methods/ has one each, registry.py names them).
+
+    settings: the frozen dataclass of its settings; cli options, recipe keys and the report's
+        `settings` are made from its fields
+    prepare: what the linears of one site share (a factored Hessian, say), from the site's
+        statistics, or from None where there is no calibration; called once per unit
+    apply: rounds one weight, float32 or float64 [out_features, in_features]; the last argument is
+        the weight of each squared rounding error in the scale search, of the same shape (Fisher
+        information), or None where the method's own serves
+    needs_hessian: whether statistics change the result
+    memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
+        itself, its Hessian and the result
+    work: roughly what `prepare` for a site of that many columns, and `apply` for a weight of that
+        shape, compute
+    is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
+        each group; it is then not called
+    """
+
+    name: str
+    help: str
+    settings: type[Any]
+    prepare: Callable[[SiteStatistics | None, Grid, Any], Any]
+    apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
+    needs_hessian: bool
+    memory: Callable[[tuple[int, int], Grid], int]
+    work: Callable[[tuple[int, int], Grid, Any], tuple[Work, Work]]
+    is_nearest: Callable[[Any], bool] = lambda settings: False
+
+
+@dataclass(frozen=True)
+class SmoothingCase:
+    """What a search for smoothing factors looks at: one site.
+
+    weights: of its linears, float32 [out_features, in_features]
+    statistics: of its inputs; `sample` holds some of them
+    ties: int [in_features], numbers of channels that must share a factor, or None
+    grid: the points its weights will be rounded to
+    """
+
+    weights: tuple[FloatArray, ...]
+    statistics: SiteStatistics
+    ties: NDArray[np.integer[Any]] | None
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class SmoothingChoice:
+    """Factors that a search proposes: the inputs' divisors, float32 [in_features], all positive.
+
+    strength: the setting they came from: alpha, or AWQ's ratio
+    """
+
+    strength: float
+    factors: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """A way to move difficulty between inputs and weights before rounding: a plug-in record.
+
+    settings: the frozen dataclass of its settings
+    defaults: defaults of the grid's settings that differ under it
+    method: the name of the method that rounds what it has smoothed, unless another is asked for
+    search: factors for a site, the best first; empty where none is better than no factors
+    work: roughly what `search` computes for a site: shapes of its weights, tokens in the sample
+    """
+
+    name: str
+    help: str
+    settings: type[Any]
+    defaults: Mapping[str, Any]
+    method: str
+    search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
+    work: Callable[[Sequence[tuple[int, int]], int, Grid, Any], Work]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of quantized weights in safetensors files: a plug-in record (formats/).
+
+    misfit: why a layer cannot be held and what would help, or None
+    specs: names, dtypes and shapes of the tensors a layer becomes
+    encode, decode: a rounded weight to those tensors and back; written apart from each other
+    config: config.json's `quantization_config`, from the layers and the modules left dense
+    metadata: what the file's own metadata says of its layers
+    layers: the layers of a checkpoint in this layout, from its metadata, config.json and headers;
+        `read` gives one (small) tensor by its name. Empty where it is another layout. Every tensor
+        of `specs` is then there. Raises InputError where the parts contradict one another or
+        cannot be proven to be understood
+    scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
+    config_keys: where in config.json the object of `config` belongs
+    config_file: a file beside config.json that repeats that object
+    model_config: keys that config.json must have besides, from the source's config.json
+    container: how the weights are stored: "safetensors", or another that storage/containers.py
+        knows
+    file_metadata: the metadata of the weights file where its readers want just that; None: this
+        tool's own entry, which holds `metadata`
+    by_rows: whether row n of the weight is row n of every tensor of a layer, whatever the others
+    """
+
+    name: str
+    help: str
+    misfit: Callable[[Layer], str | None]
+    specs: Callable[[Layer], tuple[TensorSpec, ...]]
+    encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
+    decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]
+    config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None]
+    metadata: Callable[[Sequence[Layer]], Mapping[str, Any]]
+    layers: Callable[
+        [Mapping[str, Any], Mapping[str, Any], Mapping[str, TensorSpec], Callable[[str], Array]],
+        tuple[Layer, ...],
+    ]
+    scale_dtype: Callable[[str], str] | None = None
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    config_file: str | None = None
+    file_metadata: Mapping[str, str] | None = None
+    model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    container: str = "safetensors"
+    by_rows: Callable[[Layer], bool] = lambda layer: False

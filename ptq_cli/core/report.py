@@ -1,0 +1,84 @@
+"""The rows and the whole of an error report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptq_cli.core.layer import Skipped
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of the error report. Numbers are numbers; None is "not measured".
+
+    compared, best: the error of every method that was tried on the layer, and the least one's name
+    activations: of `ptq eval --activation-scheme`
+    """
+
+    layer: str
+    module: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    sym: bool
+    method: str
+    calibrated: bool
+    loss: float
+    rel_err: float
+    heldout_rel_err: float | None
+    rtn_rel_err: float
+    rtn_heldout_rel_err: float | None
+    gain_vs_rtn: float | None
+    sqnr_db: float | None
+    max_abs_err: float
+    tokens: int
+    dead_columns: int
+    damp_percent: float | None
+    fallback: str | None
+    seconds: float
+    bytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...] = ()
+    compared: Mapping[str, float] | None = None
+    best: str | None = None
+    activations: ActivationErrors | None = None
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Of a layer's outputs on inputs: mean absolute error, Σ‖ΔY‖²/Σ‖Y‖², and that in decibels."""
+
+    mae: float
+    rel_err: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ActivationErrors:
+    """Errors of a layer's outputs with integer inputs, beside those of its weight alone, and of the
+    original weight plainly rounded at the same grid with integer inputs."""
+
+    scheme: str
+    integer: OutputErrors
+    weight_only: OutputErrors
+    plain: OutputErrors
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
+
+    quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
+    sites: what smoothing made of each site (smoothing.SiteOutcome)
+    """
+
+    command: str
+    rows: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    totals: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] | None = None
+    sites: tuple[Mapping[str, Any], ...] = ()

@@ -1,0 +1,62 @@
+"""What calibration knows of the inputs of a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.tensors import Array
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What is known of a site before its statistics are read or made."""
+
+    site: str
+    linears: tuple[str, ...]
+    in_features: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What calibration knows of the inputs of one site (of every linear that shares them).
+
+    hessian: float32 [in_features, in_features], `inputs.T @ inputs / n_tokens`
+    n_tokens: tokens behind every statistic here (held-out ones are in none)
+    absmax, absmean: float32 [in_features], per channel
+    minimum, maximum, mean, std: over all values
+    histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin
+        `histogram_start` (numerics/statistics.py states the bins)
+    heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
+    sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
+        themselves, [n, in_features]
+    n_seen: tokens read, held-out ones included
+    drift: where layers before the site are rounded: float32 [in_features, in_features],
+        `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
+    heldout_float: what the float model gives the site at the held-out tokens, beside `drift`
+    """
+
+    site: str
+    linears: tuple[str, ...]
+    hessian: NDArray[np.float32]
+    n_tokens: int
+    n_seen: int
+    absmax: NDArray[np.float32]
+    absmean: NDArray[np.float32]
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    histogram: NDArray[np.int64]
+    histogram_start: int
+    heldout: Array
+    sample: Array
+    drift: NDArray[np.float32] | None = None
+    heldout_float: NDArray[np.float32] | None = None
+
+    @property
+    def in_features(self) -> int:
+        return int(self.hessian.shape[0])

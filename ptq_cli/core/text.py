@@ -1,0 +1,43 @@
+"""Words and numbers for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def middle(text: str, width: int) -> str:
+    """Text cut in its middle to at most `width` characters."""
+    if len(text) <= width:
+        return text
+    left = (width - 3) // 2
+    return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def common_parents(modules: Sequence[str]) -> str:
+    """The leading names that all modules share, `model.layers.`."""
+    split = [module.split(".")[:-1] for module in modules]
+    count = 0
+    while split and all(len(s) > count and s[count] == split[0][count] for s in split):
+        count += 1
+    return "".join(f"{name}." for name in split[0][:count]) if split else ""
+
+
+def printable(text: str) -> str:
+    """Text with control, bidirectional and other unprintable characters escaped."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

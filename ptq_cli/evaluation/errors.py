@@ -1,0 +1,278 @@
+"""Evaluation from files alone: what a quantized folder decodes to, against the original weights.
+
+Nothing is believed but tensors: errors are measured anew, and so is plain rounding to nearest at
+the same grid, to compare with. A layer whose codes are those of plain rounding is named.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from ptq_cli.calibration.smoothed import smoothed_source
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.core.layer import Layer, Skipped
+from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
+from ptq_cli.numerics.output_errors import Measures, measure, output_errors
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.plan.units import few_tokens, sites_of
+from ptq_cli.report.report import totals
+from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
+from ptq_cli.run.smooth import activations_for
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folded import folded_checkpoint, folds_between
+from ptq_cli.storage.folder import QuantizedFolder
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which tensors outside the quantized layers are the original's bytes."""
+
+    equal: tuple[str, ...]
+    different: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The original and what was quantized, with the statistics of each one's inputs.
+
+    smoothed, smoothed_source: the original with the folds of the quantized folder, which are those
+        of `folds_between`; the same as original and source where it has none
+    activations: how inputs are rounded to integers too, or None
+    """
+
+    original: Checkpoint
+    source: StatisticsSource | None
+    quantized: QuantizedFolder
+    smoothed: Checkpoint
+    smoothed_source: StatisticsSource | None
+    activations: ActivationSettings | None = None
+
+
+def open_sides(
+    original: Checkpoint,
+    quantized: QuantizedFolder,
+    source: StatisticsSource | None,
+    activations: ActivationSettings | None = None,
+) -> Sides:
+    """Fold the original as the quantized folder says.
+
+    Raises:
+        InputError: the two do not belong together; activations need statistics and there are none.
+    """
+    check_same_model(original, quantized)
+    if activations is not None and source is None:
+        raise InputError(
+            f"{original.path}: --activation-scheme needs inputs, and there is no calibration",
+            hint="--calibration FILE or --activations DIR",
+        )
+    folds = folds_between(original.folder, quantized.checkpoint.folder)
+    for site, _ in folds:
+        absent = [name for name in site.tensors if name not in original.tensors]
+        if absent:
+            raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
+    if not folds:
+        return Sides(original, source, quantized, original, source, activations)
+    behind = None if source is None else smoothed_source(source, folds)
+    return Sides(
+        original, source, quantized, folded_checkpoint(original, folds), behind, activations
+    )
+
+
+def evaluate(
+    sides: Sides,
+    listen: Listener = nobody,
+) -> RunReport:
+    """Measure every quantized layer.
+
+    Raises:
+        InputError: the two do not belong together; the statistics do not fit.
+    """
+    begin = time.perf_counter()
+    original, quantized, source = sides.original, sides.quantized, sides.source
+    comparison = compare_untouched(sides.smoothed, quantized)
+    site_of = sites_of(quantized.layers, source)
+    rows: list[LayerReport] = []
+    loaded = Loaded(None, None)
+    weights, work = sum(layer.size for layer in quantized.layers.values()), 0
+    with threadpool_limits(1):
+        for layer in quantized.layers.values():
+            site = site_of.get(layer.module)
+            if site is None or source is None or sides.smoothed_source is None:
+                loaded = Loaded(None, None)
+            elif loaded.plain is None or loaded.plain.site != site:
+                loaded = Loaded(source.load(site), sides.smoothed_source.load(site))
+            rows.append(_row(layer, sides, loaded))
+            count, total, work = len(rows), len(quantized.layers), work + layer.size
+            listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
+    skipped = tuple(
+        Skipped(name, spec.shape, spec.dtype, "different" if name in comparison.different else "")
+        for name in quantized.untouched()
+        for spec in (quantized.checkpoint.tensors[name].spec,)
+    )
+    before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
+    after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
+    return RunReport(
+        command="eval",
+        rows=tuple(rows),
+        skipped=skipped,
+        totals=totals(rows, skipped, before, after, time.perf_counter() - begin),
+        warnings=tuple(_warnings(comparison, quantized, source, site_of)),
+        settings={"format": quantized.fmt.name},
+    )
+
+
+def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
+    """Raises InputError where a layer's tensor is missing in the original, or has another shape."""
+    for layer in quantized.layers.values():
+        stored = original.tensors.get(layer.tensor)
+        if stored is None:
+            raise InputError(
+                f"{original.path}: no tensor {layer.tensor!r}, which"
+                f" {quantized.checkpoint.path} was quantized from"
+            )
+        if stored.spec.shape != layer.full_shape:
+            raise InputError(
+                f"{original.path}: tensor {layer.tensor!r} is {list(stored.spec.shape)}, in"
+                f" {quantized.checkpoint.path} it is {list(layer.full_shape)}"
+            )
+
+
+def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) -> bool:
+    """Byte for byte, or after the cast that the container made."""
+    first, second = original.tensors[name].spec, quantized.checkpoint.tensors[name].spec
+    if quantized.fmt.container == "safetensors" or first.dtype == second.dtype:
+        return first == second and np.array_equal(
+            original.read_bytes(name), quantized.checkpoint.read_bytes(name)
+        )
+    ours, theirs = original.read(name), quantized.checkpoint.read(name)
+    with np.errstate(over="ignore"):
+        return np.array_equal(ours.astype(theirs.dtype), theirs)
+
+
+def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Comparison:
+    """Compare, byte for byte, every tensor that is not part of a quantized layer."""
+    taken = {layer.tensor for layer in quantized.layers.values()}
+    equal: list[str] = []
+    different: list[str] = []
+    untouched = set(quantized.untouched())
+    for name in sorted(untouched):
+        same = name in original.tensors and _same_tensor(name, original, quantized)
+        (equal if same else different).append(name)
+    missing = sorted(set(original.tensors) - untouched - taken)
+    return Comparison(tuple(equal), tuple(different), tuple(missing))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Statistics of one site: of the original's inputs, and behind the folds."""
+
+    plain: SiteStatistics | None
+    smoothed: SiteStatistics | None
+
+
+def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
+    begin = time.perf_counter()
+    quantized, statistics = sides.quantized, loaded.smoothed
+    weight = sides.smoothed.weight(layer)
+    rounded = quantized.load(layer.module)
+    hessian = None if statistics is None else statistics.hessian
+    heldout = None if statistics is None else statistics.heldout
+    measures = measure(weight, rounded, hessian, heldout, sides.smoothed.output_scale(layer))
+    # Some layouts do not say that a grid is symmetric; its zeros do.
+    sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())
+    unsmoothed = sides.original.weight(layer)
+    plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
+    rtn = _measure_on(unsmoothed, plain, loaded.plain)
+    same = np.array_equal(plain.codes, rounded.codes)
+    return LayerReport(
+        sym=sym,
+        method=layer.method,
+        calibrated=statistics is not None,
+        tokens=0 if statistics is None else statistics.n_tokens,
+        dead_columns=dead_columns(statistics),
+        damp_percent=None,
+        fallback="codes equal round-to-nearest" if same else None,
+        seconds=time.perf_counter() - begin,
+        activations=_activation_errors(layer, sides, loaded, rounded, plain),
+        **layer_columns(layer, quantized.fmt),
+        **error_columns(measures, rtn),
+    )
+
+
+def _measure_on(
+    weight: FloatArray, rounded: QuantizedWeight, statistics: SiteStatistics | None
+) -> Measures:
+    if statistics is None:
+        return measure(weight, rounded, None, None)
+    return measure(weight, rounded, statistics.hessian, statistics.heldout)
+
+
+def _activation_errors(
+    layer: Layer,
+    sides: Sides,
+    loaded: Loaded,
+    rounded: QuantizedWeight,
+    plain: QuantizedWeight,
+) -> ActivationErrors | None:
+    """Errors with integer inputs, against the float product of the original's own inputs."""
+    if sides.activations is None or loaded.plain is None or loaded.smoothed is None:
+        return None
+    inputs, smooth = (evaluation_inputs(s) for s in (loaded.plain, loaded.smoothed))
+    weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
+    scale = sides.smoothed.output_scale(layer)
+    static = rounded.input_scale
+    own = activations_for(loaded.smoothed, sides.activations)
+    if own.scheme == "static" and static is not None:
+        own = replace(own, static_scale=static)
+    before = activations_for(loaded.plain, sides.activations)
+    return ActivationErrors(
+        own.scheme,
+        output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
+        output_errors(smooth, folded, linear_dequantized(smooth, rounded), scale),
+        output_errors(inputs, weight, linear_w8a8(inputs, plain, None, before)),
+    )
+
+
+def evaluation_inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
+    """The held-out inputs; the sample where none are held out."""
+    inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
+    return inputs.astype(np.float32)
+
+
+def _warnings(
+    comparison: Comparison,
+    quantized: QuantizedFolder,
+    source: StatisticsSource | None,
+    site_of: dict[str, str],
+) -> list[str]:
+    warnings = []
+    for what, names in (
+        ("differ from the original", comparison.different),
+        ("of the original are missing", comparison.missing),
+    ):
+        if names:
+            warnings.append(f"{len(names)} unquantized tensors {what}: {', '.join(names[:10])}")
+    if source is None:
+        warnings.append("no calibration: errors are those of the weights, not of the outputs")
+        return warnings
+    bare = [module for module in quantized.layers if module not in site_of]
+    if bare:
+        warnings.append(
+            f"{len(bare)} layers have no statistics, their errors are those of the weights:"
+            f" {', '.join(bare[:10])}"
+        )
+    used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
+    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])

@@ -1,0 +1,192 @@
+"""What a checkpoint holds: tensors, sites and what feeds them, loud channels, and which layers
+matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.calibration.sites import model_sites
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.core.tensors import Array
+from ptq_cli.errors import InputError
+from ptq_cli.models.linears import default_reason
+from ptq_cli.models.sites import Site
+from ptq_cli.numerics.smoothquant import channel_importance
+from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.plan import make_plan
+from ptq_cli.registry import format_named, method
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.files import listing, read_json
+from ptq_cli.storage.folder import QuantizedFolder
+
+LOUD = 10.0  # a channel is an outlier from this many times the median channel's absmax on
+TOP = 5
+
+
+def inspect_model(checkpoint: Checkpoint, source: StatisticsSource | None) -> dict[str, Any]:
+    """Of a float checkpoint: `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`,
+    `totals`.
+
+    `quantizing` says what the default grid would make of it: `layers`, `bits`, `group_size`,
+    `bytes_before` and `bytes_after` of the whole checkpoint, or `refused`, why it cannot be.
+
+    With statistics each site also has `tokens`, `absmax`, `loud_channels` and `importance`:
+    `max|x_j| · mean_i|W_ij|`, the loudest channels first. `fisher` ranks modules by the mean
+    diagonal Fisher information of their weights.
+    """
+    found = model_sites(checkpoint)
+    return {
+        "path": str(checkpoint.path),
+        "kind": "float",
+        "family": found.family,
+        "notes": list(found.notes),
+        "tensors": _tensors(checkpoint),
+        "sites": [_site(site, checkpoint, source) for site in found.sites],
+        "fisher": _fisher(source),
+        "quantizing": _quantizing(checkpoint),
+        "totals": _totals(checkpoint),
+    }
+
+
+def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
+    """Of a quantized folder: `tensors`, `format`, `layers` with grid, method, size (`bytes` of
+    all their tensors, `bits_per_weight`), `totals`."""
+    packed, methods = folder.packed_names, _methods(folder.checkpoint)
+    layers = [
+        {
+            "module": layer.module,
+            "shape": list(layer.full_shape),
+            "bits": layer.grid.bits,
+            "group_size": layer.grid.group_size,
+            "sym": layer.grid.sym,
+            "method": layer.method or methods.get(layer.module),
+            "inputs": _inputs(layer.activation),
+            "bytes": size,
+            "bits_per_weight": 8 * size / layer.size,
+        }
+        for layer in folder.layers.values()
+        for size in (sum(spec.nbytes for spec in folder.fmt.specs(layer)),)
+    ]
+    return {
+        "path": str(folder.checkpoint.path),
+        "kind": "quantized",
+        "format": folder.fmt.name,
+        "layers": layers,
+        "tensors": _tensors(folder.checkpoint, packed),
+        "totals": _totals(folder.checkpoint),
+    }
+
+
+def _methods(checkpoint: Checkpoint) -> dict[str, str]:
+    """What rounded each module, where quantization.json says so: most layouts do not."""
+    if "quantization.json" not in listing(checkpoint.folder):
+        return {}
+    content = read_json(checkpoint.folder / "quantization.json")
+    layers = content.get("layers") if isinstance(content, dict) else None
+    layers = layers if isinstance(layers, dict) else {}
+    return {module: word for module, word in layers.items() if isinstance(word, str)}
+
+
+def _inputs(activation: Any) -> str | None:
+    if activation is None:
+        return None
+    if not activation.dynamic:
+        return f"{activation.bits} bits, static"
+    return f"{activation.bits} bits, dynamic per {'token' if activation.per_token else 'tensor'}"
+
+
+def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
+    settings = GridSettings()
+    entry: dict[str, Any] = {"bits": settings.bits, "group_size": settings.group_size}
+    how = method("rtn")
+    try:
+        plan = make_plan(checkpoint, how, settings, how.settings(), format_named("ptq"), None)
+    except InputError as error:
+        return entry | {"refused": str(error)}
+    sizes = {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
+    return entry | {"layers": len(plan.layers)} | sizes
+
+
+def _tensors(checkpoint: Checkpoint, packed: Collection[str] = ()) -> list[dict[str, Any]]:
+    return [
+        {
+            "tensor": stored.spec.name,
+            "dtype": stored.spec.dtype,
+            "shape": list(stored.spec.shape),
+            "bytes": stored.spec.nbytes,
+            "left_alone": None if stored.spec.name in packed else default_reason(stored.spec),
+        }
+        for stored in checkpoint.tensors.values()
+    ]
+
+
+def _totals(checkpoint: Checkpoint) -> dict[str, Any]:
+    specs = [stored.spec for stored in checkpoint.tensors.values()]
+    return {
+        "tensors": len(specs),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "dtypes": {d: sum(s.dtype == d for s in specs) for d in sorted({s.dtype for s in specs})},
+    }
+
+
+def _site(site: Site, checkpoint: Checkpoint, source: StatisticsSource | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "site": site.name,
+        "linears": [linear.module for linear in site.linears],
+        "in_features": site.in_features,
+        "fed_by": None if site.feeder is None else site.feeder.weight,
+        "reason": site.reason,
+    }
+    modules = set(entry["linears"])
+    known = [] if source is None else [s for s, i in source.sites.items() if modules & {*i.linears}]
+    if source is None or not known or site.missing:
+        return entry
+    statistics = source.load(known[0])
+    weights = [_matrix(checkpoint, x.tensor, x.transposed) for x in site.linears]
+    median = float(np.median(statistics.absmax))
+    loud = np.flatnonzero(statistics.absmax > LOUD * median)
+    return entry | {
+        "tokens": statistics.n_tokens,
+        "absmax": float(statistics.absmax.max()),
+        "median_absmax": median,
+        "loud_channels": [int(channel) for channel in loud],
+        "importance": _ranked(channel_importance(statistics.absmax, weights)),
+    }
+
+
+def _matrix(checkpoint: Checkpoint, name: str, transposed: bool) -> Array:
+    shape = checkpoint.tensors[name].spec.shape
+    weight = checkpoint.matrix(name, (shape[0], shape[1]))
+    return weight.T if transposed else weight
+
+
+def _ranked(values: Array) -> list[dict[str, Any]]:
+    order = np.argsort(-values, kind="stable")[:TOP]
+    return [{"channel": int(channel), "importance": float(values[channel])} for channel in order]
+
+
+def _fisher(source: StatisticsSource | None) -> list[dict[str, Any]]:
+    """Modules by falling mean Fisher information; `share` is a module's part of the whole sum."""
+    if source is None:
+        return []
+    sums = {
+        module: float(source.load_fisher(module).sum(dtype=np.float64)) for module in source.fisher
+    }
+    total = sum(sums.values())
+    rows = [
+        {
+            "module": module,
+            "mean": value / max(1, int(np.prod(source.fisher[module].shape))),
+            "share": value / total if total else 0.0,
+            "samples": source.fisher[module].n_samples,
+        }
+        for module, value in sums.items()
+    ]
+    return sorted(rows, key=_falling)
+
+
+def _falling(row: dict[str, Any]) -> tuple[float, str]:
+    return -row["mean"], row["module"]

@@ -1,0 +1,270 @@
+"""What quantization does to a model's predictions: perplexity, KL divergence, equal top tokens.
+
+Several versions of a model run side by side over the same tokens, block by block: the original, the
+quantized one, and plain rounding to nearest at the same grid, which shows what the method gained.
+For `--kl-per-block`, one version more for each block, in which that block alone is quantized.
+
+Standard errors are those of sequences drawn anew: the tokens of a sequence depend on each other, so
+what they add to a mean is summed per sequence first (clustered by sequence), and differences are
+taken token by token, so what both versions find hard cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from ptq_cli.calibration.from_tokens import model_architecture
+from ptq_cli.calibration.stream import Batch, Held, Read, Stream, batches, threads
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.architecture import Architecture
+from ptq_cli.models.forward.layers import Tensor
+from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
+from ptq_cli.models.forward.linear import as_tensor, rounding_tensor
+from ptq_cli.models.forward.stages import finish
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.scratch import Rows, temporary_folder, temporary_place
+from ptq_cli.storage.staging import check_free, free_space
+from ptq_cli.storage.tokens import Tokens
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A model on its way. block: the one that is not the original's, or None for all."""
+
+    name: str
+    stream: Stream
+    block: int | None = None
+
+
+def measure_quality(
+    original: Checkpoint,
+    quantized: QuantizedFolder,
+    tokens: Tokens,
+    *,
+    per_block: bool = False,
+    listen: Listener = nobody,
+) -> dict[str, Any]:
+    """Run the models over `tokens`; gives the report's `quality` object.
+
+    Raises:
+        InputError: an architecture without a forward, or sequences without a next token.
+    """
+    arch = model_architecture(original)
+    parts = batches(tokens)
+    if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in parts):
+        raise InputError(f"{tokens.name}: no sequence has a token to predict")
+    needed = _scratch_bytes(arch, parts, 3 + (len(arch.blocks) if per_block else 0))
+    check_free(temporary_place(), needed, free_space(temporary_place()))
+    with temporary_folder() as work, threadpool_limits(1):
+        versions = _versions(original, quantized, arch, parts, work, per_block)
+        ends = _run(versions, len(arch.blocks), listen)
+        return _summary(versions, ends, parts, listen)
+
+
+def _scratch_bytes(arch: Architecture, parts: tuple[Batch, ...], versions: int) -> int:
+    """Of the residuals before and after a block."""
+    return versions * 2 * 4 * int(parts[-1].rows.stop) * arch.hidden_size
+
+
+def _versions(
+    original: Checkpoint,
+    quantized: QuantizedFolder,
+    arch: Architecture,
+    parts: tuple[Batch, ...],
+    work: Path,
+    per_block: bool,
+) -> list[_Version]:
+    n_threads = threads(arch, parts)
+    rounded = quantized_tensors(original, quantized)
+
+    def version(name: str, read: Read, block: int | None = None) -> _Version:
+        return _Version(name, Stream(name, arch, read, parts, work, n_threads), block)
+
+    found = [
+        version("original", original.read),
+        version("quantized", rounded),
+        version("rtn", nearest_tensors(original, quantized)),
+    ]
+    blocks = range(len(arch.blocks)) if per_block else ()
+    return found + [version(f"block {block}", rounded, block) for block in blocks]
+
+
+def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
+    """Tensors as the quantized folder has them, decoded; with them how inputs are rounded."""
+    layers = {layer.tensor: layer for layer in quantized.layers.values()}
+
+    def read(name: str) -> Tensor:
+        if name in layers:
+            return as_tensor(layers[name], quantized.load(layers[name].module))
+        present = name in quantized.checkpoint.tensors
+        return (quantized.checkpoint if present else original).read(name)
+
+    return read
+
+
+def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
+    """The original's tensors, those of quantized layers rounded to nearest at the same grid, and
+    inputs rounded as there; a static scale, which belongs to what was quantized, is found anew in
+    every batch."""
+    layers = {layer.tensor: layer for layer in quantized.layers.values()}
+
+    def read(name: str) -> Tensor:
+        if name not in layers:
+            return original.read(name)
+        layer = layers[name]
+        weight = original.weight(layer)
+        rounded = round_to_nearest(weight, replace(layer.grid, sym=_is_symmetric(layer, quantized)))
+        values, inputs = layer.as_stored(rounded.dequantized()), layer.activation
+        if inputs is None:
+            return values
+        own = inputs if inputs.dynamic else replace(inputs, dynamic=True, per_token=False)
+        return rounding_tensor(layer, values, own)
+
+    return read
+
+
+def _is_symmetric(layer: Layer, quantized: QuantizedFolder) -> bool:
+    """Some layouts do not say that a grid is symmetric; its zeros do."""
+    if layer.grid.sym:
+        return True
+    zeros = quantized.load(layer.module).zeros
+    return bool((zeros == layer.grid.mid_code).all())
+
+
+def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str, Rows]:
+    """Take every version through all blocks; gives where each one's last residual is."""
+    at: dict[str, Rows] = {}
+    total, done = sum(n_blocks - (version.block or 0) for version in versions), 0
+    listen(Progress("run", 0, total))
+    for version in versions:
+        if version.block is None:
+            version.stream.embed()
+            at[version.name] = version.stream.boundary(0)
+    for block in range(n_blocks):
+        before, exact = dict(at), versions[0].stream.read
+        for version in versions:
+            if version.block is not None and version.block > block:
+                continue
+            source = before.get(version.name, before["original"])
+            if version.block is not None and version.block != block:
+                version.stream.read = exact
+            at[version.name] = version.stream.cross(block, source)
+            done += 1
+            listen(Progress("run", done, total, f"block {block}, {version.name}"))
+        for rows in before.values():
+            rows.drop()
+    return at
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Per predicted token, over all batches: which sequence it is in, and measures by version."""
+
+    sequence: NDArray[np.int64]
+    nll: Mapping[str, Doubles]
+    kl: Mapping[str, Doubles]
+    same: Mapping[str, NDArray[np.bool_]]
+
+
+def _summary(
+    versions: list[_Version],
+    ends: Mapping[str, Rows],
+    parts: tuple[Batch, ...],
+    listen: Listener,
+) -> dict[str, Any]:
+    p = _predictions(versions, ends, parts, listen)
+    blocks = [version for version in versions if version.block is not None]
+    names = [v.name for v in versions[1:] if v.block is None]
+    quality: dict[str, Any] = {
+        "tokens": len(p.sequence),
+        "sequences": len(np.unique(p.sequence)),
+        "perplexity": {name: float(np.exp(p.nll[name].mean())) for name in ("original", *names)},
+        "increase": {
+            name: difference(p.nll[name], p.nll["original"], p.sequence) for name in names
+        },
+        "quantized_minus_rtn": difference(p.nll["quantized"], p.nll["rtn"], p.sequence),
+        "kl": {
+            name: {"mean": float(p.kl[name].mean()), "p99_9": float(np.quantile(p.kl[name], 0.999))}
+            for name in names
+        },
+        "same_top": {name: float(p.same[name].mean()) for name in names},
+    }
+    if blocks:
+        quality["kl_per_block"] = [float(p.kl[version.name].mean()) for version in blocks]
+    return quality
+
+
+def _predictions(
+    versions: list[_Version],
+    ends: Mapping[str, Rows],
+    parts: tuple[Batch, ...],
+    listen: Listener,
+) -> _Predictions:
+    arch = versions[0].stream.arch
+    heads = {v.name: Held(v.stream.read, float32=False) for v in versions}
+    for version in versions:
+        if version.block is not None:
+            heads[version.name] = heads["original"]
+    found: dict[str, list[TokenMeasures]] = {version.name: [] for version in versions[1:]}
+    sequences, first = [], 0
+    listen(Progress("predict", 0, len(parts)))
+    for number, batch in enumerate(parts, 1):
+        rows, targets = next_tokens(batch.tokens, batch.packing)
+        predicted = {
+            name: Prediction(
+                arch, heads[name], finish(arch, heads[name], end.read(batch.rows))[rows]
+            )
+            for name, end in ends.items()
+        }
+        for name, measures in found.items():
+            measures.append(measure_tokens(predicted[name], targets, predicted["original"]))
+        sequences.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
+        first += len(batch.tokens)
+        listen(Progress("predict", number, len(parts), f"batch {number}"))
+    return _joined(sequences, found)
+
+
+def _joined(
+    sequences: list[NDArray[np.int64]], found: Mapping[str, list[TokenMeasures]]
+) -> _Predictions:
+    def join(name: str, field: str) -> Any:
+        return np.concatenate([getattr(measures, field) for measures in found[name]])
+
+    nll = {name: join(name, "nll") for name in found}
+    return _Predictions(
+        sequence=np.concatenate(sequences),
+        nll={"original": join("quantized", "reference_nll"), **nll},
+        kl={name: join(name, "kl") for name in found},
+        same={name: join(name, "top") == join(name, "reference_top") for name in found},
+    )
+
+
+def difference(ours: Doubles, theirs: Doubles, sequence: NDArray[np.int64]) -> dict[str, Any]:
+    """exp(mean ours) − exp(mean theirs), and its standard error, clustered by sequence.
+
+    ours, theirs: negative log-likelihoods [n] of the same tokens; sequence: [n]
+    By the delta method a token adds `ppl·(nll − mean)` of either side to the difference. The error
+    is None where there is one sequence only.
+    """
+    perplexity = [float(np.exp(nll.mean())) for nll in (ours, theirs)]
+    parts = [p * (nll - nll.mean()) for p, nll in zip(perplexity, (ours, theirs), strict=True)]
+    _, cluster = np.unique(sequence, return_inverse=True)
+    sums = np.bincount(cluster, parts[0] - parts[1])
+    count = len(sums)
+    spread = (
+        float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(ours)) if count > 1 else None
+    )
+    return {"perplexity": perplexity[0] - perplexity[1], "standard_error": spread}

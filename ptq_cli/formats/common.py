@@ -1,0 +1,325 @@
+"""What the layouts of other tools have in common: their limits, their headers, their offsets.
+
+Pure functions over values; nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.rounding import SCALE_DTYPES
+
+SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a layout can hold. `group_sizes`: None is any; `short_group`: the last group of a row
+    may be short; `whole_row`: group_size −1; `whole_tensor`: group_size 0."""
+
+    bits: tuple[int, ...]
+    scale_dtypes: tuple[str, ...] = ("float16",)
+    group_sizes: tuple[int, ...] | None = None
+    whole_row: bool = True
+    whole_tensor: bool = False
+    short_group: bool = False
+    reordered: bool = False
+    embeddings: bool = False
+    activations: bool = False
+
+
+def misfit(layer: Layer, name: str, limits: Limits) -> str | None:
+    """Why layout `name` cannot hold the layer, and what would help; or None."""
+    grid = layer.grid
+    if len(layer.full_shape) != 2:
+        return f"{name} holds matrices, this tensor has {len(layer.full_shape)} dimensions"
+    if layer.transposed:
+        return f"{name} holds [out, in] matrices, this one is stored [in, out]; --format ptq"
+    if not limits.embeddings and _EMBEDDING.search(layer.module):
+        return f"{name} holds linears, this is an embedding; --ignore {layer.module}"
+    if grid.bits not in limits.bits:
+        return f"{name} holds {_listed(limits.bits)} bits, not {grid.bits}; {_bits_hint(limits)}"
+    if layer.activation is not None and not limits.activations:
+        return f"{name} holds weights only, not rounded inputs; --format compressed-tensors"
+    if layer.reordered and not limits.reordered:
+        return f"{name} has no g_idx for --act-order desc; --act-order static or --format gptq"
+    if grid.scale_dtype not in limits.scale_dtypes:
+        return (
+            f"{name} stores scales as {' or '.join(limits.scale_dtypes)}, not {grid.scale_dtype};"
+            f" --scale-dtype {limits.scale_dtypes[0]}"
+        )
+    return _group_misfit(layer, name, limits)
+
+
+def _group_misfit(layer: Layer, name: str, limits: Limits) -> str | None:
+    size, columns = layer.grid.group_size, layer.shape[1]
+    if size == 0 and limits.whole_tensor:
+        return None
+    if size == 0:
+        helps = "--group-size -1" if limits.whole_row else _group_hint(columns, limits)
+        return f"{name} has no scale for the whole tensor (group_size 0); {helps}"
+    if size < 0:
+        helps = _group_hint(columns, limits)
+        return None if limits.whole_row else f"{name} has no whole-row groups; {helps}"
+    if limits.group_sizes is not None and size not in limits.group_sizes:
+        return (
+            f"{name} has groups of {_listed(limits.group_sizes)}, not {size};"
+            f" {_group_hint(columns, limits)}"
+        )
+    if columns % size and not limits.short_group:
+        return (
+            f"group_size {size} does not divide in_features {columns}, and {name} needs it to;"
+            f" {_group_hint(columns, limits)}"
+        )
+    return None
+
+
+def _group_hint(columns: int, limits: Limits) -> str:
+    for size in sorted(limits.group_sizes or (128, 64, 32), reverse=True):
+        if columns % size == 0:
+            return f"--group-size {size}"
+    if limits.whole_row:
+        return "--group-size -1"
+    return "no group size fits; --on-misfit keep leaves it dense"
+
+
+def _bits_hint(limits: Limits) -> str:
+    return f"--bits {4 if 4 in limits.bits else limits.bits[0]}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
+    """Runtimes fuse q/k/v and gate/up into one matrix: their grids must be the same.
+
+    dense: modules left in floating point; vLLM refuses a matrix that is quantized in part
+
+    Raises:
+        InputError: two of them differ; both are named.
+    """
+    first: dict[tuple[str, int], Layer] = {}
+    for layer in layers:
+        place = _fused_place(layer.module)
+        other = layer if place is None else first.setdefault(place, layer)
+        if scheme(other) != scheme(layer):
+            raise InputError(
+                f"{other.module} has {_said(other)} and {layer.module} {_said(layer)},"
+                " but runtimes fuse the two",
+                hint="give them the same bits, group size and symmetry",
+            )
+    for module in dense:
+        place = _fused_place(module)
+        if place in first:
+            raise InputError(
+                f"{first[place].module} has {_said(first[place])} and {module} is left dense, but"
+                " runtimes (vLLM) fuse the two",
+                hint="quantize both or neither",
+            )
+
+
+def _fused_place(module: str) -> tuple[str, int] | None:
+    """The fused matrix that a module becomes a part of, if any."""
+    parent, _, own = module.rpartition(".")
+    return next(((parent, i) for i, names in enumerate(_FUSED) if own in names), None)
+
+
+def scheme(layer: Layer) -> tuple[Any, ...]:
+    """What a runtime must know of a layer; layers with equal schemes share one declaration."""
+    grid = layer.grid
+    return (grid.bits, grid.group_size, grid.sym, layer.activation)
+
+
+def commonest(layers: Sequence[Layer]) -> Layer:
+    """A layer with the scheme that most layers have (the first such)."""
+    counted = Counter(scheme(layer) for layer in layers)
+    return max(layers, key=lambda layer: counted[scheme(layer)])
+
+
+def _said(layer: Layer) -> str:
+    grid = layer.grid
+    inputs = "" if layer.activation is None else f" with {layer.activation.bits}-bit inputs"
+    return f"{grid.bits} bits, group_size {grid.group_size}, sym {grid.sym}{inputs}"
+
+
+def modules_with(specs: Iterable[str], *suffixes: str) -> tuple[str, ...]:
+    """Modules of which a tensor with one of these suffixes is there, in natural order."""
+    found = {name[: -len(suffix)] for name in specs for suffix in suffixes if name.endswith(suffix)}
+    return tuple(sorted(found, key=natural))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: "layers.10" after "layers.9"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def tensor(specs: Mapping[str, TensorSpec], name: str, rank: int) -> TensorSpec:
+    """The spec of that name. Raises InputError where it is missing or of another rank."""
+    spec = specs.get(name)
+    if spec is None:
+        raise InputError(f"tensor {name!r} is missing")
+    if len(spec.shape) != rank:
+        raise InputError(f"tensor {name!r} has shape {list(spec.shape)}, {rank} axes were expected")
+    return spec
+
+
+def check_specs(specs: Mapping[str, TensorSpec], expected: Iterable[TensorSpec], why: str) -> None:
+    """Every expected tensor is in the header as expected. Raises InputError with both."""
+    for spec in expected:
+        found = specs.get(spec.name)
+        if found is None:
+            raise InputError(f"tensor {spec.name!r} is missing")
+        if found != spec:
+            raise InputError(
+                f"tensor {spec.name!r} is {found.dtype} {list(found.shape)}; {why} asks for"
+                f" {spec.dtype} {list(spec.shape)}"
+            )
+
+
+def scale_name(spec: TensorSpec) -> str:
+    """The grid's word for the dtype of a tensor of scales. Raises InputError for others."""
+    if spec.dtype not in SCALE_NAMES:
+        raise InputError(f"tensor {spec.name!r} is {spec.dtype}; scales are F16, BF16 or F32")
+    return SCALE_NAMES[spec.dtype]
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The model's dtype as config.json states it, in safetensors' word; F32 where it does not."""
+    word = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
+
+
+def rope_of_old(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` where config.json has them only in `rope_parameters`, which
+    mlx-lm 0.32 does not read."""
+    newer = config.get("rope_parameters")
+    if not isinstance(newer, Mapping) or "rope_theta" not in newer:
+        return {}
+    found = {} if "rope_theta" in config else {"rope_theta": newer["rope_theta"]}
+    if newer.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = {k: v for k, v in newer.items() if k != "rope_theta"}
+    return found
+
+
+def mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object of a foreign config, {} where there is none. Raises InputError for others."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {key} is {value!r}, an object was expected")
+    return value
+
+
+def strings(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of names of a foreign config, () where there is none. Raises InputError for others."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise InputError(f"{where}: {key} is {value!r}, a list of names was expected")
+    return tuple(value)
+
+
+def integer(config: Mapping[str, Any], key: str, default: Any, where: str) -> int:
+    """A whole number of a foreign config. Raises InputError for anything else."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{where}: {key} is {value!r}, a whole number was expected")
+    return value
+
+
+def boolean(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    """A truth value of a foreign config. Raises InputError for anything else."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {key} is {value!r}, true or false was expected")
+    return value
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """A key this tool does not know may change what the tensors mean. Empty ones change nothing."""
+    unknown = sorted(key for key in config.keys() - set(known) if config[key])
+    if unknown:
+        raise InputError(f"{where}: {', '.join(unknown)} is not a setting this tool understands")
+
+
+def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:
+    """The zeros, for layouts that store no offsets.
+
+    Offsets are accepted where they are `−zeros · scales` rounded to their dtype, as a layout with
+    offsets writes zeros.
+
+    Raises:
+        InputError: the offsets are between two zeros.
+    """
+    offsets = rounded.offsets
+    if offsets is None or np.array_equal(offsets, _offsets_of_zeros(rounded, offsets.dtype)):
+        return rounded.zeros
+    raise InputError(
+        f"{layer.module}: its offsets are no whole multiples of its scales, so whole zeros"
+        " cannot say them",
+        hint="quantize the float model again, or --format mlx or gguf",
+    )
+
+
+def offsets(layer: Layer, rounded: QuantizedWeight, scale_dtype: str) -> Array:
+    """`−zeros · scales`, or the offsets it came with, in the dtype that a layout stores them in.
+
+    Raises:
+        InputError: an offset is too large for the dtype, or loses digits in it.
+    """
+    dtype = SCALE_DTYPES[scale_dtype]
+    if rounded.offsets is None or rounded.offsets.dtype != dtype:
+        exact = rounded.offsets is not None and np.array_equal(
+            rounded.offsets.astype(np.float32), rounded.offsets.astype(dtype).astype(np.float32)
+        )
+        if exact:
+            return cast(Array, rounded.offsets).astype(dtype)
+        integer_zeros(layer, rounded)
+        result = _offsets_of_zeros(rounded, dtype)
+    else:
+        result = rounded.offsets
+    if not np.isfinite(result.astype(np.float32)).all():
+        raise InputError(
+            f"{layer.module}: an offset (−zero · scale) does not fit {scale_dtype}",
+            hint="--scale-dtype float32, or --sym",
+        )
+    return result
+
+
+def _offsets_of_zeros(rounded: QuantizedWeight, dtype: np.dtype[Any]) -> Array:
+    exact = -(rounded.zeros.astype(np.float32) * rounded.scales.astype(np.float32))
+    with np.errstate(over="ignore"):
+        return exact.astype(dtype)
+
+
+def from_offsets(scales: Array, stored: Array, grid: Grid) -> tuple[Codes, Array | None]:
+    """The zeros nearest to stored offsets, and the offsets themselves where they say more."""
+    wide, own = scales.astype(np.float32), stored.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # who loads it refuses what is not finite
+        ratio = np.divide(-own, wide, out=np.zeros_like(own), where=wide != 0)
+        zeros = np.clip(np.rint(ratio), 0, grid.max_code).astype(np.uint8)
+    exact = np.array_equal(-(zeros * wide), own)
+    return zeros, None if exact else stored
+
+
+def check_symmetric(layer: Layer, zeros: Codes, stored: str) -> None:
+    """A layer declared symmetric has all zeros in the middle. Raises InputError otherwise."""
+    if layer.grid.sym and (zeros != layer.grid.mid_code).any():
+        raise InputError(
+            f"tensor {stored!r} holds zero points other than {layer.grid.mid_code}, but the"
+            " configuration says symmetric"
+        )

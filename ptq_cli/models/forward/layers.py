@@ -1,0 +1,171 @@
+"""The small pieces of a block: linears, norms and activation functions on flattened tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptq_cli.core.tensors import Array, FloatArray
+
+
+@dataclass(frozen=True)
+class LinearTensor:
+    """A linear's weight in a model that rounds the linear's inputs when it runs (W8A8).
+
+    values: the weight, in the checkpoint's shape
+    round_inputs: float [n, in_features] → float32, what the integers stand for
+    """
+
+    values: Array
+    round_inputs: Callable[[FloatArray], FloatArray]
+
+
+Tensor = Array | LinearTensor
+Weights = Callable[[str], Tensor] | Mapping[str, Tensor]
+"""A tensor by its name in the checkpoint, in any float dtype; float32 is used without a copy."""
+
+CHUNK = 1 << 17  # values that one pass of an activation function touches, so that they stay in L2
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a block: `inputs · weightᵀ (+ bias)`.
+
+    name: the module; its tensors are `<name>.weight` and `<name>.bias`
+    transposed: the checkpoint holds [in_features, out_features] (GPT-2)
+    """
+
+    name: str
+    bias: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, or LayerNorm where `centred`; `offset` is added to the weight (1 in Gemma).
+
+    affine: whether it has a weight (and, where centred, a bias).
+    """
+
+    name: str
+    eps: float
+    centred: bool = False
+    offset: float = 0.0
+    affine: bool = True
+
+
+def stored(weights: Weights, name: str) -> Array:
+    """The tensor `name` as it is given."""
+    tensor = weights(name) if callable(weights) else weights[name]
+    return tensor.values if isinstance(tensor, LinearTensor) else tensor
+
+
+def fetch(weights: Weights, name: str) -> FloatArray:
+    """The tensor `name` as float32."""
+    return np.asarray(stored(weights, name), dtype=np.float32)
+
+
+def round_inputs(weights: Weights, name: str, inputs: FloatArray) -> FloatArray:
+    """The inputs of a linear as it multiplies them with its weight, the tensor `name`."""
+    tensor = weights(name) if callable(weights) else weights[name]
+    return tensor.round_inputs(inputs) if isinstance(tensor, LinearTensor) else inputs
+
+
+def apply_linear(linear: Linear, weights: Weights, inputs: FloatArray) -> FloatArray:
+    """`inputs` [n_tokens, in_features] through `linear`: float32 [n_tokens, out_features]."""
+    weight = fetch(weights, f"{linear.name}.weight")
+    inputs = round_inputs(weights, f"{linear.name}.weight", inputs)
+    outputs: FloatArray = inputs @ (weight if linear.transposed else weight.T)
+    if linear.bias:
+        outputs += fetch(weights, f"{linear.name}.bias")
+    return outputs
+
+
+def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> FloatArray:
+    """`inputs` [n, width] normalised over its columns, float32; the same array without a norm."""
+    if norm is None:
+        return inputs
+    if norm.centred:
+        outputs: FloatArray = inputs - inputs.mean(axis=1, keepdims=True)
+        square = np.einsum("ij,ij->i", outputs, outputs)
+    else:
+        outputs = inputs
+        square = np.einsum("ij,ij->i", inputs, inputs)
+    scale = 1 / np.sqrt(square / np.float32(inputs.shape[1]) + np.float32(norm.eps))
+    outputs = np.multiply(outputs, scale[:, None], out=outputs if norm.centred else None)
+    if norm.affine:
+        outputs *= fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
+        if norm.centred:
+            outputs += fetch(weights, f"{norm.name}.bias")
+    return outputs
+
+
+def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
+    """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
+
+    In chunks of rows, so that the passes of f run in cache.
+    """
+    function = ACTIVATIONS[kind]
+    outputs = inputs if inputs.flags.c_contiguous else np.empty(inputs.shape, dtype=np.float32)
+    step = max(1, CHUNK // max(1, inputs.shape[1]))
+    for start in range(0, len(inputs), step):
+        rows = slice(start, start + step)
+        function(inputs[rows], outputs[rows])
+        if factor is not None:
+            outputs[rows] *= factor[rows]
+    return outputs
+
+
+def _silu(x: FloatArray, out: FloatArray) -> None:
+    with np.errstate(over="ignore"):  # exp(−x) = inf is right: x / inf = 0
+        below = np.exp(-x)
+    below += 1
+    np.divide(x, below, out=out)
+
+
+def _gelu_tanh(x: FloatArray, out: FloatArray) -> None:
+    inner = x * x
+    inner *= np.float32(0.044715)
+    inner += 1
+    inner *= x
+    inner *= np.float32(np.sqrt(2 / np.pi))
+    np.tanh(inner, out=inner)
+    inner += 1
+    inner *= np.float32(0.5)
+    np.multiply(inner, x, out=out)
+
+
+def _gelu(x: FloatArray, out: FloatArray) -> None:
+    inner = erf(x * np.float32(np.sqrt(0.5)))
+    inner += 1
+    inner *= np.float32(0.5)
+    np.multiply(inner, x, out=out)
+
+
+def _relu(x: FloatArray, out: FloatArray) -> None:
+    np.maximum(x, 0, out=out)
+
+
+def erf(x: FloatArray) -> FloatArray:
+    """The error function in float32, within 3e-7 (Abramowitz and Stegun 7.1.26)."""
+    size = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    total = np.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        total *= t
+        total += np.float32(coefficient)
+    total *= t
+    total *= np.exp(-(size * size))
+    return np.copysign(1 - total, x)
+
+
+ACTIVATIONS: dict[str, Callable[[FloatArray, FloatArray], None]] = {
+    "silu": _silu,
+    "swish": _silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": _relu,
+}

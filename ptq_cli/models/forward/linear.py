@@ -1,0 +1,70 @@
+"""A linear whose weight stays packed small: codes, scales, zeros and a bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.tensors import Array, FloatArray
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.errors import NumericalError
+from ptq_cli.models.forward.layers import LinearTensor, Tensor
+from ptq_cli.numerics.activations import ActivationSettings, rounded_inputs
+from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """`outputs = inputs @ dequantized.T + bias`, dequantized a panel of rows at a time; or, with
+    `activations`, `inputs` rounded to integers and multiplied with the codes as integers (W8A8).
+
+    weight: codes [out_features, in_features]; bias: [out_features] or None
+    activations: how inputs are rounded; None, or the scheme "none": not at all
+    """
+
+    weight: QuantizedWeight
+    bias: NDArray[np.float32] | None = None
+    activations: ActivationSettings | None = None
+
+    def __call__(self, inputs: Array) -> NDArray[np.float32]:
+        """inputs: float [..., in_features] → float32 [..., out_features].
+
+        Raises:
+            InputError: inputs of another width.
+        """
+        if self.activations is None:
+            return linear_dequantized(inputs, self.weight, self.bias)
+        return linear_w8a8(inputs, self.weight, self.bias, self.activations)
+
+
+def as_tensor(layer: Layer, weight: QuantizedWeight) -> Tensor:
+    """What a forward takes for the layer's tensor: the dequantized weight in its stored shape, and
+    with it how the inputs are rounded, where the layer says so."""
+    values = layer.as_stored(weight.dequantized())
+    if layer.activation is None:
+        return values
+    return rounding_tensor(layer, values, layer.activation, weight.input_scale, weight.input_zero)
+
+
+def rounding_tensor(
+    layer: Layer,
+    values: Array,
+    activation: Activation,
+    scale: float | None = None,
+    zero: int | None = None,
+) -> LinearTensor:
+    """A tensor in its stored shape with the rounding of the inputs that an activation states; its
+    errors name the layer."""
+
+    def round_inputs(inputs: FloatArray) -> FloatArray:
+        try:
+            return rounded_inputs(inputs, activation, scale, zero)
+        except NumericalError as error:
+            error.message = f"{layer.module}: {error.message}"
+            raise
+
+    return LinearTensor(values, round_inputs)

@@ -1,0 +1,308 @@
+"""The forward of a model in NumPy, one block at a time, one site of linears at a time.
+
+A block is a row of stages: attention_in, attention_out, (router,) mlp_in, mlp_out. Between two
+stages a `State` holds the residual and the inputs that the next linears are about to see, so a
+caller may look at them, round those linears, and let the next stage use the rounded weights:
+
+    state = begin(arch, block, weights, hidden)
+    for stage in stages(arch, block, packing):
+        …look at state.inputs, change what `weights` gives for stage.sites…
+        state = stage.apply(weights, state)
+    hidden = state.hidden
+
+Tokens are packed (`pack`, attention.py): `hidden` is float32 [n_tokens, hidden_size], no padding.
+`weights` gives a tensor by its name in the checkpoint, in any float dtype, when it is needed.
+Give BLAS one thread and run batches side by side in threads: the products inside attention are
+small, and OpenBLAS with more threads is many times slower on them where the machine is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.tensors import Array, FloatArray
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.architecture import Architecture, Block, Experts
+from ptq_cli.models.forward.attention import Packing, attend
+from ptq_cli.models.forward.layers import (
+    Linear,
+    Weights,
+    activate,
+    apply_linear,
+    apply_norm,
+    round_inputs,
+    stored,
+)
+from ptq_cli.models.forward.rope import rotate, rotations
+
+Observe = Callable[[str, FloatArray], None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which tokens go to which expert: rows[e] [n_e], and their weights share[e] [n_e, 1]."""
+
+    rows: tuple[NDArray[np.int64], ...]
+    share: tuple[FloatArray, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """A block between two stages.
+
+    hidden: the residual, [n_tokens, hidden_size]
+    inputs: site (its first linear's name) -> float32 [n, in_features] that it sees next; n is
+        n_tokens, or for an expert the tokens routed to it, which may be none
+    """
+
+    hidden: FloatArray
+    inputs: Mapping[str, FloatArray] = field(default_factory=dict)
+    routing: Routing | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a block: `apply` puts the inputs of `sites` through their linears and goes on to
+    the inputs of the next stage. sites: site -> names of the linears that share its inputs.
+
+    enter: the state before it from the residual, where nothing but a norm lies between
+    """
+
+    name: str
+    sites: Mapping[str, tuple[str, ...]]
+    apply: Callable[[Weights, State], State]
+    enter: Callable[[Weights, FloatArray], State] | None = None
+
+
+def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing) -> FloatArray:
+    """The residual before the first block, [n_tokens, hidden_size].
+
+    tokens: integers [n_sequences, length]. Raises InputError for tokens or positions out of range.
+    """
+    ids = packing.flat(tokens)
+    hidden = _rows(weights, arch.embedding, ids, "token")
+    if arch.embedding_scale != 1:
+        hidden = hidden * np.float32(arch.embedding_scale)
+    if arch.project_in is not None:
+        hidden = apply_linear(arch.project_in, weights, hidden)
+    if arch.positions is None:
+        return hidden
+    columns = packing.positions
+    if arch.position_counts:
+        columns = np.arange(packing.n_tokens) - np.repeat(
+            packing.starts[:-1], np.diff(packing.starts)
+        )
+    return hidden + _rows(weights, arch.positions, columns + arch.position_offset, "position")
+
+
+def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
+    table = stored(weights, name)
+    if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
+        raise InputError(f"{what} {ids.max()} is out of range: {name} has {len(table)} rows")
+    return np.asarray(table[ids], dtype=np.float32)
+
+
+def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) -> State:
+    """Block `index` before its first stage."""
+    block = arch.blocks[index]
+    inputs = apply_norm(block.norms.get("attention_in"), weights, hidden)
+    return State(hidden, {block.qkv[0].name: inputs})
+
+
+def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...]:
+    """The stages of block `index`, in order."""
+    block = arch.blocks[index]
+
+    def attention_in(weights: Weights, state: State) -> State:
+        mixed = _attention(arch, block, weights, state.inputs[block.qkv[0].name], packing)
+        return State(state.hidden, {block.output.name: mixed})
+
+    def attention_out(weights: Weights, state: State) -> State:
+        branch = apply_linear(block.output, weights, state.inputs[block.output.name])
+        return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
+
+    def enter(weights: Weights, hidden: FloatArray) -> State:
+        return begin(arch, index, weights, hidden)
+
+    head = (
+        Stage("attention_in", _site(*block.qkv), attention_in, enter),
+        Stage("attention_out", _site(block.output), attention_out),
+    )
+    if block.experts:
+        return head + _expert_stages(arch, block, block.experts)
+    return head + _mlp_stages(arch, block)
+
+
+def forward_block(
+    arch: Architecture,
+    index: int,
+    weights: Weights,
+    hidden: FloatArray,
+    packing: Packing,
+    observe: Observe | None = None,
+) -> FloatArray:
+    """The residual after block `index`; `hidden` is left as it is.
+
+    observe: called with each site's first linear and its inputs, before they are used.
+    """
+    state = begin(arch, index, weights, hidden)
+    for stage in stages(arch, index, packing):
+        for site, inputs in state.inputs.items() if observe else ():
+            observe(site, inputs)  # type: ignore[misc]
+        state = stage.apply(weights, state)
+    return state.hidden
+
+
+def finish(arch: Architecture, weights: Weights, hidden: FloatArray) -> FloatArray:
+    """What the head sees: the residual after the last block, normalised."""
+    hidden = apply_norm(arch.final_norm, weights, hidden)
+    return hidden if arch.project_out is None else apply_linear(arch.project_out, weights, hidden)
+
+
+def logits(
+    arch: Architecture,
+    weights: Weights,
+    finished: FloatArray,
+    vocabulary: slice = slice(None),
+) -> FloatArray:
+    """Scores of the tokens of `vocabulary` after each row of `finished`, float32 [n, n_ids]."""
+    table = stored(weights, arch.head)
+    finished = round_inputs(weights, arch.head, finished)
+    scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
+    if arch.logit_softcap is not None:
+        scores /= np.float32(arch.logit_softcap)
+        np.tanh(scores, out=scores)
+        scores *= np.float32(arch.logit_softcap)
+    return scores
+
+
+def _site(*linears: Linear) -> dict[str, tuple[str, ...]]:
+    return {linears[0].name: tuple(linear.name for linear in linears)}
+
+
+def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
+    """A block before its MLP or router."""
+    first = block.experts.router if block.experts else block.mlp_in[0]
+    return State(hidden, {first.name: apply_norm(block.norms.get("mlp_in"), weights, hidden)})
+
+
+def _add(
+    block: Block, branch: str, weights: Weights, hidden: FloatArray, outputs: FloatArray
+) -> FloatArray:
+    """Residual plus a branch's outputs, with the norms that the family puts around the sum."""
+    outputs = apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
+    outputs += hidden
+    return apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
+
+
+def _attention(
+    arch: Architecture, block: Block, weights: Weights, inputs: FloatArray, packing: Packing
+) -> FloatArray:
+    """From the inputs of qkv to those of the output linear."""
+    query, shared = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
+    parts = [apply_linear(linear, weights, inputs) for linear in block.qkv]
+    if len(parts) == 1:
+        parts = np.split(parts[0], [query, query + shared], axis=1)
+    queries, keys, values = (
+        np.ascontiguousarray(part).reshape(len(inputs), -1, arch.head_dim) for part in parts
+    )
+    for role, heads in (("q", queries), ("k", keys)):
+        if role in block.norms:
+            flat = heads.reshape(-1, arch.head_dim)
+            flat[...] = apply_norm(block.norms[role], weights, flat)
+    if block.rope is not None:
+        cosine, sine = rotations(block.rope, packing.positions, packing.length)
+        rotate(queries, cosine, sine)
+        rotate(keys, cosine, sine)
+    return attend(
+        queries,
+        keys,
+        values,
+        packing,
+        scale=block.scale,
+        window=block.window,
+        softcap=arch.attention_softcap,
+    )
+
+
+def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
+    first, down = block.mlp_in[0].name, block.mlp_out.name
+
+    def mlp_in(weights: Weights, state: State) -> State:
+        return State(state.hidden, {down: _inner(arch, block.mlp_in, weights, state.inputs[first])})
+
+    def mlp_out(weights: Weights, state: State) -> State:
+        branch = apply_linear(block.mlp_out, weights, state.inputs[down])
+        return State(_add(block, "mlp", weights, state.hidden, branch))
+
+    return (
+        Stage("mlp_in", _site(*block.mlp_in), mlp_in, partial(_enter_mlp, block)),
+        Stage("mlp_out", _site(block.mlp_out), mlp_out),
+    )
+
+
+def _inner(
+    arch: Architecture, linears: tuple[Linear, ...], weights: Weights, inputs: FloatArray
+) -> FloatArray:
+    """From the inputs of gate and up to those of down."""
+    parts = [apply_linear(linear, weights, inputs) for linear in linears]
+    if arch.gated and len(parts) == 1:
+        parts = np.split(parts[0], 2, axis=1)
+    return activate(arch.activation, parts[0], parts[1] if arch.gated else None)
+
+
+def _expert_stages(arch: Architecture, block: Block, experts: Experts) -> tuple[Stage, ...]:
+    router = experts.router.name
+
+    def route(weights: Weights, state: State) -> State:
+        inputs = state.inputs[router]
+        routing = route_tokens(experts, apply_linear(experts.router, weights, inputs))
+        names = (linears[0].name for linears in experts.inputs)
+        some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
+        return State(state.hidden, some, routing)
+
+    def mlp_in(weights: Weights, state: State) -> State:
+        inner = {}
+        for linears, down in zip(experts.inputs, experts.outputs, strict=True):
+            inputs = state.inputs[linears[0].name]
+            empty = np.zeros((0, experts.width), dtype=np.float32)
+            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
+        return State(state.hidden, inner, state.routing)
+
+    def mlp_out(weights: Weights, state: State) -> State:
+        branch = np.zeros_like(state.hidden)
+        assert state.routing is not None
+        pairs = zip(state.routing.rows, state.routing.share, strict=True)
+        for down, (rows, share) in zip(experts.outputs, pairs, strict=True):
+            if len(rows):
+                branch[rows] += apply_linear(down, weights, state.inputs[down.name]) * share
+        return State(_add(block, "mlp", weights, state.hidden, branch))
+
+    ins = {linears[0].name: tuple(li.name for li in linears) for linears in experts.inputs}
+    outs = {down.name: (down.name,) for down in experts.outputs}
+    return (
+        Stage("router", _site(experts.router), route, partial(_enter_mlp, block)),
+        Stage("mlp_in", ins, mlp_in),
+        Stage("mlp_out", outs, mlp_out),
+    )
+
+
+def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
+    """The `top_k` experts of each row of `scores` [n_tokens, n_experts], by softmax."""
+    share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
+    share /= share.sum(axis=1, keepdims=True)
+    count = scores.shape[1]
+    best = np.argpartition(share, count - experts.top_k, axis=1)[:, count - experts.top_k :]
+    chosen = np.zeros(share.shape, dtype=np.bool_)
+    np.put_along_axis(chosen, best, True, axis=1)
+    share = np.where(chosen, share, 0)
+    if experts.normalised:
+        share /= share.sum(axis=1, keepdims=True)
+    rows = tuple(np.nonzero(column)[0] for column in chosen.T)
+    return Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))

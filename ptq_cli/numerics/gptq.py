@@ -1,0 +1,398 @@
+"""GPTQ in the LDL form, refinement inside the group, and sweeps over the row.
+
+The loss of a rounded weight is `tr(E H Eᵀ)` with `E = weight − dequantized`. With `H + λI = U D Uᵀ`
+(U unit upper triangular, D diagonal) it is `Σ_k D_k · |(E U)_k|²`, so rounding column k at
+
+    target_k = weight_k + Σ_{i<k} E_i · U_ik
+
+makes every term as small as one rounding can (Frantar et al., arXiv 2210.17323, in the form of Chee
+et al., arXiv 2307.13304). Once a group g is rounded, and while all later columns are still
+free to compensate, its cost is `tr(E_g S Eᵀ_g) + 2 tr(E_g U_gg D_g Aᵀ)` with `A = E_{<g} U_{<g,g}`
+and the Schur complement `S = U_gg D_g U_ggᵀ`; half its gradient is `P = E_g S + A D_g U_ggᵀ`. A
+*refine* pass refits the scales in closed form with codes fixed, then revisits each code (coordinate
+descent as in QuantEase, arXiv 2309.01885, and CDQuant, arXiv 2406.17542, there on the whole row). A
+*sweep* does the same for each group with `H + λI` in place of S and `P = E H`.
+
+Layout: the weight is transposed, [in_features, rows], so that a column is contiguous. Rows do not
+depend on each other given U; they are worked on in panels of a fixed size, so that the bytes do
+not depend on how many workers share the panels. Columns are visited by halving: solve the left
+half, bring its errors to the right half in one matrix product, solve the right half. Nearly all the
+arithmetic is then in products of large matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.tensors import Array, FloatArray
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.numerics.ldl import ldl_upper
+from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.rounding import (
+    SCALE_LIMITS,
+    fit_grid,
+    pack_result,
+    round_scales,
+    round_to_nearest,
+    search_grid,
+)
+
+PANEL_ROWS = 2048
+LEAF_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """All that the linears of one site share: the factored Hessian and the order of the columns.
+
+    order: column visited k-th, int [in_features]
+    hessian, damping: H as it stands, and λ
+    upper, pivots: `H + λI = upper · diag(pivots) · upperᵀ`, in that order
+    """
+
+    order: NDArray[np.intp]
+    hessian: FloatArray
+    damping: np.floating[Any]
+    upper: FloatArray
+    pivots: FloatArray
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Rows of H + λI in the order of visits, gathered when a sweep needs them: a copy of all of
+        it would be a third large matrix."""
+        rows = np.take(self.hessian[self.order[start:stop]], self.order, axis=1)
+        here = np.arange(stop - start)
+        rows[here, start + here] += self.damping
+        return rows
+
+
+def make_feedback(hessian: FloatArray, damp: float, order: NDArray[np.intp]) -> Feedback:
+    """Factor `hessian + damp · mean(diagonal) · I` with columns in `order`.
+
+    Raises:
+        NotPositiveDefinite: raise `damp` and try again.
+    """
+    damped = hessian[np.ix_(order, order)]
+    damping = hessian.dtype.type(damp * hessian.diagonal().mean())
+    damped.flat[:: len(order) + 1] += damping
+    upper, pivots = ldl_upper(damped, in_place=True)
+    return Feedback(order, hessian, damping, upper, pivots)
+
+
+def column_order(hessian: FloatArray, act_order: str, grid: Grid) -> NDArray[np.intp]:
+    """The order in which columns are visited.
+
+    none: as they stand. desc: by falling Hessian diagonal; groups are formed in that order (the
+    original desc_act, needs g_idx). static: groups stay what they are; groups by falling sum of
+    their diagonal, columns inside a group by falling diagonal. Compared with visiting the columns
+    of all groups interleaved, this keeps groups together, so that scales can look at the
+    compensated group and refinement can refit them.
+    """
+    diagonal = hessian.diagonal()
+    n = len(diagonal)
+    if act_order == "none":
+        return np.arange(n)
+    if act_order == "desc":
+        return np.argsort(-diagonal, kind="stable")
+    groups = [np.arange(a, b) for a, b in _pairs(grid.starts(n))]
+    groups.sort(key=lambda columns: -float(diagonal[columns].sum()))
+    return np.concatenate([g[np.argsort(-diagonal[g], kind="stable")] for g in groups])
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How hard to try: scale search, refine passes inside the group, sweeps over the row."""
+
+    mse: bool = True
+    refine: int = 2
+    sweeps: int = 1
+
+
+def solve(
+    weight: FloatArray,
+    feedback: Feedback,
+    grid: Grid,
+    act_order: str,
+    passes: Passes,
+    importance: FloatArray | None = None,
+) -> QuantizedWeight:
+    """Round `weight` [out_features, in_features] with the feedback of its site.
+
+    importance: weights of the scale search, [out_features, in_features]; None: each column's pivot
+
+    Raises:
+        InputError: a scale does not fit its stored dtype.
+    """
+    out_features, n = weight.shape
+    order = feedback.order
+    whole_tensor = grid.group_size == 0
+    fixed = _whole_tensor_grid(weight, grid, passes, importance) if whole_tensor else None
+    starts = _visited_starts(n, grid, order, act_order)
+    codes = np.empty((out_features, n), np.uint8)
+    group_of_start = order[starts[:-1]] // grid.width(n)  # where each visited group really stands
+    if act_order == "desc":
+        group_of_start = np.arange(len(starts) - 1)
+    scales = np.empty((out_features, grid.n_groups(n)), weight.dtype)
+    zeros = np.empty_like(scales)
+    inverses = [np.linalg.inv(feedback.upper[a:b, a:b]).T for a, b in _pairs(starts)[1:]]
+    back = np.argsort(order)
+
+    def work(top: int) -> None:
+        rows = slice(top, min(out_features, top + PANEL_ROWS))
+        panel = _Panel(transposed(weight[rows])[order], feedback, grid, starts, inverses, passes)
+        panel.fixed = fixed
+        if importance is not None:
+            panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
+        panel.run()
+        codes[rows] = transposed(panel.codes[back])
+        scales[rows, group_of_start] = panel.scales.T
+        zeros[rows, group_of_start] = panel.zeros.T
+
+    each(work, range(0, out_features, PANEL_ROWS))
+    if fixed is not None:
+        scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
+    g_idx = None
+    if act_order == "desc":
+        g_idx = np.empty(n, np.int32)
+        g_idx[order] = grid.g_idx(n)
+    return pack_result(codes, scales, zeros, grid, g_idx)
+
+
+def _whole_tensor_grid(
+    weight: FloatArray, grid: Grid, passes: Passes, importance: FloatArray | None
+) -> tuple[FloatArray, FloatArray]:
+    """One scale for all rows: it cannot follow one panel's errors, so it looks at the weight."""
+    if importance is None:
+        importance = np.ones(weight.shape[1], weight.dtype)
+    rounded = round_to_nearest(weight, grid, importance if passes.mse else None)
+    return rounded.scales[0].astype(weight.dtype), rounded.zeros[0].astype(weight.dtype)
+
+
+def _visited_starts(n: int, grid: Grid, order: NDArray[np.intp], act_order: str) -> list[int]:
+    """First position of each group in the visiting order, then n (a short group may come first)."""
+    if act_order == "desc":
+        return grid.starts(n)
+    group = order // grid.width(n)
+    changes = np.flatnonzero(np.diff(group)) + 1
+    return [0, *changes.tolist(), n]
+
+
+def _pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise(starts))
+
+
+def _leaves(start: int, stop: int) -> list[int]:
+    return [*range(start, stop, LEAF_COLUMNS), stop]
+
+
+def _by_halves(
+    cuts: Sequence[int],
+    coupling: FloatArray,
+    source: FloatArray,
+    sink: FloatArray,
+    visit: Callable[[int, int], None],
+    base: int = 0,
+) -> None:
+    """Visit [cuts[i], cuts[i+1]) from left to right; before columns [a, b) are visited, `sink[a:b]`
+    has received `coupling[:a, a:b].T @ source[:a]`, summed from cuts[0] on.
+
+    `coupling` is indexed from `base`: its first row and column belong to column `base`.
+    """
+    if len(cuts) == 2:
+        visit(cuts[0], cuts[1])
+        return
+    half = len(cuts) // 2
+    left, middle, right = cuts[0], cuts[half], cuts[-1]
+    _by_halves(cuts[: half + 1], coupling, source, sink, visit, base)
+    block = coupling[left - base : middle - base, middle - base : right - base]
+    sink[middle:right] += block.T @ source[left:middle]
+    _by_halves(cuts[half:], coupling, source, sink, visit, base)
+
+
+class _Panel:
+    """The work on one panel of rows: arrays [columns in visiting order, rows].
+
+    weight: the panel's weight; importance: what weighs its scale search, or [columns, 1].
+    error: weight − dequantized where a column is rounded; before that, what the columns rounded so
+        far send it, `Σ_{i<k} E_i U_ik`.
+    centred (in the methods): codes − zeros of the group in hand, as floats.
+    """
+
+    def __init__(
+        self,
+        weight: FloatArray,
+        feedback: Feedback,
+        grid: Grid,
+        starts: Sequence[int],
+        inverses: Sequence[FloatArray],
+        passes: Passes,
+    ) -> None:
+        n, rows = weight.shape
+        self.weight, self.feedback, self.grid, self.passes = weight, feedback, grid, passes
+        self.starts, self.groups, self.inverses = starts, _pairs(starts), inverses
+        self.error = np.zeros_like(weight)
+        self.codes = np.empty((n, rows), np.uint8)
+        self.scales = np.empty((len(self.groups), rows), weight.dtype)
+        self.zeros = np.empty_like(self.scales)
+        self.fixed: tuple[FloatArray, FloatArray] | None = None
+        self.importance = feedback.pivots[:, None]
+        self._index = {start: i for i, start in enumerate(starts[:-1])}
+        self._row = np.empty(rows, weight.dtype)
+        self._step = np.empty(rows, weight.dtype)
+
+    def run(self) -> None:
+        _by_halves(self.starts, self.feedback.upper, self.error, self.error, self._round_group)
+        for _ in range(self.passes.sweeps):
+            for start, stop in self.groups:
+                self._sweep_group(start, stop)
+
+    def _round_group(self, start: int, stop: int) -> None:
+        index = self._index[start]
+        group = slice(start, stop)
+        upper = self.feedback.upper[group, group]
+        compensation = self.error[group].copy() if self.passes.refine else None
+        scale, zero = self._group_grid(index, group)
+        centred = np.empty((stop - start, self.weight.shape[1]), self.weight.dtype)
+
+        def visit(a: int, b: int) -> None:
+            self._round_leaf(a, b, centred[a - start : b - start], scale, zero)
+
+        _by_halves(_leaves(start, stop), upper, self.error, self.error, visit, base=start)
+        if compensation is not None:
+            scaled = upper * self.feedback.pivots[group]
+            schur = scaled @ upper.T
+            constant = scaled @ compensation
+            for _ in range(self.passes.refine):
+                gradient = schur @ self.error[group]
+                gradient += constant
+                scale = self._descend(start, stop, schur, gradient, centred, scale, zero)
+        self._store(index, group, centred, scale, zero)
+
+    def _group_grid(self, index: int, group: slice) -> tuple[FloatArray, FloatArray]:
+        """Scales and zeros [rows] for the compensated group, `weight_g + A · U_gg⁻¹`."""
+        if self.fixed is not None:
+            rows = self.weight.shape[1]
+            return np.repeat(self.fixed[0], rows), np.repeat(self.fixed[1], rows)
+        target = self.weight[group]
+        if index > 0:
+            target = target + self.inverses[index - 1] @ self.error[group]
+        if not self.passes.mse:
+            return fit_grid(target, self.grid, 0)
+        return search_grid(target, self.importance[group], self.grid, 0)
+
+    def _round_leaf(
+        self, a: int, b: int, centred: FloatArray, scale: FloatArray, zero: FloatArray
+    ) -> None:
+        """Round columns a … b−1 one by one, each at its target."""
+        upper, step, row = self.feedback.upper[a:b, a:b], self._step, self._row
+        low, high = self.grid.min_code - zero, self.grid.max_code - zero
+        for k in range(b - a):
+            column = a + k
+            np.add(self.weight[column], self.error[column], out=step)
+            if k:
+                np.matmul(upper[:k, k], self.error[a:column], out=row)
+                step += row
+            step /= scale
+            _round_into(step, low, high, centred[k])
+            np.multiply(centred[k], scale, out=row)
+            np.subtract(self.weight[column], row, out=self.error[column])
+
+    def _descend(
+        self,
+        start: int,
+        stop: int,
+        quadratic: FloatArray,
+        gradient: FloatArray,
+        centred: FloatArray,
+        scale: FloatArray,
+        zero: FloatArray,
+    ) -> FloatArray:
+        """One pass of coordinate descent on `tr(E S Eᵀ) + …` over the columns of a group.
+
+        quadratic: S [columns, columns]; gradient: P [columns, rows], half the gradient in E, used
+        up. `centred` and `error` are changed in place; returns the scales [rows].
+        """
+        error = self.error[start:stop]
+        if self.fixed is None:
+            scale = self._refit(quadratic, gradient, centred, error, scale)
+        # From here on in codes: column k goes to the code nearest to where its derivative is zero.
+        diagonal = quadratic.diagonal()
+        coupling, target, change = quadratic / diagonal, gradient, np.empty_like(error)
+        target /= scale
+        target /= diagonal[:, None]
+        target += centred
+        low, high = self.grid.min_code - zero, self.grid.max_code - zero
+        step, row = self._step, self._row
+
+        def visit(a: int, b: int) -> None:
+            block = coupling[a:b, a:b]
+            for k in range(a, b):
+                if k > a:
+                    np.matmul(block[: k - a, k - a], change[a:k], out=row)
+                    target[k] += row
+                _round_into(target[k], low, high, step)
+                np.subtract(centred[k], step, out=change[k])
+
+        _by_halves(_leaves(0, stop - start), coupling, change, target, visit)
+        centred -= change
+        error += np.multiply(change, scale, out=change)
+        return scale
+
+    def _refit(
+        self,
+        quadratic: FloatArray,
+        gradient: FloatArray,
+        centred: FloatArray,
+        error: FloatArray,
+        scale: FloatArray,
+    ) -> FloatArray:
+        """The best scales for the codes as they are: `Δs = Σ_k c_k P_k / (c S cᵀ)`, rounded to the
+        stored dtype and kept only where the cost falls."""
+        spread = quadratic @ centred
+        slope = np.einsum("kr,kr->r", centred, gradient)
+        curvature = np.einsum("kr,kr->r", centred, spread)
+        moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+        moved = np.minimum(moved, SCALE_LIMITS[self.grid.scale_dtype][1])  # a refit is no error
+        moved = round_scales(np.where(moved > 0, moved, scale), self.grid)
+        delta = moved - scale
+        falls = delta * (2 * slope - delta * curvature) > 0
+        delta = np.where(falls, delta, 0)
+        gradient -= np.multiply(spread, delta, out=spread)
+        error -= np.multiply(centred, delta, out=spread)
+        return np.where(falls, moved, scale)
+
+    def _sweep_group(self, start: int, stop: int) -> None:
+        index, group = self._index[start], slice(start, stop)
+        scale, zero = self.scales[index], self.zeros[index]
+        centred = self.codes[group] - zero
+        hessian = self.feedback.rows(start, stop)
+        gradient = hessian @ self.error
+        scale = self._descend(start, stop, hessian[:, group], gradient, centred, scale, zero)
+        self._store(index, group, centred, scale, zero)
+
+    def _store(
+        self, index: int, group: slice, centred: FloatArray, scale: FloatArray, zero: FloatArray
+    ) -> None:
+        self.scales[index], self.zeros[index] = scale, zero
+        np.add(centred, zero, out=self.codes[group], casting="unsafe")
+
+
+def transposed(matrix: Array) -> Array:
+    """`matrix.T`, C-ordered. Copied in strips of rows: the caches hold a strip, not a matrix."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for top in range(0, matrix.shape[0], 64):
+        result[:, top : top + 64] = matrix[top : top + 64].T
+    return result
+
+
+def _round_into(steps: FloatArray, low: FloatArray, high: FloatArray, out: FloatArray) -> None:
+    """`out = clip(round(steps), low, high)`: grid.round_centred without a temporary."""
+    np.rint(steps, out=out)
+    np.maximum(out, low, out=out)
+    np.minimum(out, high, out=out)

@@ -1,0 +1,288 @@
+"""SmoothQuant: moving the spread of the inputs into the weights, channel by channel.
+
+With factors s, `inputs @ weight.T = (inputs / s) @ (weight · s).T`. Divided by
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 − alpha)
+
+the inputs lose their outlying channels and the weights take them over (Xiao et al., arXiv
+2211.10438, equation 4; the maximum over W runs over the rows of every linear that shares the
+inputs). alpha = 1 puts the whole difficulty into the weights, alpha = 0 into the inputs.
+
+Shapes throughout: inputs [n_tokens, in_features]; weights a sequence of [out_features,
+in_features], one for each linear of the site; factors float32 [in_features].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.tensors import Array, FloatArray
+from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
+
+# Channels quieter than this share of the site's loudest are treated as if they were this loud:
+# a channel that calibration never saw would otherwise be divided by nothing.
+EPSILON = 1e-5
+
+# 0, 0.05, …, 1.
+ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
+
+_PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
+
+Factors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """The best balance of a site.
+
+    alpha: None where no smoothing at all is best; factors are then ones
+    factors: float32 [in_features], made from all the inputs known
+    error: `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of the site at `alpha`, as tried out
+    plain_error: the same without smoothing
+    errors: (alpha, error) of every candidate; infinite where a scale did not fit its dtype
+    """
+
+    alpha: float | None
+    factors: Factors
+    error: float
+    plain_error: float
+    errors: tuple[tuple[float, float], ...]
+
+
+def weights_absmax(weights: Sequence[Array]) -> NDArray[np.float32]:
+    """`max_i |W_ij|` over the rows of all weights: float32 [in_features]."""
+    columns = [np.abs(weight).max(axis=0, initial=0) for weight in weights]
+    result: NDArray[np.float32] = np.max(columns, axis=0).astype(np.float32)
+    return result
+
+
+def smooth_factors(input_absmax: Array, weight_absmax: Array, alpha: float) -> Factors:
+    """`s_j = max|X_j|^alpha / max|W_j|^(1 − alpha)`, float32 [in_features].
+
+    input_absmax, weight_absmax: [in_features], in the units of the inputs and of the weights
+    Floors: each of the two is taken as at least 1e-5 times its own greatest value. A site whose
+    inputs or weights are all zero has nothing to balance and gets ones.
+
+    Raises:
+        InputError: alpha outside [0, 1], or lengths that differ.
+        NumericalError: statistics that are not finite, or factors float32 cannot hold.
+    """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha {alpha} is outside [0, 1]")
+    if input_absmax.shape != weight_absmax.shape:
+        raise InputError(
+            f"{input_absmax.size} channels of inputs do not fit in_features {weight_absmax.size}"
+        )
+    if not (np.isfinite(input_absmax).all() and np.isfinite(weight_absmax).all()):
+        raise NumericalError("the channels' absolute maxima hold NaN or infinity")
+    inputs, weights = _floored(input_absmax), _floored(weight_absmax)
+    if inputs is None or weights is None:
+        return np.ones(input_absmax.shape, np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        factors = (inputs**alpha / weights ** (1 - alpha)).astype(np.float32)
+    check_factors(factors, len(factors))
+    return factors
+
+
+def check_factors(factors: Array, in_features: int) -> None:
+    """Raises:
+    InputError: factors are not [in_features].
+    NumericalError: a factor is not a positive, normal float32.
+    """
+    if factors.shape != (in_features,):
+        raise InputError(
+            f"smoothing factors of shape {factors.shape} do not fit in_features {in_features}"
+        )
+    if not (np.isfinite(factors).all() and (factors >= np.finfo(np.float32).tiny).all()):
+        raise NumericalError("a smoothing factor is not a positive float32 number")
+
+
+def tied(values: Array, ties: NDArray[np.integer] | None, how: str = "max") -> Array:
+    """Give channels that must share a factor the same statistic: [in_features] → [in_features].
+
+    ties: int [in_features]; channels with equal numbers share one factor, as those of o_proj do
+        that read the same row of v_proj; None: every channel has its own
+    how: "max" or "mean" over the channels that share
+    """
+    if ties is None:
+        return values
+    total = np.zeros(int(ties.max()) + 1 if ties.size else 0, np.float64)
+    if how == "max":
+        np.maximum.at(total, ties, values)
+    else:
+        np.add.at(total, ties, values)
+        total /= np.maximum(np.bincount(ties), 1)
+    shared: Array = total[ties].astype(values.dtype)
+    return shared
+
+
+def powers_of_two(factors: Factors) -> Factors:
+    """Each factor's nearest power of two (in the exponent): folding is then exact in any dtype."""
+    nearest: Factors = np.exp2(np.rint(np.log2(factors))).astype(np.float32)
+    return nearest
+
+
+def nearest(weight: FloatArray, grid: Grid) -> NDArray[np.float32]:
+    """`round_to_nearest(weight, grid).dequantized()`, group by group without index arrays."""
+    rounded = round_to_nearest(weight, grid)
+    out_features, in_features = weight.shape
+    if weight.size == 0 or in_features % grid.width(in_features):
+        return rounded.dequantized()
+    values = rounded.codes.astype(np.float32)
+    groups = values.reshape(out_features, -1, grid.width(in_features))
+    groups -= rounded.zeros[:, :, None]
+    groups *= rounded.scales[:, :, None].astype(np.float32)
+    return values
+
+
+def quantized_error(
+    inputs: FloatArray,
+    weights: Sequence[FloatArray],
+    grid: Grid,
+    activations: ActivationSettings,
+    factors: Factors | None = None,
+) -> float:
+    """`Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of a site, `Y = inputs @ weight.T` and Ŷ the product of
+    `inputs / factors` and `weight · factors`, both rounded to nearest.
+
+    activations: how the inputs are rounded; "none" leaves them float. For static scales pass
+        "dynamic-tensor": the sample's own range stands for the static one.
+
+    Raises:
+        InputError: factors are not [in_features]; activations are "static".
+        NumericalError: a scale does not fit its dtype, or inputs are not finite.
+    """
+    return _relative(inputs, weights, _products(inputs, weights), grid, activations, factors)
+
+
+def search_alpha(
+    inputs: FloatArray,
+    weights: Sequence[FloatArray],
+    grid: Grid,
+    activations: ActivationSettings,
+    *,
+    input_absmax: Array | None = None,
+    ties: NDArray[np.integer] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+) -> AlphaSearch:
+    """The alpha with the least `quantized_error`; no smoothing is a candidate too.
+
+    Factors are tried out on inputs that they were not made from: maxima of the first half of the
+    sample, errors on the second. Maxima fit their own inputs so well that on the same rows alpha
+    near 1 always looks best, and on others it is often worse than no smoothing. The factors that
+    come back are made from all of `input_absmax`.
+
+    inputs: float32 sample [n, in_features]; with a single row, it serves as both halves
+    input_absmax: [in_features] of all calibration tokens; the sample's own by default
+    ties: channels that share a factor (see `tied`)
+
+    Raises:
+        InputError: an alpha outside [0, 1], statistics of the wrong length.
+        NumericalError: no candidate's scales fit their dtype, or inputs are not finite.
+    """
+    absmax = np.abs(inputs).max(axis=0) if input_absmax is None else input_absmax
+    loud, heavy = tied(absmax, ties), tied(weights_absmax(weights), ties)
+    half = len(inputs) // 2
+    seen, tried = (inputs[:half], inputs[half:]) if half else (inputs, inputs)
+    trial = tied(np.abs(seen).max(axis=0), ties)
+    products = _products(tried, weights)
+
+    def error(factors: Factors | None) -> float:
+        try:
+            return _relative(tried, weights, products, grid, activations, factors)
+        except ScaleOverflow:
+            return float("inf")
+
+    errors = tuple((alpha, error(smooth_factors(trial, heavy, alpha))) for alpha in alphas)
+    plain = error(None)
+    least = min((e for _, e in errors), default=plain)
+    if not min(plain, least) < float("inf"):
+        raise NumericalError("no smoothing gives scales that fit", hint="--scale-dtype float32")
+    if plain <= least:
+        return AlphaSearch(None, np.ones(inputs.shape[1], np.float32), plain, plain, errors)
+    alpha = next(a for a, e in errors if e == least)
+    return AlphaSearch(alpha, smooth_factors(loud, heavy, alpha), least, plain, errors)
+
+
+def function_change(
+    inputs: FloatArray,
+    weights: Sequence[FloatArray],
+    smoothed_inputs: FloatArray,
+    smoothed_weights: Sequence[FloatArray],
+) -> float:
+    """`sqrt(Σ‖Y − Y'‖² / Σ‖Y‖²)` of the float outputs before and after smoothing, in float64: what
+    folding has done to the function, storing it in BF16 included."""
+    change = total = 0.0
+    before, after = inputs.astype(np.float64), smoothed_inputs.astype(np.float64)
+    for weight, smoothed in zip(weights, smoothed_weights, strict=True):
+        for top in range(0, weight.shape[0], _PANEL_ROWS):
+            rows = slice(top, top + _PANEL_ROWS)
+            product = before @ weight[rows].T.astype(np.float64)
+            total += _squares(product)
+            product -= after @ smoothed[rows].T.astype(np.float64)
+            change += _squares(product)
+    return float(np.sqrt(_ratio(change, total)))
+
+
+def channel_importance(input_absmax: Array, weights: Sequence[Array]) -> NDArray[np.float32]:
+    """`max_batch |x_j| · mean_i |W_ij|`, float32 [in_features]; the mean runs over the rows of all
+    weights. In units of the outputs: how far channel j can move them."""
+    rows = sum(weight.shape[0] for weight in weights)
+    if rows == 0:
+        return np.zeros(input_absmax.shape, np.float32)
+    total = sum(np.abs(weight).sum(axis=0, dtype=np.float64) for weight in weights)
+    importance: NDArray[np.float32] = (input_absmax * (total / rows)).astype(np.float32)
+    return importance
+
+
+def _floored(absmax: Array) -> NDArray[np.float64] | None:
+    values = absmax.astype(np.float64)
+    greatest = float(values.max()) if values.size else 0.0
+    return np.maximum(values, EPSILON * greatest) if greatest > 0 else None
+
+
+def _products(inputs: FloatArray, weights: Sequence[FloatArray]) -> list[FloatArray]:
+    return [inputs @ weight.T for weight in weights]
+
+
+def _relative(
+    inputs: FloatArray,
+    weights: Sequence[FloatArray],
+    products: Sequence[FloatArray],
+    grid: Grid,
+    activations: ActivationSettings,
+    factors: Factors | None,
+) -> float:
+    smoothed = inputs
+    if factors is not None:
+        check_factors(factors, inputs.shape[1])
+        smoothed = inputs / factors
+    if activations.scheme != "none":
+        smoothed = quantize_activations(smoothed, activations).dequantized()
+    change = total = 0.0
+    for weight, product in zip(weights, products, strict=True):
+        step = weight.shape[0] if grid.group_size == 0 else _PANEL_ROWS
+        for top in range(0, weight.shape[0], step):
+            rows = slice(top, top + step)
+            part = weight[rows] if factors is None else weight[rows] * factors
+            rounded = nearest(part, grid)
+            change += _squares(product[:, rows] - smoothed @ rounded.T)
+        total += _squares(product)
+    return _ratio(change, total)
+
+
+def _squares(values: FloatArray) -> float:
+    return float(np.vdot(values, values))
+
+
+def _ratio(change: float, total: float) -> float:
+    if total == 0:
+        return 0.0 if change == 0 else float("inf")
+    return change / total

@@ -1,0 +1,142 @@
+"""Layers: each chosen tensor on its grid, and whether the format can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer, Skipped
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.errors import InputError
+from ptq_cli.formats import common
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.sites import Site
+from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
+from ptq_cli.plan.select_tensors import rule_of
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+
+
+def make_layer(
+    tensor: StoredTensor,
+    settings: GridSettings,
+    method_settings: Any,
+    fmt: Format,
+    checkpoint: Checkpoint,
+    turned: frozenset[str],
+) -> Layer:
+    """One tensor on the grid that the settings give it, rules of a recipe last.
+
+    turned: names of the tensors that are stored [in_features, out_features]
+
+    Raises:
+        InputError: --narrow-range without --sym.
+    """
+    spec = tensor.spec
+    values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
+    values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
+    if values["scale_dtype"] == "auto":
+        wanted = fmt.scale_dtype(_model_dtype(checkpoint, spec)) if fmt.scale_dtype else "float16"
+        values["scale_dtype"] = wanted
+    grid = Grid(**values)
+    if grid.narrow_range and not grid.sym:
+        raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
+    shape = (spec.shape[0], prod(spec.shape[1:]))
+    return Layer(
+        module=spec.name.removesuffix(".weight"),
+        tensor=spec.name,
+        shape=shape[::-1] if spec.name in turned else shape,
+        full_shape=spec.shape,
+        dtype=spec.dtype,
+        grid=grid,
+        reordered=getattr(method_settings, "act_order", "none") == "desc",
+        transposed=spec.name in turned,
+    )
+
+
+def check_fisher(layers: Iterable[Layer], source: StatisticsSource | None) -> None:
+    """Every layer needs Fisher information, in the shape of its weight."""
+    found = {} if source is None else source.fisher
+    lost = [layer.module for layer in layers if layer.module not in found]
+    if lost:
+        raise InputError(
+            f"--weight fisher: no Fisher information of {len(lost)} layers: {', '.join(lost[:10])}",
+            hint="ptq calibrate --gradients DIR",
+        )
+    for layer in layers:
+        shape = found[layer.module].shape
+        if shape != layer.full_shape:
+            raise InputError(
+                f"--weight fisher: {layer.module} has {list(shape)}, its weight"
+                f" {list(layer.full_shape)}"
+            )
+
+
+def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
+    """The dtype a runtime computes in: config.json's, else the tensor's."""
+    config = checkpoint.config
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return common.model_dtype(config) if stated else spec.dtype
+
+
+def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, str]) -> set[str]:
+    """Modules that do not fit, and those that share an input with one: runtimes fuse them."""
+    together = [group for group in groups if not misfits.keys().isdisjoint(group)]
+    return {module for group in together for module in group}
+
+
+def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputError:
+    """All layers that a format cannot hold, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for module, reason in misfits.items():
+        reasons.setdefault(reason, []).append(module)
+    said = "; ".join(f"{reason}: {', '.join(modules)}" for reason, modules in reasons.items())
+    if len(misfits) == total:
+        return InputError(f"format {fmt.name} can hold none of the {total} layers; {said}")
+    return InputError(
+        f"format {fmt.name} cannot hold {len(misfits)} of {total} layers; {said}",
+        hint="--on-misfit keep leaves such layers dense",
+    )
+
+
+def check_layers(
+    layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
+) -> list[Layer]:
+    """The layers to keep as they are, with those that share their input: runtimes fuse them.
+
+    Raises:
+        InputError: layers that the format cannot hold, all of them listed, or two tensors that
+            would become one module.
+    """
+    misfits = {layer.module: reason for layer in layers if (reason := fmt.misfit(layer))}
+    if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
+        raise misfit_error(fmt, misfits, len(layers))
+    modules = [layer.module for layer in layers]
+    twice = (
+        {module for module in modules if modules.count(module) > 1}
+        if (len(set(modules)) < len(modules))
+        else set()
+    )
+    if twice:
+        raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
+    kept = keep_together(group_modules(modules, sites), misfits)
+    return [layer for layer in layers if layer.module in kept]
+
+
+def check_names(
+    checkpoint: Checkpoint, layers: Iterable[Layer], skipped: Iterable[Skipped], fmt: Format
+) -> None:
+    """Refuse a packed tensor's name that another tensor of the output has already."""
+    taken = {entry.tensor for entry in skipped}
+    for layer in layers:
+        for spec in fmt.specs(layer):
+            if spec.name in taken:
+                raise InputError(
+                    f"{checkpoint.path}: {layer.tensor!r} would be packed as {spec.name!r}, which"
+                    " is a name that is taken",
+                    hint="leave the former out with --ignore",
+                )
+            taken.add(spec.name)

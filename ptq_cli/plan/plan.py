@@ -1,0 +1,81 @@
+"""The plan: from headers and settings alone, everything that a run will do.
+
+Which tensors are quantized, on which grid, with whose statistics; what is copied and why; what it
+will weigh. Every mistake a user can make is found here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ptq_cli.calibration.sites import model_sites, transposed_tensors
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.core.grid import Activation
+from ptq_cli.core.layer import Plan, Skipped
+from ptq_cli.core.plugins import Format, Method
+from ptq_cli.models.linears import default_reason, dense_modules
+from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer
+from ptq_cli.plan.select_tensors import choose_tensors
+from ptq_cli.plan.units import plan_units, plan_warnings
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import check_container, check_float
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    method: Method,
+    settings: GridSettings,
+    method_settings: Any,
+    fmt: Format,
+    source: StatisticsSource | None,
+    *,
+    missing: str = "error",
+    activation: Activation | None = None,
+) -> Plan:
+    """Make the plan of a quantization.
+
+    activation: how the layers' inputs are rounded when they run, None: not at all
+
+    source: where statistics come from; None: there is no calibration
+    missing: what a linear without statistics gets: "error" or "rtn"
+
+    Raises:
+        InputError: whatever cannot work, with names and numbers.
+    """
+    check_float(checkpoint)
+    chosen, skipped = choose_tensors(checkpoint, settings)
+    sites = model_sites(checkpoint, settings.family, settings.sites).sites
+    turned = transposed_tensors(sites)
+    layers = {
+        tensor.spec.name: make_layer(tensor, settings, method_settings, fmt, checkpoint, turned)
+        for tensor in chosen
+    }
+    layers = {name: replace(layer, activation=activation) for name, layer in layers.items()}
+    kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
+    for layer in kept:
+        del layers[layer.tensor]
+        reason = f"format {fmt.name} cannot hold it"
+        skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
+    fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
+    left = [entry.tensor for entry in skipped]
+    check_container(fmt, checkpoint, list(layers.values()), left)
+    check_names(checkpoint, layers.values(), skipped, fmt)
+    included = {t.spec.name for t in chosen if default_reason(t.spec) is not None}
+    if getattr(method_settings, "weight", "hessian") == "fisher":
+        check_fisher(layers.values(), source)
+    units = plan_units(layers, method, source, missing, included, sites)
+    before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
+    rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
+    packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
+    return Plan(
+        method=method.name,
+        settings=(settings, method_settings),
+        format=fmt.name,
+        units=units,
+        skipped=tuple(skipped),
+        warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
+        bytes_before=before,
+        bytes_after=before - rounded + packed,
+    )

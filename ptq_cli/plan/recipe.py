@@ -1,0 +1,95 @@
+"""Recipes: TOML files whose keys are the settings' field names. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ptq_cli.errors import InputError
+from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
+from ptq_cli.plan.settings import make_settings, settings_fields
+from ptq_cli.storage.files import read_small
+
+
+def load_recipe(
+    path: Path, command: str, classes: Iterable[type[Any]], *, floats: bool = False
+) -> Mapping[str, Any]:
+    """Read a recipe for a command whose settings are `classes`.
+
+    floats: whether the command's `bits` may be 16, nothing rounded
+
+    Raises:
+        InputError: not TOML, an unknown key (the nearest known one is named), another command's
+            recipe, a layer rule without a pattern.
+    """
+    content = read_small(path)
+    try:
+        recipe = tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a TOML recipe: {error}") from None
+    method = recipe.pop("method", command)
+    if method != command:
+        raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
+    classes = tuple(classes)
+    known = [field.name for field, _ in settings_fields(*classes)]
+    _check_keys(path, recipe, known, "key")
+    for key in ("layers", "sites"):
+        rules = recipe.get(key, [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            raise InputError(f"{path}: {key} is not a list of tables", hint=f"write [[{key}]]")
+    for rule in recipe.get("layers", []):
+        _check_keys(path, rule, LAYER_KEYS, "key of [[layers]]")
+        _check_rule(path, rule)
+    dense = recipe.get("bits") == FLOAT_BITS
+    if dense and not floats:
+        raise InputError(
+            f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
+            hint="leave single layers dense with [[layers]] bits = 16",
+        )
+    _check_values(path, _without_floats(recipe), classes)
+    return recipe
+
+
+def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table without `bits = 16`, which is out of the range of a grid."""
+    return {k: v for k, v in table.items() if (k, v) != ("bits", FLOAT_BITS)}
+
+
+def _check_keys(path: Path, table: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"{path}: unknown {what} {key!r}", hint=hint)
+
+
+def _check_values(path: Path, recipe: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
+    try:
+        for cls in classes:
+            make_settings(cls, {}, recipe)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _check_rule(path: Path, rule: Mapping[str, Any]) -> None:
+    pattern = rule.get("match")
+    if not isinstance(pattern, str):
+        raise InputError(f"{path}: [[layers]] without match", hint='write match = "REGEX"')
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path}: [[layers]] match = {pattern!r}: not a regular expression: {error}"
+        ) from None
+    if not isinstance(rule.get("skip", False), bool):
+        raise InputError(f"{path}: skip = {rule['skip']!r}: not bool")
+    try:
+        own = {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]}
+        make_settings(GridSettings, {}, _without_floats(own))
+    except InputError as error:
+        raise InputError(f"{path}: [[layers]] match = {rule['match']!r}: {error.message}") from None

@@ -1,0 +1,74 @@
+"""Which tensors of a checkpoint are quantized, and why the others are left alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from ptq_cli.core.layer import Skipped
+from ptq_cli.core.tensors import is_float
+from ptq_cli.errors import InputError
+from ptq_cli.models.linears import default_reason
+from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+
+
+def choose_tensors(
+    checkpoint: Checkpoint, settings: GridSettings
+) -> tuple[list[StoredTensor], list[Skipped]]:
+    """The tensors to quantize, in the order of the files, and those that are copied."""
+    ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    include = _patterns("--include", settings.include, checkpoint)
+    rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
+    pairs = zip(rules, settings.layers, strict=True)
+    ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
+    chosen, skipped = [], []
+    for tensor in checkpoint.tensors.values():
+        spec, reason = tensor.spec, default_reason(tensor.spec)
+        possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
+        if reason and possible and any(p.search(spec.name) for p in include):
+            reason = None
+        if any(p.search(spec.name) for p in ignore):
+            reason = "ignored"
+        if not reason and rule_of(settings, spec.name).get("bits") == FLOAT_BITS:
+            reason = f"bits = {FLOAT_BITS}"
+        if reason:
+            skipped.append(Skipped(spec.name, spec.shape, spec.dtype, reason))
+        else:
+            chosen.append(tensor)
+    if not chosen:
+        raise InputError(
+            f"{checkpoint.path}: none of its {len(skipped)} tensors is left to quantize",
+            hint="--include REGEX takes tensors in",
+        )
+    for pattern in include:
+        if not any(pattern.search(tensor.spec.name) for tensor in chosen):
+            raise InputError(
+                f"--include {pattern.pattern!r} matches no tensor that could be quantized in"
+                f" {checkpoint.path}"
+            )
+    return chosen, skipped
+
+
+def rule_of(settings: GridSettings, tensor: str) -> dict[str, Any]:
+    """What the recipe's rules say of a tensor; a later rule wins over an earlier one."""
+    matching = [rule for rule in settings.layers if re.search(rule["match"], tensor)]
+    return {key: value for rule in matching for key, value in rule.items()}
+
+
+def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> list[re.Pattern[str]]:
+    patterns = []
+    for word in words:
+        try:
+            pattern = re.compile(word)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{setting} {word!r}: not a regular expression: {error}") from None
+        if not any(pattern.search(name) for name in checkpoint.tensors):
+            raise InputError(
+                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
+                hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
+            )
+        patterns.append(pattern)
+    return patterns

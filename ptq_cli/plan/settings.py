@@ -1,0 +1,81 @@
+"""Settings declared once: a field of a frozen dataclass becomes a command-line option, a recipe
+key, a part of the run's fingerprint and a line of the documentation.
+
+A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
+the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
+`recipe_only` (no option); `shown` (the default in the words of help). A field of type
+`float | str` is a number or one of its `words`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from ptq_cli.errors import InputError
+from ptq_cli.registry import FORMATS
+
+T = TypeVar("T")
+
+
+def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """Fields of settings classes with their types."""
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            yield field, hints[field.name]
+
+
+def make_settings(cls: type[T], given: Mapping[str, Any], recipe: Mapping[str, Any]) -> T:
+    """Settings from the command line, then the recipe, then the defaults.
+
+    given: option values; None and () are "not given"
+
+    Raises:
+        InputError: a value of a wrong type, or out of range.
+    """
+    values: dict[str, Any] = {}
+    for field, kind in settings_fields(cls):
+        value = given.get(field.name)
+        if value is None or value == ():
+            value = recipe.get(field.name)
+        if value is not None:
+            values[field.name] = _checked(field, kind, value)
+    return cls(**values)
+
+
+def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} = {value!r}: neither a number nor {' or '.join(words)}") from None
+
+
+def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
+    meta, name = field.metadata, field.name
+    if kind is float and type(value) is int:
+        value = float(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if "words" in meta:
+        if value in meta["words"]:
+            return value
+        kind, value = float, _number(name, value, meta["words"])
+    plain = kind if kind in (bool, int, float, str) else tuple
+    if type(value) is not plain or (
+        kind == tuple[str, ...] and not all(isinstance(item, str) for item in value)
+    ):
+        wanted = "a list of strings" if kind == tuple[str, ...] else plain.__name__
+        raise InputError(f"{name} = {value!r}: not {wanted}")
+    choices = tuple(FORMATS) if meta.get("formats") else meta.get("choices")
+    if choices and value not in choices:
+        raise InputError(f"{name} = {value!r}", hint=f"choose one of {', '.join(choices)}")
+    low, high = meta.get("min"), meta.get("max")
+    out_of_range = (low is not None and not value >= low) or (
+        high is not None and not value <= high
+    )
+    if out_of_range:
+        bounds = f"{'' if low is None else low} … {'' if high is None else high}"
+        raise InputError(f"{name} = {value!r}: out of range ({bounds.strip()})")
+    return value

@@ -1,0 +1,151 @@
+"""Units of work: which layers go together, with whose statistics, and the memory they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ptq_cli.calibration.source import StatisticsSource, StreamingSource
+from ptq_cli.core.layer import Layer, Unit
+from ptq_cli.core.plugins import Method
+from ptq_cli.errors import InputError
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.sites import Site
+from ptq_cli.numerics.output_errors import ROWS_AT_ONCE
+from ptq_cli.numerics.statistics import HELDOUT_LIMIT, SAMPLE_LIMIT
+
+# Inputs held out, as they are stored and in float32, and the sample.
+_HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
+
+
+def plan_units(
+    layers: Mapping[str, Layer],
+    method: Method,
+    source: StatisticsSource | None,
+    missing: str,
+    included: set[str],
+    sites: Sequence[Site],
+) -> tuple[Unit, ...]:
+    """The units of a run: linears that share their input, with one site's statistics, together.
+
+    layers: by the name of their tensor
+    missing: what a layer without statistics gets: "error" or "rtn"
+    included: tensors that were asked for by name, which may lack statistics
+
+    Raises:
+        InputError: layers without statistics, or with those of another width.
+    """
+    by_module = {layer.module: layer for layer in layers.values()}
+    site_of = sites_of(by_module, source)
+    lost = [
+        layer.module
+        for layer in layers.values()
+        if source is not None and layer.module not in site_of and layer.tensor not in included
+    ]
+    if lost and missing == "error" and method.needs_hessian and source is not None:
+        surplus = f"; left over: {', '.join(source.surplus[:10])}" if source.surplus else ""
+        raise InputError(
+            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}{surplus}",
+            hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
+        )
+    units = []
+    for group in group_modules(by_module, sites):
+        parts: dict[tuple[str | None, int], list[Layer]] = {}
+        for module in group:
+            layer = by_module[module]  # what a method prepares once may depend on the groups
+            parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
+        for (site, _), members in parts.items():
+            units.append(_unit(site, members, method, source))
+    if isinstance(source, StreamingSource):
+        order = {site: place for place, site in enumerate(source.sites)}
+        units.sort(key=lambda unit: order.get(unit.site or "", len(order)))
+    return tuple(units)
+
+
+def _unit(
+    site: str | None, members: list[Layer], method: Method, source: StatisticsSource | None
+) -> Unit:
+    nearest = None
+    if site is None and method.needs_hessian:
+        nearest = "no calibration" if source is None else "no statistics for it"
+        members = [replace(layer, reordered=False) for layer in members]
+    return Unit(
+        name=members[0].module,
+        layers=tuple(members),
+        site=site,
+        memory=_unit_memory(site, members, method, source),
+        nearest=nearest,
+    )
+
+
+def _unit_memory(
+    site: str | None, members: Sequence[Layer], method: Method, source: StatisticsSource | None
+) -> int:
+    """Bytes that a unit takes at most, its process' own 60 MB aside.
+
+    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
+    of weight and error while it is measured. The site: its Hessian, inputs that were held out or
+    sampled, and before anything else the sums it is made of.
+    """
+    columns = members[0].shape[1]
+    most = max(
+        method.memory(layer.shape, layer.grid) + 12 * layer.size + 12 * ROWS_AT_ONCE * columns
+        for layer in members
+    )
+    packed = sum(layer.size for layer in members)
+    if site is None or source is None:
+        return most + packed
+    return packed + max(source.load_memory(site), most + 4 * columns * (columns + _HELD_ROWS))
+
+
+def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:
+    """The site of each module that has statistics. Raises InputError where the widths differ."""
+    if source is None:
+        return {}
+    of_linear = {linear: site for site, info in source.sites.items() for linear in info.linears}
+    found = {}
+    for module, layer in layers.items():
+        site = of_linear.get(module)
+        if site is None or len(layer.full_shape) != 2:
+            continue
+        width = source.sites[site].in_features
+        if width != layer.shape[1]:
+            raise InputError(
+                f"{source.name}: site {site} has in_features {width}, but {layer.tensor}"
+                f" {list(layer.full_shape)} has {layer.shape[1]}",
+                hint="these statistics belong to another model",
+            )
+        found[module] = site
+    return found
+
+
+def plan_warnings(
+    units: Sequence[Unit], method: Method, source: StatisticsSource | None
+) -> list[str]:
+    if not method.needs_hessian:
+        return []
+    if source is None:
+        return [
+            "NO CALIBRATION: every layer is rounded to nearest. Give --calibration FILE or"
+            " --activations DIR; --require-calibration makes this an error"
+        ]
+    nearest = [layer.module for unit in units if unit.nearest for layer in unit.layers]
+    warnings = []
+    if nearest:
+        warnings.append(
+            f"{len(nearest)} layers have no statistics and are rounded to nearest:"
+            f" {', '.join(nearest[:10])}"
+        )
+    used = [source.sites[unit.site] for unit in units if unit.site is not None]
+    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in used])
+    return [*warnings, *few]
+
+
+def few_tokens(sites_: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A warning where sites were calibrated on fewer tokens than they have columns."""
+    few = [s for s in sites_ if s[1] < s[2]]
+    if not few:
+        return []
+    site, tokens, columns = few[0]
+    more = f" (and {len(few) - 1} sites more)" if len(few) > 1 else ""
+    return [f"{site}: calibrated on {tokens} tokens, fewer than its {columns} columns{more}"]

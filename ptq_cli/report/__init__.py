@@ -1,0 +1,1 @@
+"""What is said of a run: rows, totals, gates, documents, pages."""

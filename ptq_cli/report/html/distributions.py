@@ -1,0 +1,106 @@
+"""Charts of a layer's codes and scales, and of a site's input channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ptq_cli.core.text import number, printable
+from ptq_cli.report.html.drawing import (
+    Chart,
+    draw_chart,
+    legend,
+    logarithmic,
+    positive,
+    tail,
+    whole_numbers,
+)
+from ptq_cli.report.html.subject import Channels, Distribution
+from ptq_cli.report.html.svg import SERIES, colour
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SLOTS = 180  # columns of the picture of a site's channels, at most
+
+
+def distribution_chart(index: int, found: Distribution) -> Chart:
+    """Histograms of codes and of scales of one layer."""
+    codes, total = found.codes, max(1, int(found.codes.sum()))
+    used = int((codes > 0).sum())
+    ends = float(codes[[0, -1]].sum()) / total
+    caption = (
+        f"{printable(found.module)}: {used} of {len(codes)} codes are used, {100 * ends:.2g} % of"
+        f" the weights have the lowest or the highest. {int(found.scales.sum())} scales from"
+        f" {number(float(found.edges[0]))} to {number(float(found.edges[-1]))}."
+    )
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        step = max(1, len(codes) // 64)
+        shares = 100 * codes.reshape(-1, step).sum(axis=1) / total
+        left.bar(
+            np.arange(len(shares)) * step + (step - 1) / 2, shares, color=colour("ours"),
+            width=0.8 * step if len(shares) <= 32 else step,
+        )  # fmt: skip
+        left.set_xlabel("code")
+        left.set_ylabel("% of weights")
+        whole_numbers(left.xaxis, 5)
+        right.stairs(found.scales, found.edges, fill=True, color=colour(SERIES[2]))
+        right.set_xlabel("scale")
+        right.set_ylabel("scales")
+        low, high = float(found.edges[0]), float(found.edges[-1])
+        if low > 0 and high > 8 * low:
+            logarithmic(right, "x", [low, high], most=3)
+        else:
+            right.locator_params("x", nbins=3)
+            right.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        whole_numbers(right.yaxis, 4)
+
+    return draw_chart(f"codes{index}", f"Codes and scales: {tail(found.module)}", caption, draw)
+
+
+def channels_chart(index: int, found: Channels) -> Chart:
+    """Largest absolute input of each channel of a site."""
+    values = found.absmax
+    middle_value = float(np.median(values))
+    top = int(values.argmax())
+    loud = int((values > 10 * middle_value).sum())
+    after = ""
+    if found.smoothed is not None:
+        after = (
+            f" Behind the smoothing factors the largest is {number(float(found.smoothed.max()))},"
+            f" the median {number(float(np.median(found.smoothed)))}."
+        )
+    caption = (
+        f"Inputs of {printable(found.site)}: {len(values)} channels, the loudest is channel {top}"
+        f" with {number(float(values[top]))}, {found.loudness:.3g} times the median"
+        f" {number(middle_value)}. {loud} channels are above ten times the median.{after}"
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        series = [(values, "rtn" if found.smoothed is not None else "ours", "inputs")]
+        if found.smoothed is not None:
+            series.append((found.smoothed, "ours", "smoothed"))
+        every = []
+        for channel, role, label in series:
+            step = -(-len(channel) // _SLOTS)
+            starts = np.arange(0, len(channel), step)
+            peaks = np.maximum.reduceat(channel, starts).astype(float).tolist()
+            shown = positive(peaks, [float(v) for v in values])
+            axes.step(starts, shown, color=colour(role), linewidth=1.2, where="post", label=label)
+            every += shown
+        if middle_value > 0:
+            axes.axhline(
+                middle_value, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)),
+                label="median",
+            )  # fmt: skip
+        logarithmic(axes, "y", every)
+        whole_numbers(axes.xaxis, 6)
+        axes.set_xlabel("channel")
+        axes.set_ylabel("largest |input|")
+        legend(figure, axes)
+
+    return draw_chart(f"channels{index}", f"Input channels: {tail(found.site)}", caption, draw)

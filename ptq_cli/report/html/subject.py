@@ -1,0 +1,187 @@
+"""What a page shows of one run: its report, and what the output folder and statistics add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.calibration.from_activations import Activations
+from ptq_cli.calibration.from_file import CalibrationFile
+from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.report.report import Gate
+from ptq_cli.storage.folded import read_folds
+from ptq_cli.storage.folder import QuantizedFolder, open_quantized
+from ptq_cli.storage.reports import REPORT, read_report
+
+WORST = 3  # layers whose codes and scales are shown, sites whose channels are
+_SCALE_BINS = 24
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Codes and scales of one layer.
+
+    codes: int64 [2^bits], how often each stands
+    scales: int64 [bins], how many lie between `edges`, float64 [bins + 1]
+    """
+
+    module: str
+    codes: NDArray[np.int64]
+    scales: NDArray[np.int64]
+    edges: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The largest absolute input of each channel of a site, float32 [in_features].
+
+    smoothed: the same after the factors that the folder holds for the site, or None
+    """
+
+    site: str
+    absmax: NDArray[np.float32]
+    smoothed: NDArray[np.float32] | None = None
+
+    @property
+    def loudness(self) -> float:
+        """The loudest channel over the median one; 0 where that is silent."""
+        median = float(np.median(self.absmax)) if self.absmax.size else 0.0
+        return float(self.absmax.max()) / median if median > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One run on a page.
+
+    label: its short name; document: the report as JSON (report.schema.json)
+    gates: as they were set on the command line
+    """
+
+    label: str
+    document: Mapping[str, Any]
+    gates: tuple[Gate, ...] = ()
+    distributions: tuple[Distribution, ...] = ()
+    channels: tuple[Channels, ...] = ()
+
+
+def open_subjects(
+    paths: Sequence[Path], source: StatisticsSource | None = None
+) -> tuple[Subject, ...]:
+    """Runs from their output folders, or from their reports alone; labels tell them apart. What is
+    read beside the reports belongs to the page of one run.
+
+    Raises:
+        InputError: no report; damaged weights.
+    """
+    read = [read_report(path) for path in paths]
+    if len(paths) == 1:
+        document, folder = read[0]
+        return (subject_of(document, _labels(paths)[0], folder, source),)
+    labels = _labels(paths)
+    return tuple(Subject(label, found) for label, (found, _) in zip(labels, read, strict=True))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The folder's or file's name; where two are alike, as much of the path as tells them apart."""
+    whole = [(p.parent if p.name == REPORT else p).resolve() for p in paths]
+    for count in range(1, max(len(path.parts) for path in whole) + 1):
+        labels = ["/".join(path.parts[-count:]).removesuffix(".json") for path in whole]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels, 1)]
+
+
+def subject_of(
+    document: Mapping[str, Any],
+    label: str,
+    folder: Path | None,
+    source: StatisticsSource | None,
+    gates: Sequence[Gate] = (),
+) -> Subject:
+    """A run from its report, what it wrote, and the statistics it had."""
+    rows = document["layers"]
+    return Subject(
+        label,
+        document,
+        tuple(gates),
+        () if folder is None or not rows else distributions(open_quantized(folder), rows),
+        channels(source, rows, folder),
+    )
+
+
+def error_of(row: Mapping[str, Any]) -> float:
+    """The error that counts: on held-out inputs where there are any."""
+    heldout = row["heldout_rel_err"]
+    return float(row["rel_err"] if heldout is None else heldout)
+
+
+def rtn_error_of(row: Mapping[str, Any]) -> float:
+    heldout = row["rtn_heldout_rel_err"]
+    return float(row["rtn_rel_err"] if heldout is None else heldout)
+
+
+def worst_first(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(rows, key=lambda row: (-error_of(row), row["module"]))
+
+
+def distributions(
+    folder: QuantizedFolder, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Distribution, ...]:
+    """Codes and scales of the worst layers, read from the folder."""
+    there = [row["module"] for row in worst_first(rows) if row["module"] in folder.layers]
+    return tuple(_distribution(folder, module) for module in there[:WORST])
+
+
+def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
+    weight = folder.load(module)
+    codes = np.bincount(weight.codes.reshape(-1), minlength=1 << weight.grid.bits)
+    scales = np.abs(weight.scales.astype(np.float64)).reshape(-1)
+    low, high = (float(scales.min()), float(scales.max())) if scales.size else (0.0, 0.0)
+    if low > 0 and high > 8 * low:
+        edges = np.geomspace(low, high, _SCALE_BINS + 1)
+    elif high > low:
+        edges = np.linspace(low, high, _SCALE_BINS + 1)
+    else:
+        edges = np.array([low * 0.9, low * 1.1]) if low else np.array([0.0, 1.0])
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
+    return Distribution(module, codes, np.histogram(scales, edges)[0], edges)
+
+
+def channels(
+    source: StatisticsSource | None, rows: Sequence[Mapping[str, Any]], folder: Path | None
+) -> tuple[Channels, ...]:
+    """The sites with the loudest channels: of all in a statistics file; where activations have to
+    be read again, of the sites of the worst layers. Empty where the statistics are gone (--tokens
+    makes them on the way)."""
+    if source is None:
+        return ()
+    found = []
+    factors = {} if folder is None else _factors(folder if folder.is_dir() else folder.parent)
+    for site, absmax in _absmax(source, rows):
+        own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
+        smoothed = None if own is None or own.shape != absmax.shape else absmax / own
+        found.append(Channels(site, absmax, smoothed))
+    return tuple(sorted(found, key=lambda c: (-c.loudness, c.site))[:WORST])
+
+
+def _factors(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """What the folder's inputs were divided by, by module."""
+    return {x.module: values for site, values in read_folds(folder) for x in site.linears}
+
+
+def _absmax(
+    source: StatisticsSource, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    if isinstance(source, CalibrationFile):
+        for site in source.sites:
+            yield site, source.absmax(site)
+    elif isinstance(source, Activations):
+        worst = [row["module"] for row in worst_first(rows)[:WORST]]
+        for site, info in source.sites.items():
+            if not rows or set(worst) & {*info.linears}:
+                yield site, source.absmax(site)

@@ -1,0 +1,95 @@
+"""Pieces of HTML. Whatever comes from a report goes through `escaped`."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from ptq_cli.core.text import printable
+
+
+def escaped(value: object) -> str:
+    """Text for HTML, in an element or a quoted attribute, unprintable characters shown."""
+    return escape(printable(str(value)), quote=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text, and the number to sort by where the text is none."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, and how it is set: "name" (first, sticky), "number", "text", "long"."""
+
+    title: str
+    kind: str = "number"
+
+
+def figure_number(value: Any) -> Cell:
+    """A measured number, three digits shown, sorted by all."""
+    return Cell("-") if value is None else Cell(three_digits(float(value)), float(value))
+
+
+def three_digits(value: float) -> str:
+    """0.0100 below 0.00993: columns of numbers line up."""
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Iterable[Sequence[Cell | str]],
+    caption: str,
+    *,
+    ids: str | None = None,
+    sortable: bool = False,
+    marked: Container[int] = (),
+) -> str:
+    """A table that scrolls by itself where it is too wide; the first cell of a row is its head.
+
+    marked: numbers of rows to be made out
+    """
+    heads = "".join(
+        f'<th scope="col" class="{column.kind}">'
+        + (
+            f'<button type="button">{escaped(column.title)}</button>'
+            if sortable
+            else escaped(column.title)
+        )
+        + "</th>"
+        for column in columns
+    )
+    body = "\n".join(_row(columns, row, i in marked) for i, row in enumerate(rows))
+    own = f' id="{ids}"' if ids else ""
+    css = "scroll rows" if sortable else "scroll"
+    return (
+        f'<div class="{css}" role="region" tabindex="0" aria-label="{escaped(caption)}">'
+        f'<table{own} aria-label="{escaped(caption)}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _row(columns: Sequence[Column], row: Sequence[Cell | str], marked: bool) -> str:
+    cells = []
+    for i, (column, entry) in enumerate(zip(columns, row, strict=True)):
+        cell = Cell(entry) if isinstance(entry, str) else entry
+        tag = 'th scope="row"' if i == 0 else "td"
+        css = f' class="{column.kind}"' if column.kind != "number" else ""
+        own = f' data-v="{cell.value:.6g}"' if cell.value is not None else ""
+        cells.append(f"<{tag}{css}{own}>{escaped(cell.text)}</{tag[:2]}>")
+    css = ' class="marked"' if marked else ""
+    return f"<tr{css}>{''.join(cells)}</tr>"
+
+
+def details(title: str, content: str, *, is_open: bool = False) -> str:
+    state = " open" if is_open else ""
+    return f"<details{state}><summary>{escaped(title)}</summary>{content}</details>"
+
+
+def section(title: str, content: str) -> str:
+    return f"<section><h2>{escaped(title)}</h2>\n{content}\n</section>" if content else ""

@@ -1,0 +1,254 @@
+"""The error report: one row per layer, totals, what was left alone, warnings; JSON and CSV.
+
+`report.json` in an output folder holds nothing that differs from run to run: `seconds` stand in
+`--json` and `--report` only. The schema is report.schema.json beside this file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import isfinite, prod
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.core.layer import Plan, Skipped
+from ptq_cli.core.report import LayerReport, RunReport
+from ptq_cli.errors import GateMissed
+
+TIMES = ("seconds",)
+SPECIAL = ("compared", "best", "activations")
+
+
+def totals(
+    rows: Sequence[LayerReport],
+    skipped: Sequence[Skipped],
+    bytes_before: int,
+    bytes_after: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The totals. Means over layers; `gain_vs_rtn` is mean RTN error over mean error."""
+    errors = [row_error(row) for row in rows]
+    rtn_errors = [row_rtn_error(row) for row in rows]
+    mean, rtn_mean = _mean(errors), _mean(rtn_errors)
+    worst = max(rows, key=row_error) if rows else None
+    return {
+        "layers": len(rows),
+        "left_alone": len(skipped),
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_after,
+        "compression_ratio": bytes_before / bytes_after if bytes_after else None,
+        "bits_per_weight": _bits_per_weight(rows),
+        "mean_rel_err": mean,
+        "worst_rel_err": max(errors, default=None),
+        "worst_layer": worst.module if worst else None,
+        "rtn_mean_rel_err": rtn_mean,
+        "gain_vs_rtn": rtn_mean / mean if mean and rtn_mean is not None else None,
+        "heldout": any(row.heldout_rel_err is not None for row in rows),
+        "calibrated": bool(rows) and all(row.calibrated for row in rows),
+        "fallbacks": sum(row.fallback is not None for row in rows),
+        "seconds": seconds,
+    }
+
+
+def row_error(row: LayerReport) -> float:
+    """The error that counts: on held-out inputs where there are any."""
+    return row.rel_err if row.heldout_rel_err is None else row.heldout_rel_err
+
+
+def row_rtn_error(row: LayerReport) -> float:
+    return row.rtn_rel_err if row.rtn_heldout_rel_err is None else row.rtn_heldout_rel_err
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _bits_per_weight(rows: Sequence[LayerReport]) -> float | None:
+    weights = sum(8 * row.bytes / row.bits_per_weight for row in rows if row.bits_per_weight)
+    return 8 * sum(row.bytes for row in rows) / weights if weights else None
+
+
+def make_report(
+    command: str,
+    plan: Plan,
+    rows: Sequence[LayerReport],
+    seconds: float,
+    warnings: Sequence[str] = (),
+) -> RunReport:
+    settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
+    return RunReport(
+        command=command,
+        rows=tuple(rows),
+        skipped=plan.skipped,
+        totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
+        warnings=(*plan.warnings, *warnings, *_dead_warnings(rows)),
+        settings=settings | {"method": plan.method, "format": plan.format},
+    )
+
+
+def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
+    """A warning where more than 1 % of a layer's input channels were zero for every token."""
+    dead = [row for row in rows if row.dead_columns > 0.01 * prod(row.shape[1:])]
+    if not dead:
+        return []
+    shown = ", ".join(f"{r.module} {r.dead_columns} of {prod(r.shape[1:])}" for r in dead[:10])
+    return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
+
+
+def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
+    """The report as one JSON document; without `times`, the same bytes for the same run."""
+    document = {
+        "ptq": __version__,
+        "command": report.command,
+        "settings": _jsonable(report.settings),
+        "totals": _jsonable(report.totals),
+        "layers": [_row_document(row) for row in report.rows],
+        "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
+        "warnings": list(report.warnings),
+    }
+    if report.quality is not None:
+        document["quality"] = _jsonable(report.quality)
+    if report.sites:
+        document["sites"] = _jsonable(report.sites)
+    if not times:
+        for part in (document["totals"], *document["layers"]):
+            for key in TIMES:
+                part.pop(key, None)
+    return document
+
+
+def _row_document(row: LayerReport) -> dict[str, Any]:
+    """A row; columns of commands that were not asked for stay away."""
+    entry: dict[str, Any] = _jsonable(asdict(row))
+    return {k: v for k, v in entry.items() if v is not None or k not in SPECIAL}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
+
+
+CSV_COLUMNS = tuple(field.name for field in fields(LayerReport))
+
+
+def as_csv(report: RunReport) -> str:
+    """The rows as CSV with a header line; lists are joined by spaces, None is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in report.rows:
+        writer.writerow([_cell(getattr(row, column)) for column in CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {item:.6g}" for key, item in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return json.dumps(asdict(value))
+    if isinstance(value, tuple):
+        return (
+            "; ".join(value) if value and isinstance(value[0], str) else " ".join(map(str, value))
+        )
+    return value
+
+
+def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return LayerReport(**values)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A quality gate, and how a report stands to it.
+
+    option: "--max-rel-err"; value: what was measured, None where nothing could be
+    said: what there is to say where it was missed
+    """
+
+    option: str
+    limit: float
+    value: float | None
+    passed: bool
+    said: str
+
+
+def check_gates(report: RunReport, **limits: float | None) -> None:
+    """Hold the report against the quality gates; see `gates_of` for the limits.
+
+    Raises:
+        GateMissed: with every gate that was missed.
+    """
+    missed = [
+        f"{g.option} {g.limit:g}: {g.said}" for g in gates_of(report, **limits) if not g.passed
+    ]
+    if missed:
+        raise GateMissed("quality gate missed: " + "; ".join(missed))
+
+
+def gates_of(
+    report: RunReport,
+    *,
+    max_rel_err: float | None = None,
+    min_gain: float | None = None,
+    max_fallbacks: float | None = None,
+    max_perplexity_increase: float | None = None,
+    max_kl: float | None = None,
+) -> tuple[Gate, ...]:
+    """The gates that were set, passed or missed.
+
+    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
+    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
+    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
+    """
+    found = []
+    if max_rel_err is not None:
+        over = [row for row in report.rows if not row_error(row) <= max_rel_err]
+        worst = max(over or report.rows, key=row_error, default=None)
+        said = (
+            f"{len(over)} layers are above it, the worst {worst.module} with {row_error(worst):.4g}"
+            if worst
+            else ""
+        )
+        value = row_error(worst) if worst else None
+        found.append(Gate("--max-rel-err", max_rel_err, value, not over, said))
+    gain = report.totals["gain_vs_rtn"]
+    if min_gain is not None:
+        shown = "not measurable" if gain is None else f"{gain:.4g}"
+        passed = gain is not None and gain >= min_gain
+        found.append(Gate("--min-gain", min_gain, gain, passed, f"gain_vs_rtn is {shown}"))
+    fallbacks = report.totals["fallbacks"]
+    if max_fallbacks is not None:
+        said = f"{fallbacks} layers were rounded to nearest"
+        passed = fallbacks <= max_fallbacks
+        found.append(Gate("--max-fallbacks", max_fallbacks, fallbacks, passed, said))
+    return (*found, *_gates_of_quality(report.quality, max_perplexity_increase, max_kl))
+
+
+def _gates_of_quality(
+    quality: Mapping[str, Any] | None, max_increase: float | None, max_kl: float | None
+) -> list[Gate]:
+    """The gates on predictions."""
+    if quality is None:
+        return []
+    found = []
+    increase = quality["increase"]["quantized"]["perplexity"]
+    if max_increase is not None:
+        said, passed = f"it rises by {increase:.4g}", increase <= max_increase
+        found.append(Gate("--max-perplexity-increase", max_increase, increase, passed, said))
+    kl = quality["kl"]["quantized"]["mean"]
+    if max_kl is not None:
+        said = f"the mean KL divergence is {kl:.4g}"
+        found.append(Gate("--max-kl", max_kl, kl, kl <= max_kl, said))
+    return found

@@ -1,0 +1,1 @@
+"""The loops, and where their units are worked on."""

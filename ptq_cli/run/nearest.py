@@ -1,0 +1,183 @@
+"""Plain rounding to nearest of a layer, measured and packed; and the proof that what was packed
+unpacks to the same.
+
+Every method is compared with it, and it is all that `ptq rtn --no-mse` does, at the speed of the
+memory: a few rows at a time go from the file to the packed bytes while they are in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import Array, Codes, FloatArray
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.errors import InputError
+from ptq_cli.numerics.activations import absmax_scale
+from ptq_cli.numerics.buffers import kept, same_bytes
+from ptq_cli.numerics.output_errors import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
+from ptq_cli.numerics.rounding import blank, pieces, round_piece, round_to_nearest
+
+
+class Rows(Protocol):
+    """A weight [out_features, in_features] whose rows are float32: an array, or something that
+    reads like one (`rows[:]` is all of it)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A format's tensors, and what gives the rounded weight that they unpack to."""
+
+    tensors: dict[str, Array]
+    unpacked: Callable[[], QuantizedWeight]
+
+
+def round_layer(
+    weight: Rows,
+    layer: Layer,
+    fmt: Format,
+    statistics: SiteStatistics | None,
+    outputs: FloatArray | None = None,
+) -> tuple[Stored, Measures]:
+    """The layer plainly rounded to nearest, as stored, and its errors.
+
+    outputs: [out_features], what the outputs are multiplied by before they are measured, or None
+    """
+    known = inputs_of(statistics) | {"outputs": outputs}
+    scale = input_scale(layer, statistics)
+    if layer.grid.group_size == 0:
+        whole = weight[:]
+        plain = replace(round_to_nearest(whole, layer.grid), input_scale=scale)
+        stored = as_stored(layer, plain, fmt)
+        return stored, measure(whole, stored.unpacked(), **known)
+    if fmt.by_rows(layer):
+        return _row_by_row(weight, layer, fmt, known)
+    plain = replace(blank(layer.shape, layer.grid), input_scale=scale)
+    measures = _measured(weight, known, plain.panel)
+    stored = as_stored(layer, plain, fmt)
+    unpacked = stored.unpacked()
+    if unpacked.offsets is not None:  # then it does not decode to quite what was measured
+        measures = measure(weight[:], unpacked, **known)
+    return stored, measures
+
+
+def measure_plain(
+    weight: Rows, layer: Layer, statistics: SiteStatistics | None, fmt: Format
+) -> Measures:
+    """Errors of the layer plainly rounded to nearest."""
+    return round_layer(weight, layer, fmt, statistics)[1]
+
+
+def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
+    """What `measure` wants to know of the layer's inputs."""
+    if statistics is None:
+        return {"hessian": None, "heldout": None, "heldout_float": None}
+    return {
+        "hessian": statistics.hessian,
+        "heldout": statistics.heldout,
+        "heldout_float": statistics.heldout_float,
+    }
+
+
+def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
+    """The static scale of the layer's inputs, or None where it has none."""
+    if layer.activation is None or layer.activation.dynamic:
+        return None
+    if statistics is None:
+        raise InputError("no statistics of its inputs to take a static scale from")
+    return absmax_scale(statistics.absmax, layer.activation.bits)
+
+
+def _row_by_row(
+    weight: Rows, layer: Layer, fmt: Format, known: dict[str, Any]
+) -> tuple[Stored, Measures]:
+    """For formats whose tensors have the weight's rows: each panel is packed, proven and put into
+    its place, and its codes are forgotten."""
+    rows, columns = layer.shape
+    none = fmt.encode(_panel_of(layer, 0), blank((0, columns), layer.grid))
+    tensors = {
+        name: np.empty((rows, *values.shape[1:]), values.dtype) for name, values in none.items()
+    }
+
+    def begin(panel: slice) -> QuantizedWeight:
+        shape = (panel.stop - panel.start, columns)
+        return blank(shape, layer.grid, kept("codes", shape, np.uint8))
+
+    def finish(panel: slice, rounded: QuantizedWeight) -> None:
+        part = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)
+        for name, values in part.tensors.items():
+            tensors[name][panel] = values
+
+    measures = _measured(weight, known, begin, finish)
+    return Stored(tensors, lambda: fmt.decode(layer, tensors)), measures
+
+
+def _panel_of(layer: Layer, rows: int) -> Layer:
+    shape = (rows, layer.shape[1])
+    return replace(layer, shape=shape, full_shape=shape)
+
+
+def _measured(
+    weight: Rows,
+    known: dict[str, Any],
+    begin: Callable[[slice], QuantizedWeight],
+    finish: Callable[[slice, QuantizedWeight], None] = lambda panel, rounded: None,
+) -> Measures:
+    """Round all rows, measuring on the way.
+
+    begin: gives room for the rows of a panel; finish: takes it, filled
+    """
+
+    def work(panel: slice) -> Iterator[Piece]:
+        into = begin(panel)
+        for rows in pieces(panel.start, panel.stop, weight.shape[1]):
+            part = weight[rows]
+            place = slice(rows.start - panel.start, rows.stop - panel.start)
+            yield part, round_piece(part, into, place)
+        finish(panel, into)
+
+    return measure_rows(weight.shape, work, **known)
+
+
+def as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Stored:
+    """The weight, packed. Refuses a layer that does not unpack to what was computed."""
+    tensors = fmt.encode(layer, rounded)
+    unpacked = fmt.decode(layer, tensors)
+    if not same_weight(unpacked, rounded):
+        raise InputError("what was packed does not unpack to the same", hint="report this bug")
+    return Stored(tensors, lambda: unpacked)
+
+
+def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether codes, scales, zeros and groups of two rounded weights are equal."""
+    return (
+        _equal(a.codes, b.codes)
+        and np.array_equal(a.scales, b.scales)
+        and np.array_equal(a.zeros, b.zeros)
+        and _same_groups(a, b)
+    )
+
+
+def _same_groups(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    if a.g_idx is None and b.g_idx is None and a.grid.group_size == b.grid.group_size:
+        return True
+    return np.array_equal(a.column_groups(), b.column_groups())
+
+
+def _equal(a: Codes, b: Codes) -> bool:
+    """`np.array_equal`, a piece at a time: the answers stay in the cache."""
+    return a.shape == b.shape and all(
+        same_bytes(a[rows], b[rows]) for rows in pieces(0, len(a), a.shape[1], PANEL_ELEMENTS)
+    )

@@ -1,0 +1,311 @@
+"""Repacking: the codes of a quantized folder in another layout, without loss or not at all.
+
+Every layer is converted once before anything is written, to know that it fits, and again when it is
+staged. A layer fits where the target's tensors decode to the same codes, scales, zeros, groups and
+offsets. What does not fit is refused, every layer with its reason, or (`on_misfit` "keep") becomes
+a dense tensor in the model's dtype and is declared so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli._version import __version__
+from ptq_cli.core.grid import Grid
+from ptq_cli.core.layer import Layer, Plan, Skipped, Unit
+from ptq_cli.core.plugins import Format
+from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.report import LayerReport, RunReport
+from ptq_cli.core.tensors import Array
+from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.errors import InputError
+from ptq_cli.formats import common
+from ptq_cli.models.linears import dense_modules
+from ptq_cli.models.sharing import group_modules
+from ptq_cli.numerics.output_errors import measure
+from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.plan.layers import keep_together, misfit_error
+from ptq_cli.report.report import as_document, make_report
+from ptq_cli.run.nearest import same_weight
+from ptq_cli.run.quantize_unit import error_columns, layer_columns
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
+from ptq_cli.storage.folder import (
+    MAX_SHARD,
+    Assembly,
+    QuantizedFolder,
+    check_container,
+    write_folder,
+)
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tensors import Bytes, as_bytes
+
+_DECLARATIONS = ("quantization_config", "quantization")
+
+
+@dataclass(frozen=True)
+class RepackSettings:
+    """What may be chosen where the codes are given. None is "as it is"."""
+
+    format: str = "ptq"
+    group_size: int | None = None
+    scale_dtype: str = "auto"
+    on_misfit: str = "error"
+
+
+@dataclass(frozen=True)
+class Repack:
+    """A planned repacking. `wanted` are the layers as the target has them, `kept` those that become
+    dense."""
+
+    folder: QuantizedFolder
+    fmt: Format
+    plan: Plan
+    wanted: Mapping[str, Layer]
+    kept: frozenset[str] = field(default_factory=frozenset)
+
+
+def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) -> Repack:
+    """Convert every layer for a trial. Raises InputError where one does not fit."""
+    symmetric = _all_symmetric(folder)
+    config = folder.checkpoint.config
+    stated = config.get("dtype") or config.get("torch_dtype")
+    dtype = common.model_dtype(config) if stated else None
+    wanted, misfits = {}, {}
+    for layer in folder.layers.values():
+        target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
+        reason = fmt.misfit(target)
+        if reason is None:
+            try:
+                convert(folder.load(layer.module), target, fmt)
+            except InputError as error:
+                reason = str(error)
+        if reason is not None:
+            misfits[layer.module] = reason
+        wanted[layer.module] = target
+    if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
+        raise misfit_error(fmt, misfits, len(wanted))
+    kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
+    packed = [layer for module, layer in wanted.items() if module not in kept]
+    skipped = _skipped(folder, wanted, kept, fmt)
+    fmt.config(packed, dense_modules(skipped))
+    check_container(fmt, folder.checkpoint, packed, [entry.tensor for entry in skipped])
+    plan = Plan(
+        method="repack",
+        settings=(settings,),
+        format=fmt.name,
+        units=tuple(Unit(layer.module, (layer,), None, 0) for layer in packed),
+        skipped=skipped,
+        warnings=folder.checkpoint.warnings,
+        bytes_before=sum(t.spec.nbytes for t in folder.checkpoint.tensors.values()),
+        bytes_after=sum(s.nbytes for layer in packed for s in fmt.specs(layer))
+        + sum(wanted[m].size * NUMPY_DTYPES[wanted[m].dtype].itemsize for m in kept)
+        + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched()),
+    )
+    return Repack(folder, fmt, plan, wanted, kept)
+
+
+def _skipped(
+    folder: QuantizedFolder, wanted: Mapping[str, Layer], kept: frozenset[str], fmt: Format
+) -> tuple[Skipped, ...]:
+    dense = [
+        Skipped(name, spec.shape, spec.dtype, "not quantized")
+        for name in folder.untouched()
+        for spec in (folder.checkpoint.tensors[name].spec,)
+    ]
+    reason = f"format {fmt.name} cannot hold it"
+    lost = [layer for module, layer in wanted.items() if module in kept]
+    return (*dense, *(Skipped(x.tensor, x.full_shape, x.dtype, reason) for x in lost))
+
+
+def _all_symmetric(folder: QuantizedFolder) -> bool:
+    """Some layouts do not say that a grid is symmetric; its zeros do, if all layers agree."""
+    for layer in folder.layers.values():
+        if not layer.grid.sym:
+            weight = folder.load(layer.module)
+            if weight.offsets is not None or (weight.zeros != layer.grid.mid_code).any():
+                return False
+    return True
+
+
+def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool) -> Layer:
+    grid = replace(layer.grid, sym=layer.grid.sym or symmetric)
+    if settings.group_size is not None:
+        grid = replace(grid, group_size=settings.group_size)
+    target = replace(layer, grid=grid)
+    if settings.scale_dtype != "auto":
+        return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
+    if fmt.misfit(target) is not None and fmt.scale_dtype is not None:
+        other = replace(target, grid=replace(grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
+        return other if fmt.misfit(other) is None else target
+    return target
+
+
+def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Array]:
+    """The target's tensors of a weight. Raises InputError where they would not say the same."""
+    moved = _regrouped(weight, target.grid)
+    tensors = fmt.encode(target, moved)
+    back = fmt.decode(target, tensors)
+    inputs = (back.input_scale, back.input_zero) == (moved.input_scale, moved.input_zero)
+    if not (same_weight(back, moved) and inputs):
+        raise InputError(f"{fmt.name} would not give back the same values")
+    if back.offsets is not None and moved.offsets is None:
+        raise InputError(
+            f"{fmt.name} would round −zero · scale to {back.offsets.dtype}",
+            hint="--scale-dtype float32 where the format has it, or quantize the float model",
+        )
+    return tensors
+
+
+def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
+    """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
+    dtype = SCALE_DTYPES[grid.scale_dtype]
+    scales = _cast(weight.scales, dtype)
+    if grid.group_size == weight.grid.group_size:
+        return replace(weight, scales=scales, grid=grid)
+    if weight.g_idx is not None:
+        raise InputError("columns were reordered (act_order desc), so groups cannot change")
+    columns = weight.codes.shape[1]
+    group, starts = grid.g_idx(columns), grid.starts(columns)[:-1]
+    if grid.group_size == 0:
+        group, starts = np.zeros(columns, np.int32), [0]
+
+    def of_groups(values: Array) -> Array:
+        wide = np.broadcast_to(values, (len(weight.codes), values.shape[1]))
+        wide = wide[:, weight.column_groups()]
+        own = np.ascontiguousarray(wide[:1, :1] if grid.group_size == 0 else wide[:, starts])
+        full = np.broadcast_to(own, (len(wide), own.shape[1]))[:, group]
+        if not np.array_equal(full, wide):
+            raise InputError(
+                f"its groups of {weight.grid.group_size} columns do not fit into groups of"
+                f" {grid.group_size}"
+            )
+        return own
+
+    return replace(
+        weight,
+        scales=of_groups(scales),
+        zeros=of_groups(weight.zeros),
+        offsets=None if weight.offsets is None else of_groups(weight.offsets),
+        grid=grid,
+    )
+
+
+def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        result: Array = scales.astype(dtype)
+    if (result.astype(np.float64) != scales.astype(np.float64)).any():
+        raise InputError(
+            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly;"
+            f" --scale-dtype {dtype} when the float model is quantized"
+        )
+    return result
+
+
+def run_repack(
+    job: Repack,
+    staging: Staging,
+    *,
+    inputs: Mapping[str, str],
+    max_shard: int = MAX_SHARD,
+    listen: Listener = nobody,
+) -> RunReport:
+    """Do it and give the output its name. Raises PtqError; the work folder is removed then."""
+    begin = time.perf_counter()
+    rows: list[LayerReport] = []
+    total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
+    try:
+        staging.check_space(job.plan.bytes_after, job.plan.bytes_after)
+        for module, layer in job.wanted.items():
+            weight = job.folder.load(module)
+            if module in job.kept:
+                staging.put(module, [_dense(layer, weight)], None)
+                continue
+            tensors = convert(weight, layer, job.fmt)
+            staging.put(module, [as_bytes(k, v) for k, v in tensors.items()], None)
+            rows.append(_row(layer, weight, job.fmt.decode(layer, tensors), job.fmt))
+            work += layer.size
+            listen(Progress("repack", len(rows), total, module, work, weights))
+        report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
+        chosen = {key: value for key, value in report.settings.items() if value is not None}
+        report = replace(report, settings=chosen)
+        _assemble(job, staging, report, inputs, max_shard, listen)
+        staging.publish()
+    except BaseException:
+        staging.drop()
+        raise
+    finally:
+        staging.close()
+    return report
+
+
+def _dense(layer: Layer, weight: QuantizedWeight) -> Bytes:
+    values: NDArray[Any] = weight.dequantized().astype(NUMPY_DTYPES[layer.dtype])
+    return as_bytes(layer.tensor, values.reshape(layer.full_shape))
+
+
+def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: Format) -> LayerReport:
+    """Measured against the folder that was repacked: plain zeros, but for offsets made exact."""
+    found = measure(before.dequantized(), after, None, None)
+    exact = before.offsets is not None and after.offsets is None
+    return LayerReport(
+        sym=layer.grid.sym,
+        method=layer.method or "repack",
+        calibrated=False,
+        tokens=0,
+        dead_columns=0,
+        damp_percent=None,
+        fallback=None,
+        seconds=0.0,
+        notes=("zeros · scales are exact again, they were rounded",) if exact else (),
+        **layer_columns(layer, fmt),
+        **error_columns(found, found),
+    )
+
+
+def _assemble(
+    job: Repack,
+    staging: Staging,
+    report: RunReport,
+    inputs: Mapping[str, str],
+    max_shard: int,
+    listen: Listener,
+) -> None:
+    folder, layers = job.folder, {layer.module: layer for layer in job.plan.layers}
+    owner = {
+        spec.name: layer.module
+        for layer in folder.layers.values()
+        for spec in folder.fmt.specs(layer)
+    }
+    parts: dict[str, Sequence[Bytes | StoredTensor]] = {}
+    for name in folder.checkpoint.tensors:
+        module = owner.get(name)
+        if module is None:
+            parts[name] = [folder.checkpoint.copyable(name)]
+        elif module in layers:
+            parts.setdefault(module, staging.tensors(module))
+        else:
+            parts.setdefault(job.wanted[module].tensor, staging.tensors(module))
+    config = {k: v for k, v in folder.checkpoint.config.items() if k not in _DECLARATIONS}
+    documents: dict[str, Any] = {
+        "report.json": as_document(report, times=False),
+        "quantization.json": {
+            "ptq": __version__,
+            "method": "repack",
+            "format": job.fmt.name,
+            "from": folder.fmt.name,
+            "settings": dict(report.settings),
+            "inputs": dict(inputs),
+            "layers": {module: layer.method for module, layer in layers.items()},
+        },
+    }
+    if config:
+        documents["config.json"] = config
+    dense = dense_modules(job.plan.skipped)
+    assembly = Assembly(list(parts.items()), layers, dense, job.fmt, documents, config)
+    write_folder(staging.out, assembly, folder.checkpoint, max_shard, listen=listen)

@@ -1,0 +1,245 @@
+"""Where units are worked on: in this process, in processes of this machine, or on a Dask cluster.
+
+All three are `concurrent.futures` executors, so the runner knows no difference. Local processes are
+started with one BLAS thread each, never see Ctrl-C (the terminal sends it to everybody; only the
+runner answers it), and die with the runner even where it is killed.
+
+They are not made by `multiprocessing`: that would run a caller's unguarded script again in every
+worker, and a worker that is killed would take the whole pool with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ptq_cli.errors import InputError
+
+ATTEMPTS = 2
+_BLAS_THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+# Pages that one unit gives back serve the next; the C library would return them to the system. Huge
+# ones are filled faster.
+_KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
+
+class WorkerLost(InputError):
+    """A worker ended without an answer (killed, most likely for lack of memory)."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """An executor, how many units it works on at once, and how to stop it without waiting.
+
+    memory: bytes it has for them, where that is not this machine's
+    remote: whether its workers run elsewhere, and need absolute paths
+    """
+
+    executor: Executor
+    size: int
+    stop: Callable[[], None]
+    memory: int | None = None
+    remote: bool = False
+
+
+@contextmanager
+def hire(workers: int, scheduler: str | None = None) -> Iterator[Crew]:
+    """The crew for a run. Whatever happens, no local process outlives the block.
+
+    Raises:
+        InputError: the scheduler is not there, or `distributed` is not installed.
+    """
+    if scheduler is not None:
+        crew = _cluster(scheduler)
+    elif workers <= 1:
+        crew = Crew(InProcess(), 1, lambda: None)
+    else:
+        pool = ProcessPool(workers)
+        crew = Crew(pool, workers, pool.stop)
+    try:
+        yield crew
+    finally:
+        crew.stop()
+
+
+class InProcess(Executor):
+    """Works at once, in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class ProcessPool(Executor):
+    """Processes of this machine, each started when there is work for it, and anew where it died."""
+
+    def __init__(self, count: int) -> None:
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._count = count
+        self._threads: list[threading.Thread] = []
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._tasks.put((future, fn, args))
+        if len(self._threads) < self._count:
+            self._add_thread()
+        return future
+
+    def _add_thread(self) -> None:
+        # Processes inherit the blocked signals of the thread that starts them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            thread = threading.Thread(target=self._serve, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _serve(self) -> None:
+        """Hand tasks to one process, one after the other."""
+        process: _Worker | None = None
+        while (task := self._tasks.get()) is not None:
+            future, fn, args = task
+            for attempt in range(1, ATTEMPTS + 1):
+                if self._stopped:
+                    return
+                try:
+                    process = process or self._start()
+                    answer, error = process.ask(fn, args)
+                except (OSError, EOFError) as failure:
+                    lost = process.end() if process else str(failure)
+                    process = None
+                    if attempt == ATTEMPTS and not self._stopped:
+                        future.set_exception(_lost(lost))
+                    continue
+                except Exception as failure:  # a task or an answer that cannot travel
+                    error = failure
+                if error is None:
+                    future.set_result(answer)
+                else:
+                    future.set_exception(error)
+                break
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs, self._lock:
+            if self._stopped:
+                raise EOFError
+            numbers = [str(theirs.fileno()), str(os.getpid())]
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "ptq_cli.run.worker", *numbers],
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+            self._processes.add(process)
+        return _Worker(process, Connection(ours.detach()), self._processes)
+
+    def stop(self) -> None:
+        """End every process at once; work in hand is lost, files are whole or absent."""
+        self._stopped = True
+        with self._lock:
+            for process in list(self._processes):
+                process.kill()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for process in list(self._processes):
+            process.wait()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process and the line to it."""
+
+    process: subprocess.Popen[bytes]
+    line: Connection
+    siblings: set[subprocess.Popen[bytes]]
+
+    def ask(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+        self.line.send((fn, args))
+        answer: tuple[Any, Exception | None] = self.line.recv()
+        return answer
+
+    def end(self) -> str:
+        """See it out; how it ended, in words."""
+        self.line.close()
+        self.process.kill()
+        code = self.process.wait()
+        self.siblings.discard(self.process)
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _lost(how: str) -> WorkerLost:
+    return WorkerLost(
+        f"its worker process ended {ATTEMPTS} times without an answer ({how})",
+        hint="if memory ran out, lower --workers or --max-memory",
+    )
+
+
+def _environment() -> dict[str, str]:
+    """One BLAS thread from the start, and modules found where this process finds them."""
+    paths = [path or os.getcwd() for path in sys.path]
+    one = dict.fromkeys(_BLAS_THREADS, "1")
+    return {**_KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _cluster(address: str) -> Crew:
+    """A Dask cluster's workers, one unit a worker at a time; a lost worker's unit is done again."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError(
+            "--scheduler needs Dask, which is not installed", hint="pip install 'ptq[distributed]'"
+        ) from None
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(f"{address}: no Dask scheduler answers: {error}") from None
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if not workers:
+        client.close()
+        raise InputError(f"{address}: this scheduler has no workers", hint="start dask worker")
+    limits = [int(worker["memory_limit"] or 0) for worker in workers.values()]
+    memory = sum(limits) * 3 // 4 if all(limits) else None
+    executor = client.get_executor(pure=False, retries=0)
+
+    def stop() -> None:
+        # What breaks off is meant to. (Dask gives tornado.application a level of its own.)
+        for name in ("distributed", "tornado", "tornado.application", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        with contextlib.suppress(Exception):
+            client.close(timeout=5)
+
+    return Crew(executor, len(workers), stop, memory, remote=True)

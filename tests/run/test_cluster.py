@@ -1,0 +1,146 @@
+"""A Dask cluster of real processes: the same bytes, one worker killed in the middle, and resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ptq_cli.calibration import from_activations
+from ptq_cli.storage.units import UnitStore
+from tests.builders import ROOT, SAMPLE, ptq, tree
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
+
+distributed = pytest.importorskip("distributed")
+
+MODEL = SAMPLE / "model.safetensors"
+
+
+@pytest.fixture
+def cluster():
+    """Two worker processes that find this package; nothing else is shared but disks."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        yield cluster
+
+
+def test_two_workers_of_a_cluster_give_the_same_bytes(tmp_path, cluster, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the workers' current folder is another: paths must travel
+    (tmp_path / "in").symlink_to(SAMPLE)
+    for words in (["gptq", "in/model.safetensors"], ["calibrate", "in/model.safetensors"]):
+        assert ptq(*words, "-o", "one", "--workers", 1).code == 0
+        outcome = ptq(*words, "-o", "many", "--scheduler", cluster.scheduler_address)
+        assert outcome.code == 0, outcome.err
+        one, many = Path("one"), Path("many")
+        if one.is_dir():
+            assert tree(one) == tree(many)
+        else:
+            assert one.read_bytes() == many.read_bytes()
+        for path in (one, many):
+            path.rename(f"{path}-{words[0]}")
+
+
+def test_parts_of_a_site_are_summed_by_all_workers_with_the_same_bytes(
+    tmp_path, cluster, monkeypatch
+):
+    """The cut travels with the work: the workers' own constant is another."""
+    monkeypatch.setattr(from_activations, "PART_TOKENS", 300)
+    words = ["calibrate", MODEL, "-o"]
+    assert ptq(*words, tmp_path / "one", "--workers", 1).code == 0
+    outcome = ptq(*words, tmp_path / "many", "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    one = (tmp_path / "one").read_bytes()
+    assert one == (tmp_path / "many").read_bytes()
+    monkeypatch.undo()
+    assert ptq(*words, tmp_path / "uncut", "--workers", 1).code == 0
+    assert one != (tmp_path / "uncut").read_bytes()
+
+
+def test_a_dry_run_asks_the_cluster(tmp_path, cluster):
+    words = ("gptq", MODEL, "-o", tmp_path / "out", "--dry-run", "--json", "--scheduler")
+    outcome = ptq(*words, cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["memory"]["workers"] == 2
+    assert os.listdir(tmp_path) == []
+    assert ptq(*words, "tcp://127.0.0.1:1").code == 1
+
+
+def test_a_worker_that_is_killed_is_survived(tmp_path, cluster):
+    arguments = ["gptq", MODEL, "--sweeps", 30]
+    assert ptq(*arguments, "-o", tmp_path / "one", "--workers", 1).code == 0
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [*map(str, arguments), "-o", str(tmp_path / "many")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptq_cli", *words, "--scheduler", cluster.scheduler_address],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
+    units = tmp_path / "many.partial/units"
+    while process.poll() is None and not (units.is_dir() and any(units.glob("*.json"))):
+        time.sleep(0.01)
+    victim = next(iter(cluster.workers.values())).pid
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert tree(tmp_path / "one") == tree(tmp_path / "many")
+
+
+def test_interrupted_on_the_cluster_and_gone_on_with_here(tmp_path, cluster):
+    arguments = ["gptq", str(MODEL), "--sweeps", "30", "-o", str(tmp_path / "o")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptq_cli", *arguments, "--scheduler", cluster.scheduler_address],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
+    units = tmp_path / "o.partial/units"
+    while process.poll() is None and not (units.is_dir() and any(units.glob("*.json"))):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert ptq(*arguments, "--workers", 2).code == 0
+    assert ptq(*arguments[:-1], tmp_path / "p", "--workers", 1).code == 0
+    assert tree(tmp_path / "o") == tree(tmp_path / "p")
+
+
+def test_interrupted_here_and_gone_on_with_on_the_cluster(tmp_path, cluster, monkeypatch):
+    """Units that lie in their places already, and units that the cluster stages, side by side."""
+    arguments = ["gptq", MODEL, "-o", tmp_path / "o"]
+    put, kept = UnitStore.put, []
+
+    def stop(self, unit, *rest, **options):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        put(self, unit, *rest, **options)
+        kept.append(unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitStore, "put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ptq(*arguments, "--workers", 1)
+    outcome = ptq(*arguments, "--scheduler", cluster.scheduler_address)
+    assert outcome.code == 0, outcome.err
+    assert "kept from the interrupted run" in "".join(outcome.progress)
+    assert ptq("gptq", MODEL, "-o", tmp_path / "p", "--workers", 1).code == 0
+    assert tree(tmp_path / "o") == tree(tmp_path / "p")
+
+
+def test_no_scheduler_there_is_one_line(tmp_path):
+    outcome = ptq("gptq", MODEL, "-o", tmp_path / "o", "--scheduler", "tcp://127.0.0.1:9")
+    assert outcome.code == 1
+    assert "no Dask scheduler answers" in outcome.errors[0]
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,295 @@
+"""Statistics from tokens: of the float model, and of the model as it is rounded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ptq_cli.calibration.find import SourceSettings
+from ptq_cli.calibration.from_file import open_calibration
+from ptq_cli.calibration.from_tokens import TokenSource, model_architecture
+from ptq_cli.commands import api
+from ptq_cli.commands.quantize import prepare
+from ptq_cli.core.progress import Progress
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.errors import InputError
+from ptq_cli.evaluation.perplexity import quantized_tensors
+from ptq_cli.models.forward.attention import pack
+from ptq_cli.models.forward.stages import embed, forward_block
+from ptq_cli.numerics.statistics import SiteAccumulator
+from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
+
+SAMPLE = Path(__file__).parents[2] / "sample_data"
+TOKENS = {"tokens": SAMPLE / "calibration_tokens.npy", "nsamples": 24, "seq_len": 48}
+SETTINGS = TokenSettings(**TOKENS)  # type: ignore[arg-type]
+FAST: dict[str, Any] = {"bits": 3, "sym": False, "refine": 0, "sweeps": 0, "mse": False}
+
+
+def observed(read: Any, ids: Any, mask: Any = None, model: Path = SAMPLE) -> dict[str, Any]:
+    """The inputs of every site, everything in one batch."""
+    arch = model_architecture(open_checkpoint(model))
+    packing, seen = pack(ids.shape, mask), {}
+    hidden = embed(arch, read, ids, packing)
+    for block in range(len(arch.blocks)):
+        hidden = forward_block(arch, block, read, hidden, packing, seen.__setitem__)
+    return seen
+
+
+def accumulated(inputs: Any) -> SiteStatistics:
+    sums = SiteAccumulator(inputs.shape[1])
+    sums.update(inputs)
+    return sums.result("site", ("site",))
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_calibration_sees_what_the_float_model_computes(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(SAMPLE)
+    mask = np.ones((24, 48), np.uint8)
+    mask[::3, 40:] = 0
+    np.save(tmp_path / "mask.npy", mask)
+    settings = TokenSettings(TOKENS["tokens"], seq_len=48, nsamples=24)  # type: ignore[arg-type]
+    ids = read_tokens(settings, checkpoint).ids
+    np.save(tmp_path / "ids.npy", ids)
+    masked = TokenSettings(tmp_path / "ids.npy", mask=tmp_path / "mask.npy")
+    out = tmp_path / "stats.safetensors"
+    api.calibrate(SAMPLE, output=out, tokens=masked)
+    statistics = open_calibration(out)
+    for site, inputs in observed(checkpoint.read, ids, mask.astype(bool)).items():
+        found, wanted = statistics.load(site), accumulated(inputs)
+        assert found.n_tokens == wanted.n_tokens
+        np.testing.assert_allclose(found.hessian, wanted.hessian, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found.heldout, wanted.heldout, rtol=1e-3, atol=1e-4)
+        assert found.linears[0] == site
+
+
+def test_each_site_sees_what_the_rounded_layers_before_it_produce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, SiteStatistics] = {}
+    load = TokenSource.load
+
+    def spy(self: TokenSource, site: str) -> SiteStatistics:
+        seen[site] = load(self, site)
+        return seen[site]
+
+    monkeypatch.setattr(TokenSource, "load", spy)
+    api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
+    checkpoint = open_checkpoint(SAMPLE)
+    ids = read_tokens(SETTINGS, checkpoint).ids
+    rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
+    exact, ours = observed(checkpoint.read, ids), observed(rounded, ids)
+    assert list(seen) == list(exact)
+    for site, inputs in ours.items():
+        wanted = accumulated(inputs)
+        held = slice(7, 512 * 8, 8)
+        kept = np.delete(np.arange(len(inputs)), np.arange(len(inputs))[held])
+        drift = (exact[site] - inputs)[kept].T @ inputs[kept] / len(kept)
+        np.testing.assert_allclose(seen[site].hessian, wanted.hessian, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(seen[site].drift, drift, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(seen[site].heldout, inputs[held], rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(
+            seen[site].heldout_float, exact[site][held], rtol=1e-2, atol=1e-3
+        )
+    first = seen["model.layers.0.self_attn.q_proj"].drift
+    assert first is not None
+    assert not first.any()
+
+
+def test_parallel_layers_is_calibrate_then_gptq(tmp_path: Path) -> None:
+    api.gptq(SAMPLE, output=tmp_path / "a", parallel_layers=True, **TOKENS, **FAST)
+    api.calibrate(SAMPLE, output=tmp_path / "stats.safetensors", tokens=SETTINGS)
+    calibration = tmp_path / "stats.safetensors"
+    api.gptq(SAMPLE, output=tmp_path / "b", calibration=calibration, **FAST)
+    weights = "model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+def test_strength_zero_needs_no_float_stream(tmp_path: Path) -> None:
+    source = SourceSettings(tokens=SETTINGS)
+    job = prepare("gptq", SAMPLE, {"drift": 0.0}, source=source, output=tmp_path / "out")
+    assert isinstance(job.source.statistics, TokenSource)
+    assert not job.source.statistics.correct
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    api.gptq(SAMPLE, output=out, **TOKENS, **FAST)
+    return out
+
+
+@pytest.mark.parametrize("after", [1, 7, 10, 27])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tmp_path: Path, whole: Path, after: int
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done == after:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        api.gptq(SAMPLE, output=out, listen=stop, **TOKENS, **FAST)
+    assert not out.exists()
+    boundaries = {path.name for path in (tmp_path / "out.partial" / "stream").iterdir()}
+    assert {"float.now", "rounded.now"} < boundaries
+    api.gptq(SAMPLE, output=out, **TOKENS, **FAST)
+    assert same_bytes(out, whole)
+
+
+def test_a_finished_block_is_not_entered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptq_cli.calibration.stream import Stream
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 16:  # two sites into block 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.gptq(SAMPLE, output=tmp_path / "out", listen=stop, **TOKENS, **FAST)
+    entered: list[int] = []
+    enter = Stream.enter
+    monkeypatch.setattr(
+        Stream, "enter", lambda self, block: (entered.append(block), enter(self, block))
+    )
+    api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
+    assert min(entered) == 2
+
+
+def test_bytes_do_not_depend_on_threads(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptq_cli.calibration.stream.BATCH_TOKENS", 256)
+    for n in (1, 3):
+        monkeypatch.setattr("ptq_cli.calibration.from_tokens.threads", lambda *_, n=n: n)
+        api.gptq(SAMPLE, output=tmp_path / f"{n}", **TOKENS, **FAST)
+    assert same_bytes(tmp_path / "1", tmp_path / "3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.2, 1.8, 2.6])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, whole: Path, seconds: float) -> None:
+    out = tmp_path / "out"
+    words = ["--bits", "3", "--asym", "--refine", "0", "--sweeps", "0", "--no-mse"]
+    words += ["--tokens", str(TOKENS["tokens"]), "--nsamples", "24", "--seq-len", "48"]
+    command = [sys.executable, "-m", "ptq_cli", "gptq", str(SAMPLE), *words, "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not out.exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert same_bytes(out, whole)
+
+
+def moe_folder(folder: Path) -> Path:
+    """A random mixture of four experts in two blocks; expert 3 of block 0 is never chosen."""
+    config = {
+        "model_type": "mixtral", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64, "sliding_window": None,
+    }  # fmt: skip
+    random = np.random.default_rng(5)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (40, 32),
+        "lm_head.weight": (40, 32),
+        "model.norm.weight": (32,),
+    }  # fmt: skip
+    for block in range(2):
+        base = f"model.layers.{block}."
+        shapes |= {
+            base + f"self_attn.{n}_proj.weight": (16 if n in "kv" else 32, 32) for n in "qkvo"
+        }
+        shapes |= {base + f"{n}_layernorm.weight": (32,) for n in ("input", "post_attention")}
+        moe = base + "block_sparse_moe."
+        shapes[moe + "gate.weight"] = (4, 32)
+        for expert in range(4):
+            for name, shape in (("w1", (48, 32)), ("w2", (32, 48)), ("w3", (48, 32))):
+                shapes[f"{moe}experts.{expert}.{name}.weight"] = shape
+    tensors = {
+        name: (random.standard_normal(shape) / 5).astype(np.float32) if len(shape) == 2
+        else np.ones(shape, np.float32)
+        for name, shape in shapes.items()
+    }  # fmt: skip
+    router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    router[2:] = [router[0], -router[0] - router[1]]  # the last is best only where both are bad
+    router[2] *= 2
+    router[3] = 0
+    router[:3] = np.abs(router[:3])
+    tensors["model.embed_tokens.weight"] = np.abs(tensors["model.embed_tokens.weight"]) + 1
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    np.save(folder / "tokens.npy", random.integers(0, 40, (16, 12)))
+    return folder
+
+
+def test_experts_without_tokens_are_named(tmp_path: Path) -> None:
+    model = moe_folder(tmp_path / "moe")
+    lonely = "model.layers.0.block_sparse_moe.experts.3.w1"
+    settings = TokenSettings(model / "tokens.npy")
+    result = api.calibrate(model, output=tmp_path / "stats.safetensors", tokens=settings)
+    assert lonely in " ".join(result["warnings"])
+    assert lonely not in result["sites"]
+    report = api.gptq(
+        model, tokens=model / "tokens.npy", output=tmp_path / "out", ignore=("gate",), group_size=16
+    )
+    rows = {row.module: row for row in report.rows}
+    assert rows[lonely].fallback == "no token reaches it"
+    assert rows[lonely.replace("w1", "w2")].fallback == "no token reaches it"
+    few = [row for row in report.rows if any("fewer than" in note for note in row.notes)]
+    assert not rows["model.layers.0.block_sparse_moe.experts.0.w1"].fallback
+    assert all("experts" in row.module for row in few)
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(SAMPLE, model, ignore=shutil.ignore_patterns("activations"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(InputError, match=r"'mamba'.*known are .*llama.*--activations"):
+        api.gptq(model, tokens=model / "calibration_tokens.npy", output=tmp_path / "out")
+    (model / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config.json.*--activations"):
+        api.calibrate(model, tokens=TokenSettings(model / "calibration_tokens.npy"))
+
+
+def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exclude"):
+        api.gptq(SAMPLE, activations=[SAMPLE / "activations"], output=tmp_path / "out", **TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "part"), [(3, 0.80), (2, 0.50)])
+def test_perplexity_rises_less_than_after_the_fields_algorithm(
+    tmp_path: Path, bits: int, part: float
+) -> None:
+    """The project's target on its sample: asymmetric, groups of 128, all tokens."""
+    calibration, grid = SAMPLE / "calibration_tokens.npy", {"bits": bits, "sym": False}
+    paper: dict[str, Any] = {"refine": 0, "sweeps": 0, "mse": False, "drift": 0.0}
+    rises = []
+    for name, settings in (("ours", {}), ("field", paper)):
+        out = tmp_path / name
+        api.gptq(SAMPLE, tokens=calibration, output=out, **grid, **settings)
+        report = api.evaluate(SAMPLE, out, tokens=TokenSettings(SAMPLE / "eval_tokens.npy"))
+        assert report.quality is not None
+        rises.append(report.quality["increase"]["quantized"]["perplexity"])
+    assert rises[0] <= part * rises[1]

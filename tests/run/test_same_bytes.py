@@ -1,0 +1,283 @@
+"""The same bytes for any number of workers, for any environment, interrupted or not; and resume."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders import ROOT, SAMPLE, ptq, tree
+
+MODEL = SAMPLE / "model.safetensors"
+
+
+def command(*arguments, **environment):
+    """`ptq` in a process of its own, not yet waited for."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ptq_cli", *map(str, arguments)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, **environment):
+    process = command(*arguments, **environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The folder that one process makes without an interruption."""
+    folder = tmp_path_factory.mktemp("expected")
+    assert ptq("gptq", MODEL, "-o", folder / "gptq", "--workers", 1).code == 0
+    assert ptq("calibrate", MODEL, "-o", folder / "stats.safetensors", "--workers", 1).code == 0
+    return folder
+
+
+@pytest.mark.parametrize("workers", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
+def test_any_number_of_workers(tmp_path, expected, workers):
+    assert ptq("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", workers).code == 0
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+    assert os.listdir(tmp_path) == ["gptq"]
+
+
+def test_statistics_too(tmp_path, expected):
+    target = tmp_path / "stats.safetensors"
+    assert ptq("calibrate", MODEL, "-o", target, "--workers", 2).code == 0
+    assert target.read_bytes() == (expected / "stats.safetensors").read_bytes()
+
+
+def test_little_memory_one_at_a_time(tmp_path, expected):
+    outcome = ptq("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 2, "--max-memory", "1MB")
+    assert outcome.code == 0
+    assert any("each runs alone" in warning for warning in outcome.warnings)
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("threads", ["1", "2", None], ids=lambda n: f"OPENBLAS_NUM_THREADS {n}")
+def test_openblas_num_threads_1_2_and_unset(tmp_path, expected, monkeypatch, threads, workers):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    more = {} if threads is None else {"OPENBLAS_NUM_THREADS": threads}
+    run("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", workers, **more)
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+    run("calibrate", MODEL, "-o", tmp_path / "stats", "--workers", workers, **more)
+    assert (tmp_path / "stats").read_bytes() == (expected / "stats.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"},
+        {"LC_ALL": "tr_TR.UTF-8", "COLUMNS": "20", "PYTHONHASHSEED": "7", "TERM": "dumb"},
+        {"HOME": "/nowhere", "NO_COLOR": "1", "PYTHONHASHSEED": "1"},
+    ],
+    ids=lambda env: " ".join(env),
+)
+def test_any_environment(tmp_path, expected, environment):
+    run("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 2, **environment)
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+
+
+@pytest.mark.slow
+def test_inputs_that_moved(tmp_path, expected, monkeypatch):
+    shutil.copytree(SAMPLE, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    run("gptq", "elsewhere/model.safetensors", "-o", "gptq")
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+
+
+def wait_for_imports(process):
+    """The interpreter's own start cannot be answered for: wait until ours has begun."""
+    while process.poll() is None and b"numpy" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_interrupted_ten_times_at_random(tmp_path, expected):
+    rng = random.Random(1)
+    arguments = ["gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 2]
+    begin = time.monotonic()
+    run(*arguments)
+    whole = time.monotonic() - begin
+    stopped, finished = 0, 1
+    while stopped < 10:
+        assert finished < 20
+        if (tmp_path / "gptq").exists():  # it ended before it was stopped: once more from the start
+            assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+            shutil.rmtree(tmp_path / "gptq")
+            finished += 1
+        process = command(*arguments)
+        number = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+        wait_for_imports(process)
+        time.sleep(rng.uniform(0, 0.6) * whole)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 0:
+            continue
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
+        assert "Traceback" not in err
+        stopped += 1
+    if os.listdir(tmp_path) != ["gptq"]:  # work, or what a kill after the rename left
+        run(*arguments, *(["--force"] if (tmp_path / "gptq").exists() else []))
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+    assert os.listdir(tmp_path) == ["gptq"]
+
+
+# ---- resume ----
+
+
+def interrupted(tmp_path, monkeypatch, model=MODEL, after=4, *more):
+    """What a run leaves that is stopped after some units."""
+    from ptq_cli.run import loop
+
+    work, done = loop.quantize_unit, []
+
+    def stop(unit, *rest, **options):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(unit.name)
+        return work(unit, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "quantize_unit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ptq("gptq", model, "-o", tmp_path / "gptq", "--workers", 1, *more)
+    return done
+
+
+def copied(tmp_path):
+    shutil.copytree(SAMPLE, tmp_path / "in")
+    return tmp_path / "in" / "model.safetensors"
+
+
+def middle_changed(path):
+    """One bit in the middle of a file's data, where no sample of a fingerprint looks."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\0", len(content) // 2)
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, expected):
+    done = interrupted(tmp_path, monkeypatch)
+    from ptq_cli.run import loop
+
+    work, redone = loop.quantize_unit, []
+    monkeypatch.setattr(
+        loop, "quantize_unit", lambda u, *r, **o: (redone.append(u.name), work(u, *r, **o))[1]
+    )
+    assert ptq("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 1).code == 0
+    assert len(done) == 4
+    assert set(redone).isdisjoint(done)
+    assert tree(tmp_path / "gptq") == tree(expected / "gptq")
+
+
+def test_a_weight_that_changed_in_its_middle_is_named_and_the_work_stays(tmp_path, monkeypatch):
+    model = copied(tmp_path)
+    interrupted(tmp_path, monkeypatch, model, 12)
+    kept = tree(tmp_path / "gptq.partial")
+    middle_changed(model)
+    outcome = ptq("gptq", model, "-o", tmp_path / "gptq", "--workers", 1)
+    if outcome.code:  # the change hit a unit that was finished
+        assert "another tensor 'model.layers" in outcome.errors[0]
+        assert "--restart" in outcome.errors[0]
+        assert tree(tmp_path / "gptq.partial") == kept
+    assert ptq("gptq", model, "-o", tmp_path / "gptq2", "--workers", 1).code == 0
+    redo = ["--restart"] if outcome.code else ["--force"]
+    assert ptq("gptq", model, "-o", tmp_path / "gptq", *redo).code == 0
+    assert tree(tmp_path / "gptq") == tree(tmp_path / "gptq2")
+
+
+def test_activations_that_changed_are_named(tmp_path, monkeypatch):
+    model = copied(tmp_path)
+    done = interrupted(tmp_path, monkeypatch, model, 15)
+    for path in (tmp_path / "in/activations").glob("*down_proj.npy"):
+        values = np.load(path)
+        values[len(values) // 4, 3] += 1
+        np.save(path, values)
+    outcome = ptq("gptq", model, "-o", tmp_path / "gptq", "--workers", 1)
+    assert any("down_proj" in unit for unit in done)
+    assert outcome.code == 1
+    assert "another statistics" in outcome.errors[0]
+    assert (tmp_path / "gptq.partial/units").is_dir()
+
+
+def test_both_failures_are_named_and_nothing_is_left(tmp_path):
+    from tests.builders import random_weight, small_activations, small_model
+
+    bad = random_weight(12, 32)
+    bad[3, 4] = np.nan
+    worse = random_weight(32, 40)
+    worse[0, 1] = np.inf
+    model = small_model(
+        tmp_path / "model.safetensors",
+        **{"layers.0.q_proj.weight": bad, "layers.0.down_proj.weight": worse},
+    )
+    activations = small_activations(tmp_path / "acts")
+    before = sorted(os.listdir(tmp_path))
+    outcome = ptq("gptq", model, "--activations", activations, "-o", tmp_path / "o", "--workers", 2)
+    assert outcome.code == 1
+    assert "'layers.0.q_proj.weight'" in outcome.errors[0] or "q_proj" in outcome.errors[0]
+    assert "layers.0.down_proj" in outcome.errors[0]
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path, monkeypatch):
+    real = os.statvfs(tmp_path)
+    few = type("Few", (), {"f_bavail": 100, "f_frsize": real.f_frsize})
+    monkeypatch.setattr(os, "statvfs", lambda _: few)
+    outcome = ptq("gptq", MODEL, "-o", tmp_path / "o")
+    assert outcome.code == 1
+    assert "MB are needed" in outcome.errors[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_shards_of_the_size_that_was_asked_for(tmp_path, expected):
+    outcome = ptq("gptq", MODEL, "-o", tmp_path / "o", "--max-shard-size", "500kB")
+    assert outcome.code == 0
+    shards = [n for n in os.listdir(tmp_path / "o") if n.endswith(".safetensors")]
+    assert len(shards) > 2
+    assert all((tmp_path / "o" / n).stat().st_size < 600_000 for n in shards)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert ptq("pack", MODEL, "-o", tmp_path / "o").code == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "o").stat().st_mode & 0o777 == 0o777 & ~umask
+    for path in (tmp_path / "o").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_a_kill_after_the_rename_leaves_is_swept_away(tmp_path, monkeypatch):
+    from ptq_cli.storage.staging import Staging
+
+    target = tmp_path / "gptq"
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "drop", lambda self: self.close())
+        assert ptq("pack", MODEL, "-o", target).code == 0
+    assert Path(f"{target}.partial").is_dir()
+    whole = tree(target)
+    assert "exists already" in ptq("pack", MODEL, "-o", target).errors[0]
+    assert os.listdir(tmp_path) == ["gptq"]
+    assert tree(target) == whole
