@@ -14,7 +14,8 @@ from ptq_cli.calibration.from_file import CalibrationFile, beside, open_calibrat
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import GradientSite
 from ptq_cli.calibration.match import Match, match_activations, match_warnings
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import Forward
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -44,10 +45,10 @@ BESIDE = SourceSettings()
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class FoundSource:
     """Statistics for a command: where from, fingerprint, warnings of the matching."""
 
-    statistics: StatisticsSource | None
+    statistics: Source | None
     warnings: tuple[str, ...] = ()
     fingerprint: str | None = None
 
@@ -89,7 +90,7 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
 
 def find_source(
     checkpoint: Checkpoint, settings: SourceSettings, *, correct: bool = False
-) -> Source:
+) -> FoundSource:
     """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
 
     Linears that they lack are the plan's business: it knows which are quantized.
@@ -110,21 +111,21 @@ def find_source(
         folders = [folder] if folder is not None and path is None else []
     if path is not None:
         statistics = calibration_of(checkpoint, path)
-        return Source(statistics, (), statistics.checkpoint.fingerprint)
+        return FoundSource(statistics, (), statistics.checkpoint.fingerprint)
     if not folders:
-        return Source(None)
+        return FoundSource(None)
     match = match_activations(checkpoint, find_activations(folders, settings.bf16))
     name = ", ".join(map(str, folders))
     fingerprint = " ".join(activations_fingerprint(match))
     streamed = Activations(name, match.entries, HELDOUT, match.surplus)
-    return Source(streamed, match_warnings(match), fingerprint)
+    return FoundSource(streamed, match_warnings(match), fingerprint)
 
 
-def _token_source(checkpoint: Checkpoint, settings: SourceSettings, correct: bool) -> Source:
+def _token_source(checkpoint: Checkpoint, settings: SourceSettings, correct: bool) -> FoundSource:
     tokens = read_tokens(settings.tokens, checkpoint)
     feedback = not settings.parallel_layers
-    statistics = TokenSource(checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct)
-    return Source(statistics, tokens.warnings, statistics.fingerprint)
+    statistics = TokenSource(Forward(checkpoint, tokens, HELDOUT), feedback, correct)
+    return FoundSource(statistics, tokens.warnings, statistics.fingerprint)
 
 
 def calibration_of(checkpoint: Checkpoint, path: Path) -> CalibrationFile:

@@ -3,12 +3,12 @@
 A site's tokens are cut into parts of `PART_TOKENS`, whatever the number of workers (a rest of less
 than half a part goes to the last one). Each part has an accumulator of its own; neighbours are
 merged two by two, then the results of that, level by level. So bytes do not depend on who sums
-what: one process does all of it in `load`, and calibration.py hands parts and merges to workers.
+what: one process does all of it in `load`, and run/calibrate.py hands parts and merges to workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import DIGEST_PIECE, only_entry
-from ptq_cli.calibration.gradients import FisherInfo, GradientSite, gradient_files
+from ptq_cli.calibration.gradients import GradientSite, gradient_files
+from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, halves
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
@@ -35,15 +36,6 @@ from ptq_cli.storage.npy import InputsFile, open_inputs
 
 PART_TOKENS = 1 << 18
 
-Parts = tuple[int, int]  # a node of the tree: the parts from the first to before the second
-
-
-def halves(parts: Parts) -> tuple[Parts, Parts]:
-    """The two nodes below a node of more than one part: the left one holds a power of two."""
-    first, stop = parts
-    middle = first + (1 << (stop - first - 1).bit_length() - 1)
-    return (first, middle), (middle, stop)
-
 
 @dataclass(frozen=True)
 class ActivationSite:
@@ -52,18 +44,27 @@ class ActivationSite:
 
 
 @dataclass(frozen=True)
-class Activations:
+class Activations(Source):
     """Folders or files of activations, matched to sites; statistics are made when asked for.
 
+    where: what messages call them; unmatched: what of them fits no linear
     part_tokens: how tokens are cut; the last bits depend on it
     """
 
-    name: str
+    where: str
     entries: Mapping[str, ActivationSite]
     heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    surplus: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
     gradients: Mapping[str, GradientSite] = field(default_factory=dict)
     part_tokens: int = field(default_factory=lambda: PART_TOKENS)
+
+    @property
+    def name(self) -> str:
+        return self.where
+
+    @property
+    def surplus(self) -> Sequence[str]:
+        return self.unmatched
 
     @property
     def files(self) -> Sequence[Path]:
@@ -95,15 +96,12 @@ class Activations:
         tokens = self.entries[site].info.n_tokens
         return 0, max(1, (tokens + self.part_tokens // 2) // self.part_tokens)
 
-    def load(self, site: str) -> SiteStatistics:
+    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
         """Stream the site's inputs. Raises InputError for NaN or inf, with file and place."""
-        return self.load_parts(site, self.all_parts(site))
-
-    def load_parts(self, site: str, parts: Parts) -> SiteStatistics:
-        """The same for a node of the site's tree alone."""
+        parts = self.all_parts(site) if parts is None else parts
         if parts[1] - parts[0] > 1:
-            left, right = (self.load_parts(site, half) for half in halves(parts))
-            return merge(left, right, self.heldout[1])
+            left, right = (self.load(site, half) for half in halves(parts))
+            return self.merged(left, right)
         info = self.entries[site].info
         part = self.tokens(site, parts)
         whole = len(part) == info.n_tokens
@@ -121,9 +119,17 @@ class Activations:
                 ) from None
         return sums.result(site, info.linears)
 
-    def absmax(self, site: str) -> NDArray[np.float32]:
-        """The largest absolute value of each channel, float32 [in_features], without a Hessian."""
-        entry = self.entries[site]
+    def merged(self, left: SiteStatistics, right: SiteStatistics) -> SiteStatistics:
+        return merge(left, right, self.heldout[1])
+
+    def ranges(self, modules: Collection[str]) -> Ranges:
+        """Of the sites of these modules, read anew; of all where there are no modules."""
+        for site, entry in self.entries.items():
+            if not modules or not set(entry.info.linears).isdisjoint(modules):
+                yield site, self._absmax(entry)
+
+    def _absmax(self, entry: ActivationSite) -> NDArray[np.float32]:
+        """The largest absolute value of each channel, without a Hessian."""
         found = np.zeros(entry.info.in_features, np.float32)
         step = piece_tokens(entry.info.in_features)
         for file in entry.files:
@@ -131,6 +137,14 @@ class Activations:
                 tokens = file.read(start, min(file.n_tokens, start + step))
                 np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
+
+    def n_tokens(self, site: str, parts: Parts) -> int:
+        return len(self.tokens(site, parts))
+
+    def bytes_read(self, site: str) -> int:
+        """The inputs, taken for two bytes each."""
+        info = self.sites[site]
+        return 2 * info.in_features * info.n_tokens
 
     def tokens(self, site: str, parts: Parts) -> range:
         """The tokens of a node."""
@@ -150,16 +164,13 @@ class Activations:
                 yield file, begin, start, min(last, start + step)
             begin += file.n_tokens
 
-    def only(self, site: str | None) -> Activations:
+    def only(self, site: str) -> Activations:
         return replace(self, entries=only_entry(self.entries, site))
 
-    def digest(self, site: str) -> str:
-        return self.digest_parts(site, self.all_parts(site))
-
-    def digest_parts(self, site: str, parts: Parts) -> str:
-        """A digest of all that a node is made from."""
+    def digest(self, site: str, parts: Parts | None = None) -> str:
+        parts = self.all_parts(site) if parts is None else parts
         if parts[1] - parts[0] > 1:
-            return digest_words(*(self.digest_parts(site, half) for half in halves(parts)))
+            return digest_words(*(self.digest(site, half) for half in halves(parts)))
         info, part = self.entries[site].info, self.tokens(site, parts)
         digest = Digest(repr((info, self.heldout, part)))
         itemsize = max(file.npy.dtype.itemsize for file in self.entries[site].files)

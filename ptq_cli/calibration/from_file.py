@@ -22,7 +22,7 @@ fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.gradients import FisherInfo
+from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
@@ -49,12 +49,12 @@ PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
 
 @dataclass(frozen=True)
-class CalibrationFile:
+class CalibrationFile(Source):
     """An opened statistics file."""
 
     checkpoint: Checkpoint
     content: Mapping[str, Any]
-    sites: Mapping[str, SiteInfo]
+    infos: Mapping[str, SiteInfo]
 
     @property
     def name(self) -> str:
@@ -65,8 +65,8 @@ class CalibrationFile:
         return (self.checkpoint.weights, *self.checkpoint.files)
 
     @property
-    def surplus(self) -> Sequence[str]:
-        return ()
+    def sites(self) -> Mapping[str, SiteInfo]:
+        return self.infos
 
     @property
     def model(self) -> str:
@@ -90,36 +90,37 @@ class CalibrationFile:
             raise InputError(f"{self.name}: {module}.fisher is damaged", hint="calibrate again")
         return values
 
-    def load(self, site: str) -> SiteStatistics:
+    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
         """Raises InputError where the file holds what no calibration writes."""
         entry = self.content["sites"][site]
 
         def read(part: str) -> Array:
             return self.checkpoint.read(f"{site}.{part}")
 
-        parts = {part: read(part) for part in PARTS}
-        for part, values in parts.items():
+        arrays = {part: read(part) for part in PARTS}
+        for part, values in arrays.items():
             if not np.isfinite(values.sum(dtype=np.float64)):
                 raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
-        if (parts["hessian"].diagonal() < 0).any():
+        if (arrays["hessian"].diagonal() < 0).any():
             raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
-        return site_statistics(site, self.sites[site].linears, entry, parts)
+        return site_statistics(site, self.sites[site].linears, entry, arrays)
 
     def load_memory(self, site: str) -> int:
         return sum(self.checkpoint.tensors[f"{site}.{part}"].spec.nbytes for part in PARTS)
 
-    def absmax(self, site: str) -> NDArray[np.float32]:
-        """The site's absmax alone, float32 [in_features]. Raises InputError as `load` does."""
-        values = self.checkpoint.read(f"{site}.absmax").astype(np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(f"{self.name}: {site}.absmax is damaged", hint="calibrate again")
-        return values
+    def ranges(self, modules: Collection[str]) -> Ranges:
+        """Of every site, from its absmax alone. Raises InputError as `load` does."""
+        for site in self.sites:
+            values = self.checkpoint.read(f"{site}.absmax").astype(np.float32)
+            if not np.isfinite(values).all():
+                raise InputError(f"{self.name}: {site}.absmax is damaged", hint="calibrate again")
+            yield site, values
 
-    def only(self, site: str | None) -> CalibrationFile:
-        names = [] if site is None else [f"{site}.{part}" for part in PARTS]
+    def only(self, site: str) -> CalibrationFile:
         fisher = self.content.get("fisher", {})
-        if site is not None and site in self.sites:
+        if site in self.sites:
             fisher = {m: n for m, n in fisher.items() if m in self.sites[site].linears}
+        names = [f"{site}.{part}" for part in PARTS if site in self.sites]
         names += [f"{module}.fisher" for module in fisher]
         return replace(
             self,
@@ -129,10 +130,10 @@ class CalibrationFile:
                 "sites": only_entry(self.content["sites"], site),
                 "fisher": fisher,
             },
-            sites=only_entry(self.sites, site),
+            infos=only_entry(self.sites, site),
         )
 
-    def digest(self, site: str) -> str:
+    def digest(self, site: str, parts: Parts | None = None) -> str:
         digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
         for part in PARTS:
             stored = self.checkpoint.tensors[f"{site}.{part}"]
@@ -143,7 +144,7 @@ class CalibrationFile:
         return digest.hexdigest()
 
 
-def only_entry(entries: Mapping[str, Any], site: str | None) -> dict[str, Any]:
+def only_entry(entries: Mapping[str, Any], site: str) -> dict[str, Any]:
     """The entry of one site, or none."""
     return {name: entry for name, entry in entries.items() if name == site}
 
@@ -262,7 +263,7 @@ def file_content(
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Source):
     """Several calibrations of one model, as one source: the union of their sites, each site merged
     from every file that has it."""
 
@@ -277,14 +278,10 @@ class Merged:
         return [path for part in self.parts for path in part.files]
 
     @property
-    def surplus(self) -> Sequence[str]:
-        return ()
-
-    @property
     def sites(self) -> Mapping[str, SiteInfo]:
         return {site: info for part in reversed(self.parts) for site, info in part.sites.items()}
 
-    def load(self, site: str) -> SiteStatistics:
+    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
         statistics = [part.load(site) for part in self.parts if site in part.sites]
         return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
 
@@ -293,12 +290,12 @@ class Merged:
         width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
         return statistics_memory(width, tokens) + 12 * width**2
 
-    def only(self, site: str | None) -> Merged:
+    def only(self, site: str) -> Merged:
         return Merged(tuple(part.only(site) for part in self.parts))
 
-    def digest(self, site: str) -> str:
-        parts = [part.digest(site) for part in self.parts if site in part.sites]
-        return digest_words(*parts, str(self.parts[0].heldout_limit))
+    def digest(self, site: str, parts: Parts | None = None) -> str:
+        digests = [part.digest(site) for part in self.parts if site in part.sites]
+        return digest_words(*digests, str(self.parts[0].heldout_limit))
 
     @property
     def fisher(self) -> Mapping[str, FisherInfo]:

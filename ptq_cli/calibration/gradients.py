@@ -15,21 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.source import FisherInfo
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.npy import InputsFile
 
 _PIECE = 1 << 22  # gradients squared at a time
-
-
-@dataclass(frozen=True)
-class FisherInfo:
-    """A module's Fisher information before it is read. shape: of its tensor in the checkpoint"""
-
-    module: str
-    shape: tuple[int, ...]
-    n_samples: int
 
 
 @dataclass(frozen=True)

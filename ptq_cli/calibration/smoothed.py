@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.gradients import FisherInfo
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Parts, Source
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folded import Folds
 
 
 @dataclass(frozen=True)
-class SmoothedSource:
-    """Statistics of the smoothed inputs. factors: by the module of each linear, [in_features]"""
+class SmoothedSource(Source):
+    """Statistics of `base` behind its folds. (Fisher information was taken of other weights.)
 
-    base: StatisticsSource
+    factors: what the inputs are divided by, [in_features], by the module of each linear
+    """
+
+    base: Source
     factors: Mapping[str, NDArray[np.float32]]
 
     @property
@@ -35,27 +38,27 @@ class SmoothedSource:
     def files(self) -> Sequence[Path]:
         return self.base.files
 
-    @property
-    def surplus(self) -> Sequence[str]:
-        return self.base.surplus
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {}  # it was taken of other weights
-
-    def load_fisher(self, module: str) -> NDArray[np.float32]:
-        raise KeyError(module)
-
-    def load_memory(self, site: str) -> int:
-        return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
-
-    def load(self, site: str) -> SiteStatistics:
-        statistics = self.base.load(site)
+    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
+        statistics = self.base.load(site, parts)
         factors = self.factors.get(statistics.linears[0])
         return statistics if factors is None else smoothed(statistics, factors)
 
+    def load_memory(self, site: str) -> int:
+        """Another Hessian to fold."""
+        return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
 
-def smoothed_source(base: StatisticsSource, folds: Folds) -> SmoothedSource:
+    def only(self, site: str) -> SmoothedSource:
+        linears = self.sites[site].linears if site in self.sites else ()
+        own = {module: self.factors[module] for module in linears if module in self.factors}
+        return replace(self, base=self.base.only(site), factors=own)
+
+    def digest(self, site: str, parts: Parts | None = None) -> str:
+        factors = (self.factors.get(module) for module in self.sites[site].linears)
+        words = (values.tobytes().hex() for values in factors if values is not None)
+        return digest_words(str(self.base.digest(site, parts)), *words)
+
+
+def smoothed_source(base: Source, folds: Folds) -> SmoothedSource:
     """Statistics of `base` behind these folds."""
     factors = {linear.module: values for site, values in folds for linear in site.linears}
     return SmoothedSource(base, factors)

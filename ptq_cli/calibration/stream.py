@@ -81,19 +81,24 @@ def side_by_side(n: int, work: Callable[[Batch], T], parts: tuple[Batch, ...]) -
 
 
 class Held:
-    """Tensors read once, as float32 where asked for, and kept; threads may share it."""
+    """Tensors read once, as float32 where asked for, and kept; threads may share it. instead: of
+    those that would be read, where they are another's"""
 
-    def __init__(self, read: Read, *, float32: bool = True) -> None:
+    def __init__(
+        self, read: Read, *, float32: bool = True, instead: Mapping[str, Tensor] = {}
+    ) -> None:
         self._read, self._float32 = read, float32
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {name: self._cast(x) for name, x in instead.items()}
         self._lock = Lock()
 
     def __call__(self, name: str) -> Tensor:
         with self._lock:
             if name not in self._kept:
-                tensor = self._read(name)
-                self._kept[name] = _float32(tensor) if self._float32 else tensor
+                self._kept[name] = self._cast(self._read(name))
             return self._kept[name]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return _float32(tensor) if self._float32 else tensor
 
 
 def _float32(tensor: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def _float32(tensor: Tensor) -> Tensor:
 class Stream:
     """One version of the model on its way through the blocks.
 
-    read: its tensors by name, as they are when a stage asks for them
+    read: its tensors by name, before they are rounded
     block, stage: where the states stand; stage k means that the inputs of stage k are there
     """
 
@@ -148,10 +153,11 @@ class Stream:
         side_by_side(self.n_threads, work, self.parts)
         self.block, self.stage = block, 0
 
-    def advance(self) -> None:
+    def advance(self, rounded: Mapping[str, Tensor]) -> None:
         """Apply the stage in hand to every batch; after the last one the boundary is written (who
-        drops the one before it knows whether another stream still needs it)."""
-        weights = Held(self.read)
+        drops the one before it knows whether another stream still needs it). rounded: tensors that
+        are used in place of those that are read"""
+        weights = Held(self.read, instead=rounded)
         last = self.stage + 1 == len(self._stages(self.parts[0]))
         rows = self.boundary(self.block + 1)
         if last:

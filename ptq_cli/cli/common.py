@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.cli import console
 from ptq_cli.cli.next_steps import Step, after, as_line
 from ptq_cli.core.layer import Layer
@@ -189,7 +189,7 @@ def finish(
     *,
     written: bool,
     layers: Sequence[Layer] = (),
-    source: StatisticsSource | None = None,
+    source: Source | None = None,
 ) -> None:
     """Write and print the report, hold it against the gates, and say what to do next.
 
@@ -228,7 +228,7 @@ def _write_page(
     report: RunReport,
     path: Path,
     output: Path,
-    source: StatisticsSource | None,
+    source: Source | None,
     gates: Sequence[Gate],
 ) -> None:
     from ptq_cli.report.html.build import write_page

@@ -19,13 +19,14 @@ from ptq_cli.calibration.from_file import Merged, beside
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import match_gradients
 from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.forecast import Forecast
 from ptq_cli.commands.forecast_jobs import forecast_calibration
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
 from ptq_cli.plan.units import few_tokens
-from ptq_cli.run.calibrate import calibrate_sites
+from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.target import Target
@@ -41,7 +42,7 @@ class CalibrateJob:
     """
 
     checkpoint: Checkpoint
-    source: StatisticsSource
+    source: Source
     heldout: tuple[int, int]
     fingerprints: Sequence[str]
     warnings: tuple[str, ...]
@@ -77,9 +78,8 @@ class CalibrateJob:
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
         staging = self.target(force=force, restart=restart).begin()
-        result = calibrate_sites(
-            self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
-        )
+        job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
+        result = calibrate_sites(job, staging, listen, resources)
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
             warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
@@ -135,7 +135,7 @@ def prepare_tokens(
 ) -> CalibrateJob:
     """What the float model computes on tokens."""
     tokens = read_tokens(settings, checkpoint)
-    source = TokenSource(checkpoint, tokens, heldout)
+    source = TokenSource(Forward(checkpoint, tokens, heldout))
     prints = [source.fingerprint]
     return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
 

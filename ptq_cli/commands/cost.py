@@ -12,14 +12,13 @@ from math import prod
 from operator import add
 from typing import Any
 
-from ptq_cli.calibration.from_activations import Activations
-from ptq_cli.calibration.source import StatisticsSource, StreamingSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.plugins import Method, Work
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SAMPLE_LIMIT, statistics_work
 from ptq_cli.registry import method
-from ptq_cli.run.smooth import Smoothing
+from ptq_cli.run.settle import Settling
 
 NEAREST = 24  # passes on a weight: read, rounded, packed, unpacked and compared
 UNPACKED = 14  # packed, unpacked and compared once more, when a method has rounded it
@@ -51,7 +50,7 @@ def rounded(layer: Layer, how: Method, settings: Any, n_tokens: int, nearest: bo
     return plain + own + measured(layer, n_tokens) + Work(0, UNPACKED * layer.size)
 
 
-def unit_work(unit: Unit, how: Method, settings: Any, source: StatisticsSource | None) -> Work:
+def unit_work(unit: Unit, how: Method, settings: Any, source: Source | None) -> Work:
     """One unit: its statistics, what its layers share, and each layer."""
     calibrated = source is not None and unit.site is not None
     n_tokens = source.sites[unit.site].n_tokens if source and unit.site else 0
@@ -66,17 +65,15 @@ def unit_work(unit: Unit, how: Method, settings: Any, source: StatisticsSource |
     return total(works)
 
 
-def source_work(source: StatisticsSource, site: str) -> Work:
+def source_work(source: Source, site: str) -> Work:
     """Getting the statistics of one site."""
-    if isinstance(source, StreamingSource):
-        return source.work(site)
     info = source.sites[site]
-    if isinstance(source, Activations):
-        return statistics_work(info.n_tokens, info.in_features)
-    return Work(0, 3 * info.in_features**2)  # read from a file
+    if not source.bytes_read(site):
+        return statistics_work(info.n_tokens, info.in_features) * 3
+    return statistics_work(info.n_tokens, info.in_features)
 
 
-def smoothing_memory(job: Smoothing, site: Site) -> int:
+def smoothing_memory(job: Settling, site: Site) -> int:
     """Bytes that the work on one site takes: its weights as they were, folded and rounded, what
     rounds them, and a few matrices of the size of its Hessian."""
     layers = [job.layers[x.tensor] for x in site.linears if x.tensor in job.layers]
@@ -86,22 +83,22 @@ def smoothing_memory(job: Smoothing, site: Site) -> int:
     return most + 12 * weights + 16 * site.in_features**2
 
 
-def smoothing_work(job: Smoothing, site: Site) -> Work:
+def smoothing_work(job: Settling, source: Source, site: Site) -> Work:
     """One site of the pass before the rounding, where one proposal of the search is tried."""
-    return _site_work(job, site.linears, source_of(job, site.linears))
+    return _site_work(job, source, site.linears, source_of(source, site.linears))
 
 
-def source_of(job: Smoothing, linears: Sequence[Any]) -> str | None:
+def source_of(source: Source, linears: Sequence[Any]) -> str | None:
     """The site of the statistics that serve these linears."""
     modules = {linear.module for linear in linears}
-    return next((s for s, i in job.source.sites.items() if modules & {*i.linears}), None)
+    return next((s for s, i in source.sites.items() if modules & {*i.linears}), None)
 
 
-def _site_work(job: Smoothing, linears: Sequence[Any], site: str | None) -> Work:
+def _site_work(job: Settling, source: Source, linears: Sequence[Any], site: str | None) -> Work:
     layers = [job.layers[x.tensor] for x in linears if x.tensor in job.layers]
     if site is None or not layers:
         return Work()
-    n_tokens, grid = job.source.sites[site].n_tokens, layers[0].grid
+    n_tokens, grid = source.sites[site].n_tokens, layers[0].grid
     how, settings = method(job.rounding[0]), job.rounding[1]
     nearest = total(rounded(layer, how, settings, n_tokens, True) for layer in layers)
     tried = total(rounded(layer, how, settings, n_tokens, False) for layer in layers)
@@ -119,6 +116,6 @@ def _site_work(job: Smoothing, linears: Sequence[Any], site: str | None) -> Work
         for layer in layers
     )
     return (
-        source_work(job.source, site) + nearest + (tried + shared + integers) * 2
+        source_work(source, site) + nearest + (tried + shared + integers) * 2
         + checked + search + compared
     )  # fmt: skip

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ptq_cli.calibration.from_activations import Activations
 from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.source import (
-    PortableSource,
-    StatisticsSource,
-    StreamingSource,
-    scratch_of,
-)
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.cost import (
     LAYER_CALLS,
     NEAREST,
@@ -28,19 +23,18 @@ from ptq_cli.commands.cost import (
     total,
     unit_work,
 )
-from ptq_cli.commands.forecast import MOVES, NOTHING, Crew, Forecast, Piece
-from ptq_cli.core.layer import Layer, Plan, Skipped
+from ptq_cli.commands.forecast import MOVES, Crew, Forecast, Piece
+from ptq_cli.core.layer import Layer, Plan
 from ptq_cli.core.plugins import Work
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.evaluation.errors import Sides
 from ptq_cli.plan.units import sites_of
 from ptq_cli.registry import method
-from ptq_cli.run.calibrate import parts_bytes, site_memory, statistics_bytes, workers_at_most
-from ptq_cli.run.in_sequence import smoothing_scratch
-from ptq_cli.run.loop import staged_bytes
+from ptq_cli.run.calibrate import parts_bytes, statistics_bytes, workers_at_most
 from ptq_cli.run.loop import workers_at_most as processes_at_most
+from ptq_cli.run.output import staged_bytes
 from ptq_cli.run.schedule import Resources
-from ptq_cli.run.smooth import Smoothing
+from ptq_cli.run.work import Quantization
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available
@@ -50,9 +44,7 @@ from ptq_cli.storage.target import Found, Target
 from ptq_cli.storage.tokens import Tokens
 
 
-def plan_pieces(
-    plan: Plan, checkpoint: Checkpoint, source: StatisticsSource | None
-) -> tuple[Piece, ...]:
+def plan_pieces(plan: Plan, checkpoint: Checkpoint, source: Source | None) -> tuple[Piece, ...]:
     """The units of a quantization."""
     how = method(plan.method)
     pieces = []
@@ -73,27 +65,20 @@ def plan_pieces(
     return tuple(pieces)
 
 
-def _statistics_read(source: StatisticsSource | None, site: SiteInfo) -> int:
-    """Bytes read for the statistics of one site: its inputs in two bytes each, or its Hessian."""
-    if isinstance(source, StreamingSource):
-        return 0
-    if isinstance(source, Activations):
-        return 2 * site.in_features * site.n_tokens
-    return 4 * site.in_features**2
+def _statistics_read(source: Source | None, site: SiteInfo) -> int:
+    return 0 if source is None else source.bytes_read(site.site)
 
 
-def crew_of(resources: Resources, most: int, source: StatisticsSource | None) -> Crew:
+def crew_of(resources: Resources, most: int, source: Source | None) -> Crew:
     """The crew that a run would hire; most: how many processes are worth it.
 
     Raises:
         InputError: the scheduler of a cluster is not there.
     """
     memory = resources.memory
-    if isinstance(source, StreamingSource):
+    if source is not None and source.in_sequence:
         beside = source.memory(resources.workers, resources.max_memory)
         return Crew(resources.crew_for(cores()), memory, True, beside)
-    if source is not None and not isinstance(source, PortableSource):
-        return Crew(1, memory, True)
     if resources.scheduler is not None:
         with hire(1, resources.scheduler) as crew:
             return Crew(crew.size, resources.memory_of(crew), elsewhere=True)
@@ -104,12 +89,12 @@ def forecast_plan(
     command: str,
     plan: Plan,
     checkpoint: Checkpoint,
-    source: StatisticsSource | None,
+    source: Source | None,
     target: Target,
     resources: Resources,
 ) -> Forecast:
     """Of a quantization. Raises InputError, FileError: what the run would refuse to begin with."""
-    scratch = scratch_of(source)
+    scratch = 0 if source is None else source.scratch
     return Forecast(
         command=command,
         checkpoint=checkpoint,
@@ -127,36 +112,19 @@ def forecast_plan(
     )
 
 
-def forecast_smoothing(
-    forecast: Forecast, job: Smoothing, floats: bool, target: Target
-) -> Forecast:
-    """Of a smoothing, from the forecast of the rounding after it; floats: without that."""
+def forecast_smoothing(forecast: Forecast, job: Quantization) -> Forecast:
+    """Of a smoothing, from the forecast of the rounding after it."""
     before = []
-    for site in job.sites:
-        linears, own = tuple(linear.module for linear in site.linears), source_of(job, site.linears)
+    assert job.smoothing is not None
+    assert job.source is not None
+    settling = job.smoothing.settling
+    for site in job.smoothing.sites:
+        linears = tuple(linear.module for linear in site.linears)
+        own = source_of(job.source, site.linears)
         tokens = 0 if own is None else job.source.sites[own].n_tokens
-        memory, work = smoothing_memory(job, site), smoothing_work(job, site)
+        memory, work = smoothing_memory(settling, site), smoothing_work(settling, job.source, site)
         before.append(Piece(f"smoothing {site.name}", linears, tokens, memory, work, 0))
-    forecast = replace(forecast, before=tuple(before))
-    if isinstance(job.source, TokenSource) and job.source.feedback and forecast.found is not None:
-        scratch = smoothing_scratch(job.source)
-        needed = forecast.found.needed + scratch - forecast.scratch
-        forecast = replace(forecast, scratch=scratch, found=replace(forecast.found, needed=needed))
-    if not floats:
-        return forecast
-    assert forecast.plan is not None
-    size = forecast.plan.bytes_before
-    smooth = [
-        Skipped(layer.tensor, layer.full_shape, layer.dtype, "smoothed, not rounded")
-        for layer in forecast.plan.layers
-    ]
-    skipped = (*smooth, *forecast.plan.skipped)
-    plan = replace(forecast.plan, units=(), skipped=skipped, bytes_after=size)
-    found = target.look(0, size, forecast.scratch)
-    return replace(
-        forecast, plan=plan, pieces=(), nearest={}, after=NOTHING, moved=MOVES * size,
-        bytes_after=size, found=found,
-    )  # fmt: skip
+    return replace(forecast, before=tuple(before))
 
 
 def forecast_repack(
@@ -191,17 +159,17 @@ def forecast_repack(
 
 def forecast_calibration(
     checkpoint: Checkpoint,
-    source: StatisticsSource,
+    source: Source,
     heldout: tuple[int, int],
     target: Target,
     resources: Resources,
     warnings: Sequence[str],
 ) -> Forecast:
     """Of a statistics file, site by site."""
-    size, scratch = statistics_bytes(source, heldout), scratch_of(source)
+    size, scratch = statistics_bytes(source, heldout), 0 if source is None else source.scratch
     crew = crew_of(resources, workers_at_most(source), source)
     pieces = tuple(
-        Piece(site, info.linears, info.n_tokens, site_memory(source, site),
+        Piece(site, info.linears, info.n_tokens, source.part_memory(site),
               source_work(source, site), _statistics_read(source, info))
         for site, info in source.sites.items()
     )  # fmt: skip
@@ -244,12 +212,12 @@ def forecast_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
     memory = memory_available()
     if tokens is None:
         return Forecast("eval", sides.original, None, Crew(1, memory, True), tuple(pieces))
-    stream = TokenSource(sides.original, tokens, (0, 0))
-    versions = 3 + (len(stream.arch.blocks) if per_block else 0)
-    forward = total(stream.work(site) for site in stream.sites) * versions
+    stream = TokenSource(Forward(sides.original, tokens, (0, 0)))
+    versions = 3 + (len(stream.forward.arch.blocks) if per_block else 0)
+    forward = total(source_work(stream, site) for site in stream.sites) * versions
     n_tokens = int(tokens.mask.sum())
-    logits = versions * n_tokens * stream.arch.vocab_size
-    head = Work(stream.arch.hidden_size, 12) * logits
+    logits = versions * n_tokens * stream.forward.arch.vocab_size
+    head = Work(stream.forward.arch.hidden_size, 12) * logits
     pieces.append(Piece("forward", (), n_tokens, stream.memory(None, None), forward + head, 0))
     return Forecast(
         "eval",
@@ -257,7 +225,7 @@ def forecast_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
         None,
         Crew(cores(), memory, True),
         tuple(pieces),
-        scratch=versions * stream.residuals,
-        found=Found(None, versions * stream.residuals, free_space(temporary_place())),
+        scratch=versions * stream.forward.residual_bytes,
+        found=Found(None, versions * stream.forward.residual_bytes, free_space(temporary_place())),
         warnings=tokens.warnings,
     )

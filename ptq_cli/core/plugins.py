@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ class Method:
         shape, compute
     is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
         each group; it is then not called
+    searches_ranges: whether it is itself rounding to nearest, in ranges that are searched: where
+        the whole range is better, nothing has failed
+    needs_fisher, reorders, corrects_drift: whether, with these settings, it reads Fisher
+        information; forms groups in an order of its own (a g_idx); makes up for the drift of the
+        inputs
     """
 
     name: str
@@ -76,6 +81,10 @@ class Method:
     memory: Callable[[tuple[int, int], Grid], int]
     work: Callable[[tuple[int, int], Grid, Any], tuple[Work, Work]]
     is_nearest: Callable[[Any], bool] = lambda settings: False
+    searches_ranges: bool = False
+    needs_fisher: Callable[[Any], bool] = lambda settings: False
+    reorders: Callable[[Any], bool] = lambda settings: False
+    corrects_drift: Callable[[Any], bool] = lambda settings: False
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,11 @@ class Smoother:
     defaults: defaults of the grid's settings that differ under it
     method: the name of the method that rounds what it has smoothed, unless another is asked for
     search: factors for a site, the best first; empty where none is better than no factors
+    check: raises InputError where settings cannot work with one of these group sizes
+    inputs: with these settings, how inputs are rounded at run time (numerics' ActivationSettings);
+        None: not at all
+    compares: whether, with these settings, methods are tried on every layer beside the one chosen
+    floats: whether its factors are worth having without any rounding (`bits` 16)
     work: roughly what `search` computes for a site: shapes of its weights, tokens in the sample
     """
 
@@ -123,6 +137,10 @@ class Smoother:
     method: str
     search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
     work: Callable[[Sequence[tuple[int, int]], int, Grid, Any], Work]
+    check: Callable[[Any, Collection[int]], None] = lambda settings, group_sizes: None
+    inputs: Callable[[Any], Any] = lambda settings: None
+    compares: Callable[[Any], bool] = lambda settings: False
+    floats: bool = False
 
 
 @dataclass(frozen=True)

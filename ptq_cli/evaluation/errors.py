@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
@@ -22,17 +22,16 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.activations import ActivationSettings
+from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
 from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
-from ptq_cli.run.smooth import activations_for
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.folder import QuantizedFolder, container_of
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,17 @@ class Sides:
     """
 
     original: Checkpoint
-    source: StatisticsSource | None
+    source: Source | None
     quantized: QuantizedFolder
     smoothed: Checkpoint
-    smoothed_source: StatisticsSource | None
+    smoothed_source: Source | None
     activations: ActivationSettings | None = None
 
 
 def open_sides(
     original: Checkpoint,
     quantized: QuantizedFolder,
-    source: StatisticsSource | None,
+    source: Source | None,
     activations: ActivationSettings | None = None,
 ) -> Sides:
     """Fold the original as the quantized folder says.
@@ -153,7 +152,7 @@ def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
 def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) -> bool:
     """Byte for byte, or after the cast that the container made."""
     first, second = original.tensors[name].spec, quantized.checkpoint.tensors[name].spec
-    if quantized.fmt.container == "safetensors" or first.dtype == second.dtype:
+    if container_of(quantized.fmt).keeps_bytes or first.dtype == second.dtype:
         return first == second and np.array_equal(
             original.read_bytes(name), quantized.checkpoint.read_bytes(name)
         )
@@ -234,10 +233,10 @@ def _activation_errors(
     weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
     scale = sides.smoothed.output_scale(layer)
     static = rounded.input_scale
-    own = activations_for(loaded.smoothed, sides.activations)
+    own = with_static_scale(sides.activations, loaded.smoothed.absmax)
     if own.scheme == "static" and static is not None:
         own = replace(own, static_scale=static)
-    before = activations_for(loaded.plain, sides.activations)
+    before = with_static_scale(sides.activations, loaded.plain.absmax)
     return ActivationErrors(
         own.scheme,
         output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
@@ -255,7 +254,7 @@ def evaluation_inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
 def _warnings(
     comparison: Comparison,
     quantized: QuantizedFolder,
-    source: StatisticsSource | None,
+    source: Source | None,
     site_of: dict[str, str],
 ) -> list[str]:
     warnings = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason
@@ -26,7 +26,7 @@ LOUD = 10.0  # a channel is an outlier from this many times the median channel's
 TOP = 5
 
 
-def inspect_model(checkpoint: Checkpoint, source: StatisticsSource | None) -> dict[str, Any]:
+def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, Any]:
     """Of a float checkpoint: `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`,
     `totals`.
 
@@ -132,7 +132,7 @@ def _totals(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _site(site: Site, checkpoint: Checkpoint, source: StatisticsSource | None) -> dict[str, Any]:
+def _site(site: Site, checkpoint: Checkpoint, source: Source | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "site": site.name,
         "linears": [linear.module for linear in site.linears],
@@ -168,7 +168,7 @@ def _ranked(values: Array) -> list[dict[str, Any]]:
     return [{"channel": int(channel), "importance": float(values[channel])} for channel in order]
 
 
-def _fisher(source: StatisticsSource | None) -> list[dict[str, Any]]:
+def _fisher(source: Source | None) -> list[dict[str, Any]]:
     """Modules by falling mean Fisher information; `share` is a module's part of the whole sum."""
     if source is None:
         return []

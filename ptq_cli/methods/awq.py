@@ -7,7 +7,7 @@ finds the factors, `METHOD` rounds what they have scaled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from ptq_cli.core.plugins import (
 )
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
+from ptq_cli.errors import InputError
 from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.smoothquant import tied
@@ -96,6 +97,14 @@ def _apply(
     return MethodResult(round_to_nearest(clip(weight, limits, grid), grid))
 
 
+def _check(settings: AwqSettings, group_sizes: Collection[int]) -> None:
+    if settings.clip and settings.then == "awq" and 0 in group_sizes:
+        raise InputError(
+            "the clip search cuts the range of a group or row; group_size 0 has one for the tensor",
+            hint="--no-clip, or --group-size -1",
+        )
+
+
 def _memory(shape: tuple[int, int], grid: Grid) -> int:
     out_features, n = shape
     return 4 * (4 * n * n + 5 * out_features * n)
@@ -138,4 +147,6 @@ SMOOTHER = Smoother(
     method="awq",
     search=_search,
     work=_search_work,
+    check=_check,
+    compares=lambda settings: settings.compare,
 )

@@ -201,4 +201,7 @@ METHOD = Method(
     needs_hessian=True,
     memory=_memory,
     work=_work,
+    needs_fisher=lambda settings: settings.weight == "fisher",
+    reorders=lambda settings: settings.act_order == "desc",
+    corrects_drift=lambda settings: settings.drift > 0,
 )

@@ -72,4 +72,6 @@ METHOD = Method(
     memory=_memory,
     work=_work,
     is_nearest=lambda settings: not settings.mse,
+    searches_ranges=True,
+    needs_fisher=lambda settings: settings.weight == "fisher",
 )

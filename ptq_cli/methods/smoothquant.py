@@ -63,6 +63,12 @@ def _search(case: SmoothingCase, settings: SmoothquantSettings) -> tuple[Smoothi
     return () if found.alpha is None else (SmoothingChoice(found.alpha, found.factors),)
 
 
+def _inputs(settings: SmoothquantSettings) -> ActivationSettings | None:
+    if settings.activation_scheme == "none":
+        return None
+    return ActivationSettings(settings.activation_bits, settings.activation_scheme, static_scale=0)
+
+
 def _work(
     shapes: Sequence[tuple[int, int]], n_sample: int, grid: Grid, settings: SmoothquantSettings
 ) -> Work:
@@ -81,4 +87,6 @@ SMOOTHER = Smoother(
     method="rtn",
     search=_search,
     work=_work,
+    inputs=_inputs,
+    floats=True,
 )

@@ -8,7 +8,7 @@ in the dtype of the inputs, at least float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -112,6 +112,13 @@ def quantize_per_tensor(
 def absmax_scale(absmax: Array, bits: int = 8) -> float:
     """The static scale that clips nothing of inputs whose channels reach absmax [in_features]."""
     return float(absmax.max(initial=0)) / _largest_code(bits)
+
+
+def with_static_scale(settings: ActivationSettings, absmax: Array) -> ActivationSettings:
+    """The settings with the scale of inputs whose channels reach absmax, where it is static."""
+    if settings.scheme != "static":
+        return settings
+    return replace(settings, static_scale=absmax_scale(absmax, settings.bits))
 
 
 def quantize_static(inputs: Array, scale: float, bits: int = 8) -> QuantizedActivations:

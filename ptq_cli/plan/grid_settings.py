@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq_cli.core.grid import Activation
+
 # What --scheme is short for.
 SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
     "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
 }
 
+# How a scheme rounds the inputs of the layers when they run.
+SCHEME_INPUTS = {"W8A8": Activation()}
 
 FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
 

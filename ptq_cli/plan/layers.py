@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
 
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.plugins import Format
@@ -23,14 +22,15 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 def make_layer(
     tensor: StoredTensor,
     settings: GridSettings,
-    method_settings: Any,
     fmt: Format,
     checkpoint: Checkpoint,
-    turned: frozenset[str],
+    transposed: frozenset[str],
+    reordered: bool,
 ) -> Layer:
     """One tensor on the grid that the settings give it, rules of a recipe last.
 
-    turned: names of the tensors that are stored [in_features, out_features]
+    transposed: names of the tensors that are stored [in_features, out_features]
+    reordered: whether the method forms groups in an order of its own
 
     Raises:
         InputError: --narrow-range without --sym.
@@ -48,16 +48,16 @@ def make_layer(
     return Layer(
         module=spec.name.removesuffix(".weight"),
         tensor=spec.name,
-        shape=shape[::-1] if spec.name in turned else shape,
+        shape=shape[::-1] if spec.name in transposed else shape,
         full_shape=spec.shape,
         dtype=spec.dtype,
         grid=grid,
-        reordered=getattr(method_settings, "act_order", "none") == "desc",
-        transposed=spec.name in turned,
+        reordered=reordered,
+        transposed=spec.name in transposed,
     )
 
 
-def check_fisher(layers: Iterable[Layer], source: StatisticsSource | None) -> None:
+def check_fisher(layers: Iterable[Layer], source: Source | None) -> None:
     """Every layer needs Fisher information, in the shape of its weight."""
     found = {} if source is None else source.fisher
     lost = [layer.module for layer in layers if layer.module not in found]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.core.plugins import Format, Method
@@ -20,7 +20,7 @@ from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_la
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import check_container, check_float
+from ptq_cli.storage.folder import check_float, container_of
 
 
 def make_plan(
@@ -29,7 +29,7 @@ def make_plan(
     settings: GridSettings,
     method_settings: Any,
     fmt: Format,
-    source: StatisticsSource | None,
+    source: Source | None,
     *,
     missing: str = "error",
     activation: Activation | None = None,
@@ -47,12 +47,11 @@ def make_plan(
     check_float(checkpoint)
     chosen, skipped = choose_tensors(checkpoint, settings)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
-    turned = transposed_tensors(sites)
-    layers = {
-        tensor.spec.name: make_layer(tensor, settings, method_settings, fmt, checkpoint, turned)
-        for tensor in chosen
-    }
-    layers = {name: replace(layer, activation=activation) for name, layer in layers.items()}
+    transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
+    layers = {}
+    for tensor in chosen:
+        layer = make_layer(tensor, settings, fmt, checkpoint, transposed, reordered)
+        layers[layer.tensor] = replace(layer, activation=activation)
     kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
     for layer in kept:
         del layers[layer.tensor]
@@ -60,10 +59,10 @@ def make_plan(
         skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
     left = [entry.tensor for entry in skipped]
-    check_container(fmt, checkpoint, list(layers.values()), left)
+    container_of(fmt).check(checkpoint, list(layers.values()), left)
     check_names(checkpoint, layers.values(), skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t.spec) is not None}
-    if getattr(method_settings, "weight", "hessian") == "fisher":
+    if method.needs_fisher(method_settings):
         check_fisher(layers.values(), source)
     units = plan_units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())

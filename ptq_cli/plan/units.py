@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ptq_cli.calibration.source import StatisticsSource, StreamingSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.plugins import Method
 from ptq_cli.errors import InputError
@@ -21,7 +21,7 @@ _HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
 def plan_units(
     layers: Mapping[str, Layer],
     method: Method,
-    source: StatisticsSource | None,
+    source: Source | None,
     missing: str,
     included: set[str],
     sites: Sequence[Site],
@@ -56,15 +56,13 @@ def plan_units(
             parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
         for (site, _), members in parts.items():
             units.append(_unit(site, members, method, source))
-    if isinstance(source, StreamingSource):
+    if source is not None and source.in_sequence:
         order = {site: place for place, site in enumerate(source.sites)}
         units.sort(key=lambda unit: order.get(unit.site or "", len(order)))
     return tuple(units)
 
 
-def _unit(
-    site: str | None, members: list[Layer], method: Method, source: StatisticsSource | None
-) -> Unit:
+def _unit(site: str | None, members: list[Layer], method: Method, source: Source | None) -> Unit:
     nearest = None
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
@@ -79,7 +77,7 @@ def _unit(
 
 
 def _unit_memory(
-    site: str | None, members: Sequence[Layer], method: Method, source: StatisticsSource | None
+    site: str | None, members: Sequence[Layer], method: Method, source: Source | None
 ) -> int:
     """Bytes that a unit takes at most, its process' own 60 MB aside.
 
@@ -98,7 +96,7 @@ def _unit_memory(
     return packed + max(source.load_memory(site), most + 4 * columns * (columns + _HELD_ROWS))
 
 
-def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> dict[str, str]:
+def sites_of(layers: Mapping[str, Layer], source: Source | None) -> dict[str, str]:
     """The site of each module that has statistics. Raises InputError where the widths differ."""
     if source is None:
         return {}
@@ -119,9 +117,7 @@ def sites_of(layers: Mapping[str, Layer], source: StatisticsSource | None) -> di
     return found
 
 
-def plan_warnings(
-    units: Sequence[Unit], method: Method, source: StatisticsSource | None
-) -> list[str]:
+def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) -> list[str]:
     if not method.needs_hessian:
         return []
     if source is None:

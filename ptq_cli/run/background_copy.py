@@ -17,7 +17,7 @@ from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.units import UnitStore
 
 
-class Copying:
+class BackgroundCopy:
     """Copies into `shards` in the background; without them it does nothing."""
 
     def __init__(self, shards: Shards | None) -> None:

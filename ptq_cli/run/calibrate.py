@@ -1,26 +1,22 @@
-"""Calibration: which activations belong to which linears, and the loop that turns them into
-statistics."""
+"""The loops of `ptq calibrate`, in any order or in sequence: for site: statistics → stage; then the
+statistics file."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.from_activations import Activations
 from ptq_cli.calibration.from_file import file_content
-from ptq_cli.calibration.source import (
-    PortableSource,
-    StatisticsSource,
-    StreamingSource,
-    scratch_of,
-)
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import NoTokens, Streams
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.errors import PtqError
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.run.site_statistics import SiteJob, SiteTasks, tokens_of
+from ptq_cli.run.site_statistics import SiteJob, SiteTasks, keep
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
@@ -28,30 +24,60 @@ from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 WORTH_A_PROCESS = 1 << 33  # multiplications
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """A planned calibration.
+
+    model: fingerprint of the weights; heldout: every how many tokens one is held out, how many at
+        most
+    """
+
+    source: Source
+    model: str
+    heldout: tuple[int, int]
+
+
+@dataclass
+class _Made:
+    """What there is to say of the sites so far; bare: those that no token reaches."""
+
+    total: int
+    listen: Listener
+    entries: dict[str, Any] = field(default_factory=dict)
+    bare: list[str] = field(default_factory=list)
+
+    def add(self, site: str, entry: Any) -> None:
+        if entry is None:
+            self.bare.append(site)
+        else:
+            self.entries[site] = entry
+
+    def tell(self, name: str, work: float, all_work: float, kept: bool) -> None:
+        done = len(self.entries) + len(self.bare)
+        self.listen(Progress("calibrate", done, self.total, name, work, all_work, kept=kept))
+
+
 def calibrate_sites(
-    source: StatisticsSource,
-    model: str,
-    heldout: tuple[int, int],
+    job: Calibration,
     staging: Staging,
     listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
 ) -> dict[str, Any]:
-    """Make the statistics of every site of `source`, stage them, write the file.
+    """Make the statistics of every site of the source, stage them, write the file.
 
     Returns what the file's metadata says of each site, the sites that no token reaches, and the
     seconds it took.
     """
-    begin = time.perf_counter()
-    entries: dict[str, Any] = {}
-    bare: list[str] = []
+    begin, source = time.perf_counter(), job.source
+    made = _Made(len(source.sites), listen)
     try:
         with threadpool_limits(1):
-            _run_sites(source, staging, heldout, resources, listen, entries, bare)
+            run = _in_sequence if source.in_sequence else _in_any_order
+            run(job, staging, made, resources)
         fisher = _stage_fisher(source, staging)
-        filled = [site for site in source.sites if site in entries]
-        units = [*filled, *fisher]
-        tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
-        content = file_content(model, heldout, entries, source.fisher)
+        filled = [site for site in source.sites if site in made.entries]
+        tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.tensors(unit)]
+        content = file_content(job.model, job.heldout, made.entries, source.fisher)
         serialize(staging.out, tensors, own_metadata(content))
         staging.publish()
     except (PtqError, OSError) as error:
@@ -60,65 +86,82 @@ def calibrate_sites(
     finally:
         staging.close()
     return {
-        "sites": {site: entries[site] for site in filled},
-        "without_tokens": bare,
+        "sites": {site: made.entries[site] for site in filled},
+        "without_tokens": made.bare,
         "seconds": time.perf_counter() - begin,
     }
 
 
-def _run_sites(
-    source: StatisticsSource,
-    staging: Staging,
-    heldout: tuple[int, int],
-    resources: Resources,
-    listen: Listener,
-    entries: dict[str, Any],
-    bare: list[str],
-) -> None:
-    """Stage the statistics of every site; what is to be said of each goes into `entries`, the sites
-    without tokens into `bare`."""
-    portable = isinstance(source, PortableSource)
-    if isinstance(source, StreamingSource):
-        work_folder = staging.folder / "stream"
-        source.begin(work_folder, lambda tensor: None, resources.workers, resources.max_memory)
+def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
+    """for block: for stage: for site: statistics → stage; the float model goes on."""
+    source, size = job.source, statistics_bytes(job.source, job.heldout)
+    staging.check_space(size, size, source.scratch)
+    efforts = {site: _effort(info, info.n_tokens) for site, info in source.sites.items()}
+    work, total = 0, sum(efforts.values())
+    streams = source.streams(staging.folder / "stream", resources.workers, resources.max_memory)
+    missing = [site for site in source.sites if not staging.finished(site)]
+    if missing:
+        streams.enter(streams.place(missing[0]).block)
+    for site in source.sites:
+        kept = site not in missing
+        if not kept:
+            while streams.order < streams.place(site).order:
+                streams.advance({})
+            _stage(streams, site, staging)
+        work += efforts[site]
+        made.add(site, staging.result(site))
+        made.tell(site, work, total, kept)
+
+
+def _stage(streams: Streams, site: str, staging: Staging) -> None:
+    begin = time.perf_counter()
+    try:
+        statistics = streams.statistics(site)
+    except NoTokens:
+        staging.put(site, [], None)
+    else:
+        keep(staging.store, site, statistics, {}, time.perf_counter() - begin)
+
+
+def _in_any_order(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
+    """for site: statistics → stage, on workers, large sites in parts."""
+    source = job.source
     trees = {site: SiteTasks(site, source, staging.store) for site in source.sites}
     tasks = [task for tree in trees.values() for task in tree.first()]
-    efforts = {task.name: _effort(task.argument) for task in tasks}
-    total, all_work, work = len(trees), sum(efforts.values()), 0
+    efforts = {task.name: _effort_of(task.argument) for task in tasks}
+    total, work = sum(efforts.values()), 0
 
     def done(task: Task, result: Any) -> list[Task]:
         nonlocal work
-        job, (entry, kept) = task.argument, result
-        if job.unit != job.site:
-            pass
-        elif entry is None:
-            bare.append(job.site)
-        else:
-            entries[job.site] = entry
+        part, (entry, kept) = task.argument, result
+        if part.unit == part.site:
+            made.add(part.site, entry)
         work += efforts.get(task.name, 0)  # a merge is no work to speak of
-        count = len(entries) + len(bare)
-        listen(Progress("calibrate", count, total, task.name, work, all_work, kept=kept))
-        return trees[job.site].after(job)
+        made.tell(task.name, work, total, kept)
+        return trees[part.site].after(part)
 
-    size = resources.crew_for(workers_at_most(source)) if portable else 1
-    with hire(size, resources.scheduler if portable else None) as crew:
-        size, parts = statistics_bytes(source, heldout), parts_bytes(source, heldout, crew.size)
-        staging.check_space(size + parts, size, scratch_of(source))
-        run_tasks(tasks, crew, resources.memory_of(crew), done, in_order=not portable)
+    with hire(resources.crew_for(workers_at_most(source)), resources.scheduler) as crew:
+        size = statistics_bytes(source, job.heldout)
+        staging.check_space(size + parts_bytes(source, job.heldout, crew.size), size)
+        run_tasks(tasks, crew, resources.memory_of(crew), done)
 
 
-def _effort(job: SiteJob) -> int:
+def _effort(info: SiteInfo, n_tokens: int) -> int:
     """Multiplications of its Hessian."""
-    return tokens_of(job) * job.source.sites[job.site].in_features ** 2
+    return n_tokens * info.in_features**2
 
 
-def workers_at_most(source: StatisticsSource) -> int:
+def _effort_of(job: SiteJob) -> int:
+    return _effort(job.source.sites[job.site], job.source.n_tokens(job.site, job.parts))
+
+
+def workers_at_most(source: Source) -> int:
     """How many processes are worth their start."""
     work = sum(info.n_tokens * info.in_features**2 for info in source.sites.values())
     return 1 + work // WORTH_A_PROCESS
 
 
-def statistics_bytes(source: StatisticsSource, heldout: tuple[int, int]) -> int:
+def statistics_bytes(source: Source, heldout: tuple[int, int]) -> int:
     """Of the file, about: Hessians and held-out inputs make it."""
     return sum(_site_bytes(info, heldout) for info in source.sites.values())
 
@@ -128,11 +171,9 @@ def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
     return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
 
 
-def parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: int) -> int:
+def parts_bytes(source: Source, heldout: tuple[int, int], workers: int) -> int:
     """Bytes of what waits to be merged, at most: merges come first, so that hardly more sites than
     there are workers are in parts at any time."""
-    if not isinstance(source, Activations):
-        return 0
     counts = {site: source.all_parts(site)[1] for site in source.sites}
     sizes = [
         (count + 1) * _site_bytes(source.sites[site], heldout)
@@ -142,14 +183,7 @@ def parts_bytes(source: StatisticsSource, heldout: tuple[int, int], workers: int
     return sum(sorted(sizes)[-workers - 1 :])
 
 
-def site_memory(source: StatisticsSource, site: str) -> int:
-    """Bytes that making a site's statistics takes: those of one of its parts."""
-    if isinstance(source, Activations):
-        return source.part_memory(site)
-    return source.load_memory(site)
-
-
-def _stage_fisher(source: StatisticsSource, staging: Staging) -> list[str]:
+def _stage_fisher(source: Source, staging: Staging) -> list[str]:
     """Stage the Fisher information of every module that has gradients; the units' names."""
     units = []
     for module in source.fisher:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ptq_cli.core.layer import Layer, Unit
-from ptq_cli.core.plugins import Format, Method, MethodResult
+from ptq_cli.core.plugins import Format, Method
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
@@ -27,7 +27,34 @@ from ptq_cli.run.nearest import (
     round_layer,
 )
 
-LoadWeight = Callable[[Layer], Rows]
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """A layer's weight as it is read.
+
+    importance: what weighs its scale search, of its shape, where that is not the method's business
+    outputs: what its outputs are multiplied by before they are measured, [out_features], or None
+    """
+
+    rows: Rows
+    importance: FloatArray | None = None
+    outputs: FloatArray | None = None
+
+
+class How(Protocol):
+    """How a unit is rounded (run/unit_job.py has one that travels)."""
+
+    @property
+    def how(self) -> Method: ...
+
+    @property
+    def settings(self) -> Any: ...
+
+    @property
+    def fmt(self) -> Format: ...
+
+    @property
+    def on_failure(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -55,48 +82,24 @@ class Chosen:
 def quantize_unit(
     unit: Unit,
     statistics: SiteStatistics | None,
-    load: LoadWeight,
-    method: Method,
-    method_settings: Any,
-    fmt: Format,
-    *,
-    on_failure: str = "error",
-    importance: Callable[[Layer], FloatArray | None] = lambda _: None,
-    outputs: Callable[[Layer], FloatArray | None] = lambda _: None,
+    load: Callable[[Layer], LayerWeight],
+    rounding: How,
 ) -> list[LayerResult]:
-    """Quantize the layers of one unit.
-
-    importance: what weighs each layer's scale search, where it is not the method's own business
-    outputs: what each layer's outputs are multiplied by before they are measured, or None
-    on_failure: "rtn" rounds to nearest where the factorization fails for good; "error" raises
+    """Quantize the layers of one unit. load: reads the weight of one
 
     Raises:
         NumericalError: the factorization failed for good.
         InputError: a weight is not finite, or a scale does not fit its dtype.
     """
-    prepared: Any = None
-    failure = unit.nearest
     begin = time.perf_counter()
-    if failure is None and method.needs_hessian and statistics is not None:
-        failure = "its inputs are all zero" if _all_dead(statistics) else None
-    if failure is None:
-        try:
-            prepared = method.prepare(statistics, unit.layers[0].grid, method_settings)
-        except NumericalError as error:
-            if on_failure != "rtn":
-                raise
-            failure = error.message
+    prepared = _prepare(unit, statistics, rounding)
     shared = (time.perf_counter() - begin) / len(unit.layers)
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        rows = load(layer)
         try:
-            rounding = Rounding(
-                method, prepared, method_settings, fmt, failure, importance(layer), outputs(layer)
-            )
-            chosen = choose(rows, layer, statistics, rounding)
-            result = _finish(layer, chosen, statistics, fmt)
+            chosen = choose(load(layer), layer, statistics, prepared)
+            result = _finish(layer, chosen, statistics, prepared.fmt)
         except PtqError as error:
             error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
             raise
@@ -105,51 +108,66 @@ def quantize_unit(
     return results
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How a layer is rounded and measured.
+def _prepare(unit: Unit, statistics: SiteStatistics | None, rounding: How) -> Prepared:
+    """What the layers of a unit share, or why they are only rounded to nearest."""
+    how, settings, fmt = rounding.how, rounding.settings, rounding.fmt
+    failure = unit.nearest
+    if failure is None and how.needs_hessian and statistics is not None and _all_dead(statistics):
+        failure = "its inputs are all zero"
+    shared = None
+    if failure is None:
+        try:
+            shared = how.prepare(statistics, unit.layers[0].grid, settings)
+        except NumericalError as error:
+            if rounding.on_failure != "rtn":
+                raise
+            failure = error.message
+    return Prepared(how, shared, settings, fmt, failure)
 
-    failure: why it is only rounded to nearest, or None
-    importance, outputs: of this layer, as in `quantize_unit`
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method that is ready for the layers of a site.
+
+    shared: what its `prepare` gave; failure: why they are only rounded to nearest, or None
     """
 
     method: Method
-    prepared: Any
+    shared: Any
     settings: Any
     fmt: Format
     failure: str | None = None
-    importance: FloatArray | None = None
-    outputs: FloatArray | None = None
 
 
 def choose(
-    rows: Rows,
+    given: LayerWeight,
     layer: Layer,
     statistics: SiteStatistics | None,
-    rounding: Rounding,
+    prepared: Prepared,
 ) -> Chosen:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
     tensors unpack to."""
-    grid, method, fmt = layer.grid, rounding.method, rounding.fmt
-    plain, rtn = round_layer(rows, layer, fmt, statistics, rounding.outputs)
-    if rounding.failure is not None or method.is_nearest(rounding.settings):
-        return Chosen(plain, rtn, rtn, "rtn", rounding.failure, None, ())
-    weight = rows[:]
-    result: MethodResult = method.apply(
-        weight, rounding.prepared, grid, rounding.settings, rounding.importance
-    )
+    method, fmt, settings = prepared.method, prepared.fmt, prepared.settings
+    plain, rtn = round_layer(given.rows, layer, fmt, statistics, given.outputs)
+    if prepared.failure is not None or method.is_nearest(settings):
+        return Chosen(plain, rtn, rtn, "rtn", prepared.failure, None, ())
+    weight = given.rows[:]
+    result = method.apply(weight, prepared.shared, layer.grid, settings, given.importance)
     scale = input_scale(layer, statistics)
     stored = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     known = inputs_of(statistics)
-    measures = measure(weight, stored.unpacked(), outputs=rounding.outputs, **known)
-    if error_of(measures) > error_of(rtn):
-        where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
-        fallback = None if method.name == "rtn" else f"rtn is better on {where}"
-        note = ("the whole range of each group is better than the searched one",)
-        notes = (*result.notes, *(note if method.name == "rtn" else ()))
-        return Chosen(plain, rtn, rtn, "rtn", fallback, result.damp_percent, notes)
-    return Chosen(stored, measures, rtn, method.name, None, result.damp_percent, result.notes)
+    measures = measure(weight, stored.unpacked(), outputs=given.outputs, **known)
+    if error_of(measures) <= error_of(rtn):
+        name = method.name
+        return Chosen(stored, measures, rtn, name, None, result.damp_percent, result.notes)
+    if method.searches_ranges:
+        note = "the whole range of each group is better than the searched one"
+        notes = (*result.notes, note)
+        return Chosen(plain, rtn, rtn, "rtn", None, result.damp_percent, notes)
+    where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
+    why = f"rtn is better on {where}"
+    return Chosen(plain, rtn, rtn, "rtn", why, result.damp_percent, result.notes)
 
 
 def error_of(measures: Measures) -> float:

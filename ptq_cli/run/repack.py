@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli._version import __version__
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Plan, Skipped, Unit
 from ptq_cli.core.plugins import Format
-from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
@@ -33,13 +32,14 @@ from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.layers import keep_together, misfit_error
 from ptq_cli.report.report import as_document, make_report
 from ptq_cli.run.nearest import same_weight
+from ptq_cli.run.options import RunOptions
+from ptq_cli.run.output import quantization_document
 from ptq_cli.run.quantize_unit import error_columns, layer_columns
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
 from ptq_cli.storage.folder import (
-    MAX_SHARD,
     Assembly,
     QuantizedFolder,
-    check_container,
+    container_of,
     write_folder,
 )
 from ptq_cli.storage.staging import Staging
@@ -94,7 +94,7 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
     fmt.config(packed, dense_modules(skipped))
-    check_container(fmt, folder.checkpoint, packed, [entry.tensor for entry in skipped])
+    container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
     plan = Plan(
         method="repack",
         settings=(settings,),
@@ -208,14 +208,12 @@ def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def run_repack(
-    job: Repack,
-    staging: Staging,
-    *,
-    inputs: Mapping[str, str],
-    max_shard: int = MAX_SHARD,
-    listen: Listener = nobody,
+    job: Repack, inputs: Mapping[str, str], staging: Staging, options: RunOptions
 ) -> RunReport:
-    """Do it and give the output its name. Raises PtqError; the work folder is removed then."""
+    """for layer: decode → encode → prove → stage; then the output gets its name. Raises PtqError.
+
+    inputs: fingerprints of what is read, for quantization.json
+    """
     begin = time.perf_counter()
     rows: list[LayerReport] = []
     total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
@@ -230,11 +228,14 @@ def run_repack(
             staging.put(module, [as_bytes(k, v) for k, v in tensors.items()], None)
             rows.append(_row(layer, weight, job.fmt.decode(layer, tensors), job.fmt))
             work += layer.size
-            listen(Progress("repack", len(rows), total, module, work, weights))
+            options.listen(Progress("repack", len(rows), total, module, work, weights))
         report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
         chosen = {key: value for key, value in report.settings.items() if value is not None}
         report = replace(report, settings=chosen)
-        _assemble(job, staging, report, inputs, max_shard, listen)
+        assembly = _assembly(job, staging, report, inputs)
+        write_folder(
+            staging.out, assembly, job.folder.checkpoint, options.max_shard, listen=options.listen
+        )
         staging.publish()
     except BaseException:
         staging.drop()
@@ -268,14 +269,10 @@ def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: For
     )
 
 
-def _assemble(
-    job: Repack,
-    staging: Staging,
-    report: RunReport,
-    inputs: Mapping[str, str],
-    max_shard: int,
-    listen: Listener,
-) -> None:
+def _assembly(
+    job: Repack, staging: Staging, report: RunReport, inputs: Mapping[str, str]
+) -> Assembly:
+    """The staged layers in the order of what was read, and what else goes into the folder."""
     folder, layers = job.folder, {layer.module: layer for layer in job.plan.layers}
     owner = {
         spec.name: layer.module
@@ -292,20 +289,13 @@ def _assemble(
         else:
             parts.setdefault(job.wanted[module].tensor, staging.tensors(module))
     config = {k: v for k, v in folder.checkpoint.config.items() if k not in _DECLARATIONS}
+    settings = report.settings
+    quantization = quantization_document(job.plan, settings, inputs, layers.values())
     documents: dict[str, Any] = {
         "report.json": as_document(report, times=False),
-        "quantization.json": {
-            "ptq": __version__,
-            "method": "repack",
-            "format": job.fmt.name,
-            "from": folder.fmt.name,
-            "settings": dict(report.settings),
-            "inputs": dict(inputs),
-            "layers": {module: layer.method for module, layer in layers.items()},
-        },
+        "quantization.json": {**quantization, "from": folder.fmt.name},
     }
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    assembly = Assembly(list(parts.items()), layers, dense, job.fmt, documents, config)
-    write_folder(staging.out, assembly, folder.checkpoint, max_shard, listen=listen)
+    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config)

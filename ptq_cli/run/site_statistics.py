@@ -1,7 +1,7 @@
 """One site's statistics as tasks: a single one, or those of its parts and of their merges.
 
 What a part gives is kept like a finished unit, so that it survives a kill, and is dropped once it
-is merged with its neighbour. The tree (storage/activations.py) depends on the tokens alone, and so
+is merged with its neighbour. The tree (calibration/source.py) depends on the tokens alone, and so
 do the bytes.
 """
 
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.from_activations import Activations, Parts, halves
 from ptq_cli.calibration.from_file import site_entry, site_statistics, site_tensors
-from ptq_cli.calibration.source import NoTokens, PortableSource, StatisticsSource
+from ptq_cli.calibration.source import Parts, Source, halves
 from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.numerics.statistics import merge, merge_memory
+from ptq_cli.numerics.statistics import merge_memory
 from ptq_cli.run.schedule import Task
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.tensors import as_array
@@ -26,27 +25,22 @@ from ptq_cli.storage.units import Key, UnitStore
 
 @dataclass(frozen=True)
 class SiteJob:
-    """All that a worker must know to make the statistics of one site, or of some of its parts.
-
-    parts: of activations; None: whatever the source has
-    """
+    """All that a worker must know to make the statistics of one site, or of some of its parts."""
 
     site: str
-    source: StatisticsSource
+    source: Source
     store: UnitStore
-    parts: Parts | None = None
+    parts: Parts
 
     @property
     def unit(self) -> str:
         """The name that its result is kept under. (No site of activations has a slash in it.)"""
-        source, parts = self.source, self.parts
-        if not isinstance(source, Activations) or parts in (None, source.all_parts(self.site)):
-            return self.site
-        return f"{self.site}/{parts}"
+        whole = self.parts == self.source.all_parts(self.site)
+        return self.site if whole else f"{self.site}/{self.parts}"
 
     def below(self) -> list[SiteJob]:
         """The two halves of more than one part."""
-        if self.parts is None or self.parts[1] - self.parts[0] == 1:
+        if self.parts[1] - self.parts[0] == 1:
             return []
         return [SiteJob(self.site, self.source, self.store, half) for half in halves(self.parts)]
 
@@ -54,10 +48,8 @@ class SiteJob:
 class SiteTasks:
     """The tasks of a site: what can begin at once, and what can follow each."""
 
-    def __init__(self, site: str, source: StatisticsSource, store: UnitStore) -> None:
-        parts = source.all_parts(site) if isinstance(source, Activations) else None
-        own = source.only(site) if isinstance(source, PortableSource) else source
-        self._root = SiteJob(site, own, store, parts)
+    def __init__(self, site: str, source: Source, store: UnitStore) -> None:
+        self._root = SiteJob(site, source.only(site), store, source.all_parts(site))
         self._missing: dict[str, set[str]] = {}  # halves that a merge still waits for
         self._above: dict[str, SiteJob] = {}
 
@@ -87,7 +79,7 @@ class SiteTasks:
         return Task(self._name(job), self._memory(job), make, job)
 
     def _name(self, job: SiteJob) -> str:
-        if job.parts is None or self._root.parts is None or job.unit == job.site:
+        if job.parts == self._root.parts:
             return job.site
         first, last, count = job.parts[0] + 1, job.parts[1], self._root.parts[1]
         which = f"part {first}" if first == last else f"parts {first} to {last}"
@@ -96,61 +88,49 @@ class SiteTasks:
     def _memory(self, job: SiteJob) -> int:
         if job.unit in self._missing:
             return merge_memory(job.source.sites[job.site].in_features)
-        if isinstance(job.source, Activations) and not job.below():
-            return job.source.part_memory(job.site)
-        return job.source.load_memory(job.site)
+        return job.source.load_memory(job.site) if job.below() else job.source.part_memory(job.site)
 
 
-def tokens_of(job: SiteJob) -> int:
-    """The tokens that a job takes in."""
-    if isinstance(job.source, Activations) and job.parts is not None:
-        return len(job.source.tokens(job.site, job.parts))
-    return job.source.sites[job.site].n_tokens
-
-
-def make(job: SiteJob) -> Any:
+def make(job: SiteJob) -> tuple[dict[str, Any], bool]:
     """Make and keep the statistics of a site or of some of its parts, unless a run before this one
-    has; what their entry says, or None where no token reaches the site, and whether it is that
-    run's."""
+    has; what their entry says, and whether it is that run's."""
     store, unit = job.store, job.unit
     if store.exists(unit) and store.reusable(unit, _key(job)):
         _drop(job.below())
         return store.result(unit), True
     begin = time.perf_counter()
-    try:
-        key, statistics = _sums(job)
-    except NoTokens:
-        store.put(unit, {}, [], None)
-        return None, False
-    entry = site_entry(statistics)
-    store.put(unit, key, site_tensors(statistics), entry, time.perf_counter() - begin)
+    key, statistics = _sums(job)
+    entry = keep(store, unit, statistics, key, time.perf_counter() - begin)
     _drop(job.below())
     return entry, False
 
 
+def keep(
+    store: UnitStore, unit: str, statistics: SiteStatistics, key: Key, seconds: float = 60.0
+) -> dict[str, Any]:
+    """Stage the statistics of a site; what their entry says."""
+    entry = site_entry(statistics)
+    store.put(unit, key, site_tensors(statistics), entry, seconds)
+    return entry
+
+
 def _key(job: SiteJob) -> Key:
     """What a finished unit must have been made from to be taken over."""
-    if isinstance(job.source, Activations) and job.parts is not None:
-        return _key_of(job, job.source.digest_parts(job.site, job.parts))
-    if isinstance(job.source, PortableSource):
-        return _key_of(job, job.source.digest(job.site))
-    return {}
+    return _key_of(job, job.source.digest(job.site, job.parts))
 
 
-def _key_of(job: SiteJob, digest: str) -> Key:
+def _key_of(job: SiteJob, digest: str | None) -> Key:
     return {"activations": {job.site: digest}, "version": __version__}
 
 
 def _sums(job: SiteJob) -> tuple[Key, SiteStatistics]:
     """The statistics and what they are made from: of tokens, or of two halves that are there."""
-    source, below = job.source, job.below()
-    if isinstance(source, Activations) and job.parts is not None:
-        if below and all(job.store.whole(half.unit) for half in below):
-            digests = [job.store.key(half.unit)["activations"][job.site] for half in below]
-            left, right = map(_kept, below)
-            return _key_of(job, digest_words(*digests)), merge(left, right, source.heldout[1])
-        return _key(job), source.load_parts(job.site, job.parts)
-    return _key(job), source.load(job.site)
+    below = job.below()
+    if below and all(job.store.whole(half.unit) for half in below):
+        digests = [job.store.key(half.unit)["activations"][job.site] for half in below]
+        left, right = map(_kept, below)
+        return _key_of(job, digest_words(*digests)), job.source.merged(left, right)
+    return _key(job), job.source.load(job.site, job.parts)
 
 
 def _kept(job: SiteJob) -> SiteStatistics:

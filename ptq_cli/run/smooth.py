@@ -1,222 +1,29 @@
-"""The pass before rounding: factors for every site, found, tried and folded.
+"""Smoothing, the stage before rounding: factors for every site, found, tried and folded.
 
 Sites that share a tensor (v_proj is a linear of one and feeds another) are worked on together, one
-after the other. Factors stay only where, on inputs that no search has seen, the layers they touch
-come out better than without; what a fold does to the float model's function is measured on the
-calibration inputs. The pass leaves factors behind, not weights: storage/folded.py folds them into
-whatever is read after it.
+after the other (run/settle.py). The stage leaves factors behind, not weights: storage/folded.py
+folds them into whatever is read after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import StatisticsSource
-from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format, Smoother, SmoothingCase
-from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.report import LayerReport
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
-from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError
-from ptq_cli.models.folding import inputs_after, settle_factors
-from ptq_cli.models.sites import Site, SiteLinear
-from ptq_cli.numerics.activations import ActivationSettings, absmax_scale
-from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.output_errors import output_errors
-from ptq_cli.numerics.smoothquant import function_change
-from ptq_cli.numerics.statistics import smoothed
-from ptq_cli.registry import method
-from ptq_cli.run.nearest import measure_plain
-from ptq_cli.run.quantize_unit import Chosen, Rounding, choose, error_of
-from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folded import FoldedCheckpoint, folded_checkpoint
+from ptq_cli.models.sites import Site
+from ptq_cli.run.settle import Group, Settling, SiteOutcome, SiteSource
+from ptq_cli.storage.folded import FOLDS_FILE, FoldedCheckpoint, folded_checkpoint, write_folds
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
 
-Factors = NDArray[np.float32]
-Fold = tuple[Site, Factors]
-
-TRIES = 4  # proposals of a search that are tried before a site is left alone
-
-# Relative change of a site's float outputs that folding may cause, by the dtype of its tensors:
-# the rounding of the norm's gain and of stored weights, a few units in the last place.
-TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 4e-3, "BF16": 3e-2}
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """What the pass works with.
-
-    layers: those that will be rounded, by tensor; rounding: what will round them (method's name,
-        its settings)
-    activations: how inputs are rounded at run time; "none": only weights are
-    judged: whether factors have to prove themselves (not where nothing will be rounded)
-    compare: further methods to try on every layer, with their settings
-    stored: whether weights are written in the checkpoint's dtype, not rounded to a grid
-    """
-
-    checkpoint: Checkpoint
-    source: StatisticsSource
-    sites: tuple[Site, ...]
-    layers: Mapping[str, Layer]
-    smoother: Smoother
-    settings: Any
-    rounding: tuple[str, Any]
-    fmt: Format
-    activations: ActivationSettings
-    judged: bool = True
-    compare: Mapping[str, Any] = field(default_factory=dict)
-    stored: bool = False
-
-
-class SiteSource(Protocol):
-    """What the pass needs of statistics: those of a site, by its name."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]: ...
-
-    @property
-    def load(self) -> Callable[[str], SiteStatistics]: ...
-
-
-@dataclass(frozen=True)
-class SiteOutcome:
-    """What became of a site.
-
-    fed_by: the tensor that took the factors; None where they were not folded, for `reason`
-    strength: alpha, or AWQ's ratio; error, plain_error: mean relative output error of its layers
-        rounded, with and without factors, on held-out inputs
-    function_change: of the float outputs, relative, by the fold
-    """
-
-    site: str
-    linears: tuple[str, ...]
-    fed_by: str | None = None
-    strength: float | None = None
-    error: float | None = None
-    plain_error: float | None = None
-    function_change: float | None = None
-    reason: str | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Smoothed:
-    """A checkpoint and its statistics behind the pass.
-
-    source: of the smoothed inputs
-    rtn: of each module, plain rounding of the weight as it was: (rel_err, held-out rel_err)
-    compared: of each module, the error of each method that was tried
-    """
-
-    checkpoint: FoldedCheckpoint
-    source: StatisticsSource
-    outcomes: tuple[SiteOutcome, ...]
-    rtn: Mapping[str, tuple[float, float | None]]
-    compared: Mapping[str, Mapping[str, float]]
-    folds: tuple[Fold, ...]
-    name: str
-
-    def annotate(self, row: LayerReport) -> LayerReport:
-        """A row whose baseline is plain rounding of the original weight, not of the smoothed."""
-        module, folded = row.module, self._folded(row.module)
-        label = row.method if not folded or row.method == self.name else f"{self.name}+{row.method}"
-        row = replace(row, method=label)
-        if module in self.rtn:
-            rel, heldout = self.rtn[module]
-            ours = row.rel_err if row.heldout_rel_err is None else row.heldout_rel_err
-            plain = rel if heldout is None else heldout
-            gain = plain / ours if ours > 0 else None
-            row = replace(row, rtn_rel_err=rel, rtn_heldout_rel_err=heldout, gain_vs_rtn=gain)
-        if module in self.compared:
-            errors = self.compared[module]
-            row = replace(row, compared=errors, best=min(errors, key=lambda name: errors[name]))
-        return row
-
-    def _folded(self, module: str) -> bool:
-        return any(module in o.linears for o in self.outcomes if o.fed_by is not None)
-
-
-def smooth(job: Smoothing, staging: Staging, listen: Listener = nobody) -> Smoothed:
-    """Find and judge factors for every site; finished groups of sites are taken from `staging`.
-
-    Raises:
-        InputError, NumericalError: a tensor is not finite, or scales do not fit their dtype.
-    """
-    groups = connected(job.sites)
-    found = Found(job)
-    listen(Progress("smooth", 0, len(groups), groups[0][0].name))
-    for done, group in enumerate(groups, 1):
-        kept = staging.finished(unit_of(group))
-        if not kept:
-            settle_group(job, group, job.source, staging)
-        found.take(group, staging)
-        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
-    checkpoint = folded_checkpoint(job.checkpoint, found.folds)
-    return found.smoothed(checkpoint, smoothed_source(job.source, found.folds))
-
-
-def unit_of(group: Sequence[Site]) -> str:
-    """The name of the unit that holds a group's factors."""
-    return f"smoothing {group[0].name}"
-
-
-def settle_group(
-    job: Smoothing, group: Sequence[Site], source: SiteSource, staging: Staging
-) -> None:
-    """Find and judge the factors of a group of connected sites, on statistics of their inputs
-    before anything of the group is folded or rounded; stage them."""
-    _Group(job, group, source).stage(staging, unit_of(group))
-
-
-@dataclass
-class Found:
-    """What the pass has found so far, group by group."""
-
-    job: Smoothing
-    folds: list[Fold] = field(default_factory=list)
-    outcomes: list[SiteOutcome] = field(default_factory=list)
-    rtn: dict[str, tuple[float, float | None]] = field(default_factory=dict)
-    compared: dict[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def take(self, group: Sequence[Site], staging: Staging) -> list[Fold]:
-        """Take in a staged group; its folds."""
-        unit = unit_of(group)
-        result = staging.result(unit)
-        factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.tensors(unit)}
-        folds = [(site, factors[site.name]) for site in group if site.name in factors]
-        self.folds += folds
-        self.outcomes += [_outcome(entry) for entry in result["sites"]]
-        self.rtn |= {module: tuple(pair) for module, pair in result["rtn"].items()}
-        self.compared |= result["compared"]
-        return folds
-
-    def smoothed(self, checkpoint: FoldedCheckpoint, source: StatisticsSource) -> Smoothed:
-        return Smoothed(
-            checkpoint,
-            source,
-            tuple(self.outcomes),
-            self.rtn,
-            self.compared,
-            tuple(self.folds),
-            self.job.smoother.name,
-        )
-
-
-def _outcome(entry: Mapping[str, Any]) -> SiteOutcome:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return SiteOutcome(**values)
+Fold = tuple[Site, NDArray[np.float32]]
 
 
 def connected(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
@@ -233,210 +40,109 @@ def connected(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     return [tuple(members) for members, _ in groups]
 
 
-class _Group:
-    """The work on one group of sites: `folds` holds what has been decided so far."""
-
-    def __init__(self, job: Smoothing, sites: Sequence[Site], source: SiteSource) -> None:
-        self.job, self.sites, self.source = job, sites, source
-        self.folds: list[Fold] = []
-        self._statistics: dict[str, SiteStatistics] = {}
-        self._prepared: tuple[Any, Any] = (None, None)
-        self.rtn: dict[str, tuple[float, float | None]] = {}
-
-    def stage(self, staging: Staging, unit: str) -> None:
-        self._baseline()
-        outcomes = [self._site(site) for site in self.sites]
-        compared = self._compare()
-        tensors = [as_bytes(site.name, factors) for site, factors in self.folds]
-        result = {
-            "sites": [asdict(outcome) for outcome in outcomes],
-            "rtn": self.rtn,
-            "compared": compared,
-        }
-        staging.put(unit, tensors, result)
-
-    # ---- what is read, with the folds made so far ----
-
-    def statistics(self, site: Site, folds: Sequence[Fold]) -> SiteStatistics | None:
-        """Of the site's inputs behind its own fold, if there is one."""
-        if site.name not in self._statistics:
-            of_linear = {x: s for s, i in self.source.sites.items() for x in i.linears}
-            name = next((of_linear[x.module] for x in site.linears if x.module in of_linear), None)
-            if name is None:
-                return None
-            self._statistics[site.name] = self.source.load(name)
-        own = [factors for other, factors in folds if other is site]
-        return smoothed(self._statistics[site.name], own[0]) if own else self._statistics[site.name]
-
-    def weight(
-        self, linear: SiteLinear, folds: Sequence[Fold], stored: bool = False
-    ) -> NDArray[np.float32]:
-        """float32 [out_features, in_features]. stored: as it is written in its own dtype"""
-        checkpoint = folded_checkpoint(self.job.checkpoint, folds)
-        if stored:
-            values = checkpoint.read(linear.tensor).astype(np.float32)
-        else:
-            shape = checkpoint.tensors[linear.tensor].spec.shape
-            values = checkpoint.matrix(linear.tensor, (shape[0], shape[1]))
-        return np.ascontiguousarray(values.T) if linear.transposed else values
-
-    # ---- one site ----
-
-    def _site(self, site: Site) -> SiteOutcome:
-        """Search, settle, try, and keep the fold where it pays."""
-        outcome = SiteOutcome(site.name, tuple(linear.module for linear in site.linears))
-        statistics = self.statistics(site, ())
-        if site.feeder is None or statistics is None:
-            return replace(outcome, reason=site.reason or "no statistics of its inputs")
-        if statistics.in_features != site.in_features:
-            raise InputError(
-                f"{self.source.name}: {site.name} has {statistics.in_features} inputs there,"
-                f" {site.in_features} in {self.job.checkpoint.path}",
-                hint="these statistics belong to another model",
-            )
-        before = self._errors(site, self.folds)
-        weights = tuple(self.weight(linear, self.folds) for linear in site.linears)
-        case = SmoothingCase(weights, statistics, site.ties, self._grid(site))
-        choices = self.job.smoother.search(case, self.job.settings)
-        outcome = replace(outcome, plain_error=_mean(before), reason="no factors are better")
-        for choice in choices[:TRIES]:
-            feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
-            used, notes = settle_factors(site, feeder, choice.factors)
-            trial = [*self.folds, (site, used.astype(np.float32))]
-            tried = replace(outcome, strength=choice.strength, notes=notes)
-            change = self._function_change(site, weights, trial)
-            limit = TOLERANCE[self.job.checkpoint.tensors[site.feeder.weight].spec.dtype]
-            if change > limit:
-                outcome = replace(tried, reason=f"the fold changes its outputs by {change:.2g}")
-                continue
-            after = self._errors(site, trial)
-            if self._accepted(before, after):
-                self.folds = trial
-                return replace(
-                    tried,
-                    fed_by=site.feeder.weight,
-                    error=_mean(after),
-                    function_change=change,
-                    reason=None,
-                )
-            outcome = replace(
-                tried, reason="rounded, it is no better with factors", error=_mean(after)
-            )
-        return outcome
-
-    def _grid(self, site: Site) -> Grid:
-        layers = self.job.layers
-        own = [layers[x.tensor].grid for x in site.linears if x.tensor in layers]
-        return own[0] if own else next(iter(layers.values())).grid
-
-    def _function_change(
-        self, site: Site, weights: Sequence[NDArray[np.float32]], trial: Sequence[Fold]
-    ) -> float:
-        """Of the site's float outputs on calibration inputs, between before and after its fold."""
-        statistics = self._statistics[site.name]
-        inputs = statistics.sample.astype(np.float32)
-        checkpoint = folded_checkpoint(self.job.checkpoint, trial)
-        assert site.feeder is not None
-        old = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
-        new: dict[str, Array] = {name: checkpoint.read(name) for name in site.feeder.tensors}
-        seen = inputs_after(site, old, new, inputs, trial[-1][1])
-        after = [self.weight(linear, trial, self.job.stored) for linear in site.linears]
-        return function_change(inputs, weights, seen, after)
-
-    # ---- judging ----
-
-    def _errors(self, site: Site, folds: Sequence[Fold]) -> dict[str, float]:
-        """Errors of the layers a fold of `site` touches: its own, and the one that feeds it."""
-        touched = {linear.tensor: (site, linear) for linear in site.linears}
-        for other in self.sites:
-            for linear in other.linears:
-                if site.feeder is not None and linear.tensor == site.feeder.weight:
-                    touched[linear.tensor] = (other, linear)
-        return {
-            linear.module: self._error(owner, linear, folds)
-            for owner, linear in touched.values()
-            if linear.tensor in self.job.layers and self.statistics(owner, ()) is not None
-        }
-
-    def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
-        """Of the layer as it would be written, with integer inputs where they are rounded."""
-        chosen, outputs = self._rounded(owner, linear, folds, *self.job.rounding)
-        if self.job.activations.scheme == "none":
-            return error_of(chosen.measures)
-        statistics = self.statistics(owner, folds)
-        assert statistics is not None
-        inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
-        inputs = inputs.astype(np.float32)
-        scheme = activations_for(statistics, self.job.activations)
-        product = linear_w8a8(inputs, chosen.stored.unpacked(), None, scheme)
-        return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
-
-    def _rounded(
-        self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], name: str, settings: Any
-    ) -> tuple[Chosen, Array | None]:
-        """The layer as it would be written under `folds`, and the scale of its outputs."""
-        statistics = self.statistics(owner, folds)
-        layer, how = self.job.layers[linear.tensor], method(name)
-        own = [factors.tobytes() for site, factors in folds if site is owner]
-        key = (owner.name, own, name, layer.grid)
-        if self._prepared[0] != key:
-            self._prepared = (key, how.prepare(statistics, layer.grid, settings))
-        outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
-        rounding = Rounding(how, self._prepared[1], settings, self.job.fmt, outputs=outputs)
-        return choose(self.weight(linear, folds), layer, statistics, rounding), outputs
-
-    def _method_error(self, site: Site, linear: SiteLinear, *how: Any) -> float:
-        return error_of(self._rounded(site, linear, *how)[0].measures)
-
-    def _baseline(self) -> None:
-        """Errors of plain rounding, before anything is folded."""
-        for site in self.sites:
-            statistics = self.statistics(site, ())
-            for linear in site.linears if statistics is not None else ():
-                layer = self.job.layers.get(linear.tensor)
-                if layer is not None:
-                    weight = self.weight(linear, ())
-                    plain = measure_plain(weight, layer, statistics, self.job.fmt)
-                    self.rtn[linear.module] = (plain.rel_err, plain.heldout_rel_err)
-
-    def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-        """Better on average; where only weights are rounded, no layer worse than plain rounding."""
-        if not self.job.judged:
-            return True
-        if not before or not _mean(after) < _mean(before):
-            return False
-        if self.job.activations.scheme != "none":
-            return True
-        plain = {m: pair[0] if pair[1] is None else pair[1] for m, pair in self.rtn.items()}
-        return all(error <= plain[module] for module, error in after.items())
-
-    def _compare(self) -> dict[str, dict[str, float]]:
-        """The error of every method on every layer, on the weights as they were and as folded."""
-        errors: dict[str, dict[str, float]] = {}
-        for site in self.sites if self.job.compare else ():
-            for linear in site.linears:
-                if linear.tensor in self.job.layers and self.statistics(site, ()) is not None:
-                    errors[linear.module] = self._compared(site, linear)
-        return errors
-
-    def _compared(self, site: Site, linear: SiteLinear) -> dict[str, float]:
-        own = self.job.smoother.name
-        result = {}
-        for name, settings in self.job.compare.items():
-            if name != own:
-                result[name] = self._method_error(site, linear, (), name, settings)
-            label = name if name == own else f"{own}+{name}"
-            result[label] = self._method_error(site, linear, self.folds, name, settings)
-        rel, heldout = self.rtn[linear.module]
-        return {"rtn": rel if heldout is None else heldout} | result
+def unit_of(group: Sequence[Site]) -> str:
+    """The name of the unit that holds a group's factors."""
+    return f"smoothing {group[0].name}"
 
 
-def activations_for(statistics: SiteStatistics, settings: ActivationSettings) -> ActivationSettings:
-    """The settings with the static scale of these inputs, where the scheme is static."""
-    if settings.scheme != "static":
-        return settings
-    return replace(settings, static_scale=absmax_scale(statistics.absmax, settings.bits))
+def settle_group(
+    settling: Settling, sites: Sequence[Site], source: SiteSource, staging: Staging
+) -> None:
+    """Find and judge the factors of a group of connected sites, on statistics of their inputs
+    before anything of the group is folded or rounded; stage them."""
+    group = Group(settling, sites, source)
+    result = group.settle()
+    tensors = [as_bytes(site.name, factors) for site, factors in group.folds]
+    staging.put(unit_of(sites), tensors, result)
 
 
-def _mean(errors: Mapping[str, float]) -> float:
-    return sum(errors.values()) / len(errors) if errors else 0.0
+@dataclass
+class Smoothed:
+    """What the stage has found so far, group by group.
+
+    rtn: of each module, plain rounding of the weight as it was: (rel_err, held-out rel_err)
+    compared: of each module, the error of each method that was tried
+    """
+
+    settling: Settling
+    folds: list[Fold] = field(default_factory=list)
+    outcomes: list[SiteOutcome] = field(default_factory=list)
+    rtn: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    compared: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def take(self, group: Sequence[Site], staging: Staging) -> list[Fold]:
+        """Take in a group that is settled; its folds."""
+        unit = unit_of(group)
+        result = staging.result(unit)
+        factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.tensors(unit)}
+        folds = [(site, factors[site.name]) for site in group if site.name in factors]
+        self.folds += folds
+        self.outcomes += [_outcome(entry) for entry in result["sites"]]
+        self.rtn |= {module: tuple(pair) for module, pair in result["rtn"].items()}
+        self.compared |= result["compared"]
+        return folds
+
+    @property
+    def checkpoint(self) -> FoldedCheckpoint:
+        """The run's checkpoint behind the folds."""
+        return folded_checkpoint(self.settling.checkpoint, self.folds)
+
+    @property
+    def entries(self) -> tuple[Mapping[str, Any], ...]:
+        """What became of the sites, for the report."""
+        return tuple(asdict(outcome) for outcome in self.outcomes)
+
+    def annotate(self, row: LayerReport) -> LayerReport:
+        """A row whose baseline is plain rounding of the original weight, not of the smoothed."""
+        module, name = row.module, self.settling.smoother.name
+        label = f"{name}+{row.method}"
+        if row.method == name or not self._folded(module):
+            label = row.method
+        row = replace(row, method=label)
+        if module in self.rtn:
+            rel, heldout = self.rtn[module]
+            ours = row.rel_err if row.heldout_rel_err is None else row.heldout_rel_err
+            plain = rel if heldout is None else heldout
+            gain = plain / ours if ours > 0 else None
+            row = replace(row, rtn_rel_err=rel, rtn_heldout_rel_err=heldout, gain_vs_rtn=gain)
+        if module in self.compared:
+            errors = self.compared[module]
+            row = replace(row, compared=errors, best=min(errors, key=lambda name: errors[name]))
+        return row
+
+    def _folded(self, module: str) -> bool:
+        return any(module in o.linears for o in self.outcomes if o.fed_by is not None)
+
+    def write(self, out: Path) -> None:
+        """Leave the factors beside the weights: an evaluation needs them."""
+        if self.folds:
+            write_folds(out / FOLDS_FILE, self.folds)
+
+
+def _outcome(entry: Mapping[str, Any]) -> SiteOutcome:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return SiteOutcome(**values)
+
+
+def smooth(
+    settling: Settling,
+    sites: Sequence[Site],
+    source: SiteSource,
+    staging: Staging,
+    listen: Listener,
+) -> Smoothed:
+    """for group of sites: statistics → factors → stage; finished ones are taken from `staging`.
+
+    Raises:
+        InputError, NumericalError: a tensor is not finite, or scales do not fit their dtype.
+    """
+    groups = connected(sites)
+    smoothed = Smoothed(settling)
+    listen(Progress("smooth", 0, len(groups), groups[0][0].name))
+    for done, group in enumerate(groups, 1):
+        kept = staging.finished(unit_of(group))
+        if not kept:
+            settle_group(settling, group, source, staging)
+        smoothed.take(group, staging)
+        listen(Progress("smooth", done, len(groups), group[0].name, kept=kept))
+    return smoothed

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,31 @@ class Assembly:
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
 
 
-def check_container(
-    fmt: Format, source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
-) -> None:
-    """Whatever could keep the container from being written. Raises InputError.
+@dataclass(frozen=True)
+class Container:
+    """A way to store weights.
 
-    dense: names of the tensors that are not quantized
+    check: raises InputError for whatever could keep it from being written
+    filled: whether tensors go to their places one by one; else `write` writes it whole
+    complete: adds what belongs beside the filled files
+    keeps_bytes: whether tensors that are not quantized keep their dtype
     """
-    if fmt.container == "gguf":
-        check_gguf(source, layers, dense)
-    if fmt.container == "onnx":
-        onnx_library()
+
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
+    filled: bool = True
+    complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
+    keeps_bytes: bool = True
+
+
+CONTAINERS = {
+    "safetensors": Container(),
+    "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
+    "gguf": Container(check=check_gguf, filled=False, keeps_bytes=False),
+}
+
+
+def container_of(fmt: Format) -> Container:
+    return CONTAINERS[fmt.container]
 
 
 def begin_weights(
@@ -86,7 +100,7 @@ def begin_weights(
 ) -> Shards | None:
     """Lay out the weights files in a folder, to be filled before `write_folder`; None where the
     container is written whole."""
-    if fmt.container == "gguf":
+    if not container_of(fmt).filled:
         return None
     with named(folder):
         folder.mkdir(exist_ok=True)
@@ -144,8 +158,7 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
-    if assembly.fmt.container == "onnx":
-        write_graph(out, names, assembly.layers, assembly.fmt)
+    container_of(assembly.fmt).complete(out, names, assembly.layers, assembly.fmt)
 
 
 def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) -> Mapping[str, str]:

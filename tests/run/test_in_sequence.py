@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource, model_architecture
+from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.streams import Streams, model_architecture
 from ptq_cli.commands import api
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.core.progress import Progress
@@ -83,13 +84,13 @@ def test_each_site_sees_what_the_rounded_layers_before_it_produce(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, SiteStatistics] = {}
-    load = TokenSource.load
+    load = Streams.statistics
 
-    def spy(self: TokenSource, site: str) -> SiteStatistics:
+    def spy(self: Streams, site: str) -> SiteStatistics:
         seen[site] = load(self, site)
         return seen[site]
 
-    monkeypatch.setattr(TokenSource, "load", spy)
+    monkeypatch.setattr(Streams, "statistics", spy)
     api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
     checkpoint = open_checkpoint(SAMPLE)
     ids = read_tokens(SETTINGS, checkpoint).ids

@@ -46,7 +46,7 @@ calibrate.run_tasks = noting
 site_statistics.make = watched(
     lambda job: job.unit, lambda job: stated.get(job.unit), site_statistics.make
 )
-loop._work = watched(lambda job: job.unit.name, lambda job: job.unit.memory, loop._work)
+loop.work_on = watched(lambda job: job.unit.name, lambda job: job.unit.memory, loop.work_on)
 sys.exit(run(sys.argv[1:]))
 """
 LAYER = "model.layers.0.mlp.down_proj"

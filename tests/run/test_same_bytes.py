@@ -145,9 +145,9 @@ def test_interrupted_ten_times_at_random(tmp_path, expected):
 
 def interrupted(tmp_path, monkeypatch, model=MODEL, after=4, *more):
     """What a run leaves that is stopped after some units."""
-    from ptq_cli.run import loop
+    from ptq_cli.run import unit_job
 
-    work, done = loop.quantize_unit, []
+    work, done = unit_job.quantize_unit, []
 
     def stop(unit, *rest, **options):
         if len(done) == after:
@@ -156,7 +156,7 @@ def interrupted(tmp_path, monkeypatch, model=MODEL, after=4, *more):
         return work(unit, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "quantize_unit", stop)
+        patch.setattr(unit_job, "quantize_unit", stop)
         with pytest.raises(KeyboardInterrupt):
             ptq("gptq", model, "-o", tmp_path / "gptq", "--workers", 1, *more)
     return done
@@ -177,11 +177,11 @@ def middle_changed(path):
 
 def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch, expected):
     done = interrupted(tmp_path, monkeypatch)
-    from ptq_cli.run import loop
+    from ptq_cli.run import unit_job
 
-    work, redone = loop.quantize_unit, []
+    work, redone = unit_job.quantize_unit, []
     monkeypatch.setattr(
-        loop, "quantize_unit", lambda u, *r, **o: (redone.append(u.name), work(u, *r, **o))[1]
+        unit_job, "quantize_unit", lambda u, *r, **o: (redone.append(u.name), work(u, *r, **o))[1]
     )
     assert ptq("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 1).code == 0
     assert len(done) == 4

@@ -15,14 +15,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import ptq_cli
-from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.sites import Preceding
 from ptq_cli.numerics.rounding import round_to_nearest
-from ptq_cli.run import in_sequence
+from ptq_cli.run import smooth_in_sequence
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import open_quantized
@@ -112,13 +112,13 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     seen: dict[str, SiteStatistics] = {}
-    load = TokenSource.load
+    load = Streams.statistics
 
-    def spy(self: TokenSource, site: str) -> SiteStatistics:
+    def spy(self: Streams, site: str) -> SiteStatistics:
         seen[site] = load(self, site)
         return seen[site]
 
-    monkeypatch.setattr(TokenSource, "load", spy)
+    monkeypatch.setattr(Streams, "statistics", spy)
     model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
     report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
@@ -193,13 +193,13 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
 ) -> None:
     """The second site of a group sees its first as floats: it is not rounded yet."""
     seen: dict[str, SiteStatistics] = {}
-    settle = in_sequence.settle_group
+    settle = smooth_in_sequence.settle_group
 
     def spy(job: Any, group: Any, source: Any, staging: Any) -> None:
         seen.update({site: source.load(site) for site in source.sites})
         settle(job, group, source, staging)
 
-    monkeypatch.setattr(in_sequence, "settle_group", spy)
+    monkeypatch.setattr(smooth_in_sequence, "settle_group", spy)
     quantize(loud, "awq gptq", tmp_path / "out")
     checkpoint = open_checkpoint(loud)
     rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
@@ -251,7 +251,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle, calls = in_sequence.settle_group, []
+    settle, calls = smooth_in_sequence.settle_group, []
 
     def stop(*arguments: Any) -> None:
         settle(*arguments)
@@ -259,7 +259,7 @@ def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(in_sequence, "settle_group", stop)
+    monkeypatch.setattr(smooth_in_sequence, "settle_group", stop)
     with pytest.raises(KeyboardInterrupt):
         quantize(loud, "awq gptq", tmp_path / "out")
     quantize(loud, "awq gptq", tmp_path / "out")

@@ -304,11 +304,11 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, command, counts, ol
 
 
 def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
-    from ptq_cli.run import loop
+    from ptq_cli.run import unit_job
 
     model, activations = small_job(tmp_path)
     done = []
-    work = loop.quantize_unit
+    work = unit_job.quantize_unit
 
     def interrupt(unit, *rest, **options):
         if len(done) == 2:
@@ -316,7 +316,7 @@ def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
         done.append(unit.name)
         return work(unit, *rest, **options)
 
-    monkeypatch.setattr(loop, "quantize_unit", interrupt)
+    monkeypatch.setattr(unit_job, "quantize_unit", interrupt)
     arguments = ["gptq", model, "--activations", activations, "-o", "out"]
     with pytest.raises(KeyboardInterrupt):
         ptq(*arguments)
@@ -327,7 +327,7 @@ def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
         redone.append(unit.name)
         return work(unit, *rest, **options)
 
-    monkeypatch.setattr(loop, "quantize_unit", count)
+    monkeypatch.setattr(unit_job, "quantize_unit", count)
     refused = ptq(*arguments, "--bits", 3)
     assert refused.code == 1
     assert "other bits" in refused.errors[0]

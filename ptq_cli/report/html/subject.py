@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_activations import Activations
-from ptq_cli.calibration.from_file import CalibrationFile
-from ptq_cli.calibration.source import StatisticsSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.report.report import Gate
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
@@ -69,9 +67,7 @@ class Subject:
     channels: tuple[Channels, ...] = ()
 
 
-def open_subjects(
-    paths: Sequence[Path], source: StatisticsSource | None = None
-) -> tuple[Subject, ...]:
+def open_subjects(paths: Sequence[Path], source: Source | None = None) -> tuple[Subject, ...]:
     """Runs from their output folders, or from their reports alone; labels tell them apart. What is
     read beside the reports belongs to the page of one run.
 
@@ -100,7 +96,7 @@ def subject_of(
     document: Mapping[str, Any],
     label: str,
     folder: Path | None,
-    source: StatisticsSource | None,
+    source: Source | None,
     gates: Sequence[Gate] = (),
 ) -> Subject:
     """A run from its report, what it wrote, and the statistics it had."""
@@ -153,7 +149,7 @@ def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
 
 
 def channels(
-    source: StatisticsSource | None, rows: Sequence[Mapping[str, Any]], folder: Path | None
+    source: Source | None, rows: Sequence[Mapping[str, Any]], folder: Path | None
 ) -> tuple[Channels, ...]:
     """The sites with the loudest channels: of all in a statistics file; where activations have to
     be read again, of the sites of the worst layers. Empty where the statistics are gone (--tokens
@@ -162,7 +158,8 @@ def channels(
         return ()
     found = []
     factors = {} if folder is None else _factors(folder if folder.is_dir() else folder.parent)
-    for site, absmax in _absmax(source, rows):
+    worst = [row["module"] for row in worst_first(rows)[:WORST]]
+    for site, absmax in source.ranges(worst):
         own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
         smoothed = None if own is None or own.shape != absmax.shape else absmax / own
         found.append(Channels(site, absmax, smoothed))
@@ -172,16 +169,3 @@ def channels(
 def _factors(folder: Path) -> dict[str, NDArray[np.float32]]:
     """What the folder's inputs were divided by, by module."""
     return {x.module: values for site, values in read_folds(folder) for x in site.linears}
-
-
-def _absmax(
-    source: StatisticsSource, rows: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    if isinstance(source, CalibrationFile):
-        for site in source.sites:
-            yield site, source.absmax(site)
-    elif isinstance(source, Activations):
-        worst = [row["module"] for row in worst_first(rows)[:WORST]]
-        for site, info in source.sites.items():
-            if not rows or set(worst) & {*info.linears}:
-                yield site, source.absmax(site)

@@ -1,0 +1,136 @@
+"""A quantizing command, planned and ready to run: what all of them share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration.find import FoundSource
+from ptq_cli.commands.check import runtime_warnings
+from ptq_cli.commands.forecast import Forecast
+from ptq_cli.commands.forecast_jobs import forecast_plan
+from ptq_cli.core.layer import Plan
+from ptq_cli.core.progress import Listener, nobody
+from ptq_cli.core.report import RunReport
+from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.run.options import RunOptions
+from ptq_cli.run.schedule import ALL_THERE_IS, Resources
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import MAX_SHARD
+from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """identity: what makes two runs the same, besides the plan's settings and the inputs
+    start: does the work
+    """
+
+    command: str
+    plan: Plan
+    checkpoint: Checkpoint
+    source: FoundSource
+    output: Path
+    identity: Mapping[str, Any]
+    start: Callable[[Staging, RunOptions], RunReport]
+
+    def target(
+        self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
+    ) -> Target:
+        """Where the run works, and what makes another the same."""
+        settings = {
+            k: v for part in self.plan.settings for k, v in dataclasses.asdict(part).items()
+        }
+        job = {
+            "command": self.command,
+            "version": __version__,
+            "max_shard_size": parse_size(str(max_shard_size)),
+            **self.identity,
+            **settings,
+            **fingerprints(self.checkpoint, self.source),
+        }
+        keep = [*self.checkpoint.files, self.checkpoint.weights]
+        if self.source.statistics is not None:
+            keep += self.source.statistics.files
+        return Target(self.output, job, force, restart, keep)
+
+    def run(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+        listen: Listener = nobody,
+    ) -> RunReport:
+        """Do the work, and give the output its name. Raises PtqError."""
+        options = RunOptions(resources, parse_size(str(max_shard_size)), listen)
+        staging = self.target(max_shard_size, force=force, restart=restart).begin()
+        return self.start(staging, options)
+
+    def forecast(
+        self,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        resources: Resources = ALL_THERE_IS,
+        max_shard_size: str | int = MAX_SHARD,
+    ) -> Forecast:
+        """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
+        target = self.target(max_shard_size, force=force, restart=restart)
+        statistics = self.source.statistics
+        return forecast_plan(
+            self.command, self.plan, self.checkpoint, statistics, target, resources
+        )
+
+    def memory_warnings(self, resources: Resources) -> list[str]:
+        """Units that take more memory than there is. (No part of the report: that depends on
+        nothing but what was asked.)"""
+        if resources.scheduler is not None:
+            return []
+        limit = resources.memory
+        big = [unit for unit in self.plan.units if unit.memory > limit]
+        if not big:
+            return []
+        most = max(unit.memory for unit in big)
+        return [
+            f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
+        ]
+
+
+def fingerprints(checkpoint: Checkpoint, source: FoundSource) -> dict[str, str]:
+    """Of what is read."""
+    inputs = {"model": checkpoint.fingerprint}
+    return inputs if source.fingerprint is None else inputs | {"calibration": source.fingerprint}
+
+
+def with_warnings(
+    plan: Plan, checkpoint: Checkpoint, source: FoundSource, runtime: str | None, *more: str
+) -> Plan:
+    """A plan with the warnings of its source, and of what a runtime could not load."""
+    said = runtime_warnings(plan, checkpoint, runtime)
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings, *more, *said))
+
+
+def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with what `scheme` is short for: named on the command line it wins over the recipe's
+    own values, named in the recipe the recipe's own values win over it."""
+    if given.get("scheme"):
+        return {**recipe, **SCHEMES.get(given["scheme"], {})}
+    return {**SCHEMES.get(recipe.get("scheme", ""), {}), **recipe}
+
+
+def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
+    """`<model>-gptq-w4g128`, in the current directory."""
+    stem = checkpoint.stem
+    if checkpoint.path.is_dir():
+        stem = checkpoint.path.resolve().name or stem
+    group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
+    name = f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
+    return name if settings.format == "ptq" else f"{name}-{settings.format}"

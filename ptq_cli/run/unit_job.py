@@ -1,0 +1,172 @@
+"""One unit in a worker: statistics and weights are read, layers rounded and proven, and what they
+became is staged. Names and settings travel, no arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration.source import Source
+from ptq_cli.core.layer import Layer, Unit
+from ptq_cli.core.plugins import Format, Method
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.errors import NumericalError
+from ptq_cli.models.forward.layers import Tensor
+from ptq_cli.models.forward.linear import as_tensor
+from ptq_cli.numerics.rounding import ScaleOverflow
+from ptq_cli.registry import format_named, method
+from ptq_cli.run.quantize_unit import LayerWeight, quantize_unit
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.digest import digest_of, digest_words
+from ptq_cli.storage.files import kept_buffer
+from ptq_cli.storage.rows import FileRows
+from ptq_cli.storage.tensors import as_array, as_bytes
+from ptq_cli.storage.units import UnitStore
+
+Entries = list[dict[str, Any]]  # report rows as JSON
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the units of a run are rounded: a method's name and its settings, a format's name.
+
+    on_failure: "rtn" rounds to nearest where a factorization fails for good; "error" raises
+    """
+
+    method: str
+    settings: Any
+    format: str
+    on_failure: str = "error"
+
+    @property
+    def how(self) -> Method:
+        return method(self.method)
+
+    @property
+    def fmt(self) -> Format:
+        return format_named(self.format)
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """All that a worker must know to do one unit."""
+
+    unit: Unit
+    checkpoint: Checkpoint
+    source: Source | None
+    rounding: Rounding
+    store: UnitStore
+
+    def key(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """What a finished unit must have been made from to be taken over. digests: of tensors"""
+        rounding, site = self.rounding, self.unit.site
+        unit = replace(self.unit, memory=0)
+        return {
+            "tensor": dict(digests),
+            "statistics": None if self.source is None or site is None else self.source.digest(site),
+            "settings": digest_words(__version__, repr(unit), repr(rounding)),
+        }
+
+    def kept(self) -> Entries | None:
+        """The report rows of the unit, where a run before this one has finished it."""
+        if not self.store.exists(self.unit.name):
+            return None
+        names = [layer.tensor for layer in self.unit.layers]
+        digests = {name: digest_of(self.checkpoint.read_bytes(name)) for name in names}
+        if not self.store.reusable(self.unit.name, self.key(digests)):
+            return None
+        entries: Entries = self.store.result(self.unit.name)
+        return entries
+
+    def decoded(self) -> dict[str, Tensor]:
+        """What the finished unit's tensors decode to, by the name of each layer's tensor."""
+        fmt = self.rounding.fmt
+        staged = {t.spec.name: as_array(t) for t in self.store.tensors(self.unit.name)}
+        return {
+            layer.tensor: as_tensor(
+                layer,
+                fmt.decode(layer, {spec.name: staged[spec.name] for spec in fmt.specs(layer)}),
+            )
+            for layer in self.unit.layers
+        }
+
+
+def work_on(job: UnitJob) -> tuple[Entries, bool]:
+    """Do the unit unless a run before this one has; its report rows, and whether they are that
+    run's."""
+    kept = job.kept()
+    if kept is not None:
+        return kept, True
+    statistics = None
+    if job.source is not None and job.unit.site is not None:
+        statistics = job.source.load(job.unit.site)
+    return finish(job, job.unit, statistics), False
+
+
+def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> Entries:
+    """Round → prove → stage; the report rows. unit: the job's, or that without statistics"""
+    begin = time.perf_counter()
+    with ExitStack() as files:
+        weights = _Weights(job, files)
+        try:
+            results = quantize_unit(unit, statistics, weights.load, job.rounding)
+        except NumericalError as error:
+            error.hint = " or ".join(filter(None, (error.hint, "allow --fallback rtn")))
+            raise
+        except ScaleOverflow:
+            weights.check()
+            raise
+        digests = weights.digests()
+    tensors = [
+        as_bytes(name, values) for result in results for name, values in result.tensors.items()
+    ]
+    entries = [asdict(result.row) for result in results]
+    seconds = time.perf_counter() - begin
+    job.store.put(job.unit.name, job.key(digests), tensors, entries, seconds)
+    return entries
+
+
+@dataclass
+class _Weights:
+    """The weights of a unit's layers as they are read, and the digests of what was read."""
+
+    job: UnitJob
+    files: ExitStack
+    _digests: dict[str, str] = field(default_factory=dict)
+    _streamed: dict[str, FileRows] = field(default_factory=dict)
+
+    def load(self, layer: Layer) -> LayerWeight:
+        checkpoint, rounding = self.job.checkpoint, self.job.rounding
+        outputs = checkpoint.output_scale(layer)
+        if rounding.how.is_nearest(rounding.settings) and checkpoint.streams(layer):
+            rows = self.files.enter_context(FileRows(checkpoint, layer))
+            self._streamed[layer.tensor] = rows
+            return LayerWeight(rows, outputs=outputs)
+        data = checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
+        self._digests[layer.tensor] = digest_of(data)
+        stored = checkpoint.weight_rows(layer, data)
+        return LayerWeight(stored, self._importance(layer), outputs)
+
+    def _importance(self, layer: Layer) -> FloatArray | None:
+        """What weighs the layer's scale search: its Fisher information, where that is asked for."""
+        source, rounding = self.job.source, self.job.rounding
+        if source is None or not rounding.how.needs_fisher(rounding.settings):
+            return None
+        values = source.load_fisher(layer.module)
+        values = values.reshape(layer.shape[::-1]).T if layer.transposed else values
+        return np.ascontiguousarray(values).reshape(layer.shape)
+
+    def check(self) -> None:
+        """Raises InputError where a weight that was streamed is not finite."""
+        for rows in self._streamed.values():
+            rows.check()
+
+    def digests(self) -> dict[str, str]:
+        return self._digests | {name: rows.digest() for name, rows in self._streamed.items()}
