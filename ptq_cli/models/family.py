@@ -68,7 +68,7 @@ class Names:
 
     @property
     def sharing(self) -> tuple[tuple[str, ...], ...]:
-        """Linears of a block that share an input."""
+        """Linears of a block that share an input; runtimes join them into one matrix."""
         return (self.qkv, self.mlp_in, self.experts.inputs if self.experts else ())
 
     @property

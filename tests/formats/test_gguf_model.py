@@ -205,9 +205,7 @@ def test_layers_of_a_file() -> None:
 
 
 def test_layers_of_a_file_that_is_not_understood() -> None:
-    with pytest.raises(
-        InputError, match="'blk.0.attn_q.weight' is of type Q4_K, which is not understood"
-    ):
+    with pytest.raises(InputError, match=r"blk.0.attn_q.weight' is of type Q4_K, which"):
         read(TensorSpec("blk.0.attn_q.weight", "Q4_K", (32, 256)))
     with pytest.raises(InputError, match=r"has shape \[32, 40\]"):
         read(TensorSpec("blk.0.attn_q.weight", "Q4_0", (32, 40)))
