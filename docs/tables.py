@@ -26,6 +26,8 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
 from ptq_cli.formats import ptq
 from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
+from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.family import Family
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
@@ -290,3 +292,25 @@ def _sizes(sizes: list[int]) -> str:
 def native() -> str:
     """The native layout, in the words of its module."""
     return f"\n```text\n{inspect.getdoc(ptq)}\n```\n\n"
+
+
+# -- families of models --------------------------------------------------------------------------
+
+
+def families() -> str:
+    """What is known of each family."""
+    head = ["family", "`model_type`", "sites of a block", "folds", "forward", "GGUF"]
+    rows = (_family(family) for family in sorted(FAMILIES, key=lambda family: family.name))
+    return _table(head, rows) + "\n"
+
+
+def _family(family: Family) -> list[str]:
+    folds = [pattern for pattern in family.sites if pattern.reason is None]
+    return [
+        family.name,
+        ", ".join(f"`{kind}`" for kind in family.model_types),
+        str(len(family.sites) or "with `[[sites]]`"),
+        str(len(folds) or "with `[[sites]]`"),
+        "yes" if family.forward else "no",
+        f"`{family.gguf.architecture}`" if family.gguf else "no",
+    ]

@@ -153,8 +153,8 @@ def test_nothing_stands_flat_beside_the_rooms():
 
 
 def plugin_of(name: str) -> str:
-    """`ptq_cli.formats.gguf.names` belongs to the plug-in `formats.gguf`. Families of models differ
-    in data, which the modules of `models` share: they are one plug-in."""
+    """`ptq_cli.formats.gguf.metadata` belongs to the plug-in `formats.gguf`. Families of models
+    differ in data, which the modules of `models` share: they are one plug-in."""
     return "models" if room(name) == "models" else ".".join(name.split(".")[1:3])
 
 

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
 from ptq_cli.calibration.sites import model_sites
 from ptq_cli.errors import InputError
-from ptq_cli.models.linears import default_reason
-from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.linears import default_reason, group_modules
 from ptq_cli.numerics.statistics import (
     HELDOUT_EVERY,
     HELDOUT_LIMIT,

@@ -11,8 +11,7 @@ from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
-from ptq_cli.models.linears import default_reason
-from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.linears import default_reason, group_modules
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import check_float
 from ptq_cli.storage.npy import InputsFile

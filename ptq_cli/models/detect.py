@@ -12,24 +12,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import (
-    BY_MODEL_TYPE,
-    BY_NAME,
-    FAMILIES,
-    Condition,
-    Family,
-    SitePattern,
-)
+from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.family import Condition, Config, Family, SitePattern
 from ptq_cli.models.sites import Norm, Preceding, Site, SiteLinear, rows_of
 
 Specs = Mapping[str, TensorSpec]
-Config = Mapping[str, Any]
 
-_BLOCK = re.compile(r"^(|.*?\.)(layers|h)\.(\d+)\.(.+)$")
+_KNOWN = [family for family in FAMILIES if family.folds is not None]
+_BY_NAME = {family.name: family for family in _KNOWN}
+_BY_MODEL_TYPE = {kind: family for family in _KNOWN for kind in family.model_types}
+_LISTS = "|".join(sorted({re.escape(family.names.blocks) for family in _KNOWN}))
+_BLOCK = re.compile(rf"^(|.*?\.)({_LISTS})\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
 def _check_family(row: Family, blocks: list[_Block], config: Config | None) -> None:
     """Refuse a family that the model is not of, by its config.json or its tensors."""
     kind = None if config is None else config.get("model_type")
-    if kind in BY_MODEL_TYPE and kind not in row.model_types:
+    if kind in _BY_MODEL_TYPE and kind not in row.model_types:
         raise InputError(f"family {row.name}: config.json says the model is a {kind}")
     for mark in row.marks:
         if not any(mark in block.tensors for block in blocks):
@@ -101,43 +97,55 @@ def _choose(
     specs: Specs, config: Config | None, name: str | None
 ) -> tuple[Family | None, tuple[str, ...]]:
     if name is not None:
-        if name not in BY_NAME:
-            near = get_close_matches(name, BY_NAME, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(BY_NAME))}"
+        if name not in _BY_NAME:
+            near = get_close_matches(name, _BY_NAME, 1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_BY_NAME))}"
+            )
             raise InputError(f"family {name!r} is not known", hint=hint)
-        return BY_NAME[name], ()
+        return _BY_NAME[name], ()
     if config is not None and "model_type" in config:
         kind = config["model_type"]
-        if kind in BY_MODEL_TYPE:
-            return BY_MODEL_TYPE[kind], ()
+        if kind in _BY_MODEL_TYPE:
+            return _BY_MODEL_TYPE[kind], ()
         return None, (f"model_type {kind!r} is not known; [[sites]] in a recipe name its sites",)
-    for family in FAMILIES:
+    for family in _KNOWN:
         if _named(specs, family):
             return family, _doubt(family)
     return None, ("the tensors' names fit no family; [[sites]] in a recipe name the sites",)
 
 
 def _doubt(family: Family) -> tuple[str, ...]:
-    if family.name in ("llama", "gemma"):
-        gain = "1 + weight" if family.plus_one else "weight"
-        how = f"taken for {family.name} (a norm's gain is {gain})"
-        return (f"names fit llama, mistral and gemma alike; without config.json {how}",)
-    return (f"without config.json, taken for {family.name} by its tensors' names",)
+    """What is said of a family that was told by names alone."""
+    alike = [other for other in _KNOWN if _looks(other) == _looks(family)]
+    if len(alike) == 1:
+        return (f"without config.json, taken for {family.name} by its tensors' names",)
+    *names, last = (other.name for other in sorted(alike, key=lambda other: other.plus_one))
+    gain = "1 + weight" if family.plus_one else "weight"
+    return (
+        f"names fit {', '.join(names)} and {last} alike; without config.json taken for"
+        f" {family.name} (a norm's gain is {gain})",
+    )
+
+
+def _looks(family: Family) -> object:
+    """What names alone tell of a family."""
+    return family.names.blocks, family.marks, [(p.linears, p.norm) for p in family.sites]
 
 
 def _named(specs: Specs, family: Family) -> bool:
     """Whether some block fits the family's names and shapes, and nothing speaks against it."""
     blocks = _blocks(specs, family)
-    if family.vocabularies is not None and not _has_vocabulary(specs, family.vocabularies):
+    if family.vocabularies is not None and not _has_vocabulary(specs, family):
         return False
     return any(_fits(block, family) for block in blocks)
 
 
-def _has_vocabulary(specs: Specs, sizes: tuple[int, ...]) -> bool:
+def _has_vocabulary(specs: Specs, family: Family) -> bool:
     return any(
-        spec.shape[0] in sizes
+        spec.shape[0] in (family.vocabularies or ())
         for name, spec in specs.items()
-        if name.endswith("embed_tokens.weight") and len(spec.shape) == 2
+        if name.endswith(f"{family.names.embedding}.weight") and len(spec.shape) == 2
     )
 
 
@@ -162,14 +170,14 @@ def _blocks(specs: Specs, family: Family) -> list[_Block]:
     found: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
     for name, spec in specs.items():
         match = _BLOCK.match(name)
-        if match and match[2] == family.container:
+        if match and match[2] == family.names.blocks:
             found[match[1]][int(match[3])][match[4]] = spec
     linears = [f"{linear}.weight" for p in family.sites for linear in p.linears]
     blocks = []
     for prefix, numbered in sorted(found.items()):
         if any(all(_is_matrix(t, name) for name in linears) for t in numbered.values()):
             for number, tensors in sorted(numbered.items()):
-                path = f"{prefix}{family.container}.{number}."
+                path = f"{prefix}{family.names.blocks}.{number}."
                 blocks.append(_Block(path, prefix, tensors))
     return blocks
 
@@ -182,7 +190,7 @@ def _strangers(block: _Block, family: Family) -> list[str]:
     """Tensors of the block that the family does not know."""
     modules = [name for p in family.sites for name in (*p.linears, p.norm) if name]
     known = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
-    return sorted(set(block.tensors) - known - set(family.others))
+    return sorted(set(block.tensors) - known - {*family.names.other_norms, *family.names.buffers})
 
 
 def _in_features(block: _Block, linear: str, family: Family) -> int:
@@ -229,10 +237,10 @@ def _feeder(
     for linear in pattern.linears:
         if _in_features(block, linear, family) != width:
             return f"{linear} takes {_in_features(block, linear, family)} inputs, not {width}"
-    for condition in pattern.conditions:
-        if not _holds(condition, config, block, specs):
-            unknown = "" if config is not None else "without config.json it is not known whether "
-            return unknown + condition.reason
+    condition = pattern.condition
+    if condition is not None and not _holds(condition, config, block, specs):
+        unknown = "" if config is not None else "without config.json it is not known whether "
+        return unknown + condition.reason
     source = pattern.norm or pattern.after
     bias = f"{block.path}{source}.bias" if f"{source}.bias" in block.tensors else None
     if pattern.norm:
@@ -242,7 +250,7 @@ def _feeder(
         return Norm(f"{block.path}{source}.weight", bias, family.plus_one)
     shape = block.shape(f"{source}.weight")
     outputs = shape[1] if family.transposed else shape[0]
-    rows = rows_of(pattern.layout, outputs, width, _heads(config, block, width))
+    rows = rows_of(pattern.layout, outputs, width, _heads(config, block, family, width))
     if isinstance(rows, str):
         return rows
     return Preceding(f"{block.path}{source}.weight", bias, rows, family.transposed)
@@ -256,12 +264,12 @@ def _holds(condition: Condition, config: Config | None, block: _Block, specs: Sp
     return condition.published
 
 
-def _heads(config: Config | None, block: _Block, width: int) -> int | None:
+def _heads(config: Config | None, block: _Block, family: Family, width: int) -> int | None:
     """Attention heads, from config.json or from the width of a norm over one head."""
-    for key in ("num_attention_heads", "n_head"):
+    for key in ("num_attention_heads", family.folds.heads if family.folds else ""):
         if config is not None and isinstance(config.get(key), int):
             return int(config[key])
-    norm = block.tensors.get("self_attn.q_norm.weight")
+    norm = block.tensors.get(f"{family.names.norms.get('q')}.weight")
     return width // norm.shape[0] if norm is not None and norm.shape[0] else None
 
 
@@ -269,5 +277,6 @@ def _assumed(family: Family, config: Config | None) -> tuple[str, ...]:
     """What conditions were taken for granted, once each."""
     if config is not None:
         return ()
-    taken = {c.key: c.value for p in family.sites for c in p.conditions if c.published}
+    conditions = (pattern.condition for pattern in family.sites)
+    taken = {c.key: c.value for c in conditions if c is not None and c.published}
     return tuple(f"{key} is taken for {value}: no config.json" for key, value in taken.items())

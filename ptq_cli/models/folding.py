@@ -12,7 +12,6 @@ however coarse it is where the gain is stored less one (Gemma: steps of 1/256 in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,48 +23,25 @@ from ptq_cli.models.sites import Norm, Preceding, Rows, Site
 from ptq_cli.numerics.smoothquant import check_factors
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A site after folding.
+def fold_into_norm(gain: Array, factors: Array, plus_one: bool = False) -> FloatArray:
+    """Divide a norm's gain, or its bias, by the factors: all [channels].
 
-    tensors: every changed tensor, in the dtype it came in, or wider where `keep_dtype` is off
-    factors: what the columns were multiplied by, float [in_features]: the factors asked for, but
-        for the rounding of the norm's gain
-    notes: what could not be done as asked
-    """
-
-    tensors: Mapping[str, Array]
-    factors: FloatArray
-    notes: tuple[str, ...] = ()
-
-
-def fold_into_norm(
-    weight: Array, bias: Array | None, factors: Array, plus_one: bool = False
-) -> tuple[FloatArray, FloatArray | None]:
-    """Divide a norm's gain and bias by the factors: all [channels] → (weight, bias).
-
-    RMSNorm and LayerNorm: `gain/s`, `bias/s`. plus_one (Gemma): the gain is 1 + weight, so the new
-    weight is `(1 + weight)/s − 1`.
+    plus_one (Gemma): the gain is 1 + what is stored, so that becomes `(1 + gain)/s − 1`.
 
     Raises:
         InputError: factors are not [channels].
         NumericalError: a factor is not a positive number.
     """
-    gain, divisor = _working(weight), _divisor(weight, factors)
-    new = (1 + gain) / divisor - 1 if plus_one else gain / divisor
-    return new, None if bias is None else _working(bias) / divisor
+    work, divisor = _working(gain), _divisor(gain, factors)
+    return (1 + work) / divisor - 1 if plus_one else work / divisor
 
 
 def fold_into_linear_rows(
-    weight: Array,
-    bias: Array | None,
-    factors: Array,
-    rows: Rows,
-    transposed: bool = False,
-) -> tuple[FloatArray, FloatArray | None]:
+    weight: Array, factors: Array, rows: Rows, transposed: bool = False
+) -> FloatArray:
     """Divide the outputs of a linear that feed a site by the site's factors.
 
-    weight: [out_features, in_features] (transposed: the other way round); bias: [out_features]
+    weight: [out_features, in_features] (transposed: the other way round), or a bias [out_features]
     factors: [in_features of the site]; rows: which output feeds which input
 
     Raises:
@@ -74,10 +50,10 @@ def fold_into_linear_rows(
     """
     check_factors(factors, len(factors))
     work = _working(weight)
-    outputs = work.shape[1] if transposed else work.shape[0]
-    divisor = row_divisor(outputs, factors, rows).astype(work.dtype)
-    new = work / (divisor if transposed else divisor[:, None])
-    return new, None if bias is None else _working(bias) / divisor
+    divisor = row_divisor(work.shape[1 if transposed else 0], factors, rows).astype(work.dtype)
+    by_row = work.ndim == 2 and not transposed
+    folded: FloatArray = work / (divisor[:, None] if by_row else divisor)
+    return folded
 
 
 def row_divisor(outputs: int, factors: Array, rows: Rows) -> FloatArray:
@@ -109,40 +85,13 @@ def scale_columns(weight: Array, factors: Array, transposed: bool = False) -> Fl
     return scaled
 
 
-def fold_site(
-    site: Site, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool = True
-) -> Folded:
-    """Fold a site's factors into its feeder and its linears.
-
-    tensors: at least `site.tensors`. A tensor may belong to two sites (v_proj is a linear of one
-        and feeds another): fold the sites one after the other, each into the result of the last.
-
-    Raises:
-        InputError: nothing can take the factors (the site's reason says why), a tensor is not
-            there, factors of the wrong length, unequal factors for tied inputs.
-        NumericalError: a factor is not a positive number, or a result does not fit its dtype.
-    """
-    if site.feeder is None:
-        raise InputError(f"site {site.name} cannot take smoothing factors: {site.reason}")
-    absent = [name for name in site.tensors if name not in tensors]
-    if absent:
-        raise InputError(f"site {site.name}: {absent[0]} is not in the checkpoint")
-    used, notes = settle_factors(site, tensors, factors, keep_dtype)
-    changed: dict[str, Array] = {}
-    for name in site.tensors:
-        changed[name] = fold_tensor(name, tensors[name], [(site, used)])
-        if keep_dtype:
-            changed[name] = as_stored(name, changed[name], tensors[name].dtype)
-    return Folded(changed, used, notes)
-
-
 def settle_factors(
-    site: Site, tensors: Mapping[str, Array], factors: Array, keep_dtype: bool = True
+    site: Site, tensors: Mapping[str, Array], factors: Array
 ) -> tuple[FloatArray, tuple[str, ...]]:
     """The factors that a fold can really use, [in_features], and notes on those it cannot.
 
-    A norm's gain is stored rounded (with `keep_dtype`), and what it then divides by is what the
-    columns have to be multiplied by. A gain that would be stored as 0 stays as it is.
+    A norm's gain is stored rounded, and what it then divides by is what the columns have to be
+    multiplied by. A gain that would be stored as 0 stays as it is.
     tensors: at least the feeder's
 
     Raises:
@@ -153,9 +102,8 @@ def settle_factors(
     if not isinstance(site.feeder, Norm):
         return factors, ()
     weight = tensors[site.feeder.weight]
-    new, _ = fold_into_norm(weight, None, factors, site.feeder.plus_one)
-    if keep_dtype:
-        new = as_stored(site.feeder.weight, new, weight.dtype)
+    exact = fold_into_norm(weight, factors, site.feeder.plus_one)
+    new = as_stored(site.feeder.weight, exact, weight.dtype)
     offset = 1 if site.feeder.plus_one else 0
     old_gain, new_gain = _working(weight) + offset, _working(new) + offset
     lost = (old_gain != 0) & (new_gain == 0)
@@ -186,14 +134,14 @@ def _folded(name: str, values: Array, site: Site, factors: Array) -> FloatArray:
     feeder = site.feeder
     if isinstance(feeder, Norm):
         if name == feeder.weight:
-            return fold_into_norm(values, None, factors, feeder.plus_one)[0]
+            return fold_into_norm(values, factors, feeder.plus_one)
         if name == feeder.bias:
-            return fold_into_norm(values, None, factors)[0]
+            return fold_into_norm(values, factors)
     if isinstance(feeder, Preceding):
         if name == feeder.weight:
-            return fold_into_linear_rows(values, None, factors, feeder.rows, feeder.transposed)[0]
+            return fold_into_linear_rows(values, factors, feeder.rows, feeder.transposed)
         if name == feeder.bias:
-            return _working(values) / row_divisor(values.shape[0], factors, feeder.rows)
+            return fold_into_linear_rows(values, factors, feeder.rows)
     raise InputError(f"{name} does not belong to site {site.name}")
 
 

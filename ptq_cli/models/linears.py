@@ -1,22 +1,35 @@
-"""Which tensors are linears that are quantized unless one says otherwise."""
+"""The linears of any model, by names: which are quantized unless one says otherwise, and which
+share an input where its sites are not known."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from ptq_cli.core.layer import Skipped
 from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec, is_float
+from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.sites import Site
 
 _LEFT_ALONE = (
     ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)", re.IGNORECASE)),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
 )
-
-
 _EMBEDDING = _LEFT_ALONE[0][1]
+
+_OF_OTHERS = (("query", "key", "value"), ("q", "k", "v"), ("wi_0", "wi_1"))  # of no family here
+
+
+def _rows() -> dict[str, tuple[str, ...]]:
+    """Own name → the own names of all linears that share its input, in their order."""
+    groups = (names for family in FAMILIES for names in family.names.sharing)
+    rows = (tuple(name.rpartition(".")[2] for name in names) for names in groups)
+    return {name: row for row in (*rows, *_OF_OTHERS) if len(row) > 1 for name in row}
+
+
+_ROW = _rows()
 
 
 def default_reason(spec: TensorSpec) -> str | None:
@@ -43,3 +56,27 @@ def dense_modules(skipped: Sequence[Skipped]) -> list[str]:
         and entry.dtype in FLOAT_DTYPES
         and not _EMBEDDING.search(entry.tensor.removesuffix(".weight"))
     ]
+
+
+def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tuple[str, ...]]:
+    """Group modules that share an input; groups keep the order in which their first member came,
+    members the order of their site.
+
+    sites: the model's, as far as they are known; modules in none of them go by their names
+    """
+    order = [linear.module for site in sites for linear in site.linears]
+    site_of = {linear.module: site.name for site in sites for linear in site.linears}
+    rank = {module: i for i, module in enumerate(order)}
+    groups: dict[object, list[str]] = {}
+    for module in modules:
+        parent, _, own = module.rpartition(".")
+        key = site_of.get(module) or (parent, _ROW.get(own, own))
+        groups.setdefault(key, []).append(module)
+    return [tuple(sorted(group, key=lambda m: rank.get(m, _place(m)))) for group in groups.values()]
+
+
+def _place(module: str) -> int:
+    """Place of a module's own name in its row."""
+    own = module.rpartition(".")[2]
+    row = _ROW.get(own, ())
+    return row.index(own) if own in row else 0

@@ -12,7 +12,7 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
 from ptq_cli.plan.select_tensors import rule_of

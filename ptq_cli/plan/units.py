@@ -9,7 +9,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.plugins import Method
 from ptq_cli.errors import InputError
-from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.output_errors import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT, SAMPLE_LIMIT

@@ -25,8 +25,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.models.linears import dense_modules
-from ptq_cli.models.sharing import group_modules
+from ptq_cli.models.linears import dense_modules, group_modules
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.layers import keep_together, misfit_error

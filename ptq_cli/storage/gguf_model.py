@@ -1,7 +1,8 @@
 """A model as one GGUF file: names, types and row order on the way out and back.
 
-Matrices that are not quantized become F16, vectors F32; q and k of llama have their rows reordered
-inside each head, weights and biases alike. What is read back has the checkpoint's names and order.
+Matrices that are not quantized become F16, vectors F32; q and k of some families have their rows
+reordered inside each head, weights and biases alike. What is read back has the checkpoint's names
+and order.
 """
 
 from __future__ import annotations
@@ -20,16 +21,9 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.formats import common
-from ptq_cli.formats.gguf import block_type
+from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.formats.gguf.names import (
-    architecture_of,
-    module_of,
-    permute_rows,
-    permuted_heads,
-    tensor_name,
-    unpermute_rows,
-)
+from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, Room, StoredTensor, new_buffer
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
@@ -72,26 +66,30 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
     metadata = {**header.metadata, "ptq": _own_layers(path, header.metadata)}
     architecture = str(metadata.get("general.architecture"))
     config = {
-        "model_type": architecture,
         "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
-    specs = {tensor.spec.name: tensor.spec for tensor in header.tensors}
     try:
+        names = names_of_file(architecture)
+        found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
+        specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(metadata, config, specs, lambda name: np.empty(0))
         tensors, heads = {}, {}
-        for tensor in header.tensors:
-            module = module_of(tensor.spec.name, architecture)
-            name = f"{module}.{tensor.spec.name.rpartition('.')[2]}"
+        for name, tensor in found.items():
             spec = _as_stored(name, tensor.spec, tensor.nbytes)
             tensors[name] = StoredTensor(spec, path, tensor.offset)
-            own = permuted_heads(module, config)
+            own = names.permuted_heads(name.rpartition(".")[0], config)
             if own is not None:
                 heads[name] = own
                 _check_heads(tensor.spec, own)
     except InputError as error:
         raise InputError(f"{path}: {error.message}", hint=error.hint) from None
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
+
+
+def _name(stored: str, names: GgufNames) -> str:
+    """The name in a checkpoint of a tensor in a file."""
+    return f"{names.module_of(stored)}.{stored.rpartition('.')[2]}"
 
 
 def _as_stored(name: str, spec: TensorSpec, nbytes: int) -> TensorSpec:
@@ -122,13 +120,13 @@ def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
     _metadata(source, layers, {})
-    architecture = architecture_of(source.config)
+    names = names_of_model(source.config)
     for layer in layers:
-        tensor_name(layer.tensor, architecture)
+        names.tensor_name(layer.tensor)
     for name in dense:
         if name.endswith(_DROPPED):
             continue
-        tensor_name(name, architecture)
+        names.tensor_name(name)
         if name not in source.tensors:
             continue
         spec = source.tensors[name].spec
@@ -163,8 +161,9 @@ def _metadata(
         settings = {"chat_template": template, **settings}
     kind = block_type(common.commonest(layers).grid).name
     name = (source.root or source.folder).resolve().name
+    architecture = names_of_model(source.config).architecture
     try:
-        model = model_metadata(source.config, name, kind)
+        model = model_metadata(source.config, architecture, name, kind)
         result: dict[str, tuple[str, Any]] = dict(model)
         result |= tokenizer_metadata(source.config, tokenizer, settings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -198,8 +197,7 @@ def write_gguf_model(
     out: Path, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
-    config = source.config
-    architecture = architecture_of(config)
+    names = names_of_model(source.config)
     entry = {"kind": "quantized", "version": 1, "format": fmt.name}
     own = own_metadata({**entry, "layers": fmt.metadata(list(layers.values()))})
     specs: list[tuple[TensorSpec, int]] = []
@@ -208,10 +206,12 @@ def write_gguf_model(
     for name, kind, tensor in outgoing:
         shape = shapes.get(name, tensor.spec.shape)
         size = {"F16": 2, "F32": 4}.get(kind, 0) * int(np.prod(shape)) or tensor.spec.nbytes
-        specs.append((TensorSpec(tensor_name(name, architecture), kind, shape), size))
+        specs.append((TensorSpec(names.tensor_name(name), kind, shape), size))
     path = out / NAME
-    arrays = (_in_gguf_order(name, tensor, config) for name, _, tensor in outgoing)
-    write_gguf(path, architecture, _metadata(source, list(layers.values()), own), specs, arrays)
+    metadata = _metadata(source, list(layers.values()), own)
+    heads = {n: names.permuted_heads(n.rpartition(".")[0], source.config) for n, _, _ in outgoing}
+    arrays = (_in_gguf_order(name, tensor, heads[name]) for name, _, tensor in outgoing)
+    write_gguf(path, names.architecture, metadata, specs, arrays)
     _verify(path, outgoing, layers, fmt)
 
 
@@ -221,8 +221,7 @@ def _values(name: str, tensor: Bytes) -> Array:
     return values if tensor.spec.dtype == "U8" else _dense(name, values)
 
 
-def _in_gguf_order(name: str, tensor: Bytes, config: Mapping[str, Any]) -> Array:
-    heads = permuted_heads(name.rpartition(".")[0], config)
+def _in_gguf_order(name: str, tensor: Bytes, heads: int | None) -> Array:
     values = _values(name, tensor)
     return values if heads is None else permute_rows(values, heads)
 

@@ -9,7 +9,6 @@ from blocks import FAMILIES, HEAD_DIM, HIDDEN, MLP, config, tensors
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import find_sites
-from ptq_cli.models.families import FAMILIES as TABLE
 from ptq_cli.models.recipe import merge_sites, read_entry, recipe_sites
 from ptq_cli.models.sites import Norm, Preceding, Rows, require_whole, rows_of
 
@@ -20,12 +19,6 @@ def specs_of(family, kv_heads=4, n_blocks=2, drop=(), **more):
     return {
         n: TensorSpec(n, "BF16", s) for n, s in shapes.items() if not n.endswith(drop or ("?",))
     }
-
-
-def test_the_table_holds_every_family_once():
-    assert sorted(family.name for family in TABLE) == sorted(FAMILIES)
-    kinds = [kind for family in TABLE for kind in family.model_types]
-    assert len(kinds) == len(set(kinds))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

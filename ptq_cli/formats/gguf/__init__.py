@@ -14,8 +14,8 @@ j in bit j. d is a scale and m `−zero · scale` rounded to F16, so Q4_0, Q5_0 
 grids, Q4_1 and Q5_1 the others. Wider groups repeat their scale in every block.
 
 `encode` makes the data of one linear, U8 [out_features, blocks · bytes], under its name in the
-checkpoint; names.py has GGUF's names and the row order of its q and k, metadata.py the file's
-metadata. Writing the file is storage's work. The key `ptq` says what blocks cannot:
+checkpoint; metadata.py makes the file's metadata. GGUF's names stand with the families
+(models/gguf_names.py), writing the file is storage's work. The key `ptq` says what blocks cannot:
 
     {"<module>": {"group_size": 128, "method": "gptq"}}
 """
@@ -36,7 +36,6 @@ from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.formats.gguf.names import module_of
 
 BLOCK = 32
 _LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
@@ -182,27 +181,43 @@ def _of_groups(layer: Layer, values: Array, group: NDArray[np.int32]) -> Array:
     return own
 
 
+def permute_rows(rows: Array, heads: int) -> Array:
+    """Checkpoint order to GGUF's: in each head, row i of the first half goes before row i of the
+    second. Rows may be packed ones: [out_features, …]."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermute_rows(rows: Array, heads: int) -> Array:
+    """GGUF's order to the checkpoint's: even rows of a head, then odd ones."""
+    own = rows.reshape(heads, len(rows) // heads, *rows.shape[1:])
+    result = own.copy()
+    half = own.shape[1] // 2
+    result[:, :half], result[:, half:] = own[:, ::2], own[:, 1::2]
+    return result.reshape(rows.shape)
+
+
 def _layers(
     metadata: Mapping[str, Any],
     config: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Array],
 ) -> tuple[Layer, ...]:
-    """Layers of a GGUF file: `metadata` are its key-values, `specs` its tensors under GGUF's names,
-    ggml's type as the dtype and the shape as [out_features, in_features]."""
-    architecture = metadata.get("general.architecture")
-    if architecture is None:
+    """Layers of a GGUF file: `metadata` are its key-values, `specs` its tensors by their names in a
+    checkpoint; each spec has GGUF's name, ggml's type as the dtype and the shape as
+    [out_features, in_features]."""
+    if metadata.get("general.architecture") is None:
         return ()
     known = {kind.name: kind for kind in TYPES}
     layers = []
     for name, spec in specs.items():
         if spec.dtype in _DENSE:
             continue
-        kind, module = known.get(spec.dtype), module_of(name, str(architecture))
+        kind, module, own = known.get(spec.dtype), name.rpartition(".")[0], spec.name
         if kind is None:
-            raise InputError(f"tensor {name!r} is of type {spec.dtype}, which is not understood")
+            raise InputError(f"tensor {own!r} is of type {spec.dtype}, which is not understood")
         if len(spec.shape) != 2 or spec.shape[1] % BLOCK:
-            raise InputError(f"tensor {name!r} of type {spec.dtype} has shape {list(spec.shape)}")
+            raise InputError(f"tensor {own!r} of type {spec.dtype} has shape {list(spec.shape)}")
         shape = (spec.shape[0], spec.shape[1])
         entry = common.mapping(common.mapping(metadata, "ptq", "metadata"), module, "key ptq")
         size = common.integer(entry, "group_size", BLOCK, f"key ptq, {module}")

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ptq_cli.errors import InputError
-from ptq_cli.formats.gguf.names import architecture_of
 
 # general.file_type by the type that most weights have
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -34,9 +33,10 @@ class Value(NamedTuple):
     value: Any
 
 
-def model_metadata(config: Mapping[str, Any], name: str, file_type: str) -> dict[str, Value]:
+def model_metadata(
+    config: Mapping[str, Any], architecture: str, name: str, file_type: str
+) -> dict[str, Value]:
     """Keys of the architecture; `file_type` is the type that most weights have."""
-    architecture = architecture_of(config)
     _refuse_what_has_no_key(config)
     heads = int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or config["hidden_size"] // heads)

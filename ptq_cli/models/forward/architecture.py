@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.errors import InputError
+from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.family import Config, ExpertNames, Family, Forward, Names
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
 from ptq_cli.models.forward.rope import Rope, read_rope
-from ptq_cli.models.table import FAMILIES, Family
 
-Config = Mapping[str, Any]
+USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -93,51 +94,59 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     tensors: names in the checkpoint; they tell which prefix it uses where a family has several.
     Raises InputError for a `model_type` or a setting that is not known.
     """
-    name, family, config = _family(config)
-    prefix = _prefix(family, tensors)
-    embedding = f"{prefix}{family.embedding}.weight"
-    width = config.get("word_embed_proj_dim") or config["hidden_size"]
-    narrow = width != config["hidden_size"]
+    kind, family, forward = _family(config)
+    config = _in_our_words(config, forward)
+    names, prefix = family.names, _prefix(family.names, tensors)
+    embedding = f"{prefix}{names.embedding}.weight"
+    narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
+    projections = [Linear(prefix + name) for name in names.projections] if narrow else [None] * 2
+    final = _norm(config, family, f"{prefix}{names.final_norm}")
+    bare = config.get("no_final_norm") or not config.get("norm_first", True)
     return Architecture(
-        family=name,
+        family=kind,
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         n_heads=config["num_attention_heads"],
         n_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         vocab_size=_number(config, "vocab_size"),
-        activation=_activation(config, family),
-        gated=family.gated,
+        activation=_activation(config),
+        gated=forward.gated,
         blocks=tuple(
-            _block(config, family, prefix, index) for index in range(config["num_hidden_layers"])
+            _block(config, family, forward, prefix, index)
+            for index in range(config["num_hidden_layers"])
         ),
         embedding=embedding,
-        embedding_scale=config["hidden_size"] ** 0.5 if family.embedding_scaled else 1.0,
-        head=embedding if config.get("tie_word_embeddings") else f"{family.head}.weight",
-        final_norm=_final_norm(config, family, prefix),
-        positions=f"{prefix}{family.positions}.weight" if family.positions else None,
-        position_offset=family.position_offset,
-        position_counts=family.position_counts,
-        project_in=Linear(f"{prefix}project_in") if narrow else None,
-        project_out=Linear(f"{prefix}project_out") if narrow else None,
-        attention_softcap=config.get("attn_logit_softcapping")
-        if family.attention_softcap
-        else None,
-        logit_softcap=config.get("final_logit_softcapping"),
+        embedding_scale=config["hidden_size"] ** 0.5 if forward.embedding_scaled else 1.0,
+        head=embedding if config.get("tie_word_embeddings") else f"{names.head}.weight",
+        final_norm=None if bare else final,
+        positions=f"{prefix}{names.positions}.weight" if names.positions else None,
+        position_offset=forward.position_offset,
+        position_counts=forward.position_counts,
+        project_in=projections[0],
+        project_out=projections[1],
+        attention_softcap=config.get("attention_softcap"),
+        logit_softcap=config.get("logit_softcap"),
     )
 
 
-def _family(config: Config) -> tuple[str, Family, dict[str, Any]]:
-    """The family's name, its data, and the config with defaults and this module's words."""
-    name = config.get("model_type")
-    if name not in FAMILIES:
+def _family(config: Config) -> tuple[str, Family, Forward]:
+    """The model_type, its family and the family's forward."""
+    known = {kind: family for family in FAMILIES if family.forward for kind in family.model_types}
+    kind = config.get("model_type")
+    family = known.get(str(kind))
+    if family is None or family.forward is None:
         raise InputError(
-            f"no forward for model_type {name!r}; known are {', '.join(sorted(FAMILIES))}",
+            f"no forward for model_type {kind!r}; known are {', '.join(sorted(known))}",
             hint="bring activations with --activations, which works for any model",
         )
-    family = FAMILIES[name]
-    full = {**family.defaults, **(config.get("text_config") or config)}
-    for word, key in family.aliases.items():
+    return str(kind), family, family.forward
+
+
+def _in_our_words(config: Config, forward: Forward) -> dict[str, Any]:
+    """The config with the family's defaults, and with the forward's words for its keys."""
+    full = {**forward.defaults, **(config.get("text_config") or config)}
+    for word, key in {**USUAL_KEYS, **forward.keys}.items():
         if full.get(word) is None:
             full[word] = full.get(key)
     hidden, heads = _number(full, "hidden_size"), _number(full, "num_attention_heads")
@@ -152,7 +161,7 @@ def _family(config: Config) -> tuple[str, Family, dict[str, Any]]:
         )
     if full.get("use_bidirectional_attention"):
         raise InputError("config.json asks for bidirectional attention; only causal is known")
-    return name, family, full
+    return full
 
 
 def _number(config: Config, key: str) -> int:
@@ -162,8 +171,8 @@ def _number(config: Config, key: str) -> int:
     return value
 
 
-def _activation(config: Config, family: Family) -> str:
-    name = config.get(family.activation) or config.get("hidden_act")
+def _activation(config: Config) -> str:
+    name = config["activation"] or config.get("hidden_act")
     if name not in ACTIVATIONS:
         raise InputError(
             f"config.json's activation {name!r} is not known; known are "
@@ -173,80 +182,75 @@ def _activation(config: Config, family: Family) -> str:
     return str(name)
 
 
-def _prefix(family: Family, tensors: Collection[str]) -> str:
-    found = (p for p in family.prefixes if f"{p}{family.embedding}.weight" in tensors)
-    return next(found, family.prefixes[0])
+def _prefix(names: Names, tensors: Collection[str]) -> str:
+    found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
+    return next(found, names.prefixes[0])
 
 
 def _norm(config: Config, family: Family, name: str) -> Norm:
     return Norm(
         name=name,
-        eps=float(config[family.norm_eps]),
-        centred=family.centred,
-        offset=family.norm_offset,
-        affine=bool(config.get("layer_norm_elementwise_affine", True)),
+        eps=float(config["norm_eps"]),
+        centred=family.forward is not None and family.forward.centred,
+        offset=1.0 if family.plus_one else 0.0,
+        affine=bool(config.get("norm_affine", True)),
     )
 
 
-def _final_norm(config: Config, family: Family, prefix: str) -> Norm | None:
-    absent = config.get("_remove_final_layer_norm") or not config.get("do_layer_norm_before", True)
-    return None if absent else _norm(config, family, f"{prefix}{family.final_norm}")
-
-
-def _block(config: Config, family: Family, prefix: str, index: int) -> Block:
-    base = f"{prefix}{family.blocks}.{index}."
+def _block(config: Config, family: Family, forward: Forward, prefix: str, index: int) -> Block:
+    names = family.names
+    base = f"{prefix}{names.blocks}.{index}."
 
     def linear(part: str, name: str) -> Linear:
-        bias = family.biases.get(part, False)
+        bias = forward.biases.get(part, False)
         has = bool(config.get(bias)) if isinstance(bias, str) else bias
         return Linear(base + name, has, family.transposed)
 
-    kind = _layer_type(config, family, index)
-    before = config.get("do_layer_norm_before", True)
+    slides = _slides(config, forward, index)
+    before = config.get("norm_first", True)
     return Block(
-        qkv=tuple(linear("qkv", name) for name in family.qkv),
-        output=linear("output", family.output),
-        mlp_in=tuple(linear("mlp", name) for name in family.mlp_in),
-        mlp_out=linear("mlp", family.mlp_out),
-        experts=_experts(config, family, base) if _is_sparse(config, family, index) else None,
+        qkv=tuple(linear("qkv", name) for name in names.qkv),
+        output=linear("output", names.output),
+        mlp_in=tuple(linear("mlp", name) for name in names.mlp_in),
+        mlp_out=linear("mlp", names.mlp_out),
+        experts=_experts(config, names.experts, base, index),
         norms={
             role if before else role.replace("_in", "_sum"): _norm(config, family, base + name)
-            for role, name in family.norms.items()
+            for role, name in names.norms.items()
         },
-        rope=_rope(config, family, kind) if family.rotary else None,
-        window=_number(config, "sliding_window") if kind == "sliding_attention" else None,
+        rope=_rope(config, forward, slides) if forward.rotary else None,
+        window=_number(config, "sliding_window") if slides else None,
         scale=_scale(config, index),
     )
 
 
 def _scale(config: Config, index: int) -> float:
-    scale = (config.get("query_pre_attn_scalar") or config["head_dim"]) ** -0.5
-    if not config.get("scale_attn_weights", True):
+    scale = (config.get("score_size") or config["head_dim"]) ** -0.5
+    if not config.get("scale_scores", True):
         scale = 1.0
-    by_depth = config.get("scale_attn_by_inverse_layer_idx")
-    return float(scale / (index + 1) if by_depth else scale)
+    return float(scale / (index + 1) if config.get("scale_by_depth") else scale)
 
 
-def _layer_type(config: Config, family: Family, index: int) -> str:
-    """ "full_attention" or "sliding_attention"."""
-    off = family.window_switch and not config.get(family.window_switch)
-    if family.window is None or off or config.get("sliding_window") is None:
-        return "full_attention"
-    if family.window == "all":
-        return "sliding_attention"
-    if types := config.get("layer_types"):
-        if types[index] not in ("full_attention", "sliding_attention"):
-            raise InputError(f"config.json's layer type {types[index]!r} is not known")
-        return str(types[index])
-    if pattern := config.get("_sliding_window_pattern") or config.get("sliding_window_pattern"):
-        return "sliding_attention" if (index + 1) % pattern else "full_attention"
-    return "sliding_attention" if index >= config["max_window_layers"] else "full_attention"
+def _slides(config: Config, forward: Forward, index: int) -> bool:
+    """Whether a block's tokens see a window only."""
+    windows = forward.windows
+    if windows is None or config.get("sliding_window") is None:
+        return False
+    if windows.switch is not None and not config.get(windows.switch):
+        return False
+    types = config.get("layer_types")
+    if not types or not windows.by_type:
+        return windows.slides(config, index)
+    if types[index] not in ("full_attention", "sliding_attention"):
+        raise InputError(f"config.json's layer type {types[index]!r} is not known")
+    return bool(types[index] == "sliding_attention")
 
 
-def _rope(config: Config, family: Family, kind: str) -> Rope:
+def _rope(config: Config, forward: Forward, slides: bool) -> Rope:
     """transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
     `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only."""
-    local = family.local_theta if kind == "sliding_attention" else None
+    local = forward.windows.theta if slides and forward.windows else None
+    kind = "sliding_attention" if slides else "full_attention"
     given = config.get("rope_parameters") or {}
     nested = given.get(kind) if kind in given else ({} if local else given)
     scaling = config.get("rope_scaling")
@@ -263,19 +267,17 @@ def _rope(config: Config, family: Family, kind: str) -> Rope:
     )
 
 
-def _is_sparse(config: Config, family: Family, index: int) -> bool:
-    if family.router is None or index in (config.get("mlp_only_layers") or ()):
-        return False
-    return bool((index + 1) % config.get("decoder_sparse_step", 1) == 0)
-
-
-def _experts(config: Config, family: Family, base: str) -> Experts:
-    names = [base + family.expert.format(e) for e in range(_number(config, "num_experts"))]
+def _experts(config: Config, names: ExpertNames | None, base: str, index: int) -> Experts | None:
+    """The experts of a block, or None where it has an MLP."""
+    dense = names is None or index in (config.get("dense_blocks") or ())
+    if names is None or dense or (index + 1) % config.get("sparse_step", 1):
+        return None
+    paths = [base + names.expert.format(e) for e in range(_number(config, "num_experts"))]
     return Experts(
-        router=Linear(f"{base}{family.router}"),
-        inputs=tuple(tuple(Linear(f"{n}.{part}") for part in family.expert_in) for n in names),
-        outputs=tuple(Linear(f"{n}.{family.expert_out}") for n in names),
+        router=Linear(f"{base}{names.router}"),
+        inputs=tuple(tuple(Linear(f"{path}.{name}") for name in names.inputs) for path in paths),
+        outputs=tuple(Linear(f"{path}.{names.output}") for path in paths),
         width=_number(config, "expert_size"),
-        top_k=min(_number(config, "num_experts_per_tok"), len(names)),
+        top_k=min(_number(config, "num_experts_per_tok"), len(paths)),
         normalised=bool(config["norm_topk_prob"]),
     )

@@ -1,0 +1,34 @@
+"""BLOOM: LayerNorms, biases, gelu, ALiBi; q, k and v interleaved by head in one linear."""
+
+from __future__ import annotations
+
+from ptq_cli.models.family import Condition, Family, Folds, Names, behind
+
+FAMILY = Family(
+    name="bloom",
+    model_types=("bloom",),
+    names=Names(
+        prefixes=("transformer.", ""),
+        blocks="h",
+        embedding="word_embeddings",
+        final_norm="ln_f",
+        qkv=("self_attention.query_key_value",),
+        output="self_attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+        norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+        buffers=(),
+    ),
+    folds=Folds(
+        values="q k v per head",
+        norm_if=Condition(
+            "apply_residual_connection_post_layernorm",
+            False,
+            False,
+            "its inputs are also the residual (apply_residual_connection_post_layernorm is true)",
+            published=True,
+        ),
+        inner_reason=behind("gelu"),
+        heads="n_head",
+    ),
+)

@@ -1,0 +1,30 @@
+"""Mixtral: Mistral with a mixture of experts instead of the MLP."""
+
+from __future__ import annotations
+
+from ptq_cli.models.family import ExpertNames, Family, Forward, Names, Windows
+
+FAMILY = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    names=Names(
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output="self_attn.o_proj",
+        experts=ExpertNames(
+            router="block_sparse_moe.gate",
+            expert="block_sparse_moe.experts.{}",
+            inputs=("w1", "w3"),
+            output="w2",
+        ),
+        norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+    ),
+    forward=Forward(
+        windows=Windows(),
+        defaults={
+            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+            "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_local_experts": 8,
+            "norm_topk_prob": True,
+        },
+        keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,241 @@
+"""What is known of a family of models, as one record: names, folds, the forward, names in GGUF.
+
+A family is one file of models/families/, which holds one `Family`. Shared code reads its fields and
+never asks which family it is. What a family lacks is None: without `folds` its sites are not found,
+without `forward` there are no `--tokens`, without `gguf` it has no place in a GGUF file.
+
+Names are as in transformers' modeling files, checked against them in tests/interop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptq_cli.models.sites import Layout
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The modules of a mixture of experts inside a block.
+
+    router: weighs the experts; runtimes keep it in floating point, it is no Linear of theirs
+    expert: one expert, "{}" is its number; `inputs` (gate, up) and `output` are inside it
+    """
+
+    router: str
+    expert: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the modules of a family are called, inside a block (`<prefix><blocks>.<number>.`) unless
+    said otherwise.
+
+    qkv, output: linears of the attention; one name in qkv is a fused one
+    mlp_in, mlp_out: linears of the MLP where it has no experts; one name in mlp_in is the only
+        linear before the activation, or gate and up fused
+    norms: role → name: attention_in and mlp_in before a branch, attention_out and mlp_out behind
+        it, q and k on heads
+    prefixes: of the model's tensors; the first under which the embedding is found counts
+    blocks, embedding, final_norm, positions, projections: after the prefix; learned positions, and
+        the linears before and behind the blocks where the embedding is narrower
+    head: the output's linear, from the root
+    buffers: tensors that may lie in a block and are no weights
+    marks: tensors that tell the family from others by names alone, beside its norms
+    """
+
+    qkv: tuple[str, ...]
+    output: str
+    norms: Mapping[str, str]
+    mlp_in: tuple[str, ...] = ()
+    mlp_out: str = ""
+    experts: ExpertNames | None = None
+    prefixes: tuple[str, ...] = ("model.",)
+    blocks: str = "layers"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    positions: str | None = None
+    projections: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    marks: tuple[str, ...] = ()
+
+    @property
+    def sharing(self) -> tuple[tuple[str, ...], ...]:
+        """Linears of a block that share an input; runtimes join them into one matrix."""
+        return (self.qkv, self.mlp_in, self.experts.inputs if self.experts else ())
+
+    @property
+    def other_norms(self) -> tuple[str, ...]:
+        """Gains of norms that feed no linear: on heads, or behind a branch."""
+        roles = (role for role in self.norms if not role.endswith("_in"))
+        return tuple(f"{self.norms[role]}.weight" for role in roles)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What config.json has to say for a fold to be right.
+
+    value: what `key` must be; default: what the key's absence means
+    reason: why the site is left alone otherwise
+    evidence: without config.json, a tensor beside the blocks whose presence stands for `value`
+    published: without config.json and evidence, whether to take `value` for granted, as it holds
+        for every published model of the family (the result notes it), or to leave the site alone
+    """
+
+    key: str
+    value: object
+    default: object
+    reason: str
+    evidence: str | None = None
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Where a block takes the factors of smoothing: the norms before qkv and mlp_in, the last of
+    qkv for `output`, the last of mlp_in for `mlp_out`.
+
+    values, inner: how the outputs of these two linears are laid out; see models/sites.py
+    norm_if, inner_if: when the norms, and the last of mlp_in, may take factors
+    inner_reason: why mlp_out can have none
+    heads: config.json's key for the number of heads, where num_attention_heads is not there
+    """
+
+    values: Layout = "heads"
+    inner: Layout = "all"
+    norm_if: Condition | None = None
+    inner_if: Condition | None = None
+    inner_reason: str | None = None
+    heads: str = "num_attention_heads"
+
+
+def behind(activation: str) -> str:
+    """Why a linear's inputs cannot be scaled."""
+    return f"it is behind {activation}, which does not commute with a scale"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Blocks whose tokens see only `sliding_window` tokens, where config.json sets it.
+
+    slides: whether a block does, from config.json and its number
+    by_type: config.json's `layer_types` goes before that
+    switch: key that must be true for windows to count
+    theta: rotary base of these blocks, key and default, where it is another
+    """
+
+    slides: Callable[[Config, int], bool] = lambda config, index: True
+    by_type: bool = False
+    switch: str | None = None
+    theta: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a block computes, and how config.json says it.
+
+    gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
+    centred: norms are LayerNorms, else RMSNorms
+    rotary: queries and keys are turned by their positions
+    embedding_scaled: embeddings are multiplied by √hidden_size
+    position_offset: added to learned positions; with `position_counts` these count tokens instead
+        of columns
+    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    defaults: config.json's, where a file leaves a key out
+    keys: the forward's word → the family's key, where they differ. Its words are config.json's for
+        a Llama and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand
+        before a branch, not behind its sum), no_final_norm, embedding_size, score_size (scores are
+        divided by its root, not head_dim's), scale_scores, scale_by_depth (scores are divided by
+        the block's number), attention_softcap, logit_softcap, num_experts, expert_size,
+        dense_blocks (numbers of blocks without experts), sparse_step (every n-th has experts)
+    """
+
+    gated: bool = True
+    centred: bool = False
+    rotary: bool = True
+    embedding_scaled: bool = False
+    position_offset: int = 0
+    position_counts: bool = False
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
+    windows: Windows | None = None
+    defaults: Config = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A family in GGUF files; its names there follow from their roles (models/gguf_names.py).
+
+    permuted: inside each head, the rows of q and k stand in another order
+    """
+
+    architecture: str
+    permuted: bool = False
+
+
+@dataclass(frozen=True)
+class SitePattern:
+    """A site inside a block; fed by `norm`, or by `after` laid out as `layout`, or by nothing that
+    takes factors, for `reason`."""
+
+    linears: tuple[str, ...]
+    norm: str | None = None
+    after: str | None = None
+    layout: Layout = "all"
+    condition: Condition | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    model_types: config.json's `model_type`
+    transposed: linears are stored [in_features, out_features]
+    plus_one: norms store gain − 1
+    vocabularies: without config.json, sizes of the vocabulary that tell this family from another
+        with the same names; None where names suffice
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    names: Names
+    transposed: bool = False
+    plus_one: bool = False
+    vocabularies: tuple[int, ...] | None = None
+    folds: Folds | None = None
+    forward: Forward | None = None
+    gguf: Gguf | None = None
+
+    @property
+    def sites(self) -> tuple[SitePattern, ...]:
+        """The sites of a block in the order they are computed; none without `folds`."""
+        names, folds = self.names, self.folds
+        if folds is None:
+            return ()
+        before = names.norms
+        inner = None if folds.inner_reason else names.mlp_in[-1]
+        return (
+            SitePattern(names.qkv, norm=before["attention_in"], condition=folds.norm_if),
+            SitePattern((names.output,), after=names.qkv[-1], layout=folds.values),
+            SitePattern(names.mlp_in, norm=before["mlp_in"], condition=folds.norm_if),
+            SitePattern(
+                (names.mlp_out,),
+                after=inner,
+                layout=folds.inner,
+                condition=folds.inner_if,
+                reason=folds.inner_reason,
+            ),
+        )
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Tensors without which a block is not of this family."""
+        return (*self.names.other_norms, *self.names.marks)

@@ -1,0 +1,159 @@
+"""The families' records: each is whole, and nothing of a family stands outside its file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from blocks import FAMILIES as FOLDED
+
+import ptq_cli
+from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.errors import InputError
+from ptq_cli.formats.common import _FUSED
+from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.forward.architecture import read_architecture
+from ptq_cli.models.gguf_names import names_of_file, names_of_model
+from ptq_cli.models.linears import default_reason, group_modules
+
+PACKAGE = Path(ptq_cli.__file__).parent
+EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "n_layer": 2,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_experts": 3,
+    "num_local_experts": 3, "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+def inner_names(family):
+    """The linears of a block, by what shares an input; experts are those of number 0."""
+    names, experts = family.names, family.names.experts
+    groups = [names.qkv, (names.output,), names.mlp_in, (names.mlp_out,)]
+    if experts is not None:
+        own = experts.expert.format(0)
+        groups += [tuple(f"{own}.{name}" for name in experts.inputs), (f"{own}.{experts.output}",)]
+    return [group for group in groups if group and group[0]]
+
+
+def path_of(family, name):
+    return f"{family.names.prefixes[0]}{family.names.blocks}.0.{name}"
+
+
+def test_every_file_is_one_family_of_its_name():
+    files = {path.stem for path in (PACKAGE / "models/families").glob("*.py")} - {"__init__"}
+    assert files == {family.name for family in FAMILIES}
+    assert len(files) == len(FAMILIES)
+    kinds = [kind for family in FAMILIES for kind in family.model_types]
+    assert len(kinds) == len(set(kinds))
+    assert sorted(FOLDED) == sorted(family.name for family in FAMILIES if family.folds)
+
+
+@EACH
+def test_sites_are_all_linears_of_a_block_behind_its_norms(family):
+    if family.folds is None:
+        assert family.sites == ()
+        return
+    assert [pattern.linears for pattern in family.sites] == inner_names(family)
+    for pattern in family.sites:
+        ways = (pattern.norm, pattern.after, pattern.reason)
+        assert len([way for way in ways if way]) == 1
+
+
+@EACH
+def test_the_forward_has_the_linears_and_norms_of_the_record(family):
+    kind = family.model_types[0]
+    if family.forward is None:
+        with pytest.raises(InputError, match="no forward"):
+            read_architecture({"model_type": kind, **SIZES})
+        return
+    block = read_architecture({"model_type": kind, **SIZES}).blocks[0]
+    found = [block.qkv, (block.output,)]
+    if block.experts is None:
+        found += [block.mlp_in, (block.mlp_out,)]
+    else:
+        found += [block.experts.inputs[0], (block.experts.outputs[0],)]
+    named = inner_names(family)
+    wanted = named if block.experts is None else [*named[:2], *named[-2:]]
+    assert [[linear.name for linear in group] for group in found] == [
+        [path_of(family, name) for name in group] for group in wanted
+    ]
+    assert {linear.transposed for group in found for linear in group} == {family.transposed}
+    assert {norm.name for norm in block.norms.values()} == {
+        path_of(family, name) for name in family.names.norms.values()
+    }
+    assert {norm.offset for norm in block.norms.values()} == {float(family.plus_one)}
+
+
+@EACH
+def test_gguf_names_every_tensor_once(family):
+    if family.gguf is None:
+        with pytest.raises(InputError, match="is not known, only llama, qwen2, qwen3"):
+            names_of_model({"model_type": family.model_types[0]})
+        return
+    gguf, names = names_of_model({"model_type": family.model_types[0]}), family.names
+    assert gguf == names_of_file(family.gguf.architecture)
+    prefix = names.prefixes[0]
+    modules = [f"{prefix}{names.embedding}", f"{prefix}{names.final_norm}", names.head]
+    inside = [name for group in inner_names(family) for name in group]
+    modules += [path_of(family, name) for name in (*inside, *names.norms.values())]
+    stored = [gguf.tensor_name(f"{module}.weight") for module in modules]
+    assert [gguf.module_of(name) for name in stored] == modules
+    assert len(set(stored)) == len(stored)
+
+
+@EACH
+def test_linears_are_quantized_and_the_rest_is_left_alone(family):
+    names = family.names
+    linears = [path_of(family, name) for group in inner_names(family) for name in group]
+    prefix = names.prefixes[0]
+    others = [f"{prefix}{names.embedding}", f"{prefix}{names.final_norm}", names.head]
+    others += [path_of(family, name) for name in names.norms.values()]
+
+    def reason(module):
+        return default_reason(TensorSpec(f"{module}.weight", "F32", (8, 8)))
+
+    assert {reason(module) for module in linears} == {None}
+    assert None not in {reason(module) for module in others}
+
+
+@EACH
+def test_linears_that_share_an_input_are_grouped_by_names_alone(family):
+    named = [tuple(path_of(family, name) for name in group) for group in inner_names(family)]
+    modules = [module for group in named for module in group]
+    assert group_modules(modules[::-1]) == named[::-1]
+
+
+def test_what_runtimes_fuse_are_linears_that_share_an_input():
+    """Runtimes know their own words of these names, so a format holds them; experts are fused by
+    other means."""
+    groups = {
+        tuple(name.rpartition(".")[2] for name in group)
+        for family in FAMILIES
+        for group in (family.names.qkv, family.names.mlp_in)
+        if len(group) > 1
+    }
+    assert groups == set(_FUSED)
+
+
+# What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, in any model.
+ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py"}
+
+
+def test_nothing_of_a_family_stands_outside_its_file():
+    words = set()
+    for family in FAMILIES:
+        linears = {name for group in inner_names(family) for name in group if "expert" not in name}
+        words |= {family.name, *family.model_types, *linears, *family.names.norms.values()}
+        words |= {name.rpartition(".")[2] for name in linears}
+        words |= set(family.forward.keys.values()) if family.forward else set()
+    words -= {"dense", "intermediate_size"}  # BLOOM's and Mixtral's, but everybody's words too
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).as_posix()
+        if place.startswith("models/families/") or place in ELSEWHERE:
+            continue
+        nodes = ast.walk(ast.parse(path.read_text()))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        found[place] = texts & words
+    assert {place: said for place, said in found.items() if said} == {}
