@@ -8,70 +8,68 @@ from typing import Any
 import click
 
 from ptq_cli.calibration.find import SourceSettings, find_source, take_tokens
-from ptq_cli.cli.common import (
-    PATH,
-    check_report_paths,
-    emit_warnings,
-    finish,
-    gate_options,
-    model_argument,
-    quiet_option,
-    report_options,
-    source_options,
-)
-from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
+from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
+from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.tokens import token_options
+from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.shared_options import (
+    DRY_RUN,
+    GATE_OPTIONS,
+    GATES_OF_PREDICTIONS,
+    QUIET,
+    REPORT,
+    SOURCES,
+    STRICT,
+    TOKENS,
+    path_argument,
+)
 from ptq_cli.commands import api
 from ptq_cli.commands.evaluate import prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
 from ptq_cli.storage.checkpoint import open_checkpoint
 
+_PARAMETERS = (
+    path_argument("original"),
+    path_argument("quantized"),
+    option(
+        "Numbers",
+        "--activation-scheme",
+        type=click.Choice(SCHEMES),
+        help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or"
+        " static.",
+    ),
+    option(
+        "Numbers",
+        "--activation-bits",
+        type=click.Choice(["8", "4"]),
+        help="Bits of integer inputs.  [default: 8]",
+    ),
+    option(
+        "Numbers",
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="Range of integer inputs: this part of their absolute values, in (0, 1]."
+        "  [default: 1.0]",
+    ),
+    *TOKENS,
+    *SOURCES,
+    DRY_RUN,
+    STRICT,
+    QUIET,
+    *REPORT,
+    option(
+        "Report",
+        "--kl-per-block",
+        is_flag=True,
+        help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
+    ),
+    *GATE_OPTIONS,
+    *GATES_OF_PREDICTIONS,
+)
 
-@click.command("eval")
-@model_argument("original")
-@click.argument("quantized", type=PATH)
-@source_options
-@token_options
-@click.option(
-    "--kl-per-block",
-    is_flag=True,
-    help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
-)
-@click.option(
-    "--max-perplexity-increase",
-    type=float,
-    metavar="X",
-    help="Fail where the perplexity on --tokens rises by more than X.",
-)
-@click.option(
-    "--max-kl",
-    type=float,
-    metavar="X",
-    help="Fail where the mean KL divergence on --tokens is above X nats.",
-)
-@click.option(
-    "--activation-scheme",
-    type=click.Choice(SCHEMES),
-    help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or static.",
-)
-@click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "4"]),
-    help="Bits of integer inputs.  [default: 8]",
-)
-@click.option(
-    "--percentile",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Range of integer inputs: this part of their absolute values, in (0, 1].",
-)
-@dry_run_option
-@quiet_option
-@gate_options
-@report_options
+
+@click.command("eval", cls=Command, params=list(_PARAMETERS))
 def evaluate(
     original: Path,
     quantized: Path,
@@ -81,7 +79,7 @@ def evaluate(
     kl_per_block: bool,
     activation_scheme: str | None,
     activation_bits: str | None,
-    percentile: float,
+    percentile: float | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -108,11 +106,12 @@ def evaluate(
     if wants and not settings.given:
         raise click.UsageError("perplexity and KL need --tokens or --text")
     bits = None if activation_bits is None else int(activation_bits)
-    inputs = bits is not None or percentile != 1.0
+    inputs = bits is not None or percentile is not None
+    part = 1.0 if percentile is None else percentile
     if inputs and activation_scheme in (None, "none"):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
     if dry_run:
-        activation = api.evaluated_inputs(activation_scheme, bits, percentile)
+        activation = api.evaluated_inputs(activation_scheme, bits, part)
         source = SourceSettings(calibration, activations, bf16)
         job = prepare_evaluation(
             original, quantized, source, settings, activation, per_block=kl_per_block
@@ -130,7 +129,7 @@ def evaluate(
             kl_per_block=kl_per_block,
             activation_scheme=activation_scheme,
             activation_bits=bits,
-            percentile=percentile,
+            percentile=part,
             listen=listen,
         )
     emit_warnings(report.warnings, options["strict"])

@@ -19,9 +19,11 @@ from ptq_cli.core.layer import Plan
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import InputError
+from ptq_cli.plan.command_settings import default_settings
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
+from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.loop import run
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
@@ -152,9 +154,9 @@ def prepare(
     if command == "pack" and holds_quantized(Path(model)):
         return prepare_repack(Path(model), given, recipe, output, runtime)
     chosen = method("rtn" if command == "pack" else command)
-    recipe = with_scheme(given, recipe)
-    settings = make_settings(GridSettings, given, recipe)
-    own = make_settings(chosen.settings, given, recipe)
+    values = {**default_settings(command), **with_scheme(given, recipe)}
+    settings = make_settings(GridSettings, given, values)
+    own = make_settings(chosen.settings, given, values)
     checkpoint = open_checkpoint(Path(model))
     found = Source(None)
     if command != "pack":
@@ -174,6 +176,8 @@ def prepare(
         missing=fallback,
         activation=Activation() if settings.scheme == "W8A8" else None,
     )
+    facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
+    refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = with_warnings(plan, checkpoint, found, runtime)
     target = Path(default_output(checkpoint, command, settings)) if output is None else Path(output)
     return QuantizeJob(plan, checkpoint, found, target, command, fallback)

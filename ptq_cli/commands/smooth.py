@@ -31,6 +31,7 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
+from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.report.report import as_document, make_report
 from ptq_cli.run.calibrate import calibrate_sites
@@ -208,11 +209,6 @@ def _keep(smoothed: Smoothed, out: Path) -> None:
         write_folds(out / FOLDS_FILE, folds)
 
 
-def smooth_settings(name: str) -> tuple[type[Any], ...]:
-    """The settings classes of a smoothing command."""
-    return GridSettings, smoother(name).settings, method("gptq").settings
-
-
 def prepare_smoothing(
     command: str,
     model: AnyPath,
@@ -227,7 +223,7 @@ def prepare_smoothing(
 
     command: a smoother's name; given, recipe: settings by name, `given` wins; `bits` may be 16
     """
-    how = smoother(command)
+    how, asked = smoother(command), (given, recipe)
     recipe = {**how.defaults, **with_scheme(given, recipe)}
     floats = (given.get("bits") or recipe.get("bits")) == FLOAT_BITS
     if floats:
@@ -243,6 +239,11 @@ def prepare_smoothing(
             f"--bits {FLOAT_BITS} writes float weights, which format {settings.format} does not"
             " hold",
             hint="leave --format out, and quantize what it writes",
+        )
+    if floats and runtime is not None:
+        raise InputError(
+            f"--runtime: --bits {FLOAT_BITS} writes float weights, which are checked"
+            " once they are quantized"
         )
     own = make_settings(how.settings, given, recipe)
     rounder = method(own.then)
@@ -276,7 +277,8 @@ def prepare_smoothing(
         plan,
         settings=(settings, rounding, *(part for part in parts[1:] if part != rounding)),
     )
-    runtime = None if floats else runtime
+    in_sequence = source.in_sequence
+    refuse_unused(command, *asked, plan.settings, calibration=True, in_sequence=in_sequence)
     plan = with_warnings(plan, checkpoint, inputs, runtime, *found.notes)
     smoothing = Smoothing(
         checkpoint=checkpoint,
