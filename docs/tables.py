@@ -78,7 +78,7 @@ def settings() -> str:
         if name not in SMOOTHERS
     ]
     packs = ", ".join(f"`{key} = {_toml(value)}`" for key, value in PACKS.items())
-    parts.append(f"`ptq pack` has the settings of `ptq rtn`, but {packs}.\n\n")
+    parts.append(f"`ptq pack` has the settings of `ptq rtn` but `weight`, and {packs}.\n\n")
     return "\n".join(parts)
 
 

@@ -195,8 +195,8 @@ def calibrate(
 def _refuse_unread(given: Mapping[str, Any]) -> None:
     """Options that do nothing. given: the parameters of the command"""
     for way, names in _UNREAD.items():
-        idle = [name for name in names if given[name] not in (None, False)] if given[way] else []
-        if idle:
+        idle = [name for name in names if given[name] is not None and given[name] is not False]
+        if given[way] and idle:
             raise click.UsageError(f"--{idle[0].replace('_', '-')} does nothing with --{way}")
     if given["heldout_every"] == 0 and given["heldout_limit"] is not None:
         raise click.UsageError("--heldout-limit does nothing with --heldout-every 0")

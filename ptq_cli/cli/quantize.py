@@ -151,6 +151,8 @@ def _parameters(name: str) -> list[click.Parameter]:
         *setting_options("Numbers", classes[0], defaults=defaults),
         *setting_options("Method", *classes[1:], defaults=defaults),
     ]
+    if name == "pack":  # without calibration there is nothing else to weigh errors with
+        settings = [setting for setting in settings if setting.name != "weight"]
     if name == _FLOATS:
         (bits,) = (setting for setting in settings if setting.name == "bits")
         bits.type = click.IntRange(2, FLOAT_BITS)
@@ -200,13 +202,17 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
     words = ("output", "runtime", "fallback", "require_calibration")
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
-        _refuse_gates(options, "float weights have no rounding errors")
+        _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
     planned: Any = prepare_smoothing if name in SMOOTHERS else prepare
     return planned(name, model, given, recipe, take_source(options), **where)
 
 
 def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources) -> None:
-    _refuse_gates(options, "repacking measures nothing, the codes stay as they are")
+    _refuse_gates(
+        options,
+        "repacking measures nothing, the codes stay as they are; set the gate on ptq eval ORIGINAL"
+        " QUANTIZED",
+    )
     if resources.scheduler is not None:
         raise click.UsageError("--scheduler does nothing here: one process repacks")
 
@@ -214,9 +220,7 @@ def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources
 def _refuse_gates(options: dict[str, Any], why: str) -> None:
     gates = [name for name in GATES if options.get(name) is not None]
     if gates:
-        raise click.UsageError(
-            f"--{gates[0].replace('_', '-')}: {why}; set the gate on ptq eval ORIGINAL QUANTIZED"
-        )
+        raise click.UsageError(f"--{gates[0].replace('_', '-')}: {why}")
 
 
 gptq = _command("gptq")

@@ -8,7 +8,7 @@ it be read. Every mapping must hold, by one of its names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ptq_cli.errors import InputError
@@ -57,21 +57,26 @@ def refuse_unused(
 def _missing(name: str, fields: Mapping[str, Field], values: Mapping[str, Any]) -> Iterator[str]:
     """What a setting needs and does not have, in words."""
     if name not in fields:
-        yield " or ".join(_methods_that_read(name, fields["then"]))
+        yield _one_of(fields["then"], _methods_that_read(name, fields["then"]))
         return
     for need in fields[name].metadata.get("needs", ()):
         if not any(values[key] in wanted for key, wanted in need.items()):
             yield " or ".join(
-                FACTS[key] if key in FACTS else option_word(fields[key], value)
+                FACTS[key] if key in FACTS else _one_of(fields[key], wanted)
                 for key, wanted in need.items()
-                for value in (wanted if key not in FACTS else wanted[:1])
             )
 
 
+def _one_of(field: Field, values: Sequence[Any]) -> str:
+    """`--activation-scheme dynamic-token or static`."""
+    first, *others = values
+    return " or ".join([option_word(field, first), *others])
+
+
 def _methods_that_read(name: str, then: Field) -> list[str]:
-    """The choices of `--then` under which a setting is read."""
+    """The choices of `then` under which a setting is read."""
     return [
-        option_word(then, choice)
+        choice
         for choice in then.metadata["choices"]
         if choice in METHODS
         and name in (field.name for field in dataclasses.fields(method(choice).settings))
