@@ -27,12 +27,10 @@ from ptq_cli.cli.shared_options import (
     TOKENS,
     path_argument,
 )
-from ptq_cli.commands import api
-from ptq_cli.commands.calibrate import default_target, prepare_calibration
+from ptq_cli.commands.calibrate import CalibrateJob, default_target, prepare_calibration
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
-from ptq_cli.storage.checkpoint import open_checkpoint
 
 _PARAMETERS = (
     path_argument("model"),
@@ -110,25 +108,7 @@ _UNREAD = {
 
 
 @click.command("calibrate", cls=Command, params=list(_PARAMETERS))
-def calibrate(
-    model: Path,
-    activations: tuple[Path, ...],
-    gradients: tuple[Path, ...],
-    merge: tuple[Path, ...],
-    *,
-    bf16: bool,
-    heldout_every: int | None,
-    heldout_limit: int | None,
-    fallback: str | None,
-    output: Path | None,
-    dry_run: bool,
-    force: bool,
-    restart: bool,
-    strict: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def calibrate(model: Path, **options: Any) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
 
     They come from --activations, or from running the model on --tokens or --text.
@@ -142,54 +122,47 @@ def calibrate(
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    _refuse_unread(click.get_current_context().params)
-    every = HELDOUT_EVERY if heldout_every is None else heldout_every
-    limit = HELDOUT_LIMIT if heldout_limit is None else heldout_limit
-    settings = take_tokens(options)
-    if bool(merge) + bool(activations or gradients) + settings.given > 1:
+    _refuse_unread(options)
+    job = _job(model, options)
+    strict = options["strict"]
+    how = {key: options[key] for key in ("force", "restart")}
+    how["resources"] = take_resources(options)
+    if options["dry_run"]:
+        emit_forecast(job.forecast(**how), options["as_json"], 0, (), strict)
+        return
+    emit_warnings(job.warnings, strict)
+    with Follow("calibrate", options["quiet"]) as listen:
+        result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
+    if options["as_json"]:
+        console.print_json(result)
+        return
+    _show(result)
+    show_next([after_calibration(model, job.output, default_target(job.checkpoint))])
+
+
+def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
+    """The job that the options ask for."""
+    tokens = take_tokens(options)
+    merge, activations, gradients = (options[k] for k in ("merge", "activations", "gradients"))
+    if bool(merge) + bool(activations or gradients) + tokens.given > 1:
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    resources = take_resources(options)
-    if dry_run:
-        job = prepare_calibration(
-            model,
-            activations,
-            output,
-            tokens=settings,
-            merge=merge,
-            gradients=gradients,
-            bf16=bf16,
-            heldout=(every, limit),
-            missing=fallback or "error",
-        )
-        forecast = job.forecast(force=force, restart=restart, resources=resources)
-        emit_forecast(forecast, as_json, 0, (), strict)
-        return
-    with Follow("calibrate", quiet) as listen:
-        result = api.calibrate(
-            model,
-            activations,
-            output,
-            tokens=settings,
-            merge=merge,
-            gradients=gradients,
-            bf16=bf16,
-            heldout_every=every,
-            heldout_limit=limit,
-            missing=fallback or "error",
-            force=force,
-            restart=restart,
-            resources=resources,
-            listen=listen,
-            warn=lambda warning: emit_warnings([warning], strict),
-        )
-    if as_json:
-        console.print_json(result)
-    else:
-        _show(result)
-        default = default_target(open_checkpoint(model))
-        show_next([after_calibration(model, output or default, default)])
+    every, limit = options["heldout_every"], options["heldout_limit"]
+    return prepare_calibration(
+        model,
+        activations,
+        options["output"],
+        tokens=tokens,
+        merge=merge,
+        gradients=gradients,
+        bf16=options["bf16"],
+        heldout=(
+            HELDOUT_EVERY if every is None else every,
+            HELDOUT_LIMIT if limit is None else limit,
+        ),
+        missing=options["fallback"] or "error",
+    )
 
 
 def _refuse_unread(given: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptq_cli.calibration.find import SourceSettings, find_source, take_tokens
+from ptq_cli.calibration.find import SourceSettings, take_tokens
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
 from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.progress import Follow
@@ -24,9 +24,8 @@ from ptq_cli.cli.shared_options import (
     path_argument,
 )
 from ptq_cli.commands import api
-from ptq_cli.commands.evaluate import prepare_evaluation
+from ptq_cli.commands.evaluate import EvalJob, prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.storage.checkpoint import open_checkpoint
 
 _PARAMETERS = (
     path_argument("original"),
@@ -70,19 +69,7 @@ _PARAMETERS = (
 
 
 @click.command("eval", cls=Command, params=list(_PARAMETERS))
-def evaluate(
-    original: Path,
-    quantized: Path,
-    calibration: Path | None,
-    activations: tuple[Path, ...],
-    bf16: bool,
-    kl_per_block: bool,
-    activation_scheme: str | None,
-    activation_bits: str | None,
-    percentile: float | None,
-    dry_run: bool,
-    **options: Any,
-) -> None:
+def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     """Measure QUANTIZED against the ORIGINAL weights, worst layers first.
 
     Everything is computed anew from the tensors: the errors, and those of round-to-nearest at the
@@ -100,41 +87,30 @@ def evaluate(
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_paths(options)
-    settings = take_tokens(options)
-    predictions = ("max_perplexity_increase", "max_kl")
-    wants = kl_per_block or any(options[name] is not None for name in predictions)
-    if wants and not settings.given:
-        raise click.UsageError("perplexity and KL need --tokens or --text")
-    bits = None if activation_bits is None else int(activation_bits)
-    inputs = bits is not None or percentile is not None
-    part = 1.0 if percentile is None else percentile
-    if inputs and activation_scheme in (None, "none"):
-        raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    if dry_run:
-        activation = api.evaluated_inputs(activation_scheme, bits, part)
-        source = SourceSettings(calibration, activations, bf16)
-        job = prepare_evaluation(
-            original, quantized, source, settings, activation, per_block=kl_per_block
-        )
+    job = _job(original, quantized, options)
+    if options["dry_run"]:
         emit_forecast(job.forecast(), options["as_json"], options["top"], (), options["strict"])
         return
     with Follow("eval", options["quiet"]) as listen:
-        report = api.evaluate(
-            original,
-            quantized,
-            calibration=calibration,
-            activations=activations,
-            bf16=bf16,
-            tokens=settings,
-            kl_per_block=kl_per_block,
-            activation_scheme=activation_scheme,
-            activation_bits=bits,
-            percentile=part,
-            listen=listen,
-        )
+        report = job.run(listen)
     emit_warnings(report.warnings, options["strict"])
-    inputs_seen = None
-    if options["html"] is not None:
-        named = SourceSettings(calibration, activations, bf16)
-        inputs_seen = find_source(open_checkpoint(original), named).statistics
-    finish(report, options, str(quantized), written=False, source=inputs_seen)
+    finish(report, options, str(quantized), written=False, source=job.sides.source)
+
+
+def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
+    """The job that the options ask for."""
+    tokens = take_tokens(options)
+    predictions = ("kl_per_block", "max_perplexity_increase", "max_kl")
+    if not tokens.given and any(options[name] not in (None, False) for name in predictions):
+        raise click.UsageError("perplexity and KL need --tokens or --text")
+    scheme, bits, part = (
+        options[k] for k in ("activation_scheme", "activation_bits", "percentile")
+    )
+    if scheme in (None, "none") and not bits is part is None:
+        raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
+    activation = api.evaluated_inputs(
+        scheme, None if bits is None else int(bits), 1.0 if part is None else part
+    )
+    source = SourceSettings(options["calibration"], options["activations"], options["bf16"])
+    per_block = options["kl_per_block"]
+    return prepare_evaluation(original, quantized, source, tokens, activation, per_block=per_block)
