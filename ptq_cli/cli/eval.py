@@ -100,13 +100,12 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
 def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
     """The job that the options ask for."""
     tokens = take_tokens(options)
-    predictions = ("kl_per_block", "max_perplexity_increase", "max_kl")
-    if not tokens.given and any(options[name] not in (None, False) for name in predictions):
+    limits = (options["max_perplexity_increase"], options["max_kl"])
+    if not tokens.given and (options["kl_per_block"] or limits != (None, None)):
         raise click.UsageError("perplexity and KL need --tokens or --text")
-    scheme, bits, part = (
-        options[k] for k in ("activation_scheme", "activation_bits", "percentile")
-    )
-    if scheme in (None, "none") and not bits is part is None:
+    scheme, bits = options["activation_scheme"], options["activation_bits"]
+    part = options["percentile"]
+    if scheme in (None, "none") and (bits, part) != (None, None):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
     activation = api.evaluated_inputs(
         scheme, None if bits is None else int(bits), 1.0 if part is None else part

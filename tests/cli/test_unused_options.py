@@ -93,6 +93,7 @@ OTHERS = [
     ("pack PACKED --scheduler tcp://127.0.0.1:1", 2, "--scheduler does nothing"),
     ("pack PACKED --min-gain 1", 2, "--min-gain: repacking measures nothing"),
     ("inspect PACKED --bf16", 1, "quantized already"),
+    ("eval MODEL PACKED --max-kl 0", 2, "perplexity and KL need --tokens or --text"),
     ("eval MODEL PACKED --percentile 1.0", 2, "--percentile need --activation-scheme"),
     ("calibrate MODEL TOKENS --fallback error", 2, "--fallback does nothing with --tokens"),
     ("calibrate MODEL TOKENS --bf16", 2, "--bf16 does nothing with --tokens"),
