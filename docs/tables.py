@@ -19,7 +19,6 @@ from typing import Any
 
 import click
 
-from ptq_cli.cli import quantize
 from ptq_cli.cli.main import COMMANDS, cli
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
@@ -28,12 +27,13 @@ from ptq_cli.formats import ptq
 from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
+from ptq_cli.plan.command_settings import default_settings
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 
 WIDTH = 80
-PACKS = quantize._DEFAULTS["pack"]
+PACKS = default_settings("pack")
 BITS = range(2, 9)
 GROUPS = (16, 32, 64, 96, 128, 256, -1, 0)
 SYMMETRIES = (True, False)
@@ -80,7 +80,7 @@ def settings() -> str:
         if name not in SMOOTHERS
     ]
     packs = ", ".join(f"`{key} = {_toml(value)}`" for key, value in PACKS.items())
-    parts.append(f"`ptq pack` has the settings of `ptq rtn`, but {packs}.\n\n")
+    parts.append(f"`ptq pack` has the settings of `ptq rtn` but `weight`, and {packs}.\n\n")
     return "\n".join(parts)
 
 

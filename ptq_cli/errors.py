@@ -45,6 +45,14 @@ class FileError(InputError):
     """An operation on the file system failed: not found, no space, no permission."""
 
 
+def missing_extra(what: str, package: str, extra: str) -> InputError:
+    """`what` needs a package that only an extra of this one installs."""
+    return InputError(
+        f"{what} needs {package}, which is not installed",
+        hint=f"pip install 'ptq[{extra}]' (or 'ptq[all]')",
+    )
+
+
 class GateMissed(PtqError):
     """A quality gate (`--max-rel-err`, `--min-gain`, `--max-fallbacks`) was missed."""
 

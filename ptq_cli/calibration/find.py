@@ -40,6 +40,11 @@ class SourceSettings:
     tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
     parallel_layers: bool = False
 
+    @property
+    def in_sequence(self) -> bool:
+        """Whether each layer is calibrated on what the rounded layers before it produce."""
+        return self.tokens.given and not self.parallel_layers
+
 
 BESIDE = SourceSettings()
 
@@ -58,16 +63,19 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
     strings.
 
     Raises:
-        InputError: as `take_tokens`.
+        InputError: as `take_tokens`; --parallel-layers without tokens.
     """
     calibration = options.pop("calibration", None)
-    return SourceSettings(
+    settings = SourceSettings(
         None if calibration is None else Path(calibration),
         tuple(Path(path) for path in options.pop("activations", None) or ()),
         bool(options.pop("bf16", False)),
         take_tokens(options),
         bool(options.pop("parallel_layers", False)),
     )
+    if settings.parallel_layers and not settings.tokens.given:
+        raise InputError("--parallel-layers needs --tokens or --text")
+    return settings
 
 
 def take_tokens(options: dict[str, Any]) -> TokenSettings:
@@ -85,6 +93,8 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
     idle = [name for name in ("seq_len", "nsamples", "mask") if name in values]
     if idle and not settings.given:
         raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens or --text")
+    if "seed" in values and settings.nsamples is None:
+        raise InputError("--seed needs --nsamples")
     return settings
 
 
@@ -97,6 +107,8 @@ def find_source(
     correct: with tokens, the drift is wanted too (`TokenSource`)
     """
     folders, path = list(settings.activations), settings.calibration
+    if settings.bf16 and (settings.tokens.given or path is not None):
+        raise InputError("--bf16 is about activations", hint="it needs --activations")
     if settings.tokens.given:
         if path is not None or folders:
             raise InputError("tokens exclude --calibration and --activations")

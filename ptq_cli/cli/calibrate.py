@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,107 +10,105 @@ import click
 
 from ptq_cli.calibration.find import take_tokens
 from ptq_cli.cli import console
-from ptq_cli.cli.common import (
-    PATH,
-    emit_warnings,
-    model_argument,
-    resource_options,
-    show_next,
-)
-from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
+from ptq_cli.cli.common import emit_warnings, show_next
+from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.tokens import token_options
-from ptq_cli.commands import api
-from ptq_cli.commands.calibrate import default_target, prepare_calibration
+from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.shared_options import (
+    BF16,
+    DRY_RUN,
+    JSON,
+    PATH,
+    QUIET,
+    REPLACING,
+    RESOURCES,
+    STRICT,
+    TOKENS,
+    path_argument,
+)
+from ptq_cli.commands.calibrate import CalibrateJob, default_target, prepare_calibration
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
-from ptq_cli.storage.checkpoint import open_checkpoint
+
+_PARAMETERS = (
+    path_argument("model"),
+    option(
+        "Output",
+        "-o",
+        "--output",
+        type=PATH,
+        metavar="FILE",
+        help="[default: <model>.calibration.safetensors beside MODEL]",
+    ),
+    *REPLACING,
+    *TOKENS,
+    option(
+        "Calibration",
+        "--activations",
+        type=PATH,
+        multiple=True,
+        metavar="PATH",
+        help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
+        "  [default: activations/ beside MODEL]",
+    ),
+    BF16,
+    option(
+        "Calibration",
+        "--gradients",
+        type=PATH,
+        multiple=True,
+        metavar="DIR",
+        help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their diagonal"
+        " Fisher information is stored, too.",
+    ),
+    option(
+        "Calibration",
+        "--merge",
+        type=PATH,
+        multiple=True,
+        metavar="FILE",
+        help="Merge statistics files instead; repeat it.",
+    ),
+    option(
+        "Calibration",
+        "--fallback",
+        type=click.Choice(["error", "rtn"]),
+        help="What linears without activations are: an error, or left to round-to-nearest."
+        "  [default: error]",
+    ),
+    option(
+        "Calibration",
+        "--heldout-every",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Hold out every N-th token, to measure errors on; 0: none."
+        f"  [default: {HELDOUT_EVERY}]",
+    ),
+    option(
+        "Calibration",
+        "--heldout-limit",
+        type=click.IntRange(0),
+        metavar="N",
+        help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
+    ),
+    DRY_RUN,
+    STRICT,
+    QUIET,
+    *RESOURCES,
+    JSON,
+)
+# What does not read an option, and the reason.
+_UNREAD = {
+    "merge": ("bf16", "fallback", "heldout_every", "heldout_limit"),
+    "tokens": ("bf16", "fallback"),
+    "text": ("bf16", "fallback"),
+}
 
 
-@click.command("calibrate")
-@model_argument()
-@click.option(
-    "--activations",
-    type=PATH,
-    multiple=True,
-    metavar="PATH",
-    help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
-    "  [default: activations/ beside MODEL]",
-)
-@token_options
-@click.option(
-    "--gradients",
-    type=PATH,
-    multiple=True,
-    metavar="DIR",
-    help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their diagonal"
-    " Fisher information is stored, too.",
-)
-@click.option(
-    "--merge",
-    type=PATH,
-    multiple=True,
-    metavar="FILE",
-    help="Merge statistics files instead; repeat it.",
-)
-@click.option("--bf16", is_flag=True, help="uint16 activations are bfloat16.")
-@click.option(
-    "--heldout-every",
-    type=click.IntRange(0),
-    default=HELDOUT_EVERY,
-    show_default=True,
-    metavar="N",
-    help="Hold out every N-th token, to measure errors on; 0: none.",
-)
-@click.option(
-    "--heldout-limit",
-    type=click.IntRange(0),
-    default=HELDOUT_LIMIT,
-    show_default=True,
-    metavar="N",
-    help="Hold out at most N tokens a site.",
-)
-@click.option(
-    "--fallback",
-    type=click.Choice(["error", "rtn"]),
-    default="error",
-    show_default=True,
-    help="What linears without activations are: an error, or left to round-to-nearest.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=PATH,
-    metavar="FILE",
-    help="[default: <model>.calibration.safetensors beside MODEL]",
-)
-@resource_options
-@dry_run_option
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--restart", is_flag=True, help="Drop an interrupted run's work.")
-@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def calibrate(
-    model: Path,
-    activations: tuple[Path, ...],
-    gradients: tuple[Path, ...],
-    merge: tuple[Path, ...],
-    *,
-    bf16: bool,
-    heldout_every: int,
-    heldout_limit: int,
-    fallback: str,
-    output: Path | None,
-    dry_run: bool,
-    force: bool,
-    restart: bool,
-    strict: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@click.command("calibrate", cls=Command, params=list(_PARAMETERS))
+def calibrate(model: Path, **options: Any) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
 
     They come from --activations, or from running the model on --tokens or --text.
@@ -123,51 +122,57 @@ def calibrate(
     ptq calibrate model.safetensors --activations acts/
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
-    settings = take_tokens(options)
-    if bool(merge) + bool(activations or gradients) + settings.given > 1:
+    _refuse_unread(options)
+    job = _job(model, options)
+    strict = options["strict"]
+    how = {key: options[key] for key in ("force", "restart")}
+    how["resources"] = take_resources(options)
+    if options["dry_run"]:
+        emit_forecast(job.forecast(**how), options["as_json"], 0, (), strict)
+        return
+    emit_warnings(job.warnings, strict)
+    with Follow("calibrate", options["quiet"]) as listen:
+        result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
+    if options["as_json"]:
+        console.print_json(result)
+        return
+    _show(result)
+    show_next([after_calibration(model, job.output, default_target(job.checkpoint))])
+
+
+def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
+    """The job that the options ask for."""
+    tokens = take_tokens(options)
+    merge, activations, gradients = (options[k] for k in ("merge", "activations", "gradients"))
+    if bool(merge) + bool(activations or gradients) + tokens.given > 1:
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    resources = take_resources(options)
-    if dry_run:
-        job = prepare_calibration(
-            model,
-            activations,
-            output,
-            tokens=settings,
-            merge=merge,
-            gradients=gradients,
-            bf16=bf16,
-            heldout=(heldout_every, heldout_limit),
-            missing=fallback,
-        )
-        forecast = job.forecast(force=force, restart=restart, resources=resources)
-        emit_forecast(forecast, as_json, 0, (), strict)
-        return
-    with Follow("calibrate", quiet) as listen:
-        result = api.calibrate(
-            model,
-            activations,
-            output,
-            tokens=settings,
-            merge=merge,
-            gradients=gradients,
-            bf16=bf16,
-            heldout_every=heldout_every,
-            heldout_limit=heldout_limit,
-            missing=fallback,
-            force=force,
-            restart=restart,
-            resources=resources,
-            listen=listen,
-            warn=lambda warning: emit_warnings([warning], strict),
-        )
-    if as_json:
-        console.print_json(result)
-    else:
-        _show(result)
-        default = default_target(open_checkpoint(model))
-        show_next([after_calibration(model, output or default, default)])
+    every, limit = options["heldout_every"], options["heldout_limit"]
+    return prepare_calibration(
+        model,
+        activations,
+        options["output"],
+        tokens=tokens,
+        merge=merge,
+        gradients=gradients,
+        bf16=options["bf16"],
+        heldout=(
+            HELDOUT_EVERY if every is None else every,
+            HELDOUT_LIMIT if limit is None else limit,
+        ),
+        missing=options["fallback"] or "error",
+    )
+
+
+def _refuse_unread(given: Mapping[str, Any]) -> None:
+    """Options that do nothing. given: the parameters of the command"""
+    for way, names in _UNREAD.items():
+        idle = [name for name in names if given[name] is not None and given[name] is not False]
+        if given[way] and idle:
+            raise click.UsageError(f"--{idle[0].replace('_', '-')} does nothing with --{way}")
+    if given["heldout_every"] == 0 and given["heldout_limit"] is not None:
+        raise click.UsageError("--heldout-limit does nothing with --heldout-every 0")
 
 
 def _show(result: dict[str, object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.common import PATH
+from ptq_cli.cli.shared_options import PATH
 from ptq_cli.commands import api
 from ptq_cli.errors import GateMissed
 from ptq_cli.formats.runtimes import FAILS, RUNTIMES, loads

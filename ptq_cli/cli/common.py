@@ -1,16 +1,17 @@
-"""Options that several commands share."""
+"""What several commands do: warn, report, hold the report against the gates, say what is next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.cli import console
 from ptq_cli.cli.next_steps import Step, after, as_line
+from ptq_cli.cli.shared_options import GATE_OPTIONS, GATES_OF_PREDICTIONS
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError
@@ -18,133 +19,7 @@ from ptq_cli.report.junit import as_junit
 from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import write_whole
 
-C = TypeVar("C", bound=Callable[..., Any])
-
-PATH = click.Path(path_type=Path)
-
-
-def model_argument(name: str = "model") -> Callable[[C], C]:
-    return click.argument(name, type=PATH)
-
-
-def source_options(command: C) -> C:
-    """Where statistics come from."""
-    for option in (
-        click.option("--bf16", is_flag=True, help="uint16 activations are bfloat16."),
-        click.option(
-            "--activations",
-            type=PATH,
-            multiple=True,
-            metavar="PATH",
-            help="Folder of <module>.npy, or such a file; may be repeated.",
-        ),
-        click.option(
-            "--calibration",
-            type=PATH,
-            metavar="FILE",
-            help="Statistics from ptq calibrate.  [default: <model>.calibration.safetensors"
-            " beside MODEL, else activations/ there]",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def quiet_option(command: C) -> C:
-    """No progress."""
-    text = "No progress on stderr; warnings and errors still are."
-    return click.option("-q", "--quiet", is_flag=True, help=text)(command)
-
-
-def resource_options(command: C) -> C:
-    """What a run may use, and whether it tells of it."""
-    for option in (
-        quiet_option,
-        click.option(
-            "--scheduler",
-            metavar="ADDRESS",
-            help="Let the workers of a Dask cluster do the work (needs ptq[distributed]).",
-        ),
-        click.option(
-            "--max-memory",
-            metavar="SIZE",
-            help="Memory for the units in flight, like 2GiB.  [default: three quarters of what is"
-            " available]",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1, 4096),
-            metavar="N",
-            help="Processes at work.  [default: the cores there are]",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def report_options(command: C) -> C:
-    """What is printed and written of the report."""
-    for option in (
-        click.option("--strict", is_flag=True, help="Treat warnings as errors."),
-        click.option(
-            "--top",
-            default=20,
-            show_default=True,
-            metavar="N",
-            help="Layers in the table, worst first; 0 shows all.",
-        ),
-        click.option(
-            "--report",
-            "report_path",
-            type=PATH,
-            metavar="FILE",
-            help="Write the report also to FILE, .csv or .json.",
-        ),
-        click.option(
-            "--junit",
-            type=PATH,
-            metavar="FILE",
-            help="Write layers and gates to FILE as JUnit XML, for CI.",
-        ),
-        click.option(
-            "--html",
-            type=PATH,
-            metavar="FILE",
-            help="Write the report also as a page with charts (needs ptq[report]).",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-    ):
-        command = option(command)
-    return command
-
-
-GATES = ("max_rel_err", "min_gain", "max_fallbacks", "max_perplexity_increase", "max_kl")
-
-
-def gate_options(command: C) -> C:
-    """Quality gates: exit code 3 where one is missed."""
-    for option in (
-        click.option(
-            "--max-fallbacks",
-            type=click.IntRange(0),
-            metavar="N",
-            help="Fail where more than N layers fell back to plain rounding (eval: equal it).",
-        ),
-        click.option(
-            "--min-gain",
-            type=float,
-            metavar="X",
-            help="Fail where mean RTN error / mean error is below X.",
-        ),
-        click.option(
-            "--max-rel-err",
-            type=float,
-            metavar="X",
-            help="Fail where a layer's relative error is above X.",
-        ),
-    ):
-        command = option(command)
-    return command
+GATES = tuple(str(gate.name) for gate in (*GATE_OPTIONS, *GATES_OF_PREDICTIONS))
 
 
 def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:

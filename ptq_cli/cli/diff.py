@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.common import PATH
+from ptq_cli.cli.shared_options import PATH
 from ptq_cli.errors import GateMissed
 from ptq_cli.report.compare import Change, Difference, difference
 from ptq_cli.storage.reports import read_report

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import click
+from collections.abc import Sequence
+from typing import Any
 
 from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings
@@ -13,14 +11,7 @@ from ptq_cli.commands.forecast import Forecast, check, document
 from ptq_cli.core.text import common_parents, size
 from ptq_cli.storage.rates import measure
 
-C = TypeVar("C", bound=Callable[..., Any])
 _NAMES = 3  # of tensors that are left alone for one reason
-
-dry_run_option = click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Say what would be done and what it would take, and write nothing.",
-)
 
 
 def emit_forecast(

@@ -7,84 +7,69 @@ from typing import Any
 
 import click
 
-from ptq_cli.calibration.find import SourceSettings, find_source, take_tokens
-from ptq_cli.cli.common import (
-    PATH,
-    check_report_paths,
-    emit_warnings,
-    finish,
-    gate_options,
-    model_argument,
-    quiet_option,
-    report_options,
-    source_options,
-)
-from ptq_cli.cli.dry_run import dry_run_option, emit_forecast
+from ptq_cli.calibration.find import SourceSettings, take_tokens
+from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
+from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.tokens import token_options
+from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.shared_options import (
+    DRY_RUN,
+    GATE_OPTIONS,
+    GATES_OF_PREDICTIONS,
+    QUIET,
+    REPORT,
+    SOURCES,
+    STRICT,
+    TOKENS,
+    path_argument,
+)
 from ptq_cli.commands import api
-from ptq_cli.commands.evaluate import prepare_evaluation
+from ptq_cli.commands.evaluate import EvalJob, prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
-from ptq_cli.storage.checkpoint import open_checkpoint
+
+_PARAMETERS = (
+    path_argument("original"),
+    path_argument("quantized"),
+    option(
+        "Numbers",
+        "--activation-scheme",
+        type=click.Choice(SCHEMES),
+        help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or"
+        " static.",
+    ),
+    option(
+        "Numbers",
+        "--activation-bits",
+        type=click.Choice(["8", "4"]),
+        help="Bits of integer inputs.  [default: 8]",
+    ),
+    option(
+        "Numbers",
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="Range of integer inputs: this part of their absolute values, in (0, 1]."
+        "  [default: 1.0]",
+    ),
+    *TOKENS,
+    *SOURCES,
+    DRY_RUN,
+    STRICT,
+    QUIET,
+    *REPORT,
+    option(
+        "Report",
+        "--kl-per-block",
+        is_flag=True,
+        help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
+    ),
+    *GATE_OPTIONS,
+    *GATES_OF_PREDICTIONS,
+)
 
 
-@click.command("eval")
-@model_argument("original")
-@click.argument("quantized", type=PATH)
-@source_options
-@token_options
-@click.option(
-    "--kl-per-block",
-    is_flag=True,
-    help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
-)
-@click.option(
-    "--max-perplexity-increase",
-    type=float,
-    metavar="X",
-    help="Fail where the perplexity on --tokens rises by more than X.",
-)
-@click.option(
-    "--max-kl",
-    type=float,
-    metavar="X",
-    help="Fail where the mean KL divergence on --tokens is above X nats.",
-)
-@click.option(
-    "--activation-scheme",
-    type=click.Choice(SCHEMES),
-    help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or static.",
-)
-@click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "4"]),
-    help="Bits of integer inputs.  [default: 8]",
-)
-@click.option(
-    "--percentile",
-    type=float,
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Range of integer inputs: this part of their absolute values, in (0, 1].",
-)
-@dry_run_option
-@quiet_option
-@gate_options
-@report_options
-def evaluate(
-    original: Path,
-    quantized: Path,
-    calibration: Path | None,
-    activations: tuple[Path, ...],
-    bf16: bool,
-    kl_per_block: bool,
-    activation_scheme: str | None,
-    activation_bits: str | None,
-    percentile: float,
-    dry_run: bool,
-    **options: Any,
-) -> None:
+@click.command("eval", cls=Command, params=list(_PARAMETERS))
+def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     """Measure QUANTIZED against the ORIGINAL weights, worst layers first.
 
     Everything is computed anew from the tensors: the errors, and those of round-to-nearest at the
@@ -102,40 +87,29 @@ def evaluate(
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_paths(options)
-    settings = take_tokens(options)
-    predictions = ("max_perplexity_increase", "max_kl")
-    wants = kl_per_block or any(options[name] is not None for name in predictions)
-    if wants and not settings.given:
-        raise click.UsageError("perplexity and KL need --tokens or --text")
-    bits = None if activation_bits is None else int(activation_bits)
-    inputs = bits is not None or percentile != 1.0
-    if inputs and activation_scheme in (None, "none"):
-        raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    if dry_run:
-        activation = api.evaluated_inputs(activation_scheme, bits, percentile)
-        source = SourceSettings(calibration, activations, bf16)
-        job = prepare_evaluation(
-            original, quantized, source, settings, activation, per_block=kl_per_block
-        )
+    job = _job(original, quantized, options)
+    if options["dry_run"]:
         emit_forecast(job.forecast(), options["as_json"], options["top"], (), options["strict"])
         return
     with Follow("eval", options["quiet"]) as listen:
-        report = api.evaluate(
-            original,
-            quantized,
-            calibration=calibration,
-            activations=activations,
-            bf16=bf16,
-            tokens=settings,
-            kl_per_block=kl_per_block,
-            activation_scheme=activation_scheme,
-            activation_bits=bits,
-            percentile=percentile,
-            listen=listen,
-        )
+        report = job.run(listen)
     emit_warnings(report.warnings, options["strict"])
-    inputs_seen = None
-    if options["html"] is not None:
-        named = SourceSettings(calibration, activations, bf16)
-        inputs_seen = find_source(open_checkpoint(original), named).statistics
-    finish(report, options, str(quantized), written=False, source=inputs_seen)
+    finish(report, options, str(quantized), written=False, source=job.sides.source)
+
+
+def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
+    """The job that the options ask for."""
+    tokens = take_tokens(options)
+    limits = (options["max_perplexity_increase"], options["max_kl"])
+    if not tokens.given and (options["kl_per_block"] or limits != (None, None)):
+        raise click.UsageError("perplexity and KL need --tokens or --text")
+    scheme, bits = options["activation_scheme"], options["activation_bits"]
+    part = options["percentile"]
+    if scheme in (None, "none") and (bits, part) != (None, None):
+        raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
+    activation = api.evaluated_inputs(
+        scheme, None if bits is None else int(bits), 1.0 if part is None else part
+    )
+    source = SourceSettings(options["calibration"], options["activations"], options["bf16"])
+    per_block = options["kl_per_block"]
+    return prepare_evaluation(original, quantized, source, tokens, activation, per_block=per_block)

@@ -9,15 +9,13 @@ from typing import Any
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.common import PATH, source_options
+from ptq_cli.cli.sections import Command
+from ptq_cli.cli.shared_options import JSON, SOURCES, path_argument
 from ptq_cli.commands import api
 from ptq_cli.core.text import number, size
 
 
-@click.command("inspect")
-@click.argument("path", type=PATH)
-@source_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.command("inspect", cls=Command, params=[path_argument("path"), *SOURCES, JSON])
 def inspect(
     path: Path,
     calibration: Path | None,

@@ -6,12 +6,15 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ptq_cli._version import __version__
 from ptq_cli.errors import PtqError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # name -> (module:attribute, line in `ptq --help`)
 COMMANDS = {
@@ -22,10 +25,10 @@ COMMANDS = {
     "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
     "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
     "smoothquant": (
-        "ptq_cli.cli.smooth:smoothquant",
+        "ptq_cli.cli.quantize:smoothquant",
         "Smooth inputs into weights; W8A8 or float weights.",
     ),
-    "awq": ("ptq_cli.cli.smooth:awq", "Scale weights by their inputs, then round."),
+    "awq": ("ptq_cli.cli.quantize:awq", "Scale weights by their inputs, then round."),
     "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
     "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
@@ -52,6 +55,17 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click does, which would import every command for its line of help."""
+        from click.shell_completion import CompletionItem
+
+        named = [
+            CompletionItem(name, help=help_)
+            for name, (_, help_) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return named + click.Command.shell_complete(self, ctx, incomplete)
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -103,10 +117,6 @@ def run(arguments: list[str]) -> int:
     """Run the command line and give back the exit code."""
     debug = "--debug" in arguments
     try:
-        if instruction := os.environ.get("_PTQ_COMPLETE"):
-            from ptq_cli.cli.completion import answer
-
-            return answer(instruction)
         result: Any = cli.main(arguments, prog_name="ptq", standalone_mode=False)
         sys.stdout.flush()
         _quiet_streams()  # a full or closed stderr is no error

@@ -1,42 +1,37 @@
-"""Settings declared once: a field of a frozen dataclass becomes a command-line option, a recipe
-key, a part of the run's fingerprint and a line of the documentation.
-
-A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
-the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
-`recipe_only` (no option); `shown` (the default in the words of help). A field of type
-`float | str` is a number or one of its `words`.
-"""
+"""Options of settings: each field of a settings class is one (plan/settings.py says how)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from ptq_cli.plan.settings import T, settings_fields
+from ptq_cli.cli.sections import Option, option
+from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS
 
+_METAVARS: Mapping[Any, str] = {int: "N", float: "X"}
 
-def add_options(*classes: type[Any], defaults: Mapping[str, Any] = {}) -> Callable[[T], T]:
-    """A decorator that gives a click command an option for each field.
+
+def setting_options(
+    section: str, *classes: type[Any], defaults: Mapping[str, Any] = {}
+) -> list[Option]:
+    """An option for each field; a field's own `section` is stronger.
 
     defaults: the command's own defaults, where they are not the fields'
     """
-
-    def decorate(command: T) -> T:
-        for field, kind in reversed(list(settings_fields(*classes))):
-            if not field.metadata.get("recipe_only"):
-                command = _option(field, kind, defaults)(command)
-        return command
-
-    return decorate
+    return [
+        _option(field.metadata.get("section", section), field, kind, defaults)
+        for field, kind in settings_fields(*classes)
+        if not field.metadata.get("recipe_only")
+    ]
 
 
 def _option(
-    field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any]
-) -> Callable[[Any], Any]:
+    section: str, field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any]
+) -> Option:
     meta, word = field.metadata, field.name.replace("_", "-")
     names = [f"--{word}", field.name]
     extra: dict[str, Any] = {}
@@ -45,14 +40,15 @@ def _option(
     elif kind == tuple[str, ...]:
         extra = {"multiple": True, "metavar": meta.get("metavar")}
     else:
-        extra = {"type": _click_type(field, kind)}
+        metavar = None if "choices" in meta or "formats" in meta else _METAVARS.get(kind)
+        extra = {"type": _click_type(field, kind), "metavar": meta.get("metavar", metavar)}
     if kind is int and "choices" in meta:  # click before 8.2 has choices of words only
         extra["callback"] = lambda ctx, param, value: None if value is None else int(value)
     if "short" in meta:
         names.insert(0, meta["short"])
     default = _shown_default(field, kind, defaults.get(field.name, field.default))
     text = meta["help"] + (f"  [default: {default}]" if default else "")
-    return click.option(*names, default=None, help=text, **extra)
+    return option(section, *names, default=None, help=text, **extra)
 
 
 def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`ptq gptq`, `ptq rtn`, `ptq pack`: one command a method, options from its settings."""
+"""The quantizing commands: options from the settings of their method, a job, its report."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ from typing import Any
 
 import click
 
-from ptq_cli.cli.common import model_argument, source_options
-from ptq_cli.cli.options import add_options
-from ptq_cli.cli.quantizing import quantizing_options, run_command, take_recipe, take_sources
-from ptq_cli.cli.tokens import token_options
+from ptq_cli.calibration.find import take_source
+from ptq_cli.cli import console
+from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish
+from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.options import setting_options
+from ptq_cli.cli.progress import Follow
+from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.shared_options import (
+    DRY_RUN,
+    GATE_OPTIONS,
+    PATH,
+    QUIET,
+    REPLACING,
+    REPORT,
+    RESOURCES,
+    SOURCES,
+    STRICT,
+    TOKENS,
+    path_argument,
+)
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.registry import method
+from ptq_cli.commands.smooth import prepare_smoothing
+from ptq_cli.formats.runtimes import RUNTIMES
+from ptq_cli.plan.command_settings import default_settings, settings_classes
+from ptq_cli.plan.grid_settings import FLOAT_BITS
+from ptq_cli.plan.recipe import load_recipe
+from ptq_cli.plan.settings import settings_fields
+from ptq_cli.registry import SMOOTHERS
+from ptq_cli.run.schedule import Resources, take_resources
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -39,49 +61,170 @@ _HELP = {
     ptq pack model.safetensors --bits 8 --group-size -1
     ptq pack model-gptq-w4g128/ --format gguf
     """,
+    "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.
+
+    Outlying channels of a site's inputs are divided by factors that the weights take over, folded
+    into the norm or linear that feeds the site: the float model computes what it did, which is
+    checked. Written are int8 weights per channel (W8A8), or with --bits 16 the smoothed float
+    weights. A site where rounding is no better for it is left as it was.
+
+    With --tokens the model itself is run, and each site is smoothed and rounded on what the
+    quantized layers before it produce, their inputs rounded as at run time.
+
+    \b
+    ptq smoothquant model/ --alpha auto
+    ptq smoothquant model/ --tokens tokens.npy
+    ptq smoothquant model/ --bits 16 -o smoothed
+    ptq smoothquant model/ --activation-scheme static --then gptq
+    """,
+    "awq": """Scale MODEL's weights where their inputs are loud, and quantize them.
+
+    For every layer rtn, awq, gptq and awq+gptq are compared on held-out inputs (the report's
+    `compared` and `best`). What is written is awq, or with --then gptq awq+gptq; where a layer of
+    a site would come out worse than plain rounding, the site is not scaled. With --tokens the
+    model itself is run, and each site is scaled and rounded on what the quantized layers before it
+    produce.
+
+    \b
+    ptq awq model/ --bits 4 --group-size 128
+    ptq awq model/ --bits 3 --asym --tokens tokens.npy
+    ptq awq model/ --bits 3 --then gptq
+    """,
 }
+_FLOATS = "smoothquant"  # whose weights may stay floats
+
+_FALLBACK = option(
+    "Method",
+    "--fallback",
+    type=click.Choice(["error", "rtn"]),
+    default="error",
+    show_default=True,
+    help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
+)
+_CONFIG = option(
+    "Method", "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
+)
+_PARALLEL_LAYERS = option(
+    "Calibration",
+    "--parallel-layers",
+    is_flag=True,
+    help="With --tokens: calibrate every layer on the float model, not on what the rounded"
+    " layers before it produce; faster.",
+)
+_REQUIRE_CALIBRATION = option(
+    "Calibration",
+    "--require-calibration",
+    is_flag=True,
+    help="Fail where there is no calibration.",
+)
+_RUNTIME = option(
+    "Output",
+    "--runtime",
+    type=click.Choice(list(RUNTIMES)),
+    help="Warn of what this runtime could not load (ptq check).",
+)
+_MAX_SHARD_SIZE = option(
+    "Output",
+    "--max-shard-size",
+    default="4GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Weights files hold at most SIZE.",
+)
 
 
-_DEFAULTS = {"pack": {"mse": False}}  # where a command's own differ
+def _output(name: str) -> click.Option:
+    return option(
+        "Output",
+        "-o",
+        "--output",
+        type=PATH,
+        metavar="DIR",
+        help=f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]",
+    )
+
+
+def _parameters(name: str) -> list[click.Parameter]:
+    """What a command takes."""
+    classes, defaults = settings_classes(name), default_settings(name)
+    settings = [
+        *setting_options("Numbers", classes[0], defaults=defaults),
+        *setting_options("Method", *classes[1:], defaults=defaults),
+    ]
+    if name == "pack":  # without calibration there is nothing else to weigh errors with
+        settings = [setting for setting in settings if setting.name != "weight"]
+    if name == _FLOATS:
+        (bits,) = (setting for setting in settings if setting.name == "bits")
+        bits.type = click.IntRange(2, FLOAT_BITS)
+    fallback = [_FALLBACK] if name == "gptq" else []
+    required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
+    sources = [] if name == "pack" else [*TOKENS, _PARALLEL_LAYERS, *SOURCES, *required]
+    output = [_RUNTIME, _MAX_SHARD_SIZE, *REPLACING]
+    run = [DRY_RUN, STRICT, QUIET, *RESOURCES]
+    own = [_output(name), *settings, *fallback, _CONFIG]
+    return [path_argument("model"), *own, *sources, *output, *run, *REPORT, *GATE_OPTIONS]
 
 
 def _command(name: str) -> click.Command:
-    own = method("rtn" if name == "pack" else name).settings
-
     def run(model: Path, **options: Any) -> None:
-        _run(name, own, model, options)
+        _run(name, model, options)
 
-    command: Any = quantizing_options(name, "w<bits>g<group>[-<format>]")(run)
-    if name != "pack":
-        command = click.option(
-            "--require-calibration", is_flag=True, help="Fail where there is no calibration."
-        )(command)
-        command = source_options(token_options(command, parallel_layers=True))
-    if name == "gptq":
-        command = click.option(
-            "--fallback",
-            type=click.Choice(["error", "rtn"]),
-            default="error",
-            help="What a layer gets that has no statistics, or whose Hessian cannot be"
-            " factored.  [default: error]",
-        )(command)
-    command = add_options(GridSettings, own, defaults=_DEFAULTS.get(name, {}))(command)
-    command = model_argument()(command)
-    return click.command(name, help=_HELP[name])(command)
+    return Command(name, params=_parameters(name), callback=run, help=_HELP[name])
 
 
-def _run(name: str, own: type[Any], model: Path, options: dict[str, Any]) -> None:
-    recipe = {**_DEFAULTS.get(name, {}), **take_recipe(name, options, (GridSettings, own))}
-    words = ("fallback", "runtime", "require_calibration")
-    where = {key: options.pop(key) for key in words if key in options}
-    source = take_sources(options)
-    run_command(
-        name,
-        lambda: prepare(name, model, options, recipe, source, output=options["output"], **where),
+def _run(name: str, model: Path, options: dict[str, Any]) -> None:
+    """Plan, warn, run with progress, report, and see to the gates."""
+    check_report_paths(options)
+    how = {key: options[key] for key in ("force", "restart", "max_shard_size")}
+    how["resources"] = resources = take_resources(options)
+    job = _job(name, model, options)
+    if job.plan.method == "repack":
+        _refuse_what_repacking_ignores(options, resources)
+    warnings = (*job.plan.warnings, *job.memory_warnings(resources))
+    emit_warnings(warnings, options["strict"])
+    if options["dry_run"]:
+        emit_forecast(job.forecast(**how), options["as_json"], options["top"], warnings)
+        return
+    with Follow(name, options["quiet"]) as listen:
+        report = job.run(**how, listen=listen)
+    for warning in report.warnings[len(job.plan.warnings) :]:
+        console.warn(warning)
+    layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
+    source = job.source.statistics
+    finish(report, options, str(job.output), written=True, layers=layers, source=source)
+
+
+def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
+    """The job that the options ask for."""
+    classes, path = settings_classes(name), options["config"]
+    recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
+    given = {field.name: options.get(field.name) for field, _ in settings_fields(*classes)}
+    words = ("output", "runtime", "fallback", "require_calibration")
+    where = {key: options[key] for key in words if key in options}
+    if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
+        _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
+    planned: Any = prepare_smoothing if name in SMOOTHERS else prepare
+    return planned(name, model, given, recipe, take_source(options), **where)
+
+
+def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources) -> None:
+    _refuse_gates(
         options,
+        "repacking measures nothing, the codes stay as they are; set the gate on ptq eval ORIGINAL"
+        " QUANTIZED",
     )
+    if resources.scheduler is not None:
+        raise click.UsageError("--scheduler does nothing here: one process repacks")
+
+
+def _refuse_gates(options: dict[str, Any], why: str) -> None:
+    gates = [name for name in GATES if options.get(name) is not None]
+    if gates:
+        raise click.UsageError(f"--{gates[0].replace('_', '-')}: {why}")
 
 
 gptq = _command("gptq")
 rtn = _command("rtn")
 pack = _command("pack")
+smoothquant = _command("smoothquant")
+awq = _command("awq")

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.common import PATH, check_path
+from ptq_cli.cli.common import check_path
+from ptq_cli.cli.shared_options import PATH
 
 
 @click.command("report")

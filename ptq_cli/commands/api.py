@@ -22,9 +22,8 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.command_settings import settings_classes
 from ptq_cli.plan.settings import settings_fields
-from ptq_cli.registry import method
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, take_resources
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import holds_quantized, open_quantized
@@ -83,9 +82,8 @@ def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport
 
     >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
     """
-    chosen = method("rtn" if command == "pack" else command)
     own = ("output", "fallback", "require_calibration", "runtime")
-    return _run(prepare, command, model, options, own, (GridSettings, chosen.settings))
+    return _run(prepare, command, model, options, own, settings_classes(command))
 
 
 def _run(
@@ -125,7 +123,7 @@ def rtn(model: AnyPath, **options: Any) -> RunReport:
 def pack(model: AnyPath, **options: Any) -> RunReport:
     """Round a float model to nearest and pack it, or repack a quantized folder without loss;
     options as in `quantize`."""
-    return quantize(model, "pack", **{"mse": False, **options})
+    return quantize(model, "pack", **options)
 
 
 def evaluate(
@@ -179,6 +177,8 @@ def inspect(
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
     if holds_quantized(Path(path)):
+        if calibration is not None or tuple(activations) or bf16:
+            raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
         return inspect_quantized(open_quantized(Path(path)))
     checkpoint = open_checkpoint(Path(path))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
@@ -225,7 +225,7 @@ def awq(model: AnyPath, **options: Any) -> RunReport:
 
 
 def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
-    from ptq_cli.commands.smooth import prepare_smoothing, smooth_settings
+    from ptq_cli.commands.smooth import prepare_smoothing
 
     own = ("output", "runtime")
-    return _run(prepare_smoothing, command, model, options, own, smooth_settings(command))
+    return _run(prepare_smoothing, command, model, options, own, settings_classes(command))

@@ -11,9 +11,11 @@ from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSetting
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.commands.repack import prepare_repack
 from ptq_cli.errors import InputError
+from ptq_cli.plan.command_settings import default_settings
 from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
+from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.unit_job import Rounding
@@ -44,9 +46,9 @@ def prepare(
     if packs and holds_quantized(Path(model)):
         return prepare_repack(Path(model), given, recipe, output, runtime)
     how = method("rtn" if packs else command)
-    recipe = with_scheme(given, recipe)
-    settings = make_settings(GridSettings, given, recipe)
-    own = make_settings(how.settings, given, recipe)
+    values = {**default_settings(command), **with_scheme(given, recipe)}
+    settings = make_settings(GridSettings, given, values)
+    own = make_settings(how.settings, given, values)
     checkpoint = open_checkpoint(Path(model))
     found = FoundSource(None)
     if not packs:
@@ -66,6 +68,8 @@ def prepare(
         missing=fallback,
         activation=SCHEME_INPUTS.get(settings.scheme),
     )
+    facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
+    refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = with_warnings(plan, checkpoint, found, runtime)
     work = Quantization(
         command=command,

@@ -11,9 +11,7 @@ from typing import Any
 from ptq_cli.calibration.find import FoundSource
 from ptq_cli.commands.job import Job, fingerprints, with_warnings
 from ptq_cli.errors import InputError
-from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.plan.settings import settings_fields
-from ptq_cli.registry import format_named, method
+from ptq_cli.registry import format_named
 from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.storage.folder import open_quantized
 
@@ -27,11 +25,8 @@ def prepare_repack(
 ) -> Job:
     """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
     known = {field.name for field in dataclasses.fields(RepackSettings)}
-    run_options = ("output", "force", "restart", "strict", "top", "report_path", "as_json")
-    names = {field.name for field, _ in settings_fields(GridSettings, method("rtn").settings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
-    own = {key: value for key, value in own.items() if key not in run_options and key in names}
-    other = sorted(key for key in own.keys() - known if not (key == "mse" and not own[key]))
+    other = sorted(own.keys() - known)
     if other:
         words = ", ".join("--" + key.replace("_", "-") for key in other)
         raise InputError(

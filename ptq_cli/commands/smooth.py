@@ -22,6 +22,7 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
+from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.settle import Settling
@@ -74,11 +75,6 @@ class _Settings:
         return {self.how.method: self.own, "gptq": gptq}
 
 
-def smooth_settings(name: str) -> tuple[type[Any], ...]:
-    """The settings classes of a smoothing command."""
-    return GridSettings, smoother(name).settings, method("gptq").settings
-
-
 def prepare_smoothing(
     command: str,
     model: AnyPath,
@@ -95,8 +91,13 @@ def prepare_smoothing(
     """
     told = _settings(command, given, recipe)
     checkpoint = open_checkpoint(Path(model))
+    if told.floats and runtime is not None:
+        raise InputError(
+            f"--runtime: --bits {FLOAT_BITS} writes float weights, which are checked"
+            " once they are quantized"
+        )
     if told.floats:  # nothing is rounded that could feed what comes after it
-        source, runtime = dataclasses.replace(source, parallel_layers=True), None
+        source = dataclasses.replace(source, parallel_layers=True)
     found = find_source(checkpoint, source, correct=True)
     if found.statistics is None:
         raise InputError(
@@ -117,6 +118,9 @@ def prepare_smoothing(
         activation=told.activation,
     )
     _check_static(told.inputs, rounded)
+    read = (told.grid, told.rounding, told.own)
+    in_sequence = source.in_sequence
+    refuse_unused(command, given, recipe, read, calibration=True, in_sequence=in_sequence)
     plan = _float_plan(command, told, rounded) if told.floats else _own_settings(told, rounded)
     plan = with_warnings(plan, checkpoint, found, runtime, *sites.notes)
     work = Quantization(

@@ -36,7 +36,10 @@ class AwqSettings:
     )
     clip: bool = field(
         default=True,
-        metadata={"help": "Search the range of each group for the least error of the outputs."},
+        metadata={
+            "help": "Search the range of each group for the least error of the outputs.",
+            "needs": ({"then": ("awq",), "compare": (True,)},),
+        },
     )
     then: str = field(
         default="awq",

@@ -50,6 +50,7 @@ class GptqSettings:
             "help": "What weighs rounding errors in the scale search: the inputs' energy, or the"
             " diagonal Fisher information (ptq calibrate --gradients).",
             "choices": ("hessian", "fisher"),
+            "needs": ({"mse": (True,)}, {"calibration": (True,)}),
         },
     )
     act_order: str = field(
@@ -59,6 +60,7 @@ class GptqSettings:
             " activation energy inside groups that stay where they are (static); the same over"
             " the whole row (desc, writes g_idx).",
             "choices": ("none", "static", "desc"),
+            "needs": ({"calibration": (True,)},),
         },
     )
     damp_percent: float = field(
@@ -68,12 +70,14 @@ class GptqSettings:
             "min": 0.0,
             "max": 10.0,
             "shown": "0.05; the paper's 0.01 with --refine 0 --sweeps 0",
+            "needs": ({"calibration": (True,)},),
         },
     )
     refine: int = field(
         default=2,
         metadata={
             "help": "Passes of coordinate descent inside each group, once it is rounded.",
+            "needs": ({"calibration": (True,)},),
             "min": 0,
             "max": 100,
         },
@@ -83,6 +87,7 @@ class GptqSettings:
         metadata={
             "help": "With --tokens: how far a layer makes up for what the rounded layers before it"
             " do to its inputs; 0: not at all.",
+            "needs": ({"in_sequence": (True,)},),
             "min": 0.0,
             "max": 1.0,
         },
@@ -91,6 +96,7 @@ class GptqSettings:
         default=1,
         metadata={
             "help": "Sweeps of coordinate descent over the whole row at the end.",
+            "needs": ({"calibration": (True,)},),
             "min": 0,
             "max": 100,
         },

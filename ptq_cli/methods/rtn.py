@@ -31,6 +31,7 @@ class RtnSettings:
             "help": "What weighs rounding errors in the scale search: the inputs' energy, or the"
             " diagonal Fisher information (ptq calibrate --gradients).",
             "choices": ("hessian", "fisher"),
+            "needs": ({"mse": (True,)}, {"calibration": (True,)}),
         },
     )
 

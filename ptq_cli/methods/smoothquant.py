@@ -37,7 +37,14 @@ class SmoothquantSettings:
             "choices": SCHEMES,
         },
     )
-    activation_bits: int = field(default=8, metadata={"help": "Bits per input.", "choices": (8, 4)})
+    activation_bits: int = field(
+        default=8,
+        metadata={
+            "help": "Bits per input.",
+            "choices": (8, 4),
+            "needs": ({"activation_scheme": tuple(s for s in SCHEMES if s != "none")},),
+        },
+    )
     then: str = field(
         default="rtn",
         metadata={"help": "What rounds the smoothed weights.", "choices": ("rtn", "gptq")},

@@ -81,13 +81,17 @@ class GridSettings:
         default=(),
         metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
     )
-    format: str = field(default="ptq", metadata={"help": "Layout of the output.", "formats": True})
+    format: str = field(
+        default="ptq",
+        metadata={"help": "Layout of the output.", "formats": True, "section": "Output"},
+    )
     on_misfit: str = field(
         default="error",
         metadata={
             "help": "What happens to layers that the format cannot hold: an error, or they are"
             " kept as they are and declared so.",
             "choices": ("error", "keep"),
+            "section": "Output",
         },
     )
 

@@ -3,8 +3,9 @@ key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
 the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
-`recipe_only` (no option); `shown` (the default in the words of help). A field of type
-`float | str` is a number or one of its `words`.
+`recipe_only` (no option); `shown` (the default in the words of help); `section` (of help); `needs`
+(what lets it be read, plan/unused_options.py). A field of type `float | str` is a number or one of
+its `words`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, missing_extra
 
 ATTEMPTS = 2
 _BLAS_THREADS = (
@@ -220,9 +220,7 @@ def _cluster(address: str) -> Crew:
     try:
         from distributed import Client
     except ImportError:
-        raise InputError(
-            "--scheduler needs Dask, which is not installed", hint="pip install 'ptq[distributed]'"
-        ) from None
+        raise missing_extra("--scheduler", "Dask", "distributed") from None
     try:
         client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ptq_cli.core.tensors import Array, TensorSpec
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, missing_extra
 from ptq_cli.storage.files import named, regular_file, sync_file
 
 # ggml's types: number -> name, columns in a block, bytes of a block
@@ -183,10 +183,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise InputError(
-            "--format gguf writes with the gguf library, which is not installed",
-            hint="pip install 'ptq[gguf]'",
-        ) from None
+        raise missing_extra("--format gguf", "gguf", "gguf") from None
     return gguf
 
 

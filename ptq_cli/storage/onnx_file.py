@@ -14,7 +14,7 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, missing_extra
 from ptq_cli.storage.checkpoint import StoredTensor, read_header
 from ptq_cli.storage.files import named, sync_file
 
@@ -27,10 +27,7 @@ def library() -> Any:
     try:
         import onnx
     except ImportError:
-        raise InputError(
-            "--format onnx writes with the onnx library, which is not installed",
-            hint="pip install 'ptq[onnx]'",
-        ) from None
+        raise missing_extra("--format onnx", "onnx", "onnx") from None
     return onnx
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, missing_extra
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
@@ -168,9 +168,7 @@ def _encode(path: Path, checkpoint: Checkpoint) -> Array:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise InputError(
-            "--text needs the package tokenizers", hint="pip install 'ptq[text]'"
-        ) from None
+        raise missing_extra("--text", "tokenizers", "text") from None
     if "tokenizer.json" not in listing(checkpoint.folder):
         raise InputError(f"{checkpoint.folder}: no tokenizer.json", hint="--tokens FILE.npy")
     regular_file(path)

@@ -215,7 +215,7 @@ def test_a_missing_matplotlib_is_said_before_the_work(folders, command, monkeypa
     outcome = ptq(command, first, *arguments.get(command, ("-o", "out", "--html", "p.html")))
     assert outcome.code == 1
     (error,) = outcome.errors
-    assert error.endswith("needs matplotlib, which is not installed; pip install 'ptq[report]'")
+    assert "needs matplotlib, which is not installed" in error
     assert list(Path().iterdir()) == []
 
 

@@ -228,13 +228,6 @@ def test_damaged_gguf_files(sample, number):
     assert "internal error" not in outcome.err
 
 
-def test_the_extra_is_named(sample, monkeypatch):
-    for extra in ("gguf", "onnx"):
-        monkeypatch.setitem(__import__("sys").modules, extra, None)
-        outcome = ptq("rtn", sample, "--format", extra, "-o", "x")
-        assert (outcome.code, f"ptq[{extra}]" in outcome.err) == (1, True)
-
-
 def test_the_whole_file_by_ggufwriter():
     """Our reader on the peer's file; the writer is the peer's library itself."""
     from safetensors.numpy import load_file

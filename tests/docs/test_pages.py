@@ -22,10 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_cli.cli.smooth import smooth_settings
-from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.command_settings import settings_classes
 from ptq_cli.plan.recipe import load_recipe
-from ptq_cli.registry import SMOOTHERS, method
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -57,8 +55,7 @@ def test_recipes_are_recipes(tmp_path: Path, text: str) -> None:
     name = tomllib.loads(text).get("method", "gptq")
     path = tmp_path / "recipe.toml"
     path.write_text(text, "utf-8")
-    own = smooth_settings(name) if name in SMOOTHERS else (GridSettings, method(name).settings)
-    assert load_recipe(path, name, own)
+    assert load_recipe(path, name, settings_classes(name))
 
 
 def same(shown: str, printed: str) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from ptq_cli.errors import InputError
+from ptq_cli.errors import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,9 +61,7 @@ def require_matplotlib(what: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError(
-            f"{what} needs matplotlib, which is not installed", hint="pip install 'ptq[report]'"
-        ) from None
+        raise missing_extra(what, "matplotlib", "report") from None
 
 
 @contextmanager
