@@ -12,6 +12,7 @@ from ptq_cli.cli import console
 from ptq_cli.cli.common import (
     PATH,
     emit_warnings,
+    finished_already,
     model_argument,
     resource_options,
     show_next,
@@ -162,6 +163,8 @@ def calibrate(
             listen=listen,
             warn=lambda warning: emit_warnings([warning], strict),
         )
+    if result.pop("earlier"):
+        finished_already(result["output"])
     if as_json:
         console.print_json(result)
     else:

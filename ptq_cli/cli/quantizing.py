@@ -16,6 +16,7 @@ from ptq_cli.cli.common import (
     check_report_paths,
     emit_warnings,
     finish,
+    finished_already,
     gate_options,
     report_options,
     resource_options,
@@ -122,8 +123,11 @@ def run_command(name: str, prepare: Callable[[], Any], options: dict[str, Any]) 
         return
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)
-    for warning in report.warnings[len(job.plan.warnings) :]:
-        console.warn(warning)
+    if report.earlier:
+        finished_already(job.output)
+    for warning in report.warnings:
+        if warning not in job.plan.warnings:
+            console.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
     source = job.source.statistics
     finish(report, options, str(job.output), written=True, layers=layers, source=source)

@@ -15,7 +15,7 @@ from ptq_cli.calibration.find import (
     gradients_fingerprint,
 )
 from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.from_file import Merged, beside
+from ptq_cli.calibration.from_file import Merged, beside, open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import match_gradients
 from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
@@ -76,15 +76,22 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        staging = self.target(force=force, restart=restart).begin()
-        result = calibrate_sites(
-            self.source, self.checkpoint.fingerprint, self.heldout, staging, listen, resources
-        )
+        target, model = self.target(force=force, restart=restart), self.checkpoint.fingerprint
+        earlier = target.finished()
+        if earlier:
+            sites = dict(open_calibration(self.output).content["sites"])
+            bare = [site for site in self.source.sites if site not in sites]
+            result = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
+        else:
+            with target.begin() as staging:
+                result = calibrate_sites(
+                    self.source, model, self.heldout, staging, listen, resources
+                )
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
             warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
             warn(warnings[-1])
-        return {"output": str(self.output), "warnings": warnings, **result}
+        return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
 
 
 def prepare_calibration(

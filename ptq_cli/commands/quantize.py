@@ -23,10 +23,11 @@ from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
 from ptq_cli.registry import format_named, method
+from ptq_cli.report.earlier import report_of_earlier
 from ptq_cli.run.loop import run
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, holds_quantized
+from ptq_cli.storage.folder import MAX_SHARD, companions, holds_quantized
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.target import Target
 
@@ -61,11 +62,13 @@ class Job:
         settings = {
             k: v for part in self.plan.settings for k, v in dataclasses.asdict(part).items()
         }
-        job = {"command": self.command, "version": __version__, **own, **settings, **self.inputs}
+        read = {**self.inputs, "config": self.checkpoint.config}
+        job = {"command": self.command, "version": __version__, **own, **settings, **read}
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source.statistics is not None:
             keep += self.source.statistics.files
-        return Target(self.output, job, force, restart, keep)
+        beside = companions(self.checkpoint, format_named(self.plan.format))
+        return Target(self.output, job, force, restart, keep, beside)
 
     def forecast(
         self,
@@ -117,18 +120,22 @@ class QuantizeJob(Job):
         listen: Listener = nobody,
     ) -> RunReport:
         """Do the work, and give the output its name. Raises PtqError."""
-        return run(
-            self.plan,
-            self.checkpoint,
-            self.source.statistics,
-            self.target(max_shard_size, force=force, restart=restart).begin(),
-            command=self.command,
-            on_failure=self.on_failure,
-            inputs=self.inputs,
-            listen=listen,
-            resources=resources,
-            max_shard=parse_size(str(max_shard_size)),
-        )
+        target = self.target(max_shard_size, force=force, restart=restart)
+        if earlier := report_of_earlier(target):
+            return earlier
+        with target.begin() as staging:
+            return run(
+                self.plan,
+                self.checkpoint,
+                self.source.statistics,
+                staging,
+                command=self.command,
+                on_failure=self.on_failure,
+                inputs=self.inputs,
+                listen=listen,
+                resources=resources,
+                max_shard=parse_size(str(max_shard_size)),
+            )
 
 
 def prepare(

@@ -19,10 +19,11 @@ from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import format_named, method
+from ptq_cli.report.earlier import report_of_earlier
 from ptq_cli.run.repack import Repack, RepackSettings, plan_repack, run_repack
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, companions, open_quantized
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.target import Target
 
@@ -59,9 +60,11 @@ class RepackJob:
             "max_shard_size": parse_size(str(max_shard_size)),
             **dataclasses.asdict(self.plan.settings[0]),
             "model": checkpoint.fingerprint,
+            "config": checkpoint.config,
         }
         keep = [*checkpoint.files, checkpoint.weights]
-        return Target(self.output, job, force, restart, keep)
+        beside = companions(checkpoint, self.repack.fmt)
+        return Target(self.output, job, force, restart, keep, beside)
 
     def forecast(
         self,
@@ -88,8 +91,11 @@ class RepackJob:
         """Do the work, layer by layer, and give the output its name. Raises PtqError."""
         limit = parse_size(str(max_shard_size))
         inputs = {"model": self.checkpoint.fingerprint}
-        staging = self.target(limit, force=force, restart=restart).begin()
-        return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=listen)
+        target = self.target(limit, force=force, restart=restart)
+        if earlier := report_of_earlier(target):
+            return earlier
+        with target.begin() as staging:
+            return run_repack(self.repack, staging, inputs=inputs, max_shard=limit, listen=listen)
 
 
 def prepare_repack(

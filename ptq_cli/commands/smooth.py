@@ -25,13 +25,14 @@ from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.plugins import Smoother
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
-from ptq_cli.errors import InputError, PtqError
+from ptq_cli.errors import InputError
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.settings import make_settings
 from ptq_cli.registry import format_named, method, smoother
+from ptq_cli.report.earlier import report_of_earlier
 from ptq_cli.report.report import as_document, make_report
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import SmoothedTokens, place_groups
@@ -42,7 +43,8 @@ from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.folded import FOLDS_FILE, stage_folded, write_folds
 from ptq_cli.storage.folder import MAX_SHARD, Assembly, write_folder
 from ptq_cli.storage.machine import parse_size
-from ptq_cli.storage.staging import STATISTICS, Staging
+from ptq_cli.storage.output import STATISTICS
+from ptq_cli.storage.staging import Staging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,18 @@ class SmoothJob(Job):
 
         resources: for the rounding; the pass over the sites is one process's work
         """
+        target = self.target(max_shard_size, force=force, restart=restart)
+        if earlier := report_of_earlier(target):
+            return earlier
         begin = time.perf_counter()
-        max_shard = parse_size(str(max_shard_size))
-        staging = self.target(max_shard_size, force=force, restart=restart).begin()
+        with target.begin() as staging:
+            report = self._run(staging, parse_size(str(max_shard_size)), resources, listen)
+        seconds = time.perf_counter() - begin
+        return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
+
+    def _run(
+        self, staging: Staging, max_shard: int, resources: Resources, listen: Listener
+    ) -> RunReport:
         rounded = partial(
             run,
             staging=staging,
@@ -90,31 +101,21 @@ class SmoothJob(Job):
         tokens = self.source.statistics
         if isinstance(tokens, TokenSource) and tokens.feedback:
             stream = SmoothedTokens(self.smoothing, tokens, staging)
-            report = rounded(
+            return rounded(
                 self.plan,
                 stream.checkpoint,
                 stream,
                 after=lambda: self._end(stream.finish(), staging),
                 later={tensor for site in self.smoothing.sites for tensor in site.tensors},
             )
-        else:
-            try:
-                staged = 0 if self.floats else staged_bytes(self.plan, resources)
-                staging.check_space(staged, self._bytes_after())
-                plan, smoothed = self._pass(staging, resources, listen)
-                end = self._end(smoothed, staging)
-                if self.floats:
-                    return self._write_floats(end, staging, begin, max_shard, listen)
-            except PtqError as error:
-                staging.give_up(error)
-                raise
-            except BaseException:
-                staging.close()
-                raise
-            checkpoint = end.checkpoint or self.checkpoint
-            report = rounded(plan, checkpoint, smoothed.source, after=lambda: end)
-        seconds = time.perf_counter() - begin
-        return dataclasses.replace(report, totals={**report.totals, "seconds": seconds})
+        staged = 0 if self.floats else staged_bytes(self.plan, resources)
+        staging.check_space(staged, self._bytes_after())
+        plan, smoothed = self._pass(staging, resources, listen)
+        end = self._end(smoothed, staging)
+        if self.floats:
+            return self._write_floats(end, staging, max_shard, listen)
+        checkpoint = end.checkpoint or self.checkpoint
+        return rounded(plan, checkpoint, smoothed.source, after=lambda: end)
 
     def _pass(
         self, staging: Staging, resources: Resources, listen: Listener
@@ -136,9 +137,9 @@ class SmoothJob(Job):
         """Statistics of the float model on its tokens: a file in the work folder."""
         path = staging.folder / STATISTICS
         if not path.exists():
-            inner = Staging(path, {"command": "calibrate"})
             fingerprint = self.checkpoint.fingerprint
-            calibrate_sites(tokens, fingerprint, tokens.heldout, inner, listen, resources)
+            with Staging(path, {"command": "calibrate"}) as inner:
+                calibrate_sites(tokens, fingerprint, tokens.heldout, inner, listen, resources)
         return open_calibration(path)
 
     def _end(self, smoothed: Smoothed, staging: Staging) -> After:
@@ -159,12 +160,7 @@ class SmoothJob(Job):
         return stage_folded(smoothed.checkpoint, names, staging)
 
     def _write_floats(
-        self,
-        end: After,
-        staging: Staging,
-        begin: float,
-        max_shard: int,
-        listen: Listener,
+        self, end: After, staging: Staging, max_shard: int, listen: Listener
     ) -> RunReport:
         checkpoint = end.checkpoint or self.checkpoint
         size = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
@@ -175,7 +171,7 @@ class SmoothJob(Job):
             bytes_before=size,
             bytes_after=size,
         )
-        report = make_report(self.command, plan, [], time.perf_counter() - begin)
+        report = make_report(self.command, plan, [], 0.0)
         settings = {**report.settings, "bits": FLOAT_BITS}
         report = dataclasses.replace(report, sites=end.sites, settings=settings)
         parts = [(name, [own]) for name, own in checkpoint.tensors.items()]

@@ -18,7 +18,6 @@ from ptq_cli.calibration.source import (
 )
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
-from ptq_cli.errors import PtqError
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.run.site_statistics import SiteJob, SiteTasks, tokens_of
 from ptq_cli.run.workers import hire
@@ -44,21 +43,15 @@ def calibrate_sites(
     begin = time.perf_counter()
     entries: dict[str, Any] = {}
     bare: list[str] = []
-    try:
-        with threadpool_limits(1):
-            _run_sites(source, staging, heldout, resources, listen, entries, bare)
-        fisher = _stage_fisher(source, staging)
-        filled = [site for site in source.sites if site in entries]
-        units = [*filled, *fisher]
-        tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
-        content = file_content(model, heldout, entries, source.fisher)
-        serialize(staging.out, tensors, own_metadata(content))
-        staging.publish()
-    except (PtqError, OSError) as error:
-        staging.give_up(error)
-        raise
-    finally:
-        staging.close()
+    with threadpool_limits(1):
+        _run_sites(source, staging, heldout, resources, listen, entries, bare)
+    fisher = _stage_fisher(source, staging)
+    filled = [site for site in source.sites if site in entries]
+    units = [*filled, *fisher]
+    tensors = [tensor for unit in units for tensor in staging.tensors(unit)]
+    content = file_content(model, heldout, entries, source.fisher)
+    serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
+    staging.publish()
     return {
         "sites": {site: entries[site] for site in filled},
         "without_tokens": bare,

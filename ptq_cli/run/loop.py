@@ -38,7 +38,7 @@ from ptq_cli.calibration.source import (
 from ptq_cli.core.layer import Layer, Plan, Unit
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.report import LayerReport, RunReport
-from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.errors import NumericalError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.models.linears import dense_modules
@@ -116,43 +116,37 @@ def run(
     later: tensors that may not be copied before that
 
     Raises:
-        PtqError: what a unit met; the work folder is removed, unless it is an earlier run's.
+        PtqError: what a unit met; units that are finished stay in `staging`.
     """
     begin = time.perf_counter()
-    try:
-        fmt = format_named(plan.format)
-        placing = is_placing(plan, resources)
-        staging.check_space(staged_bytes(plan, resources), plan.bytes_after, scratch_of(source))
-        layers = {layer.tensor: layer for layer in plan.layers}
-        parts = [
-            (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
-            for name, own in checkpoint.tensors.items()
-        ]
-        of_module = {layer.module: layer for layer in plan.layers}
-        shards = begin_weights(staging.weights, parts, of_module, fmt, max_shard)
-        places = {} if shards is None else shards.places
-        store = replace(staging.store, places=places, placing=placing)
-        with threadpool_limits(1), Copying(shards) as copying:
-            untouched = {name: x for name, x in checkpoint.tensors.items() if name not in layers}
-            copying.put(own for name, own in untouched.items() if name not in later)
-            rows = _run_units(
-                plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
-            )
-            end = after()
-            if end.checkpoint is not None:
-                checkpoint = end.checkpoint
-            copying.put(checkpoint.tensors[name] for name in untouched if name in later)
-        rows = [end.annotate(row) for row in rows]
-        report = make_report(command, plan, rows, time.perf_counter() - begin)
-        report = replace(report, sites=end.sites)
-        _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
-        end.write(staging.out)
-        staging.publish()
-    except (PtqError, OSError) as error:
-        staging.give_up(error)
-        raise
-    finally:
-        staging.close()
+    fmt = format_named(plan.format)
+    placing = is_placing(plan, resources)
+    staging.check_space(staged_bytes(plan, resources), plan.bytes_after, scratch_of(source))
+    layers = {layer.tensor: layer for layer in plan.layers}
+    parts = [
+        (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
+        for name, own in checkpoint.tensors.items()
+    ]
+    of_module = {layer.module: layer for layer in plan.layers}
+    shards = begin_weights(staging.weights, parts, of_module, fmt, max_shard)
+    places = {} if shards is None else shards.places
+    store = replace(staging.store, places=places, placing=placing)
+    with threadpool_limits(1), Copying(shards) as copying:
+        untouched = {name: x for name, x in checkpoint.tensors.items() if name not in layers}
+        copying.put(own for name, own in untouched.items() if name not in later)
+        rows = _run_units(
+            plan, checkpoint, source, staging, store, on_failure, listen, resources, copying
+        )
+        end = after()
+        if end.checkpoint is not None:
+            checkpoint = end.checkpoint
+        copying.put(checkpoint.tensors[name] for name in untouched if name in later)
+    rows = [end.annotate(row) for row in rows]
+    report = make_report(command, plan, rows, time.perf_counter() - begin)
+    report = replace(report, sites=end.sites)
+    _assemble(plan, checkpoint, staging, store, report, inputs or {}, shards, listen)
+    end.write(staging.out)
+    staging.publish()
     seconds = time.perf_counter() - begin
     return replace(report, totals={**report.totals, "seconds": seconds})
 
