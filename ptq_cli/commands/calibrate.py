@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
@@ -81,7 +83,7 @@ class CalibrateJob:
         if earlier:
             sites = dict(open_calibration(self.output).content["sites"])
             bare = [site for site in self.source.sites if site not in sites]
-            result = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
+            result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
         else:
             with target.begin() as staging:
                 result = calibrate_sites(
@@ -143,7 +145,7 @@ def prepare_tokens(
     """What the float model computes on tokens."""
     tokens = read_tokens(settings, checkpoint)
     source = TokenSource(checkpoint, tokens, heldout)
-    prints = [source.fingerprint]
+    prints = [source.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
     return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
 
 

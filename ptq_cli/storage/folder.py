@@ -52,18 +52,8 @@ from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
 
 GGUF_SUFFIX = ".gguf"
 _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
-    *(SUFFIX, GGUF_SUFFIX, ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl"),
-    *(
-        ".h5",
-        ".msgpack",
-        ".ot",
-        ".tflite",
-        ".onnx",
-        ".onnx_data",
-        ".onnx.data",
-        ".mlmodel",
-        ".nemo",
-    ),
+    *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
+    *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
 )
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout

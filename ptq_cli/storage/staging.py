@@ -20,7 +20,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -277,12 +277,31 @@ def sweep(output: Path) -> None:
         InputError: another run works there.
     """
     folder = work_folder(output)
-    if not is_published(folder, output):
-        return
+    if is_published(folder, output):
+        with _locked(folder):
+            if is_published(folder, output):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(output: Path, job: Mapping[str, Any]) -> None:
+    """Remove what is left of the work of a run whose output is finished.
+
+    Raises:
+        InputError: another run works there, or what lies there is another's.
+    """
+    folder = work_folder(output)
+    if os.path.lexists(folder):
+        with _locked(folder):
+            if not is_published(folder, output):
+                goes_on(folder, job, restart=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock = _lock(folder)
     try:
-        if is_published(folder, output):
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
     finally:
         os.close(lock)
 

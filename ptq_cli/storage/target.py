@@ -24,7 +24,7 @@ from ptq_cli.storage.output import (
     still_needed,
     work_folder,
 )
-from ptq_cli.storage.staging import Staging, sweep
+from ptq_cli.storage.staging import Staging, clear
 from ptq_cli.storage.units import differing, plain
 
 
@@ -70,8 +70,8 @@ class Target:
         """As `complete`; what a killed run left beside the output is removed."""
         if not self.complete():
             return False
-        with contextlib.suppress(InputError):  # another run works there, and may
-            sweep(self.output)
+        with contextlib.suppress(InputError):  # another run's work stays
+            clear(self.output, self.job)
         return True
 
     def begin(self) -> Staging:
