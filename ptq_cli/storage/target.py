@@ -112,6 +112,8 @@ class Target:
 
 
 def _same(path: Path, copy: Path) -> bool:
+    if path.name == "config.json":  # the job knows it; the output's may say more
+        return True
     with named(path):
         return copy.is_file() and filecmp.cmp(path, copy, shallow=False)
 
