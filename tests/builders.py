@@ -33,6 +33,9 @@ WORDS = {
 }  # fmt: skip
 
 # The linears of `small_model`, with the activations they share.
+# The files of an output whose model is a bare file.
+OUTPUT = ["model.safetensors", "ptq_job.json", "quantization.json", "report.json"]
+
 LINEARS = {
     "layers.0.q_proj": (12, 32),
     "layers.0.k_proj": (6, 32),

@@ -10,7 +10,7 @@ import click
 
 from ptq_cli.calibration.find import take_tokens
 from ptq_cli.cli import console
-from ptq_cli.cli.common import emit_warnings, show_next
+from ptq_cli.cli.common import emit_warnings, finished_already, show_next
 from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.progress import Follow
@@ -133,6 +133,8 @@ def calibrate(model: Path, **options: Any) -> None:
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:
         result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
+    if result.pop("earlier"):
+        finished_already(result["output"])
     if options["as_json"]:
         console.print_json(result)
         return

@@ -29,6 +29,11 @@ def emit_forecast(
     content = document(forecast, measure(forecast.files, forecast.threads))
     if as_json:
         console.print_json(content)
+    elif content["finished"]:
+        console.line(
+            f"{content['output']}: finished already, from the same inputs and settings;"
+            " nothing would be done"
+        )
     else:
         _show(content, top)
     check(forecast)

@@ -150,7 +150,8 @@ def _explain(text: str, code: int, debug: bool) -> int:
 
     if debug:
         traceback.print_exc()
-    say("error", text)
+    notes = getattr(sys.exception(), "__notes__", ())  # of finished work that is kept
+    say("error", "; ".join([text, *notes]))
     _quiet_streams()
     return code
 

@@ -9,7 +9,7 @@ import click
 
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
-from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish
+from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_forecast
 from ptq_cli.cli.options import setting_options
 from ptq_cli.cli.progress import Follow
@@ -187,8 +187,11 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
         return
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)
-    for warning in report.warnings[len(job.plan.warnings) :]:
-        console.warn(warning)
+    if report.earlier:
+        finished_already(job.output)
+    for warning in report.warnings:
+        if warning not in job.plan.warnings:
+            console.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
     source = job.source.statistics
     finish(report, options, str(job.output), written=True, layers=layers, source=source)

@@ -118,7 +118,8 @@ def calibrate(
         stored too, and alone where there are no activations
 
     Returns:
-        `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
+        `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
+        `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
     job = prepare_calibration(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ptq_cli.calibration.find import (
     gradients_fingerprint,
 )
 from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.from_file import Merged, beside
+from ptq_cli.calibration.from_file import Merged, beside, open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import match_gradients
 from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
@@ -29,6 +30,7 @@ from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
@@ -77,14 +79,21 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        staging = self.target(force=force, restart=restart).begin()
-        job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
-        result = calibrate_sites(job, staging, listen, resources)
+        target = self.target(force=force, restart=restart)
+        earlier = target.finished()
+        if earlier:
+            sites = dict(open_calibration(self.output).content["sites"])
+            bare = [site for site in self.source.sites if site not in sites]
+            result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
+        else:
+            job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
+            with target.begin() as staging:
+                result = calibrate_sites(job, staging, listen, resources)
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
             warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
             warn(warnings[-1])
-        return {"output": str(self.output), "warnings": warnings, **result}
+        return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
 
 
 def prepare_calibration(
@@ -136,7 +145,7 @@ def prepare_tokens(
     """What the float model computes on tokens."""
     tokens = read_tokens(settings, checkpoint)
     source = TokenSource(Forward(checkpoint, tokens, heldout))
-    prints = [source.fingerprint]
+    prints = [source.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
     return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
 
 

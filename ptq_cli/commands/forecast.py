@@ -13,6 +13,7 @@ the time from what the machine does in half a second. dry_run.schema.json states
                  limit)
     disk         needed, free; scratch, the part of it that is gone when the run ends
     interrupted  finished units of an interrupted run that this one would go on with, or null
+    finished     whether the same run has made the output already: then nothing would be done
     time         seconds, estimate (always true), machine: multiply_adds, values, calls and
                  bytes_read in a second
     warnings
@@ -31,9 +32,9 @@ from ptq_cli.core.plugins import Work
 from ptq_cli.registry import format_named
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.output import check_free
 from ptq_cli.storage.rates import Rates
 from ptq_cli.storage.scratch import temporary_place
-from ptq_cli.storage.staging import check_free
 from ptq_cli.storage.target import Found
 
 NOTHING = Work()
@@ -163,6 +164,7 @@ def document(forecast: Forecast, rates: Rates) -> dict[str, Any]:
             "scratch": forecast.scratch,
         },
         "interrupted": None if found is None else found.finished,
+        "finished": found is not None and found.complete,
         "time": {
             "seconds": _seconds(forecast, rates),
             "estimate": True,

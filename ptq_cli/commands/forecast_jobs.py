@@ -38,8 +38,8 @@ from ptq_cli.run.work import Quantization
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available
+from ptq_cli.storage.output import free_space
 from ptq_cli.storage.scratch import temporary_place
-from ptq_cli.storage.staging import free_space
 from ptq_cli.storage.target import Found, Target
 from ptq_cli.storage.tokens import Tokens
 

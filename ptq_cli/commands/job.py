@@ -16,10 +16,12 @@ from ptq_cli.core.layer import Plan
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.registry import format_named
+from ptq_cli.report.earlier import report_of_earlier
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import MAX_SHARD
+from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.target import Target
@@ -53,11 +55,13 @@ class Job:
             **self.identity,
             **settings,
             **fingerprints(self.checkpoint, self.source),
+            "config": self.checkpoint.config,
         }
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source.statistics is not None:
             keep += self.source.statistics.files
-        return Target(self.output, job, force, restart, keep)
+        beside = companions(self.checkpoint, format_named(self.plan.format))
+        return Target(self.output, job, force, restart, keep, beside)
 
     def run(
         self,
@@ -68,10 +72,13 @@ class Job:
         max_shard_size: str | int = MAX_SHARD,
         listen: Listener = nobody,
     ) -> RunReport:
-        """Do the work, and give the output its name. Raises PtqError."""
+        """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
         options = RunOptions(resources, parse_size(str(max_shard_size)), listen)
-        staging = self.target(max_shard_size, force=force, restart=restart).begin()
-        return self.start(staging, options)
+        target = self.target(max_shard_size, force=force, restart=restart)
+        if earlier := report_of_earlier(target):
+            return earlier
+        with target.begin() as staging:
+            return self.start(staging, options)
 
     def forecast(
         self,

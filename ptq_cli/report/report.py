@@ -16,7 +16,7 @@ from typing import Any
 
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
-from ptq_cli.core.report import LayerReport, RunReport
+from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
 TIMES = ("seconds",)
@@ -165,8 +165,33 @@ def _cell(value: Any) -> Any:
 
 
 def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    values = _with_tuples(entry)
+    if found := entry.get("activations"):
+        errors = {k: OutputErrors(**v) for k, v in found.items() if k != "scheme"}
+        values["activations"] = ActivationErrors(found["scheme"], **errors)
     return LayerReport(**values)
+
+
+def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+
+
+def report_from_document(document: Mapping[str, Any]) -> RunReport:
+    """The report that `as_document` was given; where it has no times, they are 0.
+
+    document: one that follows report.schema.json
+    """
+    none = dict.fromkeys(TIMES, 0.0)
+    return RunReport(
+        command=document["command"],
+        rows=tuple(row_from_json({**none, **row}) for row in document["layers"]),
+        skipped=tuple(Skipped(**_with_tuples(entry)) for entry in document["left_alone"]),
+        totals={**none, **document["totals"]},
+        warnings=tuple(document["warnings"]),
+        settings=document["settings"],
+        quality=document.get("quality"),
+        sites=tuple(document.get("sites", ())),
+    )
 
 
 @dataclass(frozen=True)

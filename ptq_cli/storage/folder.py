@@ -34,6 +34,7 @@ from ptq_cli.storage.checkpoint import (
     open_checkpoint,
 )
 from ptq_cli.storage.files import (
+    copy_file,
     link,
     listing,
     named,
@@ -45,13 +46,18 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
+from ptq_cli.storage.output import JOB
 from ptq_cli.storage.shards import Part, Shards, mapped
 from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
 
 GGUF_SUFFIX = ".gguf"
-_WEIGHTS = (SUFFIX, INDEX_SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".npy", ".h5", ".onnx")
+_WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
+    *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
+    *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
+)
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
+_MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
 _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
@@ -135,9 +141,10 @@ def write_folder(
         _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
-    root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
-    if root is not None:
-        copy_companions(root, out)
+    taken = set(listing(out))
+    for path in companions(source, assembly.fmt):
+        if path.name not in taken:
+            copy_file(path, out / path.name)
     sync_folder(out)
 
 
@@ -190,17 +197,17 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     return documents
 
 
-def copy_companions(root: Path, out: Path) -> None:
-    """Copy what a model folder holds beside its weights: config, tokenizer, licence, code."""
-    taken = set(listing(out))
-    for name in listing(root):
-        path = root / name
-        weights = name.endswith(_WEIGHTS) or name in _DECLARED
-        if not path.is_file() or weights or name in taken or name.startswith("."):
-            continue
-        with named(path):
-            content = path.read_bytes()
-        write_file(out / name, content)
+def companions(source: Checkpoint, fmt: Format) -> list[Path]:
+    """What a model folder holds beside its weights, to be copied: config, tokenizer, licence, code.
+
+    A config.json that declares the quantization takes the place of the one here.
+    """
+    root = source.root or (source.folder if fmt.file_metadata and source.config else None)
+    if root is None:
+        return []
+    names = [name for name in listing(root) if name not in (*_DECLARED, *_MADE)]
+    paths = [root / name for name in names if not name.lower().endswith(_WEIGHTS)]
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 @dataclass(frozen=True)

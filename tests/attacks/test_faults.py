@@ -82,7 +82,11 @@ def check_failure(case):
     assert case["state"] == ("whole" if case["code"] == 0 else case["state"]), case
     assert case["state"] in ("before", "whole"), case
     cleaning = case["call"].split()[1] in ("unlink", "rmdir")
-    assert case["left"] == [] or cleaning, case
+    if case["left"] and not cleaning:
+        assert (case["code"], case["state"]) == (1, "before"), case
+        assert case["left"] == ["out.partial"], case
+        assert case["units"] > 0, case
+        assert f"{case['units']} finished unit" in case["words"], case
     check_again(case)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import tomllib
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import ptq_cli
 from tests.builders import (
     LINEARS,
+    OUTPUT,
     Outcome,
     ptq,
     random_inputs,
@@ -37,7 +39,8 @@ DOWN = "layers.0.down_proj"
 
 
 def refused(*arguments: object, words: tuple[str, ...] = (), code: int = 1) -> Outcome:
-    """Run a command that must fail: one line, that holds all `words`; nothing written."""
+    """Run a command that must fail: one line, that holds all `words`; nothing written, but for
+    finished units, which it then speaks of and which are removed here."""
     before = tree(Path())
     outcome = ptq(*arguments)
     assert outcome.code == code, outcome
@@ -48,8 +51,12 @@ def refused(*arguments: object, words: tuple[str, ...] = (), code: int = 1) -> O
     assert "Traceback" not in outcome.err
     for word in words:
         assert word in outcome.errors[0]
+    kept = [name for name in os.listdir() if name.endswith(".partial")]
+    assert bool(kept) == ("finished unit" in outcome.errors[0])
+    for name in kept:
+        assert not Path(name, "out").exists()
+        shutil.rmtree(name)
     assert tree(Path()) == before
-    assert not [name for name in os.listdir() if name.endswith(".partial")]
     return outcome
 
 
@@ -1078,7 +1085,7 @@ def test_weird_names_are_data(command, tmp_path):
         assert shown in outcome.out
     assert sorted(os.listdir()) == ["model.safetensors", "out"]
     assert os.listdir(tmp_path) == ["in"]
-    assert sorted(os.listdir("out")) == ["model.safetensors", "quantization.json", "report.json"]
+    assert sorted(os.listdir("out")) == OUTPUT
     rows = {row["module"] for row in json.loads(Path("out/report.json").read_text())["layers"]}
     assert rows == set(WEIRD.values())
     for name in WEIRD.values():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ptq_cli.cli.main import COMMANDS
-from tests.builders import ROOT, apart, ptq, random_weight, small_job, tree, write_model
+from tests.builders import OUTPUT, ROOT, apart, ptq, random_weight, small_job, tree, write_model
 
 ENVIRONMENT = {
     "PATH": os.environ["PATH"],
@@ -91,7 +91,7 @@ def test_a_reader_that_leaves_is_no_error(packed, job):
     assert result.returncode == 0
     assert result.stdout == b"{"
     assert result.stderr == b""
-    assert sorted(os.listdir("out")) == ["model.safetensors", "quantization.json", "report.json"]
+    assert sorted(os.listdir("out")) == OUTPUT
     result = shell(f"ptq eval {packed}/model.safetensors {packed}/out --top 0 | true")
     assert b"Traceback" not in result.stderr
     assert b"Exception" not in result.stderr
@@ -103,7 +103,7 @@ def test_work_is_done_before_it_is_told(target, packed, job):
     assert result.returncode in (0, 1)
     assert b"Traceback" not in result.stderr
     assert b"internal error" not in result.stderr
-    assert tree(Path("out")).keys() == {"model.safetensors", "quantization.json", "report.json"}
+    assert tree(Path("out")).keys() == set(OUTPUT)
     assert not list(Path().glob("*.partial"))
 
 
