@@ -6,12 +6,14 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptq_cli.core.names import by_number, fold_names, natural
 
 KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+SLOW_MACHINES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def expand(pattern: str) -> list[str]:
@@ -105,12 +107,14 @@ real = st.lists(
 )
 
 
+@SLOW_MACHINES
 @given(names_ | real)
 def test_expanding_the_braces_gives_the_names(names):
     folded = fold_names(names, 10**9)
     assert sorted(expand(folded)) == sorted(set(names)) or (not names and not folded)
 
 
+@SLOW_MACHINES
 @given(real, st.integers(20, 300))
 def test_the_length_is_bounded_and_the_rest_counted(names, width):
     folded = fold_names(names, width)
