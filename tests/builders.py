@@ -61,7 +61,9 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("ptq: error: ")]
+        """Each error, and the line of its hint after a semicolon."""
+        said = re.findall(r"^ptq: error: .*(?:\nptq: hint: .*)?$", self.err, re.MULTILINE)
+        return [error.replace("\nptq: hint: ", "; ") for error in said]
 
     @property
     def warnings(self) -> list[str]:

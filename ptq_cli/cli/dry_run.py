@@ -8,6 +8,7 @@ from typing import Any
 from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings
 from ptq_cli.commands.forecast import Forecast, check, document
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.text import common_parents, size
 from ptq_cli.storage.rates import measure
 
@@ -118,8 +119,7 @@ def _show_units(units: list[dict[str, Any]], top: int) -> None:
 
 
 def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return f"{len(names)}: {', '.join(names[:_NAMES])}{more}"
+    return f"{len(names)}: {fold_names(names)}"
 
 
 def _show_needs(content: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.forecast import Forecast
 from ptq_cli.commands.forecast_jobs import forecast_calibration
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
 from ptq_cli.plan.units import few_tokens
@@ -91,7 +92,7 @@ class CalibrateJob:
                 result = calibrate_sites(job, staging, listen, resources)
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
-            warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+            warnings.append(f"no token reaches {len(bare)} sites: {fold_names(bare)}")
             warn(warnings[-1])
         return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
 
@@ -180,7 +181,7 @@ def prepare_activations(
     warnings = [*match_warnings(match), *few]
     if match.missing:
         warnings.append(
-            f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
+            f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"
         )
     fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
     return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)

@@ -13,6 +13,7 @@ from ptq_cli.commands.check import runtime_warnings
 from ptq_cli.commands.forecast import Forecast
 from ptq_cli.commands.forecast_jobs import forecast_plan
 from ptq_cli.core.layer import Plan
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
@@ -107,7 +108,7 @@ class Job:
         most = max(unit.memory for unit in big)
         return [
             f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
-            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {fold_names(u.name for u in big)}"
         ]
 
 

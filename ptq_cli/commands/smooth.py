@@ -14,6 +14,7 @@ from ptq_cli.calibration.sites import model_sites
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method, Smoother
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
@@ -212,7 +213,6 @@ def _check_static(inputs: ActivationSettings, plan: Plan) -> None:
     bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
     if inputs.scheme == "static" and bare:
         raise InputError(
-            f"no statistics to take static scales from for {len(bare)} layers:"
-            f" {', '.join(bare[:10])}",
+            f"no statistics to take static scales from for {len(bare)} layers: {fold_names(bare)}",
             hint="calibrate them, or --activation-scheme dynamic-token",
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -169,7 +169,7 @@ class Format:
 
     name: str
     help: str
-    misfit: Callable[[Layer], str | None]
+    misfit: Callable[[Layer], Misfit | None]
     specs: Callable[[Layer], tuple[TensorSpec, ...]]
     encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
     decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]

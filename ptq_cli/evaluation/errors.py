@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.smoothed import smoothed_source
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Skipped
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
 from ptq_cli.core.statistics import SiteStatistics
@@ -263,7 +264,7 @@ def _warnings(
         ("of the original are missing", comparison.missing),
     ):
         if names:
-            warnings.append(f"{len(names)} unquantized tensors {what}: {', '.join(names[:10])}")
+            warnings.append(f"{len(names)} unquantized tensors {what}: {fold_names(names)}")
     if source is None:
         warnings.append("no calibration: errors are those of the weights, not of the outputs")
         return warnings
@@ -271,7 +272,7 @@ def _warnings(
     if bare:
         warnings.append(
             f"{len(bare)} layers have no statistics, their errors are those of the weights:"
-            f" {', '.join(bare[:10])}"
+            f" {fold_names(bare)}"
         )
     used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
     return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])

@@ -16,6 +16,7 @@ from typing import Any
 
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
@@ -95,8 +96,10 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
     dead = [row for row in rows if row.dead_columns > 0.01 * prod(row.shape[1:])]
     if not dead:
         return []
-    shown = ", ".join(f"{r.module} {r.dead_columns} of {prod(r.shape[1:])}" for r in dead[:10])
-    return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
+    most = max(dead, key=lambda row: row.dead_columns / prod(row.shape[1:]))
+    columns = f"{most.dead_columns} of {prod(most.shape[1:])}"
+    names = fold_names([row.module for row in dead])
+    return [f"{len(dead)} layers have inputs that are always zero, up to {columns}: {names}"]
 
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:

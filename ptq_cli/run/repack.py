@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Plan, Skipped, Unit
+from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
@@ -79,14 +79,14 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
     wanted, misfits = {}, {}
     for layer in folder.layers.values():
         target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
-        reason = fmt.misfit(target)
-        if reason is None:
+        misfit = fmt.misfit(target)
+        if misfit is None:
             try:
                 convert(folder.load(layer.module), target, fmt)
             except InputError as error:
-                reason = str(error)
-        if reason is not None:
-            misfits[layer.module] = reason
+                misfit = Misfit(error.message.removeprefix(f"{layer.module}: "), error.hint)
+        if misfit is not None:
+            misfits[layer.module] = misfit
         wanted[layer.module] = target
     if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
         raise misfit_error(fmt, misfits, len(wanted))
@@ -201,8 +201,8 @@ def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
         result: Array = scales.astype(dtype)
     if (result.astype(np.float64) != scales.astype(np.float64)).any():
         raise InputError(
-            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly;"
-            f" --scale-dtype {dtype} when the float model is quantized"
+            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly",
+            hint=f"--scale-dtype {dtype} when the float model is quantized",
         )
     return result
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import by_number
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
@@ -261,7 +262,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
         opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
-        return QuantizedFolder(opened, fmt, {layer.module: layer for layer in found})
+        return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
     names, entries = _own_entry(checkpoint)
     config = declared_config(checkpoint)
@@ -273,7 +274,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
         except InputError as error:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
-            return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})
+            return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
         raise InputError(
             f"{path}: nothing in it is quantized, these are smoothed float weights",
@@ -283,6 +284,12 @@ def open_quantized(path: Path) -> QuantizedFolder:
     if mlx_weights(checkpoint):
         known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
     raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
+
+
+def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Layer 10 after layer 9, wherever they are stored."""
+    named = {layer.module: layer for layer in layers}
+    return {module: named[module] for module in by_number(named)}
 
 
 def holds_quantized(path: Path) -> bool:

@@ -39,8 +39,8 @@ def test_who_loads_what(sample, form):
 
 
 CASES = [
-    ("transformers", ["--format", "gptq", "-g", -1], 0, "note: model.layers.0", "gptq_torch"),
-    ("transformers", ["--format", "awq", "-g", -1], 0, "limit: model.layers.0", "torch_awq"),
+    ("transformers", ["--format", "gptq", "-g", -1], 0, "note: model.layers.", "gptq_torch"),
+    ("transformers", ["--format", "awq", "-g", -1], 0, "limit: model.layers.", "torch_awq"),
     ("transformers", ["--format", "compressed-tensors", "--asym"], 0, "limit", "dequantized"),
     ("transformers", ["--format", "gptq", "--include", "lm_head"], 3, "fails: lm_head", "never"),
     ("gptqmodel", ["--format", "gptq", "--include", "lm_head"], 0, "note", "7.6.0"),
@@ -86,7 +86,8 @@ def test_mixed_grids_are_for_gptqmodel(sample):
     assert ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out").code == 0
     assert ptq("check", "out", "--runtime", "gptqmodel").code == 0
     outcome = ptq("check", "out", "--runtime", "transformers")
-    assert (outcome.code, DOWN in outcome.err) == (3, True)
+    assert outcome.code == 3
+    assert "model.layers.{0-3}.mlp.down_proj: has another grid" in outcome.err
 
 
 def test_a_dense_layer_that_nobody_declared(sample):
