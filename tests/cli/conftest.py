@@ -13,20 +13,14 @@ from tests.builders import ROOT
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _here(here):
+    pass
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """A copy of sample_data."""
     return builders.copy_sample(tmp_path_factory.mktemp("sample") / "sample_data")
-
-
-@pytest.fixture
-def job(tmp_path) -> Path:
-    """A folder with a small model and its activations; the model's path."""
-    return builders.small_job(tmp_path)[0]
 
 
 @pytest.fixture(scope="session")
