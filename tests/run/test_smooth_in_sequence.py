@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from tests.builders import ptq
 from tests.methods.rescaled import rescaled_sample
 from tests.run.test_in_sequence import (
     FAST,
@@ -37,6 +34,7 @@ from tests.run.test_in_sequence import (
     observed,
     same_bytes,
 )
+from tests.stopping import TOLD, killed
 
 HELD = slice(7, 512 * 8, 8)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -267,21 +265,16 @@ def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
     assert same_bytes(tmp_path / "out", whole / "awq gptq")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1.5, 2.2, 3.0])
+@pytest.mark.parametrize("number", [2, pytest.param(13, marks=pytest.mark.slow), 28])
 def test_a_killed_run_ends_with_the_same_bytes(
-    tmp_path: Path, loud: Path, whole: Path, seconds: float
+    tmp_path: Path, loud: Path, whole: Path, number: int
 ) -> None:
     out = tmp_path / "out"
     words = ["--alpha", "0.6", "--tokens", str(TOKENS["tokens"])]
     words += ["--nsamples", "24", "--seq-len", "48"]
-    command = [sys.executable, "-m", "ptq_cli", "smoothquant", str(loud), *words, "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not out.exists():
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    words = ["smoothquant", str(loud), *words, "-o", str(out)]
+    killed(TOLD, number, *words)
+    assert ptq(*words).code == 0
     assert same_bytes(out, whole / "int8")
 
 
