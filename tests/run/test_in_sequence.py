@@ -182,7 +182,8 @@ def test_bytes_do_not_depend_on_threads(
     assert same_bytes(tmp_path / "1", tmp_path / "3")
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(13, marks=pytest.mark.slow), 28])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 13, 28])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, whole: Path, number: int) -> None:
     out = tmp_path / "out"
     words = ["--bits", "3", "--asym", "--refine", "0", "--sweeps", "0", "--no-mse"]

@@ -227,8 +227,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["awq gptq", "int8"])
-@pytest.mark.parametrize("after", [1, 3, 5, 7, 14])
+@pytest.mark.parametrize(
+    ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 7), ("int8", 14)]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, case: str, after: int
 ) -> None:
@@ -265,7 +266,8 @@ def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
     assert same_bytes(tmp_path / "out", whole / "awq gptq")
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(13, marks=pytest.mark.slow), 28])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 13, 28])
 def test_a_killed_run_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, number: int
 ) -> None:
@@ -380,8 +382,6 @@ def test_sites_across_blocks_have_no_sequence(tmp_path: Path) -> None:
     recipe.write_text(
         f'[[sites]]\nlinears = {json.dumps(site["linears"])}\nafter = "{site["after"]}"\n'
     )
-    from tests.builders import ptq
-
     tokens = ["--tokens", TOKENS["tokens"], "--nsamples", "4", "--seq-len", "32"]
     outcome = ptq("awq", SAMPLE, "--config", recipe, *tokens, "-o", tmp_path / "out")
     assert outcome.code == 1
