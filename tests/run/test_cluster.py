@@ -19,14 +19,15 @@ distributed = pytest.importorskip("distributed")
 MODEL = SAMPLE / "model.safetensors"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     """Two worker processes that find this package; nothing else is shared but disks."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as cluster:
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster:
+            yield cluster
 
 
 def test_two_workers_of_a_cluster_give_the_same_bytes(tmp_path, cluster, monkeypatch):
