@@ -24,6 +24,24 @@ def sample(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def made(sample, tmp_path_factory):
+    """What a command makes of the sample, each made once: `made("rtn", "--format", "gptq")` is a
+    folder, not to be changed."""
+    folders: dict[tuple[object, ...], Path] = {}
+
+    def make(command: str, *options: object) -> Path:
+        words = (command, *options)
+        if words not in folders:
+            folder = tmp_path_factory.mktemp("made") / "out"
+            outcome = builders.ptq(command, sample, *options, "-o", folder)
+            assert outcome.code == 0, outcome.err
+            folders[words] = folder
+        return folders[words]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def check_report():
     """Hold a report against the schema in the package, and its totals against its rows."""
     schema = json.loads((ROOT / "ptq_cli" / "report" / "report.schema.json").read_text())
