@@ -105,7 +105,23 @@ def ids_of(model: Path) -> Any:
     return read_tokens(SETTINGS, open_checkpoint(model)).ids
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """What the runs of `whole` reported."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path, reports: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    for case in ("awq gptq", "int8"):
+        reports[case] = quantize(loud, case, folder / case)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("awq", "int8"))) for x in CASES]
+)
 def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -146,10 +162,10 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
 
 @pytest.mark.parametrize("case", ["awq gptq", "int8"])
 def test_errors_of_the_report_are_those_of_the_float_models_outputs(
-    tmp_path: Path, loud: Path, case: str
+    loud: Path, whole: Path, reports: dict[str, Any], case: str
 ) -> None:
-    report = quantize(loud, case, tmp_path / "out")
-    checkpoint, folder = open_checkpoint(loud), open_quantized(tmp_path / "out")
+    report = reports[case]
+    checkpoint, folder = open_checkpoint(loud), open_quantized(whole / case)
     ids = ids_of(loud)
     exact = observed(checkpoint.read, ids)
     ours = observed(quantized_tensors(checkpoint, folder), ids)
@@ -159,7 +175,7 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
         for name in ("k_proj", "v_proj", "up_proj"):
             if near.format(name) in site_of and "{}" in near:
                 site_of[near.format(name)] = site
-    folds = read_folds(tmp_path / "out")
+    folds = read_folds(whole / case)
     factors = {linear.module: values for site, values in folds for linear in site.linears}
     feeders = {
         site.feeder.weight: (site.feeder.rows, values)
@@ -217,14 +233,6 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
                 wanted = inputs[site][HELD]
                 assert np.abs(seen[site].heldout - wanted).max() < 2e-3 * np.abs(wanted).max()
                 assert seen[site].drift is None
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    for case in ("awq gptq", "int8"):
-        quantize(loud, case, folder / case)
-    return folder
 
 
 @pytest.mark.parametrize(
