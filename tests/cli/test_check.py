@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,12 @@ RUNTIMES = ("transformers", "vllm", "llama.cpp", "mlx", "gptqmodel")
 
 
 @pytest.mark.parametrize("form", LOADS)
-def test_who_loads_what(sample, form):
+def test_who_loads_what(made, form):
     if form in ("gguf", "onnx"):
         pytest.importorskip(form)
-    assert ptq("rtn", sample, "--format", form, "-o", "out").code == 0
+    out = made("rtn", "--format", form)
     for runtime in RUNTIMES:
-        outcome = ptq("check", "out", "--runtime", runtime, "--json")
+        outcome = ptq("check", out, "--runtime", runtime, "--json")
         document = outcome.document
         assert document["loads"] == (runtime in LOADS[form]), (runtime, document)
         assert outcome.code == (0 if document["loads"] else 3)
@@ -73,10 +74,9 @@ def test_facts(sample, runtime, options, code, level, words):
         (4, "transformers", 0, "8 bits only"),
     ],
 )
-def test_facts_of_rounded_inputs(sample, bits, runtime, code, words):
-    options = ("--bits", bits, "--format", "compressed-tensors", "-o", "out")
-    assert ptq("smoothquant", sample, *options).code == 0
-    outcome = ptq("check", "out", "--runtime", runtime)
+def test_facts_of_rounded_inputs(made, bits, runtime, code, words):
+    out = made("smoothquant", "--bits", bits, "--format", "compressed-tensors")
+    outcome = ptq("check", out, "--runtime", runtime)
     assert outcome.code == code
     assert words in outcome.out
 
@@ -144,12 +144,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_folders_that_contradict_themselves(sample, case):
+def test_folders_that_contradict_themselves(sample, made, case):
     from safetensors.numpy import load_file, save_file
 
     form, change, words = BROKEN[case]
     bits = 3 if case == "old stream" else 4
-    assert ptq("rtn", sample, "-b", bits, "--format", form, "-o", "out").code == 0
+    shutil.copytree(made("rtn", "-b", bits, "--format", form), "out")
     config, tensors = json.loads(Path("out/config.json").read_text()), {}
     tensors = load_file("out/model.safetensors")
     change(config, tensors)

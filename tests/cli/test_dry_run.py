@@ -342,7 +342,7 @@ def headers(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "words",
-    [["inspect", "."], ["inspect", ".", "--json"], ["gptq", ".", "--dry-run", "--json"],
+    [["inspect", "."], ["gptq", ".", "--dry-run", "--json"],
      ["rtn", ".", "--dry-run"], ["pack", ".", "--dry-run", "--format", "compressed-tensors"]],
     ids=" ".join,
 )  # fmt: skip

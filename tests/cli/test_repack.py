@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -219,8 +220,8 @@ def test_dense_rows_of_a_gguf_file_come_back_in_order(half):
 
 
 @pytest.mark.parametrize("number", range(11))
-def test_damaged_gguf_files(sample, number):
-    ptq("rtn", sample, "--format", "gguf", "-o", "out")
+def test_damaged_gguf_files(sample, made, number):
+    shutil.copytree(made("rtn", "--format", "gguf"), "out")
     path = Path("out/model.gguf")
     path.write_bytes(damaged(bytearray(path.read_bytes()), number))
     outcome = ptq("eval", sample, "out")
