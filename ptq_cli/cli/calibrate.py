@@ -27,7 +27,12 @@ from ptq_cli.cli.shared_options import (
     TOKENS,
     path_argument,
 )
-from ptq_cli.commands.calibrate import CalibrateJob, default_target, prepare_calibration
+from ptq_cli.commands.calibrate import (
+    CalibrateJob,
+    CalibrationSettings,
+    default_target,
+    prepare_calibration,
+)
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
@@ -151,20 +156,19 @@ def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
     every, limit = options["heldout_every"], options["heldout_limit"]
-    return prepare_calibration(
-        model,
-        activations,
-        options["output"],
-        tokens=tokens,
-        merge=merge,
+    settings = CalibrationSettings(
+        activations=activations,
         gradients=gradients,
         bf16=options["bf16"],
+        tokens=tokens,
+        merge=merge,
         heldout=(
             HELDOUT_EVERY if every is None else every,
             HELDOUT_LIMIT if limit is None else limit,
         ),
         missing=options["fallback"] or "error",
     )
+    return prepare_calibration(model, settings, options["output"])
 
 
 def _refuse_unread(given: Mapping[str, Any]) -> None:

@@ -202,7 +202,7 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
     classes, path = settings_classes(name), options["config"]
     recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
     given = {field.name: options.get(field.name) for field, _ in settings_fields(*classes)}
-    words = ("output", "runtime", "fallback", "require_calibration")
+    words = ("output", "runtime", "fallback")
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ptq_cli.commands.forecast_jobs import forecast_calibration
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
@@ -97,34 +98,39 @@ class CalibrateJob:
         return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
 
 
+NO_TOKENS = TokenSettings()
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What statistics are made from: statistics files, or tokens, or activations and gradients
+    (with nothing named, the activations beside the model).
+
+    activations, gradients: folders of `<module>.npy`, bf16: uint16 is bfloat16
+    heldout: every how many tokens one is held out, how many at most
+    missing: what linears without activations are: "error", or left out ("rtn")
+    """
+
+    activations: tuple[Path, ...] = ()
+    gradients: tuple[Path, ...] = ()
+    bf16: bool = False
+    tokens: TokenSettings = NO_TOKENS
+    merge: tuple[Path, ...] = ()
+    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+    missing: str = "error"
+
+
 def prepare_calibration(
-    model: AnyPath,
-    activations: Iterable[AnyPath] = (),
-    output: AnyPath | None = None,
-    *,
-    tokens: TokenSettings | None,
-    merge: Iterable[AnyPath],
-    gradients: Iterable[AnyPath],
-    bf16: bool,
-    heldout: tuple[int, int],
-    missing: str,
+    model: AnyPath, settings: CalibrationSettings, output: AnyPath | None = None
 ) -> CalibrateJob:
-    """Plan a calibration; see `api.calibrate`. heldout: every how many tokens, how many at most"""
+    """Plan a calibration: every mistake that can be known is found here."""
     checkpoint = open_checkpoint(Path(model))
     target = default_target(checkpoint) if output is None else Path(output)
-    if merged := [Path(path) for path in merge]:
-        return prepare_merge(checkpoint, merged, target)
-    if tokens is not None and tokens.given:
-        return prepare_tokens(checkpoint, tokens, heldout, target)
-    return prepare_activations(
-        checkpoint,
-        [Path(path) for path in activations],
-        [Path(path) for path in gradients],
-        heldout,
-        target,
-        bf16=bf16,
-        missing=missing,
-    )
+    if settings.merge:
+        return prepare_merge(checkpoint, settings.merge, target)
+    if settings.tokens.given:
+        return prepare_tokens(checkpoint, settings.tokens, settings.heldout, target)
+    return prepare_activations(checkpoint, settings, target)
 
 
 def default_target(checkpoint: Checkpoint) -> Path:
@@ -151,31 +157,21 @@ def prepare_tokens(
 
 
 def prepare_activations(
-    checkpoint: Checkpoint,
-    activations: Sequence[Path],
-    gradients: Sequence[Path],
-    heldout: tuple[int, int],
-    output: Path,
-    *,
-    bf16: bool,
-    missing: str,
+    checkpoint: Checkpoint, settings: CalibrationSettings, output: Path
 ) -> CalibrateJob:
-    """Activations, as named or beside the model, and gradients.
-
-    missing: what linears without activations are: "error", or left out
-    """
-    slopes = match_gradients(checkpoint, find_activations(gradients, bf16))
-    if gradients and not slopes:
-        raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
-    folders = list(activations)
+    """Activations, as named or beside the model, and gradients."""
+    slopes = match_gradients(checkpoint, find_activations(settings.gradients, settings.bf16))
+    if settings.gradients and not slopes:
+        raise InputError(f"{settings.gradients[0]}: no gradients <module>.npy in it")
+    folders = list(settings.activations)
     if not folders and (not slopes or beside(checkpoint)[1] is not None):
         folders = [_activations_beside(checkpoint)]
-    match = match_activations(checkpoint, find_activations(folders, bf16))
+    match = match_activations(checkpoint, find_activations(folders, settings.bf16))
     alone = bool(slopes) and not folders
     name = ", ".join(map(str, folders))
-    if ((match.missing and missing == "error") or not match.entries) and not alone:
+    if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
         raise missing_error(match, name)
-    source = Activations(name, match.entries, heldout, gradients=slopes)
+    source = Activations(name, match.entries, settings.heldout, gradients=slopes)
     infos = source.sites.values()
     few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
     warnings = [*match_warnings(match), *few]
@@ -184,6 +180,7 @@ def prepare_activations(
             f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"
         )
     fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
+    heldout = settings.heldout
     return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
 
 
