@@ -11,7 +11,7 @@ import click
 from ptq_cli.calibration.find import take_tokens
 from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings, finished_already, show_next
-from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.sections import Command, option
@@ -133,7 +133,7 @@ def calibrate(model: Path, **options: Any) -> None:
     how = {key: options[key] for key in ("force", "restart")}
     how["resources"] = take_resources(options)
     if options["dry_run"]:
-        emit_forecast(job.forecast(**how), options["as_json"], 0, (), strict)
+        emit_estimate(job.estimate(**how), options["as_json"], 0, (), strict)
         return
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:

@@ -10,7 +10,7 @@ import click
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
 from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish, finished_already
-from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import setting_options
 from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.sections import Command, option
@@ -183,7 +183,7 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
-        emit_forecast(job.forecast(**how), options["as_json"], options["top"], warnings)
+        emit_estimate(job.estimate(**how), options["as_json"], options["top"], warnings)
         return
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)

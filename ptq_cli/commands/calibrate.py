@@ -22,8 +22,7 @@ from ptq_cli.calibration.gradients import match_gradients
 from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
-from ptq_cli.commands.forecast import Forecast
-from ptq_cli.commands.forecast_jobs import forecast_calibration
+from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
@@ -64,10 +63,10 @@ class CalibrateJob:
         keep = [*self.checkpoint.files, *self.source.files]
         return Target(self.output, job, force, restart, keep)
 
-    def forecast(self, *, force: bool, restart: bool, resources: Resources) -> Forecast:
+    def estimate(self, *, force: bool, restart: bool, resources: Resources) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
         target = self.target(force=force, restart=restart)
-        return forecast_calibration(
+        return estimate_calibration(
             self.checkpoint, self.source, self.heldout, target, resources, self.warnings
         )
 

@@ -10,8 +10,7 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.calibration.find import FoundSource
 from ptq_cli.commands.check import runtime_warnings
-from ptq_cli.commands.forecast import Forecast
-from ptq_cli.commands.forecast_jobs import forecast_plan
+from ptq_cli.commands.estimate import Estimate
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, nobody
@@ -31,7 +30,7 @@ from ptq_cli.storage.target import Target
 @dataclasses.dataclass(frozen=True)
 class Job:
     """identity: what makes two runs the same, besides the plan's settings and the inputs
-    start: does the work
+    start: does the work; look: what it would take
     """
 
     command: str
@@ -41,6 +40,7 @@ class Job:
     output: Path
     identity: Mapping[str, Any]
     start: Callable[[Staging, RunOptions], RunReport]
+    look: Callable[[Target, Resources], Estimate]
 
     def target(
         self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
@@ -81,20 +81,16 @@ class Job:
         with target.begin() as staging:
             return self.start(staging, options)
 
-    def forecast(
+    def estimate(
         self,
         *,
         force: bool = False,
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-    ) -> Forecast:
+    ) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
-        target = self.target(max_shard_size, force=force, restart=restart)
-        statistics = self.source.statistics
-        return forecast_plan(
-            self.command, self.plan, self.checkpoint, statistics, target, resources
-        )
+        return self.look(self.target(max_shard_size, force=force, restart=restart), resources)
 
     def memory_warnings(self, resources: Resources) -> list[str]:
         """Units that take more memory than there is. (No part of the report: that depends on

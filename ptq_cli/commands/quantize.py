@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.commands.repack import prepare_repack
 from ptq_cli.plan.command_settings import default_settings
@@ -74,4 +75,5 @@ def prepare(
     )
     target = Path(default_output(checkpoint, command, settings) if output is None else output)
     identity = {"fallback": fallback}
-    return Job(command, plan, checkpoint, found, target, identity, partial(quantize, work))
+    start, look = partial(quantize, work), partial(estimate_quantization, work)
+    return Job(command, plan, checkpoint, found, target, identity, start, look)

@@ -18,6 +18,7 @@ from ptq_cli.calibration.find import (
     find_source,
 )
 from ptq_cli.calibration.sites import model_sites
+from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
@@ -130,7 +131,8 @@ def prepare_smoothing(
         output = output.rsplit("-", 1)[0] if told.floats else output
     parts = (told.grid, told.rounding) if told.floats else ()
     identity = {type(part).__name__: dataclasses.asdict(part) for part in parts}
-    return Job(command, plan, checkpoint, found, Path(output), identity, partial(quantize, work))
+    start, look = partial(quantize, work), partial(estimate_quantization, work)
+    return Job(command, plan, checkpoint, found, Path(output), identity, start, look)
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:

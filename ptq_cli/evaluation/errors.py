@@ -27,6 +27,7 @@ from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
 from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
@@ -89,6 +90,12 @@ def open_sides(
     return Sides(
         original, source, quantized, folded_checkpoint(original, folds), behind, activations
     )
+
+
+def layer_memory(layer: Layer, n_tokens: int) -> int:
+    """Bytes that measuring one layer takes, with statistics of so many tokens (0: without)."""
+    inputs = 0 if n_tokens == 0 else 8 * layer.shape[1] + 12 * min(HELDOUT_LIMIT, n_tokens)
+    return 24 * layer.size + inputs * layer.shape[1]
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from typing import Any
 from ptq_cli.errors import InputError
 from ptq_cli.storage.files import named
 from ptq_cli.storage.output import (
+    check_free,
     check_output,
     check_place,
     free_space,
@@ -24,6 +25,7 @@ from ptq_cli.storage.output import (
     still_needed,
     work_folder,
 )
+from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.staging import Staging, clear
 from ptq_cli.storage.units import differing, plain
 
@@ -32,15 +34,25 @@ from ptq_cli.storage.units import differing, plain
 class Found:
     """What a run would begin with.
 
+    output: None where there is none, but scratch files in the temporary folder
     finished: units that an interrupted run left, None where there was no such run
     needed, free: bytes, on the disk of the output
+    final: bytes of the output; scratch: of files that are gone when it has its name
     complete: the same run has made the output already
     """
 
+    output: Path | None
     finished: int | None
     needed: int
     free: int
+    final: int
+    scratch: int
     complete: bool = False
+
+    def check_space(self) -> None:
+        """Raises FileError: less space on the disk than the run needs."""
+        place = temporary_place() if self.output is None else self.output.parent
+        check_free(place, self.needed, self.free)
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ class Target:
         check_place(self.output)
         free = free_space(self.output.parent)
         if self.complete():
-            return Found(None, 0, free, complete=True)
+            return Found(self.output, None, 0, free, final, scratch, complete=True)
         interrupted = os.path.lexists(folder)
         if interrupted:
             _check_lock(folder)
@@ -104,7 +116,8 @@ class Target:
         work = None
         if interrupted and goes_on(folder, self.job, self.restart):
             finished, work = len(list((folder / "units").glob("*.json"))), folder
-        return Found(finished, still_needed(work, staged + final + self._beside(), scratch), free)
+        needed = still_needed(work, staged + final + self._beside(), scratch)
+        return Found(self.output, finished, needed, free, final, scratch)
 
     def _beside(self) -> int:
         with named(self.output):
