@@ -12,8 +12,6 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.text import common_parents, size
 from ptq_cli.storage.rates import measure
 
-_NAMES = 3  # of tensors that are left alone for one reason
-
 
 def emit_forecast(
     forecast: Forecast, as_json: bool, top: int, warnings: Sequence[str], strict: bool = False
