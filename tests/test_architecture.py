@@ -157,6 +157,15 @@ def plugin_of(name: str) -> str:
     return "models" if room(name) == "models" else ".".join(name.split(".")[1:3])
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if room(dotted(p)) == "numerics"], ids=dotted
+)
+def test_numerics_take_arrays_and_touch_nothing_else(path):
+    """No files, no thread-locals, no processes: a kernel would run on other arrays as it stands."""
+    used = {name.split(".")[0] for name in imports(path)}
+    assert used.isdisjoint(FORBIDDEN_TO_PLUGINS)
+
+
 SHARED = ("formats.common",)  # what plug-ins of one room have in common
 
 

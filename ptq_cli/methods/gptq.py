@@ -1,6 +1,6 @@
 """GPTQ with scale search, refinement inside the group and sweeps over the row.
 
-The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --act-order none
+The mathematics stands in numerics/gptq.py. `--refine 0 --sweeps 0 --no-mse --act-order none
 --damp-percent 0.01` is the paper's algorithm (Frantar et al., arXiv 2210.17323).
 """
 
@@ -16,7 +16,7 @@ from ptq_cli.core.plugins import Method, MethodResult, Work
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import corrected, correction
+from ptq_cli.numerics.drift import corrected
 from ptq_cli.numerics.gptq import (
     PANEL_ROWS,
     Feedback,
@@ -24,6 +24,7 @@ from ptq_cli.numerics.gptq import (
     column_order,
     make_feedback,
     solve,
+    visited_starts,
 )
 from ptq_cli.numerics.ldl import NotPositiveDefinite
 from ptq_cli.numerics.rounding import SEARCH_PASSES, round_to_nearest
@@ -115,7 +116,7 @@ class _Prepared:
     feedback: Feedback
     damp_percent: float
     notes: tuple[str, ...]
-    correction: FloatArray | None = None
+    drift: FloatArray | None = None
 
 
 def _prepare(
@@ -131,29 +132,22 @@ def _prepare(
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     order = column_order(hessian, settings.act_order, grid)
+    starts = visited_starts(order, settings.act_order, grid)
+    drift = statistics.drift if settings.drift else None
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
-            feedback = make_feedback(hessian, damp, order)
-            makeup = _correction(statistics, hessian, damp, settings)
+            feedback = make_feedback(hessian, damp, order, starts, settings.refine > 0)
         except NotPositiveDefinite:
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes, makeup)
+        return _Prepared(feedback, damp, notes, drift)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
         hint="calibrate on more tokens, or raise --damp-percent",
     )
-
-
-def _correction(
-    statistics: SiteStatistics, hessian: FloatArray, damp: float, settings: GptqSettings
-) -> FloatArray | None:
-    if statistics.drift is None or settings.drift == 0:
-        return None
-    return correction(hessian, statistics.drift, damp)
 
 
 def _apply(
@@ -169,8 +163,8 @@ def _apply(
         return MethodResult(round_to_nearest(weight, grid, importance if settings.mse else None))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
-    if prepared.correction is not None:
-        weight = corrected(weight, prepared.correction, settings.drift)
+    if prepared.drift is not None:
+        weight = corrected(weight, prepared.drift, prepared.feedback, settings.drift)
     rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes, importance)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 

@@ -52,13 +52,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-Room = Callable[[int], NDArray[np.uint8]]
-
-
-def new_buffer(size: int) -> NDArray[np.uint8]:
-    return np.empty(size, np.uint8)
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor and the place of its bytes."""
@@ -153,10 +146,10 @@ class Checkpoint:
         values = self.read_bytes(name).view(NUMPY_DTYPES[stored.spec.dtype])
         return values.reshape(stored.spec.shape)
 
-    def read_bytes(self, name: str, room: Room = new_buffer) -> NDArray[np.uint8]:
-        """A tensor's bytes, uint8 [nbytes], in the buffer that `room` gives."""
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes, uint8 [nbytes]."""
         stored = self.tensors[name]
-        buffer = room(stored.spec.nbytes)
+        buffer = np.empty(stored.spec.nbytes, np.uint8)
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
