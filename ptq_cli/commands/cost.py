@@ -78,7 +78,7 @@ def smoothing_memory(job: Settling, site: Site) -> int:
     rounds them, and a few matrices of the size of its Hessian."""
     layers = [job.layers[x.tensor] for x in site.linears if x.tensor in job.layers]
     how = method(job.rounding[0])
-    most = max((how.memory(layer.shape, layer.grid) for layer in layers), default=0)
+    most = max((how.memory(layer.shape, layer.grid, False) for layer in layers), default=0)
     weights = sum(prod(job.checkpoint.tensors[x.tensor].spec.shape) for x in site.linears)
     return most + 12 * weights + 16 * site.in_features**2
 

@@ -169,12 +169,14 @@ def _apply(
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 
 
-def _memory(shape: tuple[int, int], grid: Grid) -> int:
+def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     out_features, n = shape
     item = 8 if n <= FLOAT64_COLUMNS else 4
     rows, width = min(out_features, PANEL_ROWS), grid.width(n)
-    group = width * (9 * rows + 4 * width + n)
-    return item * (n * n + 3 * n * rows + group) + 2 * out_features * n
+    site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
+    group = width * (9 * rows + 3 * width + n)
+    corrected = out_features * n if drift else 0
+    return item * (site + 3 * n * rows + group + corrected) + 2 * out_features * n
 
 
 def _work(shape: tuple[int, int], grid: Grid, settings: GptqSettings) -> tuple[Work, Work]:

@@ -39,6 +39,11 @@ def corrected(
     return result
 
 
+def drift_memory(in_features: int, n_tokens: int) -> int:
+    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time."""
+    return 4 * in_features * (2 * in_features + 5 * n_tokens)
+
+
 class DriftSum:
     """Sums `drift` over pairs of inputs of one site; every pair of rows is the same token.
 

@@ -20,9 +20,8 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Codes, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.parallel import each, pieces
 
-PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
 _INTEGERS = {size: (np.dtype(f"i{size}"), np.dtype(f"u{size}")) for size in (4, 8)}
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -203,12 +202,6 @@ def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
     scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
     zeros = np.empty(scales.shape, np.uint8)
     return QuantizedWeight(np.empty(shape, np.uint8), scales, zeros, grid)
-
-
-def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) -> list[slice]:
-    """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
-    step = max(1, elements // max(1, columns))
-    return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]
 
 
 def round_rows(

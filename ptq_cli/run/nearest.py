@@ -23,7 +23,8 @@ from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import absmax_scale
 from ptq_cli.numerics.output_errors import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
 from ptq_cli.numerics.packing import same_bytes
-from ptq_cli.numerics.rounding import blank, pieces, round_rows, round_to_nearest
+from ptq_cli.numerics.parallel import pieces
+from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
 
 
 class Rows(Protocol):

@@ -24,8 +24,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each
-from ptq_cli.numerics.rounding import pieces
+from ptq_cli.numerics.parallel import each, pieces
 from ptq_cli.storage.files import listing, parse_json, read_into, read_json, regular_file
 from ptq_cli.storage.tensors import Bytes
 

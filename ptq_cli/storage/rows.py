@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.numerics.rounding import pieces
+from ptq_cli.numerics.parallel import pieces
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint
 from ptq_cli.storage.digest import Message
 from ptq_cli.storage.files import named, read_exactly
