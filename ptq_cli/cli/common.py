@@ -91,7 +91,7 @@ def finish(
         shown = output if written else None
         emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
     try:
-        check_gates(report, **limits)
+        check_gates(gates)
     except GateMissed as error:
         error.hint = f"{output} was written all the same" if written else None
         raise

@@ -20,6 +20,7 @@ from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import common_parents, middle, number, printable, size
 from ptq_cli.errors import FileError
 from ptq_cli.report.report import row_error, row_rtn_error
+from ptq_cli.report.words import measured_on, of_site, predicted, smoothed, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -226,6 +227,7 @@ def _show_compared(rows: Sequence[LayerReport]) -> None:
 def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     """What smoothing made of each site."""
     common = common_parents([site["site"] for site in sites])
+    numbers = ("strength", "error", "plain_error", "function_change")
     table(
         [
             (f"site ({common}...)" if common else "site", "left"),
@@ -238,20 +240,14 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
         [
             [
                 site["site"].removeprefix(common),
-                number(site["strength"]),
-                number(site["error"]),
-                number(site["plain_error"]),
-                number(site["function_change"]),
-                "; ".join([*([site["reason"]] if site["reason"] else []), *site["notes"]]),
+                *(number(site[key]) for key in numbers),
+                of_site(site),
             ]
             for site in sites
         ],
     )
-    folded = sum(site["fed_by"] is not None for site in sites)
     change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
-    line(
-        f"{folded} of {len(sites)} sites smoothed; float outputs change by at most {number(change)}"
-    )
+    line(f"{smoothed(sites)}; float outputs change by at most {number(change)}")
 
 
 def _cells(row: LayerReport, common: str) -> list[str]:
@@ -261,7 +257,7 @@ def _cells(row: LayerReport, common: str) -> list[str]:
         f"{row.bits_per_weight:.2f}",
         number(row_error(row)),
         number(row_rtn_error(row)),
-        "-" if row.gain_vs_rtn is None else f"{row.gain_vs_rtn:.2f}x",
+        times(row.gain_vs_rtn),
     ]
 
 
@@ -279,16 +275,12 @@ def _show_totals(report: RunReport) -> None:
     if is_repack(report):
         line(f"codes and scales are those that were there; done in {totals['seconds']:.1f} s")
         return
-    where = "held-out inputs" if totals["heldout"] else "calibration inputs"
-    if not totals["calibrated"]:
-        where = "the weights" if not totals["heldout"] else where
     line(
-        f"rel err on {where}: mean {number(totals['mean_rel_err'])},"
+        f"rel err on {measured_on(totals)}: mean {number(totals['mean_rel_err'])},"
         f" worst {number(totals['worst_rel_err'])}"
     )
-    gain = totals["gain_vs_rtn"]
     line(
-        f"gain over round-to-nearest: {'-' if gain is None else f'{gain:.2f}x'}"
+        f"gain over round-to-nearest: {times(totals['gain_vs_rtn'])}"
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
     line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
@@ -308,25 +300,11 @@ def _fallbacks(report: RunReport) -> str:
 
 def _show_quality(quality: Mapping[str, Any]) -> None:
     """Predictions: the model, and what rounding to nearest at the same grid would make of it."""
-
-    def increase(name: str) -> str:
-        entry = quality["increase"][name]
-        error = entry["standard_error"]
-        return f"{entry['perplexity']:+.3g}" + (f" ± {error:.2g}" if error is not None else "")
-
     rows = [["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]]
     for name in quality["increase"]:
-        kl = quality["kl"][name]
-        rows.append(
-            [
-                name,
-                f"{quality['perplexity'][name]:.4f}",
-                increase(name),
-                number(kl["mean"]),
-                number(kl["p99_9"]),
-                f"{100 * quality['same_top'][name]:.1f} %",
-            ]
-        )
+        perplexity, rise, same = predicted(quality, name)
+        kl = (number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
+        rows.append([name, perplexity, rise, *kl, same])
     names = ("perplexity", "increase", "KL", "KL 99.9 %", "equal top")
     table([("model", "left"), *((name, "right") for name in names)], rows)
     line(f"{quality['tokens']} tokens predicted in {quality['sequences']} sequences")

@@ -18,6 +18,7 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.core.text import middle, number, printable, size
 from ptq_cli.errors import FileError
 from ptq_cli.report.report import row_error
+from ptq_cli.report.words import times
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _result(row: LayerReport) -> str:
 
 
 def _brief(row: LayerReport) -> str:
-    gain = "" if row.gain_vs_rtn is None else f" ({row.gain_vs_rtn:.2f}x)"
+    gain = "" if row.gain_vs_rtn is None else f" ({times(row.gain_vs_rtn)})"
     return f"{row.method}{'*' if row.fallback else ''} {number(row_error(row))}{gain}"
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from ptq_cli.report.report import row_error
+
 Document = Mapping[str, Any]
 
 # what it is called -> (where it stands in the report, whether larger is better)
@@ -76,7 +78,7 @@ def difference(before: Document, after: Document) -> Difference:
         _change(name, _value(before, place), _value(after, place), better)
         for name, (place, better) in _TOTALS.items()
     )
-    layers = (_change(m, _error(rows[0][m]), _error(rows[1][m]), False) for m in both)
+    layers = (_change(m, row_error(rows[0][m]), row_error(rows[1][m]), False) for m in both)
     return Difference(
         settings=_settings(before, after),
         totals=_changed(totals),
@@ -111,11 +113,6 @@ def _value(document: Document, place: Sequence[str]) -> float | None:
     for key in place:
         value = value.get(key) if isinstance(value, Mapping) else None
     return None if value is None else float(value)
-
-
-def _error(row: Mapping[str, Any]) -> float:
-    heldout = row["heldout_rel_err"]
-    return float(row["rel_err"] if heldout is None else heldout)
 
 
 def _change(name: str, before: float | None, after: float | None, better: bool) -> Change | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite, prod
 from typing import Any
@@ -55,13 +55,19 @@ def totals(
     }
 
 
-def row_error(row: LayerReport) -> float:
-    """The error that counts: on held-out inputs where there are any."""
-    return row.rel_err if row.heldout_rel_err is None else row.heldout_rel_err
+def row_error(row: LayerReport | Mapping[str, Any]) -> float:
+    """The error that counts: on held-out inputs where there are any. row: or its JSON"""
+    return _measured(row, "heldout_rel_err", "rel_err")
 
 
-def row_rtn_error(row: LayerReport) -> float:
-    return row.rtn_rel_err if row.rtn_heldout_rel_err is None else row.rtn_heldout_rel_err
+def row_rtn_error(row: LayerReport | Mapping[str, Any]) -> float:
+    return _measured(row, "rtn_heldout_rel_err", "rtn_rel_err")
+
+
+def _measured(row: LayerReport | Mapping[str, Any], *names: str) -> float:
+    """The first of these numbers that is there."""
+    values = row if isinstance(row, Mapping) else vars(row)
+    return next(float(values[name]) for name in names if values[name] is not None)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -212,15 +218,9 @@ class Gate:
     said: str
 
 
-def check_gates(report: RunReport, **limits: float | None) -> None:
-    """Hold the report against the quality gates; see `gates_of` for the limits.
-
-    Raises:
-        GateMissed: with every gate that was missed.
-    """
-    missed = [
-        f"{g.option} {g.limit:g}: {g.said}" for g in gates_of(report, **limits) if not g.passed
-    ]
+def check_gates(gates: Iterable[Gate]) -> None:
+    """Raises GateMissed with every gate that was missed."""
+    missed = [f"{gate.option} {gate.limit:g}: {gate.said}" for gate in gates if not gate.passed]
     if missed:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
 
@@ -240,43 +240,38 @@ def gates_of(
     max_fallbacks: nor more layers than this rounded to nearest where something better was asked
     max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
     """
-    found = []
-    if max_rel_err is not None:
-        over = [row for row in report.rows if not row_error(row) <= max_rel_err]
-        worst = max(over or report.rows, key=row_error, default=None)
-        said = (
-            f"{len(over)} layers are above it, the worst {worst.module} with {row_error(worst):.4g}"
-            if worst
-            else ""
-        )
-        value = row_error(worst) if worst else None
-        found.append(Gate("--max-rel-err", max_rel_err, value, not over, said))
-    gain = report.totals["gain_vs_rtn"]
-    if min_gain is not None:
-        shown = "not measurable" if gain is None else f"{gain:.4g}"
-        passed = gain is not None and gain >= min_gain
-        found.append(Gate("--min-gain", min_gain, gain, passed, f"gain_vs_rtn is {shown}"))
-    fallbacks = report.totals["fallbacks"]
-    if max_fallbacks is not None:
-        said = f"{fallbacks} layers were rounded to nearest"
-        passed = fallbacks <= max_fallbacks
-        found.append(Gate("--max-fallbacks", max_fallbacks, fallbacks, passed, said))
-    return (*found, *_gates_of_quality(report.quality, max_perplexity_increase, max_kl))
+    found = [] if max_rel_err is None else [_gate_of_rows(report.rows, max_rel_err)]
+    gain, fallbacks = report.totals["gain_vs_rtn"], report.totals["fallbacks"]
+    shown = "not measurable" if gain is None else f"{gain:.4g}"
+    others = [
+        ("--min-gain", min_gain, gain, f"gain_vs_rtn is {shown}"),
+        (
+            "--max-fallbacks",
+            max_fallbacks,
+            fallbacks,
+            f"{fallbacks} layers were rounded to nearest",
+        ),
+    ]
+    if report.quality is not None:
+        rise = report.quality["increase"]["quantized"]["perplexity"]
+        kl = report.quality["kl"]["quantized"]["mean"]
+        others += [
+            ("--max-perplexity-increase", max_perplexity_increase, rise, f"it rises by {rise:.4g}"),
+            ("--max-kl", max_kl, kl, f"the mean KL divergence is {kl:.4g}"),
+        ]
+    for option, limit, value, said in others:
+        if limit is not None:
+            low, high = (value, limit) if option.startswith("--max") else (limit, value)
+            passed = value is not None and low <= high
+            found.append(Gate(option, limit, value, passed, said))
+    return tuple(found)
 
 
-def _gates_of_quality(
-    quality: Mapping[str, Any] | None, max_increase: float | None, max_kl: float | None
-) -> list[Gate]:
-    """The gates on predictions."""
-    if quality is None:
-        return []
-    found = []
-    increase = quality["increase"]["quantized"]["perplexity"]
-    if max_increase is not None:
-        said, passed = f"it rises by {increase:.4g}", increase <= max_increase
-        found.append(Gate("--max-perplexity-increase", max_increase, increase, passed, said))
-    kl = quality["kl"]["quantized"]["mean"]
-    if max_kl is not None:
-        said = f"the mean KL divergence is {kl:.4g}"
-        found.append(Gate("--max-kl", max_kl, kl, kl <= max_kl, said))
-    return found
+def _gate_of_rows(rows: Sequence[LayerReport], limit: float) -> Gate:
+    over = [row for row in rows if not row_error(row) <= limit]
+    worst = max(over or rows, key=row_error, default=None)
+    if worst is None:
+        return Gate("--max-rel-err", limit, None, True, "")
+    error = row_error(worst)
+    said = f"{len(over)} layers are above it, the worst {worst.module} with {error:.4g}"
+    return Gate("--max-rel-err", limit, error, not over, said)

@@ -16,7 +16,7 @@ from ptq_cli.evaluation.perplexity import difference, quantized_tensors
 from ptq_cli.models.forward import stages
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
-from ptq_cli.report.report import check_gates
+from ptq_cli.report.report import check_gates, gates_of
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
@@ -130,6 +130,6 @@ def test_one_sequence_has_no_standard_error() -> None:
 
 @pytest.mark.parametrize("gate", ["max_perplexity_increase", "max_kl"])
 def test_gates(report: RunReport, gate: str) -> None:
-    check_gates(report, **{gate: 100.0})  # type: ignore[arg-type]
+    check_gates(gates_of(report, **{gate: 100.0}))  # type: ignore[arg-type]
     with pytest.raises(GateMissed, match="--" + gate.replace("_", "-")):
-        check_gates(report, **{gate: 1e-6})  # type: ignore[arg-type]
+        check_gates(gates_of(report, **{gate: 1e-6}))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The charts of one run: what is drawn, and the same in words."""
+"""The charts of one run, and those that compare runs: what is drawn, and the same in words."""
 
 from __future__ import annotations
 
@@ -6,67 +6,72 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ptq_cli.core.text import middle, number, printable
+from ptq_cli.core.text import common_parents, middle, number, printable
 from ptq_cli.report.html.distributions import channels_chart, distribution_chart
 from ptq_cli.report.html.drawing import (
     MARKERS,
-    SINGLE,
     Chart,
     Row,
     count_axis,
-    dashes,
+    draw_bars,
     draw_chart,
-    legend,
+    draw_lines,
     logarithmic,
     mean,
-    optional,
+    name_rows,
     positive,
-    short,
     whole_numbers,
     zeros,
 )
 from ptq_cli.report.html.names import depth_of, kinds_of
-from ptq_cli.report.html.subject import Subject, error_of, rtn_error_of, worst_first
+from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.svg import SERIES, colour
+from ptq_cli.report.report import row_error, row_rtn_error
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-_MOST_KINDS = len(SERIES)
+_SINGLE = 80  # up to so many layers each has a mark of its own
 
 
 def charts_of(subject: Subject) -> list[Chart]:
     """All charts that one run has data for."""
     rows = subject.document["layers"]
-    found: list[Chart] = []
-    if rows:
-        found += [errors_chart(rows), *optional(kinds_chart(rows), depth_chart(rows))]
-        found += optional(integer_chart(rows), compared_chart(rows))
-    found += optional(blocks_chart(subject.document.get("quality")))
+    of_rows = (errors_chart, kinds_chart, depth_chart, integer_chart, compared_chart)
+    found = [chart(rows) for chart in of_rows if rows]
+    found.append(blocks_chart(subject.document.get("quality")))
     found += [distribution_chart(i, d) for i, d in enumerate(subject.distributions)]
     found += [channels_chart(i, c) for i, c in enumerate(subject.channels)]
-    return found
+    return [chart for chart in found if chart is not None]
+
+
+def charts_between(subjects: Sequence[Subject]) -> list[Chart]:
+    """The charts that compare runs; at most as many as there are colours."""
+    own = [s for s in subjects if s.document["layers"]][: len(SERIES)]
+    found = [chart(own) for chart in (trade_chart, runs_chart, runs_by_kind_chart) if own]
+    return [chart for chart in found if chart is not None]
 
 
 def errors_chart(rows: Sequence[Row]) -> Chart:
     """Error of each layer against round-to-nearest, worst first."""
     ordered = worst_first(rows)
-    ours, rtn = [error_of(row) for row in ordered], [rtn_error_of(row) for row in ordered]
+    ours, rtn = [row_error(row) for row in ordered], [row_rtn_error(row) for row in ordered]
     better = sum(a < b for a, b in zip(ours, rtn, strict=True))
     equal = sum(a == b for a, b in zip(ours, rtn, strict=True))
+    common = common_parents([row["module"] for row in rows])
+    worst = printable(ordered[0]["module"].removeprefix(common))
     caption = (
         f"{len(ours)} layers, worst first. {better} are better than round-to-nearest at the same"
-        f" grid, {equal} equal it. Errors go from {number(ours[0])} ({short(rows, ordered[0])}) to"
+        f" grid, {equal} equal it. Errors go from {number(ours[0])} ({worst}) to"
         f" {number(ours[-1])}, median {number(median(ours))}; round-to-nearest from"
         f" {number(max(rtn))} to {number(min(rtn))}, median {number(median(rtn))}."
         f"{zeros([*ours, *rtn])}"
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         x = range(1, len(ours) + 1)
         shown, plain = positive(ours, rtn), positive(rtn, ours)
-        single = len(ours) <= SINGLE
+        single = len(ours) <= _SINGLE
         if single:
             axes.vlines(x, shown, plain, color=colour("grid"), linewidth=1.2)
         size = 5.0 if single else 2.2
@@ -75,9 +80,7 @@ def errors_chart(rows: Sequence[Row]) -> Chart:
         axes.plot(x, shown, color=colour("ours"), markersize=size, label="this run", **style)
         logarithmic(axes, "y", [*shown, *plain])
         count_axis(axes, len(ours))
-        axes.set_xlabel("layers, worst first")
         axes.set_ylabel("relative error")
-        legend(figure, axes)
 
     return draw_chart("errors", "Error of each layer", caption, draw, wide=True)
 
@@ -86,9 +89,9 @@ def kinds_chart(rows: Sequence[Row]) -> Chart | None:
     """Gain over round-to-nearest by kind of layer: of the mean errors."""
     gains = {}
     for kind, members in kinds_of(rows).items():
-        ours = sum(error_of(row) for row in members)
+        ours = sum(row_error(row) for row in members)
         if ours > 0:
-            gains[kind] = sum(rtn_error_of(row) for row in members) / ours
+            gains[kind] = sum(row_rtn_error(row) for row in members) / ours
     if not gains:
         return None
     best, worst = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
@@ -98,18 +101,10 @@ def kinds_chart(rows: Sequence[Row]) -> Chart | None:
         f" on {best}, least on {worst}. At 1 nothing is gained."
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        names = list(gains)
-        bars = axes.barh(range(len(names)), list(gains.values()), color=colour("ours"), height=0.62)
-        behind = {"facecolor": colour("paper"), "edgecolor": "none", "pad": 1.5}
-        axes.bar_label(bars, [f"{gain:.2f}x" for gain in gains.values()], padding=5, bbox=behind)
+    def draw(axes: Axes) -> None:
+        draw_bars(axes, gains, [f"{gain:.2f}x" for gain in gains.values()])
         axes.axvline(1, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(names)), [middle(printable(name), 18) for name in names])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.16 * max(1.0, *gains.values()))
-        axes.set_xlabel("gain over round-to-nearest")
-        axes.tick_params(axis="y", length=0)
+        axes.set(xlabel="gain over round-to-nearest", xlim=(0, 1.16 * max(1.0, *gains.values())))
 
     return draw_chart("kinds", "Gain by kind of layer", caption, draw)
 
@@ -117,12 +112,12 @@ def kinds_chart(rows: Sequence[Row]) -> Chart | None:
 def depth_chart(rows: Sequence[Row]) -> Chart | None:
     """Error against the number of the block, one line for each kind of layer."""
     lines: dict[str, dict[int, float]] = {}
-    for kind, members in kinds_of(rows, _MOST_KINDS).items():
+    for kind, members in kinds_of(rows, len(SERIES)).items():
         by_depth: dict[int, list[float]] = {}
         for row in members:
             depth = depth_of(row["module"])
             if depth is not None:
-                by_depth.setdefault(depth, []).append(error_of(row))
+                by_depth.setdefault(depth, []).append(row_error(row))
         if by_depth:
             lines[kind] = {d: sum(v) / len(v) for d, v in sorted(by_depth.items())}
     depths = sorted({depth for line in lines.values() for depth in line})
@@ -137,21 +132,9 @@ def depth_chart(rows: Sequence[Row]) -> Chart | None:
         f" {top}."
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        every = [value for line in lines.values() for value in line.values()]
-        for i, (kind, line) in enumerate(lines.items()):
-            axes.plot(
-                list(line), positive(list(line.values()), every), color=colour(SERIES[i]),
-                marker=MARKERS[i] if len(depths) <= 40 else None, markersize=5, linewidth=1.5,
-                linestyle=dashes(i, len(depths)),
-                label=middle(printable(kind), 12),
-            )  # fmt: skip
-        logarithmic(axes, "y", every)
-        whole_numbers(axes.xaxis)
+    def draw(axes: Axes) -> None:
+        draw_lines(axes, list(lines.items()))
         axes.set_xlabel("block")
-        axes.set_ylabel("relative error")
-        legend(figure, axes)
 
     return draw_chart("depth", "Error by depth", caption, draw)
 
@@ -175,21 +158,10 @@ def integer_chart(rows: Sequence[Row]) -> Chart | None:
         f" in the order above. Means: {words}."
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        every = [value for values in parts.values() for value in values]
-        roles = ("rtn", "ours", SERIES[1])
-        for i, (name, values) in enumerate(parts.items()):
-            axes.plot(
-                range(1, len(values) + 1), positive(values, every), color=colour(roles[i]),
-                marker=MARKERS[i] if len(values) <= SINGLE else None, markersize=4,
-                linewidth=1.3, linestyle=dashes(i, len(values), SINGLE), label=name,
-            )  # fmt: skip
-        logarithmic(axes, "y", every)
+    def draw(axes: Axes) -> None:
+        lines = [(name, dict(enumerate(values, 1))) for name, values in parts.items()]
+        draw_lines(axes, lines, ("rtn", "ours", SERIES[1]))
         count_axis(axes, len(known))
-        axes.set_xlabel("layers, worst first")
-        axes.set_ylabel("relative error")
-        legend(figure, axes)
 
     return draw_chart("integer", "With integer inputs", caption, draw)
 
@@ -205,15 +177,9 @@ def compared_chart(rows: Sequence[Row]) -> Chart | None:
     words = ", ".join(f"{n} {number(v)} (best on {best[n]})" for n, v in means.items())
     caption = f"Mean error of each method on the same {len(tried)} layers: {words}."
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        bars = axes.barh(range(len(means)), list(means.values()), color=colour("ours"), height=0.6)
-        axes.bar_label(bars, [number(value) for value in means.values()], padding=4)
-        axes.set_yticks(range(len(means)), [middle(printable(name), 18) for name in means])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.25 * max(means.values()) or 1)
-        axes.set_xlabel("mean relative error")
-        axes.tick_params(axis="y", length=0)
+    def draw(axes: Axes) -> None:
+        draw_bars(axes, means, [number(value) for value in means.values()])
+        axes.set(xlabel="mean relative error", xlim=(0, 1.25 * max(means.values()) or 1))
 
     return draw_chart("compared", "Methods compared", caption, draw)
 
@@ -229,11 +195,91 @@ def blocks_chart(quality: Mapping[str, Any] | None) -> Chart | None:
         f" blocks; largest in block {top}: {number(values[top])} nats."
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         axes.bar(range(len(values)), values, color=colour("ours"), width=0.7)
         whole_numbers(axes.xaxis)
-        axes.set_xlabel("block")
-        axes.set_ylabel("KL, nats")
+        axes.set(xlabel="block", ylabel="KL, nats")
 
     return draw_chart("blocks", "KL divergence by block", caption, draw)
+
+
+# ---- of several runs ----
+
+
+def trade_chart(subjects: Sequence[Subject]) -> Chart | None:
+    """Bits per weight against mean error."""
+    points = [
+        (s.label, float(t["bits_per_weight"]), float(t["mean_rel_err"]))
+        for s in subjects
+        for t in (s.document["totals"],)
+        if t.get("bits_per_weight") and t.get("mean_rel_err") is not None
+    ]
+    if not points:
+        return None
+    words = "; ".join(f"{printable(n)}: {b:.2f} bits, error {number(e)}" for n, b, e in points)
+    errors = [error for *_, error in points]
+    caption = f"Bits per weight against mean error; down and to the left is better. {words}."
+
+    def draw(axes: Axes) -> None:
+        for i, (name, bits, error) in enumerate(points):
+            _marks(axes, i, name, [bits], positive([error], errors), 9)
+        logarithmic(axes, "y", errors)
+        axes.margins(x=0.15)
+        axes.set(xlabel="bits per weight", ylabel="mean relative error")
+
+    return draw_chart("trade", "Size against error", caption + zeros(errors), draw)
+
+
+def _marks(
+    axes: Axes, i: int, label: str, x: Sequence[float], y: Sequence[float], size: float
+) -> None:
+    """Points of the run of number `i`, in its colour and shape."""
+    axes.plot(
+        x, y, MARKERS[i], color=colour(SERIES[i]), markersize=size,
+        label=middle(printable(label), 26),
+    )  # fmt: skip
+
+
+def runs_chart(subjects: Sequence[Subject]) -> Chart:
+    """Errors of all layers of each run, each sorted by itself."""
+    errors = [sorted(map(row_error, s.document["layers"]), reverse=True) for s in subjects]
+    words = "; ".join(
+        f"{printable(s.label)}: worst {number(own[0])}, median {number(median(own))}"
+        for s, own in zip(subjects, errors, strict=True)
+    )
+    caption = f"Errors of the layers of each run, worst first. {words}."
+    caption += zeros([value for own in errors for value in own])
+
+    def draw(axes: Axes) -> None:
+        lines = [dict(enumerate(own, 1)) for own in errors]
+        draw_lines(axes, [(s.label, line) for s, line in zip(subjects, lines, strict=True)])
+        count_axis(axes, max(map(len, errors)))
+
+    return draw_chart("runs", "Error of each layer", caption, draw)
+
+
+def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
+    """Mean error of each run by kind of layer."""
+    kinds = list(kinds_of([row for s in subjects for row in s.document["layers"]], 10))
+    means = [
+        {kind: mean(list(map(row_error, rows))) for kind, rows in own.items()}
+        for own in (kinds_of(s.document["layers"], 10) for s in subjects)
+    ]
+    words = "; ".join(
+        f"{printable(s.label)}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items())
+        for s, found in zip(subjects, means, strict=True)
+    )
+    every = [value for found in means for value in found.values()]
+    caption = f"Mean error by kind of layer. {words}.{zeros(every)}"
+
+    def draw(axes: Axes) -> None:
+        for i, found in enumerate(means):
+            places = [kinds.index(kind) for kind in found if kind in kinds]
+            values = [value for kind, value in found.items() if kind in kinds]
+            _marks(axes, i, subjects[i].label, positive(values, every), places, 7)
+        logarithmic(axes, "x", every)
+        name_rows(axes, kinds)
+        axes.grid(axis="y")
+        axes.set_xlabel("mean relative error")
+
+    return draw_chart("kindruns", "Error by kind of layer", caption, draw)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptq_cli.core.text import number, printable
+from ptq_cli.core.text import middle, number, printable
 from ptq_cli.report.html.drawing import (
     Chart,
     draw_chart,
-    legend,
     logarithmic,
     positive,
-    tail,
     whole_numbers,
 )
 from ptq_cli.report.html.subject import Channels, Distribution
 from ptq_cli.report.html.svg import SERIES, colour
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 _SLOTS = 180  # columns of the picture of a site's channels, at most
 
@@ -36,20 +34,18 @@ def distribution_chart(index: int, found: Distribution) -> Chart:
         f" {number(float(found.edges[0]))} to {number(float(found.edges[-1]))}."
     )
 
-    def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+    def draw(panels: Any) -> None:
+        left, right = panels
         step = max(1, len(codes) // 64)
         shares = 100 * codes.reshape(-1, step).sum(axis=1) / total
         left.bar(
             np.arange(len(shares)) * step + (step - 1) / 2, shares, color=colour("ours"),
             width=0.8 * step if len(shares) <= 32 else step,
         )  # fmt: skip
-        left.set_xlabel("code")
-        left.set_ylabel("% of weights")
+        left.set(xlabel="code", ylabel="% of weights")
         whole_numbers(left.xaxis, 5)
         right.stairs(found.scales, found.edges, fill=True, color=colour(SERIES[2]))
-        right.set_xlabel("scale")
-        right.set_ylabel("scales")
+        right.set(xlabel="scale", ylabel="scales")
         low, high = float(found.edges[0]), float(found.edges[-1])
         if low > 0 and high > 8 * low:
             logarithmic(right, "x", [low, high], most=3)
@@ -58,7 +54,8 @@ def distribution_chart(index: int, found: Distribution) -> Chart:
             right.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         whole_numbers(right.yaxis, 4)
 
-    return draw_chart(f"codes{index}", f"Codes and scales: {tail(found.module)}", caption, draw)
+    title = f"Codes and scales: {_tail(found.module)}"
+    return draw_chart(f"codes{index}", title, caption, draw, panels=2)
 
 
 def channels_chart(index: int, found: Channels) -> Chart:
@@ -79,8 +76,7 @@ def channels_chart(index: int, found: Channels) -> Chart:
         f" {number(middle_value)}. {loud} channels are above ten times the median.{after}"
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         series = [(values, "rtn" if found.smoothed is not None else "ours", "inputs")]
         if found.smoothed is not None:
             series.append((found.smoothed, "ours", "smoothed"))
@@ -99,8 +95,13 @@ def channels_chart(index: int, found: Channels) -> Chart:
             )  # fmt: skip
         logarithmic(axes, "y", every)
         whole_numbers(axes.xaxis, 6)
-        axes.set_xlabel("channel")
-        axes.set_ylabel("largest |input|")
-        legend(figure, axes)
+        axes.set(xlabel="channel", ylabel="largest |input|")
 
-    return draw_chart(f"channels{index}", f"Input channels: {tail(found.site)}", caption, draw)
+    return draw_chart(f"channels{index}", f"Input channels: {_tail(found.site)}", caption, draw)
+
+
+def _tail(module: str) -> str:
+    """The end of a name that tells it from others: from the block's number on."""
+    parts = module.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return middle(printable(".".join(parts[start:])), 40)

@@ -1,4 +1,4 @@
-"""What all charts share: a drawing becomes a `Chart`, axes, ticks, legends."""
+"""What all charts share: a drawing becomes a `Chart`; lines, bars, axes, ticks, legends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptq_cli.core.text import common_parents, middle, printable
-from ptq_cli.report.html.svg import as_svg, drawing, new_figure
+from ptq_cli.core.text import middle, printable
+from ptq_cli.report.html.svg import SERIES, as_svg, colour, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 NARROW, WIDE = (420, 280), (1180, 320)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-SINGLE = 80  # up to so many layers each has a mark of its own
+_MARKED = 40  # points of a line that have a mark each, at most
 
 Row = Mapping[str, Any]
-Drawer = Callable[["Figure"], None]
 
 
 @dataclass(frozen=True)
@@ -37,36 +36,66 @@ class Chart:
         return len(self.svgs) > 1
 
 
-def draw_chart(name: str, title: str, caption: str, draw: Drawer, *, wide: bool = False) -> Chart:
-    """Draw it once, or for two widths."""
+def draw_chart(
+    name: str,
+    title: str,
+    caption: str,
+    draw: Callable[[Any], None],
+    *,
+    wide: bool = False,
+    panels: int = 1,
+) -> Chart:
+    """Draw it once, or for two widths, with a legend of what has a label.
+
+    draw: is given the axes, or where there are several `panels` an array of them
+    """
     sizes = [("narrow", NARROW), ("wide", WIDE)] if wide else [("", NARROW)]
     pictures = []
     with drawing():
         for css, (width, height) in sizes:
             figure = new_figure(width, height)
-            draw(figure)
+            draw(figure.subplots(1, panels))
+            _legend(figure)
             ids = f"{name}-title {name}-caption"
             pictures.append(as_svg(figure, f"{name}{css}", ids, css))
     return Chart(name, title, caption, tuple(pictures))
 
 
-def optional(*charts: Chart | None) -> list[Chart]:
-    return [chart for chart in charts if chart is not None]
+def draw_lines(
+    axes: Axes, lines: Sequence[tuple[str, Mapping[int, float]]], colours: Sequence[str] = SERIES
+) -> None:
+    """Errors by whole numbers, a line for each label, with marks where these are few."""
+    every = [value for _, line in lines for value in line.values()]
+    for i, (label, line) in enumerate(lines):
+        marked = len(line) <= _MARKED
+        axes.plot(
+            list(line), positive(list(line.values()), every), color=colour(colours[i]),
+            marker=MARKERS[i] if marked else None, markersize=4, linewidth=1.5,
+            linestyle="-" if marked else ("-", "--", "-.", ":")[i % 4],
+            label=middle(printable(label), 26),
+        )  # fmt: skip
+    logarithmic(axes, "y", every)
+    whole_numbers(axes.xaxis)
+    axes.set_ylabel("relative error")
+
+
+def draw_bars(axes: Axes, values: Mapping[str, float], words: Sequence[str]) -> None:
+    """A bar for each name, from the top, with its value in words beside it."""
+    bars = axes.barh(range(len(values)), list(values.values()), color=colour("ours"), height=0.62)
+    behind = {"facecolor": colour("paper"), "edgecolor": "none", "pad": 1.5}
+    axes.bar_label(bars, words, padding=5, bbox=behind)
+    name_rows(axes, list(values))
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A y axis of names, the first at the top."""
+    axes.set_yticks(range(len(names)), [middle(printable(name), 18) for name in names])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def tail(module: str) -> str:
-    """The end of a name that tells it from others: from the block's number on."""
-    parts = module.split(".")
-    start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return middle(printable(".".join(parts[start:])), 40)
-
-
-def short(rows: Sequence[Row], row: Row) -> str:
-    return printable(row["module"].removeprefix(common_parents([r["module"] for r in rows])))
 
 
 def positive(values: Sequence[float], beside: Sequence[float]) -> list[float]:
@@ -119,21 +148,19 @@ def count_axis(axes: Axes, count: int) -> None:
     """An x axis that counts layers from 1."""
     whole_numbers(axes.xaxis)
     axes.set_xlim(0.3, max(count, 1) + 0.7)
+    axes.set_xlabel("layers, worst first")
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure) -> None:
     """Above the axes, in as many columns as fit; the figure grows with the lines."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not labels:
+        return
     fitting = int(figure.get_figwidth() * 72 / (7 * max(map(len, labels)) + 42))
     lines = -(-len(labels) // max(1, fitting))
     columns = -(-len(labels) // lines)
     figure.set_figheight(figure.get_figheight() + 17 / 72 * (lines - 1))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-
-
-def dashes(i: int, points: int, marked: int = 40) -> str:
-    """Lines without markers are told apart by their dashes, too."""
-    return "-" if points <= marked else ("-", "--", "-.", ":")[i % 4]
 
 
 def whole_numbers(axis: Axis, most: int = 8) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.report.report import Gate
+from ptq_cli.report.report import Gate, row_error
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import REPORT, read_report
@@ -110,19 +110,8 @@ def subject_of(
     )
 
 
-def error_of(row: Mapping[str, Any]) -> float:
-    """The error that counts: on held-out inputs where there are any."""
-    heldout = row["heldout_rel_err"]
-    return float(row["rel_err"] if heldout is None else heldout)
-
-
-def rtn_error_of(row: Mapping[str, Any]) -> float:
-    heldout = row["rtn_heldout_rel_err"]
-    return float(row["rtn_rel_err"] if heldout is None else heldout)
-
-
 def worst_first(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(rows, key=lambda row: (-error_of(row), row["module"]))
+    return sorted(rows, key=lambda row: (-row_error(row), row["module"]))
 
 
 def distributions(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ptq_cli.core.text import common_parents
-from ptq_cli.report.html.drawing import Chart
 from ptq_cli.report.html.names import kind_of
-from ptq_cli.report.html.subject import Subject, error_of, rtn_error_of, worst_first
+from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import (
     Cell,
     Column,
@@ -18,6 +18,8 @@ from ptq_cli.report.html.text import (
     section,
     table,
 )
+from ptq_cli.report.report import row_error, row_rtn_error
+from ptq_cli.report.words import of_site, predicted, smoothed, times
 
 MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
 _MOST_LISTED = 500
@@ -34,18 +36,9 @@ def quality_table(quality: Mapping[str, Any] | None) -> str:
         ["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]
     ]
     for name, label in (("quantized", "quantized"), ("rtn", "rounded to nearest")):
-        rise = quality["increase"][name]
-        spread = rise.get("standard_error")
-        rows.append(
-            [
-                label,
-                f"{quality['perplexity'][name]:.4f}",
-                f"{rise['perplexity']:+.3g}" + (f" ± {spread:.2g}" if spread is not None else ""),
-                figure_number(quality["kl"][name]["mean"]),
-                figure_number(quality["kl"][name]["p99_9"]),
-                f"{100 * quality['same_top'][name]:.1f} %",
-            ]
-        )
+        perplexity, rise, same = predicted(quality, name)
+        kl = (figure_number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
+        rows.append([label, perplexity, rise, *kl, same])
     about = (
         f'<p class="hint">{quality["tokens"]} tokens predicted in {quality["sequences"]} sequences.'
         " Standard errors are clustered by sequence; KL divergence of the next-token distributions"
@@ -65,20 +58,32 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns += [Column("Kind", "text"), Column("Method", "text"), Column("Bits/w")]
     columns += [Column("SQNR, dB"), Column("Max |error|"), Column("Shape"), Column("Notes", "long")]
     body = [_layer(row, common, integer) for row in ordered]
-    return (
-        filter_controls(columns, body)
-        + about_table(len(rows), common)
-        + table(columns, body, "Layers", ids="layers", sortable=True)
-    )
+    return sortable_table(columns, body, len(rows), common)
+
+
+def sortable_table(
+    columns: Sequence[Column], body: Sequence[Sequence[Cell | str]], count: int, common: str
+) -> str:
+    """The table of layers, which the script sorts and filters.
+
+    body: the worst MOST_ROWS of `count`, their names without `common`
+    """
+    words = []
+    if common:
+        words.append(f"All names begin with {common}")
+    if count > MOST_ROWS:
+        words.append(f"these are the worst {MOST_ROWS} of {count}, report.json has all")
+    about = f'<p class="hint">{escaped("; ".join(words))}</p>' if words else ""
+    return _filter_controls(columns, body) + about + table(columns, body, "Layers", sortable=True)
 
 
 def _layer(row: Mapping[str, Any], common: str, integer: bool) -> list[Cell | str]:
     gain, shape = row["gain_vs_rtn"], row["shape"]
     cells: list[Cell | str] = [
         row["module"].removeprefix(common),
-        figure_number(error_of(row)),
-        figure_number(rtn_error_of(row)),
-        Cell("-") if gain is None else Cell(f"{gain:.2f}x", gain),
+        figure_number(row_error(row)),
+        figure_number(row_rtn_error(row)),
+        Cell(times(gain), gain),
     ]
     if integer:
         errors = row.get("activations") or {}
@@ -92,19 +97,16 @@ def _layer(row: Mapping[str, Any], common: str, integer: bool) -> list[Cell | st
         f"{row['bits_per_weight']:.2f}",
         "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
         figure_number(row["max_abs_err"]),
-        Cell("\u00d7".join(map(str, shape)), _product(shape)),
+        Cell(_shape(shape), prod(map(float, shape))),
         "; ".join([*said, *row["notes"]]),
     ]
 
 
-def _product(shape: Sequence[int]) -> float:
-    result = 1.0
-    for extent in shape:
-        result *= extent
-    return result
+def _shape(shape: Sequence[int]) -> str:
+    return "\u00d7".join(map(str, shape))
 
 
-def filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | str]]) -> str:
+def _filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | str]]) -> str:
     """What filters the table; the script shows it."""
     selects = []
     for i, column in enumerate(columns):
@@ -123,34 +125,22 @@ def filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | st
     )
 
 
-def about_table(count: int, common: str) -> str:
-    """A line on the names and on what is not shown."""
-    words = []
-    if common:
-        words.append(f"All names begin with {common}")
-    if count > MOST_ROWS:
-        words.append(f"these are the worst {MOST_ROWS} of {count}, report.json has all")
-    return f'<p class="hint">{escaped("; ".join(words))}</p>' if words else ""
-
-
 def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
     if not sites:
         return ""
     columns = [Column("Site", "name"), Column("Strength"), Column("Error"), Column("Without")]
     columns += [Column("Float change"), Column("Folded into", "text"), Column("Notes", "long")]
+    numbers = ("strength", "error", "plain_error", "function_change")
     rows: list[list[Cell | str]] = [
         [
             site["site"],
-            *(figure_number(site[key]) for key in ("strength", "error", "plain_error")),
-            figure_number(site["function_change"]),
+            *(figure_number(site[key]) for key in numbers),
             site["fed_by"] or "-",
-            "; ".join([*([site["reason"]] if site["reason"] else []), *site["notes"]]),
+            of_site(site),
         ]
         for site in sites[:MOST_ROWS]
     ]
-    smoothed = sum(site["fed_by"] is not None for site in sites)
-    words = f"{smoothed} of {len(sites)} sites smoothed"
-    return details(words, table(columns, rows, "Smoothed sites"))
+    return details(smoothed(sites), table(columns, rows, "Smoothed sites"))
 
 
 def settings_table(subjects: Sequence[Subject]) -> str:
@@ -165,8 +155,7 @@ def settings_table(subjects: Sequence[Subject]) -> str:
     columns = [Column("Setting", "name")]
     columns += [Column(s.label if len(subjects) > 1 else "Value", "text") for s in subjects]
     differ = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
-    content = table(columns, rows, "Settings", marked=differ)
-    return details("Settings", content)
+    return details("Settings", table(columns, rows, "Settings", marked=differ))
 
 
 def _word(value: Any) -> str:
@@ -185,34 +174,13 @@ def left_alone_table(document: Document) -> str:
         return ""
     columns = [Column("Tensor", "name"), Column("Type", "text"), Column("Shape")]
     rows = [
-        [
-            entry["tensor"],
-            entry["dtype"],
-            "\u00d7".join(map(str, entry["shape"])) or "-",
-            entry["reason"] or "-",
-        ]
+        [entry["tensor"], entry["dtype"], _shape(entry["shape"]) or "-", entry["reason"] or "-"]
         for entry in entries[:_MOST_LISTED]
     ]
     shown = table([*columns, Column("Why", "long")], rows, "Tensors left alone")
     more = len(entries) - len(rows)
     shown += f'<p class="hint">and {more} more</p>' if more > 0 else ""
     return details(f"Tensors left alone: {len(entries)}", shown)
-
-
-def measured_on(totals: Mapping[str, Any]) -> str:
-    """What the errors were measured on."""
-    if totals.get("heldout"):
-        return "of outputs, on held-out inputs"
-    return "of outputs, on calibration inputs" if totals.get("calibrated") else "of the weights"
-
-
-def figure(chart: Chart) -> str:
-    css = ' class="wide"' if chart.wide else ""
-    return (
-        f'<figure{css}><h3 id="{chart.name}-title">{escaped(chart.title)}</h3>'
-        f'{"".join(chart.svgs)}<figcaption id="{chart.name}-caption">{escaped(chart.caption)}'
-        "</figcaption></figure>"
-    )
 
 
 def warnings_list(warnings: Sequence[str]) -> str:

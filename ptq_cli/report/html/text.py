@@ -46,26 +46,20 @@ def table(
     rows: Iterable[Sequence[Cell | str]],
     caption: str,
     *,
-    ids: str | None = None,
     sortable: bool = False,
     marked: Container[int] = (),
 ) -> str:
     """A table that scrolls by itself where it is too wide; the first cell of a row is its head.
 
-    marked: numbers of rows to be made out
+    sortable: the script finds it and sorts it; marked: numbers of rows to be made out
     """
+    button, end = ('<button type="button">', "</button>") if sortable else ("", "")
     heads = "".join(
-        f'<th scope="col" class="{column.kind}">'
-        + (
-            f'<button type="button">{escaped(column.title)}</button>'
-            if sortable
-            else escaped(column.title)
-        )
-        + "</th>"
+        f'<th scope="col" class="{column.kind}">{button}{escaped(column.title)}{end}</th>'
         for column in columns
     )
     body = "\n".join(_row(columns, row, i in marked) for i, row in enumerate(rows))
-    own = f' id="{ids}"' if ids else ""
+    own = ' id="layers"' if sortable else ""
     css = "scroll rows" if sortable else "scroll"
     return (
         f'<div class="{css}" role="region" tabindex="0" aria-label="{escaped(caption)}">'

@@ -1,0 +1,39 @@
+"""What is said of a report in words, alike on the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def measured_on(totals: Mapping[str, Any]) -> str:
+    """What the errors were measured on."""
+    if totals.get("heldout"):
+        return "held-out inputs"
+    return "calibration inputs" if totals.get("calibrated") else "the weights"
+
+
+def times(gain: float | None) -> str:
+    return "-" if gain is None else f"{gain:.2f}x"
+
+
+def predicted(quality: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """Of one version of the model: perplexity, what that is above the original's with its standard
+    error, share of equal top tokens."""
+    rise = quality["increase"][name]
+    spread = rise.get("standard_error")
+    return (
+        f"{quality['perplexity'][name]:.4f}",
+        f"{rise['perplexity']:+.3g}" + ("" if spread is None else f" ± {spread:.2g}"),
+        f"{100 * quality['same_top'][name]:.1f} %",
+    )
+
+
+def smoothed(sites: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(site["fed_by"] is not None for site in sites)
+    return f"{count} of {len(sites)} sites smoothed"
+
+
+def of_site(site: Mapping[str, Any]) -> str:
+    """Why a site was not smoothed, and notes."""
+    return "; ".join(filter(None, (site["reason"], *site["notes"])))
