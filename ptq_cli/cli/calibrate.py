@@ -14,10 +14,12 @@ from ptq_cli.cli.common import emit_warnings, finished_already, show_next
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
     BF16,
+    DIR,
     DRY_RUN,
+    FILE,
     JSON,
     PATH,
     QUIET,
@@ -39,64 +41,59 @@ from ptq_cli.run.schedule import take_resources
 
 _PARAMETERS = (
     path_argument("model"),
-    option(
+    *in_section(
         "Output",
-        "-o",
-        "--output",
-        type=PATH,
-        metavar="FILE",
-        help="[default: <model>.calibration.safetensors beside MODEL]",
+        option(
+            "-o",
+            "--output",
+            type=FILE,
+            help="[default: <model>.calibration.safetensors beside MODEL]",
+        ),
     ),
     *REPLACING,
-    *TOKENS,
-    option(
+    *in_section(
         "Calibration",
-        "--activations",
-        type=PATH,
-        multiple=True,
-        metavar="PATH",
-        help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
-        "  [default: activations/ beside MODEL]",
-    ),
-    BF16,
-    option(
-        "Calibration",
-        "--gradients",
-        type=PATH,
-        multiple=True,
-        metavar="DIR",
-        help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their diagonal"
-        " Fisher information is stored, too.",
-    ),
-    option(
-        "Calibration",
-        "--merge",
-        type=PATH,
-        multiple=True,
-        metavar="FILE",
-        help="Merge statistics files instead; repeat it.",
-    ),
-    option(
-        "Calibration",
-        "--fallback",
-        type=click.Choice(["error", "rtn"]),
-        help="What linears without activations are: an error, or left to round-to-nearest."
-        "  [default: error]",
-    ),
-    option(
-        "Calibration",
-        "--heldout-every",
-        type=click.IntRange(0),
-        metavar="N",
-        help="Hold out every N-th token, to measure errors on; 0: none."
-        f"  [default: {HELDOUT_EVERY}]",
-    ),
-    option(
-        "Calibration",
-        "--heldout-limit",
-        type=click.IntRange(0),
-        metavar="N",
-        help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
+        *TOKENS,
+        option(
+            "--activations",
+            type=PATH,
+            multiple=True,
+            help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
+            "  [default: activations/ beside MODEL]",
+        ),
+        BF16,
+        option(
+            "--gradients",
+            type=DIR,
+            multiple=True,
+            help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their"
+            " diagonal Fisher information is stored, too.",
+        ),
+        option(
+            "--merge",
+            type=FILE,
+            multiple=True,
+            help="Merge statistics files instead; repeat it.",
+        ),
+        option(
+            "--fallback",
+            type=click.Choice(["error", "rtn"]),
+            help="What linears without activations are: an error, or left to round-to-nearest."
+            "  [default: error]",
+        ),
+        option(
+            "--heldout-every",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Hold out every N-th token, to measure errors on; 0: none."
+            f"  [default: {HELDOUT_EVERY}]",
+        ),
+        option(
+            "--heldout-limit",
+            type=click.IntRange(0),
+            metavar="N",
+            help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
+        ),
     ),
     DRY_RUN,
     STRICT,

@@ -11,7 +11,7 @@ from ptq_cli.calibration.find import SourceSettings, take_tokens
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
     DRY_RUN,
     GATE_OPTIONS,
@@ -30,38 +30,41 @@ from ptq_cli.numerics.activations import SCHEMES
 _PARAMETERS = (
     path_argument("original"),
     path_argument("quantized"),
-    option(
+    *in_section(
         "Numbers",
-        "--activation-scheme",
-        type=click.Choice(SCHEMES),
-        help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or"
-        " static.",
-    ),
-    option(
-        "Numbers",
-        "--activation-bits",
-        type=click.Choice(["8", "4"]),
-        help="Bits of integer inputs.  [default: 8]",
-    ),
-    option(
-        "Numbers",
-        "--percentile",
-        type=float,
-        metavar="P",
-        help="Range of integer inputs: this part of their absolute values, in (0, 1]."
-        "  [default: 1.0]",
+        option(
+            "--activation-scheme",
+            type=click.Choice(SCHEMES),
+            help="Measure the outputs with integer inputs, too: a scale per token, per tensor, or"
+            " static.",
+        ),
+        option(
+            "--activation-bits",
+            type=click.Choice(["8", "4"]),
+            help="Bits of integer inputs.  [default: 8]",
+        ),
+        option(
+            "--percentile",
+            type=float,
+            metavar="P",
+            help="Range of integer inputs: this part of their absolute values, in (0, 1]."
+            "  [default: 1.0]",
+        ),
     ),
     *TOKENS,
     *SOURCES,
     DRY_RUN,
     STRICT,
     QUIET,
-    *REPORT,
-    option(
+    *in_section(
         "Report",
-        "--kl-per-block",
-        is_flag=True,
-        help="With --tokens: the KL divergence that each block alone makes when it is quantized.",
+        *REPORT,
+        option(
+            "--kl-per-block",
+            is_flag=True,
+            help="With --tokens: the KL divergence that each block alone makes when it is"
+            " quantized.",
+        ),
     ),
     *GATE_OPTIONS,
     *GATES_OF_PREDICTIONS,

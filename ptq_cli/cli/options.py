@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ptq_cli.cli.sections import Option, option
+from ptq_cli.cli.sections import Option, in_section, option
 from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS
 
@@ -22,16 +22,15 @@ def setting_options(
 
     defaults: the command's own defaults, where they are not the fields'
     """
-    return [
-        _option(field.metadata.get("section", section), field, kind, defaults)
-        for field, kind in settings_fields(*classes)
-        if not field.metadata.get("recipe_only")
-    ]
+    found: list[Option] = []
+    for field, kind in settings_fields(*classes):
+        if not field.metadata.get("recipe_only"):
+            made = _option(field, kind, defaults)
+            found += in_section(field.metadata.get("section", section), made)
+    return found
 
 
-def _option(
-    section: str, field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any]
-) -> Option:
+def _option(field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any]) -> Option:
     meta, word = field.metadata, field.name.replace("_", "-")
     names = [f"--{word}", field.name]
     extra: dict[str, Any] = {}
@@ -48,7 +47,7 @@ def _option(
         names.insert(0, meta["short"])
     default = _shown_default(field, kind, defaults.get(field.name, field.default))
     text = meta["help"] + (f"  [default: {default}]" if default else "")
-    return option(section, *names, default=None, help=text, **extra)
+    return option(*names, default=None, help=text, **extra)
 
 
 def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:

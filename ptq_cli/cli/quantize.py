@@ -13,11 +13,12 @@ from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish,
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import setting_options
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, option
+from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
+    DIR,
     DRY_RUN,
+    FILE,
     GATE_OPTIONS,
-    PATH,
     QUIET,
     REPLACING,
     REPORT,
@@ -93,55 +94,46 @@ _HELP = {
 }
 _FLOATS = "smoothquant"  # whose weights may stay floats
 
-_FALLBACK = option(
+_FALLBACK, _CONFIG = in_section(
     "Method",
-    "--fallback",
-    type=click.Choice(["error", "rtn"]),
-    default="error",
-    show_default=True,
-    help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
+    option(
+        "--fallback",
+        type=click.Choice(["error", "rtn"]),
+        default="error",
+        show_default=True,
+        help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
+    ),
+    option("Method", "--config", type=FILE, help="A recipe (TOML); options win over it."),
 )
-_CONFIG = option(
-    "Method", "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."
-)
-_PARALLEL_LAYERS = option(
+_PARALLEL_LAYERS, _REQUIRE_CALIBRATION = in_section(
     "Calibration",
-    "--parallel-layers",
-    is_flag=True,
-    help="With --tokens: calibrate every layer on the float model, not on what the rounded"
-    " layers before it produce; faster.",
+    option(
+        "--parallel-layers",
+        is_flag=True,
+        help="With --tokens: calibrate every layer on the float model, not on what the rounded"
+        " layers before it produce; faster.",
+    ),
+    option(
+        "--require-calibration",
+        is_flag=True,
+        help="Fail where there is no calibration.",
+    ),
 )
-_REQUIRE_CALIBRATION = option(
-    "Calibration",
-    "--require-calibration",
-    is_flag=True,
-    help="Fail where there is no calibration.",
-)
-_RUNTIME = option(
+_WRITING = in_section(
     "Output",
-    "--runtime",
-    type=click.Choice(list(RUNTIMES)),
-    help="Warn of what this runtime could not load (ptq check).",
+    option(
+        "--runtime",
+        type=click.Choice(list(RUNTIMES)),
+        help="Warn of what this runtime could not load (ptq check).",
+    ),
+    option(
+        "--max-shard-size",
+        default="4GB",
+        show_default=True,
+        metavar="SIZE",
+        help="Weights files hold at most SIZE.",
+    ),
 )
-_MAX_SHARD_SIZE = option(
-    "Output",
-    "--max-shard-size",
-    default="4GB",
-    show_default=True,
-    metavar="SIZE",
-    help="Weights files hold at most SIZE.",
-)
-
-
-def _output(name: str) -> click.Option:
-    return option(
-        "Output",
-        "-o",
-        "--output",
-        type=PATH,
-        metavar="DIR",
-        help=f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]",
-    )
 
 
 def _parameters(name: str) -> list[click.Parameter]:
@@ -159,10 +151,11 @@ def _parameters(name: str) -> list[click.Parameter]:
     fallback = [_FALLBACK] if name == "gptq" else []
     required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
     sources = [] if name == "pack" else [*TOKENS, _PARALLEL_LAYERS, *SOURCES, *required]
-    output = [_RUNTIME, _MAX_SHARD_SIZE, *REPLACING]
+    place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
+    output = in_section("Output", option("-o", "--output", type=DIR, help=place))
     run = [DRY_RUN, STRICT, QUIET, *RESOURCES]
-    own = [_output(name), *settings, *fallback, _CONFIG]
-    return [path_argument("model"), *own, *sources, *output, *run, *REPORT, *GATE_OPTIONS]
+    own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *REPLACING]
+    return [path_argument("model"), *own, *run, *REPORT, *GATE_OPTIONS]
 
 
 def _command(name: str) -> click.Command:

@@ -8,7 +8,7 @@ import click
 
 from ptq_cli.cli import console
 from ptq_cli.cli.common import check_path
-from ptq_cli.cli.shared_options import PATH
+from ptq_cli.cli.shared_options import FILE, PATH
 
 
 @click.command("report")
@@ -16,16 +16,14 @@ from ptq_cli.cli.shared_options import PATH
 @click.option(
     "-o",
     "--output",
-    type=PATH,
+    type=FILE,
     default=Path("report.html"),
     show_default=True,
-    metavar="FILE",
     help="The page.",
 )
 @click.option(
     "--calibration",
-    type=PATH,
-    metavar="FILE",
+    type=FILE,
     help="Statistics from ptq calibrate: of one run, show its loudest input channels.",
 )
 def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> None:

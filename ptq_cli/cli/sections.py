@@ -14,9 +14,7 @@ COLUMN = 24  # characters for an option's words; the texts of all sections stand
 class Option(click.Option):
     """An option in a section."""
 
-    def __init__(self, *args: Any, section: str, **details: Any) -> None:
-        super().__init__(*args, **details)
-        self.section = section
+    section = SECTIONS[-1]
 
 
 class Command(click.Command):
@@ -28,7 +26,7 @@ class Command(click.Command):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 words, text = record
-                section = getattr(param, "section", SECTIONS[-1])
+                section = getattr(param, "section", Option.section)
                 found[section].append((words.ljust(COLUMN), text))
         for section, records in found.items():
             if records:
@@ -36,6 +34,12 @@ class Command(click.Command):
                     formatter.write_dl(records, col_max=COLUMN)
 
 
-def option(section: str, *names: str, **details: Any) -> Option:
-    """An option of a section; names and details are those of `click.Option`."""
-    return Option(names, section=section, **details)
+def option(*names: str, **details: Any) -> Option:
+    """Names and details are those of `click.Option`."""
+    return Option(names, **details)
+
+
+def in_section(section: str, *options: Option) -> tuple[Option, ...]:
+    for each in options:
+        each.section = section
+    return options

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import click
 
-from ptq_cli.cli.sections import option
+from ptq_cli.cli.sections import in_section, option
 from ptq_cli.storage.tokens import SEQ_LEN
 
-PATH = click.Path(path_type=Path)
+
+def _path(word: str) -> click.Path:
+    """A path, called so in help."""
+    kind = click.Path(path_type=Path)
+    kind.name = word
+    return kind
+
+
+PATH, FILE, DIR = _path("path"), _path("file"), _path("dir")
 
 
 def path_argument(name: str) -> click.Argument:
@@ -17,23 +25,19 @@ def path_argument(name: str) -> click.Argument:
 
 
 # The fields of `TokenSettings`, by the same names.
-TOKENS = (
+TOKENS = in_section(
+    "Calibration",
     option(
-        "Calibration",
         "--tokens",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="Run the model on these token ids: a .npy of integers [n, length].",
     ),
     option(
-        "Calibration",
         "--text",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="The same with a text and the model's tokenizer.json (needs ptq[text]).",
     ),
     option(
-        "Calibration",
         "--seq-len",
         type=click.IntRange(2),
         metavar="N",
@@ -41,97 +45,93 @@ TOKENS = (
         f"  [default: {SEQ_LEN} for --text]",
     ),
     option(
-        "Calibration",
         "--nsamples",
         type=click.IntRange(1),
         metavar="N",
         help="Take N of the sequences, drawn at random.  [default: all]",
     ),
     option(
-        "Calibration",
         "--seed",
         type=click.IntRange(0),
         metavar="N",
         help="Of --nsamples.  [default: 0]",
     ),
     option(
-        "Calibration",
         "--mask",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="A .npy of the tokens' shape, 0 where there is padding.",
     ),
 )
 
-BF16 = option("Calibration", "--bf16", is_flag=True, help="uint16 activations are bfloat16.")
+(BF16,) = in_section(
+    "Calibration",
+    option("--bf16", is_flag=True, help="uint16 activations are bfloat16."),
+)
 # Where statistics come from: the fields of `SourceSettings`, by the same names.
-SOURCES = (
+SOURCES = in_section(
+    "Calibration",
     option(
-        "Calibration",
         "--calibration",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="Statistics from ptq calibrate.  [default: <model>.calibration.safetensors"
         " beside MODEL, else activations/ there]",
     ),
     option(
-        "Calibration",
         "--activations",
         type=PATH,
         multiple=True,
-        metavar="PATH",
         help="Folder of <module>.npy, or such a file; may be repeated.",
     ),
     BF16,
 )
 
-REPLACING = (
-    option("Output", "--force", is_flag=True, help="Replace an existing output."),
-    option("Output", "--restart", is_flag=True, help="Drop an interrupted run's work."),
+REPLACING = in_section(
+    "Output",
+    option("--force", is_flag=True, help="Replace an existing output."),
+    option("--restart", is_flag=True, help="Drop an interrupted run's work."),
 )
 
-DRY_RUN = option(
+DRY_RUN, STRICT, QUIET = in_section(
     "Run",
-    "--dry-run",
-    is_flag=True,
-    help="Say what would be done and what it would take, and write nothing.",
-)
-STRICT = option("Run", "--strict", is_flag=True, help="Treat warnings as errors.")
-QUIET = option(
-    "Run",
-    "-q",
-    "--quiet",
-    is_flag=True,
-    help="No progress on stderr; warnings and errors still are.",
+    option(
+        "--dry-run",
+        is_flag=True,
+        help="Say what would be done and what it would take, and write nothing.",
+    ),
+    option("--strict", is_flag=True, help="Treat warnings as errors."),
+    option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="No progress on stderr; warnings and errors still are.",
+    ),
 )
 # What a run may use: the arguments of `take_resources`.
-RESOURCES = (
+RESOURCES = in_section(
+    "Run",
     option(
-        "Run",
         "--workers",
         type=click.IntRange(1, 4096),
         metavar="N",
         help="Processes at work.  [default: the cores there are]",
     ),
     option(
-        "Run",
         "--max-memory",
         metavar="SIZE",
         help="Memory for the units in flight, like 2GiB.  [default: three quarters of what is"
         " available]",
     ),
     option(
-        "Run",
         "--scheduler",
         metavar="ADDRESS",
         help="Let the workers of a Dask cluster do the work (needs ptq[distributed]).",
     ),
 )
 
-JSON = option("Report", "--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-REPORT = (
+JSON = option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+REPORT = in_section(
+    "Report",
     option(
-        "Report",
         "--top",
         default=20,
         show_default=True,
@@ -140,63 +140,54 @@ REPORT = (
     ),
     JSON,
     option(
-        "Report",
         "--report",
         "report_path",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="Write the report also to FILE, .csv or .json.",
     ),
     option(
-        "Report",
         "--html",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="Write the report also as a page with charts (needs ptq[report]).",
     ),
     option(
-        "Report",
         "--junit",
-        type=PATH,
-        metavar="FILE",
+        type=FILE,
         help="Write layers and gates to FILE as JUnit XML, for CI.",
     ),
 )
 
 # Exit code 3 where one is missed.
-GATE_OPTIONS = (
+GATE_OPTIONS = in_section(
+    "Gates",
     option(
-        "Gates",
         "--max-rel-err",
         type=float,
         metavar="X",
         help="Fail where a layer's relative error is above X.",
     ),
     option(
-        "Gates",
         "--min-gain",
         type=float,
         metavar="X",
         help="Fail where mean RTN error / mean error is below X.",
     ),
     option(
-        "Gates",
         "--max-fallbacks",
         type=click.IntRange(0),
         metavar="N",
         help="Fail where more than N layers fell back to plain rounding (eval: equal it).",
     ),
 )
-GATES_OF_PREDICTIONS = (
+GATES_OF_PREDICTIONS = in_section(
+    "Gates",
     option(
-        "Gates",
         "--max-perplexity-increase",
         type=float,
         metavar="X",
         help="Fail where the perplexity on --tokens rises by more than X.",
     ),
     option(
-        "Gates",
         "--max-kl",
         type=float,
         metavar="X",
