@@ -7,6 +7,7 @@ the same grid, to compare with. A layer whose codes are those of plain rounding 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,15 +35,6 @@ from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
 from ptq_cli.storage.folder import QuantizedFolder, container_of
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Which tensors outside the quantized layers are the original's bytes."""
-
-    equal: tuple[str, ...]
-    different: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,10 +90,7 @@ def layer_memory(layer: Layer, n_tokens: int) -> int:
     return 24 * layer.size + inputs * layer.shape[1]
 
 
-def evaluate(
-    sides: Sides,
-    listen: Listener = nobody,
-) -> RunReport:
+def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     """Measure every quantized layer.
 
     Raises:
@@ -109,7 +98,7 @@ def evaluate(
     """
     begin = time.perf_counter()
     original, quantized, source = sides.original, sides.quantized, sides.source
-    comparison = compare_untouched(sides.smoothed, quantized)
+    different, missing = compare_untouched(sides.smoothed, quantized)
     site_of = sites_of(quantized.layers, source)
     rows: list[LayerReport] = []
     loaded = Loaded(None, None)
@@ -125,7 +114,7 @@ def evaluate(
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
     skipped = tuple(
-        Skipped(name, spec.shape, spec.dtype, "different" if name in comparison.different else "")
+        Skipped(name, spec.shape, spec.dtype, "different" if name in different else "")
         for name in quantized.untouched()
         for spec in (quantized.checkpoint.tensors[name].spec,)
     )
@@ -136,7 +125,7 @@ def evaluate(
         rows=tuple(rows),
         skipped=skipped,
         totals=totals(rows, skipped, before, after, time.perf_counter() - begin),
-        warnings=tuple(_warnings(comparison, quantized, source, site_of)),
+        warnings=tuple(_warnings(different, missing, quantized, source, site_of)),
         settings={"format": quantized.fmt.name},
     )
 
@@ -169,17 +158,19 @@ def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) ->
         return np.array_equal(ours.astype(theirs.dtype), theirs)
 
 
-def compare_untouched(original: Checkpoint, quantized: QuantizedFolder) -> Comparison:
-    """Compare, byte for byte, every tensor that is not part of a quantized layer."""
+def compare_untouched(
+    original: Checkpoint, quantized: QuantizedFolder
+) -> tuple[list[str], list[str]]:
+    """Of the tensors that are no part of a quantized layer: those with other bytes than the original,
+    and the original's that are missing."""
     taken = {layer.tensor for layer in quantized.layers.values()}
-    equal: list[str] = []
-    different: list[str] = []
-    untouched = set(quantized.untouched())
-    for name in sorted(untouched):
-        same = name in original.tensors and _same_tensor(name, original, quantized)
-        (equal if same else different).append(name)
-    missing = sorted(set(original.tensors) - untouched - taken)
-    return Comparison(tuple(equal), tuple(different), tuple(missing))
+    untouched = sorted(quantized.untouched())
+    different = [
+        name
+        for name in untouched
+        if name not in original.tensors or not _same_tensor(name, original, quantized)
+    ]
+    return different, sorted(original.tensors.keys() - taken - set(untouched))
 
 
 @dataclass(frozen=True)
@@ -195,11 +186,8 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
     quantized, statistics = sides.quantized, loaded.smoothed
     weight = sides.smoothed.weight(layer)
     rounded = quantized.load(layer.module)
-    hessian = None if statistics is None else statistics.hessian
-    heldout = None if statistics is None else statistics.heldout
-    measures = measure(weight, rounded, hessian, heldout, sides.smoothed.output_scale(layer))
-    # Some layouts do not say that a grid is symmetric; its zeros do.
-    sym = layer.grid.sym or bool((rounded.zeros == layer.grid.mid_code).all())
+    measures = _measure_on(weight, rounded, statistics, sides.smoothed.output_scale(layer))
+    sym = layer.grid.sym or is_symmetric(layer, rounded)
     unsmoothed = sides.original.weight(layer)
     plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
     rtn = _measure_on(unsmoothed, plain, loaded.plain)
@@ -219,12 +207,20 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
     )
 
 
+def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
+    """Some layouts do not say that a grid is symmetric; its zeros do."""
+    return bool((rounded.zeros == layer.grid.mid_code).all())
+
+
 def _measure_on(
-    weight: FloatArray, rounded: QuantizedWeight, statistics: SiteStatistics | None
+    weight: FloatArray,
+    rounded: QuantizedWeight,
+    statistics: SiteStatistics | None,
+    outputs: FloatArray | None = None,
 ) -> Measures:
     if statistics is None:
-        return measure(weight, rounded, None, None)
-    return measure(weight, rounded, statistics.hessian, statistics.heldout)
+        return measure(weight, rounded, None, None, outputs)
+    return measure(weight, rounded, statistics.hessian, statistics.heldout, outputs)
 
 
 def _activation_errors(
@@ -260,15 +256,16 @@ def evaluation_inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
 
 
 def _warnings(
-    comparison: Comparison,
+    different: Sequence[str],
+    missing: Sequence[str],
     quantized: QuantizedFolder,
     source: Source | None,
     site_of: dict[str, str],
 ) -> list[str]:
     warnings = []
     for what, names in (
-        ("differ from the original", comparison.different),
-        ("of the original are missing", comparison.missing),
+        ("differ from the original", different),
+        ("of the original are missing", missing),
     ):
         if names:
             warnings.append(f"{len(names)} unquantized tensors {what}: {fold_names(names)}")

@@ -186,8 +186,4 @@ def _fisher(source: Source | None) -> list[dict[str, Any]]:
         }
         for module, value in sums.items()
     ]
-    return sorted(rows, key=_falling)
-
-
-def _falling(row: dict[str, Any]) -> tuple[float, str]:
-    return -row["mean"], row["module"]
+    return sorted(rows, key=lambda row: (-row["mean"], row["module"]))

@@ -12,7 +12,7 @@ taken token by token, so what both versions find hard cancels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.stream import Batch, Held, Read, Stream, batches, threads
 from ptq_cli.calibration.streams import model_architecture
-from ptq_cli.core.layer import Layer
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
+from ptq_cli.evaluation.errors import is_symmetric
 from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
@@ -126,7 +126,8 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
             return original.read(name)
         layer = layers[name]
         weight = original.weight(layer)
-        rounded = round_to_nearest(weight, replace(layer.grid, sym=_is_symmetric(layer, quantized)))
+        sym = layer.grid.sym or is_symmetric(layer, quantized.load(layer.module))
+        rounded = round_to_nearest(weight, replace(layer.grid, sym=sym))
         values, inputs = layer.as_stored(rounded.dequantized()), layer.activation
         if inputs is None:
             return values
@@ -134,14 +135,6 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         return rounding_tensor(layer, values, own)
 
     return read
-
-
-def _is_symmetric(layer: Layer, quantized: QuantizedFolder) -> bool:
-    """Some layouts do not say that a grid is symmetric; its zeros do."""
-    if layer.grid.sym:
-        return True
-    zeros = quantized.load(layer.module).zeros
-    return bool((zeros == layer.grid.mid_code).all())
 
 
 def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str, Rows]:
@@ -169,41 +162,30 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str,
     return at
 
 
-@dataclass(frozen=True)
-class _Predictions:
-    """Per predicted token, over all batches: which sequence it is in, and measures by version."""
-
-    sequence: NDArray[np.int64]
-    nll: Mapping[str, Doubles]
-    kl: Mapping[str, Doubles]
-    same: Mapping[str, NDArray[np.bool_]]
-
-
 def _summary(
     versions: list[_Version],
     ends: Mapping[str, Rows],
     parts: tuple[Batch, ...],
     listen: Listener,
 ) -> dict[str, Any]:
-    p = _predictions(versions, ends, parts, listen)
+    sequence, measures = _predictions(versions, ends, parts, listen)
     blocks = [version for version in versions if version.block is not None]
-    names = [v.name for v in versions[1:] if v.block is None]
+    own = {v.name: measures[v.name] for v in versions[1:] if v.block is None}
+    nll = {"original": own["quantized"].reference_nll} | {name: m.nll for name, m in own.items()}
     quality: dict[str, Any] = {
-        "tokens": len(p.sequence),
-        "sequences": len(np.unique(p.sequence)),
-        "perplexity": {name: float(np.exp(p.nll[name].mean())) for name in ("original", *names)},
-        "increase": {
-            name: difference(p.nll[name], p.nll["original"], p.sequence) for name in names
-        },
-        "quantized_minus_rtn": difference(p.nll["quantized"], p.nll["rtn"], p.sequence),
+        "tokens": len(sequence),
+        "sequences": len(np.unique(sequence)),
+        "perplexity": {name: float(np.exp(values.mean())) for name, values in nll.items()},
+        "increase": {name: difference(nll[name], nll["original"], sequence) for name in own},
+        "quantized_minus_rtn": difference(nll["quantized"], nll["rtn"], sequence),
         "kl": {
-            name: {"mean": float(p.kl[name].mean()), "p99_9": float(np.quantile(p.kl[name], 0.999))}
-            for name in names
+            name: {"mean": float(m.kl.mean()), "p99_9": float(np.quantile(m.kl, 0.999))}
+            for name, m in own.items()
         },
-        "same_top": {name: float(p.same[name].mean()) for name in names},
+        "same_top": {name: m.same_top for name, m in own.items()},
     }
     if blocks:
-        quality["kl_per_block"] = [float(p.kl[version.name].mean()) for version in blocks]
+        quality["kl_per_block"] = [float(measures[v.name].kl.mean()) for v in blocks]
     return quality
 
 
@@ -212,7 +194,9 @@ def _predictions(
     ends: Mapping[str, Rows],
     parts: tuple[Batch, ...],
     listen: Listener,
-) -> _Predictions:
+) -> tuple[NDArray[np.int64], dict[str, TokenMeasures]]:
+    """Which sequence each predicted token is in, and the measures of each version but the first,
+    per predicted token over all batches."""
     arch = versions[0].stream.arch
     heads = {v.name: Held(v.stream.read, float32=False) for v in versions}
     for version in versions:
@@ -234,22 +218,16 @@ def _predictions(
         sequences.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
         first += len(batch.tokens)
         listen(Progress("predict", number, len(parts), f"batch {number}"))
-    return _joined(sequences, found)
-
-
-def _joined(
-    sequences: list[NDArray[np.int64]], found: Mapping[str, list[TokenMeasures]]
-) -> _Predictions:
-    def join(name: str, field: str) -> Any:
-        return np.concatenate([getattr(measures, field) for measures in found[name]])
-
-    nll = {name: join(name, "nll") for name in found}
-    return _Predictions(
-        sequence=np.concatenate(sequences),
-        nll={"original": join("quantized", "reference_nll"), **nll},
-        kl={name: join(name, "kl") for name in found},
-        same={name: join(name, "top") == join(name, "reference_top") for name in found},
-    )
+    joined = {
+        name: TokenMeasures(
+            *(
+                np.concatenate([getattr(part, field.name) for part in measures])
+                for field in fields(TokenMeasures)
+            )
+        )
+        for name, measures in found.items()
+    }
+    return np.concatenate(sequences), joined
 
 
 def difference(ours: Doubles, theirs: Doubles, sequence: NDArray[np.int64]) -> dict[str, Any]:

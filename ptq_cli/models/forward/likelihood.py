@@ -35,22 +35,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """Per predicted token, [n]: negative log-likelihood in nats, the token thought most likely,
-    and, where there is a reference, KL(reference ‖ this) in nats and the reference's nll and top.
-    """
+    """Per predicted token, [n]: negative log-likelihood in nats, KL(reference ‖ this) in nats, the
+    token thought most likely, and the reference's nll and top."""
 
     nll: Doubles
     top: NDArray[np.int64]
-    kl: Doubles | None = None
-    reference_nll: Doubles | None = None
-    reference_top: NDArray[np.int64] | None = None
+    kl: Doubles
+    reference_nll: Doubles
+    reference_top: NDArray[np.int64]
 
     @property
-    def same_top(self) -> float | None:
+    def same_top(self) -> float:
         """Share of tokens for which both models think the same one most likely."""
-        return (
-            None if self.reference_top is None else float(np.mean(self.top == self.reference_top))
-        )
+        return float(np.mean(self.top == self.reference_top))
 
 
 def next_tokens(tokens: Array, packing: Packing) -> tuple[NDArray[np.int64], Array]:
@@ -64,15 +61,9 @@ def next_tokens(tokens: Array, packing: Packing) -> tuple[NDArray[np.int64], Arr
     return rows, flat[rows + 1]
 
 
-def measure_tokens(
-    model: Prediction, targets: Array, reference: Prediction | None = None
-) -> TokenMeasures:
+def measure_tokens(model: Prediction, targets: Array, reference: Prediction) -> TokenMeasures:
     """The measures of predicting `targets` [n] from the rows of `model.finished` [n, width]."""
     total = _Softmax(len(targets))
-    if reference is None:
-        for ids, rows in _pieces(model.arch.vocab_size, len(targets)):
-            total.add(_scores(model, ids, rows), ids.start, rows, targets)
-        return TokenMeasures(total.nll, total.top)
     base = _Softmax(len(targets))
     for ids, rows in _pieces(model.arch.vocab_size, len(targets)):
         scores, wanted = _scores(model, ids, rows), _scores(reference, ids, rows)
