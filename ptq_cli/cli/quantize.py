@@ -103,7 +103,7 @@ _FALLBACK, _CONFIG = in_section(
         show_default=True,
         help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
     ),
-    option("Method", "--config", type=FILE, help="A recipe (TOML); options win over it."),
+    option("--config", type=FILE, help="A recipe (TOML); options win over it."),
 )
 _PARALLEL_LAYERS, _REQUIRE_CALIBRATION = in_section(
     "Calibration",

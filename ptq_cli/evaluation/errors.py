@@ -161,7 +161,7 @@ def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) ->
 def compare_untouched(
     original: Checkpoint, quantized: QuantizedFolder
 ) -> tuple[list[str], list[str]]:
-    """Of the tensors that are no part of a quantized layer: those with other bytes than the original,
+    """Of the tensors that are no part of a quantized layer: with other bytes than the original,
     and the original's that are missing."""
     taken = {layer.tensor for layer in quantized.layers.values()}
     untouched = sorted(quantized.untouched())
