@@ -178,18 +178,10 @@ def _refuse_unread(given: Mapping[str, Any]) -> None:
         raise click.UsageError("--heldout-limit does nothing with --heldout-every 0")
 
 
-def _show(result: dict[str, object]) -> None:
+def _show(result: dict[str, Any]) -> None:
     sites = result["sites"]
-    assert isinstance(sites, dict)
     console.table(
-        [
-            ("site", "left"),
-            ("linears", "right"),
-            ("tokens", "right"),
-            ("std", "right"),
-            ("absmax", "right"),
-            ("p99", "right"),
-        ],
+        console.columns("site", "linears", "tokens", "std", "absmax", "p99"),
         [
             [
                 site,

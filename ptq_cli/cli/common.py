@@ -17,7 +17,7 @@ from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.report.junit import as_junit
 from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
-from ptq_cli.storage.files import write_whole
+from ptq_cli.storage.files import to_json, write_whole
 
 GATES = tuple(str(gate.name) for gate in (*GATE_OPTIONS, *GATES_OF_PREDICTIONS))
 
@@ -80,16 +80,21 @@ def finish(
     Raises:
         GateMissed: after everything was written.
     """
-    limits = {name: options[name] for name in GATES if options.get(name) is not None}
-    gates = gates_of(report, **limits)
+    gates = gates_of(report, **{n: options[n] for n in GATES if options.get(n) is not None})
+    document = as_document(report, times=True) | ({"output": output} if written else {})
     if options["junit"] is not None:
         write_whole(options["junit"], as_junit(report, gates, output))
+    if (path := options["report_path"]) is not None:
+        write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))
     try:
         if options["html"] is not None:
             _write_page(report, options["html"], Path(output), source, gates)
     finally:
-        shown = output if written else None
-        emit_report(report, options["report_path"], options["as_json"], options["top"], shown)
+        if options["as_json"]:
+            console.print_json(document)
+        else:
+            shown = output if written else None
+            console.show_report(report, top=options["top"], output=shown)
     try:
         check_gates(gates)
     except GateMissed as error:
@@ -117,20 +122,3 @@ def _write_page(
     document = as_document(report, times=False)
     subject = subject_of(document, output.resolve().name, output, source, gates)
     write_page(path, [subject])
-
-
-def emit_report(
-    report: RunReport, path: Path | None, as_json: bool, top: int, output: str | None = None
-) -> None:
-    """Write and print the report."""
-    from ptq_cli.storage.files import to_json
-
-    document = as_document(report, times=True)
-    if output is not None:
-        document["output"] = output
-    if path is not None:
-        write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))
-    if as_json:
-        console.print_json(document)
-    else:
-        console.show_report(report, top=top, output=output)

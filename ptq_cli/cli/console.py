@@ -1,4 +1,4 @@
-"""What people see: with live.py, which shows progress, the only importer of rich.
+"""What people see: with progress.py the only importer of rich.
 
 Warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
 one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
@@ -96,7 +96,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
         _stacked([title for title, _ in columns], rows)
         return
     plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
-    result = Table(box=box.SIMPLE_HEAD if _unicode() else plain, pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD if shows_unicode(sys.stdout) else plain, pad_edge=False)
     for i, (title, side) in enumerate(columns):
         result.add_column(
             title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
@@ -104,6 +104,11 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         result.add_row(*(Text(printable(cell)) for cell in row))
     _print_rich(result)
+
+
+def columns(first: str, *numbers: str) -> list[tuple[str, str]]:
+    """Those of a table: names to the left, numbers to the right."""
+    return [(first, "left"), *((title, "right") for title in numbers)]
 
 
 def _fits(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> bool:
@@ -140,8 +145,8 @@ def _print_rich(renderable: Any) -> None:
     write(sys.stdout, "\n".join(line for line in lines if line))
 
 
-def _unicode() -> bool:
-    return (sys.stdout.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+def shows_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "ascii").lower().startswith("utf")
 
 
 def line(text: str = "") -> None:
@@ -153,15 +158,18 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     """Worst layers first, then the totals."""
     if report.sites:
         show_sites(report.sites)
-    if not report.rows:
-        if output is not None:
-            line(f"written: {output}")
-        return
+    if report.rows:
+        _show_rows(report, top)
+    if output is not None:
+        line(f"written: {output}")
+
+
+def _show_rows(report: RunReport, top: int) -> None:
     rows = sorted(report.rows, key=row_error, reverse=True)
     shown = rows if top <= 0 else rows[:top]
     common = common_parents([row.module for row in rows])
     _show_layers(shown, common, is_repack(report))
-    _show_activations([row for row in shown if row.activations], common)
+    _show_activations(shown, common)
     if len(shown) < len(rows):
         others = "more" if is_repack(report) else "better"
         line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
@@ -169,8 +177,6 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     _show_totals(report)
     if report.quality is not None:
         _show_quality(report.quality)
-    if output is not None:
-        line(f"written: {output}")
 
 
 def is_repack(report: RunReport) -> bool:
@@ -179,40 +185,36 @@ def is_repack(report: RunReport) -> bool:
 
 
 def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
-    columns = {
-        f"layer ({common}...)" if common else "layer": "left",
-        "method": "left",
-        "bits/w": "right",
-        "rel err": "right",
-        "rtn": "right",
-        "gain": "right",
-    }
-    left_out = {"rel err", "rtn", "gain"} if repacked else set()
+    titles = (_under("layer", common), "method", "bits/w", "rel err", "rtn", "gain")
+    left_out = set(titles[3:]) if repacked else set()
     if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
         left_out |= {"bits/w"}  # which the totals tell, too
-    keep = [i for i, title in enumerate(columns) if title not in left_out]
+    keep = [i for i, title in enumerate(titles) if title not in left_out]
     cells = [_cells(row, common) for row in rows]
-    sides = list(columns.items())
-    table([sides[i] for i in keep], [[row[i] for i in keep] for row in cells])
+    table(
+        [(titles[i], "left" if i < 2 else "right") for i in keep],
+        [[row[i] for i in keep] for row in cells],
+    )
+
+
+def _under(what: str, common: str) -> str:
+    """The title of a column of names that all begin alike."""
+    return f"{what} ({common}...)" if common else what
 
 
 def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
     """Errors with integer inputs, beside those of the weight alone and of plain rounding."""
-    if not rows:
+    measured = [(row.module, row.activations) for row in rows if row.activations]
+    if not measured:
         return
-    columns = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
     cells = []
-    for row in rows:
-        assert row.activations is not None
-        ours, alone, plain = (
-            getattr(row.activations, part) for part in ("integer", "weight_only", "plain")
-        )
-        numbers = (ours.mae, ours.rel_err, ours.sqnr_db, alone.rel_err, alone.sqnr_db)
-        values = (*numbers, plain.rel_err, plain.sqnr_db)
-        cells.append([row.module.removeprefix(common), *(number(value) for value in values)])
-    scheme = rows[0].activations.scheme if rows[0].activations else ""
-    line(f"outputs with integer inputs ({scheme}):")
-    table([("layer", "left"), *((name, "right") for name in columns)], cells)
+    for module, found in measured:
+        parts = (found.integer, found.weight_only, found.plain)
+        values = [found.integer.mae, *(v for part in parts for v in (part.rel_err, part.sqnr_db))]
+        cells.append([module.removeprefix(common), *map(number, values)])
+    line(f"outputs with integer inputs ({measured[0][1].scheme}):")
+    titles = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
+    table(columns("layer", *titles), cells)
 
 
 def _show_compared(rows: Sequence[LayerReport]) -> None:
@@ -230,11 +232,7 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     numbers = ("strength", "error", "plain_error", "function_change")
     table(
         [
-            (f"site ({common}...)" if common else "site", "left"),
-            ("strength", "right"),
-            ("rel err", "right"),
-            ("without", "right"),
-            ("float change", "right"),
+            *columns(_under("site", common), "strength", "rel err", "without", "float change"),
             ("", "left"),
         ],
         [
@@ -305,8 +303,7 @@ def _show_quality(quality: Mapping[str, Any]) -> None:
         perplexity, rise, same = predicted(quality, name)
         kl = (number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
         rows.append([name, perplexity, rise, *kl, same])
-    names = ("perplexity", "increase", "KL", "KL 99.9 %", "equal top")
-    table([("model", "left"), *((name, "right") for name in names)], rows)
+    table(columns("model", "perplexity", "increase", "KL", "KL 99.9 %", "equal top"), rows)
     line(f"{quality['tokens']} tokens predicted in {quality['sequences']} sequences")
     if "kl_per_block" in quality:
         per_block = ", ".join(f"{i}: {kl:.2g}" for i, kl in enumerate(quality["kl_per_block"]))

@@ -100,11 +100,11 @@ def _show(found: Difference, top: int) -> None:
 
 
 def _table(title: str, changes: tuple[Change, ...]) -> None:
-    columns = [(title, "left"), ("before", "right"), ("after", "right"), ("change", "right")]
     rows = [
         [c.name, _number(c.before), _number(c.after), _moved(c), "worse" if worse else "better"]
         for c, worse in ((change, change.worse > 0) for change in changes)
     ]
+    columns = console.columns(title, "before", "after", "change")
     console.table([*columns, ("", "left")], rows)
 
 

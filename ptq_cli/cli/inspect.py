@@ -113,6 +113,6 @@ def _show_sites(sites: list[dict[str, Any]]) -> None:
 
 def _show_fisher(rows: list[dict[str, Any]]) -> None:
     console.table(
-        [("layer", "left"), ("mean Fisher", "right"), ("share", "right")],
+        console.columns("layer", "mean Fisher", "share"),
         [[row["module"], number(row["mean"]), f"{row['share']:.1%}"] for row in rows],
     )

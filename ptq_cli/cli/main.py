@@ -131,7 +131,8 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        return _broken_pipe()
+        _quiet_streams()  # the reader left (`| head`); what had to be done was done before
+        return 0
     except PtqError as error:
         return _explain(error.message, error.exit_code, debug, hint=error.hint)
     except OSError as error:
@@ -156,12 +157,6 @@ def _explain(text: str, code: int, debug: bool, *, hint: str | None = None) -> i
         say("hint", hint)
     _quiet_streams()
     return code
-
-
-def _broken_pipe() -> int:
-    """The reader left (`| head`): no complaint; work that had to be done was done before."""
-    _quiet_streams()
-    return 0
 
 
 def _quiet_streams() -> None:

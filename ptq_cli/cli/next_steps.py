@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import format_named
+from ptq_cli.storage.tokens import TokenSettings
 
 # The runtime that most people load a format with.
 _RUNTIME = {
@@ -24,6 +26,7 @@ _RUNTIME = {
     "gguf": "llama.cpp",
     "mlx": "mlx",
 }
+_TOKENS = tuple(field.name for field in fields(TokenSettings))
 Step = tuple[str, Sequence[object]]
 
 
@@ -38,12 +41,9 @@ def quoted(word: object) -> str:
         plain = False
     if plain:
         return shlex.quote(text)
-    kept = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in _bytes(text))
+    raw = text.encode("utf-8", "surrogateescape")
+    kept = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in raw)
     return f"$'{''.join(kept)}'"
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 def as_line(words: Sequence[object]) -> str:
@@ -85,33 +85,25 @@ def after(
 
 
 def _measure(given: Mapping[str, Any], output: str) -> Iterator[Step]:
-    words: list[object] = ["ptq", "eval", path(given["model"]), path(output)]
-    tokens = _tokens(given)
-    yield (
-        f"to measure it{', better on other tokens' if tokens else ''}",
-        [
-            *words,
-            *(tokens or _source(given)),
-        ],
-    )
+    tokens = _given(given, *_TOKENS)
+    what = f"to measure it{', better on other tokens' if tokens else ''}"
+    yield what, ["ptq", "eval", path(given["model"]), path(output), *(tokens or _source(given))]
 
 
-def _tokens(given: Mapping[str, Any]) -> list[object]:
-    """The options of tokens, as they were given."""
+def _given(given: Mapping[str, Any], *names: str) -> list[object]:
+    """Options as they were given."""
     words: list[object] = []
-    for option in ("tokens", "text", "seq_len", "nsamples", "seed", "mask"):
-        if given.get(option) is not None:
-            words += [f"--{option.replace('_', '-')}", path(given[option])]
+    for name in names:
+        values = given.get(name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", path(value)]
     return words
 
 
 def _source(given: Mapping[str, Any]) -> list[object]:
     """Where statistics come from, as it was given."""
-    words: list[object] = []
-    if given.get("calibration"):
-        words += ["--calibration", path(given["calibration"])]
-    for folder in given.get("activations") or ():
-        words += ["--activations", path(folder)]
+    words = _given(given, "calibration", "activations")
     return [*words, *(["--bf16"] if given.get("bf16") and words else [])]
 
 
@@ -121,16 +113,11 @@ def _after_eval(report: RunReport, given: Mapping[str, Any]) -> Iterator[Step]:
     gain, worst = report.totals["gain_vs_rtn"], report.totals["worst_rel_err"]
     if any(given.get(gate) is not None for gate in gates) or not gain or not worst:
         return
-    words: list[object] = [
-        "ptq",
-        "eval",
-        path(given["original"]),
-        path(given["quantized"]),
-        *_source(given),
-    ]
+    sides = (path(given["original"]), path(given["quantized"]))
+    words: list[object] = ["ptq", "eval", *sides, *_source(given)]
     if gain > 1.15:
         words += ["--min-gain", f"{math.floor(9 * gain) / 10:g}"]
-    words += ["--max-rel-err", _above(worst), *_tokens(given)]
+    words += ["--max-rel-err", _above(worst), *_given(given, *_TOKENS)]
     if report.quality is not None:
         words += ["--max-kl", _above(report.quality["kl"]["quantized"]["mean"])]
     yield "to keep it so in CI", words

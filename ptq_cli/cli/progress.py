@@ -1,5 +1,5 @@
 """Progress for people, on stderr: a few live lines on a terminal, elsewhere one plain line for each
-piece of work. Beside display.py the only importer of rich.
+piece of work. With console.py the only importer of rich.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_cli.cli.console import write
+from ptq_cli.cli.console import shows_unicode, write
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.text import middle, number, printable, size
@@ -95,7 +95,7 @@ class Follow:
             from rich.live import Live
 
             console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-            unicode = _is_unicode()
+            unicode = shows_unicode(sys.stderr)
             self._live = Live(
                 get_renderable=lambda: _text(self.lines(console.width - 1, unicode)),
                 console=console,
@@ -246,7 +246,3 @@ def _is_terminal() -> bool:
     """Whether stderr is a terminal where lines can be drawn anew; a build server's is not."""
     ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb") and not ci
-
-
-def _is_unicode() -> bool:
-    return (sys.stderr.encoding or "ascii").lower().replace("-", "").startswith("utf")
