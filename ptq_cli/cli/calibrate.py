@@ -13,8 +13,8 @@ from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings, finished_already, show_next
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
+from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
     BF16,
     DIR,

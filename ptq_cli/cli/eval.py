@@ -10,8 +10,8 @@ import click
 from ptq_cli.calibration.find import SourceSettings, take_tokens
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
 from ptq_cli.cli.dry_run import emit_estimate
+from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
     DRY_RUN,
     GATE_OPTIONS,

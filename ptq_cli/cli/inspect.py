@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.sections import Command
+from ptq_cli.cli.options import Command
 from ptq_cli.cli.shared_options import JSON, SOURCES, path_argument
 from ptq_cli.commands import api
 from ptq_cli.core.text import number, size

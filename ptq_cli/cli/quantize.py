@@ -11,9 +11,8 @@ from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
 from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_estimate
-from ptq_cli.cli.options import setting_options
+from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.sections import Command, in_section, option
 from ptq_cli.cli.shared_options import (
     DIR,
     DRY_RUN,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ptq_cli.cli.sections import in_section, option
+from ptq_cli.cli.options import in_section, option
 from ptq_cli.storage.tokens import SEQ_LEN
 
 

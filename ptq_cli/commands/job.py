@@ -17,12 +17,13 @@ from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
 from ptq_cli.registry import format_named
-from ptq_cli.report.earlier import report_of_earlier
+from ptq_cli.report.report import report_from_document
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.reports import read_report
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.target import Target
 
@@ -76,8 +77,9 @@ class Job:
         """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
         options = RunOptions(resources, parse_size(str(max_shard_size)), listen)
         target = self.target(max_shard_size, force=force, restart=restart)
-        if earlier := report_of_earlier(target):
-            return earlier
+        if target.finished():
+            report = report_from_document(read_report(self.output)[0])
+            return dataclasses.replace(report, earlier=True)
         with target.begin() as staging:
             return self.start(staging, options)
 

@@ -101,15 +101,15 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     different, missing = compare_untouched(sides.smoothed, quantized)
     site_of = sites_of(quantized.layers, source)
     rows: list[LayerReport] = []
-    loaded = Loaded(None, None)
+    loaded: Loaded | None = None
     weights, work = sum(layer.size for layer in quantized.layers.values()), 0
     with threadpool_limits(1):
         for layer in quantized.layers.values():
             site = site_of.get(layer.module)
             if site is None or source is None or sides.smoothed_source is None:
-                loaded = Loaded(None, None)
-            elif loaded.plain is None or loaded.plain.site != site:
-                loaded = Loaded(source.load(site), sides.smoothed_source.load(site))
+                loaded = None
+            elif loaded is None or loaded[0].site != site:
+                loaded = source.load(site), sides.smoothed_source.load(site)
             rows.append(_row(layer, sides, loaded))
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
@@ -173,24 +173,19 @@ def compare_untouched(
     return different, sorted(original.tensors.keys() - taken - set(untouched))
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Statistics of one site: of the original's inputs, and behind the folds."""
-
-    plain: SiteStatistics | None
-    smoothed: SiteStatistics | None
+Loaded = tuple[SiteStatistics, SiteStatistics]  # of a site: the original's, and behind the folds
 
 
-def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
+def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     begin = time.perf_counter()
-    quantized, statistics = sides.quantized, loaded.smoothed
-    weight = sides.smoothed.weight(layer)
-    rounded = quantized.load(layer.module)
-    measures = _measure_on(weight, rounded, statistics, sides.smoothed.output_scale(layer))
+    before, statistics = loaded or (None, None)
+    rounded = sides.quantized.load(layer.module)
+    folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
+    measures = _measure_on(folded, rounded, statistics, scale)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
     unsmoothed = sides.original.weight(layer)
     plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
-    rtn = _measure_on(unsmoothed, plain, loaded.plain)
+    rtn = _measure_on(unsmoothed, plain, before)
     same = np.array_equal(plain.codes, rounded.codes)
     return LayerReport(
         sym=sym,
@@ -202,7 +197,7 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded) -> LayerReport:
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
         activations=_activation_errors(layer, sides, loaded, rounded, plain),
-        **layer_columns(layer, quantized.fmt),
+        **layer_columns(layer, sides.quantized.fmt),
         **error_columns(measures, rtn),
     )
 
@@ -226,21 +221,19 @@ def _measure_on(
 def _activation_errors(
     layer: Layer,
     sides: Sides,
-    loaded: Loaded,
+    loaded: Loaded | None,
     rounded: QuantizedWeight,
     plain: QuantizedWeight,
 ) -> ActivationErrors | None:
     """Errors with integer inputs, against the float product of the original's own inputs."""
-    if sides.activations is None or loaded.plain is None or loaded.smoothed is None:
+    if sides.activations is None or loaded is None:
         return None
-    inputs, smooth = (evaluation_inputs(s) for s in (loaded.plain, loaded.smoothed))
+    inputs, smooth = map(_inputs, loaded)
+    before, own = (with_static_scale(sides.activations, s.absmax) for s in loaded)
     weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
     scale = sides.smoothed.output_scale(layer)
-    static = rounded.input_scale
-    own = with_static_scale(sides.activations, loaded.smoothed.absmax)
-    if own.scheme == "static" and static is not None:
-        own = replace(own, static_scale=static)
-    before = with_static_scale(sides.activations, loaded.plain.absmax)
+    if own.scheme == "static" and rounded.input_scale is not None:
+        own = replace(own, static_scale=rounded.input_scale)
     return ActivationErrors(
         own.scheme,
         output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
@@ -249,7 +242,7 @@ def _activation_errors(
     )
 
 
-def evaluation_inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
+def _inputs(statistics: SiteStatistics) -> NDArray[np.float32]:
     """The held-out inputs; the sample where none are held out."""
     inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
     return inputs.astype(np.float32)
@@ -262,13 +255,12 @@ def _warnings(
     source: Source | None,
     site_of: dict[str, str],
 ) -> list[str]:
-    warnings = []
-    for what, names in (
-        ("differ from the original", different),
-        ("of the original are missing", missing),
-    ):
-        if names:
-            warnings.append(f"{len(names)} unquantized tensors {what}: {fold_names(names)}")
+    pairs = (("differ from the original", different), ("of the original are missing", missing))
+    warnings = [
+        f"{len(names)} unquantized tensors {what}: {fold_names(names)}"
+        for what, names in pairs
+        if names
+    ]
     if source is None:
         warnings.append("no calibration: errors are those of the weights, not of the outputs")
         return warnings

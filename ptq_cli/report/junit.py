@@ -38,9 +38,9 @@ def as_junit(report: RunReport, gates: Sequence[Gate], name: str) -> str:
         case = _case(suite, f"{place}.sites", site["site"], 0.0)
         _say(case, [(key, site[key]) for key in _SITE_NUMBERS], site["notes"])
     for gate in gates:
-        case = _case(suite, f"{place}.gates", f"{gate.option} {gate.limit:g}", 0.0)
+        case = _case(suite, f"{place}.gates", gate.name, 0.0)
         if not gate.passed:
-            _fail(case, gate.option, f"{gate.option} {gate.limit:g}: {gate.said}")
+            _fail(case, gate.option, f"{gate.name}: {gate.said}")
         _say(case, [("limit", gate.limit), ("measured", gate.value)])
     counts = {
         "tests": str(len(suite.findall("testcase"))),

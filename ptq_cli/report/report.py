@@ -217,10 +217,14 @@ class Gate:
     passed: bool
     said: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.option} {self.limit:g}"
+
 
 def check_gates(gates: Iterable[Gate]) -> None:
     """Raises GateMissed with every gate that was missed."""
-    missed = [f"{gate.option} {gate.limit:g}: {gate.said}" for gate in gates if not gate.passed]
+    missed = [f"{gate.name}: {gate.said}" for gate in gates if not gate.passed]
     if missed:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
 

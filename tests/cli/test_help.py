@@ -8,7 +8,7 @@ import click
 import pytest
 
 from ptq_cli.cli.main import cli
-from ptq_cli.cli.sections import SECTIONS
+from ptq_cli.cli.options import SECTIONS
 from tests.builders import ptq
 
 COMMANDS = ("calibrate", "gptq", "rtn", "smoothquant", "awq", "pack", "eval")

@@ -17,8 +17,7 @@ from ptq_cli.core.text import common_parents, number, size
 from ptq_cli.report.html.charts import charts_between, charts_of
 from ptq_cli.report.html.drawing import Chart
 from ptq_cli.report.html.names import kind_of
-from ptq_cli.report.html.script import SCRIPT
-from ptq_cli.report.html.style import STYLE
+from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
 from ptq_cli.report.html.tables import (
     MOST_ROWS,
@@ -184,7 +183,7 @@ def _gates(subject: Subject) -> str:
         said = value if gate.passed else gate.said
         lines.append(
             f'<li class="{word}"><span class="{css}">{word}</span>'
-            f" <code>{escaped(f'{gate.option} {gate.limit:g}')}</code>: {escaped(said)}</li>"
+            f" <code>{escaped(gate.name)}</code>: {escaped(said)}</li>"
         )
     return section("Quality gates", f'<ul class="list">{"".join(lines)}</ul>')
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from ptq_cli.core.text import printable
 
@@ -31,14 +30,12 @@ class Column:
     kind: str = "number"
 
 
-def figure_number(value: Any) -> Cell:
-    """A measured number, three digits shown, sorted by all."""
-    return Cell("-") if value is None else Cell(three_digits(float(value)), float(value))
-
-
-def three_digits(value: float) -> str:
-    """0.0100 below 0.00993: columns of numbers line up."""
-    return f"{value:#.3g}".removesuffix(".") if value else "0"
+def figure_number(value: float | None) -> Cell:
+    """A measured number, sorted by all of its digits; three are shown, so that columns line up:
+    0.0100 below 0.00993."""
+    if value is None:
+        return Cell("-")
+    return Cell(f"{value:#.3g}".removesuffix(".") if value else "0", value)
 
 
 def table(
@@ -80,9 +77,8 @@ def _row(columns: Sequence[Column], row: Sequence[Cell | str], marked: bool) -> 
     return f"<tr{css}>{''.join(cells)}</tr>"
 
 
-def details(title: str, content: str, *, is_open: bool = False) -> str:
-    state = " open" if is_open else ""
-    return f"<details{state}><summary>{escaped(title)}</summary>{content}</details>"
+def details(title: str, content: str) -> str:
+    return f"<details><summary>{escaped(title)}</summary>{content}</details>"
 
 
 def section(title: str, content: str) -> str:
