@@ -11,15 +11,13 @@ import click
 from ptq_cli.calibration.source import Source
 from ptq_cli.cli import console
 from ptq_cli.cli.next_steps import Step, after, as_line
-from ptq_cli.cli.shared_options import GATE_OPTIONS, GATES_OF_PREDICTIONS
+from ptq_cli.cli.shared_options import gates_set
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.report.junit import as_junit
 from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import to_json, write_whole
-
-GATES = tuple(str(gate.name) for gate in (*GATE_OPTIONS, *GATES_OF_PREDICTIONS))
 
 
 def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
@@ -80,7 +78,7 @@ def finish(
     Raises:
         GateMissed: after everything was written.
     """
-    gates = gates_of(report, **{n: options[n] for n in GATES if options.get(n) is not None})
+    gates = gates_of(report, **gates_set(options))
     document = as_document(report, times=True) | ({"output": output} if written else {})
     if options["junit"] is not None:
         write_whole(options["junit"], as_junit(report, gates, output))
@@ -116,9 +114,9 @@ def _write_page(
     source: Source | None,
     gates: Sequence[Gate],
 ) -> None:
-    from ptq_cli.report.html.build import write_page
+    from ptq_cli.report.html.build import page
     from ptq_cli.report.html.subject import subject_of
 
     document = as_document(report, times=False)
     subject = subject_of(document, output.resolve().name, output, source, gates)
-    write_page(path, [subject])
+    write_whole(path, page([subject]))

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ptq_cli.cli.shared_options import gates_set
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import FLOAT_BITS
@@ -109,9 +110,8 @@ def _source(given: Mapping[str, Any]) -> list[object]:
 
 def _after_eval(report: RunReport, given: Mapping[str, Any]) -> Iterator[Step]:
     """The same evaluation with gates that it passes, if none were set."""
-    gates = ("max_rel_err", "min_gain", "max_fallbacks", "max_kl", "max_perplexity_increase")
     gain, worst = report.totals["gain_vs_rtn"], report.totals["worst_rel_err"]
-    if any(given.get(gate) is not None for gate in gates) or not gain or not worst:
+    if gates_set(given) or not gain or not worst:
         return
     sides = (path(given["original"]), path(given["quantized"]))
     words: list[object] = ["ptq", "eval", *sides, *_source(given)]

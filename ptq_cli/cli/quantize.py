@@ -9,7 +9,7 @@ import click
 
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
-from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish, finished_already
+from ptq_cli.cli.common import check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
@@ -25,6 +25,7 @@ from ptq_cli.cli.shared_options import (
     SOURCES,
     STRICT,
     TOKENS,
+    gates_set,
     path_argument,
 )
 from ptq_cli.commands.quantize import prepare
@@ -213,8 +214,7 @@ def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources
 
 
 def _refuse_gates(options: dict[str, Any], why: str) -> None:
-    gates = [name for name in GATES if options.get(name) is not None]
-    if gates:
+    if gates := [*gates_set(options)]:
         raise click.UsageError(f"--{gates[0].replace('_', '-')}: {why}")
 
 

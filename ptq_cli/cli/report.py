@@ -37,14 +37,15 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     ptq report w4/ w3/ w3-tokens/ -o compared.html
     """
     from ptq_cli.calibration.from_file import open_calibration
-    from ptq_cli.report.html.build import write_page
+    from ptq_cli.report.html.build import page
     from ptq_cli.report.html.subject import open_subjects
     from ptq_cli.report.html.svg import require_matplotlib
+    from ptq_cli.storage.files import write_whole
 
     if calibration is not None and len(runs) > 1:
         raise click.UsageError("--calibration goes with one run")
     check_path(output, (".html", ".htm"), "a page")
     require_matplotlib("the page")
     source = None if calibration is None else open_calibration(calibration)
-    write_page(output, open_subjects(runs, source))
+    write_whole(output, page(open_subjects(runs, source)))
     console.line(f"written: {output}")

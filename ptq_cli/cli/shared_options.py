@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -194,3 +196,9 @@ GATES_OF_PREDICTIONS = in_section(
         help="Fail where the mean KL divergence on --tokens is above X nats.",
     ),
 )
+GATES = tuple(str(gate.name) for gate in (*GATE_OPTIONS, *GATES_OF_PREDICTIONS))
+
+
+def gates_set(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The gates that were set among the parameters of a command, by name."""
+    return {name: given[name] for name in GATES if given.get(name) is not None}

@@ -70,8 +70,8 @@ class ActivationErrors:
 class RunReport:
     """The report of a run: rows, totals, what was left alone, warnings (report.py writes it).
 
-    quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
-    sites: what smoothing made of each site (smoothing.SiteOutcome)
+    quality: what `ptq eval --tokens` measured of the model's predictions (evaluation/perplexity.py)
+    sites: what smoothing made of each site (run/settle.SiteOutcome)
     earlier: whether an earlier run had made the output already, and this is its report
     """
 

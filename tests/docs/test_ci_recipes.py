@@ -128,7 +128,7 @@ def test_the_workflow_is_one():
 
 
 def test_the_document_names_every_gate_and_exit_code():
-    from ptq_cli.cli.common import GATES
+    from ptq_cli.cli.shared_options import GATES
 
     text = (ROOT / "docs" / "ci.md").read_text()
     for gate in GATES:

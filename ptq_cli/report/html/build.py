@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptq_cli.core.text import common_parents, number, size
@@ -35,7 +34,6 @@ from ptq_cli.report.html.tables import (
 from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, section, table
 from ptq_cli.report.report import row_error
 from ptq_cli.report.words import measured_on, times
-from ptq_cli.storage.files import write_whole
 
 
 def page(subjects: Sequence[Subject]) -> str:
@@ -59,11 +57,6 @@ def _document(title: str, body: str) -> str:
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
-
-
-def write_page(path: Path, subjects: Sequence[Subject]) -> None:
-    """Draw and write it, whole or not at all. Raises FileError."""
-    write_whole(path, page(subjects))
 
 
 def _charts(charts: Sequence[Chart]) -> str:

@@ -74,12 +74,10 @@ def open_subjects(paths: Sequence[Path], source: Source | None = None) -> tuple[
     Raises:
         InputError: no report; damaged weights.
     """
-    read = [read_report(path) for path in paths]
-    if len(paths) == 1:
-        document, folder = read[0]
-        return (subject_of(document, _labels(paths)[0], folder, source),)
-    labels = _labels(paths)
-    return tuple(Subject(label, found) for label, (found, _) in zip(labels, read, strict=True))
+    named = zip(_labels(paths), map(read_report, paths), strict=True)
+    if len(paths) > 1:
+        return tuple(Subject(label, document) for label, (document, _) in named)
+    return tuple(subject_of(document, label, folder, source) for label, (document, folder) in named)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
