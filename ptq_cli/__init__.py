@@ -43,3 +43,8 @@ def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
     return getattr(import_module(_HOME.get(name, "ptq_cli.commands.api")), name)
+
+
+def __dir__() -> "list[str]":
+    """The public names alone, whatever has been imported."""
+    return list(__all__)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
-AnyPath = str | Path
+AnyPath = str | PathLike[str]
+Paths = AnyPath | Iterable[AnyPath]
 HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)
 
 
@@ -58,6 +60,11 @@ class FoundSource:
     fingerprint: str | None = None
 
 
+def as_paths(paths: Paths) -> tuple[Path, ...]:
+    """Several paths, or one alone."""
+    return (Path(paths),) if isinstance(paths, str | PathLike) else tuple(map(Path, paths))
+
+
 def take_source(options: dict[str, Any]) -> SourceSettings:
     """Take the fields of `SourceSettings` and `TokenSettings` out of `options`; paths may be
     strings.
@@ -68,7 +75,7 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
     calibration = options.pop("calibration", None)
     settings = SourceSettings(
         None if calibration is None else Path(calibration),
-        tuple(Path(path) for path in options.pop("activations", None) or ()),
+        as_paths(options.pop("activations", None) or ()),
         bool(options.pop("bf16", False)),
         take_tokens(options),
         bool(options.pop("parallel_layers", False)),

@@ -1,21 +1,25 @@
 """The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
 
-Paths may be strings. Settings are the fields of `GridSettings` and of the method's settings.
+The quantizing ones take their settings by name: `inspect.signature` and `ptq_cli/__init__.pyi` have
+them from the settings' dataclasses (commands/signatures.py). Paths may be strings; where several
+are taken, one alone will do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.find import AnyPath, find_source, take_source
+from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source, take_tokens
 from ptq_cli.commands.calibrate import prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.quantize import prepare
+from ptq_cli.commands.signatures import RUN_OPTIONS, WHERE, with_signature
+from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import InputError
@@ -24,22 +28,78 @@ from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.command_settings import settings_classes
 from ptq_cli.plan.settings import settings_fields
+from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, take_resources
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
-_RUN = ("force", "restart", "listen", "max_shard_size")
+Tokens = AnyPath | TokenSettings | None
+
+
+@with_signature("gptq")
+def gptq(model: AnyPath, **options: Any) -> RunReport:
+    """Quantize with GPTQ.
+
+    >>> ptq_cli.gptq("model/", bits=4, group_size=128, tokens="tokens.npy")  # doctest: +SKIP
+    """
+    return _quantize("gptq", model, options)
+
+
+@with_signature("rtn")
+def rtn(model: AnyPath, **options: Any) -> RunReport:
+    """Round to nearest with a scale search."""
+    return _quantize("rtn", model, options)
+
+
+@with_signature("pack")
+def pack(model: AnyPath, **options: Any) -> RunReport:
+    """Round a float model to nearest and pack it, or repack a quantized folder without loss."""
+    return _quantize("pack", model, options)
+
+
+@with_signature("smoothquant")
+def smoothquant(model: AnyPath, **options: Any) -> RunReport:
+    """Smooth, and quantize weights and inputs; `bits` may be 16: the smoothed float weights."""
+    return _quantize("smoothquant", model, options)
+
+
+@with_signature("awq")
+def awq(model: AnyPath, **options: Any) -> RunReport:
+    """Scale weights by the mean size of their inputs, then round."""
+    return _quantize("awq", model, options)
+
+
+def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunReport:
+    """Plan and run. What is no option of the run or of its inputs must be a setting."""
+    how = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
+    how["resources"] = take_resources(options)
+    where = {name: options.pop(name) for name in WHERE if name in options}
+    source = take_source(options)
+    kinds = {field.name: kind for field, kind in settings_fields(*settings_classes(command))}
+    if unknown := sorted(options.keys() - kinds.keys()):
+        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(kinds)}")
+    for name, value in options.items():
+        if isinstance(value, str) and kinds[name] == tuple[str, ...]:
+            options[name] = (value,)
+    plan: Any = prepare_smoothing if command in SMOOTHERS else prepare
+    report: RunReport = plan(command, model, options, {}, source, **where).run(**how)
+    return report
 
 
 def calibrate(
     model: AnyPath,
-    activations: Iterable[AnyPath] = (),
+    activations: Paths = (),
     output: AnyPath | None = None,
     *,
-    tokens: TokenSettings | None = None,
-    merge: Iterable[AnyPath] = (),
-    gradients: Iterable[AnyPath] = (),
+    tokens: Tokens = None,
+    text: AnyPath | None = None,
+    seq_len: int | None = None,
+    nsamples: int | None = None,
+    seed: int | None = None,
+    mask: AnyPath | None = None,
+    merge: Paths = (),
+    gradients: Paths = (),
     bf16: bool = False,
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
@@ -62,11 +122,11 @@ def calibrate(
     """
     job = prepare_calibration(
         model,
-        activations,
+        as_paths(activations),
         output,
-        tokens=tokens,
-        merge=merge,
-        gradients=gradients,
+        tokens=_tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask),
+        merge=as_paths(merge),
+        gradients=as_paths(gradients),
         bf16=bf16,
         heldout=(heldout_every, heldout_limit),
         missing=missing,
@@ -76,64 +136,19 @@ def calibrate(
     return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)
 
 
-def quantize(model: AnyPath, command: str = "gptq", **options: Any) -> RunReport:
-    """Quantize a model; see `quantize_job.prepare` for the options. Everything else is a setting by
-    name.
-
-    >>> quantize("model.safetensors", bits=4, group_size=128, output="out")  # doctest: +SKIP
-    """
-    own = ("output", "fallback", "require_calibration", "runtime")
-    return _run(prepare, command, model, options, own, settings_classes(command))
-
-
-def _run(
-    prepare_job: Callable[..., Any],
-    command: str,
-    model: AnyPath,
-    options: dict[str, Any],
-    own: Iterable[str],
-    settings: Iterable[type[Any]],
-) -> RunReport:
-    """Plan and run. own: the options of `prepare_job` itself; what is left must be settings"""
-    run_options = _taken(options, _RUN)
-    run_options["resources"] = take_resources(options)
-    where = _taken(options, own)
-    source = take_source(options)
-    known = {field.name for field, _ in settings_fields(*settings)}
-    if unknown := sorted(set(options) - known):
-        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
-    report: RunReport = prepare_job(command, model, options, {}, source, **where).run(**run_options)
-    return report
-
-
-def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: options.pop(name) for name in names if name in options}
-
-
-def gptq(model: AnyPath, **options: Any) -> RunReport:
-    """Quantize with GPTQ; options as in `quantize`."""
-    return quantize(model, "gptq", **options)
-
-
-def rtn(model: AnyPath, **options: Any) -> RunReport:
-    """Round to nearest with a scale search; options as in `quantize`."""
-    return quantize(model, "rtn", **options)
-
-
-def pack(model: AnyPath, **options: Any) -> RunReport:
-    """Round a float model to nearest and pack it, or repack a quantized folder without loss;
-    options as in `quantize`."""
-    return quantize(model, "pack", **options)
-
-
 def evaluate(
     original: AnyPath,
     quantized: AnyPath,
     *,
     calibration: AnyPath | None = None,
-    activations: Iterable[AnyPath] = (),
+    activations: Paths = (),
     bf16: bool = False,
-    tokens: TokenSettings | None = None,
+    tokens: Tokens = None,
+    text: AnyPath | None = None,
+    seq_len: int | None = None,
+    nsamples: int | None = None,
+    seed: int | None = None,
+    mask: AnyPath | None = None,
     kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
@@ -151,9 +166,8 @@ def evaluate(
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     activation = evaluated_inputs(activation_scheme, activation_bits, percentile)
     source = take_source(named)
-    job = prepare_evaluation(
-        original, quantized, source, tokens, activation, per_block=kl_per_block
-    )
+    read = _tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask)
+    job = prepare_evaluation(original, quantized, source, read, activation, per_block=kl_per_block)
     return job.run(listen)
 
 
@@ -170,14 +184,14 @@ def inspect(
     path: AnyPath,
     *,
     calibration: AnyPath | None = None,
-    activations: Iterable[AnyPath] = (),
+    activations: Paths = (),
     bf16: bool = False,
 ) -> dict[str, Any]:
     """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what)."""
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
     if holds_quantized(Path(path)):
-        if calibration is not None or tuple(activations) or bf16:
+        if calibration is not None or as_paths(activations) or bf16:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
         return inspect_quantized(open_quantized(Path(path)))
     checkpoint = open_checkpoint(Path(path))
@@ -214,18 +228,8 @@ def load_linear(
     )
 
 
-def smoothquant(model: AnyPath, **options: Any) -> RunReport:
-    """Smooth, and quantize weights and inputs; options as in `quantize`, `bits` may be 16."""
-    return _smooth(model, "smoothquant", options)
-
-
-def awq(model: AnyPath, **options: Any) -> RunReport:
-    """Scale weights by their inputs' loudness, then round; options as in `quantize`."""
-    return _smooth(model, "awq", options)
-
-
-def _smooth(model: AnyPath, command: str, options: dict[str, Any]) -> RunReport:
-    from ptq_cli.commands.smooth import prepare_smoothing
-
-    own = ("output", "runtime")
-    return _run(prepare_smoothing, command, model, options, own, settings_classes(command))
+def _tokens(tokens: Tokens, **options: Any) -> TokenSettings:
+    """Which tokens a model is run on, from the options of a function."""
+    if isinstance(tokens, TokenSettings):
+        return tokens
+    return take_tokens({"tokens": tokens, **options})

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import FoundSource
+from ptq_cli.calibration.find import AnyPath, FoundSource
 from ptq_cli.commands.job import Job, fingerprints, with_warnings
 from ptq_cli.errors import InputError
 from ptq_cli.registry import format_named
@@ -20,7 +20,7 @@ def prepare_repack(
     path: Path,
     given: Mapping[str, Any],
     recipe: Mapping[str, Any],
-    output: str | Path | None,
+    output: AnyPath | None,
     runtime: str | None,
 ) -> Job:
     """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""

@@ -135,7 +135,8 @@ def prepare_smoothing(
     if output is None:
         output = default_output(checkpoint, command, told.grid)
         output = output.rsplit("-", 1)[0] if told.floats else output
-    identity = {"grid": dataclasses.asdict(told.grid)} if told.floats else {}
+    parts = (told.grid, told.rounding) if told.floats else ()
+    identity = {type(part).__name__: dataclasses.asdict(part) for part in parts}
     return Job(command, plan, checkpoint, found, Path(output), identity, partial(quantize, work))
 
 

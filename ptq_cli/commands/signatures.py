@@ -1,0 +1,80 @@
+"""Signatures of the quantizing functions, from the settings that their commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from inspect import Parameter, Signature
+from typing import Any, TypeVar
+
+from ptq_cli.calibration.find import AnyPath, Paths
+from ptq_cli.core.progress import Listener, nobody
+from ptq_cli.core.report import RunReport
+from ptq_cli.plan.command_settings import default_settings, settings_classes
+from ptq_cli.plan.settings import settings_fields
+from ptq_cli.registry import SMOOTHERS
+from ptq_cli.storage.folder import MAX_SHARD
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Options = dict[str, tuple[Any, Any]]  # name -> (type, default)
+
+WHERE: Options = {
+    "output": (AnyPath | None, None),
+    "runtime": (str | None, None),
+    "fallback": (str, "error"),
+    "require_calibration": (bool, False),
+}
+SOURCE: Options = {
+    "calibration": (AnyPath | None, None),
+    "activations": (Paths, ()),
+    "bf16": (bool, False),
+    "tokens": (AnyPath | None, None),
+    "text": (AnyPath | None, None),
+    "seq_len": (int | None, None),
+    "nsamples": (int | None, None),
+    "seed": (int | None, None),
+    "mask": (AnyPath | None, None),
+    "parallel_layers": (bool, False),
+}
+RUN_OPTIONS: Options = {
+    "force": (bool, False),
+    "restart": (bool, False),
+    "max_shard_size": (str | int, MAX_SHARD),
+    "listen": (Listener, nobody),
+}
+RESOURCES: Options = {
+    "workers": (int | None, None),
+    "max_memory": (str | int | None, None),
+    "scheduler": (str | None, None),
+}
+
+
+def signature_of(command: str) -> Signature:
+    """The signature of the function that a quantizing command is."""
+    where = dict(WHERE)
+    if command in SMOOTHERS:  # these always need calibration
+        del where["fallback"], where["require_calibration"]
+    source = {} if command == "pack" else SOURCE
+    options = {**dict(_settings(command)), **where, **source, **RUN_OPTIONS, **RESOURCES}
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
+    named = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    ]
+    return Signature([model, *named], return_annotation=RunReport)
+
+
+def _settings(command: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    own = default_settings(command)
+    for field, kind in settings_fields(*settings_classes(command)):
+        yield field.name, (kind, own.get(field.name, field.default))
+
+
+def with_signature(command: str) -> Callable[[F], F]:
+    """A decorator: the function has the command's settings by name."""
+
+    def decorate(function: F) -> F:
+        function.__signature__ = signature_of(command)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
