@@ -85,8 +85,8 @@ class GptqSettings:
     drift: float = field(
         default=0.75,
         metadata={
-            "help": "With --tokens: how much of the error that the rounded layers before it leave in"
-            " its inputs a layer corrects; 0: nothing.",
+            "help": "With --tokens: how much of the error that the rounded layers before it leave"
+            " in its inputs a layer corrects; 0: nothing.",
             "needs": ({"in_sequence": (True,)},),
             "min": 0.0,
             "max": 1.0,

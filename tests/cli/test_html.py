@@ -66,7 +66,7 @@ def test_smoothing_commands_write_one_too(sample, command):
     assert outcome.code == 0, outcome.err
     root = shown("page.html")
     assert "sites smoothed" in root.text
-    assert "Behind the smoothing factors" in root.text
+    assert "After the smoothing factors" in root.text
     assert ("Methods compared" in root.text) == (command == "awq")
 
 

@@ -1,4 +1,4 @@
-"""ptq inspect: tensors, sites, outlier channels, importance; of float models and quantized folders."""
+"""ptq inspect: tensors, sites, outlier channels, importance; of float and quantized models."""
 
 from __future__ import annotations
 
