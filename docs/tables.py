@@ -222,7 +222,7 @@ def _remarks(runtime: str) -> str:
     order = sorted(known, key=lambda fact: (FAILS, LIMIT, NOTE).index(fact.level))
     return "".join(
         f"- **{fact.level}** ({', '.join(f'`{name}`' for name in known[fact])}):"
-        f" {_escaped(fact.text)}\n"
+        f" {_escaped(str(fact))}\n"
         for fact in order
     )
 

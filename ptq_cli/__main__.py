@@ -1,4 +1,4 @@
-"""The console script: exit codes, signals, and errors in one line, imports included."""
+"""The console script: exit codes, signals, and errors without a traceback, imports included."""
 
 from __future__ import annotations
 

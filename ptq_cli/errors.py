@@ -9,14 +9,14 @@
     └── NumericalError     (4)  the arithmetic failed (a factorization, an overflow)
 
 Wrong usage (exit code 2) is click's. A message is one line: what is wrong, with names and numbers;
-`hint` says what to do next.
+`hint` says what to do next, and is a line of its own.
 """
 
 from __future__ import annotations
 
 
 class PtqError(Exception):
-    """Base of all errors that are explained to the user in one line."""
+    """Base of all errors that are explained to the user, not by a traceback."""
 
     exit_code = 1
 
@@ -26,7 +26,7 @@ class PtqError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}; {self.hint}" if self.hint else self.message
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders; the default pickling forgets keyword arguments.

@@ -33,6 +33,9 @@ WORDS = {
 }  # fmt: skip
 
 # The linears of `small_model`, with the activations they share.
+# The files of an output whose model is a bare file.
+OUTPUT = ["model.safetensors", "ptq_job.json", "quantization.json", "report.json"]
+
 LINEARS = {
     "layers.0.q_proj": (12, 32),
     "layers.0.k_proj": (6, 32),
@@ -58,7 +61,9 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("ptq: error: ")]
+        """Each error, and the line of its hint after a semicolon."""
+        said = re.findall(r"^ptq: error: .*(?:\nptq: hint: .*)?$", self.err, re.MULTILINE)
+        return [error.replace("\nptq: hint: ", "; ") for error in said]
 
     @property
     def warnings(self) -> list[str]:

@@ -1,4 +1,5 @@
-"""The walls of the house, read with `ast`: who may import whom, who may touch files.
+"""The walls of the house, read with `ast`: who may import whom, who may touch files, how long and
+how wide a function is. Each rule is one test that lists all who break it.
 
 ORDER is the documentation of the order of imports: a module imports from its own room and from the
 lines above its own, and no two modules of one room import each other in a circle.
@@ -7,9 +8,8 @@ lines above its own, and no two modules of one room import each other in a circl
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import ptq_cli
 
@@ -47,15 +47,18 @@ OPENING |= {"FileIO", "unlink", "rmtree", "rename", "mkdir", "rmdir", "safe_open
 OPENING |= {"serialize_file", "save_file", "load_file"}
 
 
-def modules():
-    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
-
-
 def dotted(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(
         ("ptq_cli", *(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts))
     )
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package, parsed, by its full name."""
+    paths = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+    return {dotted(path): ast.parse(path.read_text()) for path in paths}
 
 
 def room(name: str) -> str:
@@ -64,40 +67,36 @@ def room(name: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(here: str) -> set[str]:
     """Full names of what a module imports, wherever in it; names for the type checker are too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(modules()[here]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
+            assert node.level == 0, f"{here}: a relative import"
             module = node.module or ""
             found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
-def calls(path: Path) -> set[str]:
-    """Last names of everything that is called: `np.load(…)` is `load`."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Attribute):
-                found.add(node.func.attr)
-            elif isinstance(node.func, ast.Name):
-                found.add(node.func.id)
-    return found
+def called(here: str) -> list[ast.Call]:
+    return [node for node in ast.walk(modules()[here]) if isinstance(node, ast.Call)]
 
 
-EACH = pytest.mark.parametrize("path", modules(), ids=dotted)
+def last_name(function: ast.expr) -> str:
+    """`np.load` is `load`."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
-def package_imports(path: Path) -> set[str]:
+def package_imports(here: str) -> set[str]:
     """The modules of the package that a module imports, `ptq_cli.core.grid`."""
-    known = {dotted(other) for other in modules()}
     return {
-        name if name in known else name.rpartition(".")[0]
-        for name in imports(path)
+        name if name in modules() else name.rpartition(".")[0]
+        for name in imports(here)
         if name.split(".")[0] == "ptq_cli"
     } - {"ptq_cli", ""}
 
@@ -126,15 +125,15 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for name in sorted(graph) if (found := visit(name, []))), [])
 
 
-@EACH
-def test_imports_point_to_earlier_rooms(path):
-    here = dotted(path)
-    assert room(here) in PLACE, f"{here}: say in ORDER where it stands"
-    assert upward(here, package_imports(path)) == []
+def test_imports_point_to_earlier_rooms():
+    nowhere = [here for here in modules() if room(here) not in PLACE]
+    assert nowhere == [], "say in ORDER where they stand"
+    found = {here: upward(here, package_imports(here)) for here in modules()}
+    assert {here: names for here, names in found.items() if names} == {}
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert circle({dotted(path): package_imports(path) for path in modules()}) == []
+    assert circle({here: package_imports(here) for here in modules()}) == []
 
 
 def test_a_planted_upward_import_and_a_planted_circle_are_found():
@@ -161,34 +160,37 @@ def plugin_of(name: str) -> str:
 SHARED = ("formats.common",)  # what plug-ins of one room have in common
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if room(dotted(p)) in PLUGINS], ids=dotted)
-def test_plugins_know_neither_files_nor_terminals_nor_one_another(path):
-    here = dotted(path)
-    for name in imports(path):
-        assert name.split(".")[0] not in FORBIDDEN_TO_PLUGINS, f"{here} imports {name}"
-        if room(name) in PLUGINS and name.startswith("ptq_cli."):
-            own = plugin_of(name) == plugin_of(here)
-            beside = plugin_of(name) in SHARED and room(name) == room(here)
-            assert own or beside, f"{here} imports {name}"
-    assert calls(path).isdisjoint(OPENING - {"load"})
+def strangers(here: str, name: str) -> bool:
+    """Whether a plug-in imports what is another's."""
+    if room(name) not in PLUGINS or not name.startswith("ptq_cli."):
+        return False
+    beside = plugin_of(name) in SHARED and room(name) == room(here)
+    return plugin_of(name) != plugin_of(here) and not beside
 
 
-@EACH
-def test_only_storage_opens_files(path):
-    if room(dotted(path)) == "storage":
-        return
-    content = ast.parse(path.read_text())
-    found = {
-        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-        for node in ast.walk(content)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name | ast.Attribute)
-        and not _harmless(node.func)
-    }
-    found &= OPENING
-    if dotted(path) == "ptq_cli.__main__" or dotted(path) == "ptq_cli.cli.main":
-        found -= {"open", "FileIO"}  # the three standard streams, not files
-    assert found == set(), dotted(path)
+def test_plugins_know_neither_files_nor_terminals_nor_one_another():
+    found = []
+    for here in modules():
+        if room(here) in PLUGINS:
+            found += [
+                f"{here} imports {name}"
+                for name in sorted(imports(here))
+                if name.split(".")[0] in FORBIDDEN_TO_PLUGINS or strangers(here, name)
+            ]
+            names = {last_name(call.func) for call in called(here)}
+            found += [f"{here} calls {name}" for name in names & (OPENING - {"load"})]
+    assert found == []
+
+
+def test_only_storage_opens_files():
+    streams = {"ptq_cli.__main__", "ptq_cli.cli.main"}  # the three standard streams, not files
+    found = []
+    for here in modules():
+        if room(here) != "storage":
+            names = {last_name(call.func) for call in called(here) if not _harmless(call.func)}
+            opening = names & OPENING - ({"open", "FileIO"} if here in streams else set())
+            found += [f"{here} calls {name}" for name in sorted(opening)]
+    assert found == []
 
 
 def _harmless(function: ast.expr) -> bool:
@@ -203,42 +205,44 @@ def _harmless(function: ast.expr) -> bool:
     return function.attr in words and owner.split("(")[0] not in words[function.attr]
 
 
-@EACH
-def test_only_display_imports_rich_and_only_the_cli_click(path):
-    here = dotted(path)
-    for name in imports(path):
-        top = name.split(".")[0]
-        assert top != "rich" or here in ("ptq_cli.cli.console", "ptq_cli.cli.progress"), (
-            f"{here} imports {name}"
-        )
-        allowed = room(here) == "cli" or here == "ptq_cli.cli.options"
-        assert top != "click" or allowed, f"{here} imports {name}"
+def test_only_the_cli_imports_click_and_two_modules_of_it_rich():
+    terminal = ("ptq_cli.cli.console", "ptq_cli.cli.progress")
+    found = [
+        f"{here} imports {name}"
+        for here in modules()
+        for name in sorted(imports(here))
+        if (name.split(".")[0] == "rich" and here not in terminal)
+        or (name.split(".")[0] == "click" and room(here) != "cli")
+    ]
+    assert found == []
 
 
-@EACH
-def test_nothing_runs_what_it_reads(path):
-    """No pickle, eval, exec, shell; `.npy` files come through storage/npy.py alone."""
+def running(here: str) -> list[str]:
+    """What in a module could run what it reads."""
     dangerous = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "subprocess", "torch"}
-    if dotted(path) == "ptq_cli.run.workers":
+    if here == "ptq_cli.run.workers":
         dangerous -= {"subprocess"}  # it starts this package's own worker, without a shell
-    assert {name.split(".")[0] for name in imports(path)}.isdisjoint(dangerous)
-    content = ast.parse(path.read_text())
-    for node in ast.walk(content):
-        if isinstance(node, ast.Call):
-            words = ast.unparse(node.func)
-            assert words not in ("eval", "exec", "compile", "__import__"), words
-            assert words not in ("os.system", "os.popen", "np.load", "numpy.load"), words
-            assert not words.startswith(("os.exec", "os.spawn")), words
-            for keyword in node.keywords:
-                assert keyword.arg not in ("allow_pickle", "shell"), words
-        if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) not in ("np.load", "numpy.load")
+    found = sorted(name for name in imports(here) if name.split(".")[0] in dangerous)
+    calls = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+    for call in called(here):
+        words = ast.unparse(call.func)
+        if words in calls or words.startswith(("os.exec", "os.spawn")):
+            found.append(words)
+        found += [k.arg for k in call.keywords if k.arg in ("allow_pickle", "shell")]
+    attributes = (node for node in ast.walk(modules()[here]) if isinstance(node, ast.Attribute))
+    loading = {"np.load", "numpy.load"}
+    return found + [words for node in attributes if (words := ast.unparse(node)) in loading]
 
 
-@EACH
-def test_modules_say_what_they_are(path):
-    if path.read_text().strip():
-        assert ast.get_docstring(ast.parse(path.read_text())), dotted(path)
+def test_nothing_runs_what_it_reads():
+    """No pickle, eval, exec, shell; `.npy` files come through storage/npy.py alone."""
+    assert {here: found for here in modules() if (found := running(here))} == {}
+
+
+def test_modules_say_what_they_are():
+    assert [
+        here for here, tree in modules().items() if tree.body and not ast.get_docstring(tree)
+    ] == []
 
 
 def test_plugins_are_all_registered():
@@ -256,3 +260,61 @@ def test_plugins_are_all_registered():
         for name in table:
             record = registry.method(name) if folder == "methods" else registry.format_named(name)
             assert record.name == name
+
+
+# ---- how long, how wide ----
+
+MOST_LINES, MOST_PARAMETERS = 60, 8
+PUBLIC = ("ptq_cli.__init__", "ptq_cli.commands.api")  # every option is a parameter
+
+
+def functions(tree: ast.AST, inside: str) -> list[tuple[str, ast.FunctionDef]]:
+    """Every function and method with its full name, nested ones too."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        name = inside
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{inside}.{node.name}"
+            if not isinstance(node, ast.ClassDef):
+                found.append((name, node))
+        found += functions(node, name)
+    return found
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """From `def` to its last line."""
+    return function.end_lineno - function.lineno + 1
+
+
+def parameters_of(function: ast.FunctionDef) -> int:
+    """How many a caller may name; `self`, `*args` and `**options` are none."""
+    own = function.args
+    names = [argument.arg for argument in (*own.posonlyargs, *own.args, *own.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def test_a_long_and_a_wide_function_are_found():
+    source = "class A:\n def f(self, a, *b, c=1, **d):\n  def g(): pass\n  return g\n"
+    (method, f), (nested, g) = functions(ast.parse(source), "m")
+    assert (method, lines_of(f), parameters_of(f)) == ("m.A.f", 3, 2)
+    assert (nested, lines_of(g), parameters_of(g)) == ("m.A.f.g", 1, 0)
+
+
+def test_no_function_is_long():
+    found = {
+        name
+        for here, tree in modules().items()
+        for name, function in functions(tree, here)
+        if lines_of(function) > MOST_LINES and here not in PUBLIC
+    }
+    assert not found
+
+
+def test_no_function_has_many_parameters():
+    found = {
+        name
+        for here, tree in modules().items()
+        for name, function in functions(tree, here)
+        if parameters_of(function) > MOST_PARAMETERS and here not in PUBLIC
+    }
+    assert not found

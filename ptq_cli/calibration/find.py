@@ -34,6 +34,7 @@ class SourceSettings:
 
     calibration: a statistics file; activations: folders of `<module>.npy`, bf16: uint16 is bfloat16
     tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
+    required: none at all is an error
     """
 
     calibration: Path | None = None
@@ -41,6 +42,7 @@ class SourceSettings:
     bf16: bool = False
     tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
     parallel_layers: bool = False
+    required: bool = False
 
     @property
     def in_sequence(self) -> bool:
@@ -79,6 +81,7 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
         bool(options.pop("bf16", False)),
         take_tokens(options),
         bool(options.pop("parallel_layers", False)),
+        bool(options.pop("require_calibration", False)),
     )
     if settings.parallel_layers and not settings.tokens.given:
         raise InputError("--parallel-layers needs --tokens or --text")
@@ -131,6 +134,11 @@ def find_source(
     if path is not None:
         statistics = calibration_of(checkpoint, path)
         return FoundSource(statistics, (), statistics.checkpoint.fingerprint)
+    if not folders and settings.required:
+        raise InputError(
+            f"{checkpoint.path}: no calibration found",
+            hint="--tokens FILE, --calibration FILE or --activations DIR",
+        )
     if not folders:
         return FoundSource(None)
     match = match_activations(checkpoint, find_activations(folders, settings.bf16))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import FisherInfo
+from ptq_cli.core.names import first_and_others
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -64,26 +65,25 @@ def match_gradients(
         InputError: gradients that fit no weight; all such are listed.
     """
     sites: dict[str, GradientSite] = {}
-    wrong: list[str] = []
+    wrong: dict[str, str] = {}
     for module, files in found.items():
         stored = checkpoint.tensors.get(f"{module}.weight")
         if stored is None or not is_float(stored.spec):
-            wrong.append(f"{files[0].npy.path}: the model has no weight {module + '.weight'!r}")
+            wrong[module] = f"{files[0].npy.path}: the model has no weight {module + '.weight'!r}"
             continue
         shape = stored.spec.shape
         misfits = [file for file in files if not _fits(file.npy.shape, shape)]
-        wrong += [
-            f"{file.npy.path}: gradients {list(file.npy.shape)} are neither [n,"
-            f" {', '.join(map(str, shape))}] nor [n, {prod(shape)}]"
-            for file in misfits
-        ]
+        if misfits:
+            wrong[module] = (
+                f"{misfits[0].npy.path}: gradients {list(misfits[0].npy.shape)} are neither [n,"
+                f" {', '.join(map(str, shape))}] nor [n, {prod(shape)}]"
+            )
         n = sum(file.npy.shape[0] for file in files)
         if not misfits and n == 0:
-            wrong.append(f"{files[0].npy.path}: gradients of no samples")
+            wrong[module] = f"{files[0].npy.path}: gradients of no samples"
         sites[module] = GradientSite(FisherInfo(module, shape, n), files)
     if wrong:
-        more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
-        raise InputError("; ".join(wrong[:10]) + more)
+        raise InputError(first_and_others(wrong))
     return sites
 
 

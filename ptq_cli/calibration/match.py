@@ -8,6 +8,7 @@ from typing import Any
 
 from ptq_cli.calibration.from_activations import ActivationSite
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
+from ptq_cli.core.names import first_and_others, fold_names
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
@@ -42,7 +43,7 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
     }
     entries: dict[str, ActivationSite] = {}
     missing: list[str] = []
-    wrong: list[str] = []
+    wrong: dict[str, str] = {}
     sites = model_sites(checkpoint).sites
     turned = transposed_tensors(sites)
     widths = {
@@ -59,11 +60,10 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
             linears = (module, *(rest if module == named[0] else ()))
             files = found[module]
             info = SiteInfo(module, linears, files[0].in_features, sum(f.n_tokens for f in files))
-            wrong += _mistakes(info, files, weights, widths)
+            wrong |= _mistakes(info, files, weights, widths)
             entries[module] = ActivationSite(info, files)
     if wrong:
-        more = f" (and {len(wrong) - 10} more)" if len(wrong) > 10 else ""
-        raise InputError("; ".join(wrong[:10]) + more)
+        raise InputError(first_and_others(wrong))
     surplus = tuple(name for name in found if name not in weights)
     return Match(entries, tuple(missing), surplus)
 
@@ -73,31 +73,32 @@ def _mistakes(
     files: tuple[InputsFile, ...],
     weights: Mapping[str, Any],
     widths: Mapping[str, int],
-) -> list[str]:
+) -> dict[str, str]:
     if info.n_tokens == 0:
-        return [f"{files[0].npy.path}: shape {list(files[0].npy.shape)} holds no tokens"]
-    return [
-        f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}, but"
-        f" tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
+        shape = list(files[0].npy.shape)
+        return {info.site: f"{files[0].npy.path}: shape {shape} holds no tokens"}
+    found = f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}"
+    return {
+        linear: f"{found}, but tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
         f" {widths[linear]}"
         for linear in info.linears
         if widths[linear] != info.in_features
-    ]
+    }
 
 
 def match_warnings(match: Match) -> tuple[str, ...]:
     """A warning about activations that fit no linear."""
     if not match.surplus:
         return ()
-    names = ", ".join(match.surplus[:10])
+    names = fold_names(match.surplus)
     return (f"{len(match.surplus)} activations fit no linear of the model: {names}",)
 
 
 def missing_error(match: Match, where: str) -> InputError:
     """The error for linears without activations; what is surplus is listed with them."""
-    surplus = f"; left over: {', '.join(match.surplus[:10])}" if match.surplus else ""
+    surplus = f"; left over: {fold_names(match.surplus)}" if match.surplus else ""
     return InputError(
         f"{where}: no activations for {len(match.missing)} linears:"
-        f" {', '.join(match.missing[:10])}{surplus}",
+        f" {fold_names(match.missing)}{surplus}",
         hint="capture them too, or go on without them with --fallback rtn",
     )

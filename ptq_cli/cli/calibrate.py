@@ -10,8 +10,8 @@ import click
 
 from ptq_cli.calibration.find import take_tokens
 from ptq_cli.cli import console
-from ptq_cli.cli.common import emit_warnings, show_next
-from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.common import emit_warnings, finished_already, show_next
+from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.sections import Command, option
@@ -27,7 +27,12 @@ from ptq_cli.cli.shared_options import (
     TOKENS,
     path_argument,
 )
-from ptq_cli.commands.calibrate import CalibrateJob, default_target, prepare_calibration
+from ptq_cli.commands.calibrate import (
+    CalibrateJob,
+    CalibrationSettings,
+    default_target,
+    prepare_calibration,
+)
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
@@ -128,11 +133,13 @@ def calibrate(model: Path, **options: Any) -> None:
     how = {key: options[key] for key in ("force", "restart")}
     how["resources"] = take_resources(options)
     if options["dry_run"]:
-        emit_forecast(job.forecast(**how), options["as_json"], 0, (), strict)
+        emit_estimate(job.estimate(**how), options["as_json"], 0, (), strict)
         return
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:
         result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
+    if result.pop("earlier"):
+        finished_already(result["output"])
     if options["as_json"]:
         console.print_json(result)
         return
@@ -149,20 +156,19 @@ def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
     every, limit = options["heldout_every"], options["heldout_limit"]
-    return prepare_calibration(
-        model,
-        activations,
-        options["output"],
-        tokens=tokens,
-        merge=merge,
+    settings = CalibrationSettings(
+        activations=activations,
         gradients=gradients,
         bf16=options["bf16"],
+        tokens=tokens,
+        merge=merge,
         heldout=(
             HELDOUT_EVERY if every is None else every,
             HELDOUT_LIMIT if limit is None else limit,
         ),
         missing=options["fallback"] or "error",
     )
+    return prepare_calibration(model, settings, options["output"])
 
 
 def _refuse_unread(given: Mapping[str, Any]) -> None:

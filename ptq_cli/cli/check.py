@@ -13,8 +13,6 @@ from ptq_cli.commands import api
 from ptq_cli.errors import GateMissed
 from ptq_cli.formats.runtimes import FAILS, RUNTIMES, loads
 
-_SHOWN = 5
-
 
 @click.command("check")
 @click.argument("out", type=PATH)
@@ -41,14 +39,8 @@ def check(out: Path, runtime: str, as_json: bool) -> None:
         )
     else:
         for fact in found:
-            console.line(f"{fact.level}: {words(fact.text, fact.modules)}")
+            console.line(f"{fact.level}: {fact}")
         console.line(f"{out}: {runtime} {'loads' if loads(found) else 'does not load'} it ({name})")
     if not loads(found):
         first = next(fact for fact in found if fact.level == FAILS)
-        raise GateMissed(f"{out}: {runtime} does not load it: {words(first.text, first.modules)}")
-
-
-def words(text: str, modules: tuple[str, ...]) -> str:
-    """A fact with the first few modules that it is about."""
-    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
-    return f"{', '.join(modules[:_SHOWN])}{more}: {text}" if modules else text
+        raise GateMissed(f"{out}: {runtime} does not load it: {first.said}", hint=first.hint)

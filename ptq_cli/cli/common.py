@@ -34,6 +34,11 @@ def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
         console.warn(warning)
 
 
+def finished_already(output: object) -> None:
+    """Say that an earlier run of the same kind has made the output."""
+    console.say("note", f"{output}: finished already, from the same inputs and settings")
+
+
 def check_report_paths(options: Mapping[str, Any]) -> None:
     """Find out before the work whether the reports that were asked for could be written."""
     check_path(options["report_path"], (".csv", ".json"), "a report")

@@ -2,7 +2,7 @@
 
 Warnings and errors go to stderr; the table of results goes to stdout, or with `--json`
 one JSON document and nothing else. Names of tensors are data: they are escaped, and never read as
-markup. Errors are printed raw, one line, never wrapped.
+markup. Errors are printed raw, one line and one for the hint, never wrapped.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import click
 
 from ptq_cli.cli import console
 from ptq_cli.cli.shared_options import PATH
+from ptq_cli.core.names import fold_names
 from ptq_cli.errors import GateMissed
 from ptq_cli.report.compare import Change, Difference, difference
 from ptq_cli.storage.reports import read_report
@@ -88,9 +89,7 @@ def _show(found: Difference, top: int) -> None:
         console.line(f"not comparable: {words}")
     for title, modules in (("added", found.added), ("removed", found.removed)):
         if modules:
-            more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
-            names = ", ".join(modules[:_SHOWN])
-            console.line(f"{len(modules)} layers {title}: {names}{more}")
+            console.line(f"{len(modules)} layers {title}: {fold_names(modules)}")
     shown = found.layers if top <= 0 else found.layers[:top]
     if found.totals:
         _table("total", found.totals)

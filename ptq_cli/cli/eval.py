@@ -9,7 +9,7 @@ import click
 
 from ptq_cli.calibration.find import SourceSettings, take_tokens
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
-from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.sections import Command, option
 from ptq_cli.cli.shared_options import (
@@ -89,7 +89,7 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     check_report_paths(options)
     job = _job(original, quantized, options)
     if options["dry_run"]:
-        emit_forecast(job.forecast(), options["as_json"], options["top"], (), options["strict"])
+        emit_estimate(job.estimate(), options["as_json"], options["top"], (), options["strict"])
         return
     with Follow("eval", options["quiet"]) as listen:
         report = job.run(listen)

@@ -133,7 +133,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return _broken_pipe()
     except PtqError as error:
-        return _explain(str(error), error.exit_code, debug)
+        return _explain(error.message, error.exit_code, debug, hint=error.hint)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _explain(f"{where}{error.strerror or error}", 1, debug)
@@ -145,12 +145,15 @@ def run(arguments: list[str]) -> int:
         return _explain(text, 1, debug)
 
 
-def _explain(text: str, code: int, debug: bool) -> int:
+def _explain(text: str, code: int, debug: bool, *, hint: str | None = None) -> int:
     from ptq_cli.cli.console import say
 
     if debug:
         traceback.print_exc()
-    say("error", text)
+    notes = getattr(sys.exception(), "__notes__", ())  # of finished work that is kept
+    say("error", "; ".join([text, *notes]))
+    if hint is not None:
+        say("hint", hint)
     _quiet_streams()
     return code
 

@@ -9,8 +9,8 @@ import click
 
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
-from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish
-from ptq_cli.cli.dry_run import emit_forecast
+from ptq_cli.cli.common import GATES, check_report_paths, emit_warnings, finish, finished_already
+from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import setting_options
 from ptq_cli.cli.progress import Follow
 from ptq_cli.cli.sections import Command, option
@@ -184,12 +184,15 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
-        emit_forecast(job.forecast(**how), options["as_json"], options["top"], warnings)
+        emit_estimate(job.estimate(**how), options["as_json"], options["top"], warnings)
         return
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)
-    for warning in report.warnings[len(job.plan.warnings) :]:
-        console.warn(warning)
+    if report.earlier:
+        finished_already(job.output)
+    for warning in report.warnings:
+        if warning not in job.plan.warnings:
+            console.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
     source = job.source.statistics
     finish(report, options, str(job.output), written=True, layers=layers, source=source)
@@ -200,7 +203,7 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
     classes, path = settings_classes(name), options["config"]
     recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
     given = {field.name: options.get(field.name) for field, _ in settings_fields(*classes)}
-    words = ("output", "runtime", "fallback", "require_calibration")
+    words = ("output", "runtime", "fallback")
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")

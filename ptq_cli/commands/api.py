@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source, take_tokens
-from ptq_cli.commands.calibrate import prepare_calibration
+from ptq_cli.commands.calibrate import CalibrationSettings, prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.signatures import RUN_OPTIONS, WHERE, with_signature
@@ -118,19 +118,19 @@ def calibrate(
         stored too, and alone where there are no activations
 
     Returns:
-        `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`.
+        `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
+        `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
-    job = prepare_calibration(
-        model,
-        as_paths(activations),
-        output,
-        tokens=_tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask),
-        merge=as_paths(merge),
+    settings = CalibrationSettings(
+        activations=as_paths(activations),
         gradients=as_paths(gradients),
         bf16=bf16,
+        tokens=_tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask),
+        merge=as_paths(merge),
         heldout=(heldout_every, heldout_limit),
         missing=missing,
     )
+    job = prepare_calibration(model, settings, output)
     for warning in job.warnings:
         warn(warning)
     return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)

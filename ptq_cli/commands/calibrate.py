@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from ptq_cli.calibration.find import (
     gradients_fingerprint,
 )
 from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.from_file import Merged, beside
+from ptq_cli.calibration.from_file import Merged, beside, open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import match_gradients
 from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
-from ptq_cli.commands.forecast import Forecast
-from ptq_cli.commands.forecast_jobs import forecast_calibration
+from ptq_cli.commands.estimate import Estimate, estimate_calibration
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.target import Target
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
@@ -60,10 +63,10 @@ class CalibrateJob:
         keep = [*self.checkpoint.files, *self.source.files]
         return Target(self.output, job, force, restart, keep)
 
-    def forecast(self, *, force: bool, restart: bool, resources: Resources) -> Forecast:
+    def estimate(self, *, force: bool, restart: bool, resources: Resources) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
         target = self.target(force=force, restart=restart)
-        return forecast_calibration(
+        return estimate_calibration(
             self.checkpoint, self.source, self.heldout, target, resources, self.warnings
         )
 
@@ -77,44 +80,56 @@ class CalibrateJob:
         warn: Callable[[str], None],
     ) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        staging = self.target(force=force, restart=restart).begin()
-        job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
-        result = calibrate_sites(job, staging, listen, resources)
+        target = self.target(force=force, restart=restart)
+        earlier = target.finished()
+        if earlier:
+            sites = dict(open_calibration(self.output).content["sites"])
+            bare = [site for site in self.source.sites if site not in sites]
+            result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
+        else:
+            job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
+            with target.begin() as staging:
+                result = calibrate_sites(job, staging, listen, resources)
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
-            warnings.append(f"no token reaches {len(bare)} sites: {', '.join(bare[:10])}")
+            warnings.append(f"no token reaches {len(bare)} sites: {fold_names(bare)}")
             warn(warnings[-1])
-        return {"output": str(self.output), "warnings": warnings, **result}
+        return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
+
+
+NO_TOKENS = TokenSettings()
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What statistics are made from: statistics files, or tokens, or activations and gradients
+    (with nothing named, the activations beside the model).
+
+    activations, gradients: folders of `<module>.npy`, bf16: uint16 is bfloat16
+    heldout: every how many tokens one is held out, how many at most
+    missing: what linears without activations are: "error", or left out ("rtn")
+    """
+
+    activations: tuple[Path, ...] = ()
+    gradients: tuple[Path, ...] = ()
+    bf16: bool = False
+    tokens: TokenSettings = NO_TOKENS
+    merge: tuple[Path, ...] = ()
+    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
+    missing: str = "error"
 
 
 def prepare_calibration(
-    model: AnyPath,
-    activations: Iterable[AnyPath] = (),
-    output: AnyPath | None = None,
-    *,
-    tokens: TokenSettings | None,
-    merge: Iterable[AnyPath],
-    gradients: Iterable[AnyPath],
-    bf16: bool,
-    heldout: tuple[int, int],
-    missing: str,
+    model: AnyPath, settings: CalibrationSettings, output: AnyPath | None = None
 ) -> CalibrateJob:
-    """Plan a calibration; see `api.calibrate`. heldout: every how many tokens, how many at most"""
+    """Plan a calibration: every mistake that can be known is found here."""
     checkpoint = open_checkpoint(Path(model))
     target = default_target(checkpoint) if output is None else Path(output)
-    if merged := [Path(path) for path in merge]:
-        return prepare_merge(checkpoint, merged, target)
-    if tokens is not None and tokens.given:
-        return prepare_tokens(checkpoint, tokens, heldout, target)
-    return prepare_activations(
-        checkpoint,
-        [Path(path) for path in activations],
-        [Path(path) for path in gradients],
-        heldout,
-        target,
-        bf16=bf16,
-        missing=missing,
-    )
+    if settings.merge:
+        return prepare_merge(checkpoint, settings.merge, target)
+    if settings.tokens.given:
+        return prepare_tokens(checkpoint, settings.tokens, settings.heldout, target)
+    return prepare_activations(checkpoint, settings, target)
 
 
 def default_target(checkpoint: Checkpoint) -> Path:
@@ -136,44 +151,35 @@ def prepare_tokens(
     """What the float model computes on tokens."""
     tokens = read_tokens(settings, checkpoint)
     source = TokenSource(Forward(checkpoint, tokens, heldout))
-    prints = [source.fingerprint]
+    prints = [source.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
     return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
 
 
 def prepare_activations(
-    checkpoint: Checkpoint,
-    activations: Sequence[Path],
-    gradients: Sequence[Path],
-    heldout: tuple[int, int],
-    output: Path,
-    *,
-    bf16: bool,
-    missing: str,
+    checkpoint: Checkpoint, settings: CalibrationSettings, output: Path
 ) -> CalibrateJob:
-    """Activations, as named or beside the model, and gradients.
-
-    missing: what linears without activations are: "error", or left out
-    """
-    slopes = match_gradients(checkpoint, find_activations(gradients, bf16))
-    if gradients and not slopes:
-        raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
-    folders = list(activations)
+    """Activations, as named or beside the model, and gradients."""
+    slopes = match_gradients(checkpoint, find_activations(settings.gradients, settings.bf16))
+    if settings.gradients and not slopes:
+        raise InputError(f"{settings.gradients[0]}: no gradients <module>.npy in it")
+    folders = list(settings.activations)
     if not folders and (not slopes or beside(checkpoint)[1] is not None):
         folders = [_activations_beside(checkpoint)]
-    match = match_activations(checkpoint, find_activations(folders, bf16))
+    match = match_activations(checkpoint, find_activations(folders, settings.bf16))
     alone = bool(slopes) and not folders
     name = ", ".join(map(str, folders))
-    if ((match.missing and missing == "error") or not match.entries) and not alone:
+    if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
         raise missing_error(match, name)
-    source = Activations(name, match.entries, heldout, gradients=slopes)
+    source = Activations(name, match.entries, settings.heldout, gradients=slopes)
     infos = source.sites.values()
     few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
     warnings = [*match_warnings(match), *few]
     if match.missing:
         warnings.append(
-            f"no activations for {len(match.missing)} linears: {', '.join(match.missing[:10])}"
+            f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"
         )
     fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
+    heldout = settings.heldout
     return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
 
 

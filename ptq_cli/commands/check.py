@@ -43,8 +43,5 @@ def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) ->
         config |= {**more, **dict.fromkeys(fmt.config_keys, declared)}
     files = [] if checkpoint.root is None else listing(checkpoint.root)
     artifact = Artifact(plan.format, plan.layers, dense, config, files)
-    return tuple(
-        f"{runtime}: {', '.join(fact.modules[:5]) + ': ' if fact.modules else ''}{fact.text}"
-        for fact in facts(artifact, runtime)
-        if fact.level != NOTE
-    )
+    found = [fact for fact in facts(artifact, runtime) if fact.level != NOTE]
+    return tuple(f"{runtime}: {fact}" for fact in found)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
-from ptq_cli.commands.forecast import Forecast
-from ptq_cli.commands.forecast_jobs import forecast_evaluation
+from ptq_cli.commands.estimate import Estimate, estimate_evaluation
 from ptq_cli.core.progress import Listener
 from ptq_cli.core.report import RunReport
 from ptq_cli.evaluation.errors import Sides, open_sides
@@ -41,9 +40,9 @@ class EvalJob:
         warnings = (*report.warnings, *self.tokens.warnings)
         return dataclasses.replace(report, quality=quality, warnings=warnings)
 
-    def forecast(self) -> Forecast:
+    def estimate(self) -> Estimate:
         """What `run` would do. Raises InputError: a model without a forward."""
-        return forecast_evaluation(self.sides, self.tokens, self.per_block)
+        return estimate_evaluation(self.sides, self.tokens, self.per_block)
 
 
 def prepare_evaluation(

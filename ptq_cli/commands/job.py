@@ -10,16 +10,18 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.calibration.find import FoundSource
 from ptq_cli.commands.check import runtime_warnings
-from ptq_cli.commands.forecast import Forecast
-from ptq_cli.commands.forecast_jobs import forecast_plan
+from ptq_cli.commands.estimate import Estimate
 from ptq_cli.core.layer import Plan
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.registry import format_named
+from ptq_cli.report.earlier import report_of_earlier
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import MAX_SHARD
+from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.target import Target
@@ -28,7 +30,7 @@ from ptq_cli.storage.target import Target
 @dataclasses.dataclass(frozen=True)
 class Job:
     """identity: what makes two runs the same, besides the plan's settings and the inputs
-    start: does the work
+    start: does the work; look: what it would take
     """
 
     command: str
@@ -38,6 +40,7 @@ class Job:
     output: Path
     identity: Mapping[str, Any]
     start: Callable[[Staging, RunOptions], RunReport]
+    look: Callable[[Target, Resources], Estimate]
 
     def target(
         self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
@@ -53,11 +56,13 @@ class Job:
             **self.identity,
             **settings,
             **fingerprints(self.checkpoint, self.source),
+            "config": self.checkpoint.config,
         }
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source.statistics is not None:
             keep += self.source.statistics.files
-        return Target(self.output, job, force, restart, keep)
+        beside = companions(self.checkpoint, format_named(self.plan.format))
+        return Target(self.output, job, force, restart, keep, beside)
 
     def run(
         self,
@@ -68,25 +73,24 @@ class Job:
         max_shard_size: str | int = MAX_SHARD,
         listen: Listener = nobody,
     ) -> RunReport:
-        """Do the work, and give the output its name. Raises PtqError."""
+        """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
         options = RunOptions(resources, parse_size(str(max_shard_size)), listen)
-        staging = self.target(max_shard_size, force=force, restart=restart).begin()
-        return self.start(staging, options)
+        target = self.target(max_shard_size, force=force, restart=restart)
+        if earlier := report_of_earlier(target):
+            return earlier
+        with target.begin() as staging:
+            return self.start(staging, options)
 
-    def forecast(
+    def estimate(
         self,
         *,
         force: bool = False,
         restart: bool = False,
         resources: Resources = ALL_THERE_IS,
         max_shard_size: str | int = MAX_SHARD,
-    ) -> Forecast:
+    ) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
-        target = self.target(max_shard_size, force=force, restart=restart)
-        statistics = self.source.statistics
-        return forecast_plan(
-            self.command, self.plan, self.checkpoint, statistics, target, resources
-        )
+        return self.look(self.target(max_shard_size, force=force, restart=restart), resources)
 
     def memory_warnings(self, resources: Resources) -> list[str]:
         """Units that take more memory than there is. (No part of the report: that depends on
@@ -100,7 +104,7 @@ class Job:
         most = max(unit.memory for unit in big)
         return [
             f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
-            f" {limit / 1e9:.2f} GB allowed; each runs alone: {', '.join(u.name for u in big[:10])}"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {fold_names(u.name for u in big)}"
         ]
 
 

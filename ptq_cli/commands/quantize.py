@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.commands.repack import prepare_repack
-from ptq_cli.errors import InputError
 from ptq_cli.plan.command_settings import default_settings
 from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings
 from ptq_cli.plan.plan import make_plan
@@ -33,7 +33,6 @@ def prepare(
     *,
     output: AnyPath | None = None,
     fallback: str = "error",
-    require_calibration: bool = False,
     runtime: str | None = None,
 ) -> Job:
     """Plan a quantization: every mistake that can be known is found here.
@@ -53,11 +52,6 @@ def prepare(
     found = FoundSource(None)
     if not packs:
         found = find_source(checkpoint, source, correct=how.corrects_drift(own))
-    if require_calibration and found.statistics is None:
-        raise InputError(
-            f"{checkpoint.path}: no calibration found",
-            hint="--tokens FILE, --calibration FILE or --activations DIR",
-        )
     plan = make_plan(
         checkpoint,
         how,
@@ -81,4 +75,5 @@ def prepare(
     )
     target = Path(default_output(checkpoint, command, settings) if output is None else output)
     identity = {"fallback": fallback}
-    return Job(command, plan, checkpoint, found, target, identity, partial(quantize, work))
+    start, look = partial(quantize, work), partial(estimate_quantization, work)
+    return Job(command, plan, checkpoint, found, target, identity, start, look)

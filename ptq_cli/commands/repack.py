@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import AnyPath, FoundSource
+from ptq_cli.commands.estimate import estimate_repack
 from ptq_cli.commands.job import Job, fingerprints, with_warnings
 from ptq_cli.errors import InputError
 from ptq_cli.registry import format_named
@@ -41,5 +42,5 @@ def prepare_repack(
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
     start = partial(run_repack, repack, fingerprints(folder.checkpoint, FoundSource(None)))
-    identity = {"command": "repack"}
-    return Job("pack", plan, folder.checkpoint, FoundSource(None), target, identity, start)
+    look, identity = partial(estimate_repack, repack), {"command": "repack"}
+    return Job("pack", plan, folder.checkpoint, FoundSource(None), target, identity, start, look)

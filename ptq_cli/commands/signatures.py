@@ -22,7 +22,6 @@ WHERE: Options = {
     "output": (AnyPath | None, None),
     "runtime": (str | None, None),
     "fallback": (str, "error"),
-    "require_calibration": (bool, False),
 }
 SOURCE: Options = {
     "calibration": (AnyPath | None, None),
@@ -35,6 +34,7 @@ SOURCE: Options = {
     "seed": (int | None, None),
     "mask": (AnyPath | None, None),
     "parallel_layers": (bool, False),
+    "require_calibration": (bool, False),
 }
 RUN_OPTIONS: Options = {
     "force": (bool, False),
@@ -51,10 +51,9 @@ RESOURCES: Options = {
 
 def signature_of(command: str) -> Signature:
     """The signature of the function that a quantizing command is."""
-    where = dict(WHERE)
+    where, source = dict(WHERE), {} if command == "pack" else dict(SOURCE)
     if command in SMOOTHERS:  # these always need calibration
-        del where["fallback"], where["require_calibration"]
-    source = {} if command == "pack" else SOURCE
+        del where["fallback"], source["require_calibration"]
     options = {**dict(_settings(command)), **where, **source, **RUN_OPTIONS, **RESOURCES}
     model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
     named = [

@@ -9,11 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import BESIDE, HELDOUT, AnyPath, SourceSettings, find_source
+from ptq_cli.calibration.find import (
+    BESIDE,
+    HELDOUT,
+    AnyPath,
+    FoundSource,
+    SourceSettings,
+    find_source,
+)
 from ptq_cli.calibration.sites import model_sites
+from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method, Smoother
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
@@ -98,26 +107,11 @@ def prepare_smoothing(
         )
     if told.floats:  # nothing is rounded that could feed what comes after it
         source = dataclasses.replace(source, parallel_layers=True)
+    source = dataclasses.replace(source, required=True)
     found = find_source(checkpoint, source, correct=True)
-    if found.statistics is None:
-        raise InputError(
-            f"{checkpoint.path}: {command} needs calibration, and there is none",
-            hint="--tokens FILE, --calibration FILE or --activations DIR",
-        )
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, str(checkpoint.path))
-    if found.statistics.feedback:
-        place_groups(sites.sites, found.statistics.places)  # refuses what has no sequence
-    rounded = make_plan(
-        checkpoint,
-        told.rounder,
-        told.grid,
-        told.rounding,
-        format_named(told.grid.format),
-        found.statistics,
-        activation=told.activation,
-    )
-    _check_static(told.inputs, rounded)
+    rounded = _rounded(told, checkpoint, found, sites)
     read = (told.grid, told.rounding, told.own)
     in_sequence = source.in_sequence
     refuse_unused(command, given, recipe, read, calibration=True, in_sequence=in_sequence)
@@ -137,7 +131,8 @@ def prepare_smoothing(
         output = output.rsplit("-", 1)[0] if told.floats else output
     parts = (told.grid, told.rounding) if told.floats else ()
     identity = {type(part).__name__: dataclasses.asdict(part) for part in parts}
-    return Job(command, plan, checkpoint, found, Path(output), identity, partial(quantize, work))
+    start, look = partial(quantize, work), partial(estimate_quantization, work)
+    return Job(command, plan, checkpoint, found, Path(output), identity, start, look)
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
@@ -161,6 +156,24 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
     rounder = method(own.then)
     rounding = make_settings(rounder.settings, given, recipe)
     return _Settings(how, grid, own, rounder, rounding, floats)
+
+
+def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites: Sites) -> Plan:
+    """The plan of the rounding after the smoothing."""
+    statistics = found.statistics
+    if statistics is not None and statistics.feedback:
+        place_groups(sites.sites, statistics.places)  # refuses what has no sequence
+    plan = make_plan(
+        checkpoint,
+        told.rounder,
+        told.grid,
+        told.rounding,
+        format_named(told.grid.format),
+        statistics,
+        activation=told.activation,
+    )
+    _check_static(told.inputs, plan)
+    return plan
 
 
 def _own_settings(told: _Settings, plan: Plan) -> Plan:
@@ -212,7 +225,6 @@ def _check_static(inputs: ActivationSettings, plan: Plan) -> None:
     bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
     if inputs.scheme == "static" and bare:
         raise InputError(
-            f"no statistics to take static scales from for {len(bare)} layers:"
-            f" {', '.join(bare[:10])}",
+            f"no statistics to take static scales from for {len(bare)} layers: {fold_names(bare)}",
             hint="calibrate them, or --activation-scheme dynamic-token",
         )

@@ -47,6 +47,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """Why a format cannot hold a layer, and the option that would help, if one would."""
+
+    reason: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
 class Unit:
     """The least work that can be lost and redone alone: the linears of one site.
 

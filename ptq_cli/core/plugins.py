@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
+
+# Multiply-adds of a matrix product in whose time a value is read, computed and written alone.
+ELEMENTWISE = 8
 
 
 @dataclass(frozen=True)
@@ -23,28 +26,6 @@ class MethodResult:
     weight: QuantizedWeight
     damp_percent: float | None = None
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Work:
-    """Arithmetic, for an estimate of the time it takes.
-
-    products: multiply-adds in products of float32 matrices
-    passes: float32 values that one elementwise operation reads and writes
-    calls: operations, on arrays of whatever size
-    """
-
-    products: float = 0.0
-    passes: float = 0.0
-    calls: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products, self.passes + other.passes, self.calls + other.calls
-        )
-
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.products * factor, self.passes * factor, self.calls * factor)
 
 
 @dataclass(frozen=True)
@@ -61,8 +42,8 @@ class Method:
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
         itself, its Hessian and the result
-    work: roughly what `prepare` for a site of that many columns, and `apply` for a weight of that
-        shape, compute
+    effort: roughly the multiply-adds that rounding takes for each weight of a layer of so many
+        columns; an elementwise operation counts as `ELEMENTWISE`
     is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
         each group; it is then not called
     searches_ranges: whether it is itself rounding to nearest, in ranges that are searched: where
@@ -79,7 +60,7 @@ class Method:
     apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid], int]
-    work: Callable[[tuple[int, int], Grid, Any], tuple[Work, Work]]
+    effort: Callable[[int, Grid, Any], float]
     is_nearest: Callable[[Any], bool] = lambda settings: False
     searches_ranges: bool = False
     needs_fisher: Callable[[Any], bool] = lambda settings: False
@@ -127,7 +108,7 @@ class Smoother:
         None: not at all
     compares: whether, with these settings, methods are tried on every layer beside the one chosen
     floats: whether its factors are worth having without any rounding (`bits` 16)
-    work: roughly what `search` computes for a site: shapes of its weights, tokens in the sample
+    effort: as `Method.effort`, of `search`
     """
 
     name: str
@@ -136,7 +117,7 @@ class Smoother:
     defaults: Mapping[str, Any]
     method: str
     search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
-    work: Callable[[Sequence[tuple[int, int]], int, Grid, Any], Work]
+    effort: Callable[[int, Grid, Any], float]
     check: Callable[[Any, Collection[int]], None] = lambda settings, group_sizes: None
     inputs: Callable[[Any], Any] = lambda settings: None
     compares: Callable[[Any], bool] = lambda settings: False
@@ -169,7 +150,7 @@ class Format:
 
     name: str
     help: str
-    misfit: Callable[[Layer], str | None]
+    misfit: Callable[[Layer], Misfit | None]
     specs: Callable[[Layer], tuple[TensorSpec, ...]]
     encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
     decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]

@@ -72,6 +72,7 @@ class RunReport:
 
     quality: what `ptq eval --tokens` measured of the model's predictions (quality.py)
     sites: what smoothing made of each site (smoothing.SiteOutcome)
+    earlier: whether an earlier run had made the output already, and this is its report
     """
 
     command: str
@@ -82,3 +83,4 @@ class RunReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
     sites: tuple[Mapping[str, Any], ...] = ()
+    earlier: bool = False

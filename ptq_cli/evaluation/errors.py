@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.smoothed import smoothed_source
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Skipped
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
 from ptq_cli.core.statistics import SiteStatistics
@@ -26,6 +27,7 @@ from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
 from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
@@ -88,6 +90,12 @@ def open_sides(
     return Sides(
         original, source, quantized, folded_checkpoint(original, folds), behind, activations
     )
+
+
+def layer_memory(layer: Layer, n_tokens: int) -> int:
+    """Bytes that measuring one layer takes, with statistics of so many tokens (0: without)."""
+    inputs = 0 if n_tokens == 0 else 8 * layer.shape[1] + 12 * min(HELDOUT_LIMIT, n_tokens)
+    return 24 * layer.size + inputs * layer.shape[1]
 
 
 def evaluate(
@@ -263,7 +271,7 @@ def _warnings(
         ("of the original are missing", comparison.missing),
     ):
         if names:
-            warnings.append(f"{len(names)} unquantized tensors {what}: {', '.join(names[:10])}")
+            warnings.append(f"{len(names)} unquantized tensors {what}: {fold_names(names)}")
     if source is None:
         warnings.append("no calibration: errors are those of the weights, not of the outputs")
         return warnings
@@ -271,7 +279,7 @@ def _warnings(
     if bare:
         warnings.append(
             f"{len(bare)} layers have no statistics, their errors are those of the weights:"
-            f" {', '.join(bare[:10])}"
+            f" {fold_names(bare)}"
         )
     used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
     return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptq_cli.calibration.sites import model_sites
 from ptq_cli.calibration.source import Source
+from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason
@@ -105,7 +106,7 @@ def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         plan = make_plan(checkpoint, how, settings, how.settings(), format_named("ptq"), None)
     except InputError as error:
-        return entry | {"refused": str(error)}
+        return entry | {"refused": str(error).replace("\n", "; ")}
     sizes = {"bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}
     return entry | {"layers": len(plan.layers)} | sizes
 
@@ -119,7 +120,7 @@ def _tensors(checkpoint: Checkpoint, packed: Collection[str] = ()) -> list[dict[
             "bytes": stored.spec.nbytes,
             "left_alone": None if stored.spec.name in packed else default_reason(stored.spec),
         }
-        for stored in checkpoint.tensors.values()
+        for stored in (checkpoint.tensors[name] for name in by_number(checkpoint.tensors))
     ]
 
 

@@ -33,8 +33,8 @@ from ptq_cli.models.forward.stages import finish
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.output import check_free, free_space
 from ptq_cli.storage.scratch import Rows, temporary_folder, temporary_place
-from ptq_cli.storage.staging import check_free, free_space
 from ptq_cli.storage.tokens import Tokens
 
 Doubles = NDArray[np.float64]

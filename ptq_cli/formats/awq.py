@@ -12,7 +12,6 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
+from ptq_cli.core.patterns import foreign_match
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -38,17 +38,15 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     found = common.misfit(layer, "awq", _LIMITS)
     if found is not None:
         return found
     if layer.shape[0] % 8:
-        return (
-            f"awq packs 8 outputs into a word, and out_features {layer.shape[0]} is no multiple"
-            " of 8; --format compressed-tensors or --on-misfit keep"
-        )
+        reason = f"awq holds out_features in multiples of 8, not {layer.shape[0]}"
+        return Misfit(reason, "--format compressed-tensors")
     if _is_head(layer.module):
-        return f"awq loaders leave lm_head dense; --ignore {layer.module}"
+        return Misfit("awq loaders leave lm_head dense", f"--ignore {layer.module}")
     return None
 
 
@@ -129,13 +127,9 @@ def _left_dense(module: str, entries: Sequence[str]) -> str | None:
     """The entry of `modules_to_not_convert` that transformers finds to match: from the start up to
     a dot, as a regex or as a suffix."""
     for entry in entries:
-        if module.endswith(entry):
+        pattern = rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"
+        if module.endswith(entry) or foreign_match(pattern, module, "modules_to_not_convert"):
             return entry
-        try:
-            if re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module):
-                return entry
-        except re.error as error:
-            raise InputError(f"modules_to_not_convert: {entry!r} is no regex") from error
     return None
 
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
+from ptq_cli.core.names import natural
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -43,59 +44,53 @@ class Limits:
     activations: bool = False
 
 
-def misfit(layer: Layer, name: str, limits: Limits) -> str | None:
+def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     """Why layout `name` cannot hold the layer, and what would help; or None."""
     grid = layer.grid
     if len(layer.full_shape) != 2:
-        return f"{name} holds matrices, this tensor has {len(layer.full_shape)} dimensions"
+        return Misfit(f"{name} holds matrices, not tensors of {len(layer.full_shape)} dimensions")
     if layer.transposed:
-        return f"{name} holds [out, in] matrices, this one is stored [in, out]; --format ptq"
+        return Misfit(f"{name} holds weights stored [out, in], not [in, out]", "--format ptq")
     if not limits.embeddings and _EMBEDDING.search(layer.module):
-        return f"{name} holds linears, this is an embedding; --ignore {layer.module}"
+        return Misfit(f"{name} holds linears, not embeddings", f"--ignore {layer.module}")
     if grid.bits not in limits.bits:
-        return f"{name} holds {_listed(limits.bits)} bits, not {grid.bits}; {_bits_hint(limits)}"
+        reason = f"{name} holds {_listed(limits.bits)} bits, not {grid.bits}"
+        return Misfit(reason, _bits_hint(limits))
     if layer.activation is not None and not limits.activations:
-        return f"{name} holds weights only, not rounded inputs; --format compressed-tensors"
+        return Misfit(f"{name} does not round inputs", "--format compressed-tensors")
     if layer.reordered and not limits.reordered:
-        return f"{name} has no g_idx for --act-order desc; --act-order static or --format gptq"
+        hint = "--act-order static or --format gptq"
+        return Misfit(f"{name} has no g_idx for --act-order desc", hint)
     if grid.scale_dtype not in limits.scale_dtypes:
-        return (
-            f"{name} stores scales as {' or '.join(limits.scale_dtypes)}, not {grid.scale_dtype};"
-            f" --scale-dtype {limits.scale_dtypes[0]}"
-        )
+        held = " or ".join(limits.scale_dtypes)
+        reason = f"{name} stores scales as {held}, not {grid.scale_dtype}"
+        return Misfit(reason, f"--scale-dtype {limits.scale_dtypes[0]}")
     return _group_misfit(layer, name, limits)
 
 
-def _group_misfit(layer: Layer, name: str, limits: Limits) -> str | None:
+def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     size, columns = layer.grid.group_size, layer.shape[1]
-    if size == 0 and limits.whole_tensor:
-        return None
+    hint = _group_hint(columns, limits)
     if size == 0:
-        helps = "--group-size -1" if limits.whole_row else _group_hint(columns, limits)
-        return f"{name} has no scale for the whole tensor (group_size 0); {helps}"
+        if limits.whole_tensor:
+            return None
+        reason = f"{name} has no scale for the whole tensor (group_size 0)"
+        return Misfit(reason, "--group-size -1" if limits.whole_row else hint)
     if size < 0:
-        helps = _group_hint(columns, limits)
-        return None if limits.whole_row else f"{name} has no whole-row groups; {helps}"
+        return None if limits.whole_row else Misfit(f"{name} has no whole-row groups", hint)
     if limits.group_sizes is not None and size not in limits.group_sizes:
-        return (
-            f"{name} has groups of {_listed(limits.group_sizes)}, not {size};"
-            f" {_group_hint(columns, limits)}"
-        )
+        return Misfit(f"{name} has groups of {_listed(limits.group_sizes)}, not {size}", hint)
     if columns % size and not limits.short_group:
-        return (
-            f"group_size {size} does not divide in_features {columns}, and {name} needs it to;"
-            f" {_group_hint(columns, limits)}"
-        )
+        reason = f"group_size {size} does not divide in_features {columns}, as {name} needs"
+        return Misfit(reason, hint)
     return None
 
 
-def _group_hint(columns: int, limits: Limits) -> str:
+def _group_hint(columns: int, limits: Limits) -> str | None:
     for size in sorted(limits.group_sizes or (128, 64, 32), reverse=True):
         if columns % size == 0:
             return f"--group-size {size}"
-    if limits.whole_row:
-        return "--group-size -1"
-    return "no group size fits; --on-misfit keep leaves it dense"
+    return "--group-size -1" if limits.whole_row else None
 
 
 def _bits_hint(limits: Limits) -> str:
@@ -162,11 +157,6 @@ def modules_with(specs: Iterable[str], *suffixes: str) -> tuple[str, ...]:
     """Modules of which a tensor with one of these suffixes is there, in natural order."""
     found = {name[: -len(suffix)] for name in specs for suffix in suffixes if name.endswith(suffix)}
     return tuple(sorted(found, key=natural))
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key: "layers.10" after "layers.9"."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def tensor(specs: Mapping[str, TensorSpec], name: str, rank: int) -> TensorSpec:

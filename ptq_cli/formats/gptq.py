@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
+from ptq_cli.core.patterns import foreign_match
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -50,20 +51,18 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def _misfit(version: int, layer: Layer) -> str | None:
+def _misfit(version: int, layer: Layer) -> Misfit | None:
     name = _NAMES[version]
     found = common.misfit(layer, name, _LIMITS)
     if found is not None:
         return found
     if version == 1 and not layer.grid.sym:
-        return "gptq (v1) cannot hold a zero of 0; --format gptq_v2 or --sym"
+        return Misfit("gptq (v1) cannot hold a zero of 0", "--format gptq_v2 or --sym")
     for size, axis in zip(layer.shape, ("out_features", "in_features"), strict=True):
         if size * layer.grid.bits % 32:
             whole = 32 // np.gcd(32, layer.grid.bits)
-            return (
-                f"{name} at {layer.grid.bits} bits needs {axis} to be a multiple of {whole}, not"
-                f" {size}; --format compressed-tensors or --on-misfit keep"
-            )
+            reason = f"{name} at {layer.grid.bits} bits holds {axis} in multiples of {whole}"
+            return Misfit(f"{reason}, not {size}", "--format compressed-tensors")
     return None
 
 
@@ -261,10 +260,7 @@ def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
     for pattern in dynamic:
         sign, colon, regex = pattern.partition(":")
         regex = regex if colon and sign in ("+", "-") else pattern
-        try:
-            matches = re.match(regex, module) is not None
-        except re.error as error:
-            raise InputError(f"quantization_config: dynamic has no regex in {pattern!r}") from error
+        matches = foreign_match(regex, module, "quantization_config: dynamic")
         if matches and pattern.startswith("-:"):
             raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
         if matches:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -39,12 +39,13 @@ _LIMITS = common.Limits(
 )
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     grid = layer.grid
     if grid.bits == 8 and not grid.sym and grid.scale_dtype == "bfloat16":
-        return (
+        return Misfit(
             "mlx rounds −zero · scale to bfloat16, whose 8 digits are off by up to a whole step of"
-            " an asymmetric grid of 8 bits; --sym or --scale-dtype float16"
+            " an asymmetric grid of 8 bits",
+            "--sym or --scale-dtype float16",
         )
     return common.misfit(layer, "mlx", _LIMITS)
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -52,7 +52,7 @@ def attributes(layer: Layer) -> dict[str, int]:
     }
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     return common.misfit(layer, "onnx", _LIMITS)
 
 

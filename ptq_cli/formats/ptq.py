@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -44,7 +44,7 @@ _SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _GRID_KEYS = ("bits", "group_size", "sym", "narrow_range", "scale_dtype")
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     return None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import fold_names
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
@@ -22,11 +23,21 @@ _MLX_GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Fact:
-    """level: "fails" (does not load, or loads and computes noise), "limit" (a kernel's), "note"."""
+    """level: "fails" (does not load, or loads and computes noise), "limit" (a kernel's), "note".
+    hint: what helps."""
 
     level: str
     text: str
     modules: tuple[str, ...] = ()
+    hint: str | None = None
+
+    @property
+    def said(self) -> str:
+        """The text and the layers it is about."""
+        return f"{fold_names(self.modules)}: {self.text}" if self.modules else self.text
+
+    def __str__(self) -> str:
+        return f"{self.said}; {self.hint}" if self.hint else self.said
 
 
 @dataclass(frozen=True)
@@ -61,26 +72,32 @@ def loads(found: Iterable[Fact]) -> bool:
     return not any(fact.level == FAILS for fact in found)
 
 
-def _where(layers: Iterable[Layer], fails: Callable[[Layer], bool], level: str, text: str) -> Facts:
+def _where(
+    layers: Iterable[Layer],
+    fails: Callable[[Layer], bool],
+    level: str,
+    text: str,
+    hint: str | None = None,
+) -> Facts:
     """A fact about those layers that it is true for, if any."""
     modules = tuple(layer.module for layer in layers if fails(layer))
     if modules:
-        yield Fact(level, text, modules)
+        yield Fact(level, text, modules, hint)
 
 
 def _model(artifact: Artifact, runtime: str) -> Facts:
     if artifact.format == "gguf":
         return
     if not artifact.config.get("model_type"):
-        yield Fact(FAILS, "config.json with a model_type is missing: quantize the model's folder")
+        text = "config.json with a model_type is missing"
+        yield Fact(FAILS, text, hint="quantize the model's folder")
     if runtime == "mlx" and "tokenizer.json" not in artifact.files:
         yield Fact(FAILS, "mlx_lm.load wants a tokenizer in the folder, and there is none")
 
 
 def _no_loader(runtime: str, artifact: Artifact, formats: str) -> Facts:
-    yield Fact(
-        FAILS, f"{runtime} does not read format {artifact.format}; ptq pack --format {formats}"
-    )
+    text = f"{runtime} does not read format {artifact.format}"
+    yield Fact(FAILS, text, hint=f"ptq pack --format {formats}")
 
 
 def _head(layer: Layer) -> bool:
@@ -118,11 +135,12 @@ def _gptqmodel_kernels(artifact: Artifact) -> Facts:
         _outside_aten,
         NOTE if declared else LIMIT,
         "the default CPU kernel for 4 bits has groups of 32, 64, 128, 256 and out_features in"
-        f" multiples of 16, and raises at the first forward; {backend} computes them"
-        + (", as the config asks" if declared else ""),
-    )  # fmt: skip
+        " multiples of 16, and raises at the first forward",
+        f"{backend} computes them{', as the config asks' if declared else ''}",
+    )
     if any(layer.grid.bits == 4 for layer in layers) and not declared:
-        yield Fact(NOTE, f"the default CPU kernel computes 4 bits in bfloat16; {backend} exactly")
+        text = "the default CPU kernel computes 4 bits in bfloat16"
+        yield Fact(NOTE, text, hint=f"{backend} computes them exactly")
 
 
 def _transformers(artifact: Artifact) -> Facts:
@@ -144,9 +162,8 @@ def _transformers_gptq(artifact: Artifact) -> Facts:
     if mixed:
         text = "has another grid than most layers: transformers knows one, only GPTQModel.load more"
         yield Fact(FAILS, text, mixed)
-    yield from _where(
-        artifact.layers, _head, FAILS, "transformers never quantizes lm_head; use GPTQModel.load"
-    )
+    text = "transformers never quantizes lm_head"
+    yield from _where(artifact.layers, _head, FAILS, text, "use GPTQModel.load")
     left = _in_blocks(artifact.dense)
     if left and not artifact.declared.get("modules_in_block_to_quantize"):
         text = "is dense, but modules_in_block_to_quantize is missing: it would be noise"
@@ -184,9 +201,9 @@ def _transformers_compressed(artifact: Artifact) -> Facts:
     if _mixed(artifact.layers) or not artifact.declared.get("dequantize"):
         text = (
             "is asymmetric, which compressed-tensors 0.18 to 0.20 loads only with"
-            ' "dequantize": true and one scheme for all layers; --sym'
+            ' "dequantize": true and one scheme for all layers'
         )
-        yield Fact(FAILS, text, modules)
+        yield Fact(FAILS, text, modules, "--sym")
     else:
         text = "is asymmetric and therefore dequantized when loaded, to the model's dtype"
         yield Fact(LIMIT, text, modules)
@@ -227,7 +244,8 @@ def _vllm(artifact: Artifact) -> Facts:
         plain,
         lambda x: x.grid.bits not in (4, 8),
         FAILS,
-        "no kernel for weights of this width with rounded inputs; --bits 8",
+        "no kernel for weights of this width with rounded inputs",
+        "--bits 8",
     )
     yield from _where(
         plain,
@@ -266,16 +284,16 @@ def _mlx(artifact: Artifact) -> Facts:
             "mlx has groups of 32, 64 and 128 only",
         )
     elif artifact.format in ("gptq", "gptq_v2"):
-        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor; ptq pack --format mlx")
+        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     elif artifact.format != "mlx":
         yield from _no_loader("mlx", artifact, "mlx")
         return
     if common.rope_of_old(artifact.config):
-        yield Fact(
-            FAILS, "mlx-lm 0.32 does not read rope_parameters; ptq pack --format mlx mends that"
-        )
+        text = "mlx-lm 0.32 does not read rope_parameters"
+        yield Fact(FAILS, text, hint="ptq pack --format mlx")
     if common.model_dtype(artifact.config) != "F32":
-        yield Fact(NOTE, "on a CPU mlx accumulates in the model's dtype; set_dtype(float32) helps")
+        text = "on a CPU mlx accumulates in the model's dtype"
+        yield Fact(NOTE, text, hint="set_dtype(float32) helps")
 
 
 def _gptqmodel(artifact: Artifact) -> Facts:
@@ -289,7 +307,8 @@ def _gptqmodel(artifact: Artifact) -> Facts:
             [] if "quantizer" in meta else artifact.layers,
             lambda x: not x.grid.sym,
             FAILS,
-            "GPTQModel refuses sym: false in layout gptq; --format gptq_v2",
+            "GPTQModel refuses sym: false in layout gptq",
+            "--format gptq_v2",
         )
     left = _in_blocks(artifact.dense)
     if left and artifact.format != "awq" and not artifact.declared.get("dynamic"):

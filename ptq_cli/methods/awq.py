@@ -7,19 +7,19 @@ finds the factors, `METHOD` rounds what they have scaled.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.plugins import (
+    ELEMENTWISE,
     Method,
     MethodResult,
     Smoother,
     SmoothingCase,
     SmoothingChoice,
-    Work,
 )
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
@@ -113,22 +113,15 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return 4 * (4 * n * n + 5 * out_features * n)
 
 
-def _work(shape: tuple[int, int], grid: Grid, settings: AwqSettings) -> tuple[Work, Work]:
+def _effort(columns: int, grid: Grid, settings: AwqSettings) -> float:
     """The root of the Hessian; then half of `n_grid` ranges are tried on each group."""
-    out_features, n = shape
-    group = grid.width(n)
     tries = max(1, settings.n_grid // 2) if settings.clip else 0
-    each = Work(tries * group, 12 * tries + 10) * (out_features * n)
-    return Work(n**3 / 3 + (n * n * group if tries else 0), 10 * n * n), each
+    return columns / 2 + tries * grid.width(columns) + (12 * tries + 10) * ELEMENTWISE
 
 
-def _search_work(
-    shapes: Sequence[tuple[int, int]], n_sample: int, grid: Grid, settings: AwqSettings
-) -> Work:
-    """The root of the Hessian and its square; then `n_grid` ratios on whole rows."""
-    n = shapes[0][1]
-    each = Work(n, 14) * (settings.n_grid * sum(rows * n for rows, _ in shapes))
-    return Work(n**3 / 3 + n**3) + each
+def _search_effort(columns: int, grid: Grid, settings: AwqSettings) -> float:
+    """`n_grid` ratios on whole rows."""
+    return settings.n_grid * (columns + 14 * ELEMENTWISE)
 
 
 METHOD = Method(
@@ -139,7 +132,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
-    work=_work,
+    effort=_effort,
 )
 
 SMOOTHER = Smoother(
@@ -149,7 +142,7 @@ SMOOTHER = Smoother(
     defaults={},
     method="awq",
     search=_search,
-    work=_search_work,
+    effort=_search_effort,
     check=_check,
     compares=lambda settings: settings.compare,
 )

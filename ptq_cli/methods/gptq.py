@@ -7,12 +7,11 @@ The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
 
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import Method, MethodResult, Work
+from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
@@ -26,7 +25,7 @@ from ptq_cli.numerics.gptq import (
     solve,
 )
 from ptq_cli.numerics.ldl import NotPositiveDefinite
-from ptq_cli.numerics.rounding import SEARCH_PASSES, round_to_nearest
+from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
 # last bit of a float32.
@@ -183,19 +182,13 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return item * (n * n + 3 * n * rows + group) + 2 * out_features * n
 
 
-def _work(shape: tuple[int, int], grid: Grid, settings: GptqSettings) -> tuple[Work, Work]:
-    """The factorization, a third of n³; then for each weight of n columns in groups of g: n/2
-    multiply-adds bring it the errors of the columns before, each pass over its group takes 3g and
-    each sweep over the row n + 3g. Counted in the code, as are the elementwise operations."""
-    out_features, n = shape
-    group = grid.width(n)
+def _effort(columns: int, grid: Grid, settings: GptqSettings) -> float:
+    """The factorization and the errors of the columns before, about one square together; then each
+    pass over a group and each sweep over the row."""
     passes = settings.refine + settings.sweeps
-    products = n / 2 + 3 * group * passes + n * settings.sweeps
-    elementwise = 30 + (SEARCH_PASSES if settings.mse else 4) + 35 * passes
-    factor = 2 if n <= FLOAT64_COLUMNS else 1
-    each = Work(products, elementwise) * (factor * out_features * n)
-    calls = ceil(out_features / PANEL_ROWS) * n * (10 + 8 * passes)
-    return Work(n**3 / 3 + n * group * group, 20 * n * n) * factor, each + Work(calls=calls)
+    products = columns * (1 + settings.sweeps) + 3 * grid.width(columns) * passes
+    elementwise = 30 + 35 * passes + (9 * len(SEARCH_RATIOS) if settings.mse else 0)
+    return (products + elementwise * ELEMENTWISE) * (2 if columns <= FLOAT64_COLUMNS else 1)
 
 
 METHOD = Method(
@@ -206,7 +199,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
-    work=_work,
+    effort=_effort,
     needs_fisher=lambda settings: settings.weight == "fisher",
     reorders=lambda settings: settings.act_order == "desc",
     corrects_drift=lambda settings: settings.drift > 0,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import Method, MethodResult, Work
+from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
-from ptq_cli.numerics.rounding import PIECE_ELEMENTS, SEARCH_PASSES, round_to_nearest
+from ptq_cli.numerics.rounding import PIECE_ELEMENTS, SEARCH_RATIOS, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def _memory(shape: tuple[int, int], grid: Grid) -> int:
     return 24 * size if grid.group_size == 0 else size + 64 * PIECE_ELEMENTS
 
 
-def _work(shape: tuple[int, int], grid: Grid, settings: RtnSettings) -> tuple[Work, Work]:
-    return Work(), Work(0, shape[0] * shape[1] * (SEARCH_PASSES if settings.mse else 6))
+def _effort(columns: int, grid: Grid, settings: RtnSettings) -> float:
+    return ELEMENTWISE * (9 * len(SEARCH_RATIOS) if settings.mse else 6)
 
 
 METHOD = Method(
@@ -71,7 +71,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=False,
     memory=_memory,
-    work=_work,
+    effort=_effort,
     is_nearest=lambda settings: not settings.mse,
     searches_ranges=True,
     needs_fisher=lambda settings: settings.weight == "fisher",

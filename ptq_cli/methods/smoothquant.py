@@ -5,15 +5,15 @@ The mathematics and its floors stand in numerics/smoothing.py (Xiao et al., arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import Smoother, SmoothingCase, SmoothingChoice, Work
+from ptq_cli.core.plugins import ELEMENTWISE, Smoother, SmoothingCase, SmoothingChoice
 from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
 from ptq_cli.numerics.smoothquant import ALPHAS, search_alpha, smooth_factors, tied, weights_absmax
+from ptq_cli.numerics.statistics import SAMPLE_LIMIT
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,11 @@ def _inputs(settings: SmoothquantSettings) -> ActivationSettings | None:
     return ActivationSettings(settings.activation_bits, settings.activation_scheme, static_scale=0)
 
 
-def _work(
-    shapes: Sequence[tuple[int, int]], n_sample: int, grid: Grid, settings: SmoothquantSettings
-) -> Work:
+def _effort(columns: int, grid: Grid, settings: SmoothquantSettings) -> float:
     """Maxima; with `auto`, integer products of half the sample for every alpha and for none."""
-    size = sum(rows * columns for rows, columns in shapes)
     if isinstance(settings.alpha, float):
-        return Work(0, 2 * size)
-    return Work(n_sample / 2, 20) * (size * (len(ALPHAS) + 2))
+        return 2 * ELEMENTWISE
+    return (SAMPLE_LIMIT / 2 + 20 * ELEMENTWISE) * (len(ALPHAS) + 2)
 
 
 SMOOTHER = Smoother(
@@ -93,7 +90,7 @@ SMOOTHER = Smoother(
     defaults={"bits": 8, "group_size": -1, "narrow_range": True},
     method="rtn",
     search=_search,
-    work=_work,
+    effort=_effort,
     inputs=_inputs,
     floats=True,
 )

@@ -43,7 +43,6 @@ SCALE_LIMITS = {
 # Shrinkage of the range tried by the scale search: 1 down to 0.35: 2-bit grids want ratios below
 # one half, and as closed-form refits follow, finer steps than these gain nothing.
 SEARCH_RATIOS = tuple(float(ratio) for ratio in np.linspace(1.0, 0.35, 14))
-SEARCH_PASSES = 9 * len(SEARCH_RATIOS)  # elementwise operations on each weight, counted in the code
 
 
 class ScaleOverflow(InputError):

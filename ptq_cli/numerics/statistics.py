@@ -25,7 +25,6 @@ from math import ceil, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.plugins import Work
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
@@ -62,12 +61,6 @@ def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
 def merge_memory(in_features: int) -> int:
     """Bytes that `merge` takes at most beside what it is given, without a surplus held out."""
     return 4 * in_features * (in_features + 2 * BLOCK_COLUMNS + 4 * SAMPLE_LIMIT)
-
-
-def statistics_work(n_tokens: int, in_features: int) -> Work:
-    """Roughly what the accumulator of one site computes: half of `inputs.T @ inputs`, the sums, and
-    the histogram."""
-    return Work(in_features / 2, 18) * (n_tokens * in_features) + Work(calls=2000)
 
 
 class NonFiniteInput(InputError):

@@ -7,7 +7,8 @@ from math import prod
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Skipped
+from ptq_cli.core.layer import Layer, Misfit, Skipped
+from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
@@ -63,7 +64,7 @@ def check_fisher(layers: Iterable[Layer], source: Source | None) -> None:
     lost = [layer.module for layer in layers if layer.module not in found]
     if lost:
         raise InputError(
-            f"--weight fisher: no Fisher information of {len(lost)} layers: {', '.join(lost[:10])}",
+            f"--weight fisher: no Fisher information of {len(lost)} layers: {fold_names(lost)}",
             hint="ptq calibrate --gradients DIR",
         )
     for layer in layers:
@@ -82,23 +83,23 @@ def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     return common.model_dtype(config) if stated else spec.dtype
 
 
-def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, str]) -> set[str]:
+def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, Misfit]) -> set[str]:
     """Modules that do not fit, and those that share an input with one: runtimes fuse them."""
     together = [group for group in groups if not misfits.keys().isdisjoint(group)]
     return {module for group in together for module in group}
 
 
-def misfit_error(fmt: Format, misfits: Mapping[str, str], total: int) -> InputError:
-    """All layers that a format cannot hold, by reason."""
+def misfit_error(fmt: Format, misfits: Mapping[str, Misfit], total: int) -> InputError:
+    """All layers that a format cannot hold, by reason, with the options that would help."""
     reasons: dict[str, list[str]] = {}
-    for module, reason in misfits.items():
-        reasons.setdefault(reason, []).append(module)
-    said = "; ".join(f"{reason}: {', '.join(modules)}" for reason, modules in reasons.items())
-    if len(misfits) == total:
-        return InputError(f"format {fmt.name} can hold none of the {total} layers; {said}")
+    for module, misfit in misfits.items():
+        reasons.setdefault(misfit.reason, []).append(module)
+    options = list(dict.fromkeys(misfit.hint for misfit in misfits.values() if misfit.hint))[:2]
+    if len(misfits) < total:
+        options.append("--on-misfit keep, which leaves such layers dense")
     return InputError(
-        f"format {fmt.name} cannot hold {len(misfits)} of {total} layers; {said}",
-        hint="--on-misfit keep leaves such layers dense",
+        f"format {fmt.name} cannot hold {len(misfits)} of {total} layers; {fold_reasons(reasons)}",
+        hint=", or ".join(options) or "--format ptq, which holds every layer",
     )
 
 
@@ -111,7 +112,7 @@ def check_layers(
         InputError: layers that the format cannot hold, all of them listed, or two tensors that
             would become one module.
     """
-    misfits = {layer.module: reason for layer in layers if (reason := fmt.misfit(layer))}
+    misfits = {layer.module: misfit for layer in layers if (misfit := fmt.misfit(layer))}
     if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
         raise misfit_error(fmt, misfits, len(layers))
     modules = [layer.module for layer in layers]

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ptq_cli.core.layer import Skipped
+from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason
@@ -18,14 +19,15 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 def choose_tensors(
     checkpoint: Checkpoint, settings: GridSettings
 ) -> tuple[list[StoredTensor], list[Skipped]]:
-    """The tensors to quantize, in the order of the files, and those that are copied."""
+    """The tensors to quantize and those that are copied, layer 10 after layer 9."""
     ignore = _patterns("--ignore", settings.ignore, checkpoint)
     include = _patterns("--include", settings.include, checkpoint)
     rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
     pairs = zip(rules, settings.layers, strict=True)
     ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
     chosen, skipped = [], []
-    for tensor in checkpoint.tensors.values():
+    for name in by_number(checkpoint.tensors):
+        tensor = checkpoint.tensors[name]
         spec, reason = tensor.spec, default_reason(tensor.spec)
         possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
         if reason and possible and any(p.search(spec.name) for p in include):

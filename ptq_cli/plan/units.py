@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import group_modules
@@ -43,9 +44,9 @@ def plan_units(
         if source is not None and layer.module not in site_of and layer.tensor not in included
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:
-        surplus = f"; left over: {', '.join(source.surplus[:10])}" if source.surplus else ""
+        surplus = f"; left over: {fold_names(source.surplus)}" if source.surplus else ""
         raise InputError(
-            f"{source.name}: no statistics for {len(lost)} layers: {', '.join(lost[:10])}{surplus}",
+            f"{source.name}: no statistics for {len(lost)} layers: {fold_names(lost)}{surplus}",
             hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
         )
     units = []
@@ -130,7 +131,7 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
     if nearest:
         warnings.append(
             f"{len(nearest)} layers have no statistics and are rounded to nearest:"
-            f" {', '.join(nearest[:10])}"
+            f" {fold_names(nearest)}"
         )
     used = [source.sites[unit.site] for unit in units if unit.site is not None]
     few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in used])

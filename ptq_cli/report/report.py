@@ -16,7 +16,8 @@ from typing import Any
 
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
-from ptq_cli.core.report import LayerReport, RunReport
+from ptq_cli.core.names import fold_names
+from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
 TIMES = ("seconds",)
@@ -95,8 +96,10 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
     dead = [row for row in rows if row.dead_columns > 0.01 * prod(row.shape[1:])]
     if not dead:
         return []
-    shown = ", ".join(f"{r.module} {r.dead_columns} of {prod(r.shape[1:])}" for r in dead[:10])
-    return [f"{len(dead)} layers have inputs that are always zero: {shown}"]
+    most = max(dead, key=lambda row: row.dead_columns / prod(row.shape[1:]))
+    columns = f"{most.dead_columns} of {prod(most.shape[1:])}"
+    names = fold_names([row.module for row in dead])
+    return [f"{len(dead)} layers have inputs that are always zero, up to {columns}: {names}"]
 
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
@@ -165,8 +168,33 @@ def _cell(value: Any) -> Any:
 
 
 def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    values = _with_tuples(entry)
+    if found := entry.get("activations"):
+        errors = {k: OutputErrors(**v) for k, v in found.items() if k != "scheme"}
+        values["activations"] = ActivationErrors(found["scheme"], **errors)
     return LayerReport(**values)
+
+
+def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+
+
+def report_from_document(document: Mapping[str, Any]) -> RunReport:
+    """The report that `as_document` was given; where it has no times, they are 0.
+
+    document: one that follows report.schema.json
+    """
+    none = dict.fromkeys(TIMES, 0.0)
+    return RunReport(
+        command=document["command"],
+        rows=tuple(row_from_json({**none, **row}) for row in document["layers"]),
+        skipped=tuple(Skipped(**_with_tuples(entry)) for entry in document["left_alone"]),
+        totals={**none, **document["totals"]},
+        warnings=tuple(document["warnings"]),
+        settings=document["settings"],
+        quality=document.get("quality"),
+        sites=tuple(document.get("sites", ())),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import NoTokens, Streams
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
-from ptq_cli.errors import PtqError
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
 from ptq_cli.run.site_statistics import SiteJob, SiteTasks, keep
 from ptq_cli.run.workers import hire
@@ -70,21 +69,15 @@ def calibrate_sites(
     """
     begin, source = time.perf_counter(), job.source
     made = _Made(len(source.sites), listen)
-    try:
-        with threadpool_limits(1):
-            run = _in_sequence if source.in_sequence else _in_any_order
-            run(job, staging, made, resources)
-        fisher = _stage_fisher(source, staging)
-        filled = [site for site in source.sites if site in made.entries]
-        tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.tensors(unit)]
-        content = file_content(job.model, job.heldout, made.entries, source.fisher)
-        serialize(staging.out, tensors, own_metadata(content))
-        staging.publish()
-    except (PtqError, OSError) as error:
-        staging.give_up(error)
-        raise
-    finally:
-        staging.close()
+    with threadpool_limits(1):
+        run = _in_sequence if source.in_sequence else _in_any_order
+        run(job, staging, made, resources)
+    fisher = _stage_fisher(source, staging)
+    filled = [site for site in source.sites if site in made.entries]
+    tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.tensors(unit)]
+    content = file_content(job.model, job.heldout, made.entries, source.fisher)
+    serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
+    staging.publish()
     return {
         "sites": {site: made.entries[site] for site in filled},
         "without_tokens": made.bare,

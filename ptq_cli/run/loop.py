@@ -28,7 +28,6 @@ from ptq_cli.calibration.smoothed import smoothed_source
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
-from ptq_cli.errors import PtqError
 from ptq_cli.report.report import make_report
 from ptq_cli.run.background_copy import BackgroundCopy
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
@@ -41,7 +40,8 @@ from ptq_cli.run.unit_job import work_on
 from ptq_cli.run.work import Quantization, Smoothing, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
-from ptq_cli.storage.staging import STATISTICS, Staging
+from ptq_cli.storage.output import STATISTICS
+from ptq_cli.storage.staging import Staging
 
 WORTH_A_PROCESS = 1 << 22  # weights
 
@@ -50,29 +50,21 @@ def quantize(job: Quantization, staging: Staging, options: RunOptions) -> RunRep
     """Smooth, round, and give the output its name.
 
     Raises:
-        PtqError: what a unit met; the others were finished first, where they could be.
+        PtqError: what a unit met; those that are finished stay in `staging`.
     """
     begin = time.perf_counter()
     plan, resources = job.plan, options.resources
-    try:
-        with threadpool_limits(1):
-            staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
-            shards = lay_out(staging, plan, job.checkpoint, options.max_shard)
-            places = {} if shards is None else shards.places
-            store = replace(staging.store, places=places, placing=is_placing(plan, resources))
-            with BackgroundCopy(shards) as copy:
-                work = Work(
-                    job, staging, store, copy, options, job.checkpoint, job.source, job.plan
-                )
-                _work_through(work)
-            report = _report(work, time.perf_counter() - begin)
-            write_output(work, report, shards)
-            staging.publish()
-    except (PtqError, OSError) as error:
-        staging.give_up(error)
-        raise
-    finally:
-        staging.close()
+    with threadpool_limits(1):
+        staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
+        shards = lay_out(staging, plan, job.checkpoint, options.max_shard)
+        places = {} if shards is None else shards.places
+        store = replace(staging.store, places=places, placing=is_placing(plan, resources))
+        with BackgroundCopy(shards) as copy:
+            work = Work(job, staging, store, copy, options, job.checkpoint, job.source, job.plan)
+            _work_through(work)
+        report = _report(work, time.perf_counter() - begin)
+        write_output(work, report, shards)
+    staging.publish()
     seconds = time.perf_counter() - begin
     return replace(report, totals={**report.totals, "seconds": seconds})
 
@@ -135,8 +127,8 @@ def _calibrated(source: Source, work: Work, smoothing: Smoothing) -> Source:
     path = work.staging.folder / STATISTICS
     if not path.exists():
         job = Calibration(source, work.job.checkpoint.fingerprint, smoothing.heldout)
-        inner = Staging(path, {"command": "calibrate"})
-        calibrate_sites(job, inner, work.options.listen, work.options.resources)
+        with Staging(path, {"command": "calibrate"}) as inner:
+            calibrate_sites(job, inner, work.options.listen, work.options.resources)
     return open_calibration(path)
 
 

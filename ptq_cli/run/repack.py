@@ -1,23 +1,23 @@
 """Repacking: the codes of a quantized folder in another layout, without loss or not at all.
 
 Every layer is converted once before anything is written, to know that it fits, and again when it is
-staged. A layer fits where the target's tensors decode to the same codes, scales, zeros, groups and
-offsets. What does not fit is refused, every layer with its reason, or (`on_misfit` "keep") becomes
-a dense tensor in the model's dtype and is declared so.
+staged, unless an interrupted run has. A layer fits where the target's tensors decode to the same
+codes, scales, zeros, groups and offsets. What does not fit is refused, every layer with its reason,
+or (`on_misfit` "keep") becomes a dense tensor in the model's dtype and is declared so.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Plan, Skipped, Unit
+from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
@@ -29,12 +29,13 @@ from ptq_cli.models.linears import dense_modules, group_modules
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.layers import keep_together, misfit_error
-from ptq_cli.report.report import as_document, make_report
+from ptq_cli.report.report import as_document, make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.output import quantization_document
 from ptq_cli.run.quantize_unit import error_columns, layer_columns
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
+from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.folder import (
     Assembly,
     QuantizedFolder,
@@ -78,14 +79,14 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
     wanted, misfits = {}, {}
     for layer in folder.layers.values():
         target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
-        reason = fmt.misfit(target)
-        if reason is None:
+        misfit = fmt.misfit(target)
+        if misfit is None:
             try:
                 convert(folder.load(layer.module), target, fmt)
             except InputError as error:
-                reason = str(error)
-        if reason is not None:
-            misfits[layer.module] = reason
+                misfit = Misfit(error.message.removeprefix(f"{layer.module}: "), error.hint)
+        if misfit is not None:
+            misfits[layer.module] = misfit
         wanted[layer.module] = target
     if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
         raise misfit_error(fmt, misfits, len(wanted))
@@ -200,8 +201,8 @@ def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
         result: Array = scales.astype(dtype)
     if (result.astype(np.float64) != scales.astype(np.float64)).any():
         raise InputError(
-            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly;"
-            f" --scale-dtype {dtype} when the float model is quantized"
+            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly",
+            hint=f"--scale-dtype {dtype} when the float model is quantized",
         )
     return result
 
@@ -216,32 +217,41 @@ def run_repack(
     begin = time.perf_counter()
     rows: list[LayerReport] = []
     total, weights, work = len(job.plan.layers), sum(x.size for x in job.plan.layers), 0
-    try:
-        staging.check_space(job.plan.bytes_after, job.plan.bytes_after)
-        for module, layer in job.wanted.items():
-            weight = job.folder.load(module)
-            if module in job.kept:
-                staging.put(module, [_dense(layer, weight)], None)
-                continue
-            tensors = convert(weight, layer, job.fmt)
-            staging.put(module, [as_bytes(k, v) for k, v in tensors.items()], None)
-            rows.append(_row(layer, weight, job.fmt.decode(layer, tensors), job.fmt))
-            work += layer.size
-            options.listen(Progress("repack", len(rows), total, module, work, weights))
-        report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
-        chosen = {key: value for key, value in report.settings.items() if value is not None}
-        report = replace(report, settings=chosen)
-        assembly = _assembly(job, staging, report, inputs)
-        write_folder(
-            staging.out, assembly, job.folder.checkpoint, options.max_shard, listen=options.listen
-        )
-        staging.publish()
-    except BaseException:
-        staging.drop()
-        raise
-    finally:
-        staging.close()
+    staging.check_space(job.plan.bytes_after, job.plan.bytes_after)
+    for module, layer in job.wanted.items():
+        kept = _stage(job, layer, staging)
+        if module in job.kept:
+            continue
+        rows.append(row_from_json(staging.result(module)))
+        work += layer.size
+        options.listen(Progress("repack", len(rows), total, module, work, weights, kept=kept))
+    report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
+    chosen = {key: value for key, value in report.settings.items() if value is not None}
+    report = replace(report, settings=chosen)
+    assembly = _assembly(job, staging, report, inputs)
+    source = job.folder.checkpoint
+    write_folder(staging.out, assembly, source, options.max_shard, listen=options.listen)
+    staging.publish()
     return report
+
+
+def _stage(job: Repack, layer: Layer, staging: Staging) -> bool:
+    """Convert a layer and keep what comes of it, its tensors and its row; True where a run before
+    this one has."""
+    folder, module = job.folder, layer.module
+    names = [spec.name for spec in folder.fmt.specs(folder.layers[module])]
+    key = {"tensor": {name: digest_of(folder.checkpoint.read_bytes(name)) for name in names}}
+    if staging.store.exists(module) and staging.store.reusable(module, key):
+        return True
+    weight = folder.load(module)
+    if module in job.kept:
+        staging.store.put(module, key, [_dense(layer, weight)], None)
+        return False
+    tensors = convert(weight, layer, job.fmt)
+    row = _row(layer, weight, job.fmt.decode(layer, tensors), job.fmt)
+    packed = [as_bytes(name, values) for name, values in tensors.items()]
+    staging.store.put(module, key, packed, asdict(row))
+    return False
 
 
 def _dense(layer: Layer, weight: QuantizedWeight) -> Bytes:

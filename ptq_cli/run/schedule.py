@@ -18,6 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from ptq_cli.core.names import fold_names
 from ptq_cli.errors import FileError, PtqError
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
@@ -150,8 +151,7 @@ def _first(failed: Mapping[str, PtqError], order: Sequence[str]) -> PtqError:
     if names[0] not in error.message:
         error.message = f"{names[0]}: {error.message}"
     if len(names) > 1:
-        more = f" and {len(names) - 11} more" if len(names) > 11 else ""
-        error.message += f"; failed too: {', '.join(names[1:11])}{more}"
+        error.message += f"; {len(names) - 1} more failed: {fold_names(names[1:])}"
     return error
 
 

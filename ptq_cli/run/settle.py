@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +64,16 @@ class Settling:
     judged: bool = True
     compare: Mapping[str, Any] = field(default_factory=dict)
     stored: bool = False
+
+
+def site_memory(job: Settling, site: Site) -> int:
+    """Bytes that the work on one site takes: its weights as they were, folded and rounded, what
+    rounds them, and a few matrices of the size of its Hessian."""
+    how, tensors = method(job.rounding[0]), [linear.tensor for linear in site.linears]
+    layers = [job.layers[tensor] for tensor in tensors if tensor in job.layers]
+    most = max((how.memory(layer.shape, layer.grid) for layer in layers), default=0)
+    weights = sum(prod(job.checkpoint.tensors[tensor].spec.shape) for tensor in tensors)
+    return most + 12 * weights + 16 * site.in_features**2
 
 
 class SiteSource(Protocol):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ptq_cli.errors import InputError, missing_extra
+from ptq_cli.errors import InputError, PtqError, missing_extra
 
 ATTEMPTS = 2
 _BLAS_THREADS = (
@@ -47,7 +47,7 @@ _KEEP_MEMORY = {
 }
 
 
-class WorkerLost(InputError):
+class WorkerLost(PtqError):
     """A worker ended without an answer (killed, most likely for lack of memory)."""
 
 

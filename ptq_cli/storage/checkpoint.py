@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each
@@ -277,7 +278,7 @@ def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
     missing = [shard for shard in shards if shard not in present]
     if missing:
         raise InputError(
-            f"{index}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:10])}"
+            f"{index}: {len(missing)} of {len(shards)} shards missing: {fold_names(missing)}"
         )
     tensors: dict[str, StoredTensor] = {}
     homes: dict[str, str] = {}
@@ -300,7 +301,7 @@ def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
     lost = [name for name in weight_map if name not in tensors]
     if lost:
         raise InputError(
-            f"{index}: {len(lost)} tensors are not in their shards: {', '.join(lost[:10])}"
+            f"{index}: {len(lost)} tensors are not in their shards: {fold_names(lost)}"
         )
     return Checkpoint(path, root, index, tensors, metadata, tuple(warnings))
 

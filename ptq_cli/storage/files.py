@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ from ptq_cli.errors import FileError, InputError
 from ptq_cli.numerics.buffers import kept
 
 MAX_JSON = 10 << 20
-FULL = "free some space, or choose another place with -o, and run the same command again"
+FULL = "free some space, or choose another place with -o"
+_PIECE = 1 << 20  # bytes of a copy
 
 
 class named:
@@ -140,6 +141,20 @@ def write_file(path: Path, data: bytes | str) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def copy_file(path: Path, other: Path) -> None:
+    """Copy a file of whatever size, and wait until it is on the disk."""
+    with named(path), open(path, "rb") as file, named(other), open(other, "wb") as copy:
+        while piece := _read(file, path):
+            copy.write(piece)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _read(file: BinaryIO, path: Path) -> bytes:
+    with named(path):
+        return file.read(_PIECE)
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

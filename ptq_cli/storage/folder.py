@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import by_number
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
@@ -34,6 +35,7 @@ from ptq_cli.storage.checkpoint import (
     open_checkpoint,
 )
 from ptq_cli.storage.files import (
+    copy_file,
     link,
     listing,
     named,
@@ -45,13 +47,18 @@ from ptq_cli.storage.files import (
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
+from ptq_cli.storage.output import JOB
 from ptq_cli.storage.shards import Part, Shards, mapped
 from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
 
 GGUF_SUFFIX = ".gguf"
-_WEIGHTS = (SUFFIX, INDEX_SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".npy", ".h5", ".onnx")
+_WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
+    *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
+    *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
+)
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
+_MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
 _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
@@ -135,9 +142,10 @@ def write_folder(
         _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         write_file(out / name, to_json(document))
-    root = source.root or (source.folder if assembly.fmt.file_metadata and source.config else None)
-    if root is not None:
-        copy_companions(root, out)
+    taken = set(listing(out))
+    for path in companions(source, assembly.fmt):
+        if path.name not in taken:
+            copy_file(path, out / path.name)
     sync_folder(out)
 
 
@@ -190,17 +198,17 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     return documents
 
 
-def copy_companions(root: Path, out: Path) -> None:
-    """Copy what a model folder holds beside its weights: config, tokenizer, licence, code."""
-    taken = set(listing(out))
-    for name in listing(root):
-        path = root / name
-        weights = name.endswith(_WEIGHTS) or name in _DECLARED
-        if not path.is_file() or weights or name in taken or name.startswith("."):
-            continue
-        with named(path):
-            content = path.read_bytes()
-        write_file(out / name, content)
+def companions(source: Checkpoint, fmt: Format) -> list[Path]:
+    """What a model folder holds beside its weights, to be copied: config, tokenizer, licence, code.
+
+    A config.json that declares the quantization takes the place of the one here.
+    """
+    root = source.root or (source.folder if fmt.file_metadata and source.config else None)
+    if root is None:
+        return []
+    names = [name for name in listing(root) if name not in (*_DECLARED, *_MADE)]
+    paths = [root / name for name in names if not name.lower().endswith(_WEIGHTS)]
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 @dataclass(frozen=True)
@@ -254,7 +262,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
         opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
-        return QuantizedFolder(opened, fmt, {layer.module: layer for layer in found})
+        return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
     names, entries = _own_entry(checkpoint)
     config = declared_config(checkpoint)
@@ -266,7 +274,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
         except InputError as error:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
-            return QuantizedFolder(checkpoint, fmt, {layer.module: layer for layer in layers})
+            return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
         raise InputError(
             f"{path}: nothing in it is quantized, these are smoothed float weights",
@@ -276,6 +284,12 @@ def open_quantized(path: Path) -> QuantizedFolder:
     if mlx_weights(checkpoint):
         known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
     raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
+
+
+def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Layer 10 after layer 9, wherever they are stored."""
+    named = {layer.module: layer for layer in layers}
+    return {module: named[module] for module in by_number(named)}
 
 
 def holds_quantized(path: Path) -> bool:

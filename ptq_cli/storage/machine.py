@@ -1,11 +1,17 @@
-"""What this process may use of the machine: cores and memory, limits of containers included."""
+"""What this process may use of the machine: cores and memory, limits of containers included;
+and how fast it is."""
 
 from __future__ import annotations
 
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
 
@@ -85,3 +91,21 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise InputError(f"{text!r}: not a size", hint="write 4GB, 2GiB, 500MB")
     return size
+
+
+def multiply_adds(threads: int) -> float:
+    """That each of so many threads does in a second, measured for a fifth of one: products of
+    float32 matrices that fit a core's cache."""
+    side = 768
+    matrix = np.full((side, side), 0.5, np.float32)
+
+    def measured(_: int) -> float:
+        result = matrix @ matrix  # warms the caches
+        done, begin = 0, time.perf_counter()
+        while (spent := time.perf_counter() - begin) < 0.2:
+            np.matmul(matrix, matrix, out=result)
+            done += 1
+        return done * side**3 / spent
+
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(measured, range(threads))) / threads

@@ -7,8 +7,10 @@
     old/              an older output on its way out, where two names cannot be swapped
     published.json    which `out` was given its name: what is left after that is rubbish
 
-The folder is locked as long as a run works in it; the system drops the lock with the process. At
-every instant the output's path is absent, the old output, or the new one, complete.
+Its life: begin (lock the folder, look what lies there, go on or begin anew), put units, publish; or
+give up, after whatever error: half-written files go, finished units stay for the same command, and
+a folder without any goes too. The system drops the lock with the process. At every instant the
+output's path is absent, the old output, or the new one, complete.
 """
 
 from __future__ import annotations
@@ -18,37 +20,50 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from ptq_cli.errors import FileError, InputError, PtqError
+from ptq_cli.errors import FileError, InputError, NumericalError
 from ptq_cli.storage import interruption
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
-    read_json,
     sync_folder,
     to_json,
+    write_file,
     write_whole,
 )
-from ptq_cli.storage.tensors import Bytes
-from ptq_cli.storage.units import ChangedInput, UnitStore, plain
-
-_SLACK = 1 << 20
-STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
-_OWN = (
-    *("job.json", "units", "weights", "out", "old", "stream", "published.json"),
-    *(STATISTICS, f"{STATISTICS}.partial"),
+from ptq_cli.storage.output import (
+    JOB,
+    check_free,
+    check_output,
+    check_place,
+    exists_already,
+    finished_units,
+    free_space,
+    goes_on,
+    identity,
+    is_published,
+    kept_out,
+    still_needed,
+    work_folder,
 )
+from ptq_cli.storage.tensors import Bytes
+from ptq_cli.storage.units import ChangedInput, UnitStore
 
 
 class Staging:
-    """The locked work folder of one output.
+    """The locked work folder of one output; a context manager, whose end gives up the lock.
 
     output: the path that the run ends at; job: what makes two runs the same
+    keep: what is read, and may not be replaced; beside: bytes of the files that are copied along
     resumed: whether it holds an interrupted run's work
+
+    Raises:
+        InputError, FileError: another run works there, other settings, or no place for an output.
     """
 
     def __init__(
@@ -59,35 +74,51 @@ class Staging:
         force: bool = False,
         restart: bool = False,
         keep: Sequence[Path] = (),
+        beside: int = 0,
     ) -> None:
-        self.output, self.force = output, force
+        self.output, self.job, self.force, self.beside = output, job, force, beside
         self.folder = work_folder(output)
         self.store = UnitStore(self.folder / "units")
-        self._lock, self._fresh, self._kept_out = -1, False, False
+        self._lock, self._open, fresh = -1, True, False
         interruption.work_begins()
-        self._open = True
         try:
             check_place(output)
-            if os.path.lexists(self.folder):
-                self._sweep()
+            sweep(output)
+            if there := os.path.lexists(self.folder):
+                self._lock = _lock(self.folder)
                 self._put_back()
-            check_output(output, force, keep)
-            if self._lock < 0:
-                self._lock = self._locked_folder()
-            self.resumed = self._take_over(job, restart)
+            check_output(output, job, force, keep)
+            if not there:
+                self._lock = _lock(self.folder)
+            self.resumed = goes_on(self.folder, job, restart)
+            if not self.resumed:
+                fresh = True
+                self._begin_anew()
+            self._tidy()
             with named(self.folder):
                 self.store.folder.mkdir(exist_ok=True)
-            self.store.drop_partials()
-            _remove(self.out)
             self._drop_shared()
         except BaseException:
-            if self._fresh:
-                self.drop()
-            elif not self._kept_out:  # an empty folder is ours, unless its lock is another's
-                with contextlib.suppress(OSError):
+            if fresh:
+                self._drop()
+            elif self._lock >= 0:
+                with contextlib.suppress(OSError):  # an empty one was made by this run
                     self.folder.rmdir()
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and self._lock >= 0:
+            self._give_up(error)
+        self.close()
 
     @property
     def out(self) -> Path:
@@ -97,25 +128,34 @@ class Staging:
     def weights(self) -> Path:
         return self.folder / "weights"
 
-    def _locked_folder(self) -> int:
-        while True:
-            with named(self.folder):
-                self.folder.mkdir(exist_ok=True)
-                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_ino == self.folder.stat().st_ino:
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                self._kept_out = True
-                raise kept_out(self.folder) from None
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                os.close(descriptor)
-                raise FileError(f"{self.folder}: {error.strerror}") from error
-            os.close(descriptor)
+    @property
+    def _aside(self) -> Path:
+        return self.folder / "old"
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "published.json"
+
+    # ---- begin ----
+
+    def _put_back(self) -> None:
+        """Give an older output its name again that a killed run had put aside."""
+        if os.path.lexists(self._aside) and not os.path.lexists(self.output):
+            with named(self.output):
+                os.rename(self._aside, self.output)
+
+    def _begin_anew(self) -> None:
+        with named(self.folder):
+            entries = list(self.folder.iterdir())
+        for entry in entries:
+            _remove(entry)
+        write_whole(self.folder / "job.json", to_json(dict(self.job)))
+
+    def _tidy(self) -> None:
+        """Remove what is half written."""
+        for path in (self.out, self._marker):
+            _remove(path)
+        self.store.drop_partials()
 
     def _drop_shared(self) -> None:
         """Let go of weights files that have another name: a run that was killed after its output
@@ -126,34 +166,17 @@ class Staging:
                     if entry.stat().st_nlink > 1:
                         os.unlink(entry.path)
 
-    def _sweep(self) -> None:
-        """Remove what a run left that was killed after its output had got its name."""
-        self._lock = self._locked_folder()
-        marker = self.folder / "published.json"
-        if not marker.exists():
-            return
-        if is_published(self.folder, self.output):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
-        else:
-            with named(marker):
-                marker.unlink()
+    def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
+        """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
+        output and `scratch` bytes of a stream's files, less what is there already.
 
-    def _take_over(self, job: Mapping[str, Any], restart: bool) -> bool:
-        """Go on with what an interrupted run left, or begin. True where there was something."""
-        if goes_on(self.folder, job, restart):
-            return True
-        with named(self.folder):
-            entries = list(self.folder.iterdir())
-        self._fresh = True
-        for entry in entries:
-            _remove(entry)
-        write_whole(self.folder / "job.json", to_json(dict(job)))
-        return False
+        Raises:
+            FileError: too little space; finished units are left as they are.
+        """
+        needed = still_needed(self.folder, staged + final + self.beside, scratch)
+        check_free(self.output.parent, needed, free_space(self.folder))
 
-    def _path(self, unit: str, suffix: str) -> Path:
-        return self.store.path(unit, suffix)
+    # ---- units ----
 
     def put(self, unit: str, tensors: Sequence[Bytes], result: Any) -> None:
         """Keep a finished unit that is known by the job alone."""
@@ -168,37 +191,33 @@ class Staging:
     def tensors(self, unit: str) -> list[Bytes]:
         return self.store.tensors(unit)
 
-    def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
-        """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
-        output and `scratch` bytes of a stream's files, less what is there already.
-
-        Raises:
-            FileError: too little space; what was there is left as it is.
-        """
-        needed = still_needed(self.folder, staged + final, scratch)
-        check_free(self.output.parent, needed, free_space(self.folder))
-
     def stored(self, unit: str) -> list[StoredTensor]:
         """The same tensors, each as a place in a file."""
-        path, start, places = self._path(unit, ".bin"), 0, []
+        path, start, places = self.store.path(unit, ".bin"), 0, []
         for tensor in self.tensors(unit):
             places.append(StoredTensor(tensor.spec, path, start))
             start += tensor.spec.nbytes
         return places
 
+    # ---- publish ----
+
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
+        if self.out.is_dir():
+            write_file(self.out / JOB, to_json(dict(self.job)))
         sync_folder(self.out if self.out.is_dir() else self.folder)
-        write_whole(self.folder / "published.json", to_json(_identity(self.out)))
+        write_whole(self._marker, to_json(identity(self.out)))
         if os.path.lexists(self.output):
             if not self.force:
-                raise _exists(self.output)
+                raise exists_already(self.output, self.job)
             self._exchange()
         else:
             with named(self.output):
                 os.rename(self.out, self.output)
-        sync_folder(self.output.parent)
-        self.drop()
+        try:
+            sync_folder(self.output.parent)
+        finally:
+            self._drop()
 
     def _exchange(self) -> None:
         """Take the older output's place: in one step where the file system can do that (NFS and
@@ -221,32 +240,29 @@ class Staging:
                 os.rename(self._aside, self.output)
                 raise
 
-    @property
-    def _aside(self) -> Path:
-        return self.folder / "old"
+    # ---- give up ----
 
-    def _put_back(self) -> None:
-        """Give an older output its name again that a killed run had put aside."""
-        if os.path.lexists(self._aside) and not os.path.lexists(self.output):
-            with named(self.output):
-                os.rename(self._aside, self.output)
+    def _give_up(self, error: BaseException) -> None:
+        """After whatever error: half-written files go, finished units stay, and the error says so.
+        An older output that is still aside stays there for the next run to put back."""
+        with contextlib.suppress(FileError):
+            self._tidy()
+        with contextlib.suppress(FileError):
+            self._put_back()
+        count = finished_units(self.folder)
+        if count == 0 and not os.path.lexists(self._aside):
+            self._drop()
+        elif count and not isinstance(error, ChangedInput) and not hasattr(error, "__notes__"):
+            error.add_note(_kept(error, count, self.folder))
 
-    def give_up(self, error: Exception) -> None:
-        """After an error nothing is left, unless that would throw away an earlier run's work."""
-        if not isinstance(error, ChangedInput):
-            self.drop()
-
-    def drop(self) -> None:
+    def _drop(self) -> None:
         """Remove the work folder and give up the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Give up the lock; finished units stay for the next run, half a file does not."""
+        """Give up the lock; what lies in the work folder stays."""
         if self._lock >= 0:
-            if self.folder.is_dir():
-                shutil.rmtree(self.out, ignore_errors=True)
-                self.store.drop_partials()
             os.close(self._lock)
             self._lock = -1
         if self._open:
@@ -254,147 +270,74 @@ class Staging:
             interruption.work_ends()
 
 
-def _identity(path: Path) -> list[int]:
-    with named(path):
-        status = path.stat()
-    return [status.st_dev, status.st_ino]
+def sweep(output: Path) -> None:
+    """Remove the work folder of a run that was killed after its output had got its name.
+
+    Raises:
+        InputError: another run works there.
+    """
+    folder = work_folder(output)
+    if is_published(folder, output):
+        with _locked(folder):
+            if is_published(folder, output):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(output: Path, job: Mapping[str, Any]) -> None:
+    """Remove what is left of the work of a run whose output is finished.
+
+    Raises:
+        InputError: another run works there, or what lies there is another's.
+    """
+    folder = work_folder(output)
+    if os.path.lexists(folder):
+        with _locked(folder):
+            if not is_published(folder, output):
+                goes_on(folder, job, restart=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
+    while True:
+        with named(folder):
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise kept_out(folder) from None
+        except FileNotFoundError:  # whoever held it has removed it
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            raise FileError(f"{folder}: {error.strerror}") from error
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        with named(path):
+    with named(path):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    else:
-        with named(path):
+        else:
             path.unlink(missing_ok=True)
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def _exists(output: Path) -> InputError:
-    return InputError(
-        f"{output}: exists already", hint="--force replaces it, -o chooses another output"
-    )
-
-
-def work_folder(output: Path) -> Path:
-    """Where a run into `output` works. Raises InputError."""
-    if output.name in ("", ".."):
-        raise InputError(f"{output}: not a name for an output", hint="choose another with -o")
-    return output.with_name(output.name + ".partial")
-
-
-def kept_out(folder: Path) -> InputError:
-    """The error of a run that finds another's lock."""
-    return InputError(
-        f"{folder}: another run is working on this output",
-        hint="wait for it, or choose another output with -o",
-    )
-
-
-def is_published(folder: Path, output: Path) -> bool:
-    """Whether the work folder is what a run left that was killed after its output had its name."""
-    try:
-        identity = read_json(folder / "published.json")
-    except PtqError:
-        return False
-    return output.exists() and identity == _identity(output)
-
-
-def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
-    """Whether a run would go on with what lies in its work folder.
-
-    Raises:
-        InputError: an interrupted run with other settings; files that are no run's.
-    """
-    path = folder / "job.json"
-    if path.exists() and not restart:
-        earlier, now = read_json(path), plain(dict(job))
-        if not isinstance(earlier, dict):
-            raise InputError(f"{path}: damaged", hint="--restart begins anew")
-        keys = sorted({*earlier, *now})
-        differing = [key for key in keys if earlier.get(key) != now.get(key)]
-        if differing:
-            raise InputError(
-                f"{folder}: an interrupted run with other {', '.join(differing)}",
-                hint="--restart drops its work, -o chooses another output",
-            )
-        return True
-    with named(folder):
-        names = [entry.name for entry in folder.iterdir()]
-    for name in names:
-        if name not in _OWN and not name.startswith("."):
-            raise InputError(
-                f"{folder / name}: not a run's; {folder} is where this run would work",
-                hint="move it away, or choose another output with -o",
-            )
-    return False
-
-
-def still_needed(folder: Path | None, output: int, scratch: int) -> int:
-    """Bytes that a run in a work folder (None: a new one) writes still, of those of its units and
-    output, and of those of a stream's files."""
-    if folder is None:
-        return output + scratch + _SLACK
-    with named(folder):
-        there = sum(entry.st_size for entry in _files(folder / "units"))
-        there += sum(512 * entry.st_blocks for entry in _files(folder / "weights"))  # with holes
-        streamed = sum(entry.st_size for entry in _files(folder / "stream"))
-    return max(0, output - there) + max(0, scratch - streamed) + _SLACK
-
-
-def _files(folder: Path) -> list[os.stat_result]:
-    """All files under a folder; none where it isn't there."""
-    return [path.stat() for path in folder.rglob("*") if path.is_file()]
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk of a folder."""
-    with named(folder):
-        status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
-def check_free(folder: Path, needed: int, free: int) -> None:
-    """Raises FileError where less is free than needed."""
-    if free < needed:
-        raise FileError(
-            f"{folder}: {_megabytes(needed)} are needed, {_megabytes(free)} free",
-            hint="free some space, or choose another place with -o (scratch files: with TMPDIR)",
-        )
-
-
-def check_place(output: Path) -> None:
-    """Refuse an output where nothing can be written."""
-    parent = output.parent
-    if not parent.is_dir():
-        raise FileError(f"{parent}: no such folder", hint="make it first")
-    if not os.access(parent, os.W_OK):
-        raise FileError(f"{parent}: not writable", hint="choose another place with -o")
-
-
-def check_output(output: Path, force: bool, keep: Sequence[Path]) -> None:
-    """Refuse an output that exists, or holds what is being read."""
-    if not os.path.lexists(output):
-        return
-    if output.is_symlink() and not output.exists():
-        raise InputError(f"{output}: a link that leads nowhere", hint="remove it first")
-    if not force:
-        raise _exists(output)
-    target = output.resolve()
-    for path in (p.resolve() for p in keep):
-        if path == target or target in path.parents:
-            raise InputError(f"{output}: holds {path}, which is being read")
-    if output.is_dir() and not _is_own(output):
-        raise InputError(
-            f"{output}: a folder that this tool did not write; --force does not replace it",
-            hint="remove it yourself, or choose another output with -o",
-        )
-
-
-def _is_own(folder: Path) -> bool:
-    """An empty folder, or an output of this tool."""
-    names = os.listdir(folder)
-    return not names or "quantization.json" in names
+def _kept(error: BaseException, count: int, folder: Path) -> str:
+    """What an error leaves, in words. Mistakes in the inputs meet the same command again."""
+    mistake = isinstance(error, InputError | NumericalError) and not isinstance(error, FileError)
+    units = "1 finished unit is" if count == 1 else f"{count} finished units are"
+    next_run = "--restart drops them" if mistake else "the same command goes on from there"
+    return f"{units} kept in {folder}, {next_run}"

@@ -115,13 +115,13 @@ class UnitStore:
         """
         try:
             entry = self._entry(unit)
-            differing = _differing(entry["key"], plain(key))
+            names = differing(entry["key"], plain(key))
         except (InputError, KeyError, TypeError, ValueError):
             return False
-        if differing:
+        if names:
             raise ChangedInput(
                 f"{self.folder.parent}: unit {unit!r} was finished by an interrupted run with"
-                f" another {', '.join(differing)}",
+                f" another {', '.join(names)}",
                 hint="--restart drops its work, -o chooses another output",
             )
         return self.whole(unit)
@@ -189,13 +189,13 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _differing(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of the entries, nested ones too, that are not the same."""
     names = []
     for key in sorted({*earlier, *now}):
         old, new = earlier.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            names += _differing(old, new, f"{key} ")
+            names += differing(old, new, f"{key} ")
         elif old != new:
             names.append(prefix + (repr(key) if prefix else key))
     return names

@@ -7,7 +7,7 @@ pwrite, truncate, fsync, rename, replace, link, exchange, unlink, rmdir, chmod, 
 writing (at its beginning and half way). At the N-th the process dies by SIGKILL, or the call fails;
 N goes through 1, 1 + STEP … until the command ends before it gets there. Then the command runs once
 more, undisturbed. One line of JSON a case: what was hit, the exit codes, the state of `FOLDER/out`
-after each, what else lies there, and whether there was a traceback.
+after each, what else lies there, how many finished units, and whether there was a traceback.
 
 Forks, so that the imports are paid for once. OLD: there is an output already, and --force. A first
 word `parts=N` of COMMAND cuts a site's tokens into parts of N.
@@ -183,13 +183,14 @@ def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> N
             break
         named = {before: "before", whole: "whole"}
         after, left = state(folder / "out"), sorted(set(os.listdir(folder)) - {"out"})
-        again = [*arguments, *([] if old or after == before else ["--force"])]
-        second = run_once(again, None, 0)
+        units = len(list(folder.glob("out.partial/units/*.json")))
+        second = run_once(arguments, None, 0)
         case = {
             "call": f"{target} {what}",
             "code": code,
             "state": named.get(after, "other"),
             "left": left,
+            "units": units,
             "traceback": "Traceback" in words or "internal error" in words,
             "words": words[-300:],
             "again": second[0],

@@ -23,8 +23,14 @@ def job(tmp_path):
     return words, tree(tmp_path / "whole"), tmp_path / "out"
 
 
-def no_traces(path):
-    return [name for name in os.listdir(path.parent) if name.startswith(path.name)] == []
+def only_finished_units(path, outcome):
+    """What an error leaves: nothing, or finished units without half an output, and it says so."""
+    left = [name for name in os.listdir(path.parent) if name.startswith(path.name)]
+    units = len(list(path.parent.glob(f"{path.name}.partial/units/*.json")))
+    if not units:
+        return left == []
+    said = f"{units} finished unit" in outcome.errors[0] and f"{path}.partial" in outcome.errors[0]
+    return left == [f"{path.name}.partial"] and said and not Path(f"{path}.partial/out").exists()
 
 
 @pytest.mark.parametrize("command", ["rtn", "pack"])
@@ -43,7 +49,7 @@ def test_an_input_that_shrinks_while_it_is_copied_is_an_error(tmp_path, monkeypa
     assert outcome.code == 1
     assert "changed while it was read" in outcome.errors[0]
     assert "model.safetensors" in outcome.errors[0]
-    assert no_traces(tmp_path / "out")
+    assert only_finished_units(tmp_path / "out", outcome)
 
 
 def test_a_disk_that_fills_up_while_files_with_holes_are_filled(job, monkeypatch):
@@ -63,7 +69,7 @@ def test_a_disk_that_fills_up_while_files_with_holes_are_filled(job, monkeypatch
     assert outcome.code == 1
     assert "No space left" in outcome.errors[0]
     assert "free some space" in outcome.errors[0]
-    assert no_traces(out)
+    assert only_finished_units(out, outcome)
     assert ptq(*words, out).code == 0
     assert tree(out) == whole
 
@@ -74,29 +80,22 @@ def stopped(monkeypatch, words, *, when, links=True):
 
     def stop(self):
         if when == "after the name":
-            self.drop = self.close
+            self._drop = lambda: close_as_killed(self)
             publish(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(S.Staging, "publish", stop)
-        patch.setattr(S.Staging, "close", close_as_killed)
+        patch.setattr(S.Staging, "__exit__", close_as_killed)
         if not links:
             patch.setattr(os, "link", no_links)
         with pytest.raises(KeyboardInterrupt):
             ptq(*words)
 
 
-def close_as_killed(self):
+def close_as_killed(self, *_error):
     """The lock goes, all else stays."""
-    from ptq_cli.storage import interruption
-
-    if self._lock >= 0:
-        os.close(self._lock)
-        self._lock = -1
-    if self._open:
-        self._open = False
-        interruption.work_ends()
+    self.close()
 
 
 def no_links(*_arguments, **_options):
@@ -189,7 +188,7 @@ def test_a_kill_while_the_older_output_is_aside(job, monkeypatch, force):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", killed)
-        patch.setattr(S.Staging, "close", close_as_killed)
+        patch.setattr(S.Staging, "__exit__", close_as_killed)
         with pytest.raises(KeyboardInterrupt):
             ptq(*words, out, "--force")
     assert not out.exists()

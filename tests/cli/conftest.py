@@ -13,8 +13,8 @@ from tests.builders import ROOT
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _here(here):
+    pass
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +23,22 @@ def sample(tmp_path_factory) -> Path:
     return builders.copy_sample(tmp_path_factory.mktemp("sample") / "sample_data")
 
 
-@pytest.fixture
-def job(tmp_path) -> Path:
-    """A folder with a small model and its activations; the model's path."""
-    return builders.small_job(tmp_path)[0]
+@pytest.fixture(scope="session")
+def made(sample, tmp_path_factory):
+    """What a command makes of the sample, each made once: `made("rtn", "--format", "gptq")` is a
+    folder, not to be changed."""
+    folders: dict[tuple[object, ...], Path] = {}
+
+    def make(command: str, *options: object) -> Path:
+        words = (command, *options)
+        if words not in folders:
+            folder = tmp_path_factory.mktemp("made") / "out"
+            outcome = builders.ptq(command, sample, *options, "-o", folder)
+            assert outcome.code == 0, outcome.err
+            folders[words] = folder
+        return folders[words]
+
+    return make
 
 
 @pytest.fixture(scope="session")

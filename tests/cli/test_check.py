@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,12 @@ RUNTIMES = ("transformers", "vllm", "llama.cpp", "mlx", "gptqmodel")
 
 
 @pytest.mark.parametrize("form", LOADS)
-def test_who_loads_what(sample, form):
+def test_who_loads_what(made, form):
     if form in ("gguf", "onnx"):
         pytest.importorskip(form)
-    assert ptq("rtn", sample, "--format", form, "-o", "out").code == 0
+    out = made("rtn", "--format", form)
     for runtime in RUNTIMES:
-        outcome = ptq("check", "out", "--runtime", runtime, "--json")
+        outcome = ptq("check", out, "--runtime", runtime, "--json")
         document = outcome.document
         assert document["loads"] == (runtime in LOADS[form]), (runtime, document)
         assert outcome.code == (0 if document["loads"] else 3)
@@ -39,8 +40,8 @@ def test_who_loads_what(sample, form):
 
 
 CASES = [
-    ("transformers", ["--format", "gptq", "-g", -1], 0, "note: model.layers.0", "gptq_torch"),
-    ("transformers", ["--format", "awq", "-g", -1], 0, "limit: model.layers.0", "torch_awq"),
+    ("transformers", ["--format", "gptq", "-g", -1], 0, "note: model.layers.", "gptq_torch"),
+    ("transformers", ["--format", "awq", "-g", -1], 0, "limit: model.layers.", "torch_awq"),
     ("transformers", ["--format", "compressed-tensors", "--asym"], 0, "limit", "dequantized"),
     ("transformers", ["--format", "gptq", "--include", "lm_head"], 3, "fails: lm_head", "never"),
     ("gptqmodel", ["--format", "gptq", "--include", "lm_head"], 0, "note", "7.6.0"),
@@ -73,10 +74,9 @@ def test_facts(sample, runtime, options, code, level, words):
         (4, "transformers", 0, "8 bits only"),
     ],
 )
-def test_facts_of_rounded_inputs(sample, bits, runtime, code, words):
-    options = ("--bits", bits, "--format", "compressed-tensors", "-o", "out")
-    assert ptq("smoothquant", sample, *options).code == 0
-    outcome = ptq("check", "out", "--runtime", runtime)
+def test_facts_of_rounded_inputs(made, bits, runtime, code, words):
+    out = made("smoothquant", "--bits", bits, "--format", "compressed-tensors")
+    outcome = ptq("check", out, "--runtime", runtime)
     assert outcome.code == code
     assert words in outcome.out
 
@@ -86,7 +86,8 @@ def test_mixed_grids_are_for_gptqmodel(sample):
     assert ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out").code == 0
     assert ptq("check", "out", "--runtime", "gptqmodel").code == 0
     outcome = ptq("check", "out", "--runtime", "transformers")
-    assert (outcome.code, DOWN in outcome.err) == (3, True)
+    assert outcome.code == 3
+    assert "model.layers.{0-3}.mlp.down_proj: has another grid" in outcome.err
 
 
 def test_a_dense_layer_that_nobody_declared(sample):
@@ -143,12 +144,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_folders_that_contradict_themselves(sample, case):
+def test_folders_that_contradict_themselves(sample, made, case):
     from safetensors.numpy import load_file, save_file
 
     form, change, words = BROKEN[case]
     bits = 3 if case == "old stream" else 4
-    assert ptq("rtn", sample, "-b", bits, "--format", form, "-o", "out").code == 0
+    shutil.copytree(made("rtn", "-b", bits, "--format", form), "out")
     config, tensors = json.loads(Path("out/config.json").read_text()), {}
     tensors = load_file("out/model.safetensors")
     change(config, tensors)

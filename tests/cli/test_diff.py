@@ -112,7 +112,7 @@ def test_settings_and_layers_that_came_or_went(tmp_path, before):
         "alpha: unset -> 0.5",
         "bits: 4 -> 3",
         "1 layers added: model.extra",
-        "2 layers removed: model.layers.0.self_attn.k_proj, model.layers.0.mlp.up_proj",
+        "2 layers removed: model.layers.0.{self_attn.k_proj, mlp.up_proj}",
     ]
     document = ptq("diff", *paths, "--json").document
     assert document["settings"]["bits"] == {"before": 4, "after": 3}

@@ -60,7 +60,7 @@ def test_each_command_writes_a_page_of_its_report(folders, command):
     assert any(title.startswith("Input channels") for title in titles) == (command != "pack")
 
 
-@pytest.mark.parametrize("command", ["awq", "smoothquant"])
+@pytest.mark.parametrize("command", ["awq", pytest.param("smoothquant", marks=pytest.mark.slow)])
 def test_smoothing_commands_write_one_too(sample, command):
     outcome = ptq(command, sample, "--html", "page.html", "-o", "out")
     assert outcome.code == 0, outcome.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -99,9 +100,10 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     Path("recipe.toml").write_text(recipe)
     assert ptq("rtn", sample, "--config", "recipe.toml", "-o", "first").code == 0
     downs = [f"model.layers.{number}.mlp.down_proj" for number in range(4)]
-    hints = ["awq holds 4 bits, not 3", "--on-misfit keep"]
-    outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[*downs, *hints])
-    assert len(outcome.err.splitlines()) == 1
+    named = "4 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
+    outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[named])
+    assert "\nptq: hint: --bits 4, or --on-misfit keep" in outcome.err
+    assert len(outcome.err.splitlines()) == 2
     assert not Path("out").exists()
     assert not Path("out.partial").exists()
     pack("first", "--format", "awq", "--on-misfit", "keep", "-o", "out")
@@ -218,8 +220,8 @@ def test_dense_rows_of_a_gguf_file_come_back_in_order(half):
 
 
 @pytest.mark.parametrize("number", range(11))
-def test_damaged_gguf_files(sample, number):
-    ptq("rtn", sample, "--format", "gguf", "-o", "out")
+def test_damaged_gguf_files(sample, made, number):
+    shutil.copytree(made("rtn", "--format", "gguf"), "out")
     path = Path("out/model.gguf")
     path.write_bytes(damaged(bytearray(path.read_bytes()), number))
     outcome = ptq("eval", sample, "out")

@@ -63,6 +63,7 @@ def test_the_script_passes(place):
     assert (place / "out" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_script_fails_where_a_gate_is_missed(place):
     env = {"MIN_GAIN": "9", "TOKENS": "sample_data/eval_tokens.npy", "MAX_KL": "1e-9"}
     done = bash(place, "docs/ci/quantize.sh", "sample_data", "out", **env)
@@ -90,6 +91,7 @@ def test_the_script_fails_without_calibration(place):
     assert not (place / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_gain", ["1.8", "9"])
 def test_the_steps_of_the_workflow(min_gain, place):
     """Every `run:` but the installation; those with `if: always()` also after a failure."""

@@ -16,17 +16,17 @@ EMBEDDING = "model.embed_tokens"
 CASES = [
     ("gptq", layer(sym=False), "cannot hold a zero of 0; --format gptq_v2"),
     ("gptq", layer(bits=5), "2, 3, 4, 8 bits, not 5; --bits 4"),
-    ("gptq", layer((520, 512), 3), "out_features to be a multiple of 32, not 520"),
-    ("gptq", layer((64, 132), 4, -1), "in_features to be a multiple of 8, not 132"),
+    ("gptq", layer((520, 512), 3), "out_features in multiples of 32, not 520"),
+    ("gptq", layer((64, 132), 4, -1), "in_features in multiples of 8, not 132"),
     ("gptq", layer((64, 320), group_size=128), "128 does not divide in_features 320.*-size 64"),
     ("gptq", layer((64, 72), group_size=48), "48 does not divide in_features 72.*--group-size -1"),
     ("gptq", layer(group_size=0), "whole tensor .group_size 0.; --group-size -1"),
     ("gptq", layer(scale_dtype="bfloat16"), "float16, not bfloat16; --scale-dtype float16"),
-    ("gptq", layer(module=EMBEDDING), "embedding; --ignore model.embed_tokens"),
-    ("gptq_v2", layer(activation=Activation()), "weights only.*--format compressed-tensors"),
-    ("gptq_v2", layer((60, 64), 2), "out_features to be a multiple of 16, not 60"),
+    ("gptq", layer(module=EMBEDDING), "embeddings; --ignore model.embed_tokens"),
+    ("gptq_v2", layer(activation=Activation()), "not round inputs.*--format compressed"),
+    ("gptq_v2", layer((60, 64), 2), "out_features in multiples of 16, not 60"),
     ("awq", layer(bits=8), "awq holds 4 bits, not 8; --bits 4"),
-    ("awq", layer((60, 128)), "8 outputs into a word, and out_features 60"),
+    ("awq", layer((60, 128)), "out_features in multiples of 8, not 60"),
     ("awq", layer((64, 320), group_size=128), "128 does not divide in_features 320"),
     ("awq", layer(reordered=True), "no g_idx.*--act-order static or --format gptq"),
     ("awq", layer(module="lm_head"), "leave lm_head dense; --ignore lm_head"),
@@ -39,12 +39,12 @@ CASES = [
     ("mlx", layer(bits=7), "2, 3, 4, 5, 6, 8 bits, not 7"),
     ("mlx", layer(group_size=-1), "no whole-row groups; --group-size 128"),
     ("mlx", layer(group_size=16), "groups of 32, 64, 128, not 16; --group-size 128"),
-    ("mlx", layer((64, 100), group_size=64), "64 does not divide in_features 100.*--on-misfit"),
+    ("mlx", layer((64, 100), group_size=64), "64 does not divide in_features 100, .*; None"),
     ("mlx", layer(reordered=True), "no g_idx"),
     ("mlx", layer(bits=8, sym=False, scale_dtype="bfloat16"), "whole step.*8 bits; --sym"),
     ("gguf", layer(bits=3), "4, 5, 8 bits, not 3; --bits 4"),
     ("gguf", layer(bits=8, sym=False), "asymmetric type of 8 bits; --sym"),
-    ("gguf", layer((64, 100), group_size=-1), "blocks of 32 columns, and in_features 100"),
+    ("gguf", layer((64, 100), group_size=-1), "in_features in multiples of 32, not 100"),
     ("gguf", layer(group_size=16), "blocks of 32 columns, not 16; --group-size 32"),
     ("gguf", layer(group_size=0, bits=2), "4, 5, 8 bits, not 2"),
     ("gguf", layer(reordered=True), "no g_idx"),
@@ -56,16 +56,16 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "own", "words"), CASES)
 def test_misfit(name: str, own: Layer, words: str) -> None:
-    reason = FORMATS[name].misfit(own)
-    assert reason is not None
-    assert re.search(words, reason), reason
+    misfit = FORMATS[name].misfit(own)
+    assert misfit is not None
+    assert re.search(words, f"{misfit.reason}; {misfit.hint}"), misfit
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_matrices_only(name: str) -> None:
-    reason = FORMATS[name].misfit(replace(layer(), full_shape=(2, 32, 128)))
-    assert reason is not None
-    assert "3 dimensions" in reason
+    misfit = FORMATS[name].misfit(replace(layer(), full_shape=(2, 32, 128)))
+    assert misfit is not None
+    assert "3 dimensions" in misfit.reason
 
 
 @pytest.mark.parametrize(

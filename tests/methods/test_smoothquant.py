@@ -45,7 +45,7 @@ def integer_errors(model, out, scheme):
     )
 
 
-@pytest.mark.parametrize("alpha", ["auto", 0.5])
+@pytest.mark.parametrize("alpha", ["auto", pytest.param(0.5, marks=pytest.mark.slow)])
 def test_loud_channels_cost_a_hundred_times_less_and_hardly_more_than_none(sample, loud, alpha):
     options = {"alpha": alpha, "group_size": 0, "activation_scheme": "dynamic-tensor"}
     ptq_cli.smoothquant(loud, output="out", **options)
@@ -120,9 +120,16 @@ def test_a_site_that_is_worse_for_it_is_left_alone_and_said_so(sample, check_rep
     assert {rows[m] for site in left for m in site["linears"]} == {"rtn"}
 
 
-def test_int8_weights_per_channel_and_metadata_say_how_inputs_are_rounded(sample):
-    ptq_cli.smoothquant(sample, output="out")
-    for layer in open_quantized(Path("out")).layers.values():
+@pytest.fixture(scope="module")
+def smoothed(sample, tmp_path_factory) -> Path:
+    """What the defaults make of the sample."""
+    folder = tmp_path_factory.mktemp("smoothed") / "out"
+    ptq_cli.smoothquant(sample, output=folder)
+    return folder
+
+
+def test_int8_weights_per_channel_and_metadata_say_how_inputs_are_rounded(smoothed):
+    for layer in open_quantized(smoothed).layers.values():
         assert (layer.grid.bits, layer.grid.group_size, layer.grid.narrow_range) == (8, -1, True)
         assert (layer.activation.bits, layer.activation.dynamic) == (8, True)
 
@@ -142,12 +149,11 @@ def test_static_scales_are_the_smoothed_range(sample):
         np.testing.assert_allclose(scale, [np.abs(seen).max() / 127], rtol=1e-5)
 
 
-def test_a_loaded_linear_multiplies_integers(sample):
-    ptq_cli.smoothquant(sample, output="out")
+def test_a_loaded_linear_multiplies_integers(sample, smoothed):
     module = "model.layers.0.self_attn.q_proj"
     inputs = np.load(sample / "activations" / f"{module}.npy")[:32].astype(np.float32)
-    linear = ptq_cli.load_linear("out", module)
-    weight = ptq_cli.load_weight("out", module)
+    linear = ptq_cli.load_linear(smoothed, module)
+    weight = ptq_cli.load_weight(smoothed, module)
     steps = np.abs(inputs).max(axis=1, keepdims=True) / np.float32(127)
     codes = np.rint(inputs / steps)
     np.testing.assert_allclose(linear(inputs), (codes @ weight.T) * steps, rtol=1e-5, atol=1e-5)

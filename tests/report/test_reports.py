@@ -76,7 +76,8 @@ PLACES = [place for place in places(good()) if place and "settings" not in place
 VALUES = [KeyError, None, True, "text", -1, 0, 1.5, 99, [], {}, [None], {"x": None}]
 
 
-def test_whatever_the_schema_forbids_is_refused(tmp_path):
+@pytest.mark.parametrize("count", [30, pytest.param(120, marks=pytest.mark.slow)])
+def test_whatever_the_schema_forbids_is_refused(tmp_path, count):
     """Each place of a report changed to each of some values; unknown keys alone are let pass."""
     lenient = copy.deepcopy(SCHEMA)
     for node in schemas(lenient):
@@ -84,7 +85,7 @@ def test_whatever_the_schema_forbids_is_refused(tmp_path):
             del node["additionalProperties"]
     validator = jsonschema.Draft202012Validator(lenient)
     path, counts = tmp_path / "r.json", [0, 0]
-    for place in PLACES[:: max(1, len(PLACES) // 120)]:
+    for place in PLACES[:: max(1, len(PLACES) // count)]:
         for new in VALUES:
             document = changed(place, new)
             documents.write(path, document)
@@ -92,7 +93,7 @@ def test_whatever_the_schema_forbids_is_refused(tmp_path):
             accepted = refusal(path) is None
             assert accepted == valid, (place, new)
             counts[valid] += 1
-    assert min(counts) > 100
+    assert min(counts) > 20
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +13,8 @@ from ptq_cli.calibration import from_activations as A
 from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.numerics.statistics import percentile
 from ptq_cli.run.site_statistics import SiteTasks
-from tests.builders import ROOT, SITES, ptq, random_inputs, small_activations, small_model, tree
+from tests.builders import SITES, ptq, random_inputs, small_activations, small_model, tree
+from tests.stopping import STAGED, TOLD, killed
 
 PART = 64
 TOKENS = 7 * PART + 5  # seven parts, the last a little longer
@@ -161,7 +158,7 @@ def test_a_bad_token_is_named_by_its_place_in_its_file(tmp_path, small_parts):
         assert outcome.code == 1
         assert f"inf at token {5 * PART + 9}, channel 4" in outcome.errors[0]
         assert "o_proj.npy" in outcome.errors[0]
-        assert not list(tmp_path.glob("*.partial"))
+        assert not (tmp_path / "c.safetensors").exists()
 
 
 # ---- resume ----
@@ -272,35 +269,18 @@ def test_parts_that_changed_are_refused(tmp_path, small_parts, monkeypatch):
     assert ptq(*words, "--restart").code == 0
 
 
-RUN = "import sys; from ptq_cli.calibration import from_activations as a; a.PART_TOKENS = 64;"
-RUN += "from ptq_cli.cli.main import run; sys.exit(run(sys.argv[1:]))"
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, folder, small_parts, workers):
+@pytest.mark.parametrize(("workers", "place"), [(1, STAGED), (2, TOLD)])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    tmp_path, folder, small_parts, workers, place
+):
     whole = calibrate(folder, tmp_path / "whole.safetensors")
     target = tmp_path / "c.safetensors"
     words = ["calibrate", folder / "model.safetensors", "--activations", folder / "acts"]
     words += ["-o", target, "--workers", workers]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    units, killed = tmp_path / "c.safetensors.partial/units", 0
-    for wanted in (1, 3, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, *map(str, words)], env=env, stderr=subprocess.PIPE
-        )
-        while process.poll() is None and not (
-            units.is_dir() and len(list(units.glob("*.json"))) >= wanted
-        ):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        killed += process.returncode == -signal.SIGKILL
-        if target.exists():
-            break
-    assert killed
-    if not target.exists():
-        assert calibrate(folder, target) == whole
-    assert target.read_bytes() == whole
+    for number in (2, 4, 5):
+        killed(place, number, f"parts={PART}", *words)
+        assert kept(tmp_path / "c.safetensors.partial/units")
+    assert calibrate(folder, target) == whole
 
 
 def test_what_a_part_says_of_itself(folder):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import pytest
 from ptq_cli.calibration import from_activations
 from ptq_cli.storage.units import UnitStore
 from tests.builders import ROOT, SAMPLE, ptq, tree
+from tests.stopping import STAGED, TOLD, end_here, stop_at, stopped
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
@@ -22,14 +19,15 @@ distributed = pytest.importorskip("distributed")
 MODEL = SAMPLE / "model.safetensors"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     """Two worker processes that find this package; nothing else is shared but disks."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as cluster:
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster:
+            yield cluster
 
 
 def test_two_workers_of_a_cluster_give_the_same_bytes(tmp_path, cluster, monkeypatch):
@@ -74,43 +72,23 @@ def test_a_dry_run_asks_the_cluster(tmp_path, cluster):
 
 
 def test_a_worker_that_is_killed_is_survived(tmp_path, cluster):
-    arguments = ["gptq", MODEL, "--sweeps", 30]
-    assert ptq(*arguments, "-o", tmp_path / "one", "--workers", 1).code == 0
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [*map(str, arguments), "-o", str(tmp_path / "many")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptq_cli", *words, "--scheduler", cluster.scheduler_address],
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
-    units = tmp_path / "many.partial/units"
-    while process.poll() is None and not (units.is_dir() and any(units.glob("*.json"))):
-        time.sleep(0.01)
-    victim = next(iter(cluster.workers.values())).pid
-    os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    """In the middle of its third unit, as by the kernel; the unit is done again."""
+    assert ptq("gptq", MODEL, "-o", tmp_path / "one", "--workers", 1).code == 0
+    with distributed.Client(cluster, set_as_default=False) as client:
+        victim = next(iter(cluster.workers.values()))
+        pid = victim.pid
+        client.run(stop_at, STAGED, 3, end_here, workers=[victim.worker_address])
+    address = cluster.scheduler_address
+    outcome = ptq("gptq", MODEL, "-o", tmp_path / "many", "--scheduler", address)
+    assert outcome.code == 0, outcome.err
+    assert victim.pid != pid  # another was started in its place
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
 
 def test_interrupted_on_the_cluster_and_gone_on_with_here(tmp_path, cluster):
-    arguments = ["gptq", str(MODEL), "--sweeps", "30", "-o", str(tmp_path / "o")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptq_cli", *arguments, "--scheduler", cluster.scheduler_address],
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
-    units = tmp_path / "o.partial/units"
-    while process.poll() is None and not (units.is_dir() and any(units.glob("*.json"))):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    arguments = ["gptq", MODEL, "-o", tmp_path / "o"]
+    code, err = stopped(TOLD, 3, "SIGINT", *arguments, "--scheduler", cluster.scheduler_address)
+    assert code == 130, err
     assert "Traceback" not in err
     assert ptq(*arguments, "--workers", 2).code == 0
     assert ptq(*arguments[:-1], tmp_path / "p", "--workers", 1).code == 0

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,8 @@ from ptq_cli.numerics.statistics import SiteAccumulator
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from tests.builders import ptq
+from tests.stopping import TOLD, killed
 
 SAMPLE = Path(__file__).parents[2] / "sample_data"
 TOKENS = {"tokens": SAMPLE / "calibration_tokens.npy", "nsamples": 24, "seq_len": 48}
@@ -185,18 +183,14 @@ def test_bytes_do_not_depend_on_threads(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1.2, 1.8, 2.6])
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, whole: Path, seconds: float) -> None:
+@pytest.mark.parametrize("number", [2, 13, 28])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, whole: Path, number: int) -> None:
     out = tmp_path / "out"
     words = ["--bits", "3", "--asym", "--refine", "0", "--sweeps", "0", "--no-mse"]
     words += ["--tokens", str(TOKENS["tokens"]), "--nsamples", "24", "--seq-len", "48"]
-    command = [sys.executable, "-m", "ptq_cli", "gptq", str(SAMPLE), *words, "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not out.exists():
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    words = ["gptq", str(SAMPLE), *words, "-o", str(out)]
+    killed(TOLD, number, *words)
+    assert ptq(*words).code == 0
     assert same_bytes(out, whole)
 
 

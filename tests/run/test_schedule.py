@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -144,27 +143,23 @@ def test_an_error_travels_and_what_cannot_travel_is_told():
 
 def test_workers_die_with_a_runner_that_is_killed(tmp_path):
     script = textwrap.dedent("""
-        import sys, time, threading, os
+        import os, signal
         from ptq_cli.run.workers import ProcessPool
         pool = ProcessPool(1)
         print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 60)
-        time.sleep(60)
+        pool.submit(signal.pause)
+        signal.pause()
     """)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runner = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    runner = subprocess.Popen([sys.executable, "-c", script], text=True, env=env, **pipes)
     worker = int(runner.stdout.readline())
     runner.kill()
-    runner.wait()
-    runner.stdout.close()
-    for _ in range(100):
-        path = Path(f"/proc/{worker}/stat")
-        if not path.exists() or path.read_text().split(")")[1].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    pytest.fail("the worker lives on")
+    try:
+        runner.communicate(timeout=60)  # the worker holds stderr too: its end is the worker's
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker lives on")
 
 
 def test_paths_are_made_absolute_for_workers_elsewhere(monkeypatch, tmp_path):

@@ -6,78 +6,65 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.builders import ROOT, SAMPLE
+from tests.stopping import STAGED, TOLD, start
 
-
-def started(tmp_path, *more):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    model = SAMPLE / "model.safetensors"
-    words = ["gptq", str(model), "-o", str(tmp_path / "o"), "--sweeps", "40", "-q", *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ptq_cli", *words],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_work(tmp_path, process):
-    """Until a unit is being worked on, or finished."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "o.partial/units").is_dir():
-            return
-        time.sleep(0.01)
-    pytest.fail("it never began")
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize(
+SIGNALS = pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
-def test_one_line_while_it_works(tmp_path, number, word, workers):
-    process = started(tmp_path, "--workers", workers)
-    wait_for_work(tmp_path, process)
-    time.sleep(0.3)
-    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
-    _, err = process.communicate(timeout=30)
+
+
+@SIGNALS
+@pytest.mark.parametrize(("workers", "place"), [(1, STAGED), (1, TOLD), (2, TOLD)])
+def test_one_line_while_it_works(tmp_path, number, word, workers, place):
+    words = ["gptq", SAMPLE / "model.safetensors", "-o", tmp_path / "o", "-q"]
+    process = start(place, 3, f"group {number.name}", *words, "--workers", workers)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err == f"ptq: {word}; finished work is kept, the same command goes on\n"
+    assert list((tmp_path / "o.partial/units").glob("*.json"))
     assert not list((tmp_path / "o.partial/units").glob("*.tmp"))
     assert not (tmp_path / "o").exists()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.06, 0.12, pytest.param(0.3, marks=pytest.mark.slow)])
-def test_during_imports(tmp_path, number, delay):
-    # The interpreter's own start cannot be answered for: wait until ours has begun.
-    script = (
-        "import ptq_cli.__main__ as m, sys; print(1, flush=True); sys.argv[0] = 'ptq'; m.main()"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "eval", "--help"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+IMPORTING = """
+import sys
+import ptq_cli.__main__
+import os
+left = int(sys.argv.pop(1))
+number = int(sys.argv.pop(1))
+
+def count(event, _):
+    global left
+    if event == "import":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), number)
+
+sys.addaudithook(count)
+ptq_cli.__main__.main()
+"""
+
+
+@SIGNALS
+@pytest.mark.parametrize("imports", [1, 20, 60])
+def test_during_imports(number, word, imports):
+    """At an import of the command's own, the interpreter's start being Python's affair."""
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(imports), str(int(number)), "eval", "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
         text=True,
+        timeout=30,
+        check=False,
     )
-    process.stdout.readline()
-    time.sleep(delay / 2)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    if process.returncode == 0:
-        return  # it was faster
-    assert process.returncode == 128 + number, err
-    assert err in ("ptq: interrupted\n", "ptq: terminated\n")
+    assert (result.returncode, result.stderr) == (128 + number, f"ptq: {word}\n")
+    assert result.stdout == ""
 
 
 def test_the_handlers_stand_before_anything_is_imported():

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from tests.builders import ptq
 from tests.methods.rescaled import rescaled_sample
 from tests.run.test_in_sequence import (
     FAST,
@@ -37,6 +34,7 @@ from tests.run.test_in_sequence import (
     observed,
     same_bytes,
 )
+from tests.stopping import TOLD, killed
 
 HELD = slice(7, 512 * 8, 8)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,7 +105,23 @@ def ids_of(model: Path) -> Any:
     return read_tokens(SETTINGS, open_checkpoint(model)).ids
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """What the runs of `whole` reported."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path, reports: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    for case in ("awq gptq", "int8"):
+        reports[case] = quantize(loud, case, folder / case)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("awq", "int8"))) for x in CASES]
+)
 def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -148,10 +162,10 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
 
 @pytest.mark.parametrize("case", ["awq gptq", "int8"])
 def test_errors_of_the_report_are_those_of_the_float_models_outputs(
-    tmp_path: Path, loud: Path, case: str
+    loud: Path, whole: Path, reports: dict[str, Any], case: str
 ) -> None:
-    report = quantize(loud, case, tmp_path / "out")
-    checkpoint, folder = open_checkpoint(loud), open_quantized(tmp_path / "out")
+    report = reports[case]
+    checkpoint, folder = open_checkpoint(loud), open_quantized(whole / case)
     ids = ids_of(loud)
     exact = observed(checkpoint.read, ids)
     ours = observed(quantized_tensors(checkpoint, folder), ids)
@@ -161,7 +175,7 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
         for name in ("k_proj", "v_proj", "up_proj"):
             if near.format(name) in site_of and "{}" in near:
                 site_of[near.format(name)] = site
-    folds = read_folds(tmp_path / "out")
+    folds = read_folds(whole / case)
     factors = {linear.module: values for site, values in folds for linear in site.linears}
     feeders = {
         site.feeder.weight: (site.feeder.rows, values)
@@ -221,16 +235,9 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
                 assert seen[site].drift is None
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    for case in ("awq gptq", "int8"):
-        quantize(loud, case, folder / case)
-    return folder
-
-
-@pytest.mark.parametrize("case", ["awq gptq", "int8"])
-@pytest.mark.parametrize("after", [1, 3, 5, 7, 14])
+@pytest.mark.parametrize(
+    ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 7), ("int8", 14)]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, case: str, after: int
 ) -> None:
@@ -268,20 +275,16 @@ def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1.5, 2.2, 3.0])
+@pytest.mark.parametrize("number", [2, 13, 28])
 def test_a_killed_run_ends_with_the_same_bytes(
-    tmp_path: Path, loud: Path, whole: Path, seconds: float
+    tmp_path: Path, loud: Path, whole: Path, number: int
 ) -> None:
     out = tmp_path / "out"
     words = ["--alpha", "0.6", "--tokens", str(TOKENS["tokens"])]
     words += ["--nsamples", "24", "--seq-len", "48"]
-    command = [sys.executable, "-m", "ptq_cli", "smoothquant", str(loud), *words, "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not out.exists():
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    words = ["smoothquant", str(loud), *words, "-o", str(out)]
+    killed(TOLD, number, *words)
+    assert ptq(*words).code == 0
     assert same_bytes(out, whole / "int8")
 
 
@@ -387,8 +390,6 @@ def test_sites_across_blocks_have_no_sequence(tmp_path: Path) -> None:
     recipe.write_text(
         f'[[sites]]\nlinears = {json.dumps(site["linears"])}\nafter = "{site["after"]}"\n'
     )
-    from tests.builders import ptq
-
     tokens = ["--tokens", TOKENS["tokens"], "--nsamples", "4", "--seq-len", "32"]
     outcome = ptq("awq", SAMPLE, "--config", recipe, *tokens, "-o", tmp_path / "out")
     assert outcome.code == 1

@@ -5,9 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,8 @@ import pytest
 from ptq_cli.errors import PtqError
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
-from tests.builders import ROOT, ptq, random_weight, small_job, small_model, tree
+from tests.builders import ptq, random_weight, small_job, small_model
+from tests.stopping import STAGED, killed
 
 JOB = {"command": "test", "bits": 4, "ignore": ("a", "b")}
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -115,7 +113,7 @@ def test_one_units_files_do_not_serve_another():
     interrupted("one")
     (data,), (entry,) = (list(Path("out.partial/units").glob(f"*{s}")) for s in (".bin", ".json"))
     staging = opened()
-    target = staging._path("two", ".bin")
+    target = staging.store.path("two", ".bin")
     data.rename(target)
     entry.rename(target.with_suffix(".json"))
     assert not staging.finished("two")
@@ -216,7 +214,7 @@ def test_force_exchanges_old_and_new():
     (staging.out / "new").write_text("new")
     staging.publish()
     assert os.listdir() == ["out"]
-    assert os.listdir("out") == ["new"]
+    assert sorted(os.listdir("out")) == ["new", "ptq_job.json"]
 
 
 def test_an_output_that_came_in_between_is_not_replaced():
@@ -231,76 +229,6 @@ def test_an_output_that_came_in_between_is_not_replaced():
 
 
 # ---- kills ----
-
-KILLER = """
-import os, signal, sys
-from ptq_cli.storage import files, staging
-from ptq_cli.cli.main import run
-count, arguments = int(sys.argv[1]), sys.argv[2:]
-calls = 0
-def deadly(function):
-    def wrapped(*a, **k):
-        global calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*a, **k)
-    return wrapped
-os.replace, os.rename, os.fsync = map(deadly, (os.replace, os.rename, os.fsync))
-for owner in (staging, files):
-    owner.exchange = deadly(owner.exchange)
-sys.exit(run(arguments))
-"""
-
-
-def killed(count, *arguments):
-    """Run the command and kill it at its `count`-th rename, exchange or fsync."""
-    command = [sys.executable, "-c", KILLER, str(count), *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, timeout=60, check=False)
-
-
-def state(output):
-    path = Path(output)
-    if not path.exists():
-        return "absent"
-    return tree(path) if path.is_dir() else path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("command", "counts"),
-    [("gptq", (1, 9, 23, 25)), ("calibrate", (2, 20, 22))],
-)
-@pytest.mark.parametrize("older", [False, True], ids=["new", "over an older output"])
-def test_killed_and_run_again_gives_the_same_bytes(tmp_path, command, counts, older):
-    model, activations = small_job(tmp_path)
-    arguments = [command, model, "--activations", activations]
-    assert ptq(*arguments, "-o", "expected").code == 0
-    expected = state("expected")
-    for count in counts:
-        if older and command == "gptq":
-            Path("out").mkdir(exist_ok=True)
-            for name in os.listdir("out"):
-                os.unlink(f"out/{name}")
-            Path("out/old").write_text("old")
-            Path("out/quantization.json").write_text("{}")
-        elif older:
-            Path("out").write_text("old")
-        before = state("out")
-        force = ["--force"] if older else []
-        result = killed(count, *arguments, "-o", "out", *force)
-        assert result.returncode in (0, -signal.SIGKILL), result.stderr
-        assert state("out") in (before, expected)
-        if state("out") == before:
-            again = ptq(*arguments, "-o", "out", *force)
-            assert again.code == 0, again.err
-        elif result.returncode:  # it had its name already; what is left is swept away
-            assert ptq(*arguments, "-o", "out", "--force").code == 0
-        assert state("out") == expected
-        left = {"out", "expected", model.name, activations.name}
-        assert set(os.listdir()) == left
-        if not older:
-            subprocess.run(["rm", "-r", "out"], check=True)
 
 
 def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
@@ -340,7 +268,7 @@ def test_finished_units_are_not_done_again(tmp_path, monkeypatch):
 def test_an_interrupted_run_does_not_go_on_with_another_model(tmp_path):
     model, activations = small_job(tmp_path)
     arguments = ["gptq", model, "--activations", activations, "-o", "out"]
-    assert killed(9, *arguments).returncode == -signal.SIGKILL
+    killed(STAGED, 3, *arguments)
     small_model(model, **{"layers.0.q_proj.weight": random_weight(12, 32, seed=77)})
     outcome = ptq(*arguments)
     assert outcome.code == 1

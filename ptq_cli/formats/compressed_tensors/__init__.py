@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -50,22 +50,26 @@ _LIMITS = common.Limits(
 _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every scale
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     grid = layer.grid
     found = common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
     if found is not None:
         return found
     if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
-        return f"{_NAME} has no dynamic scale per tensor; --activation-scheme dynamic-token"
+        hint = "--activation-scheme dynamic-token"
+        return Misfit(f"{_NAME} has no dynamic scale per tensor", hint)
     if layer.activation is not None and layer.activation.bits != 8:
-        return f"{_NAME} rounds inputs to 8 bits here, not {layer.activation.bits}; --scheme W8A8"
+        reason = f"{_NAME} rounds inputs to 8 bits here, not {layer.activation.bits}"
+        return Misfit(reason, "--scheme W8A8")
     if _plain(layer) and grid.group_size > 0:
-        return f"{_NAME} W8A8 has no groups of {grid.group_size} columns; --group-size -1"
+        reason = f"{_NAME} W8A8 has no groups of {grid.group_size} columns"
+        return Misfit(reason, "--group-size -1")
     held = _HELD.get(layer.dtype, _LIMITS.scale_dtypes)
     if grid.scale_dtype not in held:
-        return (
+        return Misfit(
             f"{_NAME} loaders cast scales to the model's {layer.dtype}, which cannot hold"
-            f" {grid.scale_dtype}; --scale-dtype {held[0]}"
+            f" {grid.scale_dtype}",
+            f"--scale-dtype {held[0]}",
         )
     return None
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.patterns import foreign_match
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
@@ -193,10 +194,7 @@ def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
 
 def _matches(module: str, target: str) -> bool:
     if target.startswith("re:"):
-        try:
-            return re.match(target[3:], module) is not None
-        except re.error as error:
-            raise InputError(f"{_WHERE}: {target!r} is no regex") from error
+        return foreign_match(target.removeprefix("re:"), module, _WHERE)
     return module == target
 
 

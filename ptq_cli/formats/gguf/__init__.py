@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -117,22 +117,18 @@ def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array |
     return codes.reshape(rows, -1), scales, minima
 
 
-def _misfit(layer: Layer) -> str | None:
+def _misfit(layer: Layer) -> Misfit | None:
     grid, columns = layer.grid, layer.shape[1]
     found = common.misfit(layer, "gguf", _LIMITS)
     if found is not None:
         return found
     if grid.bits == 8 and not grid.sym:
-        return "gguf has no asymmetric type of 8 bits; --sym"
+        return Misfit("gguf has no asymmetric type of 8 bits", "--sym")
     if columns % BLOCK:
-        return (
-            f"gguf has blocks of {BLOCK} columns, and in_features {columns} is no multiple of"
-            f" {BLOCK}; --on-misfit keep"
-        )
+        return Misfit(f"gguf holds in_features in multiples of {BLOCK}, not {columns}")
     if grid.width(columns) % BLOCK:
-        return (
-            f"gguf has blocks of {BLOCK} columns, not {grid.width(columns)}; --group-size {BLOCK}"
-        )
+        reason = f"gguf has blocks of {BLOCK} columns, not {grid.width(columns)}"
+        return Misfit(reason, f"--group-size {BLOCK}")
     return None
 
 

@@ -39,7 +39,7 @@ def whole(layers: list, **more) -> Subject:
     return Subject(
         "out",
         documents.document(
-            layers, quality=documents.QUALITY, sites=[SITE], left_alone=[left],
+            layers, quality=documents.QUALITY, sites=[dict(SITE)], left_alone=[left],
             warnings=["a warning"], **more,
         ),
         (Gate("--min-gain", 1.5, 2.0, True, ""), Gate("--max-kl", 0.01, 0.0213, False, "KL is up")),
@@ -52,6 +52,22 @@ def whole(layers: list, **more) -> Subject:
             for row, smooth in zip(layers, (None, np.ones(14336, np.float32), None), strict=False)
         ),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one() -> Subject:
+    """A run with everything a page can show, of 28 layers."""
+    return whole(documents.rows(28))
+
+
+@pytest.fixture(scope="module")
+def pages(one) -> dict[str, str]:
+    """The page of that run, and of it beside a smaller one."""
+    other = Subject("b", documents.document(documents.rows(7)))
+    return {"one": page([one]), "several": page([one, other])}
+
+
+EACH = pytest.mark.parametrize("which", ["one", "several"])
 
 
 def test_the_page_holds_the_reports_numbers():
@@ -92,8 +108,8 @@ def test_the_page_holds_the_reports_numbers():
     assert "fallback: not positive definite" in shown["0.self_attn.o_proj"]["Notes"]
 
 
-def test_predictions_gates_and_the_rest_stand_there():
-    root = read(page([whole(documents.rows(28))]))
+def test_predictions_gates_and_the_rest_stand_there(pages):
+    root = read(pages["one"])
     text = root.text
     for words in (
         "6.143 → 6.331", "+0.188 ± 0.011", "93.8 %", "1 missed", "--max-kl 0.01: KL is up",
@@ -116,12 +132,9 @@ def test_many_layers_are_cut_and_that_is_said():
     assert "these are the worst 2000 of 2100" in text
 
 
-@pytest.mark.parametrize("pages", ["one", "several"])
-def test_nothing_comes_from_outside(pages):
-    one = whole(documents.rows(28))
-    text = page(
-        [one] if pages == "one" else [one, Subject("b", documents.document(documents.rows(7)))]
-    )
+@EACH
+def test_nothing_comes_from_outside(pages, which):
+    text = pages[which]
     assert "://" not in text
     assert "url(" not in text.replace("url(#", "")
     root = read(text)
@@ -133,14 +146,13 @@ def test_nothing_comes_from_outside(pages):
     assert "default-src 'none'" in policy.attributes["content"]
 
 
-@pytest.mark.parametrize("pages", ["one", "several"])
-def test_every_chart_says_in_words_what_it_shows(pages):
-    one = whole(documents.rows(28))
-    root = read(page([one] if pages == "one" else [one, one]))
+@EACH
+def test_every_chart_says_in_words_what_it_shows(pages, which):
+    root = read(pages[which])
     ids = [element.attributes["id"] for element in root.all() if "id" in element.attributes]
     assert len(ids) == len(set(ids))
     figures = root.all("figure")
-    assert len(figures) >= (12 if pages == "one" else 3)
+    assert len(figures) >= (12 if which == "one" else 3)
     for figure in figures:
         for svg in figure.all("svg"):
             assert svg.attributes["role"] == "img"
@@ -185,12 +197,11 @@ def test_names_are_text_whatever_they_hold(several):
     assert {svg.attributes["role"] for svg in root.all("svg")} == {"img"}
 
 
-def test_the_same_report_is_the_same_bytes(monkeypatch):
-    first = page([whole(documents.rows(28))])
+def test_the_same_report_is_the_same_bytes(pages, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 33)
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "path")
     monkeypatch.setitem(matplotlib.rcParams, "axes.grid", True)
-    assert page([whole(documents.rows(28))]) == first
+    assert page([whole(documents.rows(28))]) == pages["one"]
     assert matplotlib.rcParams["font.size"] == 33
 
 
@@ -283,9 +294,8 @@ def test_colours_can_be_told_from_the_paper(colours):
         assert contrast(colours[mark], colours["--paper"]) >= 3, mark
 
 
-def test_charts_take_every_colour_and_font_from_the_page():
-    one = whole(documents.rows(28))
-    for text in (page([one]), page([one, one])):
+def test_charts_take_every_colour_and_font_from_the_page(pages):
+    for text in pages.values():
         for svg in re.findall(r"<svg.*?</svg>", text, re.S):
             assert set(re.findall(r"var\((--[\w-]+)\)", svg)) <= LIGHT.keys()
             styles = "".join(re.findall(r'style="([^"]*)"', svg))

@@ -1,0 +1,238 @@
+"""The same command on its own finished output says so and exits as that run did, without work."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+import ptq_cli
+from ptq_cli.report.report import as_document, report_from_document
+from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.target import Target
+from tests.builders import SAMPLE, copy_sample, ptq, small_job, tree
+
+SAID = "ptq: note: out: finished already, from the same inputs and settings"
+TOKENS = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 4)
+COMMANDS = {
+    "gptq": ("gptq", "model", "--bits", 3),
+    "gptq tokens": ("gptq", "model", *TOKENS),
+    "rtn": ("rtn", "model"),
+    "rtn gptq": ("rtn", "model", "--format", "gptq"),
+    "rtn gguf": ("rtn", "model", "--format", "gguf", "-g", 32),
+    "awq": ("awq", "model"),
+    "smoothquant": ("smoothquant", "model", *TOKENS),
+    "floats": ("smoothquant", "model", "--bits", 16),
+    "pack": ("pack", "model/model.safetensors"),
+    "repack": ("pack", "packed", "--format", "gptq"),
+    "calibrate": ("calibrate", "model"),
+    "calibrate tokens": ("calibrate", "model", *TOKENS),
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sample():
+    copy_sample(Path("model"))
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def refused(self):
+        raise AssertionError("work is begun")
+
+    monkeypatch.setattr(Target, "begin", refused)
+
+
+def content(path):
+    return tree(path) if path.is_dir() else path.read_bytes()
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.usefixtures("sample")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_same_command_again_does_no_work_and_says_so(monkeypatch, name):
+    command = (*COMMANDS[name], "-o", "out", "--json")
+    if name == "repack":
+        assert ptq("rtn", "model", "-o", "packed").code == 0
+    if name == "rtn gguf":
+        pytest.importorskip("gguf")
+    first = ptq(*command)
+    assert first.code == 0, first.err
+    before, inode = content(Path("out")), Path("out").stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "begin", None)
+        begin = time.process_time()
+        again = ptq(*command)
+        assert time.process_time() - begin < 1
+    assert again.code == 0, again.err
+    assert again.err.splitlines()[-1] == SAID
+    assert without_seconds(json.loads(again.out)) == without_seconds(json.loads(first.out))
+    assert (content(Path("out")), Path("out").stat().st_ino) == (before, inode)
+    assert not Path("out.partial").exists()
+    forced = ptq(*command, "--force")
+    assert forced.code == 0
+    assert "finished already" not in forced.err
+    assert Path("out").stat().st_ino != inode
+    assert content(Path("out")) == before
+
+
+@pytest.fixture
+def made(sample):
+    assert ptq("rtn", "model", "-o", "out").code == 0
+
+
+@pytest.mark.usefixtures("made", "no_work")
+def test_gates_are_held_against_the_report_anew():
+    assert ptq("rtn", "model", "-o", "out", "--max-rel-err", 1).code == 0
+    missed = ptq("rtn", "model", "-o", "out", "--max-rel-err", 1e-6)
+    assert missed.code == 3
+    assert SAID in missed.err
+    assert "quality gate missed: --max-rel-err 1e-06" in missed.errors[0]
+
+
+@pytest.mark.usefixtures("sample")
+def test_reports_are_written_again(monkeypatch):
+    pytest.importorskip("matplotlib")
+    names = ("r.json", "r.csv", "j.xml", "h.html")
+
+    def run():
+        for name in names:
+            Path(name).unlink(missing_ok=True)
+        words = ("rtn", "model", "-o", "out", "--max-rel-err", 1)
+        more = ("--junit", "j.xml", "--html", "h.html")
+        assert ptq(*words, "--report", "r.json", *more).code == 0
+        outcome = ptq(*words, "--report", "r.csv")
+        assert outcome.code == 0
+        return outcome
+
+    run()
+    first = {name: Path(name).read_bytes() for name in names}
+    monkeypatch.setattr(Target, "begin", None)
+    table = run().out
+    assert "written: out" in table
+    again = {name: Path(name).read_bytes() for name in names}
+    assert again["h.html"] == first["h.html"]
+    for written in (first, again):
+        written["j.xml"] = re.sub(rb' time="[^"]*"', b"", written["j.xml"])
+        written["r.json"] = without_seconds(json.loads(written["r.json"]))
+        rows = list(csv.DictReader(io.StringIO(written.pop("r.csv").decode())))
+        written["rows"] = without_seconds(rows)
+    assert again == first
+
+
+@pytest.mark.usefixtures("made")
+def test_other_settings_and_inputs_are_named():
+    def refused(*words):
+        outcome = ptq("rtn", "model", "-o", "out", *words)
+        assert outcome.code == 1
+        return outcome.errors[0]
+
+    assert "out: exists already, made with other bits; --force" in refused("--bits", 3)
+    assert "made with other bits, group_size; --force" in refused("-b", 3, "-g", 32)
+    assert (
+        "made with other calibration, command, mse; --force"
+        in ptq("pack", "model", "-o", "out").errors[0]
+    )
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"vocab_size": 2047}))
+    assert "made with other config 'vocab_size'; --force" in refused()
+    Path("model/config.json").write_text(json.dumps(config))
+    assert ptq("rtn", "model", "-o", "out").code == 0
+    Path("model/tokenizer_config.json").write_text("{}")  # it was copied, and is another now
+    assert "out: exists already; --force" in refused()
+
+
+@pytest.mark.usefixtures("made")
+def test_what_is_no_output_of_this_tool_is_refused_as_ever():
+    Path("out/ptq_job.json").unlink()
+    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
+    Path("out/ptq_job.json").write_text("[" * 100_000)
+    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
+    shutil.rmtree("out")
+    Path("out").write_text("mine")
+    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
+
+
+@pytest.mark.usefixtures("made", "no_work")
+def test_inputs_elsewhere_are_the_same_inputs():
+    Path("model").rename("moved")
+    assert ptq("rtn", "moved", "-o", "out").code == 0
+
+
+@pytest.mark.usefixtures("made", "no_work")
+def test_a_dry_run_says_that_nothing_would_be_done():
+    outcome = ptq("rtn", "model", "-o", "out", "--dry-run")
+    assert outcome.code == 0
+    assert outcome.out == (
+        "out: finished already, from the same inputs and settings; nothing would be done\n"
+    )
+    planned = json.loads(ptq("rtn", "model", "-o", "out", "--dry-run", "--json").out)
+    assert (planned["finished"], planned["disk"]["needed"]) == (True, 0)
+    planned = json.loads(ptq("rtn", "model", "-o", "new", "--dry-run", "--json").out)
+    assert planned["finished"] is False
+
+
+@pytest.mark.usefixtures("sample")
+def test_after_a_kill_behind_the_last_rename(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "_drop", Staging.close)
+        assert ptq("rtn", "model", "-o", "out").code == 0
+    assert Path("out.partial").is_dir()
+    again = ptq("rtn", "model", "-o", "out")
+    assert (again.code, SAID in again.err) == (0, True)
+    assert not Path("out.partial").exists()
+
+
+@pytest.mark.usefixtures("made")
+def test_work_of_another_run_into_the_same_output_stays(monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ptq("rtn", "model", "-o", "out", "--bits", 3, "--force")
+    work = tree(Path("out.partial"))
+    assert work
+    assert ptq("rtn", "model", "-o", "out").code == 0
+    assert tree(Path("out.partial")) == work
+
+
+def test_the_functions_say_it_too(tmp_path):
+    model, activations = small_job(tmp_path)
+    first = ptq_cli.gptq(model, activations=[activations], output="out")
+    again = ptq_cli.gptq(model, activations=[activations], output="out")
+    assert (first.earlier, again.earlier) == (False, True)
+    assert as_document(again, times=False) == as_document(first, times=False)
+    first = ptq_cli.calibrate(model, [activations], "c.safetensors")
+    again = ptq_cli.calibrate(model, [activations], "c.safetensors")
+    assert (first.pop("earlier"), again.pop("earlier")) == (False, True)
+    assert without_seconds(again) == without_seconds(first)
+
+
+def test_a_report_comes_back_from_its_document(tmp_path):
+    model, activations = small_job(tmp_path)
+    words = ("--activations", activations, "--activation-scheme", "dynamic-token")
+    assert ptq("rtn", model, "--activations", activations, "-o", "out").code == 0
+    assert ptq("eval", model, "out", *words, "--report", "r.json").code == 0
+    for path in ("r.json", "out/report.json"):
+        document = json.loads(Path(path).read_text())
+        times = path == "r.json"
+        document.pop("output", None)
+        assert as_document(report_from_document(document), times=times) == document
