@@ -157,6 +157,18 @@ def plugin_of(name: str) -> str:
     return "models" if room(name) == "models" else ".".join(name.split(".")[1:3])
 
 
+def test_numerics_take_arrays_and_touch_nothing_else():
+    """No files, no thread-locals, no processes: a kernel would run on other arrays as it stands."""
+    found = [
+        f"{here} imports {name}"
+        for here in modules()
+        if room(here) == "numerics"
+        for name in imports(here)
+        if name.split(".")[0] in FORBIDDEN_TO_PLUGINS
+    ]
+    assert found == []
+
+
 SHARED = ("formats.common",)  # what plug-ins of one room have in common
 
 

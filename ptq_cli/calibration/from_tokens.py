@@ -17,6 +17,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.stream import Stream, threads
 from ptq_cli.calibration.streams import Forward, Place, Streams
 from ptq_cli.core.statistics import SiteInfo
+from ptq_cli.numerics.drift import drift_memory
 from ptq_cli.numerics.statistics import statistics_memory
 from ptq_cli.storage.checkpoint import Checkpoint
 
@@ -69,9 +70,11 @@ class TokenSource(Source):
         return self.forward.memory(workers, memory)
 
     def load_memory(self, site: str) -> int:
-        """Sums of the inputs, and of the drift; the forward has a budget of its own."""
+        """Of the sums of the inputs and of the drift; the forward has a budget of its own."""
         info = self.sites[site]
-        return statistics_memory(info.in_features, info.n_tokens) * (2 if self.drifts else 1)
+        batch = min(info.n_tokens, max(part.packing.n_tokens for part in self.forward.parts))
+        sums = statistics_memory(info.in_features, info.n_tokens, batch)
+        return sums + (drift_memory(info.in_features, batch) if self.drifts else 0)
 
     def streams(
         self,

@@ -54,6 +54,11 @@ class Source:
         return False
 
     @property
+    def drifts(self) -> bool:
+        """Whether its statistics have the drift of the inputs from the float model's."""
+        return False
+
+    @property
     def name(self) -> str:
         """What messages call it."""
         raise NotImplementedError

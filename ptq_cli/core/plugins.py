@@ -41,7 +41,7 @@ class Method:
         information), or None where the method's own serves
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
-        itself, its Hessian and the result
+        itself, the result and the statistics; the last argument says whether those have the drift
     effort: roughly the multiply-adds that rounding takes for each weight of a layer of so many
         columns; an elementwise operation counts as `ELEMENTWISE`
     is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
@@ -59,7 +59,7 @@ class Method:
     prepare: Callable[[SiteStatistics | None, Grid, Any], Any]
     apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
-    memory: Callable[[tuple[int, int], Grid], int]
+    memory: Callable[[tuple[int, int], Grid, bool], int]
     effort: Callable[[int, Grid, Any], float]
     is_nearest: Callable[[Any], bool] = lambda settings: False
     searches_ranges: bool = False

@@ -108,7 +108,7 @@ def _check(settings: AwqSettings, group_sizes: Collection[int]) -> None:
         )
 
 
-def _memory(shape: tuple[int, int], grid: Grid) -> int:
+def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     out_features, n = shape
     return 4 * (4 * n * n + 5 * out_features * n)
 

@@ -1,6 +1,6 @@
 """GPTQ with scale search, refinement inside the group and sweeps over the row.
 
-The mathematics stands in numerics/solver.py. `--refine 0 --sweeps 0 --no-mse --act-order none
+The mathematics stands in numerics/gptq.py. `--refine 0 --sweeps 0 --no-mse --act-order none
 --damp-percent 0.01` is the paper's algorithm (Frantar et al., arXiv 2210.17323).
 """
 
@@ -15,7 +15,7 @@ from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import corrected, correction
+from ptq_cli.numerics.drift import corrected
 from ptq_cli.numerics.gptq import (
     PANEL_ROWS,
     Feedback,
@@ -23,6 +23,7 @@ from ptq_cli.numerics.gptq import (
     column_order,
     make_feedback,
     solve,
+    visited_starts,
 )
 from ptq_cli.numerics.ldl import NotPositiveDefinite
 from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
@@ -114,7 +115,7 @@ class _Prepared:
     feedback: Feedback
     damp_percent: float
     notes: tuple[str, ...]
-    correction: FloatArray | None = None
+    drift: FloatArray | None = None
 
 
 def _prepare(
@@ -130,29 +131,22 @@ def _prepare(
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     order = column_order(hessian, settings.act_order, grid)
+    starts = visited_starts(order, settings.act_order, grid)
+    drift = statistics.drift if settings.drift else None
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
-            feedback = make_feedback(hessian, damp, order)
-            makeup = _correction(statistics, hessian, damp, settings)
+            feedback = make_feedback(hessian, damp, order, starts, settings.refine > 0)
         except NotPositiveDefinite:
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes, makeup)
+        return _Prepared(feedback, damp, notes, drift)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
         hint="calibrate on more tokens, or raise --damp-percent",
     )
-
-
-def _correction(
-    statistics: SiteStatistics, hessian: FloatArray, damp: float, settings: GptqSettings
-) -> FloatArray | None:
-    if statistics.drift is None or settings.drift == 0:
-        return None
-    return correction(hessian, statistics.drift, damp)
 
 
 def _apply(
@@ -168,18 +162,20 @@ def _apply(
         return MethodResult(round_to_nearest(weight, grid, importance if settings.mse else None))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
-    if prepared.correction is not None:
-        weight = corrected(weight, prepared.correction, settings.drift)
+    if prepared.drift is not None:
+        weight = corrected(weight, prepared.drift, prepared.feedback, settings.drift)
     rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes, importance)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 
 
-def _memory(shape: tuple[int, int], grid: Grid) -> int:
+def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     out_features, n = shape
     item = 8 if n <= FLOAT64_COLUMNS else 4
     rows, width = min(out_features, PANEL_ROWS), grid.width(n)
-    group = width * (9 * rows + 4 * width + n)
-    return item * (n * n + 3 * n * rows + group) + 2 * out_features * n
+    site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
+    group = width * (9 * rows + 3 * width + n)
+    corrected = out_features * n if drift else 0
+    return item * (site + 3 * n * rows + group + corrected) + 2 * out_features * n
 
 
 def _effort(columns: int, grid: Grid, settings: GptqSettings) -> float:

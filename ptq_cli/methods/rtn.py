@@ -16,7 +16,8 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
-from ptq_cli.numerics.rounding import PIECE_ELEMENTS, SEARCH_RATIOS, round_to_nearest
+from ptq_cli.numerics.parallel import PIECE_ELEMENTS
+from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _apply(
     return MethodResult(round_to_nearest(weight, grid, importance.astype(weight.dtype)))
 
 
-def _memory(shape: tuple[int, int], grid: Grid) -> int:
+def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     size = shape[0] * shape[1]
     return 24 * size if grid.group_size == 0 else size + 64 * PIECE_ELEMENTS
 

@@ -1,6 +1,6 @@
 """SmoothQuant: factors that balance outlying channels of the inputs against the weights.
 
-The mathematics and its floors stand in numerics/smoothing.py (Xiao et al., arXiv 2211.10438).
+The mathematics and its floors stand in numerics/smoothquant.py (Xiao et al., arXiv 2211.10438).
 """
 
 from __future__ import annotations

@@ -23,8 +23,14 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import NotPositiveDefinite, ldl_upper
-from ptq_cli.numerics.rounding import ScaleOverflow, fit_grid, round_centred
-from ptq_cli.numerics.smoothquant import Factors, nearest, tied
+from ptq_cli.numerics.rounding import (
+    ScaleOverflow,
+    dequantized_nearest,
+    fit_grid,
+    round_centred,
+    zeros_along,
+)
+from ptq_cli.numerics.smoothquant import Factors, tied
 
 _PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
@@ -194,7 +200,7 @@ def _scaled_loss(
         for top in range(0, weight.shape[0], step):
             part = weight[top : top + step]
             try:
-                error = nearest(part * factors, grid)
+                error = dequantized_nearest(part * factors, grid)
             except ScaleOverflow:
                 return float("inf")
             error /= factors
@@ -214,9 +220,10 @@ def _clip_group(
         clipped = np.clip(part, -limit[:, None], limit[:, None])
         scales, zeros = fit_grid(clipped, grid, 1)
         clipped /= scales[:, None]
-        rounded = round_centred(clipped, zeros[:, None], grid)
-        rounded *= scales[:, None]
-        losses = _losses(np.subtract(part, rounded, out=rounded), sample)
+        zero = zeros_along(zeros, grid, 1)
+        round_centred(clipped, grid.min_code - zero, grid.max_code - zero, out=clipped)
+        clipped *= scales[:, None]
+        losses = _losses(np.subtract(part, clipped, out=clipped), sample)
         better = losses < least
         least, best = np.where(better, losses, least), np.where(better, limit, best)
     return best

@@ -21,27 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
-from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.gptq import Feedback
+from ptq_cli.numerics.ldl import solve_right
 
 
-def correction(hessian: FloatArray, drift: FloatArray, damp: float) -> FloatArray:
-    """`drift · (H_q + λI)⁻¹` [in_features, in_features], λ = damp · mean(diagonal of H_q).
+def corrected(
+    weight: FloatArray, drift: FloatArray, feedback: Feedback, strength: float
+) -> FloatArray:
+    """`weight + strength · (weight* − weight)`, [out_features, in_features].
 
-    Raises:
-        NotPositiveDefinite: H_q + λI is singular.
+    drift: [in_features, in_features]; feedback: holds `H_q + λI`, factored
     """
-    damped = np.array(hessian)
-    damped.flat[:: len(damped) + 1] += hessian.dtype.type(damp * hessian.diagonal().mean())
-    try:
-        solved: FloatArray = np.linalg.solve(damped, drift.T.astype(hessian.dtype))
-    except np.linalg.LinAlgError as error:
-        raise NotPositiveDefinite from error
-    return solved.T
+    result: FloatArray = weight @ drift.astype(weight.dtype, copy=False)
+    solve_right(result, feedback.upper, feedback.pivots, feedback.order)
+    result *= weight.dtype.type(strength)
+    result += weight
+    return result
 
 
-def corrected(weight: FloatArray, correction: FloatArray, strength: float) -> FloatArray:
-    """`weight + strength · (weight* − weight)`, [out_features, in_features]."""
-    return weight + weight.dtype.type(strength) * (weight @ correction)
+def drift_memory(in_features: int, n_tokens: int) -> int:
+    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time."""
+    return 4 * in_features * (2 * in_features + 5 * n_tokens)
 
 
 class DriftSum:

@@ -23,7 +23,7 @@ arithmetic is then in products of large matrices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,8 +37,9 @@ from ptq_cli.numerics.ldl import ldl_upper
 from ptq_cli.numerics.parallel import each
 from ptq_cli.numerics.rounding import (
     SCALE_LIMITS,
+    blank,
     fit_grid,
-    pack_result,
+    round_centred,
     round_scales,
     round_to_nearest,
     search_grid,
@@ -49,12 +50,31 @@ LEAF_COLUMNS = 16
 
 
 @dataclass(frozen=True)
+class Group:
+    """Columns start … stop−1, in the order of visits, and what depends on the Hessian alone.
+
+    schur: `S = U_gg D_g U_ggᵀ`; empty where groups are not refined
+    inverse: `U_gg⁻ᵀ`, or None for the first group, which no error reaches
+    """
+
+    start: int
+    stop: int
+    schur: FloatArray
+    inverse: FloatArray | None
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
 class Feedback:
     """All that the linears of one site share: the factored Hessian and the order of the columns.
 
     order: column visited k-th, int [in_features]
     hessian, damping: H as it stands, and λ
     upper, pivots: `H + λI = upper · diag(pivots) · upperᵀ`, in that order
+    groups: those of the grid, in that order
     """
 
     order: NDArray[np.intp]
@@ -62,6 +82,7 @@ class Feedback:
     damping: np.floating[Any]
     upper: FloatArray
     pivots: FloatArray
+    groups: tuple[Group, ...]
 
     def rows(self, start: int, stop: int) -> FloatArray:
         """Rows of H + λI in the order of visits, gathered when a sweep needs them: a copy of all of
@@ -72,8 +93,16 @@ class Feedback:
         return rows
 
 
-def make_feedback(hessian: FloatArray, damp: float, order: NDArray[np.intp]) -> Feedback:
+def make_feedback(
+    hessian: FloatArray,
+    damp: float,
+    order: NDArray[np.intp],
+    starts: Sequence[int],
+    refine: bool = True,
+) -> Feedback:
     """Factor `hessian + damp · mean(diagonal) · I` with columns in `order`.
+
+    starts: of the groups, as `visited_starts` gives them; refine: whether they will be refined
 
     Raises:
         NotPositiveDefinite: raise `damp` and try again.
@@ -82,7 +111,14 @@ def make_feedback(hessian: FloatArray, damp: float, order: NDArray[np.intp]) -> 
     damping = hessian.dtype.type(damp * hessian.diagonal().mean())
     damped.flat[:: len(order) + 1] += damping
     upper, pivots = ldl_upper(damped, in_place=True)
-    return Feedback(order, hessian, damping, upper, pivots)
+
+    def group(ends: tuple[int, int]) -> Group:
+        own = slice(*ends)
+        block = upper[own, own]
+        schur = (block * pivots[own]) @ block.T if refine else block[:0]
+        return Group(*ends, schur, np.linalg.inv(block).T if own.start else None)
+
+    return Feedback(order, hessian, damping, upper, pivots, tuple(each(group, pairwise(starts))))
 
 
 def column_order(hessian: FloatArray, act_order: str, grid: Grid) -> NDArray[np.intp]:
@@ -100,7 +136,7 @@ def column_order(hessian: FloatArray, act_order: str, grid: Grid) -> NDArray[np.
         return np.arange(n)
     if act_order == "desc":
         return np.argsort(-diagonal, kind="stable")
-    groups = [np.arange(a, b) for a, b in _pairs(grid.starts(n))]
+    groups = [np.arange(a, b) for a, b in pairwise(grid.starts(n))]
     groups.sort(key=lambda columns: -float(diagonal[columns].sum()))
     return np.concatenate([g[np.argsort(-diagonal[g], kind="stable")] for g in groups])
 
@@ -130,38 +166,34 @@ def solve(
         InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
-    order = feedback.order
-    whole_tensor = grid.group_size == 0
-    fixed = _whole_tensor_grid(weight, grid, passes, importance) if whole_tensor else None
-    starts = _visited_starts(n, grid, order, act_order)
-    codes = np.empty((out_features, n), np.uint8)
-    group_of_start = order[starts[:-1]] // grid.width(n)  # where each visited group really stands
+    order, groups = feedback.order, feedback.groups
+    result = blank((out_features, n), grid)
+    fixed = None
+    if grid.group_size == 0:
+        fixed = _whole_tensor_grid(weight, grid, passes, importance)
+        result.scales[0], result.zeros[0] = fixed
+    place = [int(order[group.start]) // grid.width(n) for group in groups]  # in the row
     if act_order == "desc":
-        group_of_start = np.arange(len(starts) - 1)
-    scales = np.empty((out_features, grid.n_groups(n)), weight.dtype)
-    zeros = np.empty_like(scales)
-    inverses = [np.linalg.inv(feedback.upper[a:b, a:b]).T for a, b in _pairs(starts)[1:]]
+        place = list(range(len(groups)))
     back = np.argsort(order)
 
     def work(top: int) -> None:
         rows = slice(top, min(out_features, top + PANEL_ROWS))
-        panel = _Panel(transposed(weight[rows])[order], feedback, grid, starts, inverses, passes)
-        panel.fixed = fixed
+        panel = _Panel(transposed(weight[rows])[order], feedback, grid, passes, fixed)
         if importance is not None:
             panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
         panel.run()
-        codes[rows] = transposed(panel.codes[back])
-        scales[rows, group_of_start] = panel.scales.T
-        zeros[rows, group_of_start] = panel.zeros.T
+        result.codes[rows] = transposed(panel.codes[back])
+        if fixed is None:
+            result.scales[rows, place] = panel.scales.T
+            result.zeros[rows, place] = panel.zeros.T
 
     each(work, range(0, out_features, PANEL_ROWS))
-    if fixed is not None:
-        scales, zeros = fixed[0].reshape(1, 1), fixed[1].reshape(1, 1)
-    g_idx = None
-    if act_order == "desc":
-        g_idx = np.empty(n, np.int32)
-        g_idx[order] = grid.g_idx(n)
-    return pack_result(codes, scales, zeros, grid, g_idx)
+    if act_order != "desc":
+        return result
+    g_idx = np.empty(n, np.int32)
+    g_idx[order] = grid.g_idx(n)
+    return replace(result, g_idx=g_idx)
 
 
 def _whole_tensor_grid(
@@ -174,17 +206,14 @@ def _whole_tensor_grid(
     return rounded.scales[0].astype(weight.dtype), rounded.zeros[0].astype(weight.dtype)
 
 
-def _visited_starts(n: int, grid: Grid, order: NDArray[np.intp], act_order: str) -> list[int]:
+def visited_starts(order: NDArray[np.intp], act_order: str, grid: Grid) -> list[int]:
     """First position of each group in the visiting order, then n (a short group may come first)."""
+    n = len(order)
     if act_order == "desc":
         return grid.starts(n)
     group = order // grid.width(n)
     changes = np.flatnonzero(np.diff(group)) + 1
     return [0, *changes.tolist(), n]
-
-
-def _pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
-    return list(pairwise(starts))
 
 
 def _leaves(start: int, stop: int) -> list[int]:
@@ -229,34 +258,34 @@ class _Panel:
         weight: FloatArray,
         feedback: Feedback,
         grid: Grid,
-        starts: Sequence[int],
-        inverses: Sequence[FloatArray],
         passes: Passes,
+        fixed: tuple[FloatArray, FloatArray] | None,
     ) -> None:
         n, rows = weight.shape
         self.weight, self.feedback, self.grid, self.passes = weight, feedback, grid, passes
-        self.starts, self.groups, self.inverses = starts, _pairs(starts), inverses
+        self.groups, self.fixed = feedback.groups, fixed
         self.error = np.zeros_like(weight)
         self.codes = np.empty((n, rows), np.uint8)
         self.scales = np.empty((len(self.groups), rows), weight.dtype)
         self.zeros = np.empty_like(self.scales)
-        self.fixed: tuple[FloatArray, FloatArray] | None = None
         self.importance = feedback.pivots[:, None]
-        self._index = {start: i for i, start in enumerate(starts[:-1])}
+        self._index = {group.start: i for i, group in enumerate(self.groups)}
         self._row = np.empty(rows, weight.dtype)
         self._step = np.empty(rows, weight.dtype)
 
     def run(self) -> None:
-        _by_halves(self.starts, self.feedback.upper, self.error, self.error, self._round_group)
+        starts = [0, *(group.stop for group in self.groups)]
+        _by_halves(starts, self.feedback.upper, self.error, self.error, self._round_group)
         for _ in range(self.passes.sweeps):
-            for start, stop in self.groups:
-                self._sweep_group(start, stop)
+            for index in range(len(self.groups)):
+                self._sweep_group(index)
 
     def _round_group(self, start: int, stop: int) -> None:
         index = self._index[start]
-        group = slice(start, stop)
+        group, schur = slice(start, stop), self.groups[index].schur
         upper = self.feedback.upper[group, group]
-        compensation = self.error[group].copy() if self.passes.refine else None
+        refined = self.passes.refine > 0
+        compensation = self.error[group].copy() if refined and index else None
         scale, zero = self._group_grid(index, group)
         centred = np.empty((stop - start, self.weight.shape[1]), self.weight.dtype)
 
@@ -264,14 +293,14 @@ class _Panel:
             self._round_leaf(a, b, centred[a - start : b - start], scale, zero)
 
         _by_halves(_leaves(start, stop), upper, self.error, self.error, visit, base=start)
-        if compensation is not None:
-            scaled = upper * self.feedback.pivots[group]
-            schur = scaled @ upper.T
-            constant = scaled @ compensation
+        if refined:
+            constant: FloatArray | int = 0
+            if compensation is not None:
+                constant = (upper * self.feedback.pivots[group]) @ compensation
             for _ in range(self.passes.refine):
                 gradient = schur @ self.error[group]
                 gradient += constant
-                scale = self._descend(start, stop, schur, gradient, centred, scale, zero)
+                scale = self._descend(group, schur, gradient, centred, scale, zero)
         self._store(index, group, centred, scale, zero)
 
     def _group_grid(self, index: int, group: slice) -> tuple[FloatArray, FloatArray]:
@@ -279,9 +308,9 @@ class _Panel:
         if self.fixed is not None:
             rows = self.weight.shape[1]
             return np.repeat(self.fixed[0], rows), np.repeat(self.fixed[1], rows)
-        target = self.weight[group]
-        if index > 0:
-            target = target + self.inverses[index - 1] @ self.error[group]
+        target, inverse = self.weight[group], self.groups[index].inverse
+        if inverse is not None:
+            target = target + inverse @ self.error[group]
         if not self.passes.mse:
             return fit_grid(target, self.grid, 0)
         return search_grid(target, self.importance[group], self.grid, 0)
@@ -299,14 +328,13 @@ class _Panel:
                 np.matmul(upper[:k, k], self.error[a:column], out=row)
                 step += row
             step /= scale
-            _round_into(step, low, high, centred[k])
+            round_centred(step, low, high, out=centred[k])
             np.multiply(centred[k], scale, out=row)
             np.subtract(self.weight[column], row, out=self.error[column])
 
     def _descend(
         self,
-        start: int,
-        stop: int,
+        group: slice,
         quadratic: FloatArray,
         gradient: FloatArray,
         centred: FloatArray,
@@ -318,7 +346,7 @@ class _Panel:
         quadratic: S [columns, columns]; gradient: P [columns, rows], half the gradient in E, used
         up. `centred` and `error` are changed in place; returns the scales [rows].
         """
-        error = self.error[start:stop]
+        error = self.error[group]
         if self.fixed is None:
             scale = self._refit(quadratic, gradient, centred, error, scale)
         # From here on in codes: column k goes to the code nearest to where its derivative is zero.
@@ -336,10 +364,10 @@ class _Panel:
                 if k > a:
                     np.matmul(block[: k - a, k - a], change[a:k], out=row)
                     target[k] += row
-                _round_into(target[k], low, high, step)
+                round_centred(target[k], low, high, out=step)
                 np.subtract(centred[k], step, out=change[k])
 
-        _by_halves(_leaves(0, stop - start), coupling, change, target, visit)
+        _by_halves(_leaves(0, len(error)), coupling, change, target, visit)
         centred -= change
         error += np.multiply(change, scale, out=change)
         return scale
@@ -367,13 +395,13 @@ class _Panel:
         error -= np.multiply(centred, delta, out=spread)
         return np.where(falls, moved, scale)
 
-    def _sweep_group(self, start: int, stop: int) -> None:
-        index, group = self._index[start], slice(start, stop)
+    def _sweep_group(self, index: int) -> None:
+        group = self.groups[index].columns
         scale, zero = self.scales[index], self.zeros[index]
         centred = self.codes[group] - zero
-        hessian = self.feedback.rows(start, stop)
+        hessian = self.feedback.rows(group.start, group.stop)
         gradient = hessian @ self.error
-        scale = self._descend(start, stop, hessian[:, group], gradient, centred, scale, zero)
+        scale = self._descend(group, hessian[:, group], gradient, centred, scale, zero)
         self._store(index, group, centred, scale, zero)
 
     def _store(
@@ -389,10 +417,3 @@ def transposed(matrix: Array) -> Array:
     for top in range(0, matrix.shape[0], 64):
         result[:, top : top + 64] = matrix[top : top + 64].T
     return result
-
-
-def _round_into(steps: FloatArray, low: FloatArray, high: FloatArray, out: FloatArray) -> None:
-    """`out = clip(round(steps), low, high)`: grid.round_centred without a temporary."""
-    np.rint(steps, out=out)
-    np.maximum(out, low, out=out)
-    np.minimum(out, high, out=out)

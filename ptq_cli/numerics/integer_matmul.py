@@ -56,22 +56,6 @@ def integer_product(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[
     return total
 
 
-def group_products(
-    codes: NDArray[np.int8], weight: QuantizedWeight
-) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    """For each group of columns g, the integers `Σ_{k∈g} x_k (c_k − z)` and the scales they take.
-
-    codes: int8 [n, in_features]
-    Returns pairs (int32 [n, out_features], float32 [out_features] or [1]); their products, summed
-    over the groups, are the outputs in units of the activations' scales. One pair per group: for
-    many groups and rows, call it on panels of rows, as `linear_w8a8` does.
-
-    Raises:
-        NumericalError: a sum might not fit int32.
-    """
-    return [_group_product(codes, weight, g, columns) for g, columns in _groups(weight)]
-
-
 def linear_w8a8(
     inputs: Array,
     weight: QuantizedWeight,

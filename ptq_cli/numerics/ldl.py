@@ -8,7 +8,10 @@ own `cholesky` of a large matrix is several times slower.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.numerics.parallel import each
@@ -51,6 +54,40 @@ def ldl_upper(
         raise NotPositiveDefinite
     factor /= pivots
     return factor, pivots * pivots
+
+
+def solve_right(
+    matrix: FloatArray,
+    upper: FloatArray,
+    pivots: FloatArray,
+    order: NDArray[np.intp],
+    block: int = BLOCK,
+) -> None:
+    """`matrix · H⁻¹` in the place of `matrix` [rows, n], C-ordered, where
+    `H[order][:, order] = upper · diag(pivots) · upperᵀ`.
+
+    Two triangular solves, a block of columns at a time: with `Z = X U D`, from the last block on
+    `Z_J = (B_J − Z_{>J} · U[J, >J]ᵀ) · U_JJ⁻ᵀ`, and from the first on
+    `X_J = (Z_J / D_J − X_{<J} · U[<J, J]) · U_JJ⁻¹`.
+    """
+    n = len(pivots)
+    blocks = [slice(*ends) for ends in pairwise([*range(0, n, block), n])]
+    inverses = [np.linalg.inv(upper[own, own]) for own in blocks]
+    back = np.argsort(order)
+
+    def solve(top: int) -> None:
+        rows = slice(top, top + ROWS_AT_ONCE)
+        part = matrix[rows][:, order]
+        for own, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
+            part[:, own] -= part[:, own.stop :] @ upper[own, own.stop :].T
+            part[:, own] = part[:, own] @ inverse.T
+        part /= pivots
+        for own, inverse in zip(blocks, inverses, strict=True):
+            part[:, own] -= part[:, : own.start] @ upper[: own.start, own]
+            part[:, own] = part[:, own] @ inverse
+        matrix[rows] = part[:, back]
+
+    each(solve, range(0, len(matrix), ROWS_AT_ONCE))
 
 
 def _subtract_later(factor: FloatArray, start: int, stop: int) -> None:

@@ -30,8 +30,7 @@ from ptq_cli.core.report import OutputErrors
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each
-from ptq_cli.numerics.rounding import pieces
+from ptq_cli.numerics.parallel import each, pieces
 
 ROWS_AT_ONCE = 1024
 PANEL_ELEMENTS = 1 << 19  # weights whose codes stay in the cache

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Codes
-from ptq_cli.numerics.buffers import kept
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
 
@@ -48,10 +47,10 @@ def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
     word = np.dtype(f"<u{per_byte}")
     packed = np.empty((codes.shape[0], codes.shape[1] // per_byte), np.uint8)
     words, out = np.ascontiguousarray(codes).reshape(-1).view(word), packed.reshape(-1)
+    room = np.empty(min(len(words), _WORDS_AT_ONCE), word)
     for start in range(0, len(words), _WORDS_AT_ONCE):
         part = words[start : start + _WORDS_AT_ONCE]
-        moved = kept("moved", part.shape, word)
-        np.right_shift(part, word.type(8 - bits), out=moved)
+        moved = np.right_shift(part, word.type(8 - bits), out=room[: len(part)])
         moved |= part
         for place in range(2, per_byte):
             moved |= part >> word.type(place * (8 - bits))
@@ -77,9 +76,10 @@ def _unpack_nibbles(packed: NDArray[np.uint8]) -> Codes:
     """Every byte spread over a word of two: `x | x << 4`, of which each byte's low half is kept."""
     codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
     flat, words = np.ascontiguousarray(packed).reshape(-1), codes.reshape(-1).view("<u2")
+    room = np.empty(min(len(flat), _WORDS_AT_ONCE), np.uint16)
     for start in range(0, len(flat), _WORDS_AT_ONCE):
         part = flat[start : start + _WORDS_AT_ONCE]
-        spread = kept("spread", part.shape, np.uint16)
+        spread = room[: len(part)]
         np.copyto(spread, part)
         moved = np.left_shift(spread, 4, out=words[start : start + _WORDS_AT_ONCE])
         moved |= spread
@@ -143,3 +143,11 @@ def unpack_words(words: NDArray[np.uint32], bits: int, columns: int) -> Codes:
             cut |= cycles[:, word + 1 :: bits] << np.uint32(32 - shift)
         codes[:, place::32] = cut & np.uint32(2**bits - 1)
     return codes if columns == periods * 32 else np.ascontiguousarray(codes[:, :columns])
+
+
+def same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
+    """`np.array_equal` of contiguous bytes of the same shape, eight at a time."""
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    whole = len(flat_a) // 8 * 8
+    words_a, words_b = flat_a[:whole].view(np.uint64), flat_b[:whole].view(np.uint64)
+    return np.array_equal(words_a, words_b) and np.array_equal(flat_a[whole:], flat_b[whole:])

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
+PIECE_ELEMENTS = 1 << 17  # of a matrix, worked on at a time
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -40,3 +42,9 @@ def each(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
     if executor is None:
         return [function(piece) for piece in pieces]
     return list(executor.map(function, pieces))
+
+
+def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) -> list[slice]:
+    """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
+    step = max(1, elements // max(1, columns))
+    return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]

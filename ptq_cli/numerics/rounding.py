@@ -5,7 +5,8 @@ scales and zeros come back without it. Arithmetic stays in the dtype of the weig
 float64); scales are rounded to the dtype they are stored in before a code is chosen, so what a
 runtime decodes is what was optimised.
 
-Inside the engine codes are *centred*, `codes − zeros`: the dequantized weight is one product.
+Inside the engine codes are *centred*, `codes − zeros`: the dequantized weight is one product. Where
+a weight becomes a code, `clip(round(weight / scale) + zero)`, it goes through `round_centred`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.tensors import Array, Codes, FloatArray
+from ptq_cli.core.tensors import Codes, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.buffers import kept
-from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.parallel import each, pieces
 
-PIECE_ELEMENTS = 1 << 17  # weights rounded at a time
 _INTEGERS = {size: (np.dtype(f"i{size}"), np.dtype(f"u{size}")) for size in (4, 8)}
 
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -146,9 +144,9 @@ def _rounding_error(
     axis: int,
 ) -> FloatArray:
     """`Σ importance · (weight − dequantized)²` per group, in units of nothing but the weight's."""
-    scale = np.expand_dims(scales, axis)
+    scale, zero = np.expand_dims(scales, axis), zeros_along(zeros, grid, axis)
     steps = weight / scale
-    error = round_centred(steps, np.expand_dims(zeros, axis), grid)
+    error = round_centred(steps, grid.min_code - zero, grid.max_code - zero)
     error -= steps
     error *= error
     error *= importance
@@ -156,11 +154,26 @@ def _rounding_error(
     return total * scales * scales
 
 
-def round_centred(steps: FloatArray, zeros: FloatArray, grid: Grid) -> FloatArray:
-    """Centred codes nearest to `steps = weight / scale`, within the codes there are."""
-    centred = np.rint(steps)
-    np.maximum(centred, grid.min_code - zeros, out=centred)
-    np.minimum(centred, grid.max_code - zeros, out=centred)
+def zeros_along(zeros: FloatArray, grid: Grid, axis: int) -> FloatArray | int:
+    """The zeros along the weight's axes; where all are the middle, that number."""
+    return grid.mid_code if grid.sym else np.expand_dims(zeros, axis)
+
+
+def round_centred(
+    steps: FloatArray,
+    low: FloatArray | int,
+    high: FloatArray | int,
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """Centred codes nearest to `steps = weight / scale`: `clip(round(steps), low, high)`.
+
+    low, high: the least and greatest code there is, less the zero; numbers, or broadcastable
+    """
+    centred: FloatArray = np.rint(steps, out=out)
+    if isinstance(low, int):  # numpy has a faster loop for numbers, and a slow one for arrays
+        return centred.clip(low, high, out=centred)
+    np.maximum(centred, low, out=centred)
+    np.minimum(centred, high, out=centred)
     return centred
 
 
@@ -173,93 +186,94 @@ def round_to_nearest(
     importance: weights of a scale search, [in_features] or [out_features, in_features]; None for
         the plain range of each group
     """
-    out_features, in_features = weight.shape
-    codes = np.empty(weight.shape, np.uint8)
-    scales = np.ones(grid.scales_shape((out_features, in_features)), weight.dtype)
-    zeros = np.zeros(scales.shape, weight.dtype)
-    if weight.size == 0:
-        zeros += grid.mid_code if grid.sym else 0
-        return pack_result(codes, scales, zeros, grid)
-    if grid.group_size == 0:
-        flat = weight.reshape(1, -1)
-        spread = importance
-        if importance is not None:
-            spread = np.broadcast_to(importance, weight.shape).reshape(1, -1)
-        fitted = _fit(flat, spread, grid)
-        scales[:], zeros[:] = fitted[0].reshape(1, 1), fitted[1].reshape(1, 1)
-        steps = weight / scales
-        codes[:] = round_centred(steps, zeros, grid) + zeros
-        return pack_result(codes, scales, zeros, grid)
-
-    def work(rows: slice) -> None:
-        own = importance if importance is None or importance.ndim == 1 else importance[rows]
-        round_rows(weight[rows], grid, own, codes[rows], scales[rows], zeros[rows])
-
-    each(work, pieces(0, out_features, in_features))
-    return pack_result(codes, scales, zeros, grid)
+    return _round_all(weight, grid, importance, None)
 
 
-def blank(shape: tuple[int, int], grid: Grid, codes: Codes | None = None) -> QuantizedWeight:
-    """Room for a rounded weight of `shape`, to be filled a few rows at a time; `codes` is the room
-    for its codes where there is some."""
+def dequantized_nearest(weight: FloatArray, grid: Grid) -> FloatArray:
+    """`round_to_nearest(weight, grid).dequantized()`, in the dtype of the weight."""
+    decoded = np.empty(weight.shape, weight.dtype)
+    _round_all(weight, grid, None, decoded)
+    return decoded
+
+
+def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
+    """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
     scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
-    codes = np.empty(shape, np.uint8) if codes is None else codes
-    return QuantizedWeight(codes, scales, np.empty(scales.shape, np.uint8), grid)
-
-
-def round_piece(weight: FloatArray, into: QuantizedWeight, rows: slice) -> FloatArray:
-    """`round_to_nearest` of a few rows, written into those rows of `into`; gives their error,
-    `weight − dequantized`, in memory of the next call. (The group is not the whole tensor.)"""
-    error: FloatArray = kept("decoded", weight.shape, weight.dtype)
-    codes, scales, zeros = into.codes[rows], into.scales[rows], into.zeros[rows]
-    round_rows(weight, into.grid, None, codes, scales, zeros, error)
-    np.subtract(weight, error, out=error)
-    return error
-
-
-def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) -> list[slice]:
-    """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
-    step = max(1, elements // max(1, columns))
-    return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]
+    zeros = np.empty(scales.shape, np.uint8)
+    return QuantizedWeight(np.empty(shape, np.uint8), scales, zeros, grid)
 
 
 def round_rows(
     weight: FloatArray,
-    grid: Grid,
-    importance: FloatArray | None,
-    codes: Codes,
-    scales: Array,
-    zeros: Array,
-    decoded: FloatArray | None = None,
+    into: QuantizedWeight,
+    rows: slice,
+    decoded: FloatArray,
+    importance: FloatArray | None = None,
 ) -> None:
-    """Round some rows; the results go into `codes`, `scales` and `zeros` of these rows, and what
-    they decode to into `decoded`."""
-    work = kept("decoded", weight.shape, weight.dtype) if decoded is None else decoded
+    """Round a few rows of a weight, each group by itself, into those rows of `into`; `decoded`, of
+    the shape of `weight`, receives what they decode to. (The group is not the whole tensor.)"""
+    codes, scales, zeros, grid = into.codes[rows], into.scales[rows], into.zeros[rows], into.grid
     for columns, groups in grid.runs(weight.shape[1]):
         shape = (len(weight), groups.stop - groups.start, -1)
-        part, centred = weight[:, columns].reshape(shape), work[:, columns].reshape(shape)
-        found, weights = codes[:, columns].reshape(shape), importance
+        part, weights = weight[:, columns].reshape(shape), importance
         if importance is not None:
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
-        scales[:, groups], zeros[:, groups] = part_scales, part_zeros = _fit(part, weights, grid)
-        scale = part_scales[..., None]
-        np.divide(part, scale, out=centred)
-        np.rint(centred, out=centred)
-        if grid.sym:
-            middle = grid.mid_code
-            centred.clip(grid.min_code - middle, grid.max_code - middle, out=centred)
-            found.view(np.int8)[...] = centred
-            found += np.uint8(middle)
-        else:
-            zero = part_zeros[..., None]
-            centred += zero
-            centred.clip(grid.min_code, grid.max_code, out=centred)
-            found[...] = centred
-            if decoded is not None:
-                centred -= zero
-        if decoded is not None:
-            centred *= scale
+        scale, zero = _fit(part, weights, grid)
+        scales[:, groups], zeros[:, groups] = scale, zero
+        _round_groups(
+            part,
+            scale[..., None],
+            zeros_along(zero, grid, -1),
+            grid,
+            codes[:, columns].reshape(shape),
+            decoded[:, columns].reshape(shape),
+        )
+
+
+def _round_all(
+    weight: FloatArray, grid: Grid, importance: FloatArray | None, decoded: FloatArray | None
+) -> QuantizedWeight:
+    """`round_to_nearest`; `decoded` receives what it decodes to, unless it is None."""
+    into = blank((weight.shape[0], weight.shape[1]), grid)
+    if weight.size == 0:
+        into.scales.fill(1)
+        into.zeros.fill(grid.mid_code if grid.sym else 0)
+        return into
+    whole_tensor = grid.group_size == 0
+    if whole_tensor:
+        if importance is not None:
+            importance = np.broadcast_to(importance, weight.shape).reshape(1, -1)
+        scale, zero = _fit(weight.reshape(1, -1), importance, grid)
+        into.scales[:, 0], into.zeros[:, 0] = scale, zero
+
+    def work(rows: slice) -> None:
+        part = weight[rows]
+        out = np.empty(part.shape, weight.dtype) if decoded is None else decoded[rows]
+        if whole_tensor:
+            _round_groups(part, scale, zeros_along(zero, grid, -1), grid, into.codes[rows], out)
+            return
+        own = importance if importance is None or importance.ndim == 1 else importance[rows]
+        round_rows(part, into, rows, out, own)
+
+    each(work, pieces(0, weight.shape[0], weight.shape[1]))
+    return into
+
+
+def _round_groups(
+    weight: FloatArray,
+    scale: FloatArray,
+    zero: FloatArray | int,
+    grid: Grid,
+    codes: Codes,
+    decoded: FloatArray,
+) -> None:
+    """Codes and what they decode to of weights whose scales and zeros are known."""
+    centred = np.divide(weight, scale, out=decoded)
+    round_centred(centred, grid.min_code - zero, grid.max_code - zero, out=centred)
+    np.add(centred, zero, out=codes, casting="unsafe")
+    with np.errstate(over="ignore"):  # the ends of the widest range decode to infinity
+        centred *= scale
 
 
 def _fit(
@@ -268,20 +282,3 @@ def _fit(
     if importance is None:
         return fit_grid(weight, grid, -1)
     return search_grid(weight, importance, grid, -1)
-
-
-def pack_result(
-    codes: NDArray[Any],
-    scales: FloatArray,
-    zeros: FloatArray,
-    grid: Grid,
-    g_idx: NDArray[np.int32] | None = None,
-) -> QuantizedWeight:
-    """The engine's arrays in the dtypes a `QuantizedWeight` promises."""
-    return QuantizedWeight(
-        codes=np.ascontiguousarray(codes, np.uint8),
-        scales=scales.astype(SCALE_DTYPES[grid.scale_dtype]),
-        zeros=zeros.astype(np.uint8),
-        grid=grid,
-        g_idx=g_idx,
-    )

@@ -24,7 +24,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
-from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
+from ptq_cli.numerics.rounding import ScaleOverflow, dequantized_nearest
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.
@@ -123,45 +123,6 @@ def tied(values: Array, ties: NDArray[np.integer] | None, how: str = "max") -> A
     return shared
 
 
-def powers_of_two(factors: Factors) -> Factors:
-    """Each factor's nearest power of two (in the exponent): folding is then exact in any dtype."""
-    nearest: Factors = np.exp2(np.rint(np.log2(factors))).astype(np.float32)
-    return nearest
-
-
-def nearest(weight: FloatArray, grid: Grid) -> NDArray[np.float32]:
-    """`round_to_nearest(weight, grid).dequantized()`, group by group without index arrays."""
-    rounded = round_to_nearest(weight, grid)
-    out_features, in_features = weight.shape
-    if weight.size == 0 or in_features % grid.width(in_features):
-        return rounded.dequantized()
-    values = rounded.codes.astype(np.float32)
-    groups = values.reshape(out_features, -1, grid.width(in_features))
-    groups -= rounded.zeros[:, :, None]
-    groups *= rounded.scales[:, :, None].astype(np.float32)
-    return values
-
-
-def quantized_error(
-    inputs: FloatArray,
-    weights: Sequence[FloatArray],
-    grid: Grid,
-    activations: ActivationSettings,
-    factors: Factors | None = None,
-) -> float:
-    """`Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of a site, `Y = inputs @ weight.T` and Ŷ the product of
-    `inputs / factors` and `weight · factors`, both rounded to nearest.
-
-    activations: how the inputs are rounded; "none" leaves them float. For static scales pass
-        "dynamic-tensor": the sample's own range stands for the static one.
-
-    Raises:
-        InputError: factors are not [in_features]; activations are "static".
-        NumericalError: a scale does not fit its dtype, or inputs are not finite.
-    """
-    return _relative(inputs, weights, _products(inputs, weights), grid, activations, factors)
-
-
 def search_alpha(
     inputs: FloatArray,
     weights: Sequence[FloatArray],
@@ -172,7 +133,9 @@ def search_alpha(
     ties: NDArray[np.integer] | None = None,
     alphas: Sequence[float] = ALPHAS,
 ) -> AlphaSearch:
-    """The alpha with the least `quantized_error`; no smoothing is a candidate too.
+    """The alpha with the least `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears, `Y = inputs @ weight.T` and Ŷ
+    the product of `inputs / factors` and `weight · factors`, both rounded to nearest; no smoothing
+    is a candidate too.
 
     Factors are tried out on inputs that they were not made from: maxima of the first half of the
     sample, errors on the second. Maxima fit their own inputs so well that on the same rows alpha
@@ -272,7 +235,7 @@ def _relative(
         for top in range(0, weight.shape[0], step):
             rows = slice(top, top + step)
             part = weight[rows] if factors is None else weight[rows] * factors
-            rounded = nearest(part, grid)
+            rounded = dequantized_nearest(part, grid)
             change += _squares(product[:, rows] - smoothed @ rounded.T)
         total += _squares(product)
     return _ratio(change, total)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.parallel import each, pieces
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -44,11 +44,16 @@ def piece_tokens(in_features: int) -> int:
     return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
-def statistics_memory(in_features: int, n_tokens: int) -> int:
-    """Bytes that the accumulator of so many tokens of a site takes at most."""
+def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0) -> int:
+    """Bytes that the accumulator of so many tokens of a site takes at most.
+
+    at_once: tokens handed to it at a time, where they are more than `piece_tokens`; counted are the
+        inputs, those not held out, and two copies of them while some are taken as samples
+    """
     rows = min(n_tokens, max(256, CHUNK_ELEMENTS // max(1, in_features)))
     blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
-    return 4 * (in_features * (in_features + rows) + blocks + 16 * PIECE_ELEMENTS)
+    elements = in_features * (in_features + rows + 4 * at_once) + blocks + 16 * PIECE_ELEMENTS
+    return 4 * elements
 
 
 def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
@@ -172,8 +177,9 @@ class SiteAccumulator:
         with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
             self.sum += ones @ piece
             self.sum_abs += ones @ magnitude
-        bins = magnitude.view(np.uint32) >> np.uint32(16)
-        self.counts += np.bincount(bins.ravel(), minlength=_BINS)
+        for rows in pieces(0, len(piece), self.in_features, PIECE_ELEMENTS):
+            bins = magnitude[rows].view(np.uint32) >> np.uint32(16)
+            self.counts += np.bincount(bins.ravel(), minlength=_BINS)
 
     def _multiply(self) -> None:
         """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
@@ -355,6 +361,9 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
     bins = np.abs(sample).view(np.uint32) >> np.uint32(16)
     counts = np.bincount(bins.ravel(), minlength=1)
     first = int(np.flatnonzero(counts)[0]) if counts.any() else 0
+    drift = None if statistics.drift is None else statistics.drift / divisor
+    if drift is not None:
+        drift /= divisor[:, None]
     absmax = statistics.absmax / divisor
     mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
     power = float(hessian.diagonal().mean(dtype=np.float64))
@@ -371,7 +380,7 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
         histogram_start=first,
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
-        drift=None if statistics.drift is None else statistics.drift / divisor / divisor[:, None],
+        drift=drift,
         heldout_float=_divided(statistics.heldout_float, divisor),
     )
 

@@ -84,17 +84,21 @@ def _unit_memory(
 
     A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
     of weight and error while it is measured. The site: its Hessian, inputs that were held out or
-    sampled, and before anything else the sums it is made of.
+    sampled, the same of the drift, and before anything else the sums it is made of.
     """
     columns = members[0].shape[1]
+    drift = site is not None and source is not None and source.drifts
     most = max(
-        method.memory(layer.shape, layer.grid) + 12 * layer.size + 12 * ROWS_AT_ONCE * columns
+        method.memory(layer.shape, layer.grid, drift)
+        + 12 * layer.size
+        + 12 * ROWS_AT_ONCE * columns
         for layer in members
     )
     packed = sum(layer.size for layer in members)
     if site is None or source is None:
         return most + packed
-    return packed + max(source.load_memory(site), most + 4 * columns * (columns + _HELD_ROWS))
+    statistics = columns + _HELD_ROWS + (columns + HELDOUT_LIMIT if drift else 0)
+    return packed + max(source.load_memory(site), most + 4 * columns * statistics)
 
 
 def sites_of(layers: Mapping[str, Layer], source: Source | None) -> dict[str, str]:

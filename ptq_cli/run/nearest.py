@@ -21,9 +21,10 @@ from ptq_cli.core.tensors import Array, Codes, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.buffers import kept, same_bytes
 from ptq_cli.numerics.output_errors import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
-from ptq_cli.numerics.rounding import blank, pieces, round_piece, round_to_nearest
+from ptq_cli.numerics.packing import same_bytes
+from ptq_cli.numerics.parallel import pieces
+from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
 
 
 class Rows(Protocol):
@@ -112,8 +113,7 @@ def _row_by_row(
     }
 
     def begin(panel: slice) -> QuantizedWeight:
-        shape = (panel.stop - panel.start, columns)
-        return blank(shape, layer.grid, kept("codes", shape, np.uint8))
+        return blank((panel.stop - panel.start, columns), layer.grid)
 
     def finish(panel: slice, rounded: QuantizedWeight) -> None:
         part = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)
@@ -141,11 +141,15 @@ def _measured(
     """
 
     def work(panel: slice) -> Iterator[Piece]:
-        into = begin(panel)
-        for rows in pieces(panel.start, panel.stop, weight.shape[1]):
+        into, columns = begin(panel), weight.shape[1]
+        panel_pieces = pieces(panel.start, panel.stop, columns)
+        decoded = np.empty((panel_pieces[0].stop - panel.start, columns), np.float32)
+        for rows in panel_pieces:
             part = weight[rows]
+            error = decoded[: len(part)]
             place = slice(rows.start - panel.start, rows.stop - panel.start)
-            yield part, round_piece(part, into, place)
+            round_rows(part, into, place, error)
+            yield part, np.subtract(part, error, out=error)
         finish(panel, into)
 
     return measure_rows(weight.shape, work, **known)

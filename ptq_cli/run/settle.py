@@ -71,7 +71,7 @@ def site_memory(job: Settling, site: Site) -> int:
     rounds them, and a few matrices of the size of its Hessian."""
     how, tensors = method(job.rounding[0]), [linear.tensor for linear in site.linears]
     layers = [job.layers[tensor] for tensor in tensors if tensor in job.layers]
-    most = max((how.memory(layer.shape, layer.grid) for layer in layers), default=0)
+    most = max((how.memory(layer.shape, layer.grid, False) for layer in layers), default=0)
     weights = sum(prod(job.checkpoint.tensors[tensor].spec.shape) for tensor in tensors)
     return most + 12 * weights + 16 * site.in_features**2
 

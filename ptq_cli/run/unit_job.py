@@ -25,7 +25,6 @@ from ptq_cli.registry import format_named, method
 from ptq_cli.run.quantize_unit import LayerWeight, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import digest_of, digest_words
-from ptq_cli.storage.files import kept_buffer
 from ptq_cli.storage.rows import FileRows
 from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
@@ -149,7 +148,7 @@ class _Weights:
             rows = self.files.enter_context(FileRows(checkpoint, layer))
             self._streamed[layer.tensor] = rows
             return LayerWeight(rows, outputs=outputs)
-        data = checkpoint.read_bytes(layer.tensor, kept_buffer)  # done with before the next
+        data = checkpoint.read_bytes(layer.tensor)
         self._digests[layer.tensor] = digest_of(data)
         stored = checkpoint.weight_rows(layer, data)
         return LayerWeight(stored, self._importance(layer), outputs)

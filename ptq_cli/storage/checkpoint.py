@@ -24,8 +24,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each
-from ptq_cli.numerics.rounding import pieces
+from ptq_cli.numerics.parallel import each, pieces
 from ptq_cli.storage.files import listing, parse_json, read_into, read_json, regular_file
 from ptq_cli.storage.tensors import Bytes
 
@@ -50,13 +49,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-
-
-Room = Callable[[int], NDArray[np.uint8]]
-
-
-def new_buffer(size: int) -> NDArray[np.uint8]:
-    return np.empty(size, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -153,10 +145,10 @@ class Checkpoint:
         values = self.read_bytes(name).view(NUMPY_DTYPES[stored.spec.dtype])
         return values.reshape(stored.spec.shape)
 
-    def read_bytes(self, name: str, room: Room = new_buffer) -> NDArray[np.uint8]:
-        """A tensor's bytes, uint8 [nbytes], in the buffer that `room` gives."""
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes, uint8 [nbytes]."""
         stored = self.tensors[name]
-        buffer = room(stored.spec.nbytes)
+        buffer = np.empty(stored.spec.nbytes, np.uint8)
         read_into(stored.file, stored.offset, buffer)
         return buffer
 

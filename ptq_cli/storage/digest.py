@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.numerics.buffers import kept
-
 _LANES = 1 << 14
 _WORD = 8  # bytes
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -49,6 +47,7 @@ class Message:
 
     def __init__(self) -> None:
         self._state = np.zeros(_LANES, np.uint64)
+        self._shifted = np.empty(_LANES, np.uint64)
         self._lane = 0  # of the next word
         self._rest = np.empty(0, np.uint8)  # bytes that are no whole word yet
         self._length = 0
@@ -74,7 +73,7 @@ class Message:
         while start < len(words):
             count = min(_LANES - self._lane, len(words) - start)
             state = self._state[self._lane : self._lane + count]
-            shifted = kept("shifted", (_LANES,), np.uint64)[:count]
+            shifted = self._shifted[:count]
             np.bitwise_xor(state, words[start : start + count], out=state)
             np.multiply(state, _ODD, out=state)
             np.right_shift(state, _HALF, out=shifted)

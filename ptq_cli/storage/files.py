@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import FileError, InputError
-from ptq_cli.numerics.buffers import kept
 
 MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o"
@@ -61,11 +60,6 @@ def listing(folder: Path) -> list[str]:
     that come from a checkpoint."""
     with named(folder):
         return sorted(os.listdir(folder))
-
-
-def kept_buffer(size: int) -> NDArray[np.uint8]:
-    """Bytes [size] that the next call on the same thread hands out again."""
-    return kept("bytes", (size,), np.uint8)
 
 
 def read_into(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:

@@ -19,7 +19,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothquant import check_factors
-from ptq_cli.storage.checkpoint import Checkpoint, Room, StoredRows, new_buffer, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
@@ -50,9 +50,9 @@ class FoldedCheckpoint(Checkpoint):
             return values
         return as_stored(name, fold_tensor(name, values, self.folds[name]), values.dtype)
 
-    def read_bytes(self, name: str, room: Room = new_buffer) -> NDArray[np.uint8]:
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
         if name not in self.folds:
-            return self.base.read_bytes(name, room)
+            return self.base.read_bytes(name)
         return as_bytes(name, self.read(name)).data
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, Room, StoredTensor, new_buffer
+from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
 from ptq_cli.storage.tensors import Bytes, own_metadata
@@ -45,8 +45,8 @@ class GgufCheckpoint(Checkpoint):
 
     heads: Mapping[str, int] = field(default_factory=dict)
 
-    def read_bytes(self, name: str, room: Room = new_buffer) -> NDArray[np.uint8]:
-        data = super().read_bytes(name, room)
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        data = super().read_bytes(name)
         if name not in self.heads:
             return data
         rows = data.reshape(self.tensors[name].spec.shape[0], -1)

@@ -13,17 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.numerics.buffers import kept
-from ptq_cli.numerics.rounding import pieces
+from ptq_cli.numerics.parallel import pieces
 from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint
 from ptq_cli.storage.digest import Message
-from ptq_cli.storage.files import kept_buffer, named, read_exactly
+from ptq_cli.storage.files import named, read_exactly
 
 
 class FileRows:
-    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32, a few rows in memory
-    of the next few on the same thread. NaN and inf are not looked for here: no scale fits them
-    (ScaleOverflow), and who meets that has `check` name them.
+    """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32. NaN and inf are
+    not looked for here: no scale fits them (ScaleOverflow), and who meets that has `check` name
+    them.
 
     The layer is stored as it is seen, row by row, in a file of its own checkpoint, which is open
     inside a `with` block.
@@ -35,7 +34,6 @@ class FileRows:
         self._stored = checkpoint.tensors[layer.tensor]
         self._dtype = NUMPY_DTYPES[self._stored.spec.dtype]
         self._row_bytes = self._stored.spec.nbytes // layer.shape[0]
-        self._at_once = pieces(0, layer.shape[0], layer.shape[1])[0].stop
         self._message, self._seen = Message(), 0
         with named(self._stored.file):
             self._file = FileIO(self._stored.file)
@@ -49,12 +47,7 @@ class FileRows:
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
         """Raises FileError where the file ends early."""
         start, stop, _ = rows.indices(self.shape[0])
-        shape = (stop - start, self.shape[1])
-        if stop - start <= self._at_once:
-            result = kept("rows", shape, np.float32)
-            self._fill(result, start, stop)
-            return result
-        result = np.empty(shape, np.float32)
+        result = np.empty((stop - start, self.shape[1]), np.float32)
         for part in pieces(start, stop, self.shape[1]):
             self._fill(result[part.start - start : part.stop - start], part.start, part.stop)
         return result
@@ -72,7 +65,7 @@ class FileRows:
         self._checkpoint.matrix(self._name, (self.shape[0], self.shape[1]))
 
     def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        data = kept_buffer((stop - start) * self._row_bytes)
+        data = np.empty((stop - start) * self._row_bytes, np.uint8)
         read_exactly(self._file, self._stored.offset + start * self._row_bytes, data)
         if start == self._seen:
             self._message.update(data)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
-from ptq_cli.numerics.buffers import kept, same_bytes
+from ptq_cli.numerics.packing import same_bytes
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
 from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes
@@ -155,8 +155,9 @@ def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint
         yield from ((start, tensor.data[start : start + _PIECE]) for start in starts)
         return
     with named(tensor.file), FileIO(tensor.file) as file:
+        room = np.empty(min(_PIECE, tensor.spec.nbytes), np.uint8)
         for start in starts:
-            piece = kept("piece", (_PIECE,), np.uint8)[: tensor.spec.nbytes - start]
+            piece = room[: tensor.spec.nbytes - start]
             read_exactly(file, tensor.offset + start, piece)
             yield start, piece
 
@@ -168,7 +169,7 @@ def _put_piece(
     place: StoredTensor,
     descriptor: int,
 ) -> None:
-    back = kept("back", (_PIECE,), np.uint8)[: len(piece)]
+    back = np.empty(len(piece), np.uint8)
     with named(place.file):
         _write_all(descriptor, piece, place.offset + start)
         same = os.preadv(descriptor, [back.data], place.offset + start) == len(piece)

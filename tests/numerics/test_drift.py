@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.numerics.drift import DriftSum, corrected, correction
-from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.drift import DriftSum, corrected
+from ptq_cli.numerics.gptq import column_order, make_feedback, visited_starts
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import round_to_nearest
 
@@ -21,27 +21,33 @@ def drift_of(exact: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     return (exact - inputs).T @ inputs / len(inputs)
 
 
+def target(damp: float, strength: float, act_order: str = "none") -> np.ndarray:
+    hessian, grid = INPUTS.T @ INPUTS / len(INPUTS), Grid(4, 4)
+    order = column_order(hessian, act_order, grid)
+    feedback = make_feedback(hessian, damp, order, visited_starts(order, act_order, grid))
+    return corrected(WEIGHT, drift_of(EXACT, INPUTS), feedback, strength)
+
+
+@pytest.mark.parametrize("act_order", ["none", "static", "desc"])
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
-def test_the_target_is_the_least_squares_one_held_to_the_weight(damp: float) -> None:
+def test_the_target_is_the_least_squares_one_held_to_the_weight(
+    damp: float, act_order: str
+) -> None:
     hessian = INPUTS.T @ INPUTS / len(INPUTS)
     root = np.sqrt(damp * hessian.diagonal().mean() * len(INPUTS))
     rows = np.vstack([INPUTS, root * np.eye(12)])
     wanted = np.vstack([EXACT @ WEIGHT.T, root * WEIGHT.T])
     solution = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
-    found = corrected(WEIGHT, correction(hessian, drift_of(EXACT, INPUTS), damp), 1.0)
+    found = target(damp, 1.0, act_order)
     np.testing.assert_allclose(found, solution, rtol=1e-9, atol=1e-12)
 
 
 def test_strength_lies_between_the_weight_and_the_target() -> None:
-    step = correction(INPUTS.T @ INPUTS / 200, drift_of(EXACT, INPUTS), 0.01)
-    whole = corrected(WEIGHT, step, 1.0) - WEIGHT
-    np.testing.assert_allclose(corrected(WEIGHT, step, 0.25) - WEIGHT, whole / 4, atol=1e-12)
-    assert np.array_equal(corrected(WEIGHT, step, 0.0), WEIGHT)
-
-
-def test_a_singular_hessian_without_damping_is_an_error() -> None:
-    with pytest.raises(NotPositiveDefinite):
-        correction(np.zeros((3, 3)), np.zeros((3, 3)), 0.0)
+    before = WEIGHT.copy()
+    whole = target(0.01, 1.0) - WEIGHT
+    np.testing.assert_allclose(target(0.01, 0.25) - WEIGHT, whole / 4, atol=1e-12)
+    assert np.array_equal(target(0.01, 0.0), WEIGHT)
+    assert np.array_equal(WEIGHT, before)
 
 
 @pytest.mark.parametrize("piece", [7, 64, 200])

@@ -6,13 +6,15 @@ of a group sits on a rounding tie, and the last bit of a float decides.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError
 from ptq_cli.numerics import gptq
-from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve
+from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve, visited_starts
 from ptq_cli.numerics.ldl import NotPositiveDefinite
 from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
 from tests import oracles
@@ -25,7 +27,9 @@ THOROUGH = Passes(mse=True, refine=2, sweeps=2)
 
 def run(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):
     order = column_order(hessian, act_order, grid)
-    return solve(weight, make_feedback(hessian, damp, order), grid, act_order, passes)
+    starts = visited_starts(order, act_order, grid)
+    feedback = make_feedback(hessian, damp, order, starts, passes.refine > 0)
+    return solve(weight, feedback, grid, act_order, passes)
 
 
 def run_twin(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):
@@ -220,15 +224,15 @@ def test_every_pass_lowers_the_cost_it_was_given(monkeypatch):
     the engine handed in."""
     descend, rises = gptq._Panel._descend, []
 
-    def watched(panel, start, stop, quadratic, gradient, *rest):
-        constant = gradient - quadratic @ panel.error[start:stop]
+    def watched(panel, group, quadratic, gradient, *rest):
+        constant = gradient - quadratic @ panel.error[group]
 
         def cost():
-            error = panel.error[start:stop]
+            error = panel.error[group]
             return (error * (quadratic @ error + 2 * constant)).sum(axis=0)
 
         before = cost()
-        scale = descend(panel, start, stop, quadratic, gradient, *rest)
+        scale = descend(panel, group, quadratic, gradient, *rest)
         rises.append((cost() - before).max() / np.abs(before).max())
         return scale
 
@@ -433,7 +437,7 @@ def test_weights_that_are_no_numbers_are_an_error(bad, sym):
 
 def test_damping_is_a_share_of_the_mean_diagonal():
     hessian = np.diag([1.0, 3.0])
-    feedback = make_feedback(hessian, 0.5, np.array([1, 0]))
+    feedback = make_feedback(hessian, 0.5, np.array([1, 0]), [0, 2])
     np.testing.assert_array_equal(feedback.rows(0, 2), [[4.0, 0.0], [0.0, 2.0]])
     np.testing.assert_allclose(feedback.pivots, [4.0, 2.0])
 
@@ -441,5 +445,24 @@ def test_damping_is_a_share_of_the_mean_diagonal():
 def test_a_singular_hessian_needs_damping():
     hessian = some_hessian(8, dead=[3])
     with pytest.raises(NotPositiveDefinite):
-        make_feedback(hessian, 0.0, np.arange(8))
-    make_feedback(hessian, DAMP, np.arange(8))
+        make_feedback(hessian, 0.0, np.arange(8), [0, 8])
+    make_feedback(hessian, DAMP, np.arange(8), [0, 8])
+
+
+def test_what_groups_need_of_the_hessian_is_made_once():
+    """Whatever the panels: the products and inverses of a site are in its feedback."""
+    hessian, grid = some_hessian(40), Grid(4, 16)
+    order = column_order(hessian, "static", grid)
+    starts = visited_starts(order, "static", grid)
+    feedback = make_feedback(hessian, DAMP, order, starts)
+    assert [group.columns for group in feedback.groups] == [
+        slice(a, b) for a, b in pairwise(starts)
+    ]
+    for group in feedback.groups:
+        own = slice(group.start, group.stop)
+        upper, pivots = feedback.upper[own, own], feedback.pivots[own]
+        np.testing.assert_allclose(group.schur, upper * pivots @ upper.T)
+        if group.start:
+            np.testing.assert_allclose(group.inverse.T @ upper, np.eye(len(pivots)), atol=1e-12)
+    assert feedback.groups[0].inverse is None
+    assert make_feedback(hessian, DAMP, order, starts, False).groups[0].schur.size == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptq_cli.numerics.ldl import BLOCK, NotPositiveDefinite, ldl_upper
+from ptq_cli.numerics.ldl import BLOCK, NotPositiveDefinite, ldl_upper, solve_right
 from tests.numerics.cases import damped, some_hessian
 
 BLOCKS = (1, 2, 7, 16, 64, BLOCK)
@@ -97,3 +97,16 @@ def test_a_matrix_that_holds_no_numbers_is_refused_without_a_warning(where, bad,
     matrix[where] = matrix[where[::-1]] = bad
     with pytest.raises(NotPositiveDefinite):
         ldl_upper(matrix, block)
+
+
+@pytest.mark.parametrize("block", [1, 3, 16, BLOCK])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_factors_solve_in_any_order_of_columns(block, rows, monkeypatch):
+    monkeypatch.setattr("ptq_cli.numerics.ldl.ROWS_AT_ONCE", 2)
+    rng = np.random.default_rng(1)
+    matrix, order = damped(some_hessian(40)), rng.permutation(40)
+    upper, pivots = ldl_upper(matrix[np.ix_(order, order)])
+    right = rng.standard_normal((rows, 40))
+    expected = np.linalg.solve(matrix, right.T).T
+    solve_right(right, upper, pivots, order, block)
+    np.testing.assert_allclose(right, expected, rtol=1e-9, atol=1e-10)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_cli.numerics import packing
-from ptq_cli.numerics.packing import pack, pack_groups, packed_width, unpack, unpack_groups
+from ptq_cli.numerics.packing import (
+    pack,
+    pack_groups,
+    packed_width,
+    same_bytes,
+    unpack,
+    unpack_groups,
+)
 from tests import oracles
 
 BITS = range(2, 9)
@@ -148,3 +155,13 @@ def test_strips_of_rows_join_without_a_seam(monkeypatch, bits):
     for at_once in (1, 21, 50, 63):
         monkeypatch.setattr(packing, "_ROWS_AT_ONCE", at_once)
         np.testing.assert_array_equal(pack(codes, bits), whole)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24, 1001])
+def test_bytes_are_compared_to_the_last(size):
+    a = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert same_bytes(a, a.copy())
+    for place in {0, size // 2, size - 1} if size else ():
+        b = a.copy()
+        b[place] ^= 1
+        assert not same_bytes(a, b)

@@ -11,16 +11,13 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.rounding import dequantized_nearest, round_to_nearest
 from ptq_cli.numerics.smoothquant import (
     ALPHAS,
     EPSILON,
     channel_importance,
     check_factors,
     function_change,
-    nearest,
-    powers_of_two,
-    quantized_error,
     search_alpha,
     smooth_factors,
     tied,
@@ -112,26 +109,15 @@ def test_ties_share_the_greatest_and_the_mean():
     assert tied(values, ties).dtype == np.float32
 
 
-def test_powers_of_two_are_the_nearest():
-    some = powers_of_two(np.array([0.7, 0.72, 1.0, 3.0, 100.0], np.float32))
-    assert some.tolist() == [0.5, 1.0, 1.0, 4.0, 128.0]
-    factors = powers_of_two(np.exp2(np.linspace(-9.4, 9.4, 41)).astype(np.float32))
-    assert (np.log2(factors) == np.rint(np.log2(factors))).all()
-
-
-@pytest.mark.parametrize("scheme", ["dynamic-tensor", "dynamic-token"])
-def test_the_error_is_that_of_the_integer_product(rng, scheme):
-    inputs, weights = site(rng, loud=(3,))
-    how = ActivationSettings(scheme=scheme)
-    factors = smooth_factors(np.abs(inputs).max(0), weights_absmax(weights), 0.5)
+def quantized_error(inputs, weights, how, factors=1):
+    """`Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of a site, with the integer product for Ŷ."""
     change = total = 0.0
     for weight in weights:
         exact = inputs.astype(np.float64) @ weight.astype(np.float64).T
         rounded = round_to_nearest(weight * factors, W8)
         change += np.square(linear_w8a8(inputs / factors, rounded, None, how) - exact).sum()
         total += np.square(exact).sum()
-    error = quantized_error(inputs, weights, W8, how, factors)
-    assert error == pytest.approx(change / total, rel=1e-3)
+    return change / total
 
 
 def test_loud_channels_are_smoothed_a_hundredfold(rng):
@@ -143,16 +129,17 @@ def test_loud_channels_are_smoothed_a_hundredfold(rng):
     rng.bit_generator.state = state
     calm_inputs, calm_weights = site(rng, 128, 400)
     found = search_alpha(inputs[:96], weights, W8, TENSOR)
-    before = quantized_error(inputs[96:], weights, W8, TENSOR)
-    after = quantized_error(inputs[96:], weights, W8, TENSOR, found.factors)
-    calm = quantized_error(calm_inputs[96:], calm_weights, W8, TENSOR)
+    before = quantized_error(inputs[96:], weights, TENSOR)
+    after = quantized_error(inputs[96:], weights, TENSOR, found.factors)
+    calm = quantized_error(calm_inputs[96:], calm_weights, TENSOR)
     assert before > 100 * after
     assert after < 1.5 * calm
 
 
-def test_the_search_takes_the_best_of_all_alphas(rng):
+@pytest.mark.parametrize("how", [TENSOR, TOKEN])
+def test_the_search_takes_the_best_of_all_alphas(rng, how):
     inputs, weights = site(rng, 32, 48, loud=(1, 30))
-    found = search_alpha(inputs, weights, W8, TOKEN)
+    found = search_alpha(inputs, weights, W8, how)
     assert [alpha for alpha, _ in found.errors] == list(ALPHAS)
     assert ALPHAS[0] == 0
     assert ALPHAS[-1] == 1
@@ -161,13 +148,16 @@ def test_the_search_takes_the_best_of_all_alphas(rng):
     heavy = weights_absmax(weights)
     for alpha, error in found.errors[::5]:  # made from one half, tried on the other
         factors = smooth_factors(np.abs(inputs[:16]).max(0), heavy, alpha)
-        assert error == quantized_error(inputs[16:], weights, W8, TOKEN, factors)
+        expected = quantized_error(inputs[16:], weights, how, factors)
+        assert error == pytest.approx(expected, rel=1e-3)
+    plain = quantized_error(inputs[16:], weights, how)
+    assert found.plain_error == pytest.approx(plain, rel=1e-3)
     final = smooth_factors(np.abs(inputs).max(0), heavy, found.alpha)
     np.testing.assert_array_equal(found.factors, final)
-    known = search_alpha(inputs, weights, W8, TOKEN, input_absmax=np.abs(inputs).max(0) * 2)
+    known = search_alpha(inputs, weights, W8, how, input_absmax=np.abs(inputs).max(0) * 2)
     assert known.errors == found.errors
     np.testing.assert_allclose(known.factors, final * 2**found.alpha, rtol=1e-6)
-    assert search_alpha(inputs[:1], weights, W8, TOKEN).error > 0
+    assert search_alpha(inputs[:1], weights, W8, how).error > 0
 
 
 @pytest.mark.parametrize("group_size", [0, -1, 16, 20])
@@ -176,8 +166,8 @@ def test_nearest_is_what_the_codes_say(rng, group_size, sym):
     weight = rng.standard_normal((7, 48)).astype(np.float32)
     grid = Grid(4, group_size, sym)
     expected = round_to_nearest(weight, grid).dequantized()
-    np.testing.assert_array_equal(nearest(weight, grid), expected)
-    assert nearest(weight[:0], grid).shape == (0, 48)
+    np.testing.assert_array_equal(dequantized_nearest(weight, grid), expected)
+    assert dequantized_nearest(weight[:0], grid).shape == (0, 48)
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):

@@ -78,8 +78,3 @@ def test_a_file_that_shrinks_is_an_error(rows, tmp_path):
         file.truncate(path.stat().st_size - 1000)
     with pytest.raises(FileError, match="changed while it was read"):
         rows[:]
-
-
-def test_the_whole_is_not_kept_and_a_few_rows_are(rows):
-    assert np.shares_memory(rows[0:10], rows[10:20])
-    assert not np.shares_memory(rows[:], rows[0:10])
