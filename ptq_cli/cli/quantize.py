@@ -27,6 +27,7 @@ from ptq_cli.cli.shared_options import (
     TOKENS,
     path_argument,
 )
+from ptq_cli.commands.job import Job
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.formats.runtimes import RUNTIMES
@@ -34,8 +35,9 @@ from ptq_cli.plan.command_settings import default_settings, settings_classes
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.plan.recipe import load_recipe
 from ptq_cli.plan.settings import settings_fields
-from ptq_cli.registry import SMOOTHERS
-from ptq_cli.run.schedule import Resources, take_resources
+from ptq_cli.registry import SMOOTHERS, format_named
+from ptq_cli.run.schedule import take_resources
+from ptq_cli.storage.folder import MAX_SHARD, container_of
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -127,10 +129,8 @@ _RUNTIME = option(
 _MAX_SHARD_SIZE = option(
     "Output",
     "--max-shard-size",
-    default="4GB",
-    show_default=True,
     metavar="SIZE",
-    help="Weights files hold at most SIZE.",
+    help="Weights files hold at most SIZE.  [default: 4GB]",
 )
 
 
@@ -176,11 +176,11 @@ def _command(name: str) -> click.Command:
 def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     """Plan, warn, run with progress, report, and see to the gates."""
     check_report_paths(options)
-    how = {key: options[key] for key in ("force", "restart", "max_shard_size")}
-    how["resources"] = resources = take_resources(options)
     job = _job(name, model, options)
-    if job.plan.method == "repack":
-        _refuse_what_repacking_ignores(options, resources)
+    _refuse_unread(job, options)
+    how = {key: options[key] for key in ("force", "restart")}
+    how["max_shard_size"] = options["max_shard_size"] or MAX_SHARD
+    how["resources"] = resources = take_resources(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
@@ -198,7 +198,7 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     finish(report, options, str(job.output), written=True, layers=layers, source=source)
 
 
-def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
+def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     """The job that the options ask for."""
     classes, path = settings_classes(name), options["config"]
     recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
@@ -208,17 +208,26 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
     planned: Any = prepare_smoothing if name in SMOOTHERS else prepare
-    return planned(name, model, given, recipe, take_source(options), **where)
+    job: Job = planned(name, model, given, recipe, take_source(options), **where)
+    return job
 
 
-def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources) -> None:
+def _refuse_unread(job: Job, options: dict[str, Any]) -> None:
+    """Options of the run that do nothing for what is done, or how it is stored."""
+    fmt = format_named(job.plan.format)
+    if options["max_shard_size"] is not None and not container_of(fmt).filled:
+        raise click.UsageError(f"--max-shard-size does nothing here: {fmt.name} is one file")
+    if job.plan.method != "repack":
+        return
     _refuse_gates(
         options,
         "repacking measures nothing, the codes stay as they are; set the gate on ptq eval ORIGINAL"
         " QUANTIZED",
     )
-    if resources.scheduler is not None:
-        raise click.UsageError("--scheduler does nothing here: one process repacks")
+    for name in ("workers", "max_memory", "scheduler"):
+        if options[name] is not None:
+            word = name.replace("_", "-")
+            raise click.UsageError(f"--{word} does nothing here: one process repacks")
 
 
 def _refuse_gates(options: dict[str, Any], why: str) -> None:

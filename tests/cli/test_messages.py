@@ -155,6 +155,16 @@ def test_activations_of_another_width():
     )
 
 
+def test_weights_that_are_not_finite():
+    bad = {f"model.layers.{i}.mlp.up_proj.weight": np.full((8, 12), np.nan) for i in range(100)}
+    bad = {name: values.astype(np.float32) for name, values in bad.items()}
+    error(
+        *("rtn", model("m.safetensors", 100, **bad), "-g", -1, "-q", "--workers", 1, "-o", "out"),
+        words=["NaN", "; 99 more failed: model.layers.{1-99}.mlp."],
+        hint="mend the checkpoint, or leave the tensor out with --ignore",
+    )
+
+
 def test_missing_statistics():
     few = model("few.safetensors", 3)
     acts = activations("acts", range(3))

@@ -10,6 +10,7 @@ import pytest
 
 import ptq_cli
 from ptq_cli.cli import quantize
+from ptq_cli.cli.main import cli
 from ptq_cli.errors import InputError
 from ptq_cli.plan.command_settings import settings_classes
 from ptq_cli.plan.settings import settings_fields
@@ -58,7 +59,8 @@ def test_a_recipe_states_it_even_where_it_is_the_default(command, line, needs, s
     outcome = ptq(command, sample, "--config", "recipe.toml", "-o", "out")
     assert outcome.code == 1
     name = line.split()[0]
-    assert f"{name} (of the recipe) does nothing here; it needs {needs}" in outcome.err
+    (error,) = outcome.errors
+    assert f"{name} (of the recipe) does nothing here; it needs {needs}" in error
 
 
 def test_what_scheme_is_short_for_was_not_asked_for(sample):
@@ -67,7 +69,7 @@ def test_what_scheme_is_short_for_was_not_asked_for(sample):
 
 
 def test_from_python(sample):
-    with pytest.raises(InputError, match="--refine 3 does nothing here; it needs --then gptq"):
+    with pytest.raises(InputError, match=r"--refine 3 does nothing here\sit needs --then gptq"):
         ptq_cli.smoothquant(sample, refine=3, output="out")
     with pytest.raises(InputError, match="--seed needs --nsamples"):
         ptq_cli.gptq(sample, tokens=TOKENS[1], seed=0, output="out")
@@ -77,7 +79,7 @@ def test_gptq_on_no_statistics(job):
     """With --fallback rtn every layer is rounded to nearest."""
     outcome = ptq("gptq", job, "--fallback", "rtn", "--refine", 3, "-o", "out")
     assert outcome.code == 1
-    assert "--refine 3 does nothing here; it needs calibration" in outcome.err
+    assert "--refine 3 does nothing here; it needs calibration" in outcome.errors[0]
 
 
 OTHERS = [
@@ -92,6 +94,9 @@ OTHERS = [
     ("pack PACKED --scheme W8A8", 1, "--scheme has no effect"),
     ("pack PACKED --scheduler tcp://127.0.0.1:1", 2, "--scheduler does nothing"),
     ("pack PACKED --min-gain 1", 2, "--min-gain: repacking measures nothing"),
+    ("pack PACKED --workers 2", 2, "--workers does nothing here: one process repacks"),
+    ("pack PACKED --max-memory 1GB", 2, "--max-memory does nothing here"),
+    ("pack --format gguf -g 32 --max-shard-size 1GB", 2, "--max-shard-size does nothing here"),
     ("inspect PACKED --bf16", 1, "quantized already"),
     ("eval MODEL PACKED --max-kl 0", 2, "perplexity and KL need --tokens or --text"),
     ("eval MODEL PACKED --percentile 1.0", 2, "--percentile need --activation-scheme"),
@@ -127,8 +132,10 @@ def fingerprint(model: Path, mode: str, extra: tuple[str, ...] = ()) -> str | No
     """What the job is told from others by; None: refused, as it does nothing."""
     command, *words = mode.split()
     words = [str(part) for word in words for part in (TOKENS if word == "TOKENS" else [word])]
+    top = click.Context(cli, **cli.context_settings)
+    arguments = [str(model), *words, *extra]
     try:
-        made = getattr(quantize, command).make_context(command, [str(model), *words, *extra])
+        made = getattr(quantize, command).make_context(command, arguments, parent=top)
         job = quantize._job(command, made.params.pop("model"), made.params)
     except click.NoSuchOption:
         return None

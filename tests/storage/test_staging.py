@@ -148,7 +148,7 @@ def test_a_run_that_is_kept_out_leaves_the_others_empty_folder():
 def test_other_settings_are_refused_and_named():
     interrupted("unit")
     job = {**JOB, "bits": 3, "extra": 1}
-    with pytest.raises(PtqError, match=r"other bits, extra; --restart"):
+    with pytest.raises(PtqError, match=r"other bits, extra\n--restart"):
         opened(job=job)
     staging = opened()  # the work is still there
     assert staging.finished("unit")
