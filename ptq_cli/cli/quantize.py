@@ -65,10 +65,10 @@ _HELP = {
     """,
     "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.
 
-    Outlying channels of a site's inputs are divided by factors that the weights take over, folded
-    into the norm or linear that feeds the site: the float model computes what it did, which is
-    checked. Written are int8 weights per channel (W8A8), or with --bits 16 the smoothed float
-    weights. A site where rounding is no better for it is left as it was.
+    Outlier channels of a site's inputs are divided by factors, and the weights are multiplied by
+    them. The division is folded into the norm or linear that feeds the site, so the float model
+    computes what it did, which is checked. The output has int8 weights per channel (W8A8), or with
+    --bits 16 the smoothed float weights. A site where smoothing brings nothing is left as it was.
 
     With --tokens the model itself is run, and each site is smoothed and rounded on what the
     quantized layers before it produce, their inputs rounded as at run time.
@@ -79,7 +79,7 @@ _HELP = {
     ptq smoothquant model/ --bits 16 -o smoothed
     ptq smoothquant model/ --activation-scheme static --then gptq
     """,
-    "awq": """Scale MODEL's weights where their inputs are loud, and quantize them.
+    "awq": """Scale up MODEL's weights where their inputs are large, and quantize them.
 
     For every layer rtn, awq, gptq and awq+gptq are compared on held-out inputs (the report's
     `compared` and `best`). What is written is awq, or with --then gptq awq+gptq; where a layer of
@@ -101,7 +101,8 @@ _FALLBACK = option(
     type=click.Choice(["error", "rtn"]),
     default="error",
     show_default=True,
-    help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
+    help="For a layer without statistics, or whose Hessian cannot be factored: an error, or"
+    " round-to-nearest.",
 )
 _CONFIG = option(
     "Method", "--config", type=PATH, metavar="FILE", help="A recipe (TOML); options win over it."

@@ -52,7 +52,7 @@ TOKENS = (
         "--seed",
         type=click.IntRange(0),
         metavar="N",
-        help="Of --nsamples.  [default: 0]",
+        help="Seed of the random draw.  [default: 0]",
     ),
     option(
         "Calibration",
@@ -102,7 +102,7 @@ QUIET = option(
     "-q",
     "--quiet",
     is_flag=True,
-    help="No progress on stderr; warnings and errors still are.",
+    help="No progress on stderr; warnings and errors stay.",
 )
 # What a run may use: the arguments of `take_resources`.
 RESOURCES = (
@@ -111,7 +111,7 @@ RESOURCES = (
         "--workers",
         type=click.IntRange(1, 4096),
         metavar="N",
-        help="Processes at work.  [default: the cores there are]",
+        help="Worker processes.  [default: one for each core]",
     ),
     option(
         "Run",
@@ -184,7 +184,7 @@ GATE_OPTIONS = (
         "--max-fallbacks",
         type=click.IntRange(0),
         metavar="N",
-        help="Fail where more than N layers fell back to plain rounding (eval: equal it).",
+        help="Fail where more than N layers fell back to plain rounding (eval: have its codes).",
     ),
 )
 GATES_OF_PREDICTIONS = (
