@@ -93,13 +93,15 @@ def plan_repack(
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
-    if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
+    refused = settings.on_misfit == "error" or len(misfits) == len(wanted)
+    if trial and misfits and refused:
         raise misfit_error(fmt, misfits, len(wanted))
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
-    fmt.config(packed, dense_modules(skipped))
-    container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
+    if trial:
+        fmt.config(packed, dense_modules(skipped))
+        container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
     plan = Plan(
         method="repack",
         settings=(settings,),

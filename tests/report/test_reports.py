@@ -123,5 +123,5 @@ def test_files_that_are_no_reports_are_refused(tmp_path, text):
 
 
 def test_a_folder_without_a_report_says_how_to_make_one(tmp_path):
-    with pytest.raises(InputError, match=r"no report.json in it; ptq eval"):
+    with pytest.raises(InputError, match=r"no report.json in it\nptq eval"):
         read_report(tmp_path)
