@@ -160,7 +160,8 @@ def listing(ptq: Path, beside: Path, name: str, commands: list[str]) -> list[str
     folder.mkdir()
     for number, command in enumerate(commands, 1):
         words = command.split()
-        if words[0] != "eval" and "--workers" not in words:
+        repacks = words[0] == "pack" and not words[1].startswith(MODEL)  # one process does it
+        if words[0] != "eval" and not repacks and "--workers" not in words:
             words += ["--workers", "1"]
         words = [str(ptq), *words, "--quiet"]
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)

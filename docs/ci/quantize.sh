@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Quantize a model and hold the result against quality gates.
+# Quantize a model and check the result against quality gates.
 #
 #     quantize.sh MODEL OUTPUT        MODEL: a model folder with calibration or activations beside it
 #
-# What may be set in the environment, with its default, stands below. The exit code is that of the
-# first command that did not end with 0: 3 is a missed gate. The reports are written all the same,
-# under REPORTS: *.xml for the build server, *.json for programs. A run that was stopped is gone on
-# with by the same command.
+# The environment may set the variables below; their defaults stand there. The exit code is that of
+# the first command that did not end with 0: 3 is a missed gate. The reports are written in any case,
+# under REPORTS: *.xml for the build server, *.json for programs. After an interruption the same
+# command goes on.
 set -euo pipefail
 
 model=${1:?which model? quantize.sh MODEL OUTPUT}
@@ -17,7 +17,7 @@ output=${2:?where to? quantize.sh MODEL OUTPUT}
 : "${REPORTS:=reports}"
 mkdir -p "$REPORTS"
 
-# A calibration that silently is none would be found by --require-calibration.
+# --require-calibration: no silent run without calibration. --force: an older output may be there.
 ptq gptq "$model" --bits "$BITS" --group-size "$GROUP_SIZE" --format "$FORMAT" \
     --require-calibration --force --output "$output" \
     --junit "$REPORTS/quantize.xml" --json >"$REPORTS/quantize.json"
@@ -31,7 +31,7 @@ status=0
 ptq eval "$model" "$output" "${gates[@]}" \
     --junit "$REPORTS/eval.xml" --json >"$REPORTS/eval.json" || status=$?
 
-# Will the runtime load it? Also where a gate was missed, to have the whole picture.
+# Will the runtime load it? Asked also where a gate was missed.
 ptq check "$output" --runtime "$RUNTIME" || status=$((status ? status : $?))
 
 exit "$status"

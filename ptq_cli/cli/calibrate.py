@@ -73,12 +73,12 @@ _PARAMETERS = (
             "--merge",
             type=FILE,
             multiple=True,
-            help="Merge statistics files instead; repeat it.",
+            help="Merge statistics files instead; may be repeated.",
         ),
         option(
             "--fallback",
             type=click.Choice(["error", "rtn"]),
-            help="What linears without activations are: an error, or left to round-to-nearest."
+            help="For linears without activations: an error, or leave them to round-to-nearest."
             "  [default: error]",
         ),
         option(

@@ -47,7 +47,7 @@ _PARAMETERS = (
             "--percentile",
             type=float,
             metavar="P",
-            help="Range of integer inputs: this part of their absolute values, in (0, 1]."
+            help="Range of integer inputs: this quantile of their absolute values, in (0, 1]."
             "  [default: 1.0]",
         ),
     ),

@@ -26,7 +26,7 @@ def inspect(
     """Show tensors, dtypes and shapes of PATH; of a float model its sites, too, and what quantizing
     it would give; of a quantized one grid, method and size of each layer.
 
-    With calibration: loud channels, the channels that can move a site's outputs most
+    With calibration: outlier channels, the channels that can move a site's outputs most
     (max|x| · mean|W|), and, where gradients were given to ptq calibrate, layers ranked by Fisher
     information.
 
@@ -100,14 +100,14 @@ def _show_quantizing(entry: dict[str, Any]) -> None:
 
 
 def _show_sites(sites: list[dict[str, Any]]) -> None:
-    columns = ("inputs", "fed by", "absmax", "median", "loud", "most important channels")
+    columns = ("inputs", "fed by", "absmax", "median", "outliers", "most important channels")
     rows = []
     for site in sites:
         top = ", ".join(str(entry["channel"]) for entry in site.get("importance", []))
         fed_by = site["fed_by"] or f"nothing: {site['reason']}"
-        loud = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
+        outliers = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
         numbers = [number(site.get(key)) for key in ("absmax", "median_absmax")]
-        rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, loud, top])
+        rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, outliers, top])
     console.table([("site", "left"), *((name, "left") for name in columns)], rows)
 
 

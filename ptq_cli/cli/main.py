@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "calibrate": (
         "ptq_cli.cli.calibrate:calibrate",
-        "Turn activations into a statistics file.",
+        "Collect statistics of the inputs in one file.",
     ),
     "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
     "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
@@ -31,11 +31,11 @@ COMMANDS = {
     "awq": ("ptq_cli.cli.quantize:awq", "Scale weights by their inputs, then round."),
     "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
     "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
-    "check": ("ptq_cli.cli.check:check", "Will a runtime load it? From files alone."),
+    "check": ("ptq_cli.cli.check:check", "Say from the files alone whether a runtime loads it."),
     "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
-    "report": ("ptq_cli.cli.report:report", "Runs as a page with charts, one or side by side."),
-    "diff": ("ptq_cli.cli.diff:diff", "What changed between two reports; worse or not."),
-    "completion": ("ptq_cli.cli.completion:completion", "Complete words in bash, zsh or fish."),
+    "report": ("ptq_cli.cli.report:report", "Write a page with charts of one or more runs."),
+    "diff": ("ptq_cli.cli.diff:diff", "Compare two reports; fail where something is worse."),
+    "completion": ("ptq_cli.cli.completion:completion", "Shell completion for bash, zsh and fish."),
 }
 
 

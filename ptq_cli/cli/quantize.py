@@ -28,6 +28,7 @@ from ptq_cli.cli.shared_options import (
     gates_set,
     path_argument,
 )
+from ptq_cli.commands.job import Job
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.formats.runtimes import RUNTIMES
@@ -35,8 +36,9 @@ from ptq_cli.plan.command_settings import default_settings, settings_classes
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.plan.recipe import load_recipe
 from ptq_cli.plan.settings import settings_fields
-from ptq_cli.registry import SMOOTHERS
-from ptq_cli.run.schedule import Resources, take_resources
+from ptq_cli.registry import SMOOTHERS, format_named
+from ptq_cli.run.schedule import take_resources
+from ptq_cli.storage.folder import MAX_SHARD, container_of
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -64,10 +66,10 @@ _HELP = {
     """,
     "smoothquant": """Smooth MODEL's inputs into its weights, and quantize both.
 
-    Outlying channels of a site's inputs are divided by factors that the weights take over, folded
-    into the norm or linear that feeds the site: the float model computes what it did, which is
-    checked. Written are int8 weights per channel (W8A8), or with --bits 16 the smoothed float
-    weights. A site where rounding is no better for it is left as it was.
+    Outlier channels of a site's inputs are divided by factors, and the weights are multiplied by
+    them. The division is folded into the norm or linear that feeds the site, so the float model
+    computes what it did, which is checked. The output has int8 weights per channel (W8A8), or with
+    --bits 16 the smoothed float weights. A site where smoothing brings nothing is left as it was.
 
     With --tokens the model itself is run, and each site is smoothed and rounded on what the
     quantized layers before it produce, their inputs rounded as at run time.
@@ -78,7 +80,7 @@ _HELP = {
     ptq smoothquant model/ --bits 16 -o smoothed
     ptq smoothquant model/ --activation-scheme static --then gptq
     """,
-    "awq": """Scale MODEL's weights where their inputs are loud, and quantize them.
+    "awq": """Scale up MODEL's weights where their inputs are large, and quantize them.
 
     For every layer rtn, awq, gptq and awq+gptq are compared on held-out inputs (the report's
     `compared` and `best`). What is written is awq, or with --then gptq awq+gptq; where a layer of
@@ -101,7 +103,8 @@ _FALLBACK, _CONFIG = in_section(
         type=click.Choice(["error", "rtn"]),
         default="error",
         show_default=True,
-        help="What a layer gets that has no statistics, or whose Hessian cannot be factored.",
+        help="For a layer without statistics, or whose Hessian cannot be factored: an error, or"
+        " round-to-nearest.",
     ),
     option("--config", type=FILE, help="A recipe (TOML); options win over it."),
 )
@@ -128,10 +131,8 @@ _WRITING = in_section(
     ),
     option(
         "--max-shard-size",
-        default="4GB",
-        show_default=True,
         metavar="SIZE",
-        help="Weights files hold at most SIZE.",
+        help="Weights files hold at most SIZE.  [default: 4GB]",
     ),
 )
 
@@ -168,11 +169,11 @@ def _command(name: str) -> click.Command:
 def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     """Plan, warn, run with progress, report, and see to the gates."""
     check_report_paths(options)
-    how = {key: options[key] for key in ("force", "restart", "max_shard_size")}
-    how["resources"] = resources = take_resources(options)
     job = _job(name, model, options)
-    if job.plan.method == "repack":
-        _refuse_what_repacking_ignores(options, resources)
+    _refuse_unread(job, options)
+    how = {key: options[key] for key in ("force", "restart")}
+    how["max_shard_size"] = options["max_shard_size"] or MAX_SHARD
+    how["resources"] = resources = take_resources(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
@@ -190,7 +191,7 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     finish(report, options, str(job.output), written=True, layers=layers, source=source)
 
 
-def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
+def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     """The job that the options ask for."""
     classes, path = settings_classes(name), options["config"]
     recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
@@ -200,17 +201,26 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Any:
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
     planned: Any = prepare_smoothing if name in SMOOTHERS else prepare
-    return planned(name, model, given, recipe, take_source(options), **where)
+    job: Job = planned(name, model, given, recipe, take_source(options), **where)
+    return job
 
 
-def _refuse_what_repacking_ignores(options: dict[str, Any], resources: Resources) -> None:
+def _refuse_unread(job: Job, options: dict[str, Any]) -> None:
+    """Options of the run that do nothing for what is done, or how it is stored."""
+    fmt = format_named(job.plan.format)
+    if options["max_shard_size"] is not None and not container_of(fmt).filled:
+        raise click.UsageError(f"--max-shard-size does nothing here: {fmt.name} is one file")
+    if job.plan.method != "repack":
+        return
     _refuse_gates(
         options,
         "repacking measures nothing, the codes stay as they are; set the gate on ptq eval ORIGINAL"
         " QUANTIZED",
     )
-    if resources.scheduler is not None:
-        raise click.UsageError("--scheduler does nothing here: one process repacks")
+    for name in ("workers", "max_memory", "scheduler"):
+        if options[name] is not None:
+            word = name.replace("_", "-")
+            raise click.UsageError(f"--{word} does nothing here: one process repacks")
 
 
 def _refuse_gates(options: dict[str, Any], why: str) -> None:

@@ -24,7 +24,7 @@ from ptq_cli.cli.shared_options import FILE, PATH
 @click.option(
     "--calibration",
     type=FILE,
-    help="Statistics from ptq calibrate: of one run, show its loudest input channels.",
+    help="Statistics from ptq calibrate: of one run, show the largest input channels.",
 )
 def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> None:
     """Write a page with charts and tables of one of RUNS, or of several side by side.

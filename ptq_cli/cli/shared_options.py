@@ -56,7 +56,7 @@ TOKENS = in_section(
         "--seed",
         type=click.IntRange(0),
         metavar="N",
-        help="Of --nsamples.  [default: 0]",
+        help="Seed of the random draw.  [default: 0]",
     ),
     option(
         "--mask",
@@ -105,7 +105,7 @@ DRY_RUN, STRICT, QUIET = in_section(
         "-q",
         "--quiet",
         is_flag=True,
-        help="No progress on stderr; warnings and errors still are.",
+        help="No progress on stderr; warnings and errors stay.",
     ),
 )
 # What a run may use: the arguments of `take_resources`.
@@ -115,7 +115,7 @@ RESOURCES = in_section(
         "--workers",
         type=click.IntRange(1, 4096),
         metavar="N",
-        help="Processes at work.  [default: the cores there are]",
+        help="Worker processes.  [default: one for each core]",
     ),
     option(
         "--max-memory",
@@ -178,7 +178,7 @@ GATE_OPTIONS = in_section(
         "--max-fallbacks",
         type=click.IntRange(0),
         metavar="N",
-        help="Fail where more than N layers fell back to plain rounding (eval: equal it).",
+        help="Fail where more than N layers fell back to plain rounding (eval: have its codes).",
     ),
 )
 GATES_OF_PREDICTIONS = in_section(

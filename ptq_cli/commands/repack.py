@@ -36,11 +36,18 @@ def prepare_repack(
         )
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     folder = open_quantized(path)
-    repack = plan_repack(folder, format_named(settings.format), settings)
-    plan = with_warnings(repack.plan, folder.checkpoint, FoundSource(None), runtime)
-    repack = dataclasses.replace(repack, plan=plan)
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
-    start = partial(run_repack, repack, fingerprints(folder.checkpoint, FoundSource(None)))
-    look, identity = partial(estimate_repack, repack), {"command": "repack"}
-    return Job("pack", plan, folder.checkpoint, FoundSource(None), target, identity, start, look)
+
+    def job(*, trial: bool) -> Job:
+        repack = plan_repack(folder, format_named(settings.format), settings, trial=trial)
+        plan = with_warnings(repack.plan, folder.checkpoint, FoundSource(None), runtime)
+        repack = dataclasses.replace(repack, plan=plan)
+        start = partial(run_repack, repack, fingerprints(folder.checkpoint, FoundSource(None)))
+        look, identity = partial(estimate_repack, repack), {"command": "repack"}
+        return Job(
+            "pack", plan, folder.checkpoint, FoundSource(None), target, identity, start, look
+        )
+
+    glance = job(trial=False)
+    return glance if glance.target().complete() else job(trial=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors, sites and what feeds them, loud channels, and which layers
+"""What a checkpoint holds: tensors, sites and what feeds them, outlier channels, and which layers
 matter most."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, An
     `bytes_before` and `bytes_after` of the whole checkpoint, or `refused`, why it cannot be.
 
     With statistics each site also has `tokens`, `absmax`, `loud_channels` and `importance`:
-    `max|x_j| · mean_i|W_ij|`, the loudest channels first. `fisher` ranks modules by the mean
+    `max|x_j| · mean_i|W_ij|`, the largest first. `fisher` ranks modules by the mean
     diagonal Fisher information of their weights.
     """
     found = model_sites(checkpoint)

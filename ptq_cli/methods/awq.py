@@ -1,4 +1,4 @@
-"""AWQ: factors that spare the weights behind loud inputs, then a range of each group cut to the
+"""AWQ: factors that protect the weights of large inputs, then a range of each group cut to the
 outputs' error.
 
 The mathematics stands in numerics/awq.py (Lin et al., arXiv 2306.00978). Two records: `SMOOTHER`
@@ -137,7 +137,7 @@ METHOD = Method(
 
 SMOOTHER = Smoother(
     name="awq",
-    help="AWQ: channels with loud inputs are scaled up before their weights are rounded.",
+    help="AWQ: channels with large inputs are scaled up before their weights are rounded.",
     settings=AwqSettings,
     defaults={},
     method="awq",

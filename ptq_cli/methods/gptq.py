@@ -85,8 +85,8 @@ class GptqSettings:
     drift: float = field(
         default=0.75,
         metadata={
-            "help": "With --tokens: how far a layer makes up for what the rounded layers before it"
-            " do to its inputs; 0: not at all.",
+            "help": "With --tokens: how much of the error that the rounded layers before it leave"
+            " in its inputs a layer corrects; 0: nothing.",
             "needs": ({"in_sequence": (True,)},),
             "min": 0.0,
             "max": 1.0,

@@ -21,8 +21,8 @@ class SmoothquantSettings:
     alpha: float | str = field(
         default=0.5,
         metadata={
-            "help": "How much of the inputs' spread goes into the weights, 0 to 1; auto: per site"
-            " what gives the least output error.",
+            "help": "Migration strength: how much of the inputs' range moves into the weights, 0 to"
+            " 1; auto: per site the one with the least output error.",
             "min": 0.0,
             "max": 1.0,
             "words": ("auto",),
@@ -85,7 +85,7 @@ def _effort(columns: int, grid: Grid, settings: SmoothquantSettings) -> float:
 
 SMOOTHER = Smoother(
     name="smoothquant",
-    help="SmoothQuant: outlying channels of the inputs move into the weights.",
+    help="SmoothQuant: outliers of the inputs are moved into the weights.",
     settings=SmoothquantSettings,
     defaults={"bits": 8, "group_size": -1, "narrow_range": True},
     method="rtn",

@@ -1,6 +1,6 @@
 """Activation-aware weight quantization: factors and clipping that spare the weights that matter.
 
-Lin et al., arXiv 2306.00978. A channel with loud inputs is scaled up before its weights are
+Lin et al., arXiv 2306.00978. A channel with large inputs is scaled up before its weights are
 rounded, `Ŵ = Q(W · s) / s`, so that it takes less of the rounding error; then each group's range is
 shrunk where that lowers the error of the outputs. Details are as in the authors' code
 (mit-han-lab/llm-awq, auto_scale.py and auto_clip.py).

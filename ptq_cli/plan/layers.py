@@ -97,8 +97,13 @@ def misfit_error(fmt: Format, misfits: Mapping[str, Misfit], total: int) -> Inpu
     options = list(dict.fromkeys(misfit.hint for misfit in misfits.values() if misfit.hint))[:2]
     if len(misfits) < total:
         options.append("--on-misfit keep, which leaves such layers dense")
+    counted = f"format {fmt.name} cannot hold {len(misfits)} of {total} layers"
+    said = fold_reasons(reasons)
+    if len(reasons) == 1:
+        ((reason, modules),) = reasons.items()
+        said = f"{reason}: {fold_names(modules)}"
     return InputError(
-        f"format {fmt.name} cannot hold {len(misfits)} of {total} layers; {fold_reasons(reasons)}",
+        f"{counted}: {said}",
         hint=", or ".join(options) or "--format ptq, which holds every layer",
     )
 

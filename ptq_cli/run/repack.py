@@ -70,9 +70,14 @@ class Repack:
     kept: frozenset[str] = field(default_factory=frozenset)
 
 
-def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) -> Repack:
-    """Convert every layer for a trial. Raises InputError where one does not fit."""
-    symmetric = _all_symmetric(folder)
+def plan_repack(
+    folder: QuantizedFolder, fmt: Format, settings: RepackSettings, *, trial: bool = True
+) -> Repack:
+    """Convert every layer for a trial. Raises InputError where one does not fit.
+
+    trial: without it, only what headers say is known: enough to see that there is nothing to do
+    """
+    symmetric = trial and _all_symmetric(folder)
     config = folder.checkpoint.config
     stated = config.get("dtype") or config.get("torch_dtype")
     dtype = common.model_dtype(config) if stated else None
@@ -80,7 +85,7 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
     for layer in folder.layers.values():
         target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
         misfit = fmt.misfit(target)
-        if misfit is None:
+        if misfit is None and trial:
             try:
                 convert(folder.load(layer.module), target, fmt)
             except InputError as error:
@@ -88,13 +93,15 @@ def plan_repack(folder: QuantizedFolder, fmt: Format, settings: RepackSettings) 
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
-    if misfits and (settings.on_misfit == "error" or len(misfits) == len(wanted)):
+    refused = settings.on_misfit == "error" or len(misfits) == len(wanted)
+    if trial and misfits and refused:
         raise misfit_error(fmt, misfits, len(wanted))
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
-    fmt.config(packed, dense_modules(skipped))
-    container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
+    if trial:
+        fmt.config(packed, dense_modules(skipped))
+        container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
     plan = Plan(
         method="repack",
         settings=(settings,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import ptq, random_inputs, read_model
 from tests.refusals import Q, refused
 
@@ -16,12 +18,14 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def statistics(name, *options):
-    """The statistics file made from acts/, without its metadata."""
+    """What the statistics file made from acts/ holds, but for what it was made from."""
     assert (
         ptq("calibrate", "model.safetensors", "--activations", "acts", "-o", name, *options).code
         == 0
     )
-    return Path(name).read_bytes()
+    content = json.loads(open_checkpoint(Path(name)).metadata["ptq"])
+    content.pop("job")
+    return content, read_model(Path(name))
 
 
 def test_orders_and_shapes_of_one_array_give_the_same_bytes(job):

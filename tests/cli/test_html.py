@@ -66,7 +66,7 @@ def test_smoothing_commands_write_one_too(sample, command):
     assert outcome.code == 0, outcome.err
     root = shown("page.html")
     assert "sites smoothed" in root.text
-    assert "Behind the smoothing factors" in root.text
+    assert "After the smoothing factors" in root.text
     assert ("Methods compared" in root.text) == (command == "awq")
 
 
@@ -121,7 +121,7 @@ def test_channels_are_those_of_the_inputs(folders):
     captions = " ".join(c.text for c in shown("report.html").all("figcaption"))
     for site in ("layers.0.q_proj", "layers.0.o_proj", "layers.0.down_proj"):
         peaks = np.abs(np.load(folders / "acts" / f"{site}.npy").astype(np.float32)).max(axis=0)
-        words = f"Inputs of {site}: {len(peaks)} channels, the loudest is channel {peaks.argmax()}"
+        words = f"Inputs of {site}: {len(peaks)} channels, the largest is channel {peaks.argmax()}"
         assert f"{words} with {peaks.max():.3g}, {peaks.max() / np.median(peaks):.3g}" in captions
 
 
@@ -134,7 +134,7 @@ def test_a_loud_channel_is_named(folders, tmp_path):
         "--html", "page.html",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "32 channels, the loudest is channel 5" in shown("page.html").text
+    assert "32 channels, the largest is channel 5" in shown("page.html").text
     assert "1 channels are above ten times the median" in shown("page.html").text
 
 

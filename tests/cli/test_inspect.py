@@ -1,4 +1,4 @@
-"""ptq inspect: tensors, sites, loud channels, importance; of float models and quantized folders."""
+"""ptq inspect: tensors, sites, outlier channels, importance; of float and quantized models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_tensors_and_sites_of_a_float_model(sample):
     assert [name.rpartition(".")[2] for name in first["linears"]] == ["q_proj", "k_proj", "v_proj"]
 
 
-def test_importance_is_the_loudest_input_times_the_mean_weight(sample):
+def test_importance_is_the_largest_input_times_the_mean_weight(sample):
     site = ptq("inspect", sample, "--json").document["sites"][0]
     inputs = np.load(sample / "activations" / f"{SITE}.npy").astype(np.float64)
     seen = np.delete(inputs, np.arange(7, len(inputs), 8), axis=0)
@@ -48,7 +48,7 @@ def test_loud_channels_are_listed(tmp_path):
     sites = ptq("inspect", loud, "--json").document["sites"]
     counts = [len(site["loud_channels"]) for site in sites]
     assert counts == [1, 0, 1, 0] * 4
-    assert "loud" in ptq("inspect", loud).out
+    assert "outliers" in ptq("inspect", loud).out
 
 
 @pytest.mark.parametrize("command", ["rtn", "smoothquant"])

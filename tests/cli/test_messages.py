@@ -70,7 +70,7 @@ def test_each_reason_has_its_count():
     error(
         *("rtn", model("m.safetensors", 100, **wide), "-g", 8, "--format", "gptq", "-o", "out"),
         words=[
-            "; 600 layers: group_size 8 does not divide in_features 12, as gptq needs: model.",
+            " 600 layers: group_size 8 does not divide in_features 12, as gptq needs: model.",
             "; 100 layers: group_size 8 does not divide in_features 20, as gptq needs:"
             " model.layers.{0-99}.mlp.down_proj",
         ],
@@ -85,7 +85,7 @@ def test_layers_without_a_pattern_are_counted():
     error(
         *("rtn", model("m.safetensors", 100, **wide), "-g", 24),
         *("--format", "compressed-tensors", "-o", "out"),
-        words=["cannot hold 350 of 700 layers; 350 layers: group_size 24 does not", " more"],
+        words=["cannot hold 350 of 700 layers: group_size 24 does not", " more"],
         hint="--group-size -1, or --on-misfit keep, which leaves such layers dense",
     )
 

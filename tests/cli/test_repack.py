@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ptq_cli
+from ptq_cli.run import repack
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from tests.builders import ptq
@@ -100,7 +101,7 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     Path("recipe.toml").write_text(recipe)
     assert ptq("rtn", sample, "--config", "recipe.toml", "-o", "first").code == 0
     downs = [f"model.layers.{number}.mlp.down_proj" for number in range(4)]
-    named = "4 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
+    named = "4 of 28 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
     outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[named])
     assert "\nptq: hint: --bits 4, or --on-misfit keep" in outcome.err
     assert len(outcome.err.splitlines()) == 2
@@ -250,3 +251,13 @@ def test_the_whole_file_by_ggufwriter():
     write_gguf(Path("own.gguf"), architecture, metadata, specs, ordered)
     assert read_gguf_header(Path("own.gguf")) == header
     assert Path("own.gguf").read_bytes() == data
+
+
+def test_what_is_packed_already_is_not_converted_again(sample, monkeypatch):
+    assert ptq("pack", sample, "-o", "first").code == 0
+    words = ("pack", "first", "--format", "mlx", "-g", 128, "-o", "second")
+    assert ptq(*words).code == 0
+    monkeypatch.setattr(repack, "convert", None)
+    again = ptq(*words)
+    assert again.code == 0, again.err
+    assert "second: finished already" in again.err

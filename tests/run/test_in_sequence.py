@@ -242,7 +242,7 @@ def test_experts_without_tokens_are_named(tmp_path: Path) -> None:
     lonely = "model.layers.0.block_sparse_moe.experts.3.w1"
     settings = TokenSettings(model / "tokens.npy")
     result = api.calibrate(model, output=tmp_path / "stats.safetensors", tokens=settings)
-    assert lonely in " ".join(result["warnings"])
+    assert any("experts.{1,3}.w" in warning for warning in result["warnings"])
     assert lonely not in result["sites"]
     report = api.gptq(
         model, tokens=model / "tokens.npy", output=tmp_path / "out", ignore=("gate",), group_size=16
@@ -260,10 +260,10 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     shutil.copytree(SAMPLE, model, ignore=shutil.ignore_patterns("activations"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(InputError, match=r"'mamba'.*known are .*llama.*--activations"):
+    with pytest.raises(InputError, match=r"'mamba'.*known are .*llama.*\n.*--activations"):
         api.gptq(model, tokens=model / "calibration_tokens.npy", output=tmp_path / "out")
     (model / "config.json").unlink()
-    with pytest.raises(InputError, match=r"no config.json.*--activations"):
+    with pytest.raises(InputError, match=r"no config.json.*\n.*--activations"):
         api.calibrate(model, tokens=TokenSettings(model / "calibration_tokens.npy"))
 
 

@@ -166,8 +166,6 @@ CASES = [
     ((1536, 1536), "gptq", "--act-order", "desc", "--bits", "8"),
     ((1536, 1536), "gptq", "--refine", "0", "--sweeps", "0", "--no-mse"),
     ((1536, 1536), "gptq", "--group-size", "-1"),
-    ((1024, 2048), "gptq", "--group-size", "-1", "--refine", "0"),
-    ((1024, 2048), "awq", "--no-compare"),
     ((1024, 1024), "gptq", "--group-size", "0", "--bits", "8"),
 ]
 

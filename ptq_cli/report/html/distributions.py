@@ -67,11 +67,11 @@ def channels_chart(index: int, found: Channels) -> Chart:
     after = ""
     if found.smoothed is not None:
         after = (
-            f" Behind the smoothing factors the largest is {number(float(found.smoothed.max()))},"
+            f" After the smoothing factors the largest is {number(float(found.smoothed.max()))},"
             f" the median {number(float(np.median(found.smoothed)))}."
         )
     caption = (
-        f"Inputs of {printable(found.site)}: {len(values)} channels, the loudest is channel {top}"
+        f"Inputs of {printable(found.site)}: {len(values)} channels, the largest is channel {top}"
         f" with {number(float(values[top]))}, {found.loudness:.3g} times the median"
         f" {number(middle_value)}. {loud} channels are above ten times the median.{after}"
     )

@@ -1,4 +1,4 @@
-"""The README's blocks for other runtimes, word for word."""
+"""The blocks of docs/loading.md for other runtimes, word for word."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if not all(find_spec(name) for name in ("torch", "gptqmodel", "mlx_lm", "gguf"))
     pytest.skip("needs the extra interop", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
-SECTION = README.split("## In other people's runtimes")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs" / "loading.md").read_text("utf-8")
+SECTION = PAGE.split("\n## In other people's runtimes\n")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```sh\n(ptq .*?)```\n\n```python\n(.*?)```", SECTION, re.DOTALL)
 
 
