@@ -32,7 +32,7 @@ from ptq_cli.commands.job import Job
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.formats.runtimes import RUNTIMES
-from ptq_cli.plan.command_settings import default_settings, settings_classes
+from ptq_cli.plan.command_settings import default_settings, may_stay_float, settings_classes
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.plan.recipe import load_recipe
 from ptq_cli.plan.settings import settings_fields
@@ -94,7 +94,6 @@ _HELP = {
     ptq awq model/ --bits 3 --then gptq
     """,
 }
-_FLOATS = "smoothquant"  # whose weights may stay floats
 
 _FALLBACK, _CONFIG = in_section(
     "Method",
@@ -146,7 +145,7 @@ def _parameters(name: str) -> list[click.Parameter]:
     ]
     if name == "pack":  # without calibration there is nothing else to weigh errors with
         settings = [setting for setting in settings if setting.name != "weight"]
-    if name == _FLOATS:
+    if may_stay_float(name):
         (bits,) = (setting for setting in settings if setting.name == "bits")
         bits.type = click.IntRange(2, FLOAT_BITS)
     fallback = [_FALLBACK] if name == "gptq" else []
@@ -194,7 +193,7 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
 def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     """The job that the options ask for."""
     classes, path = settings_classes(name), options["config"]
-    recipe = {} if path is None else load_recipe(path, name, classes, floats=name == _FLOATS)
+    recipe = {} if path is None else load_recipe(path, name, classes, floats=may_stay_float(name))
     given = {field.name: options.get(field.name) for field, _ in settings_fields(*classes)}
     words = ("output", "runtime", "fallback")
     where = {key: options[key] for key in words if key in options}

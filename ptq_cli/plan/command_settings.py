@@ -22,3 +22,8 @@ def default_settings(command: str) -> Mapping[str, Any]:
     if command == "pack":
         return {"mse": False}
     return smoother(command).defaults if command in SMOOTHERS else {}
+
+
+def may_stay_float(command: str) -> bool:
+    """Whether its `bits` may be 16: smoothed weights, and nothing rounded."""
+    return command in SMOOTHERS and smoother(command).floats
