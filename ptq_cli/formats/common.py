@@ -195,6 +195,11 @@ def model_dtype(config: Mapping[str, Any]) -> str:
     return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
 
 
+def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str, Any]) -> Layer:
+    """A layer that is a linear, in the model's dtype."""
+    return Layer(module, f"{module}.weight", shape, shape, model_dtype(config), grid)
+
+
 def rope_of_old(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` where config.json has them only in `rope_parameters`, which
     mlx-lm 0.32 does not read."""

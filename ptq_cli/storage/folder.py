@@ -22,7 +22,7 @@ import numpy as np
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import by_number
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -267,10 +267,11 @@ def open_quantized(path: Path) -> QuantizedFolder:
     names, entries = _own_entry(checkpoint)
     config = declared_config(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    contents = Contents(entries, config, specs, checkpoint.read)
     for name in names:
         try:
             fmt = format_named(name)
-            layers = fmt.layers(entries, config, specs, checkpoint.read)
+            layers = fmt.layers(contents)
         except InputError as error:
             raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:

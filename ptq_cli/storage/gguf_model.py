@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.formats import common
@@ -73,7 +73,7 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         names = names_of_file(architecture)
         found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
         specs = {name: tensor.spec for name, tensor in found.items()}
-        layers = fmt.layers(metadata, config, specs, lambda name: np.empty(0))
+        layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
         tensors, heads = {}, {}
         for name, tensor in found.items():
             spec = _as_stored(name, tensor.spec, tensor.nbytes)
