@@ -109,7 +109,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
 
 
 def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Layer:
-    where = f"quantization of {module}"
+    specs, where = contents.specs, f"quantization of {module}"
     entry = settings.get(module, {})
     if entry is False:
         raise InputError(f"module {module!r} is packed, but config.json says it is not")
@@ -119,7 +119,7 @@ def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Laye
     own = {**settings, **entry}
     if own.get("mode", "affine") != "affine":
         raise InputError(f"{where}: mode {own['mode']!r} is not understood, only 'affine'")
-    scales = common.tensor(contents.specs, f"{module}.scales", 2)
+    scales = common.tensor(specs, f"{module}.scales", 2)
     grid = Grid(
         bits=common.integer(own, "bits", None, where),
         group_size=common.integer(own, "group_size", None, where),
@@ -130,9 +130,7 @@ def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Laye
         raise InputError(f"{where}: {grid.bits} bits in groups of {grid.group_size} is not MLX")
     shape = (scales.shape[0], scales.shape[1] * grid.group_size)
     layer = common.linear(module, shape, grid, contents.config)
-    common.check_specs(
-        contents.specs, _specs(layer), f"{grid.bits} bits, group_size {grid.group_size}"
-    )
+    common.check_specs(specs, _specs(layer), f"{grid.bits} bits, group_size {grid.group_size}")
     return layer
 
 
