@@ -46,13 +46,9 @@ def _misfit(layer: Layer) -> Misfit | None:
     if layer.shape[0] % 8:
         reason = f"awq holds out_features in multiples of 8, not {layer.shape[0]}"
         return Misfit(reason, "--format compressed-tensors")
-    if _is_head(layer.module):
+    if common.is_head(layer):
         return Misfit("awq loaders leave lm_head dense", f"--ignore {layer.module}")
     return None
-
-
-def _is_head(module: str) -> bool:
-    return module == "lm_head" or module.endswith(".lm_head")
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:

@@ -35,7 +35,6 @@ from ptq_cli.numerics.packing import pack_words, unpack_words
 
 _LIMITS = common.Limits(bits=(2, 3, 4, 8), reordered=True)
 _NAMES = {1: "gptq", 2: "gptq_v2"}
-_KERNEL_GROUPS = (32, 64, 128, 256)  # of transformers' default CPU kernel for 4 bits
 
 # Keys of quantization_config that say how it was made or run, not what the tensors mean.
 _HARMLESS = (
@@ -167,7 +166,7 @@ def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict
         config["dynamic"] = dynamic
     if left:
         config["modules_in_block_to_quantize"] = [_quantized_suffixes(layers, left)]
-    if any(_outside_kernel(layer) for layer in layers):
+    if any(common.outside_cpu_kernel(layer) for layer in layers):
         config["backend"] = "gptq_torch"
     return config
 
@@ -186,12 +185,6 @@ def _quantized_suffixes(layers: Sequence[Layer], dense: Sequence[str]) -> list[s
         shared = any(module.endswith(suffix) for module in dense)
         named[layer.module if shared else suffix] = None
     return list(named)
-
-
-def _outside_kernel(layer: Layer) -> bool:
-    """transformers' default CPU kernel fails at the first forward; `gptq_torch` does not."""
-    grid = layer.grid
-    return grid.bits == 4 and (grid.group_size not in _KERNEL_GROUPS or layer.shape[0] % 16 != 0)
 
 
 def _layers(version: int, contents: Contents) -> tuple[Layer, ...]:

@@ -17,7 +17,6 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
 FAILS, LIMIT, NOTE = "fails", "limit", "note"
-_ATEN_GROUPS = (32, 64, 128, 256)  # of GPTQModel's default CPU kernel for 4 bits
 _MLX_GROUPS = (32, 64, 128)
 
 
@@ -100,12 +99,12 @@ def _no_loader(runtime: str, artifact: Artifact, formats: str) -> Facts:
     yield Fact(FAILS, text, hint=f"ptq pack --format {formats}")
 
 
-def _head(layer: Layer) -> bool:
-    return layer.module == "lm_head" or layer.module.endswith(".lm_head")
+def _undivided(layers: Iterable[Layer], then: str = "") -> Facts:
+    def short(layer: Layer) -> bool:
+        return layer.grid.group_size > 0 and layer.shape[1] % layer.grid.group_size != 0
 
-
-def _undivided(layer: Layer) -> bool:
-    return layer.grid.group_size > 0 and layer.shape[1] % layer.grid.group_size != 0
+    text = "in_features is no multiple of the group size"
+    yield from _where(layers, short, FAILS, f"{text}: {then}" if then else text)
 
 
 def _in_blocks(dense: Sequence[str]) -> list[str]:
@@ -117,22 +116,15 @@ def _mixed(layers: Sequence[Layer]) -> tuple[str, ...]:
     return tuple(layer.module for layer in layers if common.scheme(layer) != base)
 
 
-def _outside_aten(layer: Layer) -> bool:
-    grid = layer.grid
-    return grid.bits == 4 and (grid.group_size not in _ATEN_GROUPS or layer.shape[0] % 16 > 0)
-
-
 def _gptqmodel_kernels(artifact: Artifact) -> Facts:
     """GPTQModel 7.6 on a CPU, by itself or under transformers."""
     layers, awq = artifact.layers, artifact.format == "awq"
-    yield from _where(
-        layers, _undivided, FAILS, "in_features is no multiple of the group size: it raises"
-    )
+    yield from _undivided(layers, "it raises")
     backend = 'AwqConfig(backend="torch_awq")' if awq else "backend gptq_torch"
     declared = artifact.declared.get("backend") in ("gptq_torch", "torch_awq")
     yield from _where(
         layers,
-        _outside_aten,
+        common.outside_cpu_kernel,
         NOTE if declared else LIMIT,
         "the default CPU kernel for 4 bits has groups of 32, 64, 128, 256 and out_features in"
         " multiples of 16, and raises at the first forward",
@@ -163,7 +155,7 @@ def _transformers_gptq(artifact: Artifact) -> Facts:
         text = "has another grid than most layers: transformers knows one, only GPTQModel.load more"
         yield Fact(FAILS, text, mixed)
     text = "transformers never quantizes lm_head"
-    yield from _where(artifact.layers, _head, FAILS, text, "use GPTQModel.load")
+    yield from _where(artifact.layers, common.is_head, FAILS, text, "use GPTQModel.load")
     left = _in_blocks(artifact.dense)
     if left and not artifact.declared.get("modules_in_block_to_quantize"):
         text = "is dense, but modules_in_block_to_quantize is missing: it would be noise"
@@ -178,16 +170,14 @@ def _transformers_awq(artifact: Artifact) -> Facts:
     if left:
         text = "is dense, but not in modules_to_not_convert under its full name: it would be noise"
         yield Fact(FAILS, text, tuple(left))
-    yield from _where(artifact.layers, _head, FAILS, "AWQ loaders leave lm_head dense")
+    yield from _where(artifact.layers, common.is_head, FAILS, "AWQ loaders leave lm_head dense")
     yield from _gptqmodel_kernels(artifact)
 
 
 def _transformers_compressed(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs compressed-tensors 0.18 or later (proven: 0.20) beside transformers")
     yield from _undeclared(artifact)
-    yield from _where(
-        artifact.layers, _undivided, FAILS, "in_features is no multiple of the group size"
-    )
+    yield from _undivided(artifact.layers)
     yield from _where(
         artifact.layers,
         lambda x: x.activation is not None and x.grid.bits != 8,
@@ -228,13 +218,13 @@ def _vllm(artifact: Artifact) -> Facts:
         return
     yield Fact(NOTE, "from vLLM's source, not run here")
     layers = artifact.layers
-    yield from _where(
-        layers, _undivided, FAILS, "in_features is no multiple of the group size: it raises"
-    )
+    yield from _undivided(layers, "it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
     if artifact.format != "compressed-tensors":
-        yield from _where(layers, _head, LIMIT, "only some versions read a quantized lm_head")
+        yield from _where(
+            layers, common.is_head, LIMIT, "only some versions read a quantized lm_head"
+        )
         return
     yield from _undeclared(artifact)
     plain = [layer for layer in layers if layer.activation is not None]
