@@ -34,7 +34,7 @@ from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.output import quantization_document
 from ptq_cli.run.quantize_unit import error_columns, layer_columns
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.folder import (
     Assembly,
@@ -43,7 +43,7 @@ from ptq_cli.storage.folder import (
     write_folder,
 )
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 _DECLARATIONS = ("quantization_config", "quantization")
 

@@ -381,24 +381,11 @@ _QUANTIZED_NAMES = re.compile(
 )
 
 
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds packed weights."""
-    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
-
-
-def _packed(checkpoint: Checkpoint) -> list[str]:
-    named = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    return named + mlx_weights(checkpoint)
-
-
-def _declared(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.config.get("quantization_config"))
-
-
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
-    packed = _packed(checkpoint)
-    if is_quantized(checkpoint):
+    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
+    packed += mlx_weights(checkpoint)
+    if packed or (checkpoint.root and checkpoint.config.get("quantization_config")):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(
             f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"

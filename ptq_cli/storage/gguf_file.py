@@ -33,19 +33,7 @@ TYPES = {
 }  # fmt: skip
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # kind -> struct's letter
 _STRING, _ARRAY = 8, 9
 _MAX_COUNT = 1 << 24
 

@@ -24,10 +24,10 @@ from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
-from ptq_cli.storage.tensors import Bytes, own_metadata
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, own_metadata
 
 NAME = "model.gguf"
 _DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader

@@ -278,7 +278,7 @@ def sweep(output: Path) -> None:
     """
     folder = work_folder(output)
     if is_published(folder, output):
-        with _locked(folder):
+        with locked(folder):
             if is_published(folder, output):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -291,29 +291,30 @@ def clear(output: Path, job: Mapping[str, Any]) -> None:
     """
     folder = work_folder(output)
     if os.path.lexists(folder):
-        with _locked(folder):
+        with locked(folder):
             if not is_published(folder, output):
                 goes_on(folder, job, restart=False)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
+def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the lock of a work folder, shared by those that only look. Raises InputError."""
+    lock = _lock(folder, kind)
     try:
         yield
     finally:
         os.close(lock)
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
     """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
     while True:
         with named(folder):
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == folder.stat().st_ino:
                 return descriptor
         except BlockingIOError:

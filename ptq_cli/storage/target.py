@@ -21,12 +21,11 @@ from ptq_cli.storage.output import (
     goes_on,
     is_published,
     job_of,
-    kept_out,
     still_needed,
     work_folder,
 )
 from ptq_cli.storage.scratch import temporary_place
-from ptq_cli.storage.staging import Staging, clear
+from ptq_cli.storage.staging import Staging, clear, locked
 from ptq_cli.storage.units import differing, plain
 
 
@@ -110,8 +109,8 @@ class Target:
             return Found(self.output, None, 0, free, final, scratch, complete=True)
         interrupted = os.path.lexists(folder)
         if interrupted:
-            _check_lock(folder)
-            interrupted = not is_published(folder, self.output)
+            with locked(folder, fcntl.LOCK_SH):
+                interrupted = not is_published(folder, self.output)
         check_output(self.output, self.job, self.force, self.keep)
         work = None
         if interrupted and goes_on(folder, self.job, self.restart):
@@ -129,14 +128,3 @@ def _same(path: Path, copy: Path) -> bool:
         return True
     with named(path):
         return copy.is_file() and filecmp.cmp(path, copy, shallow=False)
-
-
-def _check_lock(folder: Path) -> None:
-    with named(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise kept_out(folder) from None
-        finally:
-            os.close(descriptor)
