@@ -27,8 +27,7 @@ from ptq_cli.formats import ptq
 from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
-from ptq_cli.plan.command_settings import default_settings
-from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
 
@@ -56,9 +56,7 @@ def read_entry(entry: Mapping[str, Any]) -> SiteEntry:
     known = [field.name for field in fields(SiteEntry)]
     for key in entry:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"[[sites]] has no key {key!r}", hint=hint)
+            raise InputError(f"[[sites]] has no key {key!r}", hint=nearest_or_all(key, known))
     values = dict(entry)
     linears = values.get("linears")
     if not isinstance(linears, list | tuple) or not linears:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -121,11 +122,7 @@ def check_layers(
     if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
         raise misfit_error(fmt, misfits, len(layers))
     modules = [layer.module for layer in layers]
-    twice = (
-        {module for module in modules if modules.count(module) > 1}
-        if (len(set(modules)) < len(modules))
-        else set()
-    )
+    twice = Counter(modules) - Counter(set(modules))
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
     kept = keep_together(group_modules(modules, sites), misfits)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
 from ptq_cli.plan.settings import make_settings, settings_fields
@@ -59,12 +59,10 @@ def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in table.items() if (k, v) != ("bits", FLOAT_BITS)}
 
 
-def _check_keys(path: Path, table: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    known = list(known)
+def _check_keys(path: Path, table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for key in table:
         if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = nearest_or_all(key, known)
             raise InputError(f"{path}: unknown {what} {key!r}", hint=hint)
 
 

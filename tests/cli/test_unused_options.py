@@ -12,7 +12,7 @@ import ptq_cli
 from ptq_cli.cli import quantize
 from ptq_cli.cli.main import cli
 from ptq_cli.errors import InputError
-from ptq_cli.plan.command_settings import settings_classes
+from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.plan.settings import settings_fields
 from tests.builders import SAMPLE, ptq
 
