@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptq_cli.core.grid import Activation
-from ptq_cli.registry import SMOOTHERS, method, smoother
+from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
 
 # What --scheme is short for.
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -84,7 +84,11 @@ class GridSettings:
     )
     format: str = field(
         default="ptq",
-        metadata={"help": "Layout of the output.", "formats": True, "section": "Output"},
+        metadata={
+            "help": "Layout of the output.",
+            "choices": tuple(FORMATS),
+            "section": "Output",
+        },
     )
     on_misfit: str = field(
         default="error",
