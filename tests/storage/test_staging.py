@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import PtqError
+from ptq_cli.storage.output import Target
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
 from tests.builders import ptq, random_weight, small_job, small_model
@@ -26,7 +27,7 @@ def _here(tmp_path, monkeypatch):
 
 
 def opened(**options):
-    return Staging(Path("out"), options.pop("job", JOB), **options)
+    return Staging(Target(Path("out"), options.pop("job", JOB), **options))
 
 
 def put(staging, unit="unit"):
