@@ -95,7 +95,7 @@ def make(job: SiteJob) -> tuple[dict[str, Any], bool]:
     """Make and keep the statistics of a site or of some of its parts, unless a run before this one
     has; what their entry says, and whether it is that run's."""
     store, unit = job.store, job.unit
-    if store.exists(unit) and store.reusable(unit, _key(job)):
+    if store.reusable(unit, _key(job)):
         _drop(job.below())
         return store.result(unit), True
     begin = time.perf_counter()

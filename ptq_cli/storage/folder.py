@@ -12,7 +12,6 @@ the layers in it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +55,10 @@ _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run 
     *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
     *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
 )
-_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
+_PACKED = (  # endings of the names that quantized weights have in whatever layout
+    *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".weight_zero_point", ".SCB"),
+)
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
@@ -304,8 +306,7 @@ def holds_quantized(path: Path) -> bool:
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     return (
         ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
-        or any(name.endswith(_PACKED) for name in checkpoint.tensors)
-        or bool(mlx_weights(checkpoint))
+        or bool(_packed(checkpoint))
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )
 
@@ -376,15 +377,15 @@ def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
         ) from None
 
 
-_QUANTIZED_NAMES = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB)$"
-)
+def _packed(checkpoint: Checkpoint) -> list[str]:
+    """Tensors of a checkpoint that only quantized weights have."""
+    packed = [name for name in checkpoint.tensors if name.endswith(_PACKED)]
+    return packed + mlx_weights(checkpoint)
 
 
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
-    packed = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    packed += mlx_weights(checkpoint)
+    packed = _packed(checkpoint)
     if packed or (checkpoint.root and checkpoint.config.get("quantization_config")):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(

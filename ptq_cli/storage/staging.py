@@ -181,18 +181,12 @@ class Staging:
         self.store.put(unit, {}, tensors, result)
 
     def finished(self, unit: str) -> bool:
-        return self.store.exists(unit) and self.store.reusable(unit, {})
-
-    def result(self, unit: str) -> Any:
-        return self.store.result(unit)
-
-    def tensors(self, unit: str) -> list[Bytes]:
-        return self.store.tensors(unit)
+        return self.store.reusable(unit, {})
 
     def stored(self, unit: str) -> list[StoredTensor]:
         """The same tensors, each as a place in a file."""
         path, start, places = self.store.path(unit, ".bin"), 0, []
-        for tensor in self.tensors(unit):
+        for tensor in self.store.tensors(unit):
             places.append(StoredTensor(tensor.spec, path, start))
             start += tensor.spec.nbytes
         return places

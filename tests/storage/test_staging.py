@@ -51,8 +51,8 @@ def test_a_finished_unit_comes_back_as_it_was():
     assert staging.resumed
     for unit in ("unit", "../x", "/etc/passwd", "y" * 10_000, "\x1b"):
         assert staging.finished(unit)
-        assert staging.result(unit) == {"rel_err": 0.5}
-        w, z = staging.tensors(unit)
+        assert staging.store.result(unit) == {"rel_err": 0.5}
+        w, z = staging.store.tensors(unit)
         assert w.data.tobytes() == VALUES.tobytes()
         assert (w.spec.shape, z.spec.shape) == ((3, 4), (0, 4))
     assert not staging.finished("another")
