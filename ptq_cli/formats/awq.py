@@ -40,8 +40,7 @@ _KNOWN = (
 
 
 def _misfit(layer: Layer) -> Misfit | None:
-    found = common.misfit(layer, "awq", _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, "awq", _LIMITS):
         return found
     if layer.shape[0] % 8:
         reason = f"awq holds out_features in multiples of 8, not {layer.shape[0]}"

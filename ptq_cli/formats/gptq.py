@@ -53,8 +53,7 @@ _KNOWN = (
 
 def _misfit(version: int, layer: Layer) -> Misfit | None:
     name = _NAMES[version]
-    found = common.misfit(layer, name, _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, name, _LIMITS):
         return found
     if version == 1 and not layer.grid.sym:
         return Misfit("gptq (v1) cannot hold a zero of 0", "--format gptq_v2 or --sym")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Misfit
+from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -50,10 +50,6 @@ def attributes(layer: Layer) -> dict[str, int]:
         "block_size": layer.grid.group_size,
         "accuracy_level": 0,
     }
-
-
-def _misfit(layer: Layer) -> Misfit | None:
-    return common.misfit(layer, "onnx", _LIMITS)
 
 
 def _blocks(layer: Layer) -> int:
@@ -153,7 +149,7 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 FORMAT = Format(
     name="onnx",
     help="MatMulNBits nodes, 2, 4, 8 bits: ONNX Runtime.",
-    misfit=_misfit,
+    misfit=lambda layer: common.misfit(layer, "onnx", _LIMITS),
     specs=_specs,
     encode=_encode,
     decode=_decode,

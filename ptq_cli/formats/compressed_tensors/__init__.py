@@ -51,8 +51,7 @@ _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every 
 
 def _misfit(layer: Layer) -> Misfit | None:
     grid = layer.grid
-    found = common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
-    if found is not None:
+    if found := common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer))):
         return found
     if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
         hint = "--activation-scheme dynamic-token"

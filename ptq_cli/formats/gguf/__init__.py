@@ -118,8 +118,7 @@ def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array |
 
 def _misfit(layer: Layer) -> Misfit | None:
     grid, columns = layer.grid, layer.shape[1]
-    found = common.misfit(layer, "gguf", _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, "gguf", _LIMITS):
         return found
     if grid.bits == 8 and not grid.sym:
         return Misfit("gguf has no asymmetric type of 8 bits", "--sym")
