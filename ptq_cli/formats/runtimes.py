@@ -62,8 +62,12 @@ def facts(artifact: Artifact, runtime: str) -> list[Fact]:
     """All facts, the worst first. Raises InputError for an unknown runtime."""
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}", hint=f"known: {', '.join(RUNTIMES)}")
-    found = list(_model(artifact, runtime))
-    found += RUNTIMES[runtime](artifact)
+    found, loaders = list(_model(artifact, runtime)), RUNTIMES[runtime]
+    if artifact.format in loaders:
+        found += loaders[artifact.format](artifact)
+    else:
+        text = f"{runtime} does not read format {artifact.format}"
+        found.append(Fact(FAILS, text, hint=f"ptq pack --format {next(iter(loaders))}"))
     return sorted(found, key=lambda fact: (FAILS, LIMIT, NOTE).index(fact.level))
 
 
@@ -92,11 +96,6 @@ def _model(artifact: Artifact, runtime: str) -> Facts:
         yield Fact(FAILS, text, hint="quantize the model's folder")
     if runtime == "mlx" and "tokenizer.json" not in artifact.files:
         yield Fact(FAILS, "mlx_lm.load wants a tokenizer in the folder, and there is none")
-
-
-def _no_loader(runtime: str, artifact: Artifact, formats: str) -> Facts:
-    text = f"{runtime} does not read format {artifact.format}"
-    yield Fact(FAILS, text, hint=f"ptq pack --format {formats}")
 
 
 def _undivided(layers: Iterable[Layer], then: str = "") -> Facts:
@@ -135,17 +134,8 @@ def _gptqmodel_kernels(artifact: Artifact) -> Facts:
         yield Fact(NOTE, text, hint=f"{backend} computes them exactly")
 
 
-def _transformers(artifact: Artifact) -> Facts:
-    known = {
-        "gptq": _transformers_gptq, "gptq_v2": _transformers_gptq, "awq": _transformers_awq,
-        "compressed-tensors": _transformers_compressed, "gguf": _transformers_gguf,
-    }  # fmt: skip
-    if artifact.format == "mlx":
-        yield Fact(FAILS, "transformers reads MLX layouts on Apple's GPUs only")
-    elif artifact.format not in known:
-        yield from _no_loader("transformers", artifact, "compressed-tensors")
-    else:
-        yield from known[artifact.format](artifact)
+def _transformers_mlx(artifact: Artifact) -> Facts:
+    yield Fact(FAILS, "transformers reads MLX layouts on Apple's GPUs only")
 
 
 def _transformers_gptq(artifact: Artifact) -> Facts:
@@ -213,9 +203,6 @@ def _transformers_gguf(artifact: Artifact) -> Facts:
 
 
 def _vllm(artifact: Artifact) -> Facts:
-    if artifact.format not in ("gptq", "gptq_v2", "awq", "compressed-tensors"):
-        yield from _no_loader("vllm", artifact, "compressed-tensors")
-        return
     yield Fact(NOTE, "from vLLM's source, not run here")
     layers = artifact.layers
     yield from _undivided(layers, "it raises")
@@ -258,9 +245,6 @@ def _vllm(artifact: Artifact) -> Facts:
 
 
 def _llama_cpp(artifact: Artifact) -> Facts:
-    if artifact.format != "gguf":
-        yield from _no_loader("llama.cpp", artifact, "gguf")
-        return
     yield Fact(LIMIT, "llama.cpp rounds the inputs of quantized matrices to 8 bits (error ~ 1e-2)")
     yield Fact(NOTE, "run with llama-cpp-python 0.3.36; not part of the tests here")
 
@@ -273,11 +257,8 @@ def _mlx(artifact: Artifact) -> Facts:
             FAILS,
             "mlx has groups of 32, 64 and 128 only",
         )
-    elif artifact.format in ("gptq", "gptq_v2"):
-        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     elif artifact.format != "mlx":
-        yield from _no_loader("mlx", artifact, "mlx")
-        return
+        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     if common.rope_of_old(artifact.config):
         text = "mlx-lm 0.32 does not read rope_parameters"
         yield Fact(FAILS, text, hint="ptq pack --format mlx")
@@ -287,9 +268,6 @@ def _mlx(artifact: Artifact) -> Facts:
 
 
 def _gptqmodel(artifact: Artifact) -> Facts:
-    if artifact.format not in ("gptq", "gptq_v2", "awq"):
-        yield from _no_loader("gptqmodel", artifact, "gptq")
-        return
     yield Fact(NOTE, "proven: gptqmodel 7.6.0 with torch 2.13")
     if artifact.format == "gptq":
         meta = common.mapping(artifact.declared, "meta", "quantization_config")
@@ -306,10 +284,17 @@ def _gptqmodel(artifact: Artifact) -> Facts:
     yield from _gptqmodel_kernels(artifact)
 
 
-RUNTIMES: dict[str, Callable[[Artifact], Facts]] = {
-    "transformers": _transformers,
-    "vllm": _vllm,
-    "llama.cpp": _llama_cpp,
-    "mlx": _mlx,
-    "gptqmodel": _gptqmodel,
+# What each runtime reads, the format to choose for it first.
+RUNTIMES: dict[str, dict[str, Callable[[Artifact], Facts]]] = {
+    "transformers": {
+        "compressed-tensors": _transformers_compressed,
+        **dict.fromkeys(("gptq", "gptq_v2"), _transformers_gptq),
+        "awq": _transformers_awq,
+        "gguf": _transformers_gguf,
+        "mlx": _transformers_mlx,
+    },
+    "vllm": dict.fromkeys(("compressed-tensors", "gptq", "gptq_v2", "awq"), _vllm),
+    "llama.cpp": {"gguf": _llama_cpp},
+    "mlx": dict.fromkeys(("mlx", "awq", "gptq", "gptq_v2"), _mlx),
+    "gptqmodel": dict.fromkeys(("gptq", "gptq_v2", "awq"), _gptqmodel),
 }
