@@ -190,10 +190,11 @@ def scale_name(spec: TensorSpec) -> str:
     return SCALE_NAMES[spec.dtype]
 
 
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The model's dtype as config.json states it, in safetensors' word; F32 where it does not."""
-    word = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
+def model_dtype(config: Mapping[str, Any], unstated: str = "F32") -> str:
+    """The model's dtype as config.json states it, in safetensors' word, or what it is where it
+    does not."""
+    word = config.get("dtype") or config.get("torch_dtype")
+    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32") if word else unstated
 
 
 def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str, Any]) -> Layer:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ptq_cli.core.tensors import Array, TensorSpec
-from ptq_cli.errors import FileError, InputError, missing_extra
+from ptq_cli.errors import FileError, InputError, import_extra
 from ptq_cli.storage.files import named, regular_file, sync_file
 
 # ggml's types: number -> name, columns in a block, bytes of a block
@@ -168,11 +168,7 @@ def _aligned(offset: int, alignment: int) -> int:
 
 def library() -> Any:
     """The gguf library. Raises InputError that names the extra where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise missing_extra("--format gguf", "gguf", "gguf") from None
-    return gguf
+    return import_extra("gguf", "--format gguf", "gguf")
 
 
 def write_gguf(

@@ -14,7 +14,7 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import FileError, missing_extra
+from ptq_cli.errors import FileError, import_extra
 from ptq_cli.storage.checkpoint import StoredTensor, read_header
 from ptq_cli.storage.files import named, sync_file
 
@@ -24,11 +24,7 @@ _MAX_GRAPH = 2**31 - 1  # protobuf's
 
 def library() -> Any:
     """The onnx library. Raises InputError that names the extra where it is not installed."""
-    try:
-        import onnx
-    except ImportError:
-        raise missing_extra("--format onnx", "onnx", "onnx") from None
-    return onnx
+    return import_extra("onnx", "--format onnx", "onnx")
 
 
 def write_graph(out: Path, files: Sequence[str], layers: Mapping[str, Layer], fmt: Format) -> None:
