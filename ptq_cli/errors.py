@@ -59,6 +59,19 @@ def import_extra(module: str, what: str, extra: str, package: str | None = None)
         ) from None
 
 
+class stated_in:
+    """Let the errors of what is done inside begin with where it stands."""
+
+    def __init__(self, where: object) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, PtqError):
+            error.message = f"{self._where}: {error.message}"
+
+
 class GateMissed(PtqError):
     """A quality gate (`--max-rel-err`, `--min-gain`, `--max-fallbacks`) was missed."""
 

@@ -2,17 +2,15 @@
 key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
-the opposite of a flag, else `no-…`); `metavar`;
-`recipe_only` (no option); `shown` (the default in the words of help); `section` (of help); `needs`
-(what lets it be read, plan/unused_options.py). A field of type `float | str` is a number or one of
-its `words`.
+the opposite of a flag, else `no-…`); `metavar`; `recipe_only` (no option); `shown` (the default in
+the words of help); `section` (of help); `needs` (what lets it be read, plan/unused_options.py). A
+field of type `float | str` is a number or one of its `words`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ptq_cli.core.text import nearest_or_all
@@ -52,15 +50,6 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], what: str) -> Non
     for key in table:
         if key not in known:
             raise InputError(f"unknown {what} {key!r}", hint=nearest_or_all(key, known))
-
-
-@contextmanager
-def stated_in(where: str) -> Iterator[None]:
-    """Let the errors of what is checked inside begin with where it stands."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}", hint=error.hint) from None
 
 
 def _number(name: str, value: Any, words: tuple[str, ...]) -> float:

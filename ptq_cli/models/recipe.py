@@ -25,9 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ptq_cli.core.settings import check_keys, make_settings, stated_in
+from ptq_cli.core.settings import check_keys, make_settings
 from ptq_cli.core.tensors import TensorSpec
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
 
 Specs = Mapping[str, TensorSpec]

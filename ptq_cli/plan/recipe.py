@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.core.settings import check_keys, make_settings, settings_fields, stated_in
-from ptq_cli.errors import InputError
+from ptq_cli.core.settings import check_keys, make_settings, settings_fields
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
 from ptq_cli.plan.select_tensors import compiled
 from ptq_cli.storage.files import read_small
@@ -35,14 +35,14 @@ def load_recipe(
         raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
     classes = tuple(classes)
     known = [field.name for field, _ in settings_fields(*classes)]
-    with stated_in(str(path)):
+    with stated_in(path):
         check_keys(recipe, known, "key")
     for key in ("layers", "sites"):
         rules = recipe.get(key, [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
             raise InputError(f"{path}: {key} is not a list of tables", hint=f"write [[{key}]]")
     for rule in recipe.get("layers", []):
-        with stated_in(str(path)):
+        with stated_in(path):
             check_keys(rule, LAYER_KEYS, "key of [[layers]]")
             _check_rule(rule)
     dense = recipe.get("bits") == FLOAT_BITS
@@ -51,7 +51,7 @@ def load_recipe(
             f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
             hint="leave single layers dense with [[layers]] bits = 16",
         )
-    with stated_in(str(path)):
+    with stated_in(path):
         for cls in classes:
             make_settings(cls, {}, _without_floats(recipe))
     return recipe

@@ -24,7 +24,7 @@ from ptq_cli.core.names import by_number
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -271,11 +271,9 @@ def open_quantized(path: Path) -> QuantizedFolder:
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     contents = Contents(entries, config, specs, checkpoint.read)
     for name in names:
-        try:
+        with stated_in(checkpoint.weights):
             fmt = format_named(name)
             layers = fmt.layers(contents)
-        except InputError as error:
-            raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
@@ -69,7 +69,7 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
-    try:
+    with stated_in(path):
         names = names_of_file(architecture)
         found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
         specs = {name: tensor.spec for name, tensor in found.items()}
@@ -82,8 +82,6 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
             if own is not None:
                 heads[name] = own
                 _check_heads(tensor.spec, own)
-    except InputError as error:
-        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
 
 
