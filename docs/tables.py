@@ -23,13 +23,12 @@ from ptq_cli.cli.main import COMMANDS, cli
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats import ptq
 from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
-from ptq_cli.plan.command_settings import default_settings
-from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.plan.settings import settings_fields
+from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 
 WIDTH = 80
@@ -115,7 +114,7 @@ def _field(field: Any, kind: Any) -> list[str]:
 
 
 def _values(meta: Any, kind: Any) -> str:
-    choices = tuple(FORMATS) if meta.get("formats") else meta.get("choices")
+    choices = meta.get("choices")
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
     low, high = meta.get("min"), meta.get("max")

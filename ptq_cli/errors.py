@@ -14,6 +14,9 @@ Wrong usage (exit code 2) is click's. A message is one line: what is wrong, with
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class PtqError(Exception):
     """Base of all errors that are explained to the user, not by a traceback."""
@@ -45,12 +48,28 @@ class FileError(InputError):
     """An operation on the file system failed: not found, no space, no permission."""
 
 
-def missing_extra(what: str, package: str, extra: str) -> InputError:
-    """`what` needs a package that only an extra of this one installs."""
-    return InputError(
-        f"{what} needs {package}, which is not installed",
-        hint=f"pip install 'ptq[{extra}]' (or 'ptq[all]')",
-    )
+def import_extra(module: str, what: str, extra: str, package: str | None = None) -> Any:
+    """A module that only an extra of this package installs. Raises InputError that says so."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{what} needs {package or module}, which is not installed",
+            hint=f"pip install 'ptq[{extra}]' (or 'ptq[all]')",
+        ) from None
+
+
+class stated_in:
+    """Let the errors of what is done inside begin with where it stands."""
+
+    def __init__(self, where: object) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, PtqError):
+            error.message = f"{self._where}: {error.message}"
 
 
 class GateMissed(PtqError):

@@ -23,7 +23,6 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
-from ptq_cli.models.forward.memory import block_memory
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
@@ -67,7 +66,7 @@ def threads(
     """How many batches run side by side: one a core, fewer where `memory` is short."""
     count = cores() if workers is None else workers
     if memory is not None:
-        need = block_memory(arch, max(batch.packing.n_tokens for batch in parts))
+        need = arch.block_memory(max(batch.packing.n_tokens for batch in parts))
         count = min(count, max(1, memory // need))
     return min(count, len(parts))
 

@@ -23,7 +23,6 @@ from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.layers import Tensor
-from ptq_cli.models.forward.memory import block_memory, state_memory
 from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
@@ -100,7 +99,7 @@ class Forward:
     @property
     def state_bytes(self) -> int:
         """Of a stream's states between two stages, at most."""
-        return state_memory(self.arch, self.parts[-1].rows.stop)
+        return self.arch.state_memory(self.parts[-1].rows.stop)
 
     @property
     def residual_bytes(self) -> int:
@@ -113,7 +112,7 @@ class Forward:
         n_threads = threads(self.arch, self.parts, workers, memory)
         most = max(batch.packing.n_tokens for batch in self.parts)
         weights = max(4 * self._size(place) for place in self.places.values())
-        return n_threads * block_memory(self.arch, most) + weights
+        return n_threads * self.arch.block_memory(most) + weights
 
     def _size(self, place: Place) -> int:
         """Weights of a site's linears."""

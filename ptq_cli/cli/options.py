@@ -1,6 +1,6 @@
 """Help by topic: an option names the section of its command's help that it stands in.
 
-Options of settings: each field of a settings class is one (plan/settings.py says how).
+Options of settings: each field of a settings class is one (core/settings.py says how).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from ptq_cli.plan.settings import settings_fields
-from ptq_cli.registry import FORMATS
+from ptq_cli.core.settings import settings_fields
 
 _METAVARS: Mapping[Any, str] = {int: "N", float: "X"}
 # In the order of need.
@@ -78,7 +77,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any
     elif kind == tuple[str, ...]:
         extra = {"multiple": True, "metavar": meta.get("metavar")}
     else:
-        metavar = None if "choices" in meta or "formats" in meta else _METAVARS.get(kind)
+        metavar = None if "choices" in meta else _METAVARS.get(kind)
         extra = {"type": _click_type(field, kind), "metavar": meta.get("metavar", metavar)}
     if kind is int and "choices" in meta:  # click before 8.2 has choices of words only
         extra["callback"] = lambda ctx, param, value: None if value is None else int(value)
@@ -91,8 +90,6 @@ def _option(field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any
 
 def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     meta = field.metadata
-    if meta.get("formats"):
-        return click.Choice(list(FORMATS))
     if "choices" in meta:
         return click.Choice([str(choice) for choice in meta["choices"]])
     if kind is int:

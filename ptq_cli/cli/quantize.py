@@ -31,11 +31,15 @@ from ptq_cli.cli.shared_options import (
 from ptq_cli.commands.job import Job
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.smooth import prepare_smoothing
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats.runtimes import RUNTIMES
-from ptq_cli.plan.command_settings import default_settings, may_stay_float, settings_classes
-from ptq_cli.plan.grid_settings import FLOAT_BITS
+from ptq_cli.plan.grid_settings import (
+    FLOAT_BITS,
+    default_settings,
+    may_stay_float,
+    settings_classes,
+)
 from ptq_cli.plan.recipe import load_recipe
-from ptq_cli.plan.settings import settings_fields
 from ptq_cli.registry import SMOOTHERS, format_named
 from ptq_cli.run.schedule import take_resources
 from ptq_cli.storage.folder import MAX_SHARD, container_of

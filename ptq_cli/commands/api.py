@@ -22,12 +22,12 @@ from ptq_cli.commands.signatures import RUN_OPTIONS, WHERE, with_signature
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.plan.command_settings import settings_classes
-from ptq_cli.plan.settings import settings_fields
+from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, take_resources
 from ptq_cli.storage.checkpoint import open_checkpoint

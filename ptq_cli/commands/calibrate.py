@@ -32,7 +32,8 @@ from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import digest_words
-from ptq_cli.storage.target import Target
+from ptq_cli.storage.output import Target
+from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
 
@@ -88,7 +89,7 @@ class CalibrateJob:
             result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
         else:
             job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
-            with target.begin() as staging:
+            with Staging(target) as staging:
                 result = calibrate_sites(job, staging, listen, resources)
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):

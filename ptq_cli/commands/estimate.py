@@ -32,9 +32,8 @@ from ptq_cli.run.work import Quantization
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available, multiply_adds
-from ptq_cli.storage.output import free_space
+from ptq_cli.storage.output import Found, Target, free_space
 from ptq_cli.storage.scratch import temporary_place
-from ptq_cli.storage.target import Found, Target
 from ptq_cli.storage.tokens import Tokens
 
 PROCESS = 60 << 20  # bytes of a process before it does anything

@@ -23,9 +23,9 @@ from ptq_cli.run.schedule import ALL_THERE_IS, Resources
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Job:
         if target.finished():
             report = report_from_document(read_report(self.output)[0])
             return dataclasses.replace(report, earlier=True)
-        with target.begin() as staging:
+        with Staging(target) as staging:
             return self.start(staging, options)
 
     def estimate(

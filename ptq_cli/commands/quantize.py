@@ -11,10 +11,9 @@ from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSetting
 from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.commands.repack import prepare_repack
-from ptq_cli.plan.command_settings import default_settings
-from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings
+from ptq_cli.core.settings import make_settings
+from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
-from ptq_cli.plan.settings import make_settings
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.loop import quantize

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from ptq_cli.calibration.find import AnyPath, Paths
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
-from ptq_cli.plan.command_settings import default_settings, settings_classes
-from ptq_cli.plan.settings import settings_fields
+from ptq_cli.core.settings import settings_fields
+from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.storage.folder import MAX_SHARD
 

@@ -24,13 +24,13 @@ from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method, Smoother
+from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
 from ptq_cli.models.sites import require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
-from ptq_cli.plan.settings import make_settings
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.run.loop import quantize

@@ -125,6 +125,17 @@ class Smoother:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What layers are told from: what the weights file's metadata says of them, config.json, the
+    headers, and `read`, which gives one (small) tensor by its name."""
+
+    metadata: Mapping[str, Any]
+    config: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], Array]
+
+
+@dataclass(frozen=True)
 class Format:
     """A layout of quantized weights in safetensors files: a plug-in record (formats/).
 
@@ -133,10 +144,9 @@ class Format:
     encode, decode: a rounded weight to those tensors and back; written apart from each other
     config: config.json's `quantization_config`, from the layers and the modules left dense
     metadata: what the file's own metadata says of its layers
-    layers: the layers of a checkpoint in this layout, from its metadata, config.json and headers;
-        `read` gives one (small) tensor by its name. Empty where it is another layout. Every tensor
-        of `specs` is then there. Raises InputError where the parts contradict one another or
-        cannot be proven to be understood
+    layers: the layers of a checkpoint in this layout; empty where it is another. Every tensor of
+        `specs` is then there. Raises InputError where the parts contradict one another or cannot
+        be proven to be understood
     scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
     config_keys: where in config.json the object of `config` belongs
     config_file: a file beside config.json that repeats that object
@@ -154,12 +164,9 @@ class Format:
     specs: Callable[[Layer], tuple[TensorSpec, ...]]
     encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
     decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]
-    config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None]
-    metadata: Callable[[Sequence[Layer]], Mapping[str, Any]]
-    layers: Callable[
-        [Mapping[str, Any], Mapping[str, Any], Mapping[str, TensorSpec], Callable[[str], Array]],
-        tuple[Layer, ...],
-    ]
+    layers: Callable[[Contents], tuple[Layer, ...]]
+    config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None] = lambda *_: None
+    metadata: Callable[[Sequence[Layer]], Mapping[str, Any]] = lambda layers: {}
     scale_dtype: Callable[[str], str] | None = None
     config_keys: tuple[str, ...] = ("quantization_config",)
     config_file: str | None = None

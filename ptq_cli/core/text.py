@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def middle(text: str, width: int) -> str:
@@ -11,6 +12,13 @@ def middle(text: str, width: int) -> str:
         return text
     left = (width - 3) // 2
     return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+
+
+def nearest_or_all(word: str, known: Iterable[str]) -> str:
+    """What somebody may have meant who wrote an unknown word: a hint."""
+    known = list(known)
+    near = get_close_matches(word, known, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
 def number(value: float | None) -> str:

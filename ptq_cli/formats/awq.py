@@ -12,7 +12,8 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.patterns import foreign_match
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -39,19 +40,14 @@ _KNOWN = (
 
 
 def _misfit(layer: Layer) -> Misfit | None:
-    found = common.misfit(layer, "awq", _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, "awq", _LIMITS):
         return found
     if layer.shape[0] % 8:
         reason = f"awq holds out_features in multiples of 8, not {layer.shape[0]}"
         return Misfit(reason, "--format compressed-tensors")
-    if _is_head(layer.module):
+    if common.is_head(layer):
         return Misfit("awq loaders leave lm_head dense", f"--ignore {layer.module}")
     return None
-
-
-def _is_head(module: str) -> bool:
-    return module == "lm_head" or module.endswith(".lm_head")
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
@@ -133,13 +129,8 @@ def _left_dense(module: str, entries: Sequence[str]) -> str | None:
     return None
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
-    settings = common.mapping(config, "quantization_config", "config.json")
+def _layers(contents: Contents) -> tuple[Layer, ...]:
+    settings = common.mapping(contents.config, "quantization_config", "config.json")
     if settings.get("quant_method") != "awq":
         return ()
     where = "quantization_config"
@@ -151,19 +142,15 @@ def _layers(
         raise InputError(f"{where}: AWQ with {settings['bits']} bits is not understood, only 4")
     if settings.get("desc_act"):
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
-    modules = common.modules_with(specs, ".qweight", ".qzeros")
-    layers = tuple(_layer(module, config, specs, read) for module in modules)
+    modules = common.modules_with(contents.specs, ".qweight", ".qzeros")
+    layers = tuple(_layer(module, contents) for module in modules)
     if not layers:
         raise InputError(f"{where} says awq, but no tensor is named *.qweight")
     return layers
 
 
-def _layer(
-    module: str,
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> Layer:
+def _layer(module: str, contents: Contents) -> Layer:
+    config, specs = contents.config, contents.specs
     settings, where = config["quantization_config"], "quantization_config"
     for stray in ("weight", "g_idx"):
         if f"{module}.{stray}" in specs:
@@ -176,21 +163,16 @@ def _layer(
     size = common.integer(settings, "group_size", 128, where)
     if size == 0 or size < -1 or (size > 0 and columns % size):
         raise InputError(f"{where}: group_size {size} does not divide in_features of {module!r}")
-    shape, tensor, dtype = (
-        (scales.shape[1], columns),
-        f"{module}.weight",
-        common.model_dtype(config),
-    )
     grid = Grid(4, size, sym=False, scale_dtype=common.scale_name(scales))
-    layer = Layer(module, tensor, shape, shape, dtype, grid)
+    layer = common.linear(module, (scales.shape[1], columns), grid, config)
     common.check_specs(specs, _specs(layer), where)
-    if (read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
-        grid = Grid(4, size, sym=True, scale_dtype=grid.scale_dtype)
-    elif not common.boolean(settings, "zero_point", True, where):
+    if (contents.read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
+        return replace(layer, grid=replace(grid, sym=True))
+    if not common.boolean(settings, "zero_point", True, where):
         raise InputError(
             f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
         )
-    return Layer(module, tensor, shape, shape, dtype, grid)
+    return layer
 
 
 FORMAT = Format(
@@ -201,7 +183,6 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=_config,
-    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: "float16",
     file_metadata={"format": "pt"},

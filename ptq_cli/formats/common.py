@@ -25,6 +25,7 @@ SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
+_KERNEL_GROUPS = (32, 64, 128, 256)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -189,10 +190,27 @@ def scale_name(spec: TensorSpec) -> str:
     return SCALE_NAMES[spec.dtype]
 
 
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The model's dtype as config.json states it, in safetensors' word; F32 where it does not."""
-    word = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32")
+def model_dtype(config: Mapping[str, Any], unstated: str = "F32") -> str:
+    """The model's dtype as config.json states it, in safetensors' word, or what it is where it
+    does not."""
+    word = config.get("dtype") or config.get("torch_dtype")
+    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32") if word else unstated
+
+
+def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str, Any]) -> Layer:
+    """A layer that is a linear, in the model's dtype."""
+    return Layer(module, f"{module}.weight", shape, shape, model_dtype(config), grid)
+
+
+def is_head(layer: Layer) -> bool:
+    return layer.module == "lm_head" or layer.module.endswith(".lm_head")
+
+
+def outside_cpu_kernel(layer: Layer) -> bool:
+    """GPTQModel's default CPU kernel for 4 bits, which transformers takes too, fails at the first
+    forward of such a layer; other backends do not."""
+    grid = layer.grid
+    return grid.bits == 4 and (grid.group_size not in _KERNEL_GROUPS or layer.shape[0] % 16 != 0)
 
 
 def rope_of_old(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ symmetric grids only. A v1 field of all ones is refused when read: nobody can sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.patterns import foreign_match
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -34,7 +35,6 @@ from ptq_cli.numerics.packing import pack_words, unpack_words
 
 _LIMITS = common.Limits(bits=(2, 3, 4, 8), reordered=True)
 _NAMES = {1: "gptq", 2: "gptq_v2"}
-_KERNEL_GROUPS = (32, 64, 128, 256)  # of transformers' default CPU kernel for 4 bits
 
 # Keys of quantization_config that say how it was made or run, not what the tensors mean.
 _HARMLESS = (
@@ -53,8 +53,7 @@ _KNOWN = (
 
 def _misfit(version: int, layer: Layer) -> Misfit | None:
     name = _NAMES[version]
-    found = common.misfit(layer, name, _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, name, _LIMITS):
         return found
     if version == 1 and not layer.grid.sym:
         return Misfit("gptq (v1) cannot hold a zero of 0", "--format gptq_v2 or --sym")
@@ -166,7 +165,7 @@ def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict
         config["dynamic"] = dynamic
     if left:
         config["modules_in_block_to_quantize"] = [_quantized_suffixes(layers, left)]
-    if any(_outside_kernel(layer) for layer in layers):
+    if any(common.outside_cpu_kernel(layer) for layer in layers):
         config["backend"] = "gptq_torch"
     return config
 
@@ -187,20 +186,8 @@ def _quantized_suffixes(layers: Sequence[Layer], dense: Sequence[str]) -> list[s
     return list(named)
 
 
-def _outside_kernel(layer: Layer) -> bool:
-    """transformers' default CPU kernel fails at the first forward; `gptq_torch` does not."""
-    grid = layer.grid
-    return grid.bits == 4 and (grid.group_size not in _KERNEL_GROUPS or layer.shape[0] % 16 != 0)
-
-
-def _layers(
-    version: int,
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
-    settings = common.mapping(config, "quantization_config", "config.json")
+def _layers(version: int, contents: Contents) -> tuple[Layer, ...]:
+    settings = common.mapping(contents.config, "quantization_config", "config.json")
     if settings.get("quant_method", settings.get("method")) != "gptq":
         return ()
     stored = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -211,27 +198,18 @@ def _layers(
     common.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), "quantization_config")
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise InputError(f"quantization_config: pack_dtype {settings['pack_dtype']!r}, not int32")
-    modules = common.modules_with(specs, ".qweight", ".qzeros", ".g_idx")
-    dtype = common.model_dtype(config)
-    layers = tuple(_layer(module, settings, specs, read, dtype) for module in modules)
+    modules = common.modules_with(contents.specs, ".qweight", ".qzeros", ".g_idx")
+    layers = tuple(_layer(module, settings, contents) for module in modules)
     if not layers:
         raise InputError("quantization_config says gptq, but no tensor is named *.qweight")
     common.check_fused(layers)
     return layers
 
 
-def _layer(
-    module: str,
-    settings: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-    dtype: str,
-) -> Layer:
-    own = {
-        **settings,
-        **_override(module, common.mapping(settings, "dynamic", "quantization_config")),
-    }
-    where = f"quantization_config of {module}"
+def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Layer:
+    dynamic = common.mapping(settings, "dynamic", "quantization_config")
+    own = {**settings, **_override(module, dynamic)}
+    specs, where = contents.specs, f"quantization_config of {module}"
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
     scales = common.tensor(specs, f"{module}.scales", 2)
@@ -246,13 +224,11 @@ def _layer(
     shape = (scales.shape[1], common.tensor(specs, f"{module}.g_idx", 1).shape[0])
     if shape[0] * grid.bits % 32 or shape[1] * grid.bits % 32:
         raise InputError(f"{where}: {list(shape)} at {grid.bits} bits does not fill whole words")
-    tensor = f"{module}.weight"
-    layer = Layer(
-        module, tensor, shape, shape, dtype, grid, common.boolean(own, "desc_act", False, where)
-    )
+    may_reorder = common.boolean(own, "desc_act", False, where)
+    layer = common.linear(module, shape, grid, contents.config)
+    layer = replace(layer, reordered=may_reorder)
     common.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
-    reordered = _order(layer, read(f"{module}.g_idx")) is not None
-    return Layer(module, tensor, shape, shape, dtype, grid, reordered)
+    return replace(layer, reordered=_order(layer, contents.read(f"{module}.g_idx")) is not None)
 
 
 def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -279,7 +255,6 @@ def _record(version: int, text: str) -> Format:
         encode=partial(_encode, version),
         decode=partial(_decode, version),
         config=partial(_config, version),
-        metadata=lambda layers: {},
         layers=partial(_layers, version),
         scale_dtype=lambda model: "float16",
         file_metadata={"format": "pt"},

@@ -16,14 +16,14 @@ config.json gives bits and group size, `quantization` for mlx-lm and the same ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -91,12 +91,8 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
+def _layers(contents: Contents) -> tuple[Layer, ...]:
+    config = contents.config
     settings = common.mapping(config, "quantization", "config.json")
     repeated = common.mapping(config, "quantization_config", "config.json")
     settings = settings or repeated
@@ -106,17 +102,14 @@ def _layers(
     common.refuse_unknown(own, ("bits", "group_size", "mode"), "quantization")
     if repeated and dict(repeated) != dict(settings):
         raise InputError("config.json: quantization and quantization_config differ")
-    modules = common.modules_with(specs, ".scales", ".biases")
+    modules = common.modules_with(contents.specs, ".scales", ".biases")
     if not modules:
         raise InputError("config.json has a quantization, but no tensor is named *.scales")
-    dtype = common.model_dtype(config)
-    return tuple(_layer(module, settings, specs, dtype) for module in modules)
+    return tuple(_layer(module, settings, contents) for module in modules)
 
 
-def _layer(
-    module: str, settings: Mapping[str, Any], specs: Mapping[str, TensorSpec], dtype: str
-) -> Layer:
-    where = f"quantization of {module}"
+def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Layer:
+    specs, where = contents.specs, f"quantization of {module}"
     entry = settings.get(module, {})
     if entry is False:
         raise InputError(f"module {module!r} is packed, but config.json says it is not")
@@ -136,7 +129,7 @@ def _layer(
     if grid.bits not in _LIMITS.bits or grid.group_size not in (_LIMITS.group_sizes or ()):
         raise InputError(f"{where}: {grid.bits} bits in groups of {grid.group_size} is not MLX")
     shape = (scales.shape[0], scales.shape[1] * grid.group_size)
-    layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
+    layer = common.linear(module, shape, grid, contents.config)
     common.check_specs(specs, _specs(layer), f"{grid.bits} bits, group_size {grid.group_size}")
     return layer
 
@@ -149,7 +142,6 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=_config,
-    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},

@@ -17,14 +17,14 @@ reader of graphs hands them over as the metadata, one entry per module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -50,10 +50,6 @@ def attributes(layer: Layer) -> dict[str, int]:
         "block_size": layer.grid.group_size,
         "accuracy_level": 0,
     }
-
-
-def _misfit(layer: Layer) -> Misfit | None:
-    return common.misfit(layer, "onnx", _LIMITS)
 
 
 def _blocks(layer: Layer) -> int:
@@ -120,14 +116,10 @@ def _spread(packed: Array, bits: int) -> Codes:
     return codes.reshape(len(packed), -1)
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
+def _layers(contents: Contents) -> tuple[Layer, ...]:
+    specs = contents.specs
     modules = common.modules_with(specs, ".MatMul.qweight")
-    return tuple(_layer(module, metadata.get(module), specs) for module in modules)
+    return tuple(_layer(module, contents.metadata.get(module), specs) for module in modules)
 
 
 def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
@@ -157,11 +149,10 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 FORMAT = Format(
     name="onnx",
     help="MatMulNBits nodes, 2, 4, 8 bits: ONNX Runtime.",
-    misfit=_misfit,
+    misfit=lambda layer: common.misfit(layer, "onnx", _LIMITS),
     specs=_specs,
     encode=_encode,
     decode=_decode,
-    config=lambda layers, dense: None,
     metadata=_metadata,
     layers=_layers,
     scale_dtype=lambda model: "float16" if model == "F16" else "float32",

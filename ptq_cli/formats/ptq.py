@@ -24,7 +24,7 @@ and where they apply `transposed: true` (the checkpoint stores [in_features, out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from typing import Any
@@ -32,20 +32,15 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
-from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_groups, packed_width, unpack_groups
 
-_SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _GRID_KEYS = ("bits", "group_size", "sym", "narrow_range", "scale_dtype")
-
-
-def _misfit(layer: Layer) -> Misfit | None:
-    return None
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
@@ -54,7 +49,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     scales = grid.scales_shape(layer.shape)
     specs = [
         TensorSpec(f"{layer.module}.qweight", "U8", (rows, row_bytes)),
-        TensorSpec(f"{layer.module}.scales", _SCALE_WORDS[grid.scale_dtype], scales),
+        TensorSpec(f"{layer.module}.scales", common.SCALE_WORDS[grid.scale_dtype], scales),
         TensorSpec(f"{layer.module}.zeros", "U8", scales),
     ]
     if layer.reordered:
@@ -101,10 +96,6 @@ def _by_rows(layer: Layer) -> bool:
     return layer.grid.group_size != 0 and not layer.reordered and not static
 
 
-def _config(layers: Sequence[Layer], dense: Sequence[str]) -> None:
-    return None
-
-
 def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
     return {
         layer.module: {key: getattr(layer.grid, key) for key in _GRID_KEYS}
@@ -120,15 +111,10 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
+def _layers(contents: Contents) -> tuple[Layer, ...]:
     """The layers that the metadata names, each checked against the headers."""
-    layers = []
-    for module, entry in metadata.items():
+    layers, specs = [], contents.specs
+    for module, entry in contents.metadata.items():
         layer = _layer(module, entry, f"{module}.g_idx" in specs)
         for spec in _specs(layer):
             if specs.get(spec.name) != spec:
@@ -154,7 +140,7 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         transposed = entry.get("transposed", False) is True
         whole = type(grid.bits) is int and type(grid.group_size) is int
         flags = type(grid.sym) is bool and type(grid.narrow_range) is bool
-        if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in _SCALE_WORDS):
+        if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in common.SCALE_WORDS):
             raise ValueError
         if grid.group_size < -1 or not full_shape or min(full_shape) < 1:
             raise ValueError
@@ -178,11 +164,10 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
 FORMAT = Format(
     name="ptq",
     help="Native: any bits 2 to 8, any group size, any width.",
-    misfit=_misfit,
+    misfit=lambda layer: None,
     specs=_specs,
     encode=_encode,
     decode=_decode,
-    config=_config,
     metadata=_metadata,
     layers=_layers,
     by_rows=_by_rows,

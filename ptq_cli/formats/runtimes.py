@@ -17,7 +17,6 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
 FAILS, LIMIT, NOTE = "fails", "limit", "note"
-_ATEN_GROUPS = (32, 64, 128, 256)  # of GPTQModel's default CPU kernel for 4 bits
 _MLX_GROUPS = (32, 64, 128)
 
 
@@ -63,8 +62,12 @@ def facts(artifact: Artifact, runtime: str) -> list[Fact]:
     """All facts, the worst first. Raises InputError for an unknown runtime."""
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}", hint=f"known: {', '.join(RUNTIMES)}")
-    found = list(_model(artifact, runtime))
-    found += RUNTIMES[runtime](artifact)
+    found, loaders = list(_model(artifact, runtime)), RUNTIMES[runtime]
+    if artifact.format in loaders:
+        found += loaders[artifact.format](artifact)
+    else:
+        text = f"{runtime} does not read format {artifact.format}"
+        found.append(Fact(FAILS, text, hint=f"ptq pack --format {next(iter(loaders))}"))
     return sorted(found, key=lambda fact: (FAILS, LIMIT, NOTE).index(fact.level))
 
 
@@ -95,17 +98,12 @@ def _model(artifact: Artifact, runtime: str) -> Facts:
         yield Fact(FAILS, "mlx_lm.load wants a tokenizer in the folder, and there is none")
 
 
-def _no_loader(runtime: str, artifact: Artifact, formats: str) -> Facts:
-    text = f"{runtime} does not read format {artifact.format}"
-    yield Fact(FAILS, text, hint=f"ptq pack --format {formats}")
+def _undivided(layers: Iterable[Layer], then: str = "") -> Facts:
+    def short(layer: Layer) -> bool:
+        return layer.grid.group_size > 0 and layer.shape[1] % layer.grid.group_size != 0
 
-
-def _head(layer: Layer) -> bool:
-    return layer.module == "lm_head" or layer.module.endswith(".lm_head")
-
-
-def _undivided(layer: Layer) -> bool:
-    return layer.grid.group_size > 0 and layer.shape[1] % layer.grid.group_size != 0
+    text = "in_features is no multiple of the group size"
+    yield from _where(layers, short, FAILS, f"{text}: {then}" if then else text)
 
 
 def _in_blocks(dense: Sequence[str]) -> list[str]:
@@ -117,22 +115,15 @@ def _mixed(layers: Sequence[Layer]) -> tuple[str, ...]:
     return tuple(layer.module for layer in layers if common.scheme(layer) != base)
 
 
-def _outside_aten(layer: Layer) -> bool:
-    grid = layer.grid
-    return grid.bits == 4 and (grid.group_size not in _ATEN_GROUPS or layer.shape[0] % 16 > 0)
-
-
 def _gptqmodel_kernels(artifact: Artifact) -> Facts:
     """GPTQModel 7.6 on a CPU, by itself or under transformers."""
     layers, awq = artifact.layers, artifact.format == "awq"
-    yield from _where(
-        layers, _undivided, FAILS, "in_features is no multiple of the group size: it raises"
-    )
+    yield from _undivided(layers, "it raises")
     backend = 'AwqConfig(backend="torch_awq")' if awq else "backend gptq_torch"
     declared = artifact.declared.get("backend") in ("gptq_torch", "torch_awq")
     yield from _where(
         layers,
-        _outside_aten,
+        common.outside_cpu_kernel,
         NOTE if declared else LIMIT,
         "the default CPU kernel for 4 bits has groups of 32, 64, 128, 256 and out_features in"
         " multiples of 16, and raises at the first forward",
@@ -143,17 +134,8 @@ def _gptqmodel_kernels(artifact: Artifact) -> Facts:
         yield Fact(NOTE, text, hint=f"{backend} computes them exactly")
 
 
-def _transformers(artifact: Artifact) -> Facts:
-    known = {
-        "gptq": _transformers_gptq, "gptq_v2": _transformers_gptq, "awq": _transformers_awq,
-        "compressed-tensors": _transformers_compressed, "gguf": _transformers_gguf,
-    }  # fmt: skip
-    if artifact.format == "mlx":
-        yield Fact(FAILS, "transformers reads MLX layouts on Apple's GPUs only")
-    elif artifact.format not in known:
-        yield from _no_loader("transformers", artifact, "compressed-tensors")
-    else:
-        yield from known[artifact.format](artifact)
+def _transformers_mlx(artifact: Artifact) -> Facts:
+    yield Fact(FAILS, "transformers reads MLX layouts on Apple's GPUs only")
 
 
 def _transformers_gptq(artifact: Artifact) -> Facts:
@@ -163,7 +145,7 @@ def _transformers_gptq(artifact: Artifact) -> Facts:
         text = "has another grid than most layers: transformers knows one, only GPTQModel.load more"
         yield Fact(FAILS, text, mixed)
     text = "transformers never quantizes lm_head"
-    yield from _where(artifact.layers, _head, FAILS, text, "use GPTQModel.load")
+    yield from _where(artifact.layers, common.is_head, FAILS, text, "use GPTQModel.load")
     left = _in_blocks(artifact.dense)
     if left and not artifact.declared.get("modules_in_block_to_quantize"):
         text = "is dense, but modules_in_block_to_quantize is missing: it would be noise"
@@ -178,16 +160,14 @@ def _transformers_awq(artifact: Artifact) -> Facts:
     if left:
         text = "is dense, but not in modules_to_not_convert under its full name: it would be noise"
         yield Fact(FAILS, text, tuple(left))
-    yield from _where(artifact.layers, _head, FAILS, "AWQ loaders leave lm_head dense")
+    yield from _where(artifact.layers, common.is_head, FAILS, "AWQ loaders leave lm_head dense")
     yield from _gptqmodel_kernels(artifact)
 
 
 def _transformers_compressed(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs compressed-tensors 0.18 or later (proven: 0.20) beside transformers")
     yield from _undeclared(artifact)
-    yield from _where(
-        artifact.layers, _undivided, FAILS, "in_features is no multiple of the group size"
-    )
+    yield from _undivided(artifact.layers)
     yield from _where(
         artifact.layers,
         lambda x: x.activation is not None and x.grid.bits != 8,
@@ -223,18 +203,15 @@ def _transformers_gguf(artifact: Artifact) -> Facts:
 
 
 def _vllm(artifact: Artifact) -> Facts:
-    if artifact.format not in ("gptq", "gptq_v2", "awq", "compressed-tensors"):
-        yield from _no_loader("vllm", artifact, "compressed-tensors")
-        return
     yield Fact(NOTE, "from vLLM's source, not run here")
     layers = artifact.layers
-    yield from _where(
-        layers, _undivided, FAILS, "in_features is no multiple of the group size: it raises"
-    )
+    yield from _undivided(layers, "it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
     if artifact.format != "compressed-tensors":
-        yield from _where(layers, _head, LIMIT, "only some versions read a quantized lm_head")
+        yield from _where(
+            layers, common.is_head, LIMIT, "only some versions read a quantized lm_head"
+        )
         return
     yield from _undeclared(artifact)
     plain = [layer for layer in layers if layer.activation is not None]
@@ -268,9 +245,6 @@ def _vllm(artifact: Artifact) -> Facts:
 
 
 def _llama_cpp(artifact: Artifact) -> Facts:
-    if artifact.format != "gguf":
-        yield from _no_loader("llama.cpp", artifact, "gguf")
-        return
     yield Fact(LIMIT, "llama.cpp rounds the inputs of quantized matrices to 8 bits (error ~ 1e-2)")
     yield Fact(NOTE, "run with llama-cpp-python 0.3.36; not part of the tests here")
 
@@ -283,11 +257,8 @@ def _mlx(artifact: Artifact) -> Facts:
             FAILS,
             "mlx has groups of 32, 64 and 128 only",
         )
-    elif artifact.format in ("gptq", "gptq_v2"):
-        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     elif artifact.format != "mlx":
-        yield from _no_loader("mlx", artifact, "mlx")
-        return
+        yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     if common.rope_of_old(artifact.config):
         text = "mlx-lm 0.32 does not read rope_parameters"
         yield Fact(FAILS, text, hint="ptq pack --format mlx")
@@ -297,9 +268,6 @@ def _mlx(artifact: Artifact) -> Facts:
 
 
 def _gptqmodel(artifact: Artifact) -> Facts:
-    if artifact.format not in ("gptq", "gptq_v2", "awq"):
-        yield from _no_loader("gptqmodel", artifact, "gptq")
-        return
     yield Fact(NOTE, "proven: gptqmodel 7.6.0 with torch 2.13")
     if artifact.format == "gptq":
         meta = common.mapping(artifact.declared, "meta", "quantization_config")
@@ -316,10 +284,17 @@ def _gptqmodel(artifact: Artifact) -> Facts:
     yield from _gptqmodel_kernels(artifact)
 
 
-RUNTIMES: dict[str, Callable[[Artifact], Facts]] = {
-    "transformers": _transformers,
-    "vllm": _vllm,
-    "llama.cpp": _llama_cpp,
-    "mlx": _mlx,
-    "gptqmodel": _gptqmodel,
+# What each runtime reads, the format to choose for it first.
+RUNTIMES: dict[str, dict[str, Callable[[Artifact], Facts]]] = {
+    "transformers": {
+        "compressed-tensors": _transformers_compressed,
+        **dict.fromkeys(("gptq", "gptq_v2"), _transformers_gptq),
+        "awq": _transformers_awq,
+        "gguf": _transformers_gguf,
+        "mlx": _transformers_mlx,
+    },
+    "vllm": dict.fromkeys(("compressed-tensors", "gptq", "gptq_v2", "awq"), _vllm),
+    "llama.cpp": {"gguf": _llama_cpp},
+    "mlx": dict.fromkeys(("mlx", "awq", "gptq", "gptq_v2"), _mlx),
+    "gptqmodel": dict.fromkeys(("gptq", "gptq_v2", "awq"), _gptqmodel),
 }

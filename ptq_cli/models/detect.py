@@ -11,9 +11,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Condition, Config, Family, SitePattern
@@ -98,10 +98,7 @@ def _choose(
 ) -> tuple[Family | None, tuple[str, ...]]:
     if name is not None:
         if name not in _BY_NAME:
-            near = get_close_matches(name, _BY_NAME, 1)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_BY_NAME))}"
-            )
+            hint = nearest_or_all(name, sorted(_BY_NAME))
             raise InputError(f"family {name!r} is not known", hint=hint)
         return _BY_NAME[name], ()
     if config is not None and "model_type" in config:

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from ptq_cli.core.settings import check_keys, make_settings
 from ptq_cli.core.tensors import TensorSpec
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
 
 Specs = Mapping[str, TensorSpec]
@@ -37,12 +37,12 @@ Specs = Mapping[str, TensorSpec]
 class SiteEntry:
     """One `[[sites]]` entry; the module's docstring says what the keys mean."""
 
-    linears: tuple[str, ...]
-    norm: str | None = None
+    linears: tuple[str, ...] = ()
+    norm: str = ""
     plus_one: bool = False
-    after: str | None = None
+    after: str = ""
     layout: Layout = "all"
-    heads: int | None = None
+    heads: int = field(default=0, metadata={"min": 1})
     transposed: bool = False
 
 
@@ -53,40 +53,14 @@ def read_entry(entry: Mapping[str, Any]) -> SiteEntry:
         InputError: an unknown key (with the nearest known one), a value of the wrong kind, no
             linears, both `norm` and `after`.
     """
-    known = [field.name for field in fields(SiteEntry)]
-    for key in entry:
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"[[sites]] has no key {key!r}", hint=hint)
-    values = dict(entry)
-    linears = values.get("linears")
-    if not isinstance(linears, list | tuple) or not linears:
+    with stated_in("[[sites]]"):
+        check_keys(entry, [field.name for field in fields(SiteEntry)], "key")
+        made = make_settings(SiteEntry, {}, entry)
+    if not made.linears:
         raise InputError("[[sites]] needs linears, a list of modules")
-    values["linears"] = tuple(linears)
-    _check_kinds(values)
-    if values.get("norm") is not None and values.get("after") is not None:
-        raise InputError(f"[[sites]] {linears[0]}: norm and after exclude each other")
-    return SiteEntry(**values)
-
-
-def _check_kinds(values: Mapping[str, Any]) -> None:
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "norm": str, "after": str, "plus_one": bool, "transposed": bool, "heads": int,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        value = values.get(key)
-        wrong = value is not None and not isinstance(value, kind)
-        if wrong or (key == "heads" and isinstance(value, bool)):
-            raise InputError(f"[[sites]] {key} = {value!r} is of the wrong kind")
-    if not all(isinstance(linear, str) for linear in values["linears"]):
-        raise InputError("[[sites]] linears are names of modules")
-    layouts = get_args(get_type_hints(SiteEntry)["layout"])
-    if values.get("layout", "all") not in layouts:
-        raise InputError(
-            f"[[sites]] layout {values['layout']!r} is not known",
-            hint="known are " + ", ".join(f'"{layout}"' for layout in layouts),
-        )
+    if made.norm and made.after:
+        raise InputError(f"[[sites]] {made.linears[0]}: norm and after exclude each other")
+    return made
 
 
 def recipe_sites(entries: Sequence[Mapping[str, Any]], specs: Specs) -> tuple[Site, ...]:
@@ -161,11 +135,11 @@ def _feeder(
     entry: SiteEntry, numbers: Sequence[str], specs: Specs, width: int
 ) -> Norm | Preceding | None:
     source = entry.norm or entry.after
-    if source is None:
+    if not source:
         return None
     module = _written_out(source, numbers)
     bias = f"{module}.bias" if f"{module}.bias" in specs else None
-    if entry.norm is not None:
+    if entry.norm:
         gain = specs.get(f"{module}.weight")
         if gain is None:
             raise InputError(f"[[sites]] norm {module}: {module}.weight is not in the checkpoint")
@@ -173,7 +147,7 @@ def _feeder(
             raise InputError(f"norm {module} has shape {gain.shape}, its linears take {width}")
         return Norm(gain.name, bias, entry.plus_one)
     outputs = _shape(module, entry, specs)[0]
-    rows = rows_of(entry.layout, outputs, width, entry.heads)
+    rows = rows_of(entry.layout, outputs, width, entry.heads or None)
     if isinstance(rows, str):
         raise InputError(f"[[sites]] after {module}: {rows}", hint="see layout and heads")
     return Preceding(f"{module}.weight", bias, rows, entry.transposed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptq_cli.core.grid import Activation
+from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
 
 # What --scheme is short for.
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -83,7 +84,11 @@ class GridSettings:
     )
     format: str = field(
         default="ptq",
-        metadata={"help": "Layout of the output.", "formats": True, "section": "Output"},
+        metadata={
+            "help": "Layout of the output.",
+            "choices": tuple(FORMATS),
+            "section": "Output",
+        },
     )
     on_misfit: str = field(
         default="error",
@@ -98,3 +103,23 @@ class GridSettings:
 
 # What a rule of a recipe's [[layers]] may say; `bits` may be FLOAT_BITS there.
 LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")
+
+
+def settings_classes(command: str) -> tuple[type[Any], ...]:
+    """The settings of the grid, then those of the command's method; a smoother can be followed by
+    GPTQ and has its settings too."""
+    if command in SMOOTHERS:
+        return GridSettings, smoother(command).settings, method("gptq").settings
+    return GridSettings, method("rtn" if command == "pack" else command).settings
+
+
+def default_settings(command: str) -> Mapping[str, Any]:
+    """Defaults that are not the fields' own."""
+    if command == "pack":
+        return {"mse": False}
+    return smoother(command).defaults if command in SMOOTHERS else {}
+
+
+def may_stay_float(command: str) -> bool:
+    """Whether its `bits` may be 16: smoothed weights, and nothing rounded."""
+    return command in SMOOTHERS and smoother(command).floats

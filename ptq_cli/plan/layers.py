@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -10,7 +11,6 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit, Skipped
 from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
-from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.models.linears import group_modules
@@ -40,8 +40,8 @@ def make_layer(
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
     values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
     if values["scale_dtype"] == "auto":
-        wanted = fmt.scale_dtype(_model_dtype(checkpoint, spec)) if fmt.scale_dtype else "float16"
-        values["scale_dtype"] = wanted
+        computes_in = common.model_dtype(checkpoint.config, unstated=spec.dtype)
+        values["scale_dtype"] = fmt.scale_dtype(computes_in) if fmt.scale_dtype else "float16"
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
@@ -74,13 +74,6 @@ def check_fisher(layers: Iterable[Layer], source: Source | None) -> None:
                 f"--weight fisher: {layer.module} has {list(shape)}, its weight"
                 f" {list(layer.full_shape)}"
             )
-
-
-def _model_dtype(checkpoint: Checkpoint, spec: TensorSpec) -> str:
-    """The dtype a runtime computes in: config.json's, else the tensor's."""
-    config = checkpoint.config
-    stated = config.get("dtype") or config.get("torch_dtype")
-    return common.model_dtype(config) if stated else spec.dtype
 
 
 def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, Misfit]) -> set[str]:
@@ -121,11 +114,7 @@ def check_layers(
     if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
         raise misfit_error(fmt, misfits, len(layers))
     modules = [layer.module for layer in layers]
-    twice = (
-        {module for module in modules if modules.count(module) > 1}
-        if (len(set(modules)) < len(modules))
-        else set()
-    )
+    twice = Counter(modules) - Counter(set(modules))
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
     kept = keep_together(group_modules(modules, sites), misfits)

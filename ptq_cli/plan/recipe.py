@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.errors import InputError
+from ptq_cli.core.settings import check_keys, make_settings, settings_fields
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
-from ptq_cli.plan.settings import make_settings, settings_fields
+from ptq_cli.plan.select_tensors import compiled
 from ptq_cli.storage.files import read_small
 
 
@@ -36,21 +35,25 @@ def load_recipe(
         raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
     classes = tuple(classes)
     known = [field.name for field, _ in settings_fields(*classes)]
-    _check_keys(path, recipe, known, "key")
+    with stated_in(path):
+        check_keys(recipe, known, "key")
     for key in ("layers", "sites"):
         rules = recipe.get(key, [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
             raise InputError(f"{path}: {key} is not a list of tables", hint=f"write [[{key}]]")
     for rule in recipe.get("layers", []):
-        _check_keys(path, rule, LAYER_KEYS, "key of [[layers]]")
-        _check_rule(path, rule)
+        with stated_in(path):
+            check_keys(rule, LAYER_KEYS, "key of [[layers]]")
+            _check_rule(rule)
     dense = recipe.get("bits") == FLOAT_BITS
     if dense and not floats:
         raise InputError(
             f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
             hint="leave single layers dense with [[layers]] bits = 16",
         )
-    _check_values(path, _without_floats(recipe), classes)
+    with stated_in(path):
+        for cls in classes:
+            make_settings(cls, {}, _without_floats(recipe))
     return recipe
 
 
@@ -59,37 +62,13 @@ def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in table.items() if (k, v) != ("bits", FLOAT_BITS)}
 
 
-def _check_keys(path: Path, table: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for key in table:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise InputError(f"{path}: unknown {what} {key!r}", hint=hint)
-
-
-def _check_values(path: Path, recipe: Mapping[str, Any], classes: Iterable[type[Any]]) -> None:
-    try:
-        for cls in classes:
-            make_settings(cls, {}, recipe)
-    except InputError as error:
-        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
-
-
-def _check_rule(path: Path, rule: Mapping[str, Any]) -> None:
+def _check_rule(rule: Mapping[str, Any]) -> None:
     pattern = rule.get("match")
     if not isinstance(pattern, str):
-        raise InputError(f"{path}: [[layers]] without match", hint='write match = "REGEX"')
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{path}: [[layers]] match = {pattern!r}: not a regular expression: {error}"
-        ) from None
+        raise InputError("[[layers]] without match", hint='write match = "REGEX"')
+    compiled("[[layers]] match =", pattern)
     if not isinstance(rule.get("skip", False), bool):
-        raise InputError(f"{path}: skip = {rule['skip']!r}: not bool")
-    try:
-        own = {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]}
+        raise InputError(f"skip = {rule['skip']!r}: not bool")
+    own = {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]}
+    with stated_in(f"[[layers]] match = {pattern!r}"):
         make_settings(GridSettings, {}, _without_floats(own))
-    except InputError as error:
-        raise InputError(f"{path}: [[layers]] match = {rule['match']!r}: {error.message}") from None

@@ -60,13 +60,18 @@ def rule_of(settings: GridSettings, tensor: str) -> dict[str, Any]:
     return {key: value for rule in matching for key, value in rule.items()}
 
 
+def compiled(where: str, word: str) -> re.Pattern[str]:
+    """A user's regular expression. Raises InputError where it is none."""
+    try:
+        return re.compile(word)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{where} {word!r}: not a regular expression: {error}") from None
+
+
 def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> list[re.Pattern[str]]:
     patterns = []
     for word in words:
-        try:
-            pattern = re.compile(word)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{setting} {word!r}: not a regular expression: {error}") from None
+        pattern = compiled(setting, word)
         if not any(pattern.search(name) for name in checkpoint.tensors):
             raise InputError(
                 f"{setting} {word!r} matches no tensor of {checkpoint.path}",

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
-from ptq_cli.plan.command_settings import settings_classes
-from ptq_cli.plan.settings import settings_fields
+from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.registry import METHODS, method
 
 Field = dataclasses.Field[Any]

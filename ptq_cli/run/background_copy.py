@@ -47,7 +47,7 @@ class BackgroundCopy:
 
         def copy(shards: Shards) -> None:
             tensors = store.tensors(unit)
-            if store.placed(unit):
+            if store.entry(unit)["placed"]:
                 shards.take(tensor.spec.name for tensor in tensors)
             else:
                 shards.put(tensors)

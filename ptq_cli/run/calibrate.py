@@ -74,7 +74,7 @@ def calibrate_sites(
         run(job, staging, made, resources)
     fisher = _stage_fisher(source, staging)
     filled = [site for site in source.sites if site in made.entries]
-    tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.tensors(unit)]
+    tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.store.tensors(unit)]
     content = file_content(job.model, job.heldout, made.entries, source.fisher)
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
@@ -102,7 +102,7 @@ def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Res
                 streams.advance({})
             _stage(streams, site, staging)
         work += efforts[site]
-        made.add(site, staging.result(site))
+        made.add(site, staging.store.result(site))
         made.tell(site, work, total, kept)
 
 

@@ -40,7 +40,7 @@ from ptq_cli.run.unit_job import work_on
 from ptq_cli.run.work import Quantization, Smoothing, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
-from ptq_cli.storage.output import STATISTICS
+from ptq_cli.storage.output import STATISTICS, Target
 from ptq_cli.storage.staging import Staging
 
 WORTH_A_PROCESS = 1 << 22  # weights
@@ -127,7 +127,7 @@ def _calibrated(source: Source, work: Work, smoothing: Smoothing) -> Source:
     path = work.staging.folder / STATISTICS
     if not path.exists():
         job = Calibration(source, work.job.checkpoint.fingerprint, smoothing.heldout)
-        with Staging(path, {"command": "calibrate"}) as inner:
+        with Staging(Target(path, {"command": "calibrate"})) as inner:
             calibrate_sites(job, inner, work.options.listen, work.options.resources)
     return open_calibration(path)
 

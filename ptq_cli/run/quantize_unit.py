@@ -16,7 +16,7 @@ from ptq_cli.core.plugins import Format, Method
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
-from ptq_cli.errors import NumericalError, PtqError
+from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.numerics.output_errors import Measures, measure
 from ptq_cli.run.nearest import (
     Rows,
@@ -97,12 +97,9 @@ def quantize_unit(
     results = []
     for layer in unit.layers:
         begin = time.perf_counter()
-        try:
+        with stated_in(f"tensor {layer.tensor!r} {list(layer.full_shape)}"):
             chosen = choose(load(layer), layer, statistics, prepared)
             result = _finish(layer, chosen, statistics, prepared.fmt)
-        except PtqError as error:
-            error.message = f"tensor {layer.tensor!r} {list(layer.full_shape)}: {error.message}"
-            raise
         seconds = shared + time.perf_counter() - begin
         results.append(replace(result, row=replace(result.row, seconds=seconds)))
     return results

@@ -34,7 +34,7 @@ from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.options import RunOptions
 from ptq_cli.run.output import quantization_document
 from ptq_cli.run.quantize_unit import error_columns, layer_columns
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, StoredTensor
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.folder import (
     Assembly,
@@ -43,7 +43,7 @@ from ptq_cli.storage.folder import (
     write_folder,
 )
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 _DECLARATIONS = ("quantization_config", "quantization")
 
@@ -229,7 +229,7 @@ def run_repack(
         kept = _stage(job, layer, staging)
         if module in job.kept:
             continue
-        rows.append(row_from_json(staging.result(module)))
+        rows.append(row_from_json(staging.store.result(module)))
         work += layer.size
         options.listen(Progress("repack", len(rows), total, module, work, weights, kept=kept))
     report = make_report("pack", job.plan, rows, time.perf_counter() - begin)
@@ -248,7 +248,7 @@ def _stage(job: Repack, layer: Layer, staging: Staging) -> bool:
     folder, module = job.folder, layer.module
     names = [spec.name for spec in folder.fmt.specs(folder.layers[module])]
     key = {"tensor": {name: digest_of(folder.checkpoint.read_bytes(name)) for name in names}}
-    if staging.store.exists(module) and staging.store.reusable(module, key):
+    if staging.store.reusable(module, key):
         return True
     weight = folder.load(module)
     if module in job.kept:
@@ -301,9 +301,9 @@ def _assembly(
         if module is None:
             parts[name] = [folder.checkpoint.copyable(name)]
         elif module in layers:
-            parts.setdefault(module, staging.tensors(module))
+            parts.setdefault(module, staging.store.tensors(module))
         else:
-            parts.setdefault(job.wanted[module].tensor, staging.tensors(module))
+            parts.setdefault(job.wanted[module].tensor, staging.store.tensors(module))
     config = {k: v for k, v in folder.checkpoint.config.items() if k not in _DECLARATIONS}
     settings = report.settings
     quantization = quantization_document(job.plan, settings, inputs, layers.values())

@@ -95,7 +95,7 @@ def make(job: SiteJob) -> tuple[dict[str, Any], bool]:
     """Make and keep the statistics of a site or of some of its parts, unless a run before this one
     has; what their entry says, and whether it is that run's."""
     store, unit = job.store, job.unit
-    if store.exists(unit) and store.reusable(unit, _key(job)):
+    if store.reusable(unit, _key(job)):
         _drop(job.below())
         return store.result(unit), True
     begin = time.perf_counter()
@@ -127,7 +127,7 @@ def _sums(job: SiteJob) -> tuple[Key, SiteStatistics]:
     """The statistics and what they are made from: of tokens, or of two halves that are there."""
     below = job.below()
     if below and all(job.store.whole(half.unit) for half in below):
-        digests = [job.store.key(half.unit)["activations"][job.site] for half in below]
+        digests = [job.store.entry(half.unit)["key"]["activations"][job.site] for half in below]
         left, right = map(_kept, below)
         return _key_of(job, digest_words(*digests)), job.source.merged(left, right)
     return _key(job), job.source.load(job.site, job.parts)

@@ -73,8 +73,8 @@ class Smoothed:
     def take(self, group: Sequence[Site], staging: Staging) -> list[Fold]:
         """Take in a group that is settled; its folds."""
         unit = unit_of(group)
-        result = staging.result(unit)
-        factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.tensors(unit)}
+        result = staging.store.result(unit)
+        factors = {t.spec.name: t.data.view(np.float32).copy() for t in staging.store.tensors(unit)}
         folds = [(site, factors[site.name]) for site in group if site.name in factors]
         self.folds += folds
         self.outcomes += [_outcome(entry) for entry in result["sites"]]

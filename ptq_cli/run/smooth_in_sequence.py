@@ -146,7 +146,7 @@ class SmoothInSequence:
             module: tuple(pair)
             for site in dict.fromkeys(self._site_of.values())
             if staging.finished(_plain(site))
-            for module, pair in staging.result(_plain(site)).items()
+            for module, pair in staging.store.result(_plain(site)).items()
         }
         return found
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ptq_cli.errors import InputError, PtqError, missing_extra
+from ptq_cli.errors import InputError, PtqError, import_extra
 
 ATTEMPTS = 2
 _BLAS_THREADS = (
@@ -217,12 +217,9 @@ def _environment() -> dict[str, str]:
 
 def _cluster(address: str) -> Crew:
     """A Dask cluster's workers, one unit a worker at a time; a lost worker's unit is done again."""
+    distributed = import_extra("distributed", "--scheduler", "distributed", "Dask")
     try:
-        from distributed import Client
-    except ImportError:
-        raise missing_extra("--scheduler", "Dask", "distributed") from None
-    try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = distributed.Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"{address}: no Dask scheduler answers: {error}") from None
     workers = client.scheduler_info(n_workers=-1)["workers"]

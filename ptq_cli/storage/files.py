@@ -153,14 +153,8 @@ def _read(file: BinaryIO, path: Path) -> bytes:
 
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file under another name, then rename: the path holds the old bytes or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         write_file(partial, data)
-        with named(path):
-            os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ the layers in it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import by_number
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
@@ -56,7 +55,10 @@ _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run 
     *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
     *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
 )
-_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".qzeros")
+_PACKED = (  # endings of the names that quantized weights have in whatever layout
+    *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".weight_zero_point", ".SCB"),
+)
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
@@ -267,12 +269,11 @@ def open_quantized(path: Path) -> QuantizedFolder:
     names, entries = _own_entry(checkpoint)
     config = declared_config(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    contents = Contents(entries, config, specs, checkpoint.read)
     for name in names:
-        try:
+        with stated_in(checkpoint.weights):
             fmt = format_named(name)
-            layers = fmt.layers(entries, config, specs, checkpoint.read)
-        except InputError as error:
-            raise InputError(f"{checkpoint.weights}: {error.message}", hint=error.hint) from None
+            layers = fmt.layers(contents)
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
@@ -303,8 +304,7 @@ def holds_quantized(path: Path) -> bool:
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     return (
         ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
-        or any(name.endswith(_PACKED) for name in checkpoint.tensors)
-        or bool(mlx_weights(checkpoint))
+        or bool(_packed(checkpoint))
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )
 
@@ -375,29 +375,16 @@ def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
         ) from None
 
 
-_QUANTIZED_NAMES = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB)$"
-)
-
-
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds packed weights."""
-    return bool(_packed(checkpoint)) or bool(checkpoint.root and _declared(checkpoint))
-
-
 def _packed(checkpoint: Checkpoint) -> list[str]:
-    named = [name for name in checkpoint.tensors if _QUANTIZED_NAMES.search(name)]
-    return named + mlx_weights(checkpoint)
-
-
-def _declared(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.config.get("quantization_config"))
+    """Tensors of a checkpoint that only quantized weights have."""
+    packed = [name for name in checkpoint.tensors if name.endswith(_PACKED)]
+    return packed + mlx_weights(checkpoint)
 
 
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
     packed = _packed(checkpoint)
-    if is_quantized(checkpoint):
+    if packed or (checkpoint.root and checkpoint.config.get("quantization_config")):
         what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
         raise InputError(
             f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ptq_cli.core.tensors import Array, TensorSpec
-from ptq_cli.errors import FileError, InputError, missing_extra
+from ptq_cli.errors import FileError, InputError, import_extra
 from ptq_cli.storage.files import named, regular_file, sync_file
 
 # ggml's types: number -> name, columns in a block, bytes of a block
@@ -33,19 +33,7 @@ TYPES = {
 }  # fmt: skip
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # kind -> struct's letter
 _STRING, _ARRAY = 8, 9
 _MAX_COUNT = 1 << 24
 
@@ -180,11 +168,7 @@ def _aligned(offset: int, alignment: int) -> int:
 
 def library() -> Any:
     """The gguf library. Raises InputError that names the extra where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise missing_extra("--format gguf", "gguf", "gguf") from None
-    return gguf
+    return import_extra("gguf", "--format gguf", "gguf")
 
 
 def write_gguf(

@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint, StoredTensor
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
-from ptq_cli.storage.tensors import Bytes, own_metadata
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, own_metadata
 
 NAME = "model.gguf"
 _DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
@@ -69,11 +69,11 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
-    try:
+    with stated_in(path):
         names = names_of_file(architecture)
         found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
         specs = {name: tensor.spec for name, tensor in found.items()}
-        layers = fmt.layers(metadata, config, specs, lambda name: np.empty(0))
+        layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
         tensors, heads = {}, {}
         for name, tensor in found.items():
             spec = _as_stored(name, tensor.spec, tensor.nbytes)
@@ -82,8 +82,6 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
             if own is not None:
                 heads[name] = own
                 _check_heads(tensor.spec, own)
-    except InputError as error:
-        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import FileError, missing_extra
+from ptq_cli.errors import FileError, import_extra
 from ptq_cli.storage.checkpoint import StoredTensor, read_header
-from ptq_cli.storage.files import named, sync_file
+from ptq_cli.storage.files import write_file
 
 NAME = "model.onnx"
 _MAX_GRAPH = 2**31 - 1  # protobuf's
@@ -24,11 +24,7 @@ _MAX_GRAPH = 2**31 - 1  # protobuf's
 
 def library() -> Any:
     """The onnx library. Raises InputError that names the extra where it is not installed."""
-    try:
-        import onnx
-    except ImportError:
-        raise missing_extra("--format onnx", "onnx", "onnx") from None
-    return onnx
+    return import_extra("onnx", "--format onnx", "onnx")
 
 
 def write_graph(out: Path, files: Sequence[str], layers: Mapping[str, Layer], fmt: Format) -> None:
@@ -56,9 +52,7 @@ def write_graph(out: Path, files: Sequence[str], layers: Mapping[str, Layer], fm
     data = model.SerializeToString(deterministic=True)
     if len(data) > _MAX_GRAPH:
         raise FileError(f"{out / NAME}: a graph of {len(data)} bytes is too large for ONNX")
-    with named(out / NAME):
-        (out / NAME).write_bytes(data)
-    sync_file(out / NAME)
+    write_file(out / NAME, data)
     _verify(onnx, out, stored)
 
 

@@ -1,16 +1,23 @@
-"""What lies at an output's place and in its work folder before a run; nothing is written here."""
+"""An output and the run that is to make it: what lies at its place and in its work folder before,
+whose lock that folder has, and whether there is room."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import filecmp
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import FileError, InputError, PtqError
 from ptq_cli.storage.checkpoint import read_header
 from ptq_cli.storage.files import named, read_json
+from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
 
 JOB = "ptq_job.json"  # in an output folder: the run that made it
@@ -114,14 +121,6 @@ def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
     return False
 
 
-def kept_out(folder: Path) -> InputError:
-    """The error of a run that finds another's lock."""
-    return InputError(
-        f"{folder}: another run is working on this output",
-        hint="wait for it, or choose another output with -o",
-    )
-
-
 def identity(path: Path) -> list[int]:
     """What tells a file or folder from all others, whatever its name."""
     with named(path):
@@ -175,3 +174,145 @@ def check_free(folder: Path, needed: int, free: int) -> None:
             f"{folder}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free",
             hint="free some space, or choose another place with -o (scratch files: with TMPDIR)",
         )
+
+
+def clear(output: Path, job: Mapping[str, Any]) -> None:
+    """Remove what is left of the work of a run whose output is finished.
+
+    Raises:
+        InputError: another run works there, or what lies there is another's.
+    """
+    folder = work_folder(output)
+    if os.path.lexists(folder):
+        with locked(folder):
+            if not is_published(folder, output):
+                goes_on(folder, job, restart=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the lock of a work folder, shared by those that only look. Raises InputError."""
+    descriptor = lock(folder, kind)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
+    """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
+    while True:
+        with named(folder):
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(
+                f"{folder}: another run is working on this output",
+                hint="wait for it, or choose another output with -o",
+            ) from None
+        except FileNotFoundError:  # whoever held it has removed it
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            raise FileError(f"{folder}: {error.strerror}") from error
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run would begin with.
+
+    output: None where there is none, but scratch files in the temporary folder
+    finished: units that an interrupted run left, None where there was no such run
+    needed, free: bytes, on the disk of the output
+    final: bytes of the output; scratch: of files that are gone when it has its name
+    complete: the same run has made the output already
+    """
+
+    output: Path | None
+    finished: int | None
+    needed: int
+    free: int
+    final: int
+    scratch: int
+    complete: bool = False
+
+    def check_space(self) -> None:
+        """Raises FileError: less space on the disk than the run needs."""
+        place = temporary_place() if self.output is None else self.output.parent
+        check_free(place, self.needed, self.free)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output and the run that is to make it.
+
+    job: what makes two runs the same
+    keep: what is read, and may not be replaced
+    companions: files that are copied along with the weights, byte for byte
+    """
+
+    output: Path
+    job: Mapping[str, Any]
+    force: bool = False
+    restart: bool = False
+    keep: Sequence[Path] = ()
+    companions: Sequence[Path] = ()
+
+    def complete(self) -> bool:
+        """Whether the same run has made the output already, and it is not to be made anew."""
+        job = None if self.force else job_of(self.output)
+        return (
+            job is not None
+            and not differing(job, plain(dict(self.job)))
+            and all(_same(path, self.output / path.name) for path in self.companions)
+        )
+
+    def finished(self) -> bool:
+        """As `complete`; what a killed run left beside the output is removed."""
+        if not self.complete():
+            return False
+        with contextlib.suppress(InputError):  # another run's work stays
+            clear(self.output, self.job)
+        return True
+
+    def look(self, staged: int, final: int, scratch: int = 0) -> Found:
+        """What a run would find that needs so many bytes (as in `Staging.check_space`).
+
+        Raises:
+            InputError, FileError: as the run would.
+        """
+        folder, finished = work_folder(self.output), None
+        check_place(self.output)
+        free = free_space(self.output.parent)
+        if self.complete():
+            return Found(self.output, None, 0, free, final, scratch, complete=True)
+        interrupted = os.path.lexists(folder)
+        if interrupted:
+            with locked(folder, fcntl.LOCK_SH):
+                interrupted = not is_published(folder, self.output)
+        check_output(self.output, self.job, self.force, self.keep)
+        work = None
+        if interrupted and goes_on(folder, self.job, self.restart):
+            finished, work = len(list((folder / "units").glob("*.json"))), folder
+        needed = still_needed(work, staged + final + self.beside, scratch)
+        return Found(self.output, finished, needed, free, final, scratch)
+
+    @property
+    def beside(self) -> int:
+        """Bytes of the files that are copied along."""
+        with named(self.output):
+            return sum(path.stat().st_size for path in self.companions)
+
+
+def _same(path: Path, copy: Path) -> bool:
+    if path.name == "config.json":  # the job knows it; the output's may say more
+        return True
+    with named(path):
+        return copy.is_file() and filecmp.cmp(path, copy, shallow=False)

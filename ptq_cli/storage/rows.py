@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.storage.checkpoint import NUMPY_DTYPES, Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import Message
 from ptq_cli.storage.files import named, read_exactly
+from ptq_cli.storage.tensors import NUMPY_DTYPES
 
 
 class FileRows:

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +37,7 @@ from ptq_cli.storage.files import (
 )
 from ptq_cli.storage.output import (
     JOB,
+    Target,
     check_free,
     check_output,
     check_place,
@@ -47,7 +47,8 @@ from ptq_cli.storage.output import (
     goes_on,
     identity,
     is_published,
-    kept_out,
+    lock,
+    locked,
     still_needed,
     work_folder,
 )
@@ -56,41 +57,31 @@ from ptq_cli.storage.units import ChangedInput, UnitStore
 
 
 class Staging:
-    """The locked work folder of one output; a context manager, whose end gives up the lock.
+    """The locked work folder of one target; a context manager, whose end gives up the lock.
 
-    output: the path that the run ends at; job: what makes two runs the same
-    keep: what is read, and may not be replaced; beside: bytes of the files that are copied along
     resumed: whether it holds an interrupted run's work
 
     Raises:
         InputError, FileError: another run works there, other settings, or no place for an output.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        job: Mapping[str, Any],
-        *,
-        force: bool = False,
-        restart: bool = False,
-        keep: Sequence[Path] = (),
-        beside: int = 0,
-    ) -> None:
-        self.output, self.job, self.force, self.beside = output, job, force, beside
+    def __init__(self, target: Target) -> None:
+        output, job = target.output, target.job
+        self.target, self.output, self.job = target, output, job
         self.folder = work_folder(output)
         self.store = UnitStore(self.folder / "units")
         self._lock, self._open, fresh = -1, True, False
         interruption.work_begins()
         try:
             check_place(output)
-            sweep(output)
+            self._sweep()
             if there := os.path.lexists(self.folder):
-                self._lock = _lock(self.folder)
+                self._lock = lock(self.folder)
                 self._put_back()
-            check_output(output, job, force, keep)
+            check_output(output, job, target.force, target.keep)
             if not there:
-                self._lock = _lock(self.folder)
-            self.resumed = goes_on(self.folder, job, restart)
+                self._lock = lock(self.folder)
+            self.resumed = goes_on(self.folder, job, target.restart)
             if not self.resumed:
                 fresh = True
                 self._begin_anew()
@@ -138,6 +129,13 @@ class Staging:
 
     # ---- begin ----
 
+    def _sweep(self) -> None:
+        """Remove the work folder of a run that was killed after its output had got its name."""
+        if is_published(self.folder, self.output):
+            with locked(self.folder):
+                if is_published(self.folder, self.output):
+                    shutil.rmtree(self.folder, ignore_errors=True)
+
     def _put_back(self) -> None:
         """Give an older output its name again that a killed run had put aside."""
         if os.path.lexists(self._aside) and not os.path.lexists(self.output):
@@ -173,7 +171,7 @@ class Staging:
         Raises:
             FileError: too little space; finished units are left as they are.
         """
-        needed = still_needed(self.folder, staged + final + self.beside, scratch)
+        needed = still_needed(self.folder, staged + final + self.target.beside, scratch)
         check_free(self.output.parent, needed, free_space(self.folder))
 
     # ---- units ----
@@ -183,18 +181,12 @@ class Staging:
         self.store.put(unit, {}, tensors, result)
 
     def finished(self, unit: str) -> bool:
-        return self.store.exists(unit) and self.store.reusable(unit, {})
-
-    def result(self, unit: str) -> Any:
-        return self.store.result(unit)
-
-    def tensors(self, unit: str) -> list[Bytes]:
-        return self.store.tensors(unit)
+        return self.store.reusable(unit, {})
 
     def stored(self, unit: str) -> list[StoredTensor]:
         """The same tensors, each as a place in a file."""
         path, start, places = self.store.path(unit, ".bin"), 0, []
-        for tensor in self.tensors(unit):
+        for tensor in self.store.tensors(unit):
             places.append(StoredTensor(tensor.spec, path, start))
             start += tensor.spec.nbytes
         return places
@@ -208,7 +200,7 @@ class Staging:
         sync_folder(self.out if self.out.is_dir() else self.folder)
         write_whole(self._marker, to_json(identity(self.out)))
         if os.path.lexists(self.output):
-            if not self.force:
+            if not self.target.force:
                 raise exists_already(self.output, self.job)
             self._exchange()
         else:
@@ -268,63 +260,6 @@ class Staging:
         if self._open:
             self._open = False
             interruption.work_ends()
-
-
-def sweep(output: Path) -> None:
-    """Remove the work folder of a run that was killed after its output had got its name.
-
-    Raises:
-        InputError: another run works there.
-    """
-    folder = work_folder(output)
-    if is_published(folder, output):
-        with _locked(folder):
-            if is_published(folder, output):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def clear(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove what is left of the work of a run whose output is finished.
-
-    Raises:
-        InputError: another run works there, or what lies there is another's.
-    """
-    folder = work_folder(output)
-    if os.path.lexists(folder):
-        with _locked(folder):
-            if not is_published(folder, output):
-                goes_on(folder, job, restart=False)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
-    while True:
-        with named(folder):
-            folder.mkdir(exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise kept_out(folder) from None
-        except FileNotFoundError:  # whoever held it has removed it
-            pass
-        except OSError as error:
-            os.close(descriptor)
-            raise FileError(f"{folder}: {error.strerror}") from error
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file
@@ -37,6 +38,11 @@ _HEADER_WORDS = {word: header for header, word in _WORDS.items()}
 
 WRITABLE = frozenset(_WORDS)
 
+# What tensors are read as; numpy has no complex numbers or bytes with a point of its own for them.
+NUMPY_DTYPES = {
+    header: np.dtype(word) for header, word in _WORDS.items() if not header.startswith(("F8", "C"))
+}
+
 
 @dataclass(frozen=True)
 class Bytes:
@@ -57,8 +63,6 @@ def as_bytes(name: str, values: Array) -> Bytes:
 
 def as_array(tensor: Bytes) -> Array:
     """The array that `as_bytes` was given."""
-    import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
-
     values: Array = tensor.data.view(np.dtype(_WORDS[tensor.spec.dtype]))
     return values.reshape(tensor.spec.shape)
 

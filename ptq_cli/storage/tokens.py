@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError, missing_extra
+from ptq_cli.errors import InputError, import_extra
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
@@ -165,10 +165,7 @@ def _warnings(path: Path, ids: NDArray[np.int64]) -> list[str]:
 
 def _encode(path: Path, checkpoint: Checkpoint) -> Array:
     """A text file as the ids that the model's tokenizer.json makes of it."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise missing_extra("--text", "tokenizers", "text") from None
+    tokenizers = import_extra("tokenizers", "--text", "text")
     if "tokenizer.json" not in listing(checkpoint.folder):
         raise InputError(f"{checkpoint.folder}: no tokenizer.json", hint="--tokens FILE.npy")
     regular_file(path)
@@ -180,7 +177,7 @@ def _encode(path: Path, checkpoint: Checkpoint) -> Array:
         raise InputError(f"{path}: not UTF-8: {error}") from None
     tokenizer_path = checkpoint.folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path))
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{tokenizer_path}: {error}") from None
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)

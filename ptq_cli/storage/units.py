@@ -114,7 +114,7 @@ class UnitStore:
             ChangedInput: it was made from others; the message names them.
         """
         try:
-            entry = self._entry(unit)
+            entry = self.entry(unit)
             names = differing(entry["key"], plain(key))
         except (InputError, KeyError, TypeError, ValueError):
             return False
@@ -132,7 +132,7 @@ class UnitStore:
             digest = Digest()
             for tensor in self.tensors(unit):
                 digest.update(np.asarray(tensor.data))
-            return bool(self._entry(unit)["data"] == digest.hexdigest())
+            return bool(self.entry(unit)["data"] == digest.hexdigest())
         except (InputError, KeyError, TypeError, ValueError):
             return False
 
@@ -142,7 +142,9 @@ class UnitStore:
             with named(self.path(unit, suffix)):
                 self.path(unit, suffix).unlink(missing_ok=True)
 
-    def _entry(self, unit: str) -> Any:
+    def entry(self, unit: str) -> Any:
+        """What is kept of a finished unit beside its tensors: the module's docstring has the names,
+        and `placed` says whether its tensors are in their places. Raises InputError."""
         path = self.path(unit, ".json")
         entry = read_json(path, limit=1 << 30)
         whole = isinstance(entry, dict) and entry.pop("sha256", None) == _check(entry)
@@ -150,21 +152,12 @@ class UnitStore:
             raise InputError(f"{path}: damaged")
         return entry
 
-    def key(self, unit: str) -> Key:
-        """What a finished unit was made from."""
-        key: Key = self._entry(unit)["key"]
-        return key
-
     def result(self, unit: str) -> Any:
-        return self._entry(unit)["result"]
-
-    def placed(self, unit: str) -> bool:
-        """Whether the tensors of a finished unit are in their places."""
-        return bool(self._entry(unit)["placed"])
+        return self.entry(unit)["result"]
 
     def tensors(self, unit: str) -> list[Bytes]:
         """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
-        path, entry = self.path(unit, ".bin"), self._entry(unit)
+        path, entry = self.path(unit, ".bin"), self.entry(unit)
         specs = [TensorSpec(n, d, tuple(s)) for n, d, s in entry["tensors"]]
         if entry["placed"]:
             return [mapped(self.places[spec.name]) for spec in specs]

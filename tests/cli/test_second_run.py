@@ -15,7 +15,6 @@ import pytest
 import ptq_cli
 from ptq_cli.report.report import as_document, report_from_document
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.target import Target
 from tests.builders import SAMPLE, copy_sample, ptq, small_job, tree
 
 SAID = "ptq: note: out: finished already, from the same inputs and settings"
@@ -48,10 +47,10 @@ def sample():
 
 @pytest.fixture
 def no_work(monkeypatch):
-    def refused(self):
+    def refused(self, target):
         raise AssertionError("work is begun")
 
-    monkeypatch.setattr(Target, "begin", refused)
+    monkeypatch.setattr(Staging, "__init__", refused)
 
 
 def content(path):
@@ -76,7 +75,7 @@ def test_the_same_command_again_does_no_work_and_says_so(monkeypatch, name):
     assert first.code == 0, first.err
     before, inode = content(Path("out")), Path("out").stat().st_ino
     with monkeypatch.context() as patch:
-        patch.setattr(Target, "begin", None)
+        patch.setattr(Staging, "__init__", None)
         begin = time.process_time()
         again = ptq(*command)
         assert time.process_time() - begin < 1
@@ -123,7 +122,7 @@ def test_reports_are_written_again(monkeypatch):
 
     run()
     first = {name: Path(name).read_bytes() for name in names}
-    monkeypatch.setattr(Target, "begin", None)
+    monkeypatch.setattr(Staging, "__init__", None)
     table = run().out
     assert "written: out" in table
     again = {name: Path(name).read_bytes() for name in names}

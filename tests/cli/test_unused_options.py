@@ -11,9 +11,9 @@ import pytest
 import ptq_cli
 from ptq_cli.cli import quantize
 from ptq_cli.cli.main import cli
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
-from ptq_cli.plan.command_settings import settings_classes
-from ptq_cli.plan.settings import settings_fields
+from ptq_cli.plan.grid_settings import settings_classes
 from tests.builders import SAMPLE, ptq
 
 TOKENS = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", "2")
@@ -150,7 +150,7 @@ def spellings(field: Any, kind: Any) -> list[tuple[str, ...]]:
     word = "--" + field.name.replace("_", "-")
     if kind is bool:
         return [(word,), (f"--{field.metadata.get('off', 'no-' + word[2:])}",)]
-    if field.metadata.get("formats"):
+    if field.name == "format":
         return [(word, "ptq"), (word, "mlx")]
     return [(word, str(v)) for v in field.metadata.get("choices", VALUES.get(kind, (0.25, "auto")))]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_cli.plan.command_settings import settings_classes
+from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.plan.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import awq, compressed_tensors, gguf, gptq, mlx, onnx
@@ -113,4 +113,5 @@ def folder(
 def read_back(
     record: Format, config: dict[str, Any], tensors: dict[str, Array], metadata: Any = None
 ) -> tuple[Layer, ...]:
-    return record.layers(metadata or {}, config, specs_of(tensors), tensors.__getitem__)
+    specs = specs_of(tensors)
+    return record.layers(Contents(metadata or {}, config, specs, tensors.__getitem__))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import Contents
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import FORMAT, TYPES, block_type, permute_rows, unpermute_rows
@@ -191,7 +192,8 @@ def test_every_type_has_a_file_type() -> None:
 
 def read(*specs: TensorSpec) -> Any:
     named = {f"of.{spec.name}": spec for spec in specs}
-    return FORMAT.layers({"general.architecture": "llama"}, {}, named, lambda name: np.zeros(0))
+    metadata = {"general.architecture": "llama"}
+    return FORMAT.layers(Contents(metadata, {}, named, lambda name: np.zeros(0)))
 
 
 def test_layers_of_a_file() -> None:
@@ -201,7 +203,7 @@ def test_layers_of_a_file() -> None:
     )
     assert (found.module, found.shape) == ("of.blk.0.attn_q", (32, 64))
     assert found.grid == Grid(5, 32, sym=False, scale_dtype="float16")
-    assert FORMAT.layers({}, {}, {}, lambda name: np.zeros(0)) == ()
+    assert FORMAT.layers(Contents({}, {}, {}, lambda name: np.zeros(0))) == ()
 
 
 def test_layers_of_a_file_that_is_not_understood() -> None:

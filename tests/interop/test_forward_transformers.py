@@ -171,7 +171,10 @@ def ours(folder: Any, tokens: Any, mask: Any) -> Any:
     hidden = embed(arch, weights, tokens, packing)
     for index in range(len(arch.blocks)):
         hidden = forward_block(arch, index, weights, hidden, packing)
-    return packing.padded(logits(arch, weights, finish(arch, weights, hidden)))
+    scores = logits(arch, weights, finish(arch, weights, hidden))
+    padded = np.zeros((*packing.mask.shape, scores.shape[1]), scores.dtype)
+    padded[packing.mask] = scores
+    return padded
 
 
 def padded_batch() -> tuple[Any, Any]:

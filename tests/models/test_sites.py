@@ -248,7 +248,7 @@ def test_recipe_sites_are_written_out_for_every_number():
         ({"norm": "blocks.*.ln.*"}, r"as many \*"),
         ({"norm": "blocks.0.ln"}, "feeds two sites"),
         ({"after": "blocks.*.kv"}, "exclude each other"),
-        ({"plus_one": "yes"}, "wrong kind"),
+        ({"plus_one": "yes"}, "plus_one = 'yes': not bool"),
         ({"layout": "halves"}, "layout"),
         ({"linears": ["blocks.*.ln"]}, "not a linear"),
     ],

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from ptq_cli.core.tensors import DTYPE_BITS
 from ptq_cli.errors import PtqError
-from ptq_cli.storage.checkpoint import MAX_HEADER, NUMPY_DTYPES, open_checkpoint, read_header
-from ptq_cli.storage.tensors import as_bytes, serialize
+from ptq_cli.storage.checkpoint import MAX_HEADER, open_checkpoint, read_header
+from ptq_cli.storage.tensors import NUMPY_DTYPES, as_bytes, serialize
 from tests.builders import raw_safetensors, read_model, safetensors, small_tensors, write_model
 
 MUTANTS = 2000

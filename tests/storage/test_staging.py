@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import PtqError
+from ptq_cli.storage.output import Target
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
 from tests.builders import ptq, random_weight, small_job, small_model
@@ -26,7 +27,7 @@ def _here(tmp_path, monkeypatch):
 
 
 def opened(**options):
-    return Staging(Path("out"), options.pop("job", JOB), **options)
+    return Staging(Target(Path("out"), options.pop("job", JOB), **options))
 
 
 def put(staging, unit="unit"):
@@ -50,8 +51,8 @@ def test_a_finished_unit_comes_back_as_it_was():
     assert staging.resumed
     for unit in ("unit", "../x", "/etc/passwd", "y" * 10_000, "\x1b"):
         assert staging.finished(unit)
-        assert staging.result(unit) == {"rel_err": 0.5}
-        w, z = staging.tensors(unit)
+        assert staging.store.result(unit) == {"rel_err": 0.5}
+        w, z = staging.store.tensors(unit)
         assert w.data.tobytes() == VALUES.tobytes()
         assert (w.spec.shape, z.spec.shape) == ((3, 4), (0, 4))
     assert not staging.finished("another")

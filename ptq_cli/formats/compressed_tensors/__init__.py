@@ -26,15 +26,14 @@ and in either, where inputs have a static scale:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Format
+from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -52,8 +51,7 @@ _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every 
 
 def _misfit(layer: Layer) -> Misfit | None:
     grid = layer.grid
-    found = common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer)))
-    if found is not None:
+    if found := common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer))):
         return found
     if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
         hint = "--activation-scheme dynamic-token"
@@ -196,13 +194,8 @@ def _decode_packed(layer: Layer, own: Mapping[str, Array]) -> tuple[Codes, Codes
     return codes, np.ascontiguousarray(zeros.T)
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
-    layers = recognise(config, specs, read)
+def _layers(contents: Contents) -> tuple[Layer, ...]:
+    layers, specs = recognise(contents), contents.specs
     for layer in layers:
         # A scalar input scale and an int32 shape load too.
         found = {
@@ -224,7 +217,6 @@ FORMAT = Format(
     encode=_encode,
     decode=_decode,
     config=declare,
-    metadata=lambda layers: {},
     layers=_layers,
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},

@@ -7,8 +7,8 @@ missing from `ignore` they load and compute noise.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.patterns import foreign_match
-from ptq_cli.core.tensors import Array, TensorSpec
+from ptq_cli.core.plugins import Contents
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.numerics.packing import words_width
@@ -107,11 +107,9 @@ class _Scheme:
     activation: Activation | None
 
 
-def recognise(
-    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Array]
-) -> tuple[Layer, ...]:
+def recognise(contents: Contents) -> tuple[Layer, ...]:
     """The layers that config.json declares and the headers show; () for another layout."""
-    settings = common.mapping(config, "quantization_config", "config.json")
+    settings = common.mapping(contents.config, "quantization_config", "config.json")
     if settings.get("quant_method") != "compressed-tensors":
         return ()
     common.refuse_unknown(settings, _KNOWN, _WHERE)
@@ -127,10 +125,12 @@ def recognise(
     schemes = tuple(
         _scheme(name, common.mapping(groups, name, _WHERE), settings) for name in groups
     )
-    modules = common.modules_with(specs, ".weight_packed", ".weight_scale", ".weight_shape")
+    modules = common.modules_with(
+        contents.specs, ".weight_packed", ".weight_scale", ".weight_shape"
+    )
     if not modules:
         raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
-    layers = tuple(_layer(module, config, schemes, specs, read) for module in modules)
+    layers = tuple(_layer(module, schemes, contents) for module in modules)
     common.check_fused(layers)
     return layers
 
@@ -214,14 +214,8 @@ def _scheme_of(module: str, schemes: Sequence[_Scheme], ignore: Sequence[str]) -
     return found[0]
 
 
-def _layer(
-    module: str,
-    config: Mapping[str, Any],
-    schemes: Sequence[_Scheme],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> Layer:
-    settings = config["quantization_config"]
+def _layer(module: str, schemes: Sequence[_Scheme], contents: Contents) -> Layer:
+    settings, specs = contents.config["quantization_config"], contents.specs
     scheme = _scheme_of(module, schemes, common.strings(settings, "ignore", _WHERE))
     scales = common.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
     if scheme.sym and f"{module}.weight_zero_point" in specs:
@@ -229,42 +223,27 @@ def _layer(
     if scheme.format == _PLAIN:
         rows, columns = common.tensor(specs, f"{module}.weight", 2).shape
     else:
-        rows, columns = _packed_shape(module, scheme, settings, specs, read)
+        rows, columns = _packed_shape(module, scheme, contents)
     if scheme.group_size > 0 and columns % scheme.group_size:
         raise InputError(
             f"{_WHERE}: group_size {scheme.group_size} does not divide in_features {columns} of"
             f" {module!r}"
         )
-    return Layer(
-        module=module,
-        tensor=f"{module}.weight",
-        shape=(rows, columns),
-        full_shape=(rows, columns),
-        dtype=common.model_dtype(config),
-        grid=Grid(
-            scheme.bits, scheme.group_size, scheme.sym, scale_dtype=common.scale_name(scales)
-        ),
-        activation=scheme.activation,
-    )
+    dtype = common.scale_name(scales)
+    grid = Grid(scheme.bits, scheme.group_size, scheme.sym, scale_dtype=dtype)
+    layer = common.linear(module, (rows, columns), grid, contents.config)
+    return replace(layer, activation=scheme.activation)
 
 
-def _packed_shape(
-    module: str,
-    scheme: _Scheme,
-    settings: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[int, int]:
-    name, bits = f"{module}.weight_packed", scheme.bits
+def _packed_shape(module: str, scheme: _Scheme, contents: Contents) -> tuple[int, int]:
+    name, bits, specs = f"{module}.weight_packed", scheme.bits, contents.specs
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'weight_packed'")
     found = common.tensor(specs, name, 2).shape
     if common.tensor(specs, f"{module}.weight_shape", 1).shape != (2,):
         raise InputError(f"tensor '{module}.weight_shape' is not a pair")
-    rows, columns = (int(size) for size in read(f"{module}.weight_shape"))
-    if bits in _OLD_ODD_BITS and not _dense_stream(
-        name, (rows, columns), found, bits, settings, read
-    ):
+    rows, columns = (int(size) for size in contents.read(f"{module}.weight_shape"))
+    if bits in _OLD_ODD_BITS and not _dense_stream(name, (rows, columns), bits, contents):
         raise InputError(
             f"tensor {name!r}: {bits}-bit codes as compressed-tensors before 0.18 packed them are"
             " not understood",
@@ -278,21 +257,16 @@ def _packed_shape(
     return rows, columns
 
 
-def _dense_stream(
-    name: str,
-    shape: tuple[int, int],
-    found: tuple[int, ...],
-    bits: int,
-    settings: Mapping[str, Any],
-    read: Callable[[str], Array],
-) -> bool:
+def _dense_stream(name: str, shape: tuple[int, int], bits: int, contents: Contents) -> bool:
     """Whether odd widths are packed as since 0.18, without unused bits: by the stated version, else
     by a width that only one of the two has, else by a bit that the older way never sets."""
+    settings = contents.config["quantization_config"]
     stated = re.match(r"(\d+)\.(\d+)", str(settings.get("version") or ""))
     if stated is not None:
         return (int(stated[1]), int(stated[2])) >= (0, 18)
     per_word = 32 // bits
-    if shape[1] <= per_word or found != (shape[0], -(-shape[1] // per_word)):
+    padded = (shape[0], -(-shape[1] // per_word))
+    if shape[1] <= per_word or contents.specs[name].shape != padded:
         return True
     unused = np.uint32(2**32 - 2 ** (bits * per_word))
-    return bool((read(name).view(np.uint32) & unused).any())
+    return bool((contents.read(name).view(np.uint32) & unused).any())

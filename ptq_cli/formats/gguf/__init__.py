@@ -22,7 +22,7 @@ checkpoint; metadata.py makes the file's metadata. GGUF's names stand with the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,14 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Format
-from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.tensors import FLOAT_DTYPES, Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
 BLOCK = 32
 _LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
-_DENSE = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array |
 
 def _misfit(layer: Layer) -> Misfit | None:
     grid, columns = layer.grid, layer.shape[1]
-    found = common.misfit(layer, "gguf", _LIMITS)
-    if found is not None:
+    if found := common.misfit(layer, "gguf", _LIMITS):
         return found
     if grid.bits == 8 and not grid.sym:
         return Misfit("gguf has no asymmetric type of 8 bits", "--sym")
@@ -193,21 +191,17 @@ def unpermute_rows(rows: Array, heads: int) -> Array:
     return result.reshape(rows.shape)
 
 
-def _layers(
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Array],
-) -> tuple[Layer, ...]:
+def _layers(contents: Contents) -> tuple[Layer, ...]:
     """Layers of a GGUF file: `metadata` are its key-values, `specs` its tensors by their names in a
     checkpoint; each spec has GGUF's name, ggml's type as the dtype and the shape as
     [out_features, in_features]."""
+    metadata = contents.metadata
     if metadata.get("general.architecture") is None:
         return ()
     known = {kind.name: kind for kind in TYPES}
     layers = []
-    for name, spec in specs.items():
-        if spec.dtype in _DENSE:
+    for name, spec in contents.specs.items():
+        if spec.dtype in FLOAT_DTYPES:
             continue
         kind, module, own = known.get(spec.dtype), name.rpartition(".")[0], spec.name
         if kind is None:
@@ -239,7 +233,6 @@ FORMAT = Format(
     specs=_specs,
     encode=_encode,
     decode=_decode,
-    config=lambda layers, dense: None,
     metadata=_metadata,
     layers=_layers,
     scale_dtype=lambda model: "float16",

@@ -7,26 +7,30 @@ stay as they are: folding never changes what a site gives out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from ptq_cli.models.family import Family, Folds, Forward, Names, Windows
+from ptq_cli.models.families import llama
+from ptq_cli.models.family import Config, Family, Folds, Forward, Windows
 
 
-def _slides(config: Mapping[str, Any], index: int) -> bool:
-    """Every second block is full, or every n-th by a key of older config.json."""
+def slides(config: Config, index: int, period: int) -> bool:
+    """Whether a block has a window: every `period`-th is full, or every n-th by a key of older
+    config.json."""
     given = config.get("_sliding_window_pattern") or config.get("sliding_window_pattern")
-    return bool((index + 1) % (given or 2))
+    return bool((index + 1) % (given or period))
 
+
+DEFAULTS = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
 
 FAMILY = Family(
     name="gemma2",
     model_types=("gemma2",),
-    names=Names(
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        output="self_attn.o_proj",
-        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-        mlp_out="mlp.down_proj",
+    names=replace(
+        llama.NAMES,
         norms={
             "attention_in": "input_layernorm", "attention_out": "post_attention_layernorm",
             "mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm",
@@ -37,12 +41,9 @@ FAMILY = Family(
     forward=Forward(
         embedding_scaled=True,
         biases={"qkv": "attention_bias", "output": "attention_bias"},
-        windows=Windows(_slides, by_type=True),
-        defaults={
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-            "query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True,
-            "vocab_size": 256000, "max_position_embeddings": 8192,
+        windows=Windows(lambda config, index: slides(config, index, 2), by_type=True),
+        defaults=DEFAULTS | {
+            "rope_theta": 10000.0, "vocab_size": 256000, "max_position_embeddings": 8192,
             "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
         },
         keys={

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from ptq_cli.models.family import ExpertNames, Family, Forward, Names, Windows
+from dataclasses import replace
+
+from ptq_cli.models.families import llama
+from ptq_cli.models.family import ExpertNames, Family, Forward, Windows
 
 FAMILY = Family(
     name="mixtral",
     model_types=("mixtral",),
-    names=Names(
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        output="self_attn.o_proj",
+    names=replace(
+        llama.NAMES,
+        mlp_in=(),
+        mlp_out="",
         experts=ExpertNames(
             router="block_sparse_moe.gate",
             expert="block_sparse_moe.experts.{}",
             inputs=("w1", "w3"),
             output="w2",
         ),
-        norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
     ),
     forward=Forward(
         windows=Windows(),

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from ptq_cli.models.family import Family, Folds, Forward, Gguf, Names, Windows
+from dataclasses import replace
+
+from ptq_cli.models.families import llama, qwen2
+from ptq_cli.models.family import Family, Folds, Forward, Gguf
+
+NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+BIASES = {"qkv": "attention_bias", "output": "attention_bias"}
 
 FAMILY = Family(
     name="qwen3",
     model_types=("qwen3",),
-    names=Names(
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        output="self_attn.o_proj",
-        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-        mlp_out="mlp.down_proj",
-        norms={
-            "attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm",
-            "q": "self_attn.q_norm", "k": "self_attn.k_norm",
-        },
-    ),
+    names=replace(llama.NAMES, norms={**llama.NAMES.norms, **NORMS}),
     folds=Folds(),
     forward=Forward(
-        biases={"qkv": "attention_bias", "output": "attention_bias"},
-        windows=Windows(
-            slides=lambda config, index: bool(index >= config["max_window_layers"]),
-            by_type=True,
-            switch="use_sliding_window",
-        ),
-        defaults={
-            "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 128,
-            "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
+        biases=BIASES, windows=qwen2.WINDOWS, defaults=qwen2.DEFAULTS | {"head_dim": 128}
     ),
     gguf=Gguf("qwen3"),
-)  # fmt: skip
+)

@@ -12,6 +12,7 @@ from ptq_cli.models.family import Config, ExpertNames, Family, Forward, Names
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
 from ptq_cli.models.forward.rope import Rope, read_rope
 
+WORKSPACE = 16 << 20  # scores, chunks of activation functions, rotations of short batches
 USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
@@ -86,6 +87,23 @@ class Architecture:
     project_out: Linear | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+
+    def block_memory(self, n_tokens: int) -> int:
+        """Bytes, at most, that `forward_block` needs for `n_tokens` packed tokens: its input, its
+        output and what lies between, in float32, without the block's weights."""
+        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 4 * query + 5 * shared
+        experts = [block.experts for block in self.blocks if block.experts]
+        routed = max((e.top_k * (e.width + self.hidden_size) for e in experts), default=0)
+        mlp = max(4 * self.intermediate_size, 3 * routed)
+        return 4 * n_tokens * (4 * self.hidden_size + max(attention, mlp)) + WORKSPACE
+
+    def state_memory(self, n_tokens: int) -> int:
+        """Bytes of a `State` between two stages, at most: the residual and the next inputs."""
+        experts = [block.experts for block in self.blocks if block.experts]
+        routed = max((e.top_k * max(e.width, self.hidden_size) for e in experts), default=0)
+        inputs = max(self.hidden_size, self.n_heads * self.head_dim, self.intermediate_size, routed)
+        return 4 * n_tokens * (self.hidden_size + inputs)
 
 
 def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architecture:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError
+from ptq_cli.models.forward.layers import cap
 
 QUERY_ROWS = 256  # rows (queries × heads that share a key head) of a block of scores
 SCORES = 1 << 18  # values of a block of scores, at most, where one head does not need more
@@ -45,12 +46,6 @@ class Packing:
         """The rows of `batch` [n_sequences, length, …] that are tokens: [n_tokens, …]."""
         packed: Array = batch[self.mask]
         return packed
-
-    def padded(self, rows: Array) -> Array:
-        """`rows` [n_tokens, …] back at their places in [n_sequences, length, …], 0 elsewhere."""
-        batch = np.zeros((*self.mask.shape, *rows.shape[1:]), dtype=rows.dtype)
-        batch[self.mask] = rows
-        return batch
 
 
 def pack(shape: tuple[int, ...], mask: Array | None = None) -> Packing:
@@ -167,10 +162,7 @@ def _attend_block(
 ) -> Any:
     """One block: queries [heads, rows, d], keys and values [heads, n_keys, d]."""
     scores = queries @ keys.transpose(0, 2, 1)
-    if softcap is not None:
-        scores /= np.float32(softcap)
-        np.tanh(scores, out=scores)
-        scores *= np.float32(softcap)
+    cap(scores, softcap)
     heads, rows, n_keys = scores.shape
     for low, high, where in hidden:
         part = scores.reshape(heads, len(where), rows // len(where), n_keys)[..., low:high]

@@ -102,6 +102,14 @@ def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> Float
     return outputs
 
 
+def cap(scores: FloatArray, limit: float | None) -> None:
+    """`limit · tanh(scores / limit)` in place; None: no limit."""
+    if limit is not None:
+        scores /= np.float32(limit)
+        np.tanh(scores, out=scores)
+        scores *= np.float32(limit)
+
+
 def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
     """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
 

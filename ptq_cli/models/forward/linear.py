@@ -11,7 +11,7 @@ from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import NumericalError
+from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.numerics.activations import ActivationSettings, rounded_inputs
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
@@ -61,10 +61,7 @@ def rounding_tensor(
     errors name the layer."""
 
     def round_inputs(inputs: FloatArray) -> FloatArray:
-        try:
+        with stated_in(layer.module):
             return rounded_inputs(inputs, activation, scale, zero)
-        except NumericalError as error:
-            error.message = f"{layer.module}: {error.message}"
-            raise
 
     return LinearTensor(values, round_inputs)

@@ -36,6 +36,7 @@ from ptq_cli.models.forward.layers import (
     activate,
     apply_linear,
     apply_norm,
+    cap,
     round_inputs,
     stored,
 )
@@ -175,10 +176,7 @@ def logits(
     table = stored(weights, arch.head)
     finished = round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
-    if arch.logit_softcap is not None:
-        scores /= np.float32(arch.logit_softcap)
-        np.tanh(scores, out=scores)
-        scores *= np.float32(arch.logit_softcap)
+    cap(scores, arch.logit_softcap)
     return scores
 
 

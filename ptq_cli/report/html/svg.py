@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from ptq_cli.errors import missing_extra
+from ptq_cli.errors import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,10 +58,7 @@ def colour(role: str) -> str:
 
 def require_matplotlib(what: str) -> None:
     """Raises InputError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise missing_extra(what, "matplotlib", "report") from None
+    import_extra("matplotlib", what, "report")
 
 
 @contextmanager

@@ -2,20 +2,19 @@
 key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
-the opposite of a flag, else `no-…`); `metavar`; `formats` (choices are the registry's formats);
-`recipe_only` (no option); `shown` (the default in the words of help); `section` (of help); `needs`
-(what lets it be read, plan/unused_options.py). A field of type `float | str` is a number or one of
-its `words`.
+the opposite of a flag, else `no-…`); `metavar`; `recipe_only` (no option); `shown` (the default in
+the words of help); `section` (of help); `needs` (what lets it be read, plan/unused_options.py). A
+field of type `float | str` is a number or one of its `words`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
-from ptq_cli.registry import FORMATS
 
 T = TypeVar("T")
 
@@ -46,6 +45,13 @@ def make_settings(cls: type[T], given: Mapping[str, Any], recipe: Mapping[str, A
     return cls(**values)
 
 
+def check_keys(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a key that nothing knows. Raises InputError that names the nearest known one."""
+    for key in table:
+        if key not in known:
+            raise InputError(f"unknown {what} {key!r}", hint=nearest_or_all(key, known))
+
+
 def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
     try:
         return float(value)
@@ -63,13 +69,14 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
         if value in meta["words"]:
             return value
         kind, value = float, _number(name, value, meta["words"])
-    plain = kind if kind in (bool, int, float, str) else tuple
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    plain = str if words else kind if kind in (bool, int, float, str) else tuple
     if type(value) is not plain or (
         kind == tuple[str, ...] and not all(isinstance(item, str) for item in value)
     ):
         wanted = "a list of strings" if kind == tuple[str, ...] else plain.__name__
         raise InputError(f"{name} = {value!r}: not {wanted}")
-    choices = tuple(FORMATS) if meta.get("formats") else meta.get("choices")
+    choices = meta.get("choices") or words
     if choices and value not in choices:
         raise InputError(f"{name} = {value!r}", hint=f"choose one of {', '.join(choices)}")
     low, high = meta.get("min"), meta.get("max")
