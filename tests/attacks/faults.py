@@ -169,7 +169,8 @@ def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> N
     if command[0].startswith("parts="):
         from_activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
     as_file = command[0] == "calibrate"
-    arguments = [*command, "-o", str(folder / "out"), "--workers", "1"]
+    arguments = [*command, "-o", str(folder / "out")]
+    arguments += ["--workers", "1"] if command[0] != "pack" else []  # a repacking has none
     arguments += ["--force"] if old else []
     fresh(folder, old, as_file)
     before = state(folder / "out")
