@@ -12,7 +12,7 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.patterns import foreign_match
+from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -105,10 +105,8 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
             f"awq has one group size for all layers, not {sorted(sizes)}",
             hint="--format compressed-tensors",
         )
-    for layer in layers:
-        taken = _left_dense(layer.module, dense)
-        if taken is not None:
-            raise InputError(f"awq cannot leave {taken} dense without {layer.module} too")
+    for module, taken in _left_dense([layer.module for layer in layers], dense):
+        raise InputError(f"awq cannot leave {taken} dense without {module} too")
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -119,14 +117,20 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _left_dense(module: str, entries: Sequence[str]) -> str | None:
-    """The entry of `modules_to_not_convert` that transformers finds to match: from the start up to
-    a dot, as a regex or as a suffix."""
-    for entry in entries:
-        pattern = rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"
-        if module.endswith(entry) or foreign_match(pattern, module, "modules_to_not_convert"):
-            return entry
-    return None
+def _left_dense(modules: Sequence[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Modules with the entry of `modules_to_not_convert` that transformers finds to match: from the
+    start up to a dot, as a regex or as a suffix."""
+    end = r"(?:(?<=\.)|(?=\.|$))"
+    patterns = ForeignPatterns(entries, modules, "modules_to_not_convert", after=end)
+    suffixes = set(entries)
+    lengths = sorted({len(entry) for entry in entries})
+    for module in modules:
+        place = patterns.first(module)
+        if place is not None:
+            yield module, entries[place]
+            continue
+        ends = (module[len(module) - length :] for length in lengths if length <= len(module))
+        yield from ((module, end) for end in ends if end in suffixes)
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -143,6 +147,9 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     if settings.get("desc_act"):
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
     modules = common.modules_with(contents.specs, ".qweight", ".qzeros")
+    entries = common.strings(settings, "modules_to_not_convert", where)
+    for module, entry in _left_dense(modules, entries):
+        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     layers = tuple(_layer(module, contents) for module in modules)
     if not layers:
         raise InputError(f"{where} says awq, but no tensor is named *.qweight")
@@ -155,9 +162,6 @@ def _layer(module: str, contents: Contents) -> Layer:
     for stray in ("weight", "g_idx"):
         if f"{module}.{stray}" in specs:
             raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
-    entry = _left_dense(module, common.strings(settings, "modules_to_not_convert", where))
-    if entry is not None:
-        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     scales = common.tensor(specs, f"{module}.scales", 2)
     columns = common.tensor(specs, f"{module}.qweight", 2).shape[0]
     size = common.integer(settings, "group_size", 128, where)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.patterns import foreign_match
+from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
@@ -199,16 +199,20 @@ def _layers(version: int, contents: Contents) -> tuple[Layer, ...]:
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise InputError(f"quantization_config: pack_dtype {settings['pack_dtype']!r}, not int32")
     modules = common.modules_with(contents.specs, ".qweight", ".qzeros", ".g_idx")
-    layers = tuple(_layer(module, settings, contents) for module in modules)
+    dynamic = common.mapping(settings, "dynamic", "quantization_config")
+    patterns = [re.sub(r"^[+-]:", "", pattern) for pattern in dynamic]
+    overrides = ForeignPatterns(patterns, modules, "quantization_config: dynamic")
+    layers = tuple(
+        _layer(module, {**settings, **_override(module, dynamic, overrides)}, contents)
+        for module in modules
+    )
     if not layers:
         raise InputError("quantization_config says gptq, but no tensor is named *.qweight")
     common.check_fused(layers)
     return layers
 
 
-def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Layer:
-    dynamic = common.mapping(settings, "dynamic", "quantization_config")
-    own = {**settings, **_override(module, dynamic)}
+def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
     specs, where = contents.specs, f"quantization_config of {module}"
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
@@ -231,19 +235,19 @@ def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Laye
     return replace(layer, reordered=_order(layer, contents.read(f"{module}.g_idx")) is not None)
 
 
-def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
+def _override(
+    module: str, dynamic: Mapping[str, Any], patterns: ForeignPatterns
+) -> Mapping[str, Any]:
     """What `dynamic` says of a module: the first pattern that matches decides."""
-    for pattern in dynamic:
-        sign, colon, regex = pattern.partition(":")
-        regex = regex if colon and sign in ("+", "-") else pattern
-        matches = foreign_match(regex, module, "quantization_config: dynamic")
-        if matches and pattern.startswith("-:"):
-            raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
-        if matches:
-            own = common.mapping(dynamic, pattern, "dynamic")
-            common.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
-            return own
-    return {}
+    place = patterns.first(module)
+    if place is None:
+        return {}
+    pattern = list(dynamic)[place]
+    if pattern.startswith("-:"):
+        raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
+    own = common.mapping(dynamic, pattern, "dynamic")
+    common.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
+    return own
 
 
 def _record(version: int, text: str) -> Format:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 
 import pytest
 
-from ptq_cli.core.patterns import foreign_match
+from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.errors import InputError
+
+
+def foreign_match(pattern, name, where):
+    return ForeignPatterns([pattern], [name], where).first(name) is not None
+
 
 NAME = "model.layers.10.mlp.experts.127.down_proj"
 LONG = "model." + "a" * 200 + "!"
@@ -30,6 +36,8 @@ HARMFUL = [
     "(a|a){40}$", "(?P<x>a+){2,}$", "(a+)+?$", "(?=(a+)+$)", ".*" * 30 + "x$", "a?" * 40 + "a" * 40,
     "(a|a)" * 40 + "$", r"([^\]]+)+$", r"(\w+\.?)+$", "(?x)(a # )\n+)+$", "(?#()(a+)+$",
     "a*" * 9 + "$", "(" * 5000 + "a", "[" * 5000,
+    "((?=m){60000}){60000}Z", "((){60000}){60000}", "(?:(?!Z){9999}){999999}Z",
+    "(?:(?=m){60000,}){60000,}Z", "(?:.(?=m){60000})*Z", ".*.*.*" + "(?=.)" * 800 + "Z",
 ]  # fmt: skip
 
 
@@ -57,3 +65,49 @@ def test_the_longest_that_is_tried_is_quick():
     begin = time.perf_counter()
     assert not foreign_match(".*a.*a.*a.*!!", "a" * 100, "config.json")
     assert time.perf_counter() - begin < 1
+
+
+NAMES = [f"model.layers.{i}.self_attn.q_proj" for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["model.layers.{}.mlp", r".*layers\.{}\.mlp$", r"^model\.layers\.{}$"]
+)
+def test_many_harmless_patterns_are_quick(pattern):
+    begin = time.perf_counter()
+    patterns = ForeignPatterns([pattern.replace("{}", str(i)) for i in range(4000)], NAMES, "here")
+    assert {patterns.first(name) for name in NAMES} == {None}
+    assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([".*.*.*.*Z"] * 2000, "2000 regular expressions on 30 layers could take [0-9]+ steps"),
+        ([".*q_proj"] * 20_000, "more than 10000 regular expressions, .* of 20000 entries"),
+        (["a." * 2000] * 200, "or 500000 characters of them, of 200 entries"),
+    ],
+)
+def test_a_list_that_could_take_long_is_refused_at_once(entries, said):
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=f"^config.json: .*{said}"):
+        ForeignPatterns(entries, NAMES, "config.json")
+    assert time.perf_counter() - begin < 1
+
+
+def test_the_first_pattern_that_matches_is_found():
+    """Of every kind, in any order: one name, plain, and others."""
+    kinds = [
+        r"^model\.layers\.1\.x$",
+        "model.layers.1",
+        r".*\.1\.x",
+        "model.layers.2",
+        r"^b\-c$",
+        "^",
+    ]
+    names = ["model.layers.1.x", "model.layers.1.y", "model.layers.2", "a.1.x", "b-c", ""]
+    for entries in itertools.permutations(kinds):
+        patterns = ForeignPatterns(entries, names, "here")
+        for name in names:
+            wanted = next(i for i, entry in enumerate(entries) if re.match(entry, name))
+            assert patterns.first(name) == wanted

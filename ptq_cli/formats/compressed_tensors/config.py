@@ -7,7 +7,7 @@ missing from `ignore` they load and compute noise.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.patterns import foreign_match
+from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import Contents
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
@@ -130,7 +130,11 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
     )
     if not modules:
         raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
-    layers = tuple(_layer(module, schemes, contents) for module in modules)
+    _refuse_ignored(modules, common.strings(settings, "ignore", _WHERE))
+    layers = tuple(
+        _layer(module, scheme, contents)
+        for module, scheme in zip(modules, _schemes_of(modules, schemes), strict=True)
+    )
     common.check_fused(layers)
     return layers
 
@@ -192,31 +196,42 @@ def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
     return Activation(bits, common.boolean(inputs, "symmetric", True, where), dynamic)
 
 
-def _matches(module: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return foreign_match(target.removeprefix("re:"), module, _WHERE)
-    return module == target
+def _patterns(entries: Sequence[str]) -> list[str]:
+    return [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
 
 
-def _scheme_of(module: str, schemes: Sequence[_Scheme], ignore: Sequence[str]) -> _Scheme:
-    """The group of a module: by exact name, then by regex, then by its class."""
-    for entry in ignore:
-        if _matches(module, entry) or entry == "Linear":
+def _refuse_ignored(modules: Sequence[str], ignore: Sequence[str]) -> None:
+    """Raises InputError where a packed module is in `ignore`."""
+    patterns = _patterns(ignore)
+    regex = ForeignPatterns(patterns, modules, f"{_WHERE}: ignore")
+    exact = set(ignore)
+    for module in modules:
+        place = regex.first(module)
+        named = [name for name in ("Linear", module) if name in exact]
+        for entry in named if place is None else [f"re:{patterns[place]}"]:
             raise InputError(
                 f"module {module!r} is packed, but {entry!r} in ignore leaves it dense"
             )
-    exact = [scheme for scheme in schemes if module in scheme.targets]
-    regex = [s for s in schemes if any(_matches(module, target) for target in s.targets)]
-    linear = [scheme for scheme in schemes if "Linear" in scheme.targets]
-    found = exact or regex or linear
-    if not found:
-        raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
-    return found[0]
 
 
-def _layer(module: str, schemes: Sequence[_Scheme], contents: Contents) -> Layer:
-    settings, specs = contents.config["quantization_config"], contents.specs
-    scheme = _scheme_of(module, schemes, common.strings(settings, "ignore", _WHERE))
+def _schemes_of(modules: Sequence[str], schemes: Sequence[_Scheme]) -> Iterator[_Scheme]:
+    """The group of each module: by exact name, then by regex, then by its class."""
+    exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
+    owners = [scheme for scheme in schemes for _ in _patterns(scheme.targets)]
+    targets = [target for scheme in schemes for target in scheme.targets]
+    regex = ForeignPatterns(_patterns(targets), modules, f"{_WHERE}: targets")
+    for module in modules:
+        found = exact.get(module)
+        if found is None and (place := regex.first(module)) is not None:
+            found = owners[place]
+        found = found or exact.get("Linear")
+        if found is None:
+            raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
+        yield found
+
+
+def _layer(module: str, scheme: _Scheme, contents: Contents) -> Layer:
+    specs = contents.specs
     scales = common.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
     if scheme.sym and f"{module}.weight_zero_point" in specs:
         raise InputError(f"module {module!r} has zero points, but {_WHERE} says symmetric")
