@@ -76,3 +76,60 @@ def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(InputError, match="unknown settings bitz"):
         ptq_cli.gptq(SAMPLE, bitz=4, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"workers": 0}, r"workers = 0: out of range \(1 … 4096\)"),
+        ({"workers": -3}, r"workers = -3: out of range \(1 … 4096\)"),
+        ({"workers": "2"}, "workers = '2': not int"),
+        ({"workers": True}, "workers = True: not int"),
+        ({"force": "no"}, "force = 'no': not bool"),
+        ({"restart": 1}, "restart = 1: not bool"),
+        ({"bf16": "no"}, "bf16 = 'no': not bool"),
+        ({"max_memory": 1.5}, "max_memory = 1.5: not str or int"),
+        ({"activations": 5}, "activations = 5: not str or PathLike or Iterable"),
+        ({"output": 5}, "output = 5: not str or PathLike"),
+        ({"listen": 5}, "listen = 5: not Callable"),
+        ({"nsamples": 0}, r"nsamples = 0: out of range \(1 …\)"),
+        ({"seq_len": "x"}, "seq_len = 'x': not int"),
+        ({"seq_len": 1}, r"seq_len = 1: out of range \(2 …\)"),
+        ({"seed": -1, "nsamples": 1}, r"seed = -1: out of range \(0 …\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gptq", "rtn", "awq"])
+def test_an_option_of_a_wrong_type_or_out_of_range_is_refused(name, options, said, tmp_path):
+    tokens = {"tokens": SAMPLE / "calibration_tokens.npy"} if "activations" not in options else {}
+    with pytest.raises(InputError, match=f"^{said}$"):
+        getattr(ptq_cli, name)(SAMPLE, **{"output": tmp_path / "out", **tokens, **options})
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"heldout_every": -1}, r"heldout_every = -1: out of range \(0 …\)"),
+        ({"force": "no"}, "force = 'no': not bool"),
+        ({"nsamples": 0}, r"nsamples = 0: out of range \(1 …\)"),
+        ({"resources": 2}, "resources = 2: not Resources"),
+    ],
+)
+def test_calibrate_refuses_such_too(options, said, tmp_path):
+    tokens = SAMPLE / "calibration_tokens.npy"
+    with pytest.raises(InputError, match=f"^{said}$"):
+        ptq_cli.calibrate(SAMPLE, output=tmp_path / "stats", tokens=tokens, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_evaluate_refuses_such_too():
+    with pytest.raises(InputError, match=r"^percentile = 'x': not float$"):
+        ptq_cli.evaluate(SAMPLE, SAMPLE, percentile="x")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("bit", "bits"), ("worker", "workers"), ("token", "tokens")]
+)
+def test_the_nearest_of_all_names_is_offered(word, meant):
+    with pytest.raises(InputError, match=f"did you mean {meant}[?]"):
+        ptq_cli.gptq(SAMPLE, **{word: 4})
