@@ -90,6 +90,7 @@ def test_an_unknown_setting_is_named(tmp_path):
         ({"bf16": "no"}, "bf16 = 'no': not bool"),
         ({"max_memory": 1.5}, "max_memory = 1.5: not str or int"),
         ({"activations": 5}, "activations = 5: not str or PathLike or Iterable"),
+        ({"activations": ["acts", 5]}, "path = 5: not str or PathLike"),
         ({"output": 5}, "output = 5: not str or PathLike"),
         ({"listen": 5}, "listen = 5: not Callable"),
         ({"nsamples": 0}, r"nsamples = 0: out of range \(1 …\)"),
