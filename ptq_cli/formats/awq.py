@@ -12,7 +12,7 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,8 +105,11 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
             f"awq has one group size for all layers, not {sorted(sizes)}",
             hint="--format compressed-tensors",
         )
-    for module, taken in _left_dense([layer.module for layer in layers], dense):
-        raise InputError(f"awq cannot leave {taken} dense without {module} too")
+    patterns = _dense_patterns(dense)
+    for layer in layers:
+        taken = _left_dense(layer.module, dense, patterns)
+        if taken is not None:
+            raise InputError(f"awq cannot leave {taken} dense without {layer.module} too")
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -117,20 +120,18 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _left_dense(modules: Sequence[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Modules with the entry of `modules_to_not_convert` that transformers finds to match: from the
-    start up to a dot, as a regex or as a suffix."""
-    end = r"(?:(?<=\.)|(?=\.|$))"
-    patterns = ForeignPatterns(entries, modules, "modules_to_not_convert", after=end)
-    suffixes = set(entries)
-    lengths = sorted({len(entry) for entry in entries})
-    for module in modules:
-        place = patterns.first(module)
-        if place is not None:
-            yield module, entries[place]
-            continue
-        ends = (module[len(module) - length :] for length in lengths if length <= len(module))
-        yield from ((module, end) for end in ends if end in suffixes)
+def _dense_patterns(entries: Sequence[str]) -> ForeignPatterns:
+    """`modules_to_not_convert` as transformers reads it: from the start up to a dot."""
+    patterns = [rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries]
+    return ForeignPatterns(patterns, "modules_to_not_convert")
+
+
+def _left_dense(module: str, entries: Sequence[str], patterns: ForeignPatterns) -> str | None:
+    """The entry that transformers finds to match, as a regex or as a suffix."""
+    place = patterns.first(module)
+    if place is not None:
+        return entries[place]
+    return next((entry for entry in entries if module.endswith(entry)), None)
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -148,8 +149,11 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
     modules = common.modules_with(contents.specs, ".qweight", ".qzeros")
     entries = common.strings(settings, "modules_to_not_convert", where)
-    for module, entry in _left_dense(modules, entries):
-        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
+    patterns = _dense_patterns(entries)
+    for module in modules:
+        entry = _left_dense(module, entries, patterns)
+        if entry is not None:
+            raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     layers = tuple(_layer(module, contents) for module in modules)
     if not layers:
         raise InputError(f"{where} says awq, but no tensor is named *.qweight")

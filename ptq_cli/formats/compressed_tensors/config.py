@@ -203,7 +203,7 @@ def _patterns(entries: Sequence[str]) -> list[str]:
 def _refuse_ignored(modules: Sequence[str], ignore: Sequence[str]) -> None:
     """Raises InputError where a packed module is in `ignore`."""
     patterns = _patterns(ignore)
-    regex = ForeignPatterns(patterns, modules, f"{_WHERE}: ignore")
+    regex = ForeignPatterns(patterns, f"{_WHERE}: ignore")
     exact = set(ignore)
     for module in modules:
         place = regex.first(module)
@@ -219,7 +219,7 @@ def _schemes_of(modules: Sequence[str], schemes: Sequence[_Scheme]) -> Iterator[
     exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
     owners = [scheme for scheme in schemes for _ in _patterns(scheme.targets)]
     targets = [target for scheme in schemes for target in scheme.targets]
-    regex = ForeignPatterns(_patterns(targets), modules, f"{_WHERE}: targets")
+    regex = ForeignPatterns(_patterns(targets), f"{_WHERE}: targets")
     for module in modules:
         found = exact.get(module)
         if found is None and (place := regex.first(module)) is not None:
