@@ -35,7 +35,6 @@ from ptq_cli.commands.calibrate import (
     default_target,
     prepare_calibration,
 )
-from ptq_cli.core.settings import RANGES
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
@@ -84,14 +83,14 @@ _PARAMETERS = (
         ),
         option(
             "--heldout-every",
-            type=click.IntRange(*RANGES["heldout_every"]),
+            type=click.IntRange(0),
             metavar="N",
             help="Hold out every N-th token, to measure errors on; 0: none."
             f"  [default: {HELDOUT_EVERY}]",
         ),
         option(
             "--heldout-limit",
-            type=click.IntRange(*RANGES["heldout_limit"]),
+            type=click.IntRange(0),
             metavar="N",
             help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
         ),

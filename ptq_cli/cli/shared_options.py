@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from ptq_cli.cli.options import in_section, option
-from ptq_cli.core.settings import RANGES
 from ptq_cli.storage.tokens import SEQ_LEN
 
 
@@ -42,20 +41,20 @@ TOKENS = in_section(
     ),
     option(
         "--seq-len",
-        type=click.IntRange(*RANGES["seq_len"]),
+        type=click.IntRange(2),
         metavar="N",
         help="Cut text, or tokens in one dimension, into sequences of N."
         f"  [default: {SEQ_LEN} for --text]",
     ),
     option(
         "--nsamples",
-        type=click.IntRange(*RANGES["nsamples"]),
+        type=click.IntRange(1),
         metavar="N",
         help="Take N of the sequences, drawn at random.  [default: all]",
     ),
     option(
         "--seed",
-        type=click.IntRange(*RANGES["seed"]),
+        type=click.IntRange(0),
         metavar="N",
         help="Seed of the random draw.  [default: 0]",
     ),
@@ -114,7 +113,7 @@ RESOURCES = in_section(
     "Run",
     option(
         "--workers",
-        type=click.IntRange(*RANGES["workers"]),
+        type=click.IntRange(1, 4096),
         metavar="N",
         help="Worker processes.  [default: one for each core]",
     ),

@@ -18,13 +18,7 @@ from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take
 from ptq_cli.commands.calibrate import CalibrationSettings, prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.signatures import (
-    RUN_OPTIONS,
-    WHERE,
-    check_options,
-    with_checks,
-    with_signature,
-)
+from ptq_cli.commands.signatures import RUN_OPTIONS, WHERE, with_signature
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
@@ -77,13 +71,14 @@ def awq(model: AnyPath, **options: Any) -> RunReport:
 
 
 def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunReport:
-    """Plan and run. What is no option of the run or of its inputs is a setting."""
-    check_options(command, options)
+    """Plan and run. What is no option of the run or of its inputs must be a setting."""
     how = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
     how["resources"] = take_resources(options)
     where = {name: options.pop(name) for name in WHERE if name in options}
     source = take_source(options)
     kinds = {field.name: kind for field, kind in settings_fields(*settings_classes(command))}
+    if unknown := sorted(options.keys() - kinds.keys()):
+        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(kinds)}")
     for name, value in options.items():
         if isinstance(value, str) and kinds[name] == tuple[str, ...]:
             options[name] = (value,)
@@ -92,7 +87,6 @@ def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunRepor
     return report
 
 
-@with_checks
 def calibrate(
     model: AnyPath,
     activations: Paths = (),
@@ -142,7 +136,6 @@ def calibrate(
     return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)
 
 
-@with_checks
 def evaluate(
     original: AnyPath,
     quantized: AnyPath,
@@ -187,7 +180,6 @@ def evaluated_inputs(
     return ActivationSettings(8 if bits is None else bits, scheme, percentile, static_scale=0.0)
 
 
-@with_checks
 def inspect(
     path: AnyPath,
     *,

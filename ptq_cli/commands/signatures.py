@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
-from inspect import Parameter, Signature, signature
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from collections.abc import Callable, Iterator
+from inspect import Parameter, Signature
+from typing import Any, TypeVar
 
 from ptq_cli.calibration.find import AnyPath, Paths
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
-from ptq_cli.core.settings import check_argument, settings_fields
-from ptq_cli.core.text import nearest_or_all
-from ptq_cli.errors import InputError
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.storage.folder import MAX_SHARD
 
-P = ParamSpec("P")
-R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 Options = dict[str, tuple[Any, Any]]  # name -> (type, default)
@@ -72,36 +67,6 @@ def _settings(command: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
     own = default_settings(command)
     for field, kind in settings_fields(*settings_classes(command)):
         yield field.name, (kind, own.get(field.name, field.default))
-
-
-def check_options(command: str, options: Mapping[str, Any]) -> None:
-    """Refuse what a quantizing command does not take, and options of a wrong type or out of range.
-    (`make_settings` checks the settings.)
-
-    Raises:
-        InputError: names the nearest known one, or what is wanted.
-    """
-    known = dict(signature_of(command).parameters)
-    del known["model"]
-    if unknown := sorted(options.keys() - known.keys()):
-        hint = nearest_or_all(unknown[0], known)
-        raise InputError(f"unknown settings {', '.join(unknown)}", hint=hint)
-    settings = dict(_settings(command))
-    for name in options.keys() - settings.keys():
-        check_argument(name, known[name].annotation, options[name])
-
-
-def with_checks(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator: arguments are checked against their annotations. Raises InputError."""
-
-    @wraps(function)
-    def checking(*args: P.args, **named: P.kwargs) -> R:
-        kinds = get_type_hints(function)
-        for name, value in signature(function).bind(*args, **named).arguments.items():
-            check_argument(name, kinds[name], value)
-        return function(*args, **named)
-
-    return checking
 
 
 def with_signature(command: str) -> Callable[[F], F]:

@@ -11,23 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 
 T = TypeVar("T")
-
-# Of what commands take besides settings: smallest, largest.
-RANGES: dict[str, tuple[int, int | None]] = {
-    "workers": (1, 4096),
-    "seq_len": (2, None),
-    "nsamples": (1, None),
-    "seed": (0, None),
-    "heldout_every": (0, None),
-    "heldout_limit": (0, None),
-}
 
 
 def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
@@ -63,34 +52,6 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], what: str) -> Non
             raise InputError(f"unknown {what} {key!r}", hint=nearest_or_all(key, known))
 
 
-def check_argument(name: str, kind: Any, value: Any) -> None:
-    """Refuse an argument that is not of its annotated type, or out of its range in RANGES.
-
-    Raises:
-        InputError: says which.
-    """
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    types = tuple(get_origin(member) or member for member in members if member is not Any)
-    right = isinstance(value, (*types, int) if float in types else types)
-    if not right or (isinstance(value, bool) and bool not in types):
-        words = [word.__name__ for word in types if word is not NoneType]
-        raise InputError(f"{name} = {value!r}: not {' or '.join(words)}")
-    if value is not None and name in RANGES:
-        _check_range(name, value, *RANGES[name])
-
-
-def check_fields(settings: Any) -> None:
-    """`check_argument` for each field of a dataclass."""
-    for field, kind in settings_fields(type(settings)):
-        check_argument(field.name, kind, getattr(settings, field.name))
-
-
-def _check_range(name: str, value: Any, low: float | None, high: float | None) -> None:
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"{'' if low is None else low} … {'' if high is None else high}"
-        raise InputError(f"{name} = {value!r}: out of range ({bounds.strip()})")
-
-
 def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
     try:
         return float(value)
@@ -118,5 +79,11 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     choices = meta.get("choices") or words
     if choices and value not in choices:
         raise InputError(f"{name} = {value!r}", hint=f"choose one of {', '.join(choices)}")
-    _check_range(name, value, meta.get("min"), meta.get("max"))
+    low, high = meta.get("min"), meta.get("max")
+    out_of_range = (low is not None and not value >= low) or (
+        high is not None and not value <= high
+    )
+    if out_of_range:
+        bounds = f"{'' if low is None else low} … {'' if high is None else high}"
+        raise InputError(f"{name} = {value!r}: out of range ({bounds.strip()})")
     return value

@@ -19,7 +19,6 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.settings import check_fields
 from ptq_cli.errors import FileError, PtqError
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
@@ -39,9 +38,6 @@ class Resources:
     workers: int | None = None
     max_memory: int | None = None
     scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def crew_for(self, most: int) -> int:
         """The workers asked for; else the cores there are, but not more than `most`."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.settings import check_fields
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError, import_extra
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -39,9 +38,6 @@ class TokenSettings:
     nsamples: int | None = None
     seed: int = 0
     mask: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def given(self) -> bool:
