@@ -104,7 +104,7 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     named = "4 of 28 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
     outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[named])
     assert (
-        "\nptq: hint: quantize the float model again with --bits 4, or --on-misfit keep"
+        "\nptq: hint: --bits 4 when the float model is quantized, or --on-misfit keep"
         in outcome.err
     )
     assert len(outcome.err.splitlines()) == 2
