@@ -60,7 +60,7 @@ def import_extra(module: str, what: str, extra: str, package: str | None = None)
 
 
 class stated_in:
-    """Let the errors of what is done inside begin with where it stands."""
+    """Let the errors of what is done inside begin with where it stands, unless they say it."""
 
     def __init__(self, where: object) -> None:
         self._where = where
@@ -68,7 +68,7 @@ class stated_in:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, PtqError):
+        if isinstance(error, PtqError) and str(self._where) not in error.message:
             error.message = f"{self._where}: {error.message}"
 
 

@@ -32,8 +32,9 @@ from ptq_cli.numerics.statistics import (
     SiteAccumulator,
     piece_tokens,
 )
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.files import replacing
+from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.tensors import own_metadata, serialize
 
 
@@ -103,7 +104,7 @@ def capture(
         torch = import_module("torch")
     except ImportError:
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
-    opened = open_checkpoint(Path(checkpoint))
+    opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
     groups = _groups(opened)
     capture = Capture(groups, (heldout_every, heldout_limit))

@@ -14,7 +14,6 @@ from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason, group_modules
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import check_float
 from ptq_cli.storage.npy import InputsFile
 
 
@@ -35,7 +34,6 @@ def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFi
     Raises:
         InputError: activations of the wrong width, or without tokens; all such are listed.
     """
-    check_float(checkpoint)
     weights = {
         name.removesuffix(".weight"): stored
         for name, stored in checkpoint.tensors.items()

@@ -47,7 +47,8 @@ _PARAMETERS = (
             "--percentile",
             type=float,
             metavar="P",
-            help="Range of integer inputs: this quantile of their absolute values, in (0, 1]."
+            help="Range of dynamic integer inputs: this quantile of their absolute values, in"
+            " (0, 1]."
             "  [default: 1.0]",
         ),
     ),
@@ -110,9 +111,7 @@ def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
     part = options["percentile"]
     if scheme in (None, "none") and (bits, part) != (None, None):
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    activation = api.evaluated_inputs(
-        scheme, None if bits is None else int(bits), 1.0 if part is None else part
-    )
+    activation = api.evaluated_inputs(scheme, None if bits is None else int(bits), part)
     source = SourceSettings(options["calibration"], options["activations"], options["bf16"])
     per_block = options["kl_per_block"]
     return prepare_evaluation(original, quantized, source, tokens, activation, per_block=per_block)

@@ -152,14 +152,15 @@ def evaluate(
     kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
-    percentile: float = 1.0,
+    percentile: float | None = None,
     listen: Listener = nobody,
 ) -> RunReport:
     """Measure a quantized folder against the original, from their tensors alone.
 
     tokens: run both models on these, too (quality.py); the report then has `quality`
     activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
-        integer inputs of `activation_bits` (default: 8), their range at `percentile`
+        integer inputs of `activation_bits` (default: 8), the range of dynamic ones at `percentile`
+        (default: 1.0)
     """
     from ptq_cli.commands.evaluate import prepare_evaluation
 
@@ -172,12 +173,18 @@ def evaluate(
 
 
 def evaluated_inputs(
-    scheme: str | None, bits: int | None, percentile: float
+    scheme: str | None, bits: int | None, percentile: float | None
 ) -> ActivationSettings | None:
-    """How `evaluate` rounds inputs, or None where it does not."""
+    """How `evaluate` rounds inputs, or None where it does not. Raises InputError."""
     if scheme in (None, "none"):
         return None
-    return ActivationSettings(8 if bits is None else bits, scheme, percentile, static_scale=0.0)
+    if scheme == "static" and percentile is not None:
+        raise InputError(
+            f"--percentile {percentile} does nothing here",
+            hint="it needs --activation-scheme dynamic-token or dynamic-tensor",
+        )
+    bits, part = 8 if bits is None else bits, 1.0 if percentile is None else percentile
+    return ActivationSettings(bits, scheme, part, static_scale=0.0)
 
 
 def inspect(

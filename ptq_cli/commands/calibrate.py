@@ -30,8 +30,9 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.schedule import Resources
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.digest import digest_words
+from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
@@ -124,7 +125,7 @@ def prepare_calibration(
     model: AnyPath, settings: CalibrationSettings, output: AnyPath | None = None
 ) -> CalibrateJob:
     """Plan a calibration: every mistake that can be known is found here."""
-    checkpoint = open_checkpoint(Path(model))
+    checkpoint = open_float(Path(model))
     target = default_target(checkpoint) if output is None else Path(output)
     if settings.merge:
         return prepare_merge(checkpoint, settings.merge, target)

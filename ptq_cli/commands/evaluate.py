@@ -10,11 +10,11 @@ from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
 from ptq_cli.commands.estimate import Estimate, estimate_evaluation
 from ptq_cli.core.progress import Listener
 from ptq_cli.core.report import RunReport
+from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import Sides, open_sides
 from ptq_cli.evaluation.errors import evaluate as run_evaluation
 from ptq_cli.numerics.activations import ActivationSettings
-from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.folder import open_float, open_quantized
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
 
 
@@ -55,9 +55,14 @@ def prepare_evaluation(
     per_block: bool,
 ) -> EvalJob:
     """Open both sides; see `api.evaluate`."""
-    checkpoint = open_checkpoint(Path(original))
+    checkpoint = open_float(Path(original))
     folder = open_quantized(Path(quantized))
     statistics = find_source(checkpoint, source).statistics
+    if activation is not None and statistics is None:
+        raise InputError(
+            f"--activation-scheme {activation.scheme} does nothing here",
+            hint="it needs --calibration or --activations",
+        )
     sides = open_sides(checkpoint, folder, statistics, activation)
     read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
     return EvalJob(sides, read, per_block)

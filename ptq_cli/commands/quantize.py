@@ -19,8 +19,7 @@ from ptq_cli.registry import format_named, method
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.unit_job import Rounding
 from ptq_cli.run.work import Quantization
-from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import holds_quantized
+from ptq_cli.storage.folder import holds_quantized, open_float
 
 
 def prepare(
@@ -47,7 +46,7 @@ def prepare(
     values = {**default_settings(command), **with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
     own = make_settings(how.settings, given, values)
-    checkpoint = open_checkpoint(Path(model))
+    checkpoint = open_float(Path(model))
     found = FoundSource(None)
     if not packs:
         found = find_source(checkpoint, source, correct=how.corrects_drift(own))

@@ -38,7 +38,8 @@ from ptq_cli.run.settle import Settling
 from ptq_cli.run.smooth_in_sequence import place_groups
 from ptq_cli.run.unit_job import Rounding
 from ptq_cli.run.work import Quantization, Smoothing
-from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import open_float
 
 FLOAT_INPUTS = ActivationSettings(8, "none")
 
@@ -99,7 +100,7 @@ def prepare_smoothing(
     command: a smoother's name; given, recipe: settings by name, `given` wins; `bits` may be 16
     """
     told = _settings(command, given, recipe)
-    checkpoint = open_checkpoint(Path(model))
+    checkpoint = open_float(Path(model))
     if told.floats and runtime is not None:
         raise InputError(
             f"--runtime: --bits {FLOAT_BITS} writes float weights, which are checked"
@@ -137,7 +138,10 @@ def prepare_smoothing(
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
     how = smoother(command)
-    recipe = {**how.defaults, **with_scheme(given, recipe)}
+    defaults, recipe = dict(how.defaults), with_scheme(given, recipe)
+    if not (recipe.get("sym", True) if given.get("sym") is None else given["sym"]):
+        defaults.pop("narrow_range", None)  # which is of symmetric codes only
+    recipe = {**defaults, **recipe}
     floats = (given.get("bits") or recipe.get("bits")) == FLOAT_BITS
     if floats:
         given, recipe = {**given, "bits": None}, {**recipe, "bits": how.defaults.get("bits", 4)}

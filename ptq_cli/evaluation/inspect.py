@@ -21,7 +21,7 @@ from ptq_cli.plan.plan import make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, read_json
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.folder import QuantizedFolder, check_float
 
 LOUD = 10.0  # a channel is an outlier from this many times the median channel's absmax on
 TOP = 5
@@ -104,6 +104,7 @@ def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
     entry: dict[str, Any] = {"bits": settings.bits, "group_size": settings.group_size}
     how = method("rtn")
     try:
+        check_float(checkpoint)
         plan = make_plan(checkpoint, how, settings, how.settings(), format_named("ptq"), None)
     except InputError as error:
         return entry | {"refused": str(error).replace("\n", "; ")}

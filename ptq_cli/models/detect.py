@@ -105,7 +105,9 @@ def _choose(
         kind = config["model_type"]
         if kind in _BY_MODEL_TYPE:
             return _BY_MODEL_TYPE[kind], ()
-        return None, (f"model_type {kind!r} is not known; [[sites]] in a recipe name its sites",)
+        known = any(kind in family.model_types for family in FAMILIES)
+        what = f"the sites of model_type {kind!r} are" if known else f"model_type {kind!r} is"
+        return None, (f"{what} not known; [[sites]] in a recipe name its sites",)
     for family in _KNOWN:
         if _named(specs, family):
             return family, _doubt(family)

@@ -44,7 +44,8 @@ def make_layer(
         values["scale_dtype"] = fmt.scale_dtype(computes_in) if fmt.scale_dtype else "float16"
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
-        raise InputError(f"{spec.name}: --narrow-range goes with --sym only")
+        hint = "--no-narrow-range"
+        raise InputError(f"{spec.name}: --narrow-range goes with --sym only", hint=hint)
     shape = (spec.shape[0], prod(spec.shape[1:]))
     return Layer(
         module=spec.name.removesuffix(".weight"),

@@ -20,7 +20,7 @@ from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_la
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import check_float, container_of
+from ptq_cli.storage.folder import container_of
 
 
 def make_plan(
@@ -44,7 +44,6 @@ def make_plan(
     Raises:
         InputError: whatever cannot work, with names and numbers.
     """
-    check_float(checkpoint)
     chosen, skipped = choose_tensors(checkpoint, settings)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)

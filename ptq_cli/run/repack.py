@@ -85,7 +85,9 @@ def plan_repack(
     for layer in folder.layers.values():
         target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
         misfit = fmt.misfit(target)
-        if misfit is None and trial:
+        if misfit is not None:
+            misfit = replace(misfit, hint=_repack_hint(misfit.hint, layer))
+        elif trial:
             try:
                 convert(folder.load(layer.module), target, fmt)
             except InputError as error:
@@ -115,6 +117,18 @@ def plan_repack(
         + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched()),
     )
     return Repack(folder, fmt, plan, wanted, kept)
+
+
+def _repack_hint(hint: str | None, layer: Layer) -> str | None:
+    """What helps a repacking: what it cannot change is chosen when the float model is quantized."""
+    if hint is None or hint.startswith(("--format", "--scale-dtype")):
+        return hint
+    if hint.startswith("--group-size"):
+        sizes = (layer.grid.group_size, int(hint.split()[1]))
+        own, asked = (size if size > 0 else layer.shape[1] for size in sizes)
+        if own % asked == 0:  # groups are split without loss, and seldom joined
+            return hint
+    return f"{hint} when the float model is quantized"
 
 
 def _skipped(
@@ -176,7 +190,10 @@ def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)
     if weight.g_idx is not None:
-        raise InputError("columns were reordered (act_order desc), so groups cannot change")
+        raise InputError(
+            "columns were reordered (act_order desc), so groups cannot change",
+            hint="leave --group-size out",
+        )
     columns = weight.codes.shape[1]
     group, starts = grid.g_idx(columns), grid.starts(columns)[:-1]
     if grid.group_size == 0:
@@ -190,7 +207,8 @@ def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
         if not np.array_equal(full, wide):
             raise InputError(
                 f"its groups of {weight.grid.group_size} columns do not fit into groups of"
-                f" {grid.group_size}"
+                f" {grid.group_size}",
+                hint=f"--group-size {grid.group_size} when the float model is quantized",
             )
         return own
 

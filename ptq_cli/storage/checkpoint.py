@@ -162,7 +162,7 @@ class Checkpoint:
         raise InputError(
             f"{self.tensors[name].file}: tensor {name!r} {list(values.shape)}: {what} at index"
             f" {list(first)}, {int(bad.sum())} in all",
-            hint="mend the checkpoint, or leave the tensor out with --ignore",
+            hint="mend the checkpoint, or (without --tokens) leave the tensor out with --ignore",
         )
 
     def part(self, names: Iterable[str]) -> Checkpoint:

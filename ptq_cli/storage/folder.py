@@ -381,6 +381,13 @@ def _packed(checkpoint: Checkpoint) -> list[str]:
     return packed + mlx_weights(checkpoint)
 
 
+def open_float(path: Path) -> Checkpoint:
+    """Open a model that is to be quantized. Raises InputError, FileError, as `check_float`."""
+    checkpoint = open_checkpoint(path)
+    check_float(checkpoint)
+    return checkpoint
+
+
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, and dtypes that could not be copied."""
     packed = _packed(checkpoint)

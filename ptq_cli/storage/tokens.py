@@ -86,7 +86,7 @@ def read_tokens(settings: TokenSettings, checkpoint: Checkpoint) -> Tokens:
     mask = np.ones(ids.shape, np.bool_)
     if settings.mask is not None:
         mask = _mask_file(settings.mask, ids.shape)
-    ids, mask = _draw(ids, mask, settings)
+    ids, mask = _draw(path, ids, mask, settings)
     _check_ids(path, ids[mask], checkpoint)
     warnings = tuple(_warnings(path, ids))
     return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files)
@@ -133,11 +133,13 @@ def _mask_file(path: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _draw(
-    ids: NDArray[np.int64], mask: NDArray[np.bool_], settings: TokenSettings
+    path: Path, ids: NDArray[np.int64], mask: NDArray[np.bool_], settings: TokenSettings
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """`nsamples` sequences in their order, drawn without replacement where there are more."""
-    if settings.nsamples is None or settings.nsamples >= len(ids):
+    if settings.nsamples is None or settings.nsamples == len(ids):
         return ids, mask
+    if settings.nsamples > len(ids):
+        raise InputError(f"{path}: {len(ids)} sequences, fewer than --nsamples {settings.nsamples}")
     random = np.random.default_rng(settings.seed)
     chosen = np.sort(random.choice(len(ids), settings.nsamples, replace=False))
     return ids[chosen], mask[chosen]

@@ -21,6 +21,16 @@ def test_weights_that_are_no_numbers(value, dtype, job):
     gptq_refused(job, words=("model.safetensors", f"{Q}.weight", "[12, 32]", "[3, 5]", "2 in all"))
 
 
+@pytest.mark.parametrize("command", ["gptq", "rtn"])
+def test_a_weight_that_is_no_number_is_named_once(command, job):
+    weight = random_weight(*LINEARS[Q])
+    weight[3, 5] = np.nan
+    small_model(job, **{f"{Q}.weight": weight})
+    outcome = refused(command, job, "--activations", "acts", words=(f"{Q}.weight",))
+    assert outcome.errors[0].count(f"{Q}.weight") == 1
+    assert "(without --tokens) leave the tensor out with --ignore" in outcome.err
+
+
 @pytest.mark.parametrize("group_size", ["128", "-1", "0", "5"])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7F800000, 0xFF800000, 0xFFC00001])
 def test_plain_rounding_reads_row_by_row_and_sees_them_too(bits, group_size, job):
@@ -62,7 +72,10 @@ def test_weights_whose_scale_does_not_fit_its_dtype(command, symmetry, job):
 def test_a_model_that_is_quantized_already(job):
     ptq("pack", job, "-o", "out")
     refused("gptq", "out", words=("out", "quantized already", ".qweight"))
-    refused("calibrate", "out", "--activations", "acts", words=("out", "quantized already"))
+    np.save("t.npy", np.zeros((2, 4), np.int64))
+    for command in ("awq", "smoothquant", "calibrate", "gptq"):
+        for source in ([], ["--activations", "acts"], ["--tokens", "t.npy"]):
+            refused(command, "out", *source, words=("out", "quantized already"))
     Path("m").mkdir()
     small_model(Path("m/model.safetensors"))
     Path("m/config.json").write_text('{"quantization_config": {"bits": 4}}')

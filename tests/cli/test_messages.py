@@ -93,7 +93,7 @@ def test_layers_without_a_pattern_are_counted():
 @pytest.mark.parametrize(
     ("first", "target", "reason", "hint"),
     [
-        ("ptq", "awq", "awq holds 4 bits, not 3", "--bits 4"),
+        ("ptq", "awq", "awq holds 4 bits, not 3", "--bits 4 when the float model is quantized"),
         (
             "ptq",
             "gptq_v2",
@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite():
     error(
         *("rtn", model("m.safetensors", 100, **bad), "-g", -1, "-q", "--workers", 1, "-o", "out"),
         words=["NaN", "; 99 more failed: model.layers.{1-99}.mlp."],
-        hint="mend the checkpoint, or leave the tensor out with --ignore",
+        hint="mend the checkpoint, or (without --tokens) leave the tensor out with --ignore",
     )
 
 

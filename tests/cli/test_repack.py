@@ -103,7 +103,10 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     downs = [f"model.layers.{number}.mlp.down_proj" for number in range(4)]
     named = "4 of 28 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
     outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[named])
-    assert "\nptq: hint: --bits 4, or --on-misfit keep" in outcome.err
+    assert (
+        "\nptq: hint: --bits 4 when the float model is quantized, or --on-misfit keep"
+        in outcome.err
+    )
     assert len(outcome.err.splitlines()) == 2
     assert not Path("out").exists()
     assert not Path("out.partial").exists()
@@ -137,6 +140,19 @@ def test_groups(sample):
     ptq("rtn", sample, "-g", 32, "-o", "fine")
     words = ["groups of 32 columns do not fit into groups of 64"]
     pack("fine", "--format", "ptq", "--group-size", 64, "-o", "x", code=1, words=words)
+
+
+@pytest.mark.parametrize("misfit", ["error", "keep"])
+@pytest.mark.parametrize(("there", "size"), [("gguf", 32), ("mlx", 128)])
+def test_groups_too_small_are_for_the_float_model(there, size, misfit, sample):
+    """Groups can be split, and are joined only where they are equal."""
+    ptq("rtn", sample, "-g", 16, "-o", "g16")
+    again = f"hint: --group-size {size} when the float model is quantized"
+    outcome = pack("g16", "--format", there, "--on-misfit", misfit, "-o", "x", code=1, words=["16"])
+    assert again in outcome.err
+    outcome = pack("g16", "--format", there, "-g", size, "-o", "x", code=1, words=["do not fit"])
+    assert again in outcome.err
+    assert ptq("rtn", sample, "-g", size, "--format", there, "-o", "again").code == 0
 
 
 def test_act_order_goes_to_gptq_only(sample):

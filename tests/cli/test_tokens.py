@@ -47,6 +47,14 @@ def test_from_tokens_to_a_gate(capsys: Any, tmp_path: Path) -> None:
     assert "\u00b1" in text or "\\xb1" in text
 
 
+@pytest.mark.parametrize("command", ["calibrate", "gptq", "awq"])
+def test_more_sequences_than_there_are(command: str, capsys: Any, tmp_path: Path) -> None:
+    words = ["--tokens", str(SAMPLE / "eval_tokens.npy"), "-o", str(tmp_path / "out")]
+    code, _, error = ptq(capsys, command, str(SAMPLE), *words, "--nsamples", "129")
+    assert code == 1
+    assert "eval_tokens.npy: 128 sequences, fewer than --nsamples 129" in error
+
+
 def test_calibrate_with_tokens(capsys: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "stats.safetensors")
     code, text, _ = ptq(capsys, "calibrate", str(SAMPLE), *TOKENS, "-o", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,22 @@ OTHERS = [
     ("inspect PACKED --bf16", 1, "quantized already"),
     ("eval MODEL PACKED --max-kl 0", 2, "perplexity and KL need --tokens or --text"),
     ("eval MODEL PACKED --percentile 1.0", 2, "--percentile need --activation-scheme"),
+    ("eval MODEL PACKED --activation-scheme static --percentile 0.5", 1,
+     "--percentile 0.5 does nothing here\nptq: hint: it needs --activation-scheme dynamic-token"),
+    ("eval BARE PACKED --activation-scheme static", 1,
+     "--activation-scheme static does nothing here"),
     ("calibrate MODEL TOKENS --fallback error", 2, "--fallback does nothing with --tokens"),
     ("calibrate MODEL TOKENS --bf16", 2, "--bf16 does nothing with --tokens"),
     ("calibrate MODEL --merge a --heldout-every 0", 2, "--heldout-every does nothing with --merge"),
     ("calibrate MODEL --heldout-every 0 --heldout-limit 9", 2, "--heldout-limit does nothing"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "code", "words"), OTHERS)
 def test_other_options_that_are_not_read(line, code, words, sample):
-    places = {"MODEL": [sample], "TOKENS": TOKENS[:2], "PACKED": ["packed"]}
+    places = {"MODEL": [sample], "TOKENS": TOKENS[:2], "PACKED": ["packed"], "BARE": ["bare"]}
+    if "BARE" in line:
+        shutil.copytree(sample, "bare", ignore=shutil.ignore_patterns("activations"))
     if "PACKED" in line:
         assert ptq("pack", sample, "-o", "packed").code == 0
     arguments = [part for word in line.split() for part in places.get(word, [word])]

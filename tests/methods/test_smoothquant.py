@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -256,6 +257,40 @@ def test_without_calibration_there_is_nothing_to_smooth_with(sample, tmp_path):
     outcome = ptq("smoothquant", folder)
     assert outcome.code == 1
     assert "no calibration found" in outcome.err
+
+
+def test_asymmetric_weights_have_no_narrow_range(sample):
+    """The default gives way; what was asked for does not."""
+    assert ptq("smoothquant", sample, "--asym", "-o", "out").code == 0
+    assert ptq("smoothquant", sample, "--asym", "--no-narrow-range", "-o", "same").code == 0
+    read = [Path(name, "model.safetensors").read_bytes() for name in ("out", "same")]
+    assert read[0] == read[1]
+    outcome = ptq("smoothquant", sample, "--asym", "--narrow-range", "-o", "none")
+    assert outcome.code == 1
+    assert "hint: --no-narrow-range" in outcome.err
+
+
+@pytest.mark.parametrize("sym", ["", "--sym"])
+def test_symmetric_weights_keep_theirs(sym, sample):
+    Path("recipe.toml").write_text(f"sym = {'false' if sym else 'true'}\n")
+    words = ["--config", "recipe.toml", *sym.split()]
+    outcome = ptq("smoothquant", sample, *words, "-o", "out", "--json")
+    assert json.loads(outcome.out)["settings"]["narrow_range"] is True
+
+
+@pytest.mark.parametrize("command", ["awq", "smoothquant"])
+def test_a_family_without_sites_is_known_all_the_same(command, sample, tmp_path):
+    folder = shutil.copytree(sample, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for kind, words in [
+        ("mixtral", "the sites of model_type 'mixtral' are not known"),
+        ("nonsense", "model_type 'nonsense' is not known"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        outcome = ptq(command, folder, "-o", "out")
+        assert outcome.code == 1
+        assert words in outcome.errors[0]
+        assert "[[sites]]" in outcome.err
 
 
 def test_a_format_that_cannot_hold_rounded_inputs(sample):
