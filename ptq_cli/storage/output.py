@@ -6,22 +6,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import filecmp
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import FileError, InputError, PtqError
-from ptq_cli.storage.checkpoint import read_header
 from ptq_cli.storage.files import named, read_json
+from ptq_cli.storage.made import JOB, damage_of, job_of, why_unknown
 from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
 
-JOB = "ptq_job.json"  # in an output folder: the run that made it
 STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
 _SLACK = 1 << 20
 _SHOWN = 3  # of what differs, in an error
@@ -38,19 +35,6 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def job_of(output: Path) -> Mapping[str, Any] | None:
-    """The run that made a finished output, as it says itself: JOB in a folder, `job` in the
-    metadata of a statistics file. None where it says nothing."""
-    try:
-        if output.is_dir():
-            job = read_json(output / JOB)
-        else:
-            job = json.loads(read_header(output).metadata["ptq"])["job"]
-    except (PtqError, LookupError, TypeError, ValueError, RecursionError):
-        return None
-    return job if isinstance(job, dict) else None
-
-
 def check_place(output: Path) -> None:
     """Refuse an output where nothing can be written."""
     parent = output.parent
@@ -58,47 +42,6 @@ def check_place(output: Path) -> None:
         raise FileError(f"{parent}: no such folder", hint="make it first")
     if not os.access(parent, os.W_OK):
         raise FileError(f"{parent}: not writable", hint="choose another place with -o")
-
-
-def files_of(folder: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
-    """By which the files of an output (all, or those of these names) are known again: `files`, the
-    bytes of each, and `sha256`, of each that is JSON."""
-    sizes, sums = {}, {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != JOB and (names is None or path.name in names):
-            with named(path), open(path, "rb") as file:
-                sizes[path.name] = os.fstat(file.fileno()).st_size
-                if path.suffix == ".json":
-                    sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"files": sizes, "sha256": sums}
-
-
-def _damage(folder: Path, made: Mapping[str, Any]) -> str:
-    """The first file that is not as the run left it that says so in JOB; "" where all are."""
-    files, sums = made.get("files"), made.get("sha256")
-    if not isinstance(files, dict) or not isinstance(sums, dict):
-        return f"{JOB} is damaged"
-    there = files_of(folder, files)
-    for name, size in files.items():
-        if name not in there["files"]:
-            return f"{name} is missing"
-        found = there["files"][name]
-        if found != size:
-            return f"{name} is not as the run left it ({found} bytes, {size} expected)"
-        if sums.get(name) != there["sha256"].get(name):
-            return f"{name} is not as the run left it"
-    return ""
-
-
-def _unknown(output: Path) -> str:
-    """Why an output does not say which run made it."""
-    if output.is_dir():
-        return f"{JOB} is {'damaged' if (output / JOB).exists() else 'missing'}"
-    try:
-        read_header(output)
-    except PtqError as error:
-        return str(error.message).removeprefix(f"{output}: ")
-    return "it does not say which run made it"
 
 
 def _other(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -303,11 +246,11 @@ class Target:
         """How what lies at the output's place is not what this run leaves there; "" where it is."""
         made = job_of(self.output)
         if made is None:
-            return f"but {_unknown(self.output)}"
+            return f"but {why_unknown(self.output)}"
         earlier = {key: made[key] for key in made if key not in ("files", "sha256")}
         if other := _other(earlier, self.job):
             return f"made {other}"
-        damage = _damage(self.output, made) if self.output.is_dir() else ""
+        damage = damage_of(self.output, made) if self.output.is_dir() else ""
         if damage:
             return f"but {damage}"
         for path in self.companions:

@@ -35,12 +35,11 @@ from ptq_cli.storage.files import (
     write_file,
     write_whole,
 )
+from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
-    JOB,
     Target,
     check_free,
     check_place,
-    files_of,
     finished_units,
     free_space,
     goes_on,
