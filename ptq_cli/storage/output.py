@@ -48,17 +48,9 @@ def _other(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How an earlier run was another one, in words; "" where it was not."""
     if earlier.get("command") != now.get("command"):
         return f"by ptq {earlier.get('command')}"
-    names = [
-        name if "'" in name else name.replace("_", "-") for name in differing(earlier, plain(now))
-    ]
+    names = differing(earlier, plain(now))
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"with other {', '.join(names[:_SHOWN])}{more}" if names else ""
-
-
-def _is_own(folder: Path) -> bool:
-    """An empty folder, or an output of this tool."""
-    names = os.listdir(folder)
-    return not names or "quantization.json" in names or JOB in names
 
 
 def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
@@ -275,7 +267,8 @@ class Target:
         for path in (p.resolve() for p in self.keep):
             if path == target or target in path.parents:
                 raise InputError(f"{output}: holds {path}, which is being read")
-        if output.is_dir() and not _is_own(output):
+        names = set(os.listdir(output)) if output.is_dir() else set()
+        if names and not names & {JOB, "quantization.json"}:
             raise InputError(
                 f"{output}: a folder that this tool did not write; --force does not replace it",
                 hint="remove it yourself, or choose another output with -o",
