@@ -135,12 +135,12 @@ def calibrate(model: Path, **options: Any) -> None:
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:
         result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
-    if result.pop("earlier"):
+    if earlier := result.pop("earlier"):
         finished_already(result["output"])
     if options["as_json"]:
         console.print_json(result)
         return
-    _show(result)
+    _show(result, earlier)
     show_next([after_calibration(model, job.output, default_target(job.checkpoint))])
 
 
@@ -178,7 +178,7 @@ def _refuse_unread(given: Mapping[str, Any]) -> None:
         raise click.UsageError("--heldout-limit does nothing with --heldout-every 0")
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], earlier: bool) -> None:
     sites = result["sites"]
     console.table(
         console.columns("site", "linears", "tokens", "std", "absmax", "p99"),
@@ -194,4 +194,5 @@ def _show(result: dict[str, Any]) -> None:
             for site, entry in sites.items()
         ],
     )
-    console.line(f"{len(sites)} sites; written: {result['output']}")
+    written = "" if earlier else f"; written: {result['output']}"
+    console.line(f"{len(sites)} sites{written}")

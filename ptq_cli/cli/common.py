@@ -78,7 +78,7 @@ def finish(
     Raises:
         GateMissed: after everything was written.
     """
-    gates = gates_of(report, **gates_set(options))
+    gates, fresh = gates_of(report, **gates_set(options)), written and not report.earlier
     document = as_document(report, times=True) | ({"output": output} if written else {})
     if options["junit"] is not None:
         write_whole(options["junit"], as_junit(report, gates, output))
@@ -91,12 +91,11 @@ def finish(
         if options["as_json"]:
             console.print_json(document)
         else:
-            shown = output if written else None
-            console.show_report(report, top=options["top"], output=shown)
+            console.show_report(report, top=options["top"], output=output if fresh else None)
     try:
         check_gates(gates)
     except GateMissed as error:
-        error.hint = f"{output} was written all the same" if written else None
+        error.hint = f"{output} was written all the same" if fresh else None
         raise
     if not options["as_json"]:
         show_next(after(report, click.get_current_context().params, output, layers))

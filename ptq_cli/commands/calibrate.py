@@ -23,7 +23,7 @@ from ptq_cli.calibration.match import match_activations, match_warnings, missing
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
-from ptq_cli.core.names import fold_names
+from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
@@ -92,6 +92,8 @@ class CalibrateJob:
             job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
             with Staging(target) as staging:
                 result = calibrate_sites(job, staging, listen, resources)
+        order = by_number(self.source.sites)  # a file has them by letter
+        result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
         warnings = list(self.warnings)
         if bare := result.pop("without_tokens"):
             warnings.append(f"no token reaches {len(bare)} sites: {fold_names(bare)}")

@@ -44,9 +44,9 @@ from ptq_cli.storage.files import (
     write_file,
 )
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.made import JOB
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
-from ptq_cli.storage.output import JOB
 from ptq_cli.storage.shards import Part, Shards, mapped
 from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import filecmp
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import FileError, InputError, PtqError
-from ptq_cli.storage.checkpoint import read_header
 from ptq_cli.storage.files import named, read_json
+from ptq_cli.storage.made import JOB, damage_of, job_of, why_unknown
 from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
 
-JOB = "ptq_job.json"  # in an output folder: the run that made it
 STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
 _SLACK = 1 << 20
+_SHOWN = 3  # of what differs, in an error
 _OWN = (
     *("job.json", "units", "weights", "out", "old", "stream", "published.json"),
     *(STATISTICS, f"{STATISTICS}.partial"),
@@ -36,19 +35,6 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def job_of(output: Path) -> Mapping[str, Any] | None:
-    """The run that made a finished output, as it says itself: JOB in a folder, `job` in the
-    metadata of a statistics file. None where it says nothing."""
-    try:
-        if output.is_dir():
-            job = read_json(output / JOB)
-        else:
-            job = json.loads(read_header(output).metadata["ptq"])["job"]
-    except (PtqError, LookupError, TypeError, ValueError, RecursionError):
-        return None
-    return job if isinstance(job, dict) else None
-
-
 def check_place(output: Path) -> None:
     """Refuse an output where nothing can be written."""
     parent = output.parent
@@ -58,39 +44,13 @@ def check_place(output: Path) -> None:
         raise FileError(f"{parent}: not writable", hint="choose another place with -o")
 
 
-def check_output(output: Path, job: Mapping[str, Any], force: bool, keep: Sequence[Path]) -> None:
-    """Refuse an output that exists, or holds what is being read."""
-    if not os.path.lexists(output):
-        return
-    if output.is_symlink() and not output.exists():
-        raise InputError(f"{output}: a link that leads nowhere", hint="remove it first")
-    if not force:
-        raise exists_already(output, job)
-    target = output.resolve()
-    for path in (p.resolve() for p in keep):
-        if path == target or target in path.parents:
-            raise InputError(f"{output}: holds {path}, which is being read")
-    if output.is_dir() and not _is_own(output):
-        raise InputError(
-            f"{output}: a folder that this tool did not write; --force does not replace it",
-            hint="remove it yourself, or choose another output with -o",
-        )
-
-
-def exists_already(output: Path, job: Mapping[str, Any]) -> InputError:
-    """The error of a run whose output is there; it names what differs where that is known."""
-    earlier = job_of(output)
-    names = [] if earlier is None else differing(earlier, plain(dict(job)))
-    how = f", made with other {', '.join(names)}" if names else ""
-    return InputError(
-        f"{output}: exists already{how}", hint="--force replaces it, -o chooses another output"
-    )
-
-
-def _is_own(folder: Path) -> bool:
-    """An empty folder, or an output of this tool."""
-    names = os.listdir(folder)
-    return not names or "quantization.json" in names
+def _other(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How an earlier run was another one, in words; "" where it was not."""
+    if earlier.get("command") != now.get("command"):
+        return f"by ptq {earlier.get('command')}"
+    names = differing(earlier, plain(now))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"with other {', '.join(names[:_SHOWN])}{more}" if names else ""
 
 
 def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
@@ -104,9 +64,9 @@ def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
         earlier = read_json(path)
         if not isinstance(earlier, dict):
             raise InputError(f"{path}: damaged", hint="--restart begins anew")
-        if names := differing(earlier, plain(dict(job))):
+        if other := _other(earlier, job):
             raise InputError(
-                f"{folder}: an interrupted run with other {', '.join(names)}",
+                f"{folder}: an interrupted run {other}",
                 hint="--restart drops its work, -o chooses another output",
             )
         return True
@@ -203,6 +163,11 @@ def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
     """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
     while True:
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise InputError(
+                f"{folder}: not a folder; it is where this run would work",
+                hint="remove it, or choose another output with -o",
+            )
         with named(folder):
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -267,12 +232,53 @@ class Target:
 
     def complete(self) -> bool:
         """Whether the same run has made the output already, and it is not to be made anew."""
-        job = None if self.force else job_of(self.output)
-        return (
-            job is not None
-            and not differing(job, plain(dict(self.job)))
-            and all(_same(path, self.output / path.name) for path in self.companions)
-        )
+        return not self.force and not self.difference()
+
+    def difference(self) -> str:
+        """How what lies at the output's place is not what this run leaves there; "" where it is."""
+        made = job_of(self.output)
+        if made is None:
+            return f"but {why_unknown(self.output)}"
+        earlier = {key: made[key] for key in made if key not in ("files", "sha256")}
+        if other := _other(earlier, self.job):
+            return f"made {other}"
+        damage = damage_of(self.output, made) if self.output.is_dir() else ""
+        if damage:
+            return f"but {damage}"
+        for path in self.companions:
+            copy = self.output / path.name
+            if not copy.is_file():
+                return f"without {path.name}"
+            with named(path):  # config.json the job knows; the output's may say more
+                if path.name != "config.json" and not filecmp.cmp(path, copy, shallow=False):
+                    return f"made with another {path.name}"
+        return ""
+
+    def check_output(self) -> None:
+        """Refuse an output that exists, or holds what is being read."""
+        output = self.output
+        if not os.path.lexists(output):
+            return
+        if output.is_symlink() and not output.exists():
+            raise InputError(f"{output}: a link that leads nowhere", hint="remove it first")
+        if not self.force:
+            raise self.exists_already()
+        target = output.resolve()
+        for path in (p.resolve() for p in self.keep):
+            if path == target or target in path.parents:
+                raise InputError(f"{output}: holds {path}, which is being read")
+        names = set(os.listdir(output)) if output.is_dir() else set()
+        if names and not names & {JOB, "quantization.json"}:
+            raise InputError(
+                f"{output}: a folder that this tool did not write; --force does not replace it",
+                hint="remove it yourself, or choose another output with -o",
+            )
+
+    def exists_already(self) -> InputError:
+        """The error of a run whose output is there; it says what differs."""
+        how = ", ".join(filter(None, ("exists already", self.difference())))
+        hint = "--force replaces it, -o chooses another output"
+        return InputError(f"{self.output}: {how}", hint=hint)
 
     def finished(self) -> bool:
         """As `complete`; what a killed run left beside the output is removed."""
@@ -297,7 +303,7 @@ class Target:
         if interrupted:
             with locked(folder, fcntl.LOCK_SH):
                 interrupted = not is_published(folder, self.output)
-        check_output(self.output, self.job, self.force, self.keep)
+        self.check_output()
         work = None
         if interrupted and goes_on(folder, self.job, self.restart):
             finished, work = len(list((folder / "units").glob("*.json"))), folder
@@ -309,10 +315,3 @@ class Target:
         """Bytes of the files that are copied along."""
         with named(self.output):
             return sum(path.stat().st_size for path in self.companions)
-
-
-def _same(path: Path, copy: Path) -> bool:
-    if path.name == "config.json":  # the job knows it; the output's may say more
-        return True
-    with named(path):
-        return copy.is_file() and filecmp.cmp(path, copy, shallow=False)

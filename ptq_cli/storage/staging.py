@@ -35,13 +35,11 @@ from ptq_cli.storage.files import (
     write_file,
     write_whole,
 )
+from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
-    JOB,
     Target,
     check_free,
-    check_output,
     check_place,
-    exists_already,
     finished_units,
     free_space,
     goes_on,
@@ -78,7 +76,7 @@ class Staging:
             if there := os.path.lexists(self.folder):
                 self._lock = lock(self.folder)
                 self._put_back()
-            check_output(output, job, target.force, target.keep)
+            target.check_output()
             if not there:
                 self._lock = lock(self.folder)
             self.resumed = goes_on(self.folder, job, target.restart)
@@ -196,12 +194,12 @@ class Staging:
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         if self.out.is_dir():
-            write_file(self.out / JOB, to_json(dict(self.job)))
+            write_file(self.out / JOB, to_json({**self.job, **files_of(self.out)}))
         sync_folder(self.out if self.out.is_dir() else self.folder)
         write_whole(self._marker, to_json(identity(self.out)))
         if os.path.lexists(self.output):
             if not self.target.force:
-                raise exists_already(self.output, self.job)
+                raise self.target.exists_already()
             self._exchange()
         else:
             with named(self.output):

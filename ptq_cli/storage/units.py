@@ -183,12 +183,12 @@ def plain(value: Any) -> Any:
 
 
 def differing(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the entries, nested ones too, that are not the same."""
+    """The entries, nested ones too, that are not the same, named for people as options are."""
     names = []
     for key in sorted({*earlier, *now}):
         old, new = earlier.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names += differing(old, new, f"{key} ")
         elif old != new:
-            names.append(prefix + (repr(key) if prefix else key))
+            names.append(prefix + (repr(key) if prefix else key.replace("_", "-")))
     return names

@@ -5,17 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ptq_cli
 from ptq_cli.report.report import as_document, report_from_document
 from ptq_cli.storage.staging import Staging
-from tests.builders import SAMPLE, copy_sample, ptq, small_job, tree
+from tests.builders import (
+    SAMPLE,
+    copy_sample,
+    ptq,
+    random_weight,
+    small_job,
+    small_model,
+    small_tensors,
+    tree,
+)
 
 SAID = "ptq: note: out: finished already, from the same inputs and settings"
 TOKENS = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 4)
@@ -124,7 +135,7 @@ def test_reports_are_written_again(monkeypatch):
     first = {name: Path(name).read_bytes() for name in names}
     monkeypatch.setattr(Staging, "__init__", None)
     table = run().out
-    assert "written: out" in table
+    assert "written: " not in table
     again = {name: Path(name).read_bytes() for name in names}
     assert again["h.html"] == first["h.html"]
     for written in (first, again):
@@ -143,10 +154,12 @@ def test_other_settings_and_inputs_are_named():
         return outcome.errors[0]
 
     assert "out: exists already, made with other bits; --force" in refused("--bits", 3)
-    assert "made with other bits, group_size; --force" in refused("-b", 3, "-g", 32)
-    assert (
-        "made with other calibration, command, mse; --force"
-        in ptq("pack", "model", "-o", "out").errors[0]
+    assert "made with other bits, group-size; --force" in refused("-b", 3, "-g", 32)
+    many = refused("-b", 3, "-g", 32, "--asym", "--no-mse", "--scale-dtype", "float32")
+    assert "made with other bits, group-size, mse and 2 more; --force" in many
+    other = ptq("pack", "model", "-o", "out").errors
+    assert other[0].endswith(
+        "out: exists already, made by ptq rtn; --force replaces it, -o chooses another output"
     )
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps(config | {"vocab_size": 2047}))
@@ -154,18 +167,125 @@ def test_other_settings_and_inputs_are_named():
     Path("model/config.json").write_text(json.dumps(config))
     assert ptq("rtn", "model", "-o", "out").code == 0
     Path("model/tokenizer_config.json").write_text("{}")  # it was copied, and is another now
-    assert "out: exists already; --force" in refused()
+    assert "out: exists already, made with another tokenizer_config.json; --force" in refused()
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _garbled(path):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+LEFT = "is not as the run left it"
+DAMAGES = {
+    "no weights": ("model.safetensors", Path.unlink, "but model.safetensors is missing"),
+    "weights cut": ("model.safetensors", _cut, f"but model.safetensors {LEFT} ("),
+    "no config": ("config.json", Path.unlink, "but config.json is missing"),
+    "config garbled": ("config.json", _garbled, f"but config.json {LEFT}; "),
+    "no declaration": ("quantization.json", Path.unlink, "but quantization.json is missing"),
+    "no report": ("report.json", Path.unlink, "but report.json is missing"),
+    "report garbled": ("report.json", _garbled, f"but report.json {LEFT}; "),
+    "no job": ("ptq_job.json", Path.unlink, "but ptq_job.json is missing"),
+    "job garbled": ("ptq_job.json", _garbled, "but ptq_job.json is damaged"),
+    "files of a job garbled": (
+        "ptq_job.json",
+        lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"files": 3})),
+        "but ptq_job.json is damaged",
+    ),
+}
+
+
+@pytest.mark.usefixtures("made")
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_output_is_not_finished(name):
+    file, damage, said = DAMAGES[name]
+    whole = content(Path("out"))
+    damage(Path("out", file))
+    left = content(Path("out"))
+    refused, planned = (ptq("rtn", "model", "-o", "out", *more) for more in ((), ("--dry-run",)))
+    for outcome in (refused, planned):
+        assert outcome.code == 1
+        assert f"out: exists already, {said}" in outcome.errors[0]
+        assert "; --force replaces it" in outcome.errors[0]
+    assert content(Path("out")) == left
+    assert ptq("rtn", "model", "-o", "out", "--force").code == 0
+    assert content(Path("out")) == whole
+
+
+@pytest.mark.usefixtures("made")
+def test_numbers_of_a_report_that_were_changed_pass_no_gate():
+    path = Path("out/report.json")
+    text = path.read_text()
+    path.write_text(text.replace('"rel_err": 0.004', '"rel_err": 0.001'))
+    assert (path.read_text() != text, path.stat().st_size) == (True, len(text))
+    refused = ptq("rtn", "model", "-o", "out", "--max-rel-err", 1)
+    assert f"out: exists already, but report.json {LEFT}; --force" in refused.errors[0]
+
+
+@pytest.mark.usefixtures("made")
+def test_a_file_that_somebody_adds_to_an_output_is_no_damage():
+    Path("out/notes.json").write_text("{")
+    assert SAID in ptq("rtn", "model", "-o", "out").err
+
+
+@pytest.mark.usefixtures("sample")
+def test_statistics_that_are_cut_short_are_named():
+    command = ("calibrate", "model", "-o", "c.safetensors")
+    assert ptq(*command).code == 0
+    size = Path("c.safetensors").stat().st_size
+    os.truncate("c.safetensors", size - 1)
+    said = f"cut short: the header asks for {size} bytes, the file has {size - 1}; --force"
+    assert f"c.safetensors: exists already, but {said}" in ptq(*command).errors[0]
+    assert ptq(*command, "--force").code == 0
+
+
+@pytest.mark.usefixtures("sample")
+def test_what_a_folder_has_beside_the_weights_is_missing():
+    assert ptq("rtn", "model/model.safetensors", "-o", "out").code == 0
+    refused = ptq("rtn", "model", "-o", "out").errors
+    assert "out: exists already, without README.md; --force" in refused[0]
+
+
+@pytest.mark.usefixtures("sample")
+def test_a_file_where_a_run_would_work_is_to_be_removed():
+    Path("out.partial").write_text("mine")
+    for more in ((), ("--dry-run",)):
+        (error,) = ptq("rtn", "model", "-o", "out", *more).errors
+        assert "out.partial: not a folder; it is where this run would work; remove it" in error
+    assert Path("out.partial").read_text() == "mine"
+
+
+def test_sites_stand_in_the_order_of_their_numbers(tmp_path):
+    names = [f"layers.{i}.o_proj" for i in range(12)]
+    weights: dict[str, np.ndarray | None] = dict.fromkeys(small_tensors())
+    weights |= {f"{name}.weight": random_weight(4, 8) for name in names}
+    small_model(tmp_path / "m.safetensors", **weights)
+    Path("acts").mkdir()
+    for name in names:
+        np.save(f"acts/{name}.npy", np.ones((9, 8), np.float32))
+    command = ("calibrate", "m.safetensors", "--activations", "acts", "-o", "c.safetensors")
+    for _ in range(2):
+        outcome = ptq(*command)
+        assert outcome.code == 0, outcome.err
+        shown = [line.split()[0] for line in outcome.out.splitlines() if "o_proj" in line]
+        assert shown == names
+    assert "written" not in outcome.out
+    assert list(ptq_cli.calibrate("m.safetensors", ["acts"], "c.safetensors")["sites"]) == names
 
 
 @pytest.mark.usefixtures("made")
 def test_what_is_no_output_of_this_tool_is_refused_as_ever():
-    Path("out/ptq_job.json").unlink()
-    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
     Path("out/ptq_job.json").write_text("[" * 100_000)
-    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
+    outcome = ptq("rtn", "model", "-o", "out")
+    assert "out: exists already, but ptq_job.json is damaged; --force" in outcome.errors[0]
     shutil.rmtree("out")
     Path("out").write_text("mine")
-    assert "out: exists already; --force" in ptq("rtn", "model", "-o", "out").errors[0]
+    assert (
+        "out: exists already, but not a safetensors file"
+        in ptq("rtn", "model", "-o", "out").errors[0]
+    )
 
 
 @pytest.mark.usefixtures("made", "no_work")

@@ -1,0 +1,70 @@
+"""What a finished output says of the run that made it, and whether it is as that run left it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptq_cli.errors import PtqError
+from ptq_cli.storage.checkpoint import read_header
+from ptq_cli.storage.files import listing, named, read_json
+
+JOB = "ptq_job.json"  # in an output folder: the run that made it
+
+
+def job_of(output: Path) -> Mapping[str, Any] | None:
+    """The run that made a finished output, as it says itself: JOB in a folder, `job` in the
+    metadata of a statistics file. None where it says nothing."""
+    try:
+        if output.is_dir():
+            job = read_json(output / JOB)
+        else:
+            job = json.loads(read_header(output).metadata["ptq"])["job"]
+    except (PtqError, LookupError, TypeError, ValueError, RecursionError):
+        return None
+    return job if isinstance(job, dict) else None
+
+
+def files_of(folder: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """By which the files of an output (all, or those of these names) are known again: `files`, the
+    bytes of each, and `sha256`, of each that is JSON."""
+    sizes, sums = {}, {}
+    for path in (folder / name for name in listing(folder)):
+        if path.is_file() and path.name != JOB and (names is None or path.name in names):
+            with named(path), open(path, "rb") as file:
+                sizes[path.name] = os.fstat(file.fileno()).st_size
+                if path.suffix == ".json":
+                    sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"files": sizes, "sha256": sums}
+
+
+def damage_of(folder: Path, made: Mapping[str, Any]) -> str:
+    """The first file that is not as the run left it that says so in JOB; "" where all are."""
+    files, sums = made.get("files"), made.get("sha256")
+    if not isinstance(files, dict) or not isinstance(sums, dict):
+        return f"{JOB} is damaged"
+    there = files_of(folder, files)
+    for name, size in files.items():
+        if name not in there["files"]:
+            return f"{name} is missing"
+        found = there["files"][name]
+        if found != size:
+            return f"{name} is not as the run left it ({found} bytes, {size} expected)"
+        if sums.get(name) != there["sha256"].get(name):
+            return f"{name} is not as the run left it"
+    return ""
+
+
+def why_unknown(output: Path) -> str:
+    """Why an output does not say which run made it."""
+    if output.is_dir():
+        return f"{JOB} is {'damaged' if (output / JOB).exists() else 'missing'}"
+    try:
+        read_header(output)
+    except PtqError as error:
+        return str(error.message).removeprefix(f"{output}: ")
+    return "it does not say which run made it"
