@@ -17,7 +17,6 @@ from ptq_cli.calibration.gradients import GradientSite
 from ptq_cli.calibration.match import Match, match_activations, match_warnings
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
-from ptq_cli.core.settings import check_argument
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -64,11 +63,8 @@ class FoundSource:
 
 
 def as_paths(paths: Paths) -> tuple[Path, ...]:
-    """Several paths, or one alone. Raises InputError for what is no path."""
-    several = (paths,) if isinstance(paths, str | PathLike) else tuple(paths)
-    for path in several:
-        check_argument("path", AnyPath, path)
-    return tuple(map(Path, several))
+    """Several paths, or one alone."""
+    return (Path(paths),) if isinstance(paths, str | PathLike) else tuple(map(Path, paths))
 
 
 def take_source(options: dict[str, Any]) -> SourceSettings:
