@@ -130,7 +130,7 @@ def calibrate(model: Path, **options: Any) -> None:
     how = {key: options[key] for key in ("force", "restart")}
     how["resources"] = take_resources(options)
     if options["dry_run"]:
-        emit_estimate(job.estimate(**how), options["as_json"], 0, (), strict)
+        emit_estimate(job.estimate(**how), options["as_json"], (), strict)
         return
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:

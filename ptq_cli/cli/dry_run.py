@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, as tables or as one JSON document."""
+"""`--dry-run`: what a run would do, in words or as one JSON document."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from ptq_cli.cli import console
 from ptq_cli.cli.common import emit_warnings
+from ptq_cli.cli.progress import duration
 from ptq_cli.commands.estimate import Estimate, document
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.text import common_parents, size
+from ptq_cli.core.text import size
 
 
 def emit_estimate(
-    estimate: Estimate, as_json: bool, top: int, warnings: Sequence[str], strict: bool = False
+    estimate: Estimate, as_json: bool, warnings: Sequence[str], strict: bool = False
 ) -> None:
     """Print the estimate, and refuse what the run would refuse.
 
@@ -33,25 +34,16 @@ def emit_estimate(
             " nothing would be done"
         )
     else:
-        _show(content, top)
+        _show(content)
     estimate.found.check_space()
 
 
-def _show(content: dict[str, Any], top: int) -> None:
-    layers, left_alone, units = (content[key] for key in ("layers", "left_alone", "units"))
-    if layers:
-        _show_layers(layers, top)
-    elif not left_alone:
-        rows = [
-            [x["unit"], str(len(x["layers"])), str(x["tokens"]), size(x["memory"])] for x in units
-        ]
-        _table("unit", ["linears", "tokens", "memory"], rows, top)
-    for row in dict.fromkeys(entry["reason"] for entry in left_alone):
-        names = [entry["tensor"] for entry in left_alone if entry["reason"] == row]
-        console.line(f"copied ({row}): {_named(names)}")
+def _show(content: dict[str, Any]) -> None:
+    for words, names in _groups(content).items():
+        console.line(f"{words}: {len(names)}: {fold_names(names)}")
     if content["method"] is not None:
         _show_totals(content)
-    if sites := sum(unit["unit"].startswith("smoothing ") for unit in units):
+    if sites := sum(unit["unit"].startswith("smoothing ") for unit in content["units"]):
         console.line(f"before that the inputs of {sites} sites would be smoothed")
     if content["output"] is not None:
         finished = content["interrupted"]
@@ -60,49 +52,22 @@ def _show(content: dict[str, Any], top: int) -> None:
     _show_needs(content)
 
 
-def _show_units(units: list[dict[str, Any]], top: int) -> None:
-    rows = [[x["unit"], str(len(x["layers"])), str(x["tokens"]), size(x["memory"])] for x in units]
-    _table("unit", ["linears", "tokens", "memory"], rows, top)
-
-
-def _table(first: str, columns: Sequence[str], rows: list[list[str]], top: int) -> None:
-    """A table of `top` rows, or of all: 0. Words stand left, numbers right."""
-    shown = rows if top <= 0 else rows[:top]
-    left = ("by", "grid")
-    head = [(name, "left" if name in left else "right") for name in columns]
-    console.table([(first, "left"), *head], shown)
-    if len(shown) < len(rows):
-        kind = first.split()[0]
-        console.line(f"and {len(rows) - len(shown)} {kind}s more; --top 0 shows all")
-
-
-def _show_layers(layers: list[dict[str, Any]], top: int) -> None:
-    common = common_parents([row["module"] for row in layers])
-    rows = [
-        [
-            row["module"].removeprefix(common),
-            row["method"],
-            "x".join(map(str, row["shape"])),
-            _grid(row),
-            f"{row['bits_per_weight']:.2f}",
-        ]
-        for row in layers
-    ]
-    first = f"layer ({common}...)" if common else "layer"
-    _table(first, ["by", "shape", "grid", "bits/w"], rows, top)
-    for reason in sorted({row["reason"] for row in layers if row["reason"]}):
-        names = [row["module"] for row in layers if row["reason"] == reason]
-        console.line(f"rounded to nearest ({reason}): {_named(names)}")
+def _groups(content: dict[str, Any]) -> dict[str, list[str]]:
+    """Layers by what becomes of them, tensors by why they are copied; else the units of work."""
+    groups: dict[str, list[str]] = {}
+    for row in content["layers"]:
+        by = f"rounded to nearest ({row['reason']})" if row["reason"] else row["method"]
+        words = f"{by}, {_grid(row)}, {row['bits_per_weight']:.2f} bits/weight"
+        groups.setdefault(words, []).append(row["module"])
+    for entry in content["left_alone"]:
+        groups.setdefault(f"copied ({entry['reason']})", []).append(entry["tensor"])
+    return groups or {"to work on": [unit["unit"] for unit in content["units"]]}
 
 
 def _grid(row: dict[str, Any]) -> str:
     """`4 bits g128`, `8 bits row`, `3 bits g64 asym`"""
     groups = {-1: "row", 0: "tensor"}.get(row["group_size"], f"g{row['group_size']}")
     return f"{row['bits']} bits {groups}" + ("" if row["sym"] else " asym")
-
-
-def _named(names: list[str]) -> str:
-    return f"{len(names)}: {fold_names(names)}"
 
 
 def _show_totals(content: dict[str, Any]) -> None:
@@ -129,13 +94,6 @@ def _show_needs(content: dict[str, Any]) -> None:
         scratch = f", {size(disk['scratch'])} of it scratch" if disk["scratch"] else ""
         console.line(f"disk: {size(disk['needed'])} needed{scratch}, {size(disk['free'])} free")
     console.line(
-        f"time: about {_duration(seconds)}, a rough estimate (as a rule within a factor of three)"
+        f"time: about {duration(seconds)}, a rough estimate (as a rule within a factor of three)"
     )
     console.line("dry run: nothing was written")
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -93,7 +93,7 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     check_report_paths(options)
     job = _job(original, quantized, options)
     if options["dry_run"]:
-        emit_estimate(job.estimate(), options["as_json"], options["top"], (), options["strict"])
+        emit_estimate(job.estimate(), options["as_json"], (), options["strict"])
         return
     with Follow("eval", options["quiet"]) as listen:
         report = job.run(listen)

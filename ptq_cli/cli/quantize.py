@@ -180,7 +180,7 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
     warnings = (*job.plan.warnings, *job.memory_warnings(resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
-        emit_estimate(job.estimate(**how), options["as_json"], options["top"], warnings)
+        emit_estimate(job.estimate(**how), options["as_json"], warnings)
         return
     with Follow(name, options["quiet"]) as listen:
         report = job.run(**how, listen=listen)

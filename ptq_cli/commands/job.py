@@ -18,8 +18,7 @@ from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
-from ptq_cli.run.options import RunOptions
-from ptq_cli.run.schedule import ALL_THERE_IS, Resources
+from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size

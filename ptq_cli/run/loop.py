@@ -32,9 +32,8 @@ from ptq_cli.report.report import make_report
 from ptq_cli.run.background_copy import BackgroundCopy
 from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
-from ptq_cli.run.options import RunOptions
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
-from ptq_cli.run.schedule import Task, run_tasks
+from ptq_cli.run.schedule import RunOptions, Task, run_tasks
 from ptq_cli.run.smooth import smooth
 from ptq_cli.run.unit_job import work_on
 from ptq_cli.run.work import Quantization, Smoothing, Work

@@ -31,9 +31,9 @@ from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.layers import keep_together, misfit_error
 from ptq_cli.report.report import as_document, make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
-from ptq_cli.run.options import RunOptions
 from ptq_cli.run.output import quantization_document
 from ptq_cli.run.quantize_unit import error_columns, layer_columns
+from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.folder import (

@@ -19,10 +19,12 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.core.names import fold_names
+from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.errors import FileError, PtqError
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
 from ptq_cli.storage import interruption
+from ptq_cli.storage.folder import MAX_SHARD
 from ptq_cli.storage.machine import cores, memory_available, parse_size
 from ptq_cli.storage.units import ChangedInput
 
@@ -55,6 +57,15 @@ class Resources:
 
 ALL_THERE_IS = Resources()
 THIS_PROCESS = Resources(workers=1)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is given besides its plan. max_shard: bytes of tensors in one weights file"""
+
+    resources: Resources = ALL_THERE_IS
+    max_shard: int = MAX_SHARD
+    listen: Listener = nobody
 
 
 def take_resources(options: dict[str, Any]) -> Resources:

@@ -12,7 +12,7 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.models.sites import Site
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.background_copy import BackgroundCopy
-from ptq_cli.run.options import RunOptions
+from ptq_cli.run.schedule import RunOptions
 from ptq_cli.run.settle import Settling
 from ptq_cli.run.smooth import Smoothed
 from ptq_cli.run.unit_job import Entries, Rounding, UnitJob

@@ -102,10 +102,10 @@ def test_repacking_calibrating_and_evaluating(sample):
     assert dry("eval", sample, "q", *TOKENS)["time"]["seconds"] > planned["time"]["seconds"]
 
 
-def test_the_tables_say_it_in_words(sample):
-    outcome = ptq("gptq", sample, "--dry-run", "--top", 2)
+def test_it_is_said_in_words(sample):
+    outcome = ptq("gptq", sample, "--dry-run")
     for words in (
-        "and 26 layers more",
+        "gptq, 4 bits g128, 4.19 bits/weight: 28: model.layers.{0-3}.",
         "copied (embedding): 1: model.embed_tokens.weight",
         "ptq gptq would round 28 layers at 4.19 bits/weight and copy 11 tensors: 2.50 MiB",
         "output: sample_data-gptq-w4g128",
@@ -114,8 +114,7 @@ def test_the_tables_say_it_in_words(sample):
     ):
         assert words in outcome.out, words
     assert outcome.err == ""
-    outcome = ptq("rtn", sample, "--dry-run", "--top", 0)
-    assert outcome.out.count("_proj") >= 28
+    assert len(outcome.out.splitlines()) < 20
 
 
 def test_layers_without_statistics_say_why_they_are_rounded_to_nearest(tmp_path, job):
@@ -126,7 +125,8 @@ def test_layers_without_statistics_say_why_they_are_rounded_to_nearest(tmp_path,
     assert rows["layers.0.o_proj"]["reason"] == "no statistics for it"
     assert rows["layers.0.q_proj"]["method"] == "gptq"
     outcome = ptq(*command, "--dry-run")
-    assert "rounded to nearest (no statistics for it): 1: layers.0.o_proj" in outcome.out
+    assert "rounded to nearest (no statistics for it), " in outcome.out
+    assert ": 1: layers.0.o_proj\n" in outcome.out
     assert len(outcome.warnings) == len({*outcome.warnings}) > 0
     assert ptq(*command, "--dry-run", "--strict").code == 1
 

@@ -179,9 +179,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def quantize(case: Case, model: Path, out: Path) -> None:
     if out.exists():
         return
-    command = "gptq" if case.model == SAMPLE else "rtn"
-    api.quantize(
-        model, command, bits=case.bits, group_size=case.group, sym=case.sym, format=case.format,
+    command = api.gptq if case.model == SAMPLE else api.rtn
+    command(
+        model, bits=case.bits, group_size=case.group, sym=case.sym, format=case.format,
         output=out, **case.extra,
     )  # fmt: skip
 
