@@ -10,25 +10,12 @@ import click
 
 from ptq_cli.calibration.find import take_tokens
 from ptq_cli.cli import console
+from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import emit_warnings, finished_already, show_next
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.shared_options import (
-    BF16,
-    DIR,
-    DRY_RUN,
-    FILE,
-    JSON,
-    PATH,
-    QUIET,
-    REPLACING,
-    RESOURCES,
-    STRICT,
-    TOKENS,
-    path_argument,
-)
 from ptq_cli.commands.calibrate import (
     CalibrateJob,
     CalibrationSettings,
@@ -40,38 +27,38 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import take_resources
 
 _PARAMETERS = (
-    path_argument("model"),
+    shared.path_argument("model"),
     *in_section(
         "Output",
         option(
             "-o",
             "--output",
-            type=FILE,
+            type=shared.FILE,
             help="[default: <model>.calibration.safetensors beside MODEL]",
         ),
     ),
-    *REPLACING,
+    *shared.REPLACING,
     *in_section(
         "Calibration",
-        *TOKENS,
+        *shared.TOKENS,
         option(
             "--activations",
-            type=PATH,
+            type=shared.PATH,
             multiple=True,
             help="Folder of <module>.npy (or <module>/*.npy), or such a file; may be repeated."
             "  [default: activations/ beside MODEL]",
         ),
-        BF16,
+        shared.BF16,
         option(
             "--gradients",
-            type=DIR,
+            type=shared.DIR,
             multiple=True,
             help="Folder of per-sample gradients <module>.npy, [n, *weight] or [n, P]: their"
             " diagonal Fisher information is stored, too.",
         ),
         option(
             "--merge",
-            type=FILE,
+            type=shared.FILE,
             multiple=True,
             help="Merge statistics files instead; may be repeated.",
         ),
@@ -95,11 +82,11 @@ _PARAMETERS = (
             help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
         ),
     ),
-    DRY_RUN,
-    STRICT,
-    QUIET,
-    *RESOURCES,
-    JSON,
+    shared.DRY_RUN,
+    shared.STRICT,
+    shared.QUIET,
+    *shared.RESOURCES,
+    shared.JSON,
 )
 # What does not read an option, and the reason.
 _UNREAD = {

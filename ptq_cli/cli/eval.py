@@ -8,28 +8,18 @@ from typing import Any
 import click
 
 from ptq_cli.calibration.find import SourceSettings, take_tokens
+from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.shared_options import (
-    DRY_RUN,
-    GATE_OPTIONS,
-    GATES_OF_PREDICTIONS,
-    QUIET,
-    REPORT,
-    SOURCES,
-    STRICT,
-    TOKENS,
-    path_argument,
-)
 from ptq_cli.commands import api
 from ptq_cli.commands.evaluate import EvalJob, prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
 
 _PARAMETERS = (
-    path_argument("original"),
-    path_argument("quantized"),
+    shared.path_argument("original"),
+    shared.path_argument("quantized"),
     *in_section(
         "Numbers",
         option(
@@ -52,14 +42,14 @@ _PARAMETERS = (
             "  [default: 1.0]",
         ),
     ),
-    *TOKENS,
-    *SOURCES,
-    DRY_RUN,
-    STRICT,
-    QUIET,
+    *shared.TOKENS,
+    *shared.SOURCES,
+    shared.DRY_RUN,
+    shared.STRICT,
+    shared.QUIET,
     *in_section(
         "Report",
-        *REPORT,
+        *shared.REPORT,
         option(
             "--kl-per-block",
             is_flag=True,
@@ -67,8 +57,8 @@ _PARAMETERS = (
             " quantized.",
         ),
     ),
-    *GATE_OPTIONS,
-    *GATES_OF_PREDICTIONS,
+    *shared.GATE_OPTIONS,
+    *shared.GATES_OF_PREDICTIONS,
 )
 
 

@@ -9,25 +9,11 @@ import click
 
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
+from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
-from ptq_cli.cli.shared_options import (
-    DIR,
-    DRY_RUN,
-    FILE,
-    GATE_OPTIONS,
-    QUIET,
-    REPLACING,
-    REPORT,
-    RESOURCES,
-    SOURCES,
-    STRICT,
-    TOKENS,
-    gates_set,
-    path_argument,
-)
 from ptq_cli.commands.job import Job
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.smooth import prepare_smoothing
@@ -109,7 +95,7 @@ _FALLBACK, _CONFIG = in_section(
         help="For a layer without statistics, or whose Hessian cannot be factored: an error, or"
         " round-to-nearest.",
     ),
-    option("--config", type=FILE, help="A recipe (TOML); options win over it."),
+    option("--config", type=shared.FILE, help="A recipe (TOML); options win over it."),
 )
 _PARALLEL_LAYERS, _REQUIRE_CALIBRATION = in_section(
     "Calibration",
@@ -154,12 +140,14 @@ def _parameters(name: str) -> list[click.Parameter]:
         bits.type = click.IntRange(2, FLOAT_BITS)
     fallback = [_FALLBACK] if name == "gptq" else []
     required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
-    sources = [] if name == "pack" else [*TOKENS, _PARALLEL_LAYERS, *SOURCES, *required]
+    sources = (
+        [] if name == "pack" else [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *required]
+    )
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
-    output = in_section("Output", option("-o", "--output", type=DIR, help=place))
-    run = [DRY_RUN, STRICT, QUIET, *RESOURCES]
-    own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *REPLACING]
-    return [path_argument("model"), *own, *run, *REPORT, *GATE_OPTIONS]
+    output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
+    run = [shared.DRY_RUN, shared.STRICT, shared.QUIET, *shared.RESOURCES]
+    own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *shared.REPLACING]
+    return [shared.path_argument("model"), *own, *run, *shared.REPORT, *shared.GATE_OPTIONS]
 
 
 def _command(name: str) -> click.Command:
@@ -227,7 +215,7 @@ def _refuse_unread(job: Job, options: dict[str, Any]) -> None:
 
 
 def _refuse_gates(options: dict[str, Any], why: str) -> None:
-    if gates := [*gates_set(options)]:
+    if gates := [*shared.gates_set(options)]:
         raise click.UsageError(f"--{gates[0].replace('_', '-')}: {why}")
 
 

@@ -214,17 +214,13 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
     effort = 2 * rounding_effort(layers.values(), source is not None) + statistics_effort(source)
     count, scratch = 1, 0
     if tokens is not None:
-        stream, n_tokens = (
-            TokenSource(Forward(sides.original, tokens, (0, 0))),
-            int(tokens.mask.sum()),
-        )
+        forward, n_tokens = Forward(sides.original, tokens, (0, 0)), int(tokens.mask.sum())
+        stream, arch = TokenSource(forward), forward.arch
         pieces.append(Piece("forward", [], n_tokens, stream.memory(None, None)))
-        versions = 3 + (len(stream.forward.arch.blocks) if per_block else 0)
-        count, scratch = cores(), versions * stream.forward.residual_bytes
+        versions = 3 + (len(arch.blocks) if per_block else 0)
+        count, scratch = cores(), versions * forward.residual_bytes
         effort = count * effort + versions * statistics_effort(stream)
-        effort += (
-            versions * n_tokens * stream.forward.arch.vocab_size * stream.forward.arch.hidden_size
-        )
+        effort += versions * n_tokens * arch.vocab_size * arch.hidden_size
     workers = Workers(count, memory_available(), True)
     found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
     warnings = () if tokens is None else tokens.warnings

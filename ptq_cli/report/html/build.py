@@ -13,25 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ptq_cli.core.text import common_parents, number, size
+from ptq_cli.report.html import tables
 from ptq_cli.report.html.charts import charts_between, charts_of
 from ptq_cli.report.html.drawing import Chart
-from ptq_cli.report.html.names import kind_of
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
-from ptq_cli.report.html.tables import (
-    MOST_ROWS,
-    READING,
-    Document,
-    described,
-    layers_table,
-    left_alone_table,
-    quality_table,
-    settings_table,
-    sites_table,
-    sortable_table,
-    warnings_list,
-)
-from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, section, table
+from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, kind_of, section, table
 from ptq_cli.report.report import row_error
 from ptq_cli.report.words import measured_on, times
 
@@ -84,15 +71,18 @@ def _one_run(subject: Subject) -> Sequence[str]:
     document = subject.document
     return (
         f"<header><h1>{escaped(subject.label)}</h1>"
-        f'<p class="under">{escaped(described(document))}</p></header>',
+        f'<p class="under">{escaped(tables.described(document))}</p></header>',
         _tiles(subject),
         _gates(subject),
-        warnings_list(document["warnings"]),
+        tables.warnings_list(document["warnings"]),
         _charts(charts_of(subject)),
-        section("Predictions", quality_table(document.get("quality"))),
-        section("Layers", layers_table(document["layers"])),
-        section("Smoothed sites", sites_table(document.get("sites", ()))),
-        section("Details", settings_table([subject]) + left_alone_table(document) + READING),
+        section("Predictions", tables.quality_table(document.get("quality"))),
+        section("Layers", tables.layers_table(document["layers"])),
+        section("Smoothed sites", tables.sites_table(document.get("sites", ()))),
+        section(
+            "Details",
+            tables.settings_table([subject]) + tables.left_alone_table(document) + tables.READING,
+        ),
     )
 
 
@@ -119,7 +109,7 @@ def _tiles(subject: Subject) -> str:
     return f'<dl class="tiles">{tiles}</dl>'
 
 
-def _sizes(document: Document) -> list[_Tile]:
+def _sizes(document: tables.Document) -> list[_Tile]:
     totals = document["totals"]
     bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
     about = [f"{ratio:.2f}x smaller"] if ratio else []
@@ -142,7 +132,7 @@ def _errors(totals: Mapping[str, Any]) -> list[_Tile]:
     return tiles
 
 
-def _predictions(document: Document) -> list[_Tile]:
+def _predictions(document: tables.Document) -> list[_Tile]:
     quality = document.get("quality")
     if quality is None:
         return []
@@ -190,8 +180,10 @@ def _several_runs(subjects: Sequence[Subject]) -> Sequence[str]:
         section("Runs", _runs(subjects)),
         _charts(charts_between(subjects)),
         section("Layers", _layers_between(subjects)),
-        warnings_list([f"{s.label}: {text}" for s in subjects for text in s.document["warnings"]]),
-        section("Details", settings_table(subjects) + READING),
+        tables.warnings_list(
+            [f"{s.label}: {text}" for s in subjects for text in s.document["warnings"]]
+        ),
+        section("Details", tables.settings_table(subjects) + tables.READING),
     )
 
 
@@ -242,7 +234,7 @@ def _runs(subjects: Sequence[Subject]) -> str:
                     f"{quality['increase']['quantized']['perplexity']:+.3g}",
                 ]
             )
-        rows.append([*row, described(subject.document)])
+        rows.append([*row, tables.described(subject.document)])
     return table(columns, rows, "Runs")
 
 
@@ -264,5 +256,5 @@ def _layers_between(subjects: Sequence[Subject]) -> str:
     body.sort(key=lambda entry: -entry[0])
     columns = [Column("Layer", "name"), *(Column(subject.label) for subject in subjects)]
     columns += [Column("Kind", "text"), Column("Best", "text")]
-    rows = [cells for _, cells in body[:MOST_ROWS]]
-    return sortable_table(columns, rows, len(body), common)
+    rows = [cells for _, cells in body[: tables.MOST_ROWS]]
+    return tables.sortable_table(columns, rows, len(body), common)

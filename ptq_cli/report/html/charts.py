@@ -7,25 +7,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ptq_cli.core.text import common_parents, middle, number, printable
+from ptq_cli.report.html import drawing
 from ptq_cli.report.html.distributions import channels_chart, distribution_chart
-from ptq_cli.report.html.drawing import (
-    MARKERS,
-    Chart,
-    Row,
-    count_axis,
-    draw_bars,
-    draw_chart,
-    draw_lines,
-    logarithmic,
-    mean,
-    name_rows,
-    positive,
-    whole_numbers,
-    zeros,
-)
-from ptq_cli.report.html.names import depth_of, kinds_of
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.svg import SERIES, colour
+from ptq_cli.report.html.text import depth_of, kinds_of
 from ptq_cli.report.report import row_error, row_rtn_error
 
 if TYPE_CHECKING:
@@ -34,7 +20,7 @@ if TYPE_CHECKING:
 _SINGLE = 80  # up to so many layers each has a mark of its own
 
 
-def charts_of(subject: Subject) -> list[Chart]:
+def charts_of(subject: Subject) -> list[drawing.Chart]:
     """All charts that one run has data for."""
     rows = subject.document["layers"]
     of_rows = (errors_chart, kinds_chart, depth_chart, integer_chart, compared_chart)
@@ -45,14 +31,14 @@ def charts_of(subject: Subject) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def charts_between(subjects: Sequence[Subject]) -> list[Chart]:
+def charts_between(subjects: Sequence[Subject]) -> list[drawing.Chart]:
     """The charts that compare runs; at most as many as there are colours."""
     own = [s for s in subjects if s.document["layers"]][: len(SERIES)]
     found = [chart(own) for chart in (trade_chart, runs_chart, runs_by_kind_chart) if own]
     return [chart for chart in found if chart is not None]
 
 
-def errors_chart(rows: Sequence[Row]) -> Chart:
+def errors_chart(rows: Sequence[drawing.Row]) -> drawing.Chart:
     """Error of each layer against round-to-nearest, worst first."""
     ordered = worst_first(rows)
     ours, rtn = [row_error(row) for row in ordered], [row_rtn_error(row) for row in ordered]
@@ -65,12 +51,12 @@ def errors_chart(rows: Sequence[Row]) -> Chart:
         f" grid, {equal} equal it. Errors go from {number(ours[0])} ({worst}) to"
         f" {number(ours[-1])}, median {number(median(ours))}; round-to-nearest from"
         f" {number(max(rtn))} to {number(min(rtn))}, median {number(median(rtn))}."
-        f"{zeros([*ours, *rtn])}"
+        f"{drawing.zeros([*ours, *rtn])}"
     )
 
     def draw(axes: Axes) -> None:
         x = range(1, len(ours) + 1)
-        shown, plain = positive(ours, rtn), positive(rtn, ours)
+        shown, plain = drawing.positive(ours, rtn), drawing.positive(rtn, ours)
         single = len(ours) <= _SINGLE
         if single:
             axes.vlines(x, shown, plain, color=colour("grid"), linewidth=1.2)
@@ -78,14 +64,14 @@ def errors_chart(rows: Sequence[Row]) -> Chart:
         axes.plot(x, plain, "o", color=colour("rtn"), markersize=size, label="round-to-nearest")
         style = {"marker": "s", "linestyle": "none"} if single else {"linewidth": 2.2}
         axes.plot(x, shown, color=colour("ours"), markersize=size, label="this run", **style)
-        logarithmic(axes, "y", [*shown, *plain])
-        count_axis(axes, len(ours))
+        drawing.logarithmic(axes, "y", [*shown, *plain])
+        drawing.count_axis(axes, len(ours))
         axes.set_ylabel("relative error")
 
-    return draw_chart("errors", "Error of each layer", caption, draw, wide=True)
+    return drawing.draw_chart("errors", "Error of each layer", caption, draw, wide=True)
 
 
-def kinds_chart(rows: Sequence[Row]) -> Chart | None:
+def kinds_chart(rows: Sequence[drawing.Row]) -> drawing.Chart | None:
     """Gain over round-to-nearest by kind of layer: of the mean errors."""
     gains = {}
     for kind, members in kinds_of(rows).items():
@@ -102,14 +88,14 @@ def kinds_chart(rows: Sequence[Row]) -> Chart | None:
     )
 
     def draw(axes: Axes) -> None:
-        draw_bars(axes, gains, [f"{gain:.2f}x" for gain in gains.values()])
+        drawing.draw_bars(axes, gains, [f"{gain:.2f}x" for gain in gains.values()])
         axes.axvline(1, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set(xlabel="gain over round-to-nearest", xlim=(0, 1.16 * max(1.0, *gains.values())))
 
-    return draw_chart("kinds", "Gain by kind of layer", caption, draw)
+    return drawing.draw_chart("kinds", "Gain by kind of layer", caption, draw)
 
 
-def depth_chart(rows: Sequence[Row]) -> Chart | None:
+def depth_chart(rows: Sequence[drawing.Row]) -> drawing.Chart | None:
     """Error against the number of the block, one line for each kind of layer."""
     lines: dict[str, dict[int, float]] = {}
     for kind, members in kinds_of(rows, len(SERIES)).items():
@@ -123,7 +109,7 @@ def depth_chart(rows: Sequence[Row]) -> Chart | None:
     depths = sorted({depth for line in lines.values() for depth in line})
     if len(depths) < 2:
         return None
-    means = {d: mean([line[d] for line in lines.values() if d in line]) for d in depths}
+    means = {d: drawing.mean([line[d] for line in lines.values() if d in line]) for d in depths}
     top = max(means, key=means.__getitem__)
     caption = (
         f"Blocks {depths[0]} to {depths[-1]}, a line for each kind of layer ({', '.join(lines)})."
@@ -133,13 +119,13 @@ def depth_chart(rows: Sequence[Row]) -> Chart | None:
     )
 
     def draw(axes: Axes) -> None:
-        draw_lines(axes, list(lines.items()))
+        drawing.draw_lines(axes, list(lines.items()))
         axes.set_xlabel("block")
 
-    return draw_chart("depth", "Error by depth", caption, draw)
+    return drawing.draw_chart("depth", "Error by depth", caption, draw)
 
 
-def integer_chart(rows: Sequence[Row]) -> Chart | None:
+def integer_chart(rows: Sequence[drawing.Row]) -> drawing.Chart | None:
     """Errors with integer inputs, where they were measured."""
     known = [row for row in worst_first(rows) if row.get("activations")]
     parts = {
@@ -152,7 +138,7 @@ def integer_chart(rows: Sequence[Row]) -> Chart | None:
     }
     if not known:
         return None
-    words = ", ".join(f"{name} {number(mean(values))}" for name, values in parts.items())
+    words = ", ".join(f"{name} {number(drawing.mean(values))}" for name, values in parts.items())
     caption = (
         f"Errors of the outputs with integer inputs ({known[0]['activations']['scheme']}), layers"
         f" in the order above. Means: {words}."
@@ -160,17 +146,19 @@ def integer_chart(rows: Sequence[Row]) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         lines = [(name, dict(enumerate(values, 1))) for name, values in parts.items()]
-        draw_lines(axes, lines, ("rtn", "ours", SERIES[1]))
-        count_axis(axes, len(known))
+        drawing.draw_lines(axes, lines, ("rtn", "ours", SERIES[1]))
+        drawing.count_axis(axes, len(known))
 
-    return draw_chart("integer", "With integer inputs", caption, draw)
+    return drawing.draw_chart("integer", "With integer inputs", caption, draw)
 
 
-def compared_chart(rows: Sequence[Row]) -> Chart | None:
+def compared_chart(rows: Sequence[drawing.Row]) -> drawing.Chart | None:
     """Mean errors of the methods that were tried."""
     tried = [row for row in rows if row.get("compared")]
     names = list(dict.fromkeys(name for row in tried for name in row["compared"]))
-    means = {n: mean([r["compared"][n] for r in tried if n in r["compared"]]) for n in names}
+    means = {
+        n: drawing.mean([r["compared"][n] for r in tried if n in r["compared"]]) for n in names
+    }
     if not means:
         return None
     best = {name: sum(row.get("best") == name for row in tried) for name in means}
@@ -178,13 +166,13 @@ def compared_chart(rows: Sequence[Row]) -> Chart | None:
     caption = f"Mean error of each method on the same {len(tried)} layers: {words}."
 
     def draw(axes: Axes) -> None:
-        draw_bars(axes, means, [number(value) for value in means.values()])
+        drawing.draw_bars(axes, means, [number(value) for value in means.values()])
         axes.set(xlabel="mean relative error", xlim=(0, 1.25 * max(means.values()) or 1))
 
-    return draw_chart("compared", "Methods compared", caption, draw)
+    return drawing.draw_chart("compared", "Methods compared", caption, draw)
 
 
-def blocks_chart(quality: Mapping[str, Any] | None) -> Chart | None:
+def blocks_chart(quality: Mapping[str, Any] | None) -> drawing.Chart | None:
     """KL divergence that each block alone makes."""
     values = (quality or {}).get("kl_per_block") or []
     if not values:
@@ -197,16 +185,16 @@ def blocks_chart(quality: Mapping[str, Any] | None) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(values)), values, color=colour("ours"), width=0.7)
-        whole_numbers(axes.xaxis)
+        drawing.whole_numbers(axes.xaxis)
         axes.set(xlabel="block", ylabel="KL, nats")
 
-    return draw_chart("blocks", "KL divergence by block", caption, draw)
+    return drawing.draw_chart("blocks", "KL divergence by block", caption, draw)
 
 
 # ---- of several runs ----
 
 
-def trade_chart(subjects: Sequence[Subject]) -> Chart | None:
+def trade_chart(subjects: Sequence[Subject]) -> drawing.Chart | None:
     """Bits per weight against mean error."""
     points = [
         (s.label, float(t["bits_per_weight"]), float(t["mean_rel_err"]))
@@ -222,12 +210,12 @@ def trade_chart(subjects: Sequence[Subject]) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         for i, (name, bits, error) in enumerate(points):
-            _marks(axes, i, name, [bits], positive([error], errors), 9)
-        logarithmic(axes, "y", errors)
+            _marks(axes, i, name, [bits], drawing.positive([error], errors), 9)
+        drawing.logarithmic(axes, "y", errors)
         axes.margins(x=0.15)
         axes.set(xlabel="bits per weight", ylabel="mean relative error")
 
-    return draw_chart("trade", "Size against error", caption + zeros(errors), draw)
+    return drawing.draw_chart("trade", "Size against error", caption + drawing.zeros(errors), draw)
 
 
 def _marks(
@@ -235,12 +223,12 @@ def _marks(
 ) -> None:
     """Points of the run of number `i`, in its colour and shape."""
     axes.plot(
-        x, y, MARKERS[i], color=colour(SERIES[i]), markersize=size,
+        x, y, drawing.MARKERS[i], color=colour(SERIES[i]), markersize=size,
         label=middle(printable(label), 26),
     )  # fmt: skip
 
 
-def runs_chart(subjects: Sequence[Subject]) -> Chart:
+def runs_chart(subjects: Sequence[Subject]) -> drawing.Chart:
     """Errors of all layers of each run, each sorted by itself."""
     errors = [sorted(map(row_error, s.document["layers"]), reverse=True) for s in subjects]
     words = "; ".join(
@@ -248,21 +236,21 @@ def runs_chart(subjects: Sequence[Subject]) -> Chart:
         for s, own in zip(subjects, errors, strict=True)
     )
     caption = f"Errors of the layers of each run, worst first. {words}."
-    caption += zeros([value for own in errors for value in own])
+    caption += drawing.zeros([value for own in errors for value in own])
 
     def draw(axes: Axes) -> None:
         lines = [dict(enumerate(own, 1)) for own in errors]
-        draw_lines(axes, [(s.label, line) for s, line in zip(subjects, lines, strict=True)])
-        count_axis(axes, max(map(len, errors)))
+        drawing.draw_lines(axes, [(s.label, line) for s, line in zip(subjects, lines, strict=True)])
+        drawing.count_axis(axes, max(map(len, errors)))
 
-    return draw_chart("runs", "Error of each layer", caption, draw)
+    return drawing.draw_chart("runs", "Error of each layer", caption, draw)
 
 
-def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
+def runs_by_kind_chart(subjects: Sequence[Subject]) -> drawing.Chart | None:
     """Mean error of each run by kind of layer."""
     kinds = list(kinds_of([row for s in subjects for row in s.document["layers"]], 10))
     means = [
-        {kind: mean(list(map(row_error, rows))) for kind, rows in own.items()}
+        {kind: drawing.mean(list(map(row_error, rows))) for kind, rows in own.items()}
         for own in (kinds_of(s.document["layers"], 10) for s in subjects)
     ]
     words = "; ".join(
@@ -270,16 +258,16 @@ def runs_by_kind_chart(subjects: Sequence[Subject]) -> Chart | None:
         for s, found in zip(subjects, means, strict=True)
     )
     every = [value for found in means for value in found.values()]
-    caption = f"Mean error by kind of layer. {words}.{zeros(every)}"
+    caption = f"Mean error by kind of layer. {words}.{drawing.zeros(every)}"
 
     def draw(axes: Axes) -> None:
         for i, found in enumerate(means):
             places = [kinds.index(kind) for kind in found if kind in kinds]
             values = [value for kind, value in found.items() if kind in kinds]
-            _marks(axes, i, subjects[i].label, positive(values, every), places, 7)
-        logarithmic(axes, "x", every)
-        name_rows(axes, kinds)
+            _marks(axes, i, subjects[i].label, drawing.positive(values, every), places, 7)
+        drawing.logarithmic(axes, "x", every)
+        drawing.name_rows(axes, kinds)
         axes.grid(axis="y")
         axes.set_xlabel("mean relative error")
 
-    return draw_chart("kindruns", "Error by kind of layer", caption, draw)
+    return drawing.draw_chart("kindruns", "Error by kind of layer", caption, draw)

@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 from ptq_cli.core.text import common_parents
-from ptq_cli.report.html.names import kind_of
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import (
     Cell,
@@ -15,6 +14,7 @@ from ptq_cli.report.html.text import (
     details,
     escaped,
     figure_number,
+    kind_of,
     section,
     table,
 )

@@ -1,12 +1,17 @@
-"""Pieces of HTML. Whatever comes from a report goes through `escaped`."""
+"""Pieces of HTML, and what a module's name says. Whatever comes from a report goes through
+`escaped`."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from ptq_cli.core.text import printable
+
+_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+OTHER = "other"
 
 
 def escaped(value: object) -> str:
@@ -83,3 +88,34 @@ def details(title: str, content: str) -> str:
 
 def section(title: str, content: str) -> str:
     return f"<section><h2>{escaped(title)}</h2>\n{content}\n</section>" if content else ""
+
+
+def kind_of(module: str) -> str:
+    """`model.layers.3.self_attn.q_proj` is a `q`; an expert's `gate_proj` an `expert gate`."""
+    parts = module.split(".")
+    last = parts[-1].removesuffix("_proj") or parts[-1]
+    if last.isdigit() and len(parts) > 1:
+        last = ".".join(parts[-2:])
+    return f"expert {last}" if "experts" in parts else last
+
+
+def depth_of(module: str) -> int | None:
+    """The block's number: the first number in the name, or None."""
+    return next(
+        (int(p) for p in module.split(".") if p.isascii() and p.isdigit() and len(p) < 7), None
+    )
+
+
+def kinds_of(
+    rows: Sequence[Mapping[str, Any]], most: int = 12
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by kind: attention first, then as they come; the rarest are `other` beyond `most`."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(kind_of(row["module"]), []).append(row)
+    if len(found) > most:
+        common = sorted(found, key=lambda kind: -len(found[kind]))[: most - 1]
+        rest = [row for kind in found if kind not in common for row in found[kind]]
+        found = {kind: found[kind] for kind in found if kind in common} | {OTHER: rest}
+    known = {kind: place for place, kind in enumerate(_ORDER)}
+    return {k: found[k] for k in sorted(found, key=lambda kind: known.get(kind, len(known)))}
