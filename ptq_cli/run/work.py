@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
@@ -74,7 +75,8 @@ class Work:
     """A run under way.
 
     checkpoint, source: as smoothed, as soon as that is known
-    rows: of the report, by module; smoothed: what the smoothing has found
+    rows: of the report, by module; done: weights of their layers
+    smoothed: what the smoothing has found
     """
 
     job: Quantization
@@ -86,6 +88,7 @@ class Work:
     source: Source | None
     plan: Plan
     rows: dict[str, LayerReport] = field(default_factory=dict)
+    done: int = 0
     smoothed: Smoothed | None = None
 
     def unit_job(self, unit: Unit) -> UnitJob:
@@ -101,14 +104,20 @@ class Work:
     def add(self, unit: str, entries: Entries, kept: bool) -> None:
         """A unit is finished: its tensors are copied to their places, its rows are told."""
         self.copy.put_unit(self.store, unit)
-        layers = {layer.module: layer.size for layer in self.plan.layers}
+        sizes, total = self._sizes
         for entry in entries:
             row = row_from_json(entry)
             self.rows[row.module] = row
-            done, total = sum(layers[module] for module in self.rows), sum(layers.values())
-            count, of = len(self.rows), len(layers)
-            step = Progress("quantize", count, of, row.module, done, total, row, kept=kept)
+            self.done += sizes[row.module]
+            count, of = len(self.rows), len(sizes)
+            step = Progress("quantize", count, of, row.module, self.done, total, row, kept=kept)
             self.options.listen(step)
+
+    @cached_property
+    def _sizes(self) -> tuple[Mapping[str, int], int]:
+        """Weights of each module, and of all: summed once, since a model may have many thousand."""
+        sizes = {layer.module: layer.size for layer in self.plan.layers}
+        return sizes, sum(sizes.values())
 
     def copy_untouched(self, names: Iterable[str]) -> None:
         """Have tensors copied that are not quantized."""
