@@ -78,9 +78,8 @@ def test_calibration_sees_what_the_float_model_computes(tmp_path: Path) -> None:
         assert found.linears[0] == site
 
 
-def test_each_site_sees_what_the_rounded_layers_before_it_produce(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def seen_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, SiteStatistics]:
+    """The statistics of each site that a run in sequence makes, in that order."""
     seen: dict[str, SiteStatistics] = {}
     load = Streams.statistics
 
@@ -89,6 +88,13 @@ def test_each_site_sees_what_the_rounded_layers_before_it_produce(
         return seen[site]
 
     monkeypatch.setattr(Streams, "statistics", spy)
+    return seen
+
+
+def test_each_site_sees_what_the_rounded_layers_before_it_produce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = seen_by(monkeypatch)
     api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
     checkpoint = open_checkpoint(SAMPLE)
     ids = read_tokens(SETTINGS, checkpoint).ids

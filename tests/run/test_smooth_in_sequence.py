@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import save_file
 
 import ptq_cli
-from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
@@ -33,6 +32,7 @@ from tests.run.test_in_sequence import (
     moe_folder,
     observed,
     same_bytes,
+    seen_by,
 )
 from tests.stopping import TOLD, killed
 
@@ -125,14 +125,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path, reports: dict[st
 def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    seen: dict[str, SiteStatistics] = {}
-    load = Streams.statistics
-
-    def spy(self: Streams, site: str) -> SiteStatistics:
-        seen[site] = load(self, site)
-        return seen[site]
-
-    monkeypatch.setattr(Streams, "statistics", spy)
+    seen = seen_by(monkeypatch)
     model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
     report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
