@@ -157,7 +157,7 @@ def evaluate(
 ) -> RunReport:
     """Measure a quantized folder against the original, from their tensors alone.
 
-    tokens: run both models on these, too (quality.py); the report then has `quality`
+    tokens: run both models on these, too (evaluation/perplexity.py); the report then has `quality`
     activation_scheme: "dynamic-token", "dynamic-tensor" or "static" also measures the outputs with
         integer inputs of `activation_bits` (default: 8), the range of dynamic ones at `percentile`
         (default: 1.0)

@@ -151,7 +151,7 @@ class Format:
     config_keys: where in config.json the object of `config` belongs
     config_file: a file beside config.json that repeats that object
     model_config: keys that config.json must have besides, from the source's config.json
-    container: how the weights are stored: "safetensors", or another that storage/containers.py
+    container: how the weights are stored: "safetensors", or another that storage/folder.py
         knows
     file_metadata: the metadata of the weights file where its readers want just that; None: this
         tool's own entry, which holds `metadata`
