@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -76,3 +77,14 @@ def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(InputError, match="unknown settings bitz"):
         ptq_cli.gptq(SAMPLE, bitz=4, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_whoever_listens_hears_how_many_weights_are_done(tmp_path):
+    """After each layer those of all layers so far, in the end of all."""
+    steps = []
+    report = ptq_cli.rtn(SAMPLE, output=tmp_path / "out", listen=steps.append)
+    rounded = [step for step in steps if step.phase == "quantize"]
+    sizes = {row.module: row.shape[0] * row.shape[1] for row in report.rows}
+    assert [step.work for step in rounded] == list(accumulate(sizes[s.name] for s in rounded))
+    assert {step.all_work for step in rounded} == {sum(sizes.values())}
+    assert rounded[-1].work == rounded[-1].all_work
