@@ -15,20 +15,16 @@ from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
 from ptq_cli.core.layer import Layer, Plan
-from ptq_cli.core.plugins import ELEMENTWISE, Method
 from ptq_cli.evaluation.errors import Sides, layer_memory
-from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import sites_of
 from ptq_cli.registry import format_named, method
-from ptq_cli.run.calibrate import parts_bytes, statistics_bytes
-from ptq_cli.run.calibrate import workers_at_most as calibrating_at_most
-from ptq_cli.run.loop import workers_at_most
+from ptq_cli.run import calibrate, loop
 from ptq_cli.run.output import staged_bytes
 from ptq_cli.run.quantize_unit import layer_columns
 from ptq_cli.run.repack import Repack
 from ptq_cli.run.schedule import Resources
 from ptq_cli.run.settle import site_memory
-from ptq_cli.run.work import Quantization
+from ptq_cli.run.work import Quantization, Smoothing
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available, multiply_adds
@@ -39,8 +35,8 @@ from ptq_cli.storage.tokens import Tokens
 PROCESS = 60 << 20  # bytes of a process before it does anything
 START = 2e10  # multiply-adds: in their time imports are done, processes start, files are tidied
 WRITTEN = 5e8  # bytes of the output a second, written and read back: assumed, not measured
-HANDLED = 30 * ELEMENTWISE  # of a weight: read, rounded to nearest, packed, unpacked, compared
-LOOKED_AT = 20 * ELEMENTWISE  # of an input: ranges, percentiles, sums
+PLAIN = 0.3  # effort (see `Method`) of a weight read, rounded to nearest, measured and packed
+ELEMENTWISE = 3000  # columns whose products take as long as what is done to each weight alone
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes.
-
-    before: what one process does first; pieces: what all workers do then
-    effort: multiply-adds; where one works alone, they count for all
-    """
+    """What a run takes. effort: multiply-adds; where one works alone, they count for all"""
 
     command: str
     checkpoint: Checkpoint
@@ -89,34 +81,7 @@ class Estimate:
     effort: float
     found: Found
     plan: Plan | None = None
-    before: Sequence[Piece] = ()
     warnings: Sequence[str] = ()
-
-
-def rounding_effort(layers: Iterable[Layer], calibrated: bool, *tried: tuple[Method, Any]) -> float:
-    """Multiply-adds of plain rounding and of what else is tried, each measured."""
-    effort = 0.0
-    for layer in layers:
-        n = layer.shape[1]
-        measured = HANDLED + (n + HELDOUT_LIMIT if calibrated else 0)
-        each = sum(how.effort(n, layer.grid, settings) for how, settings in tried)
-        effort += ((1 + len(tried)) * measured + each) * layer.size
-    return effort
-
-
-def statistics_effort(source: Source | None) -> float:
-    """Multiply-adds of the statistics of all sites."""
-    if source is None:
-        return 0.0
-    effort = 0.0
-    for site, info in source.sites.items():
-        n, values = info.in_features, source.bytes_read(site) / 2
-        each = n / 2 + LOOKED_AT
-        if source.in_sequence:  # linears of about two squares in each model, and the drift
-            values = info.n_tokens * n
-            each += (1 + source.feedback) * (2 * n + 2 * LOOKED_AT) + source.feedback * n
-        effort += values * each
-    return effort
 
 
 def estimate_quantization(job: Quantization, target: Target, resources: Resources) -> Estimate:
@@ -126,20 +91,88 @@ def estimate_quantization(job: Quantization, target: Target, resources: Resource
         InputError, FileError: what the run would refuse to begin with.
     """
     plan, source = job.plan, job.source
-    pieces, effort = [], statistics_effort(source)
+    workers = _workers(resources, loop.workers_at_most(plan), source)
+    pieces, effort = [], _statistics_effort(source)
+    if job.smoothing is not None and source is not None:
+        how, pieces = job.smoothing.settling, _smoothed(job.smoothing, source)
+        tried = [method(name).effort for name, _ in (how.rounding, *how.compare.items())]
+        alone = _rounding_effort(how.layers.values(), how.smoother.effort, *tried)
+        effort += alone * (1 if job.in_sequence else workers.count)
     for unit in plan.units:
         tokens = source.sites[unit.site].n_tokens if source and unit.site else 0
         modules = [layer.module for layer in unit.layers]
         pieces.append(Piece(unit.name, modules, tokens, unit.memory))
-        tried = () if unit.nearest else ((job.rounding.how, job.rounding.settings),)
-        effort += rounding_effort(unit.layers, tokens > 0, *tried)
-    workers = _workers(resources, workers_at_most(plan), source)
-    before, alone = _smoothed(job)
-    effort += alone * (1 if job.in_sequence else workers.count)
+        effort += _rounding_effort(unit.layers, 0 if unit.nearest else job.rounding.how.effort)
     found = target.look(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
     return Estimate(
-        job.command, job.checkpoint, workers, pieces, effort, found, plan, before, plan.warnings
+        job.command, job.checkpoint, workers, pieces, effort, found, plan, plan.warnings
     )
+
+
+def _smoothed(smoothing: Smoothing, source: Source) -> list[Piece]:
+    """The smoothing of each site."""
+    tokens = {name: info.n_tokens for info in source.sites.values() for name in info.linears}
+    pieces = []
+    for site in smoothing.sites:
+        modules = [linear.module for linear in site.linears]
+        known = max(tokens.get(module, 0) for module in modules)
+        memory = site_memory(smoothing.settling, site)
+        pieces.append(Piece(f"smoothing {site.name}", modules, known, memory))
+    return pieces
+
+
+def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estimate:
+    """Of a repacking, layer by layer in one process: each is decoded, encoded, and compared."""
+    plan, layers = job.plan, job.wanted.values()
+    pieces = [Piece(layer.module, [layer.module], 0, 24 * layer.size) for layer in layers]
+    workers, effort = Workers(1, resources.memory, True), _rounding_effort(layers)
+    found, checkpoint = target.look(plan.bytes_after, plan.bytes_after), job.folder.checkpoint
+    return Estimate("pack", checkpoint, workers, pieces, effort, found, plan, plan.warnings)
+
+
+def estimate_calibration(
+    checkpoint: Checkpoint,
+    source: Source,
+    heldout: tuple[int, int],
+    target: Target,
+    resources: Resources,
+    warnings: Sequence[str],
+) -> Estimate:
+    """Of a statistics file, site by site."""
+    workers = _workers(resources, calibrate.workers_at_most(source), source)
+    pieces = [
+        Piece(site, info.linears, info.n_tokens, source.part_memory(site))
+        for site, info in source.sites.items()
+    ]
+    size, effort = calibrate.statistics_bytes(source, heldout), _statistics_effort(source)
+    staged = size + calibrate.parts_bytes(source, heldout, workers.count)
+    found = target.look(staged, size, source.scratch)
+    return Estimate("calibrate", checkpoint, workers, pieces, effort, found, None, warnings)
+
+
+def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) -> Estimate:
+    """Of an evaluation: each layer and its plain rounding measured; then the models on the tokens,
+    the original beside two versions of it, or one more for each block."""
+    source, layers = sides.source, sides.quantized.layers
+    site_of, pieces = sites_of(layers, source), []
+    for module, layer in layers.items():
+        site = site_of.get(module)
+        n_tokens = source.sites[site].n_tokens if source and site else 0
+        pieces.append(Piece(module, [module], n_tokens, layer_memory(layer, n_tokens)))
+    effort = 2 * _rounding_effort(layers.values()) + _statistics_effort(source)
+    count, scratch = 1, 0
+    if tokens is not None:
+        forward = Forward(sides.original, tokens, (0, 0))
+        stream, blocks = TokenSource(forward), len(forward.arch.blocks)
+        memory = stream.memory(None, None)
+        pieces.append(Piece("forward", [], int(tokens.mask.sum()), memory))
+        versions = 3 + (blocks if per_block else 0)
+        count, scratch = cores(), versions * forward.residual_bytes
+        effort = count * effort + versions * _statistics_effort(stream)
+    workers = Workers(count, memory_available(), True)
+    found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
+    warnings = () if tokens is None else tokens.warnings
+    return Estimate("eval", sides.original, workers, pieces, effort, found, None, warnings)
 
 
 def _workers(resources: Resources, most: int, source: Source | None) -> Workers:
@@ -154,86 +187,27 @@ def _workers(resources: Resources, most: int, source: Source | None) -> Workers:
     return Workers(resources.crew_for(most), memory)
 
 
-def _smoothed(job: Quantization) -> tuple[list[Piece], float]:
-    """The smoothing of each site, and multiply-adds of all: a search, and one proposal's trial.
-    Layers are rounded with and without it, and twice by each method that is compared."""
-    pieces: list[Piece] = []
-    if job.smoothing is None or job.source is None:
-        return pieces, 0.0
-    how, known = job.smoothing.settling, job.source.sites.values()
-    for site in job.smoothing.sites:
-        modules = [linear.module for linear in site.linears]
-        tokens = next((info.n_tokens for info in known if {*modules} & {*info.linears}), 0)
-        pieces.append(Piece(f"smoothing {site.name}", modules, tokens, site_memory(how, site)))
-    layers = how.layers.values()
-    tried = [(method(name), own) for name, own in (how.rounding, *how.compare.items())]
-    effort = rounding_effort(layers, True, *tried, *tried)
-    for layer in layers:
-        effort += how.smoother.effort(layer.shape[1], layer.grid, how.settings) * layer.size
-    return pieces, effort
+def _rounding_effort(layers: Iterable[Layer], *efforts: float) -> float:
+    """Multiply-adds of plain rounding and of the plug-ins with these efforts."""
+    squares = sum((layer.shape[1] + ELEMENTWISE) * layer.size for layer in layers)
+    return (PLAIN + sum(efforts)) * squares
 
 
-def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estimate:
-    """Of a repacking, layer by layer in one process: each is decoded, encoded, and compared."""
-    plan, layers = job.plan, job.wanted.values()
-    pieces = [Piece(layer.module, [layer.module], 0, 24 * layer.size) for layer in layers]
-    workers, effort = Workers(1, resources.memory, True), rounding_effort(layers, False)
-    found, checkpoint = target.look(plan.bytes_after, plan.bytes_after), job.folder.checkpoint
-    return Estimate("pack", checkpoint, workers, pieces, effort, found, plan, (), plan.warnings)
-
-
-def estimate_calibration(
-    checkpoint: Checkpoint,
-    source: Source,
-    heldout: tuple[int, int],
-    target: Target,
-    resources: Resources,
-    warnings: Sequence[str],
-) -> Estimate:
-    """Of a statistics file, site by site."""
-    workers = _workers(resources, calibrating_at_most(source), source)
-    pieces = [
-        Piece(site, info.linears, info.n_tokens, source.part_memory(site))
-        for site, info in source.sites.items()
-    ]
-    size, effort = statistics_bytes(source, heldout), statistics_effort(source)
-    staged = size + parts_bytes(source, heldout, workers.count)
-    found = target.look(staged, size, source.scratch)
-    return Estimate("calibrate", checkpoint, workers, pieces, effort, found, warnings=warnings)
-
-
-def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) -> Estimate:
-    """Of an evaluation: each layer decoded, measured, rounded to nearest and measured; then the
-    models on the tokens, the original beside two versions of it, or one more for each block."""
-    source, layers = sides.source, sides.quantized.layers
-    site_of, pieces = sites_of(layers, source), []
-    for module, layer in layers.items():
-        site = site_of.get(module)
-        n_tokens = source.sites[site].n_tokens if source and site else 0
-        pieces.append(Piece(module, [module], n_tokens, layer_memory(layer, n_tokens)))
-    effort = 2 * rounding_effort(layers.values(), source is not None) + statistics_effort(source)
-    count, scratch = 1, 0
-    if tokens is not None:
-        forward, n_tokens = Forward(sides.original, tokens, (0, 0)), int(tokens.mask.sum())
-        stream, arch = TokenSource(forward), forward.arch
-        pieces.append(Piece("forward", [], n_tokens, stream.memory(None, None)))
-        versions = 3 + (len(arch.blocks) if per_block else 0)
-        count, scratch = cores(), versions * forward.residual_bytes
-        effort = count * effort + versions * statistics_effort(stream)
-        effort += versions * n_tokens * arch.vocab_size * arch.hidden_size
-    workers = Workers(count, memory_available(), True)
-    found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
-    warnings = () if tokens is None else tokens.warnings
-    return Estimate("eval", sides.original, workers, pieces, effort, found, warnings=warnings)
+def _statistics_effort(source: Source | None) -> float:
+    """Multiply-adds of half a Hessian for each site. In sequence: of its linears in two models,
+    each about two squares, and of the drift."""
+    if source is None:
+        return 0.0
+    squares = 5.5 if source.in_sequence else 0.5
+    sites = source.sites.values()
+    return sum(squares * (n := info.in_features) * (n + 300) * info.n_tokens for info in sites)
 
 
 def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:
     """The estimate as JSON. rate: multiply-adds of a worker in a second; None: measure it"""
     plan, workers, found = estimate.plan, estimate.workers, estimate.found
     layers, skipped = ([], ()) if plan is None else (_layers(plan), plan.skipped)
-    pieces = [*estimate.before, *estimate.pieces]
-    largest = max(pieces, key=lambda piece: piece.memory, default=None)
-    first = Workers(1, workers.limit).peak(estimate.before)
+    largest = max(estimate.pieces, key=lambda piece: piece.memory, default=None)
     weights = sum(8 * row["bytes"] / row["bits_per_weight"] for row in layers)
     rate = multiply_adds(min(workers.count, cores())) if rate is None else rate
     computing = (START + estimate.effort / workers.count) / rate
@@ -245,7 +219,7 @@ def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:
         "format": None if plan is None else plan.format,
         "layers": layers,
         "left_alone": [asdict(entry) for entry in skipped],
-        "units": [asdict(piece) for piece in pieces],
+        "units": [asdict(piece) for piece in estimate.pieces],
         "totals": {
             "layers": len(layers),
             "left_alone": len(skipped),
@@ -258,14 +232,10 @@ def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:
             "limit": workers.limit,
             "largest_unit": None if largest is None else largest.unit,
             "largest_bytes": 0 if largest is None else largest.memory,
-            "peak_bytes": max(workers.peak(estimate.pieces), first),
-            "alone": [piece.unit for piece in pieces if piece.memory > workers.limit],
+            "peak_bytes": workers.peak(estimate.pieces),
+            "alone": [piece.unit for piece in estimate.pieces if piece.memory > workers.limit],
         },
-        "disk": {
-            "needed": found.needed,
-            "free": found.free,
-            "scratch": found.scratch,
-        },
+        "disk": {"needed": found.needed, "free": found.free, "scratch": found.scratch},
         "interrupted": found.finished,
         "finished": found.complete,
         "time": {"seconds": computing + found.final / WRITTEN, "estimate": True},

@@ -15,9 +15,6 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 
-# Multiply-adds of a matrix product in whose time a value is read, computed and written alone.
-ELEMENTWISE = 8
-
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -42,8 +39,7 @@ class Method:
     needs_hessian: whether statistics change the result
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
         itself, the result and the statistics; the last argument says whether those have the drift
-    effort: roughly the multiply-adds that rounding takes for each weight of a layer of so many
-        columns; an elementwise operation counts as `ELEMENTWISE`
+    effort: roughly how many products of a weight with a square of its columns it takes as long as
     is_nearest: whether, with these settings, `apply` is `round_to_nearest` of the whole range of
         each group; it is then not called
     searches_ranges: whether it is itself rounding to nearest, in ranges that are searched: where
@@ -60,7 +56,7 @@ class Method:
     apply: Callable[[FloatArray, Any, Grid, Any, FloatArray | None], MethodResult]
     needs_hessian: bool
     memory: Callable[[tuple[int, int], Grid, bool], int]
-    effort: Callable[[int, Grid, Any], float]
+    effort: float
     is_nearest: Callable[[Any], bool] = lambda settings: False
     searches_ranges: bool = False
     needs_fisher: Callable[[Any], bool] = lambda settings: False
@@ -117,7 +113,7 @@ class Smoother:
     defaults: Mapping[str, Any]
     method: str
     search: Callable[[SmoothingCase, Any], tuple[SmoothingChoice, ...]]
-    effort: Callable[[int, Grid, Any], float]
+    effort: float
     check: Callable[[Any, Collection[int]], None] = lambda settings, group_sizes: None
     inputs: Callable[[Any], Any] = lambda settings: None
     compares: Callable[[Any], bool] = lambda settings: False

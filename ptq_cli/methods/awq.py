@@ -14,7 +14,6 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.plugins import (
-    ELEMENTWISE,
     Method,
     MethodResult,
     Smoother,
@@ -113,17 +112,6 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     return 4 * (4 * n * n + 5 * out_features * n)
 
 
-def _effort(columns: int, grid: Grid, settings: AwqSettings) -> float:
-    """The root of the Hessian; then half of `n_grid` ranges are tried on each group."""
-    tries = max(1, settings.n_grid // 2) if settings.clip else 0
-    return columns / 2 + tries * grid.width(columns) + (12 * tries + 10) * ELEMENTWISE
-
-
-def _search_effort(columns: int, grid: Grid, settings: AwqSettings) -> float:
-    """`n_grid` ratios on whole rows."""
-    return settings.n_grid * (columns + 14 * ELEMENTWISE)
-
-
 METHOD = Method(
     name="awq",
     help="Round to nearest, each group's range cut to the least error of the outputs.",
@@ -132,7 +120,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
-    effort=_effort,
+    effort=0.7,
 )
 
 SMOOTHER = Smoother(
@@ -142,7 +130,7 @@ SMOOTHER = Smoother(
     defaults={},
     method="awq",
     search=_search,
-    effort=_search_effort,
+    effort=8.0,
     check=_check,
     compares=lambda settings: settings.compare,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
+from ptq_cli.core.plugins import Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
@@ -26,7 +26,7 @@ from ptq_cli.numerics.gptq import (
     visited_starts,
 )
 from ptq_cli.numerics.ldl import NotPositiveDefinite
-from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the
 # last bit of a float32.
@@ -178,15 +178,6 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     return item * (site + 3 * n * rows + group + corrected) + 2 * out_features * n
 
 
-def _effort(columns: int, grid: Grid, settings: GptqSettings) -> float:
-    """The factorization and the errors of the columns before, about one square together; then each
-    pass over a group and each sweep over the row."""
-    passes = settings.refine + settings.sweeps
-    products = columns * (1 + settings.sweeps) + 3 * grid.width(columns) * passes
-    elementwise = 30 + 35 * passes + (9 * len(SEARCH_RATIOS) if settings.mse else 0)
-    return (products + elementwise * ELEMENTWISE) * (2 if columns <= FLOAT64_COLUMNS else 1)
-
-
 METHOD = Method(
     name="gptq",
     help="GPTQ: round column by column, each error compensated by the columns after it.",
@@ -195,7 +186,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=True,
     memory=_memory,
-    effort=_effort,
+    effort=4.0,
     needs_fisher=lambda settings: settings.weight == "fisher",
     reorders=lambda settings: settings.act_order == "desc",
     corrects_drift=lambda settings: settings.drift > 0,

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import ELEMENTWISE, Method, MethodResult
+from ptq_cli.core.plugins import Method, MethodResult
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.numerics.parallel import PIECE_ELEMENTS
-from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,6 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     return 24 * size if grid.group_size == 0 else size + 64 * PIECE_ELEMENTS
 
 
-def _effort(columns: int, grid: Grid, settings: RtnSettings) -> float:
-    return ELEMENTWISE * (9 * len(SEARCH_RATIOS) if settings.mse else 6)
-
-
 METHOD = Method(
     name="rtn",
     help="Round to nearest, with a search for the best range of each group.",
@@ -72,7 +68,7 @@ METHOD = Method(
     apply=_apply,
     needs_hessian=False,
     memory=_memory,
-    effort=_effort,
+    effort=0.5,
     is_nearest=lambda settings: not settings.mse,
     searches_ranges=True,
     needs_fisher=lambda settings: settings.weight == "fisher",

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptq_cli.core.grid import Grid
-from ptq_cli.core.plugins import ELEMENTWISE, Smoother, SmoothingCase, SmoothingChoice
+from ptq_cli.core.plugins import Smoother, SmoothingCase, SmoothingChoice
 from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
-from ptq_cli.numerics.smoothquant import ALPHAS, search_alpha, smooth_factors, tied, weights_absmax
-from ptq_cli.numerics.statistics import SAMPLE_LIMIT
+from ptq_cli.numerics.smoothquant import search_alpha, smooth_factors, tied, weights_absmax
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,6 @@ def _inputs(settings: SmoothquantSettings) -> ActivationSettings | None:
     return ActivationSettings(settings.activation_bits, settings.activation_scheme, static_scale=0)
 
 
-def _effort(columns: int, grid: Grid, settings: SmoothquantSettings) -> float:
-    """Maxima; with `auto`, integer products of half the sample for every alpha and for none."""
-    if isinstance(settings.alpha, float):
-        return 2 * ELEMENTWISE
-    return (SAMPLE_LIMIT / 2 + 20 * ELEMENTWISE) * (len(ALPHAS) + 2)
-
-
 SMOOTHER = Smoother(
     name="smoothquant",
     help="SmoothQuant: outliers of the inputs are moved into the weights.",
@@ -90,7 +81,7 @@ SMOOTHER = Smoother(
     defaults={"bits": 8, "group_size": -1, "narrow_range": True},
     method="rtn",
     search=_search,
-    effort=_effort,
+    effort=1.2,
     inputs=_inputs,
     floats=True,
 )

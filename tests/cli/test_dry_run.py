@@ -289,23 +289,17 @@ def test_more_work_takes_more_time(tmp_path):
         for n in (256, 2048)
     )
     assert 0 < seconds(small, "rtn") < seconds(large, "rtn")
-    assert seconds(large, "rtn", mse=False) < seconds(large, "rtn")
     assert 0 < seconds(large, "rtn", rate=1e12) < seconds(large, "rtn")
 
 
-def test_passes_and_sweeps_are_counted(sample):
-    plain = seconds(sample, refine=0, sweeps=0)
-    assert plain < seconds(sample, refine=2, sweeps=0) < seconds(sample, refine=8, sweeps=0)
-    assert plain < seconds(sample, refine=0, sweeps=1)
+def test_each_method_that_is_tried_is_counted(sample):
+    assert seconds(sample, "rtn") < seconds(sample, "gptq")
 
-
-def test_the_pass_before_the_rounding_is_counted(sample):
     def smoothed(**settings):
         job = prepare_smoothing("awq", sample, settings)
         return document(job.estimate(), RATE)["time"]["seconds"]
 
     assert smoothed(compare=False) < smoothed(compare=True)
-    assert smoothed(n_grid=20) < smoothed(n_grid=100)
 
 
 def test_the_measurement_is_short_and_positive():
