@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from ptq_cli.core.text import common_parents, number, size
 from ptq_cli.report.html import tables
 from ptq_cli.report.html.charts import charts_between, charts_of
-from ptq_cli.report.html.drawing import Chart
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
 from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, kind_of, section, table
@@ -46,16 +45,8 @@ def _document(title: str, body: str) -> str:
     )
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    figures = []
-    for chart in charts:
-        css = ' class="wide"' if chart.wide else ""
-        figures.append(
-            f'<figure{css}><h3 id="{chart.name}-title">{escaped(chart.title)}</h3>'
-            f'{"".join(chart.svgs)}<figcaption id="{chart.name}-caption">{escaped(chart.caption)}'
-            "</figcaption></figure>"
-        )
-    joined = "\n".join(figures)
+def _charts(figures: Sequence[str]) -> str:
+    joined = "\n".join(filter(None, figures))
     return section("Charts", f'<div class="charts">{joined}</div>' if joined else "")
 
 

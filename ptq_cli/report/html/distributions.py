@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptq_cli.core.text import middle, number, printable
-from ptq_cli.report.html.drawing import (
-    Chart,
-    draw_chart,
-    logarithmic,
-    positive,
-    whole_numbers,
-)
+from ptq_cli.report.html import drawing
+from ptq_cli.report.html.drawing import COLOURS, SERIES
 from ptq_cli.report.html.subject import Channels, Distribution
-from ptq_cli.report.html.svg import SERIES, colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +17,7 @@ if TYPE_CHECKING:
 _SLOTS = 180  # columns of the picture of a site's channels, at most
 
 
-def distribution_chart(index: int, found: Distribution) -> Chart:
+def distribution_chart(index: int, found: Distribution) -> str:
     """Histograms of codes and of scales of one layer."""
     codes, total = found.codes, max(1, int(found.codes.sum()))
     used = int((codes > 0).sum())
@@ -39,26 +33,26 @@ def distribution_chart(index: int, found: Distribution) -> Chart:
         step = max(1, len(codes) // 64)
         shares = 100 * codes.reshape(-1, step).sum(axis=1) / total
         left.bar(
-            np.arange(len(shares)) * step + (step - 1) / 2, shares, color=colour("ours"),
+            np.arange(len(shares)) * step + (step - 1) / 2, shares, color=COLOURS["ours"],
             width=0.8 * step if len(shares) <= 32 else step,
         )  # fmt: skip
         left.set(xlabel="code", ylabel="% of weights")
-        whole_numbers(left.xaxis, 5)
-        right.stairs(found.scales, found.edges, fill=True, color=colour(SERIES[2]))
+        drawing.whole_numbers(left.xaxis, 5)
+        right.stairs(found.scales, found.edges, fill=True, color=COLOURS[SERIES[2]])
         right.set(xlabel="scale", ylabel="scales")
         low, high = float(found.edges[0]), float(found.edges[-1])
         if low > 0 and high > 8 * low:
-            logarithmic(right, "x", [low, high], most=3)
+            drawing.logarithmic(right, "x", [low, high], most=3)
         else:
             right.locator_params("x", nbins=3)
             right.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        whole_numbers(right.yaxis, 4)
+        drawing.whole_numbers(right.yaxis, 4)
 
     title = f"Codes and scales: {_tail(found.module)}"
-    return draw_chart(f"codes{index}", title, caption, draw, panels=2)
+    return drawing.draw_chart(f"codes{index}", title, caption, draw, panels=2)
 
 
-def channels_chart(index: int, found: Channels) -> Chart:
+def channels_chart(index: int, found: Channels) -> str:
     """Largest absolute input of each channel of a site."""
     values = found.absmax
     middle_value = float(np.median(values))
@@ -85,19 +79,21 @@ def channels_chart(index: int, found: Channels) -> Chart:
             step = -(-len(channel) // _SLOTS)
             starts = np.arange(0, len(channel), step)
             peaks = np.maximum.reduceat(channel, starts).astype(float).tolist()
-            shown = positive(peaks, [float(v) for v in values])
-            axes.step(starts, shown, color=colour(role), linewidth=1.2, where="post", label=label)
+            shown = drawing.positive(peaks, [float(v) for v in values])
+            axes.step(starts, shown, color=COLOURS[role], linewidth=1.2, where="post", label=label)
             every += shown
         if middle_value > 0:
             axes.axhline(
-                middle_value, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)),
+                middle_value, color=COLOURS["muted"], linewidth=1.2, linestyle=(0, (4, 3)),
                 label="median",
             )  # fmt: skip
-        logarithmic(axes, "y", every)
-        whole_numbers(axes.xaxis, 6)
+        drawing.logarithmic(axes, "y", every)
+        drawing.whole_numbers(axes.xaxis, 6)
         axes.set(xlabel="channel", ylabel="largest |input|")
 
-    return draw_chart(f"channels{index}", f"Input channels: {_tail(found.site)}", caption, draw)
+    return drawing.draw_chart(
+        f"channels{index}", f"Input channels: {_tail(found.site)}", caption, draw
+    )
 
 
 def _tail(module: str) -> str:
