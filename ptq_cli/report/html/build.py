@@ -10,14 +10,22 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ptq_cli.core.text import common_parents, number, size
 from ptq_cli.report.html import tables
 from ptq_cli.report.html.charts import charts_between, charts_of
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
-from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, kind_of, section, table
+from ptq_cli.report.html.text import (
+    Column,
+    escaped,
+    figure_number,
+    kind_of,
+    section,
+    table,
+    with_digits,
+)
 from ptq_cli.report.report import row_error
 from ptq_cli.report.words import measured_on, times
 
@@ -77,73 +85,66 @@ def _one_run(subject: Subject) -> Sequence[str]:
     )
 
 
-class _Tile(NamedTuple):
+def _tile(title: str, value: str, about: str, css: str = "") -> str:
     """A figure of the headline; css: "good", "bad" or neither."""
-
-    title: str
-    value: str
-    about: str
-    css: str = ""
+    return (
+        f'<div class="tile"><dt>{escaped(title)}</dt><dd><strong class="{css}">'
+        f"{escaped(value)}</strong><small>{escaped(about)}</small></dd></div>"
+    )
 
 
 def _tiles(subject: Subject) -> str:
-    tiles = "".join(
-        f'<div class="tile"><dt>{escaped(tile.title)}</dt><dd><strong class="{tile.css}">'
-        f"{escaped(tile.value)}</strong><small>{escaped(tile.about)}</small></dd></div>"
-        for tile in (
-            *_sizes(subject.document),
-            *_errors(subject.document["totals"]),
-            *_predictions(subject.document),
-            *_verdicts(subject),
-        )
-    )
-    return f'<dl class="tiles">{tiles}</dl>'
+    tiles = [
+        _sizes(subject.document["totals"]),
+        *_errors(subject.document["totals"]),
+        _predictions(subject.document.get("quality")),
+        *_verdicts(subject),
+    ]
+    return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
-def _sizes(document: tables.Document) -> list[_Tile]:
-    totals = document["totals"]
+def _sizes(totals: Mapping[str, Any]) -> str:
     bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
     about = [f"{ratio:.2f}x smaller"] if ratio else []
     about += [f"{bits:.2f} bits per weight"] if bits else []
     sizes = f"{size(totals['bytes_before'])} \u2192 {size(totals['bytes_after'])}"
-    return [_Tile("Size", sizes, ", ".join(about))]
+    return _tile("Size", sizes, ", ".join(about))
 
 
-def _errors(totals: Mapping[str, Any]) -> list[_Tile]:
+def _errors(totals: Mapping[str, Any]) -> list[str]:
     tiles = []
     if totals.get("mean_rel_err") is not None:
         worst, where = totals.get("worst_rel_err"), totals.get("worst_layer") or ""
-        tiles.append(_Tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals)))
-        tiles.append(_Tile("Worst error", number(worst), where))
+        tiles.append(_tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals)))
+        tiles.append(_tile("Worst error", number(worst), where))
     gain = totals.get("gain_vs_rtn")
     if gain is not None:
         about = f"round-to-nearest has a mean error of {number(totals.get('rtn_mean_rel_err'))}"
         css = "good" if gain > 1.005 else "bad" if gain < 0.995 else ""
-        tiles.append(_Tile("Gain over round-to-nearest", times(gain), about, css))
+        tiles.append(_tile("Gain over round-to-nearest", times(gain), about, css))
     return tiles
 
 
-def _predictions(document: tables.Document) -> list[_Tile]:
-    quality = document.get("quality")
+def _predictions(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
-        return []
+        return ""
     values = quality["perplexity"]
     rise, plain = (quality["increase"][name]["perplexity"] for name in ("quantized", "rtn"))
     both = f"{values['original']:.4g} \u2192 {values['quantized']:.4g}"
-    return [_Tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")]
+    return _tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")
 
 
-def _verdicts(subject: Subject) -> list[_Tile]:
+def _verdicts(subject: Subject) -> list[str]:
     """Fallbacks and gates."""
     fallbacks = subject.document["totals"].get("fallbacks")
     tiles = []
     if fallbacks:
         about = "layers were rounded to nearest"
-        tiles.append(_Tile("Fallbacks", str(fallbacks), about, "bad"))
+        tiles.append(_tile("Fallbacks", str(fallbacks), about, "bad"))
     if subject.gates:
         missed = sum(not gate.passed for gate in subject.gates)
         words, css = (f"{missed} missed", "bad") if missed else ("all passed", "good")
-        tiles.append(_Tile("Gates", words, f"{len(subject.gates)} gates were set", css))
+        tiles.append(_tile("Gates", words, f"{len(subject.gates)} gates were set", css))
     return tiles
 
 
@@ -199,53 +200,54 @@ def _fairness(subjects: Sequence[Subject]) -> str:
 
 
 def _runs(subjects: Sequence[Subject]) -> str:
-    measured = any(s.document.get("quality") for s in subjects)
-    columns = [Column("Run", "name"), Column("Bits/w"), Column("Mean error")]
-    columns += [Column("Worst error"), Column("Gain"), Column("Size")]
-    columns += [Column("Perplexity"), Column("Increase")] if measured else []
-    columns += [Column("What", "text")]
-    rows = []
-    for subject in subjects:
-        totals, quality = subject.document["totals"], subject.document.get("quality")
-        bits, gain = totals.get("bits_per_weight"), totals.get("gain_vs_rtn")
-        row: list[Cell | str] = [
-            subject.label,
-            "-" if bits is None else f"{bits:.2f}",
-            figure_number(totals.get("mean_rel_err")),
-            figure_number(totals.get("worst_rel_err")),
-            times(gain),
-            size(totals["bytes_after"]),
+    columns = [
+        Column("Run", lambda run: run.label, "name"),
+        Column("Bits/w", lambda run: with_digits(_total(run, "bits_per_weight"), 2)),
+        Column("Mean error", lambda run: figure_number(_total(run, "mean_rel_err"))),
+        Column("Worst error", lambda run: figure_number(_total(run, "worst_rel_err"))),
+        Column("Gain", lambda run: times(_total(run, "gain_vs_rtn"))),
+        Column("Size", lambda run: size(_total(run, "bytes_after"))),
+    ]
+    if any(subject.document.get("quality") for subject in subjects):
+        columns += [
+            Column("Perplexity", lambda run: _predicted(run)[0]),
+            Column("Increase", lambda run: _predicted(run)[1]),
         ]
-        if measured:
-            row += (
-                ["-", "-"]
-                if quality is None
-                else [
-                    f"{quality['perplexity']['quantized']:.4f}",
-                    f"{quality['increase']['quantized']['perplexity']:+.3g}",
-                ]
-            )
-        rows.append([*row, tables.described(subject.document)])
-    return table(columns, rows, "Runs")
+    columns.append(Column("What", lambda run: tables.described(run.document), "text"))
+    return table(columns, subjects, "Runs")
+
+
+def _total(run: Subject, name: str) -> Any:
+    return run.document["totals"].get(name)
+
+
+def _predicted(run: Subject) -> tuple[str, str]:
+    """Perplexity, and what that is above the original's."""
+    quality = run.document.get("quality")
+    if quality is None:
+        return "-", "-"
+    rise = quality["increase"]["quantized"]["perplexity"]
+    return f"{quality['perplexity']['quantized']:.4f}", f"{rise:+.3g}"
 
 
 def _layers_between(subjects: Sequence[Subject]) -> str:
     """A row for each layer of any run, a column of errors for each run."""
-    by_module = [{row["module"]: row for row in s.document["layers"]} for s in subjects]
-    modules = list(dict.fromkeys(module for rows in by_module for module in rows))
-    if not modules:
+    errors: dict[str, dict[int, float]] = {}  # by module, by number of the run
+    for i, subject in enumerate(subjects):
+        for row in subject.document["layers"]:
+            errors.setdefault(row["module"], {})[i] = row_error(row)
+    if not errors:
         return ""
-    common = common_parents(modules)
-    body: list[tuple[float, list[Cell | str]]] = []
-    for module in modules:
-        own = [rows.get(module) for rows in by_module]
-        errors = [None if row is None else row_error(row) for row in own]
-        known = [error for error in errors if error is not None]
-        best = subjects[errors.index(min(known))].label
-        cells = [module.removeprefix(common), *map(figure_number, errors), kind_of(module), best]
-        body.append((max(known), cells))
-    body.sort(key=lambda entry: -entry[0])
-    columns = [Column("Layer", "name"), *(Column(subject.label) for subject in subjects)]
-    columns += [Column("Kind", "text"), Column("Best", "text")]
-    rows = [cells for _, cells in body[: tables.MOST_ROWS]]
-    return tables.sortable_table(columns, rows, len(body), common)
+
+    def best(module: str) -> str:
+        own = errors[module]
+        return subjects[min(own, key=own.__getitem__)].label
+
+    common = common_parents(list(errors))
+    columns = [Column("Layer", lambda module: module.removeprefix(common), "name")]
+    for i, subject in enumerate(subjects):
+        label = subject.label
+        columns.append(Column(label, lambda module, i=i: figure_number(errors[module].get(i))))
+    columns += [Column("Kind", kind_of, "text"), Column("Best", best, "text")]
+    worst_first = sorted(errors, key=lambda module: -max(errors[module].values()))
+    return tables.sortable_table(columns, worst_first, common)

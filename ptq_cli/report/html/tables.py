@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 from ptq_cli.core.text import common_parents
@@ -17,6 +18,7 @@ from ptq_cli.report.html.text import (
     kind_of,
     section,
     table,
+    with_digits,
 )
 from ptq_cli.report.report import row_error, row_rtn_error
 from ptq_cli.report.words import of_site, predicted, smoothed, times
@@ -30,8 +32,9 @@ Document = Mapping[str, Any]
 def quality_table(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
         return ""
-    columns = [Column("Model", "name"), Column("Perplexity"), Column("Increase")]
-    columns += [Column("KL, mean"), Column("KL, 99.9 %"), Column("Equal top token")]
+    titles = ("Perplexity", "Increase", "KL, mean", "KL, 99.9 %", "Equal top token")
+    columns = [Column("Model", itemgetter(0), "name")]
+    columns += [Column(title, itemgetter(i)) for i, title in enumerate(titles, 1)]
     rows: list[list[Cell | str]] = [
         ["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]
     ]
@@ -51,68 +54,64 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p>No layer was quantized.</p>"
     common = common_parents([row["module"] for row in rows])
-    ordered = worst_first(rows)[:MOST_ROWS]
-    integer = any(row.get("activations") for row in rows)
-    columns = [Column("Layer", "name"), Column("Error"), Column("RTN error"), Column("Gain")]
-    columns += [Column("Integer error"), Column("Plain integer")] if integer else []
-    columns += [Column("Kind", "text"), Column("Method", "text"), Column("Bits/w")]
-    columns += [Column("SQNR, dB"), Column("Max |error|"), Column("Shape"), Column("Notes", "long")]
-    body = [_layer(row, common, integer) for row in ordered]
-    return sortable_table(columns, body, len(rows), common)
+    columns = [
+        Column("Layer", lambda row: row["module"].removeprefix(common), "name"),
+        Column("Error", lambda row: figure_number(row_error(row))),
+        Column("RTN error", lambda row: figure_number(row_rtn_error(row))),
+        Column("Gain", lambda row: Cell(times(row["gain_vs_rtn"]), row["gain_vs_rtn"])),
+    ]
+    if any(row.get("activations") for row in rows):
+        columns += [
+            Column("Integer error", lambda row: _integer_error(row, "integer")),
+            Column("Plain integer", lambda row: _integer_error(row, "plain")),
+        ]
+    columns += [
+        Column("Kind", lambda row: kind_of(row["module"]), "text"),
+        Column("Method", itemgetter("method"), "text"),
+        Column("Bits/w", lambda row: with_digits(row["bits_per_weight"], 2)),
+        Column("SQNR, dB", lambda row: with_digits(row["sqnr_db"], 1)),
+        Column("Max |error|", lambda row: figure_number(row["max_abs_err"])),
+        Column("Shape", lambda row: Cell(_shape(row["shape"]), prod(map(float, row["shape"])))),
+        Column("Notes", _notes, "long"),
+    ]
+    return sortable_table(columns, worst_first(rows), common)
 
 
-def sortable_table(
-    columns: Sequence[Column], body: Sequence[Sequence[Cell | str]], count: int, common: str
-) -> str:
+def sortable_table(columns: Sequence[Column], rows: Sequence[Any], common: str) -> str:
     """The table of layers, which the script sorts and filters.
 
-    body: the worst MOST_ROWS of `count`, their names without `common`
+    rows: the worst first, of which MOST_ROWS are shown; their names are shown without `common`
     """
     words = []
     if common:
         words.append(f"All names begin with {common}")
-    if count > MOST_ROWS:
-        words.append(f"these are the worst {MOST_ROWS} of {count}, report.json has all")
+    if len(rows) > MOST_ROWS:
+        words.append(f"these are the worst {MOST_ROWS} of {len(rows)}, report.json has all")
     about = f'<p class="hint">{escaped("; ".join(words))}</p>' if words else ""
-    return _filter_controls(columns, body) + about + table(columns, body, "Layers", sortable=True)
+    shown = rows[:MOST_ROWS]
+    return _filter_controls(columns, shown) + about + table(columns, shown, "Layers", sortable=True)
 
 
-def _layer(row: Mapping[str, Any], common: str, integer: bool) -> list[Cell | str]:
-    gain, shape = row["gain_vs_rtn"], row["shape"]
-    cells: list[Cell | str] = [
-        row["module"].removeprefix(common),
-        figure_number(row_error(row)),
-        figure_number(row_rtn_error(row)),
-        Cell(times(gain), gain),
-    ]
-    if integer:
-        errors = row.get("activations") or {}
-        for part in ("integer", "plain"):
-            cells.append(figure_number(errors.get(part, {}).get("rel_err")))
+def _integer_error(row: Mapping[str, Any], part: str) -> Cell:
+    return figure_number((row.get("activations") or {}).get(part, {}).get("rel_err"))
+
+
+def _notes(row: Mapping[str, Any]) -> str:
     said = [f"fallback: {row['fallback']}"] if row["fallback"] else []
-    return [
-        *cells,
-        kind_of(row["module"]),
-        row["method"],
-        f"{row['bits_per_weight']:.2f}",
-        "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
-        figure_number(row["max_abs_err"]),
-        Cell(_shape(shape), prod(map(float, shape))),
-        "; ".join([*said, *row["notes"]]),
-    ]
+    return "; ".join([*said, *row["notes"]])
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "\u00d7".join(map(str, shape))
 
 
-def _filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | str]]) -> str:
+def _filter_controls(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     """What filters the table; the script shows it."""
     selects = []
     for i, column in enumerate(columns):
         if column.kind != "text":
             continue
-        values = list(dict.fromkeys(str(row[i]) for row in body))
+        values = dict.fromkeys(str(column.cell(row)) for row in rows)
         options = "".join(f'<option value="{escaped(v)}">{escaped(v)}</option>' for v in values)
         selects.append(
             f'<label>{escaped(column.title)} <select data-column="{i}">'
@@ -128,34 +127,31 @@ def _filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | s
 def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
     if not sites:
         return ""
-    columns = [Column("Site", "name"), Column("Strength"), Column("Error"), Column("Without")]
-    columns += [Column("Float change"), Column("Folded into", "text"), Column("Notes", "long")]
-    numbers = ("strength", "error", "plain_error", "function_change")
-    rows: list[list[Cell | str]] = [
-        [
-            site["site"],
-            *(figure_number(site[key]) for key in numbers),
-            site["fed_by"] or "-",
-            of_site(site),
-        ]
-        for site in sites[:MOST_ROWS]
+    columns = [
+        Column("Site", itemgetter("site"), "name"),
+        Column("Strength", lambda site: figure_number(site["strength"])),
+        Column("Error", lambda site: figure_number(site["error"])),
+        Column("Without", lambda site: figure_number(site["plain_error"])),
+        Column("Float change", lambda site: figure_number(site["function_change"])),
+        Column("Folded into", lambda site: site["fed_by"] or "-", "text"),
+        Column("Notes", of_site, "long"),
     ]
-    return details(smoothed(sites), table(columns, rows, "Smoothed sites"))
+    return details(smoothed(sites), table(columns, sites[:MOST_ROWS], "Smoothed sites"))
 
 
 def settings_table(subjects: Sequence[Subject]) -> str:
     """Settings, a column for each run; where they differ the row is marked."""
-    every: dict[str, None] = {}
+    keys: dict[str, None] = {}
+    columns = [Column("Setting", str, "name")]
     for subject in subjects:
-        every |= dict.fromkeys(sorted(subject.document["settings"]))
-    rows = [
-        [key, *(_word(subject.document["settings"].get(key)) for subject in subjects)]
-        for key in every
-    ]
-    columns = [Column("Setting", "name")]
-    columns += [Column(s.label if len(subjects) > 1 else "Value", "text") for s in subjects]
-    differ = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
-    return details("Settings", table(columns, rows, "Settings", marked=differ))
+        settings = subject.document["settings"]
+        keys |= dict.fromkeys(sorted(settings))
+        title = subject.label if len(subjects) > 1 else "Value"
+        columns.append(Column(title, lambda key, own=settings: _word(own.get(key)), "text"))
+    differ = {
+        i for i, key in enumerate(keys) if len({column.cell(key) for column in columns[1:]}) > 1
+    }
+    return details("Settings", table(columns, keys, "Settings", marked=differ))
 
 
 def _word(value: Any) -> str:
@@ -172,13 +168,14 @@ def left_alone_table(document: Document) -> str:
     entries = document["left_alone"]
     if not entries:
         return ""
-    columns = [Column("Tensor", "name"), Column("Type", "text"), Column("Shape")]
-    rows = [
-        [entry["tensor"], entry["dtype"], _shape(entry["shape"]) or "-", entry["reason"] or "-"]
-        for entry in entries[:_MOST_LISTED]
+    columns = [
+        Column("Tensor", itemgetter("tensor"), "name"),
+        Column("Type", itemgetter("dtype"), "text"),
+        Column("Shape", lambda entry: _shape(entry["shape"]) or "-"),
+        Column("Why", lambda entry: entry["reason"] or "-", "long"),
     ]
-    shown = table([*columns, Column("Why", "long")], rows, "Tensors left alone")
-    more = len(entries) - len(rows)
+    shown = table(columns, entries[:_MOST_LISTED], "Tensors left alone")
+    more = len(entries) - _MOST_LISTED
     shown += f'<p class="hint">and {more} more</p>' if more > 0 else ""
     return details(f"Tensors left alone: {len(entries)}", shown)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -29,9 +29,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, and how it is set: "name" (first, sticky), "number", "text", "long"."""
+    """A column of a table.
+
+    cell: what stands in it, of a row; kind: how it is set: "name" (first, sticky), "text", "long"
+    """
 
     title: str
+    cell: Callable[[Any], Cell | str]
     kind: str = "number"
 
 
@@ -43,9 +47,13 @@ def figure_number(value: float | None) -> Cell:
     return Cell(f"{value:#.3g}".removesuffix(".") if value else "0", value)
 
 
+def with_digits(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def table(
     columns: Sequence[Column],
-    rows: Iterable[Sequence[Cell | str]],
+    rows: Iterable[Any],
     caption: str,
     *,
     sortable: bool = False,
@@ -70,9 +78,10 @@ def table(
     )
 
 
-def _row(columns: Sequence[Column], row: Sequence[Cell | str], marked: bool) -> str:
+def _row(columns: Sequence[Column], row: Any, marked: bool) -> str:
     cells = []
-    for i, (column, entry) in enumerate(zip(columns, row, strict=True)):
+    for i, column in enumerate(columns):
+        entry = column.cell(row)
         cell = Cell(entry) if isinstance(entry, str) else entry
         tag = 'th scope="row"' if i == 0 else "td"
         css = f' class="{column.kind}"' if column.kind != "number" else ""
