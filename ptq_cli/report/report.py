@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import isfinite, prod
 from typing import Any
@@ -20,8 +20,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
-TIMES = ("seconds",)
-SPECIAL = ("compared", "best", "activations")
+_SPECIAL = ("compared", "best", "activations")
 
 
 def totals(
@@ -68,6 +67,18 @@ def _measured(row: LayerReport | Mapping[str, Any], *names: str) -> float:
     """The first of these numbers that is there."""
     values = row if isinstance(row, Mapping) else vars(row)
     return next(float(values[name]) for name in names if values[name] is not None)
+
+
+def value_at(*place: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads the value at a place of a document; None where nothing is there."""
+
+    def read(document: Mapping[str, Any]) -> Any:
+        value: Any = document
+        for key in place:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    return read
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -125,15 +136,14 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         document["sites"] = _jsonable(report.sites)
     if not times:
         for part in (document["totals"], *document["layers"]):
-            for key in TIMES:
-                part.pop(key, None)
+            del part["seconds"]
     return document
 
 
 def _row_document(row: LayerReport) -> dict[str, Any]:
     """A row; columns of commands that were not asked for stay away."""
     entry: dict[str, Any] = _jsonable(asdict(row))
-    return {k: v for k, v in entry.items() if v is not None or k not in SPECIAL}
+    return {k: v for k, v in entry.items() if v is not None or k not in _SPECIAL}
 
 
 def _jsonable(value: Any) -> Any:
@@ -154,8 +164,7 @@ def as_csv(report: RunReport) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for row in report.rows:
-        writer.writerow([_cell(getattr(row, column)) for column in CSV_COLUMNS])
+    writer.writerows([_cell(getattr(row, c)) for c in CSV_COLUMNS] for row in report.rows)
     return out.getvalue()
 
 
@@ -167,9 +176,8 @@ def _cell(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return json.dumps(asdict(value))
     if isinstance(value, tuple):
-        return (
-            "; ".join(value) if value and isinstance(value[0], str) else " ".join(map(str, value))
-        )
+        between = " " if all(isinstance(item, int) for item in value) else "; "
+        return between.join(map(str, value))
     return value
 
 
@@ -190,7 +198,7 @@ def report_from_document(document: Mapping[str, Any]) -> RunReport:
 
     document: one that follows report.schema.json
     """
-    none = dict.fromkeys(TIMES, 0.0)
+    none = {"seconds": 0.0}
     return RunReport(
         command=document["command"],
         rows=tuple(row_from_json({**none, **row}) for row in document["layers"]),
@@ -229,45 +237,34 @@ def check_gates(gates: Iterable[Gate]) -> None:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
 
 
-def gates_of(
-    report: RunReport,
-    *,
-    max_rel_err: float | None = None,
-    min_gain: float | None = None,
-    max_fallbacks: float | None = None,
-    max_perplexity_increase: float | None = None,
-    max_kl: float | None = None,
-) -> tuple[Gate, ...]:
+def gates_of(report: RunReport, **limits: float) -> tuple[Gate, ...]:
     """The gates that were set, passed or missed.
 
-    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
-    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
-    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
+    limits: max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below
+        it; max_fallbacks: nor more layers than this rounded to nearest where something better was
+        asked; max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be
+        above it
     """
-    found = [] if max_rel_err is None else [_gate_of_rows(report.rows, max_rel_err)]
     gain, fallbacks = report.totals["gain_vs_rtn"], report.totals["fallbacks"]
     shown = "not measurable" if gain is None else f"{gain:.4g}"
-    others = [
-        ("--min-gain", min_gain, gain, f"gain_vs_rtn is {shown}"),
-        (
-            "--max-fallbacks",
-            max_fallbacks,
-            fallbacks,
-            f"{fallbacks} layers were rounded to nearest",
-        ),
-    ]
+    measured = {
+        "min_gain": (gain, f"gain_vs_rtn is {shown}"),
+        "max_fallbacks": (fallbacks, f"{fallbacks} layers were rounded to nearest"),
+    }
     if report.quality is not None:
         rise = report.quality["increase"]["quantized"]["perplexity"]
         kl = report.quality["kl"]["quantized"]["mean"]
-        others += [
-            ("--max-perplexity-increase", max_perplexity_increase, rise, f"it rises by {rise:.4g}"),
-            ("--max-kl", max_kl, kl, f"the mean KL divergence is {kl:.4g}"),
-        ]
-    for option, limit, value, said in others:
-        if limit is not None:
-            low, high = (value, limit) if option.startswith("--max") else (limit, value)
+        measured["max_perplexity_increase"] = rise, f"it rises by {rise:.4g}"
+        measured["max_kl"] = kl, f"the mean KL divergence is {kl:.4g}"
+    found = []
+    for name, limit in limits.items():
+        if name == "max_rel_err":
+            found.append(_gate_of_rows(report.rows, limit))
+        elif name in measured:
+            value, said = measured[name]
+            low, high = (value, limit) if name.startswith("max") else (limit, value)
             passed = value is not None and low <= high
-            found.append(Gate(option, limit, value, passed, said))
+            found.append(Gate(f"--{name.replace('_', '-')}", limit, value, passed, said))
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from ptq_cli.core.text import common_parents, number, size
@@ -17,16 +18,9 @@ from ptq_cli.report.html import tables
 from ptq_cli.report.html.charts import charts_between, charts_of
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
-from ptq_cli.report.html.text import (
-    Column,
-    escaped,
-    figure_number,
-    kind_of,
-    section,
-    table,
-    with_digits,
-)
-from ptq_cli.report.report import row_error
+from ptq_cli.report.html.tables import Column
+from ptq_cli.report.html.text import escaped, kind_of, section
+from ptq_cli.report.report import row_error, value_at
 from ptq_cli.report.words import measured_on, times
 
 
@@ -201,53 +195,41 @@ def _fairness(subjects: Sequence[Subject]) -> str:
 
 def _runs(subjects: Sequence[Subject]) -> str:
     columns = [
-        Column("Run", lambda run: run.label, "name"),
-        Column("Bits/w", lambda run: with_digits(_total(run, "bits_per_weight"), 2)),
-        Column("Mean error", lambda run: figure_number(_total(run, "mean_rel_err"))),
-        Column("Worst error", lambda run: figure_number(_total(run, "worst_rel_err"))),
-        Column("Gain", lambda run: times(_total(run, "gain_vs_rtn"))),
-        Column("Size", lambda run: size(_total(run, "bytes_after"))),
+        Column("Run", itemgetter("label"), "name"),
+        Column("Bits/w", value_at("totals", "bits_per_weight"), form="{:.2f}".format),
+        Column("Mean error", value_at("totals", "mean_rel_err")),
+        Column("Worst error", value_at("totals", "worst_rel_err")),
+        Column("Gain", value_at("totals", "gain_vs_rtn"), form=times),
+        Column("Size", value_at("totals", "bytes_after"), form=size),
     ]
     if any(subject.document.get("quality") for subject in subjects):
-        columns += [
-            Column("Perplexity", lambda run: _predicted(run)[0]),
-            Column("Increase", lambda run: _predicted(run)[1]),
-        ]
-    columns.append(Column("What", lambda run: tables.described(run.document), "text"))
-    return table(columns, subjects, "Runs")
-
-
-def _total(run: Subject, name: str) -> Any:
-    return run.document["totals"].get(name)
-
-
-def _predicted(run: Subject) -> tuple[str, str]:
-    """Perplexity, and what that is above the original's."""
-    quality = run.document.get("quality")
-    if quality is None:
-        return "-", "-"
-    rise = quality["increase"]["quantized"]["perplexity"]
-    return f"{quality['perplexity']['quantized']:.4f}", f"{rise:+.3g}"
+        perplexity = value_at("quality", "perplexity", "quantized")
+        rise = value_at("quality", "increase", "quantized", "perplexity")
+        columns.append(Column("Perplexity", perplexity, form="{:.4f}".format))
+        columns.append(Column("Increase", rise, form="{:+.3g}".format))
+    columns.append(Column("What", tables.described, "text"))
+    rows = [{**subject.document, "label": subject.label} for subject in subjects]
+    return tables.table(columns, rows, "Runs")
 
 
 def _layers_between(subjects: Sequence[Subject]) -> str:
     """A row for each layer of any run, a column of errors for each run."""
-    errors: dict[str, dict[int, float]] = {}  # by module, by number of the run
-    for i, subject in enumerate(subjects):
-        for row in subject.document["layers"]:
-            errors.setdefault(row["module"], {})[i] = row_error(row)
-    if not errors:
+    labels = [subject.label for subject in subjects]
+    errors = [{row["module"]: row_error(row) for row in s.document["layers"]} for s in subjects]
+    modules = list(dict.fromkeys(module for own in errors for module in own))
+    if not modules:
         return ""
 
     def best(module: str) -> str:
-        own = errors[module]
-        return subjects[min(own, key=own.__getitem__)].label
+        known = [i for i, own in enumerate(errors) if module in own]
+        return labels[min(known, key=lambda i: errors[i][module])]
 
-    common = common_parents(list(errors))
-    columns = [Column("Layer", lambda module: module.removeprefix(common), "name")]
-    for i, subject in enumerate(subjects):
-        label = subject.label
-        columns.append(Column(label, lambda module, i=i: figure_number(errors[module].get(i))))
-    columns += [Column("Kind", kind_of, "text"), Column("Best", best, "text")]
-    worst_first = sorted(errors, key=lambda module: -max(errors[module].values()))
-    return tables.sortable_table(columns, worst_first, common)
+    common = common_parents(modules)
+    columns = [
+        Column("Layer", lambda module: module.removeprefix(common), "name"),
+        *(Column(label, own.get) for label, own in zip(labels, errors, strict=True)),
+        Column("Kind", kind_of, "text"),
+        Column("Best", best, "text"),
+    ]
+    modules.sort(key=lambda module: -max(own[module] for own in errors if module in own))
+    return tables.sortable_table(columns, modules, common)

@@ -1,32 +1,90 @@
-"""Parts of a page: what a run was, its tables, its lists."""
+"""Tables of a page, and other parts: what a run was, its lists."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
 from typing import Any
 
 from ptq_cli.core.text import common_parents
 from ptq_cli.report.html.subject import Subject, worst_first
-from ptq_cli.report.html.text import (
-    Cell,
-    Column,
-    details,
-    escaped,
-    figure_number,
-    kind_of,
-    section,
-    table,
-    with_digits,
-)
-from ptq_cli.report.report import row_error, row_rtn_error
+from ptq_cli.report.html.text import details, escaped, kind_of, section
+from ptq_cli.report.report import row_error, row_rtn_error, value_at
 from ptq_cli.report.words import of_site, predicted, smoothed, times
 
-MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
+_MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
 _MOST_LISTED = 500
 
 Document = Mapping[str, Any]
+
+
+def figure(value: float) -> str:
+    """A measured number; three digits are shown, so that columns line up: 0.0100 below 0.00993."""
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    return "\u00d7".join(map(str, sizes)) or "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    value: what stands in it, of a row; None is a dash
+    kind: how it is set: "name" (first, sticky), "number", "text", "long"
+    form: makes a text of a value that is none; numbers are sorted by all their digits
+    """
+
+    title: str
+    value: Callable[[Any], Any]
+    kind: str = "number"
+    form: Callable[[Any], str] = figure
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Iterable[Any],
+    caption: str,
+    *,
+    sortable: bool = False,
+    marked: Container[Any] = (),
+) -> str:
+    """A table that scrolls by itself where it is too wide; the first cell of a row is its head.
+
+    sortable: the script finds it and sorts it; marked: rows to be made out
+    """
+    button, end = ('<button type="button">', "</button>") if sortable else ("", "")
+    heads = "".join(
+        f'<th scope="col" class="{column.kind}">{button}{escaped(column.title)}{end}</th>'
+        for column in columns
+    )
+    body = []
+    for row in rows:
+        css = ' class="marked"' if row in marked else ""
+        first, *others = (_cell(column, column.value(row)) for column in columns)
+        cells = "".join(f"<td{cell}</td>" for cell in others)
+        body.append(f'<tr{css}><th scope="row"{first}</th>{cells}</tr>')
+    own = ' id="layers"' if sortable else ""
+    css = "scroll rows" if sortable else "scroll"
+    lines = "\n".join(body)
+    return (
+        f'<div class="{css}" role="region" tabindex="0" aria-label="{escaped(caption)}">'
+        f'<table{own} aria-label="{escaped(caption)}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>\n{lines}\n</tbody></table></div>"
+    )
+
+
+def _cell(column: Column, value: Any) -> str:
+    """A cell without its tag's name: its attributes and its text."""
+    text = "-" if value is None else value if isinstance(value, str) else column.form(value)
+    if column.kind != "number":
+        return f' class="{column.kind}">{escaped(text)}'
+    exact = prod(map(float, value)) if isinstance(value, list) else value
+    own = f' data-v="{exact:.6g}"' if isinstance(exact, int | float) else ""
+    return f"{own}>{escaped(text)}"
 
 
 def quality_table(quality: Mapping[str, Any] | None) -> str:
@@ -35,13 +93,11 @@ def quality_table(quality: Mapping[str, Any] | None) -> str:
     titles = ("Perplexity", "Increase", "KL, mean", "KL, 99.9 %", "Equal top token")
     columns = [Column("Model", itemgetter(0), "name")]
     columns += [Column(title, itemgetter(i)) for i, title in enumerate(titles, 1)]
-    rows: list[list[Cell | str]] = [
-        ["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]
-    ]
+    rows = [["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]]
     for name, label in (("quantized", "quantized"), ("rtn", "rounded to nearest")):
         perplexity, rise, same = predicted(quality, name)
-        kl = (figure_number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
-        rows.append([label, perplexity, rise, *kl, same])
+        kl = quality["kl"][name]
+        rows.append([label, perplexity, rise, kl["mean"], kl["p99_9"], same])
     about = (
         f'<p class="hint">{quality["tokens"]} tokens predicted in {quality["sequences"]} sequences.'
         " Standard errors are clustered by sequence; KL divergence of the next-token distributions"
@@ -56,22 +112,20 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     common = common_parents([row["module"] for row in rows])
     columns = [
         Column("Layer", lambda row: row["module"].removeprefix(common), "name"),
-        Column("Error", lambda row: figure_number(row_error(row))),
-        Column("RTN error", lambda row: figure_number(row_rtn_error(row))),
-        Column("Gain", lambda row: Cell(times(row["gain_vs_rtn"]), row["gain_vs_rtn"])),
+        Column("Error", row_error),
+        Column("RTN error", row_rtn_error),
+        Column("Gain", itemgetter("gain_vs_rtn"), form=times),
     ]
     if any(row.get("activations") for row in rows):
-        columns += [
-            Column("Integer error", lambda row: _integer_error(row, "integer")),
-            Column("Plain integer", lambda row: _integer_error(row, "plain")),
-        ]
+        for title, part in (("Integer error", "integer"), ("Plain integer", "plain")):
+            columns.append(Column(title, value_at("activations", part, "rel_err")))
     columns += [
         Column("Kind", lambda row: kind_of(row["module"]), "text"),
         Column("Method", itemgetter("method"), "text"),
-        Column("Bits/w", lambda row: with_digits(row["bits_per_weight"], 2)),
-        Column("SQNR, dB", lambda row: with_digits(row["sqnr_db"], 1)),
-        Column("Max |error|", lambda row: figure_number(row["max_abs_err"])),
-        Column("Shape", lambda row: Cell(_shape(row["shape"]), prod(map(float, row["shape"])))),
+        Column("Bits/w", itemgetter("bits_per_weight"), form="{:.2f}".format),
+        Column("SQNR, dB", itemgetter("sqnr_db"), form="{:.1f}".format),
+        Column("Max |error|", itemgetter("max_abs_err")),
+        Column("Shape", itemgetter("shape"), form=shape),
         Column("Notes", _notes, "long"),
     ]
     return sortable_table(columns, worst_first(rows), common)
@@ -80,29 +134,21 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def sortable_table(columns: Sequence[Column], rows: Sequence[Any], common: str) -> str:
     """The table of layers, which the script sorts and filters.
 
-    rows: the worst first, of which MOST_ROWS are shown; their names are shown without `common`
+    rows: the worst first, shown up to a number; common: what their names are shown without
     """
     words = []
     if common:
         words.append(f"All names begin with {common}")
-    if len(rows) > MOST_ROWS:
-        words.append(f"these are the worst {MOST_ROWS} of {len(rows)}, report.json has all")
+    if len(rows) > _MOST_ROWS:
+        words.append(f"these are the worst {_MOST_ROWS} of {len(rows)}, report.json has all")
     about = f'<p class="hint">{escaped("; ".join(words))}</p>' if words else ""
-    shown = rows[:MOST_ROWS]
+    shown = rows[:_MOST_ROWS]
     return _filter_controls(columns, shown) + about + table(columns, shown, "Layers", sortable=True)
-
-
-def _integer_error(row: Mapping[str, Any], part: str) -> Cell:
-    return figure_number((row.get("activations") or {}).get(part, {}).get("rel_err"))
 
 
 def _notes(row: Mapping[str, Any]) -> str:
     said = [f"fallback: {row['fallback']}"] if row["fallback"] else []
     return "; ".join([*said, *row["notes"]])
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "\u00d7".join(map(str, shape))
 
 
 def _filter_controls(columns: Sequence[Column], rows: Sequence[Any]) -> str:
@@ -111,8 +157,8 @@ def _filter_controls(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     for i, column in enumerate(columns):
         if column.kind != "text":
             continue
-        values = dict.fromkeys(str(column.cell(row)) for row in rows)
-        options = "".join(f'<option value="{escaped(v)}">{escaped(v)}</option>' for v in values)
+        values = dict.fromkeys(escaped(column.value(row)) for row in rows)
+        options = "".join(f'<option value="{value}">{value}</option>' for value in values)
         selects.append(
             f'<label>{escaped(column.title)} <select data-column="{i}">'
             f'<option value="">all</option>{options}</select></label>'
@@ -129,39 +175,32 @@ def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
         return ""
     columns = [
         Column("Site", itemgetter("site"), "name"),
-        Column("Strength", lambda site: figure_number(site["strength"])),
-        Column("Error", lambda site: figure_number(site["error"])),
-        Column("Without", lambda site: figure_number(site["plain_error"])),
-        Column("Float change", lambda site: figure_number(site["function_change"])),
-        Column("Folded into", lambda site: site["fed_by"] or "-", "text"),
+        Column("Strength", itemgetter("strength")),
+        Column("Error", itemgetter("error")),
+        Column("Without", itemgetter("plain_error")),
+        Column("Float change", itemgetter("function_change")),
+        Column("Folded into", itemgetter("fed_by"), "text"),
         Column("Notes", of_site, "long"),
     ]
-    return details(smoothed(sites), table(columns, sites[:MOST_ROWS], "Smoothed sites"))
+    return details(smoothed(sites), table(columns, sites[:_MOST_ROWS], "Smoothed sites"))
 
 
 def settings_table(subjects: Sequence[Subject]) -> str:
     """Settings, a column for each run; where they differ the row is marked."""
-    keys: dict[str, None] = {}
+    runs = [subject.document["settings"] for subject in subjects]
+    keys = list(dict.fromkeys(key for settings in runs for key in sorted(settings)))
+    titles = [subject.label for subject in subjects] if len(subjects) > 1 else ["Value"]
     columns = [Column("Setting", str, "name")]
-    for subject in subjects:
-        settings = subject.document["settings"]
-        keys |= dict.fromkeys(sorted(settings))
-        title = subject.label if len(subjects) > 1 else "Value"
-        columns.append(Column(title, lambda key, own=settings: _word(own.get(key)), "text"))
-    differ = {
-        i for i, key in enumerate(keys) if len({column.cell(key) for column in columns[1:]}) > 1
-    }
+    for title, settings in zip(titles, runs, strict=True):
+        columns.append(Column(title, settings.get, "text", _word))
+    differ = [key for key in keys if any(own.get(key) != runs[0].get(key) for own in runs)]
     return details("Settings", table(columns, keys, "Settings", marked=differ))
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "-"
-    return str(value)
+    return (", ".join(map(str, value)) or "-") if isinstance(value, list) else str(value)
 
 
 def left_alone_table(document: Document) -> str:
@@ -171,7 +210,7 @@ def left_alone_table(document: Document) -> str:
     columns = [
         Column("Tensor", itemgetter("tensor"), "name"),
         Column("Type", itemgetter("dtype"), "text"),
-        Column("Shape", lambda entry: _shape(entry["shape"]) or "-"),
+        Column("Shape", itemgetter("shape"), form=shape),
         Column("Why", lambda entry: entry["reason"] or "-", "long"),
     ]
     shown = table(columns, entries[:_MOST_LISTED], "Tensors left alone")
