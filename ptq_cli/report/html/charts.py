@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ptq_cli.core.text import common_parents, number, printable
+from matplotlib.axes import Axes
+
+from ptq_cli.core.text import common_parents, number
 from ptq_cli.report.html import drawing
 from ptq_cli.report.html.distributions import channels_chart, distribution_chart
 from ptq_cli.report.html.drawing import COLOURS, SERIES
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import depth_of, kinds_of
 from ptq_cli.report.report import row_error, row_rtn_error
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _SINGLE = 80  # up to so many layers each has a mark of its own
 
@@ -45,7 +44,7 @@ def errors_chart(rows: Sequence[drawing.Row]) -> str:
     better = sum(a < b for a, b in zip(ours, rtn, strict=True))
     equal = sum(a == b for a, b in zip(ours, rtn, strict=True))
     common = common_parents([row["module"] for row in rows])
-    worst = printable(ordered[0]["module"].removeprefix(common))
+    worst = ordered[0]["module"].removeprefix(common)
     caption = (
         f"{len(ours)} layers, worst first. {better} are better than round-to-nearest at the same"
         f" grid, {equal} equal it. Errors go from {number(ours[0])} ({worst}) to"
@@ -88,7 +87,7 @@ def kinds_chart(rows: Sequence[drawing.Row]) -> str:
 
     def draw(axes: Axes) -> None:
         drawing.draw_bars(axes, gains, [f"{gain:.2f}x" for gain in gains.values()])
-        axes.axvline(1, color=COLOURS["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axvline(1, color=COLOURS["muted"], linestyle="--")
         axes.set(xlabel="gain over round-to-nearest", xlim=(0, 1.16 * max(1.0, *gains.values())))
 
     return drawing.draw_chart("kinds", "Gain by kind of layer", caption, draw)
@@ -197,7 +196,7 @@ def trade_chart(subjects: Sequence[Subject]) -> str:
     ]
     if not points:
         return ""
-    words = "; ".join(f"{printable(n)}: {b:.2f} bits, error {number(e)}" for n, b, e in points)
+    words = "; ".join(f"{n}: {b:.2f} bits, error {number(e)}" for n, b, e in points)
     errors = [error for *_, error in points]
     caption = f"Bits per weight against mean error; down and to the left is better. {words}."
 
@@ -215,7 +214,7 @@ def runs_chart(subjects: Sequence[Subject]) -> str:
     """Errors of all layers of each run, each sorted by itself."""
     errors = [sorted(map(row_error, s.document["layers"]), reverse=True) for s in subjects]
     words = "; ".join(
-        f"{printable(s.label)}: worst {number(own[0])}, median {number(median(own))}"
+        f"{s.label}: worst {number(own[0])}, median {number(median(own))}"
         for s, own in zip(subjects, errors, strict=True)
     )
     caption = f"Errors of the layers of each run, worst first. {words}."
@@ -237,7 +236,7 @@ def runs_by_kind_chart(subjects: Sequence[Subject]) -> str:
         for own in (kinds_of(s.document["layers"], 10) for s in subjects)
     ]
     words = "; ".join(
-        f"{printable(s.label)}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items())
+        f"{s.label}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items())
         for s, found in zip(subjects, means, strict=True)
     )
     every = [value for found in means for value in found.values()]

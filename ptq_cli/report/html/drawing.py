@@ -12,16 +12,17 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import floor, log10
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
-from ptq_cli.core.text import middle, printable
-from ptq_cli.report.html.text import escaped
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from ptq_cli.core.text import middle, number, printable
+from ptq_cli.report.html.text import escaped
 
 NARROW, WIDE = (420, 280), (1180, 320)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -71,18 +72,12 @@ def draw_chart(
     name: begins the figure's ids; caption: what it shows, in words and numbers
     draw: is given the axes, or where there are several `panels` an array of them
     """
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
     sizes = {"narrow": NARROW, "wide": WIDE} if wide else {"": NARROW}
     pictures = []
     for css, (width, height) in sizes.items():
-        settings = {**_SETTINGS, "svg.hashsalt": name + css}
+        settings: list[Any] = ["default", {**_SETTINGS, "svg.hashsalt": name + css}]
         # It complains about glyphs that its font lacks; the browser has the fonts.
-        with (
-            matplotlib.style.context(["default", settings]),
-            warnings.catch_warnings(action="ignore"),
-        ):
+        with matplotlib.style.context(settings), warnings.catch_warnings(action="ignore"):
             figure = Figure((width / 72, height / 72), layout="constrained")
             draw(figure.subplots(1, panels))
             _legend(figure)
@@ -188,10 +183,10 @@ def logarithmic(
     """A logarithmic axis with plain numbers at 1, 2, 5 times powers of ten."""
     shown = positive(values, values) or [1.0]
     low, high = min(shown) / 1.3, max(shown) * 1.3
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis = axes.yaxis if which == "y" else axes.xaxis
-    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
-    (axes.set_ylim if which == "y" else axes.set_xlim)(low, high)
-    axis.set_ticks(ticks := _ticks(low, high, most), labels=[_tick(tick) for tick in ticks])
+    ticks = _ticks(low, high, most)
+    axis.set_ticks(ticks, labels=[number(tick) for tick in ticks])
     axis.set_ticks([], minor=True)
     axes.grid(axis=which, linewidth=0.8)
 
@@ -199,8 +194,6 @@ def logarithmic(
 def _ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers between two positive ones: 1, 2, 5 times powers of ten, fewer where these are
     too many, evenly spaced ones where they are too few."""
-    from matplotlib.ticker import MaxNLocator
-
     powers = range(floor(log10(low)), floor(log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
@@ -210,10 +203,6 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
         even = MaxNLocator(most - 1, steps=[1, 2, 5, 10]).tick_values(low, high)
         ticks = [float(tick) for tick in even if low <= tick <= high]
     return ticks[:: -(-len(ticks) // most)] if ticks else [low, high]
-
-
-def _tick(value: float) -> str:
-    return f"{value:.2g}" if value < 1000 else f"{value:.3g}"
 
 
 def count_axis(axes: Axes, count: int) -> None:
@@ -238,6 +227,4 @@ def _legend(figure: Figure) -> None:
 
 def whole_numbers(axis: Axis, most: int = 8) -> None:
     """Ticks at whole numbers only, at most about so many."""
-    from matplotlib.ticker import MaxNLocator
-
     axis.set_major_locator(MaxNLocator(most, integer=True))

@@ -48,7 +48,7 @@ class Channels:
     @property
     def loudness(self) -> float:
         """The loudest channel over the median one; 0 where that is silent."""
-        median = float(np.median(self.absmax)) if self.absmax.size else 0.0
+        median = float(np.median(self.absmax))
         return float(self.absmax.max()) / median if median > 0 else 0.0
 
 
@@ -74,10 +74,10 @@ def open_subjects(paths: Sequence[Path], source: Source | None = None) -> tuple[
     Raises:
         InputError: no report; damaged weights.
     """
-    named = zip(_labels(paths), map(read_report, paths), strict=True)
+    documents, folders = zip(*map(read_report, paths), strict=True)
     if len(paths) > 1:
-        return tuple(Subject(label, document) for label, (document, _) in named)
-    return tuple(subject_of(document, label, folder, source) for label, (document, folder) in named)
+        return tuple(map(Subject, _labels(paths), documents))
+    return (subject_of(documents[0], _labels(paths)[0], folders[0], source),)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -124,14 +124,12 @@ def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
     weight = folder.load(module)
     codes = np.bincount(weight.codes.reshape(-1), minlength=1 << weight.grid.bits)
     scales = np.abs(weight.scales.astype(np.float64)).reshape(-1)
-    low, high = (float(scales.min()), float(scales.max())) if scales.size else (0.0, 0.0)
-    if low > 0 and high > 8 * low:
-        edges = np.geomspace(low, high, _SCALE_BINS + 1)
-    elif high > low:
-        edges = np.linspace(low, high, _SCALE_BINS + 1)
+    low, high = float(scales.min()), float(scales.max())
+    if low < high:
+        space = np.geomspace if low > 0 and high > 8 * low else np.linspace
+        edges = space(low, high, _SCALE_BINS + 1)
     else:
         edges = np.array([low * 0.9, low * 1.1]) if low else np.array([0.0, 1.0])
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return Distribution(module, codes, np.histogram(scales, edges)[0], edges)
 
 
@@ -144,15 +142,13 @@ def channels(
     if source is None:
         return ()
     found = []
-    factors = {} if folder is None else _factors(folder if folder.is_dir() else folder.parent)
+    factors = {}
+    if folder is not None:
+        folds = read_folds(folder if folder.is_dir() else folder.parent)
+        factors = {linear.module: values for site, values in folds for linear in site.linears}
     worst = [row["module"] for row in worst_first(rows)[:WORST]]
     for site, absmax in source.ranges(worst):
         own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
         smoothed = None if own is None or own.shape != absmax.shape else absmax / own
         found.append(Channels(site, absmax, smoothed))
     return tuple(sorted(found, key=lambda c: (-c.loudness, c.site))[:WORST])
-
-
-def _factors(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """What the folder's inputs were divided by, by module."""
-    return {x.module: values for site, values in read_folds(folder) for x in site.linears}

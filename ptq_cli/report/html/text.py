@@ -10,7 +10,6 @@ from typing import Any
 from ptq_cli.core.text import printable
 
 _ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
-OTHER = "other"
 
 
 def escaped(value: object) -> str:
@@ -52,6 +51,6 @@ def kinds_of(
     if len(found) > most:
         common = sorted(found, key=lambda kind: -len(found[kind]))[: most - 1]
         rest = [row for kind in found if kind not in common for row in found[kind]]
-        found = {kind: found[kind] for kind in found if kind in common} | {OTHER: rest}
-    known = {kind: place for place, kind in enumerate(_ORDER)}
-    return {k: found[k] for k in sorted(found, key=lambda kind: known.get(kind, len(known)))}
+        found = {kind: found[kind] for kind in found if kind in common} | {"other": rest}
+    ordered = [kind for kind in _ORDER if kind in found]
+    return {kind: found[kind] for kind in (*ordered, *found)}
