@@ -6,7 +6,7 @@ A measure is worse by the fraction that it moved in its bad direction, of what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import copysign, inf
 from typing import Any
@@ -29,7 +29,6 @@ _TOTALS: Mapping[str, tuple[Callable[[Document], Any], bool]] = {
     "calibrated": (value_at("totals", "calibrated"), True),
     "held-out inputs": (value_at("totals", "heldout"), True),
 }
-_DESCRIBED = ("command", "ptq")
 
 
 @dataclass(frozen=True)
@@ -82,27 +81,25 @@ def difference(before: Document, after: Document) -> Difference:
         layers=_changes(layers),
         added=tuple(module for module in rows[1] if module not in rows[0]),
         removed=tuple(module for module in rows[0] if module not in rows[1]),
-        measured=_measured(before, after),
+        measured=tuple(_measured(before, after)),
     )
 
 
 def _settings(before: Document, after: Document) -> dict[str, tuple[Any, Any]]:
-    sides = [{**d["settings"], **{key: d[key] for key in _DESCRIBED}} for d in (before, after)]
+    sides = [{**d["settings"], "command": d["command"], "ptq": d["ptq"]} for d in (before, after)]
     keys = sorted(sides[0].keys() | sides[1].keys())
     pairs = {key: (sides[0].get(key), sides[1].get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _measured(before: Document, after: Document) -> tuple[str, ...]:
+def _measured(before: Document, after: Document) -> Iterator[str]:
     """What keeps errors from being comparable."""
-    words: list[str] = []
     if not (before["layers"] and after["layers"]):
-        return ()
+        return
     for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
         sides = [bool(document["totals"].get(key)) for document in (before, after)]
         if sides[0] != sides[1]:
-            words.append(f"only the errors {'before' if sides[0] else 'after'} are those {text}")
-    return tuple(words)
+            yield f"only the errors {'before' if sides[0] else 'after'} are those {text}"
 
 
 def _changes(

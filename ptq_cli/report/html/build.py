@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -105,18 +105,16 @@ def _sizes(totals: Mapping[str, Any]) -> str:
     return _tile("Size", sizes, ", ".join(about))
 
 
-def _errors(totals: Mapping[str, Any]) -> list[str]:
-    tiles = []
+def _errors(totals: Mapping[str, Any]) -> Iterator[str]:
     if totals.get("mean_rel_err") is not None:
         worst, where = totals.get("worst_rel_err"), totals.get("worst_layer") or ""
-        tiles.append(_tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals)))
-        tiles.append(_tile("Worst error", number(worst), where))
+        yield _tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals))
+        yield _tile("Worst error", number(worst), where)
     gain = totals.get("gain_vs_rtn")
     if gain is not None:
         about = f"round-to-nearest has a mean error of {number(totals.get('rtn_mean_rel_err'))}"
         css = "good" if gain > 1.005 else "bad" if gain < 0.995 else ""
-        tiles.append(_tile("Gain over round-to-nearest", times(gain), about, css))
-    return tiles
+        yield _tile("Gain over round-to-nearest", times(gain), about, css)
 
 
 def _predictions(quality: Mapping[str, Any] | None) -> str:
@@ -128,18 +126,15 @@ def _predictions(quality: Mapping[str, Any] | None) -> str:
     return _tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")
 
 
-def _verdicts(subject: Subject) -> list[str]:
+def _verdicts(subject: Subject) -> Iterator[str]:
     """Fallbacks and gates."""
     fallbacks = subject.document["totals"].get("fallbacks")
-    tiles = []
     if fallbacks:
-        about = "layers were rounded to nearest"
-        tiles.append(_tile("Fallbacks", str(fallbacks), about, "bad"))
+        yield _tile("Fallbacks", str(fallbacks), "layers were rounded to nearest", "bad")
     if subject.gates:
         missed = sum(not gate.passed for gate in subject.gates)
         words, css = (f"{missed} missed", "bad") if missed else ("all passed", "good")
-        tiles.append(_tile("Gates", words, f"{len(subject.gates)} gates were set", css))
-    return tiles
+        yield _tile("Gates", words, f"{len(subject.gates)} gates were set", css)
 
 
 def _gates(subject: Subject) -> str:
