@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from math import copysign, inf
 from typing import Any
 
-from ptq_cli.report.report import row_error, value_at
-
-Document = Mapping[str, Any]
+from ptq_cli.report.report import JsonObject, row_error, value_at
 
 # what it is called -> (what reads it from a report, whether larger is better)
-_TOTALS: Mapping[str, tuple[Callable[[Document], Any], bool]] = {
+_TOTALS: Mapping[str, tuple[Callable[[JsonObject], Any], bool]] = {
     "mean error": (value_at("totals", "mean_rel_err"), False),
     "worst error": (value_at("totals", "worst_rel_err"), False),
     "gain over RTN": (value_at("totals", "gain_vs_rtn"), True),
@@ -69,7 +67,7 @@ class Difference:
         return not (self.settings or self.totals or self.layers or self.added or self.removed)
 
 
-def difference(before: Document, after: Document) -> Difference:
+def difference(before: JsonObject, after: JsonObject) -> Difference:
     """Compare two reports (report.schema.json)."""
     rows = [{row["module"]: row for row in document["layers"]} for document in (before, after)]
     both = [module for module in rows[0] if module in rows[1]]
@@ -85,14 +83,14 @@ def difference(before: Document, after: Document) -> Difference:
     )
 
 
-def _settings(before: Document, after: Document) -> dict[str, tuple[Any, Any]]:
+def _settings(before: JsonObject, after: JsonObject) -> dict[str, tuple[Any, Any]]:
     sides = [{**d["settings"], "command": d["command"], "ptq": d["ptq"]} for d in (before, after)]
     keys = sorted(sides[0].keys() | sides[1].keys())
     pairs = {key: (sides[0].get(key), sides[1].get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _measured(before: Document, after: Document) -> Iterator[str]:
+def _measured(before: JsonObject, after: JsonObject) -> Iterator[str]:
     """What keeps errors from being comparable."""
     if not (before["layers"] and after["layers"]):
         return

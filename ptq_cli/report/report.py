@@ -20,6 +20,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
+JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
 _SPECIAL = ("compared", "best", "activations")
 
 
@@ -54,25 +55,25 @@ def totals(
     }
 
 
-def row_error(row: LayerReport | Mapping[str, Any]) -> float:
+def row_error(row: LayerReport | JsonObject) -> float:
     """The error that counts: on held-out inputs where there are any. row: or its JSON"""
     return _measured(row, "heldout_rel_err", "rel_err")
 
 
-def row_rtn_error(row: LayerReport | Mapping[str, Any]) -> float:
+def row_rtn_error(row: LayerReport | JsonObject) -> float:
     return _measured(row, "rtn_heldout_rel_err", "rtn_rel_err")
 
 
-def _measured(row: LayerReport | Mapping[str, Any], *names: str) -> float:
+def _measured(row: LayerReport | JsonObject, *names: str) -> float:
     """The first of these numbers that is there."""
     values = row if isinstance(row, Mapping) else vars(row)
     return next(float(values[name]) for name in names if values[name] is not None)
 
 
-def value_at(*place: str) -> Callable[[Mapping[str, Any]], Any]:
+def value_at(*place: str) -> Callable[[JsonObject], Any]:
     """What reads the value at a place of a document; None where nothing is there."""
 
-    def read(document: Mapping[str, Any]) -> Any:
+    def read(document: JsonObject) -> Any:
         value: Any = document
         for key in place:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -181,7 +182,7 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
+def row_from_json(entry: JsonObject) -> LayerReport:
     values = _with_tuples(entry)
     if found := entry.get("activations"):
         errors = {k: OutputErrors(**v) for k, v in found.items() if k != "scheme"}
@@ -189,11 +190,11 @@ def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
     return LayerReport(**values)
 
 
-def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _with_tuples(entry: JsonObject) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
 
 
-def report_from_document(document: Mapping[str, Any]) -> RunReport:
+def report_from_document(document: JsonObject) -> RunReport:
     """The report that `as_document` was given; where it has no times, they are 0.
 
     document: one that follows report.schema.json

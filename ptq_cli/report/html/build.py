@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import Any
 
 from ptq_cli.core.text import common_parents, number, size
 from ptq_cli.report.html import tables
@@ -20,7 +19,7 @@ from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
 from ptq_cli.report.html.tables import Column
 from ptq_cli.report.html.text import escaped, kind_of, section
-from ptq_cli.report.report import row_error, value_at
+from ptq_cli.report.report import JsonObject, row_error, value_at
 from ptq_cli.report.words import measured_on, times
 
 
@@ -52,7 +51,7 @@ def _charts(figures: Sequence[str]) -> str:
     return section("Charts", f'<div class="charts">{joined}</div>' if joined else "")
 
 
-def _measured_on(totals: Mapping[str, Any]) -> str:
+def _measured_on(totals: JsonObject) -> str:
     where = measured_on(totals)
     return f"of {where}" if where == "the weights" else f"of outputs, on {where}"
 
@@ -97,7 +96,7 @@ def _tiles(subject: Subject) -> str:
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
-def _sizes(totals: Mapping[str, Any]) -> str:
+def _sizes(totals: JsonObject) -> str:
     bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
     about = [f"{ratio:.2f}x smaller"] if ratio else []
     about += [f"{bits:.2f} bits per weight"] if bits else []
@@ -105,7 +104,7 @@ def _sizes(totals: Mapping[str, Any]) -> str:
     return _tile("Size", sizes, ", ".join(about))
 
 
-def _errors(totals: Mapping[str, Any]) -> Iterator[str]:
+def _errors(totals: JsonObject) -> Iterator[str]:
     if totals.get("mean_rel_err") is not None:
         worst, where = totals.get("worst_rel_err"), totals.get("worst_layer") or ""
         yield _tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals))
@@ -117,7 +116,7 @@ def _errors(totals: Mapping[str, Any]) -> Iterator[str]:
         yield _tile("Gain over round-to-nearest", times(gain), about, css)
 
 
-def _predictions(quality: Mapping[str, Any] | None) -> str:
+def _predictions(quality: JsonObject | None) -> str:
     if quality is None:
         return ""
     values = quality["perplexity"]

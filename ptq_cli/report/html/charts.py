@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, median
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -14,7 +13,8 @@ from ptq_cli.report.html.distributions import channels_chart, distribution_chart
 from ptq_cli.report.html.drawing import COLOURS, SERIES
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import depth_of, kinds_of
-from ptq_cli.report.report import row_error, row_rtn_error
+from ptq_cli.report.report import JsonObject, row_error, row_rtn_error
+from ptq_cli.report.words import times
 
 _SINGLE = 80  # up to so many layers each has a mark of its own
 
@@ -37,7 +37,7 @@ def charts_between(subjects: Sequence[Subject]) -> list[str]:
     return [chart(own) for chart in (trade_chart, runs_chart, runs_by_kind_chart) if own]
 
 
-def errors_chart(rows: Sequence[drawing.Row]) -> str:
+def errors_chart(rows: Sequence[JsonObject]) -> str:
     """Error of each layer against round-to-nearest, worst first."""
     ordered = worst_first(rows)
     ours, rtn = [row_error(row) for row in ordered], [row_rtn_error(row) for row in ordered]
@@ -70,7 +70,7 @@ def errors_chart(rows: Sequence[drawing.Row]) -> str:
     return drawing.draw_chart("errors", "Error of each layer", caption, draw, wide=True)
 
 
-def kinds_chart(rows: Sequence[drawing.Row]) -> str:
+def kinds_chart(rows: Sequence[JsonObject]) -> str:
     """Gain over round-to-nearest by kind of layer: of the mean errors."""
     gains = {}
     for kind, members in kinds_of(rows).items():
@@ -86,14 +86,14 @@ def kinds_chart(rows: Sequence[drawing.Row]) -> str:
     )
 
     def draw(axes: Axes) -> None:
-        drawing.draw_bars(axes, gains, [f"{gain:.2f}x" for gain in gains.values()])
+        drawing.draw_bars(axes, gains, times)
         axes.axvline(1, color=COLOURS["muted"], linestyle="--")
         axes.set(xlabel="gain over round-to-nearest", xlim=(0, 1.16 * max(1.0, *gains.values())))
 
     return drawing.draw_chart("kinds", "Gain by kind of layer", caption, draw)
 
 
-def depth_chart(rows: Sequence[drawing.Row]) -> str:
+def depth_chart(rows: Sequence[JsonObject]) -> str:
     """Error against the number of the block, one line for each kind of layer."""
     lines: dict[str, dict[int, float]] = {}
     for kind, members in kinds_of(rows, len(SERIES)).items():
@@ -116,13 +116,13 @@ def depth_chart(rows: Sequence[drawing.Row]) -> str:
     )
 
     def draw(axes: Axes) -> None:
-        drawing.draw_lines(axes, list(lines.items()))
+        drawing.draw_lines(axes, lines)
         axes.set_xlabel("block")
 
     return drawing.draw_chart("depth", "Error by depth", caption, draw)
 
 
-def integer_chart(rows: Sequence[drawing.Row]) -> str:
+def integer_chart(rows: Sequence[JsonObject]) -> str:
     """Errors with integer inputs, where they were measured."""
     known = [row for row in worst_first(rows) if row.get("activations")]
     if not known:
@@ -139,14 +139,14 @@ def integer_chart(rows: Sequence[drawing.Row]) -> str:
     )
 
     def draw(axes: Axes) -> None:
-        lines = [(name, dict(enumerate(values, 1))) for name, values in parts.items()]
+        lines = {name: dict(enumerate(values, 1)) for name, values in parts.items()}
         drawing.draw_lines(axes, lines, ("rtn", "ours", SERIES[1]))
         drawing.count_axis(axes, len(known))
 
     return drawing.draw_chart("integer", "With integer inputs", caption, draw)
 
 
-def compared_chart(rows: Sequence[drawing.Row]) -> str:
+def compared_chart(rows: Sequence[JsonObject]) -> str:
     """Mean errors of the methods that were tried."""
     tried = [row for row in rows if row.get("compared")]
     names = list(dict.fromkeys(name for row in tried for name in row["compared"]))
@@ -158,13 +158,13 @@ def compared_chart(rows: Sequence[drawing.Row]) -> str:
     caption = f"Mean error of each method on the same {len(tried)} layers: {words}."
 
     def draw(axes: Axes) -> None:
-        drawing.draw_bars(axes, means, [number(value) for value in means.values()])
+        drawing.draw_bars(axes, means, number)
         axes.set(xlabel="mean relative error", xlim=(0, 1.25 * max(means.values()) or 1))
 
     return drawing.draw_chart("compared", "Methods compared", caption, draw)
 
 
-def blocks_chart(quality: Mapping[str, Any] | None) -> str:
+def blocks_chart(quality: JsonObject | None) -> str:
     """KL divergence that each block alone makes."""
     values = (quality or {}).get("kl_per_block") or []
     if not values:
@@ -188,20 +188,20 @@ def blocks_chart(quality: Mapping[str, Any] | None) -> str:
 
 def trade_chart(subjects: Sequence[Subject]) -> str:
     """Bits per weight against mean error."""
-    totals = [(subject.label, subject.document["totals"]) for subject in subjects]
-    points = [
-        (label, float(own["bits_per_weight"]), float(own["mean_rel_err"]))
-        for label, own in totals
-        if own.get("bits_per_weight") and own.get("mean_rel_err") is not None
-    ]
+    points = {}
+    for subject in subjects:
+        totals = subject.document["totals"]
+        bits, error = totals.get("bits_per_weight"), totals.get("mean_rel_err")
+        if bits and error is not None:
+            points[subject.label] = float(bits), float(error)
     if not points:
         return ""
-    words = "; ".join(f"{n}: {b:.2f} bits, error {number(e)}" for n, b, e in points)
-    errors = [error for *_, error in points]
+    words = "; ".join(f"{n}: {b:.2f} bits, error {number(e)}" for n, (b, e) in points.items())
+    errors = [error for _, error in points.values()]
     caption = f"Bits per weight against mean error; down and to the left is better. {words}."
 
     def draw(axes: Axes) -> None:
-        shown = [(name, [bits], drawing.positive([e], errors)) for name, bits, e in points]
+        shown = {n: ([b], drawing.positive([e], errors)) for n, (b, e) in points.items()}
         drawing.draw_marks(axes, shown, 9)
         drawing.logarithmic(axes, "y", errors)
         axes.margins(x=0.15)
@@ -212,18 +212,17 @@ def trade_chart(subjects: Sequence[Subject]) -> str:
 
 def runs_chart(subjects: Sequence[Subject]) -> str:
     """Errors of all layers of each run, each sorted by itself."""
-    errors = [sorted(map(row_error, s.document["layers"]), reverse=True) for s in subjects]
+    errors = {s.label: sorted(map(row_error, s.document["layers"]))[::-1] for s in subjects}
     words = "; ".join(
-        f"{s.label}: worst {number(own[0])}, median {number(median(own))}"
-        for s, own in zip(subjects, errors, strict=True)
+        f"{label}: worst {number(own[0])}, median {number(median(own))}"
+        for label, own in errors.items()
     )
     caption = f"Errors of the layers of each run, worst first. {words}."
-    caption += drawing.zeros([value for own in errors for value in own])
+    caption += drawing.zeros([value for own in errors.values() for value in own])
 
     def draw(axes: Axes) -> None:
-        lines = zip(subjects, errors, strict=True)
-        drawing.draw_lines(axes, [(s.label, dict(enumerate(own, 1))) for s, own in lines])
-        drawing.count_axis(axes, max(map(len, errors)))
+        drawing.draw_lines(axes, {n: dict(enumerate(own, 1)) for n, own in errors.items()})
+        drawing.count_axis(axes, max(map(len, errors.values())))
 
     return drawing.draw_chart("runs", "Error of each layer", caption, draw)
 
@@ -231,23 +230,23 @@ def runs_chart(subjects: Sequence[Subject]) -> str:
 def runs_by_kind_chart(subjects: Sequence[Subject]) -> str:
     """Mean error of each run by kind of layer."""
     kinds = list(kinds_of([row for s in subjects for row in s.document["layers"]], 10))
-    means = [
-        {kind: fmean(map(row_error, rows)) for kind, rows in own.items()}
-        for own in (kinds_of(s.document["layers"], 10) for s in subjects)
-    ]
+    means = {}
+    for subject in subjects:
+        own = kinds_of(subject.document["layers"], 10)
+        means[subject.label] = {kind: fmean(map(row_error, rows)) for kind, rows in own.items()}
     words = "; ".join(
-        f"{s.label}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items())
-        for s, found in zip(subjects, means, strict=True)
+        f"{label}: " + ", ".join(f"{kind} {number(value)}" for kind, value in found.items())
+        for label, found in means.items()
     )
-    every = [value for found in means for value in found.values()]
+    every = [value for found in means.values() for value in found.values()]
     caption = f"Mean error by kind of layer. {words}.{drawing.zeros(every)}"
 
     def draw(axes: Axes) -> None:
-        shown = []
-        for subject, found in zip(subjects, means, strict=True):
+        shown = {}
+        for label, found in means.items():
             places = [kinds.index(kind) for kind in found if kind in kinds]
             values = [value for kind, value in found.items() if kind in kinds]
-            shown.append((subject.label, drawing.positive(values, every), places))
+            shown[label] = drawing.positive(values, every), places
         drawing.draw_marks(axes, shown, 7)
         drawing.logarithmic(axes, "x", every)
         drawing.name_rows(axes, kinds)

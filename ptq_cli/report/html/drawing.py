@@ -55,8 +55,6 @@ _SETTINGS = {
     "grid.color": COLOURS["grid"],
 }
 
-Row = Mapping[str, Any]
-
 
 def draw_chart(
     name: str,
@@ -125,11 +123,11 @@ def _of_page(value: str) -> str:
 
 
 def draw_lines(
-    axes: Axes, lines: Sequence[tuple[str, Mapping[int, float]]], colours: Sequence[str] = SERIES
+    axes: Axes, lines: Mapping[str, Mapping[int, float]], colours: Sequence[str] = SERIES
 ) -> None:
     """Errors by whole numbers, a line for each label, with marks where these are few."""
-    every = [value for _, line in lines for value in line.values()]
-    for i, (label, line) in enumerate(lines):
+    every = [value for line in lines.values() for value in line.values()]
+    for i, (label, line) in enumerate(lines.items()):
         marked = len(line) <= _MARKED
         axes.plot(
             list(line), positive(list(line.values()), every), color=COLOURS[colours[i]],
@@ -142,19 +140,19 @@ def draw_lines(
 
 
 def draw_marks(
-    axes: Axes, runs: Sequence[tuple[str, Sequence[float], Sequence[float]]], size: float
+    axes: Axes, runs: Mapping[str, tuple[Sequence[float], Sequence[float]]], size: float
 ) -> None:
-    """Points of several runs, each its label, x and y, in its colour and shape."""
-    for i, (label, x, y) in enumerate(runs):
+    """Points of several runs, by label x and y, each run in its colour and shape."""
+    for i, (label, (x, y)) in enumerate(runs.items()):
         colour = COLOURS[SERIES[i]]
         axes.plot(x, y, MARKERS[i], color=colour, markersize=size, label=label)
 
 
-def draw_bars(axes: Axes, values: Mapping[str, float], words: Sequence[str]) -> None:
+def draw_bars(axes: Axes, values: Mapping[str, float], form: Callable[[float], str]) -> None:
     """A bar for each name, from the top, with its value in words beside it."""
     bars = axes.barh(range(len(values)), list(values.values()), color=COLOURS["ours"], height=0.62)
     behind = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}
-    axes.bar_label(bars, words, padding=5, bbox=behind)
+    axes.bar_label(bars, fmt=form, padding=5, bbox=behind)
     name_rows(axes, list(values))
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.report.report import Gate, row_error
+from ptq_cli.report.report import Gate, JsonObject, row_error
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import REPORT, read_report
@@ -61,7 +60,7 @@ class Subject:
     """
 
     label: str
-    document: Mapping[str, Any]
+    document: JsonObject
     gates: tuple[Gate, ...] = ()
     distributions: tuple[Distribution, ...] = ()
     channels: tuple[Channels, ...] = ()
@@ -91,7 +90,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def subject_of(
-    document: Mapping[str, Any],
+    document: JsonObject,
     label: str,
     folder: Path | None,
     source: Source | None,
@@ -108,13 +107,11 @@ def subject_of(
     )
 
 
-def worst_first(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def worst_first(rows: Iterable[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: (-row_error(row), row["module"]))
 
 
-def distributions(
-    folder: QuantizedFolder, rows: Sequence[Mapping[str, Any]]
-) -> tuple[Distribution, ...]:
+def distributions(folder: QuantizedFolder, rows: Sequence[JsonObject]) -> tuple[Distribution, ...]:
     """Codes and scales of the worst layers, read from the folder."""
     there = [row["module"] for row in worst_first(rows) if row["module"] in folder.layers]
     return tuple(_distribution(folder, module) for module in there[:WORST])
@@ -134,7 +131,7 @@ def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
 
 
 def channels(
-    source: Source | None, rows: Sequence[Mapping[str, Any]], folder: Path | None
+    source: Source | None, rows: Sequence[JsonObject], folder: Path | None
 ) -> tuple[Channels, ...]:
     """The sites with the loudest channels: of all in a statistics file; where activations have to
     be read again, of the sites of the worst layers. Empty where the statistics are gone (--tokens

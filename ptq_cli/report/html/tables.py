@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
@@ -11,13 +11,11 @@ from typing import Any
 from ptq_cli.core.text import common_parents
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import details, escaped, kind_of, section
-from ptq_cli.report.report import row_error, row_rtn_error, value_at
+from ptq_cli.report.report import JsonObject, row_error, row_rtn_error, value_at
 from ptq_cli.report.words import of_site, predicted, smoothed, times
 
 _MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
 _MOST_LISTED = 500
-
-Document = Mapping[str, Any]
 
 
 def figure(value: float) -> str:
@@ -87,7 +85,7 @@ def _cell(column: Column, value: Any) -> str:
     return f"{own}>{escaped(text)}"
 
 
-def quality_table(quality: Mapping[str, Any] | None) -> str:
+def quality_table(quality: JsonObject | None) -> str:
     if quality is None:
         return ""
     titles = ("Perplexity", "Increase", "KL, mean", "KL, 99.9 %", "Equal top token")
@@ -106,7 +104,7 @@ def quality_table(quality: Mapping[str, Any] | None) -> str:
     return table(columns, rows, "Predictions") + about
 
 
-def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def layers_table(rows: Sequence[JsonObject]) -> str:
     if not rows:
         return "<p>No layer was quantized.</p>"
     common = common_parents([row["module"] for row in rows])
@@ -146,7 +144,7 @@ def sortable_table(columns: Sequence[Column], rows: Sequence[Any], common: str) 
     return _filter_controls(columns, shown) + about + table(columns, shown, "Layers", sortable=True)
 
 
-def _notes(row: Mapping[str, Any]) -> str:
+def _notes(row: JsonObject) -> str:
     said = [f"fallback: {row['fallback']}"] if row["fallback"] else []
     return "; ".join([*said, *row["notes"]])
 
@@ -170,7 +168,7 @@ def _filter_controls(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     )
 
 
-def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
+def sites_table(sites: Sequence[JsonObject]) -> str:
     if not sites:
         return ""
     columns = [
@@ -203,7 +201,7 @@ def _word(value: Any) -> str:
     return (", ".join(map(str, value)) or "-") if isinstance(value, list) else str(value)
 
 
-def left_alone_table(document: Document) -> str:
+def left_alone_table(document: JsonObject) -> str:
     entries = document["left_alone"]
     if not entries:
         return ""
@@ -224,7 +222,7 @@ def warnings_list(warnings: Sequence[str]) -> str:
     return section("Warnings", f'<ul class="list">{lines}</ul>' if lines else "")
 
 
-def described(document: Document) -> str:
+def described(document: JsonObject) -> str:
     """The run in a line: method, grid, format, version."""
     settings = document["settings"]
     rows = document["layers"]

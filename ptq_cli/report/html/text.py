@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from ptq_cli.core.text import printable
+from ptq_cli.report.report import JsonObject
 
 _ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 
@@ -41,11 +41,9 @@ def depth_of(module: str) -> int | None:
     )
 
 
-def kinds_of(
-    rows: Sequence[Mapping[str, Any]], most: int = 12
-) -> dict[str, list[Mapping[str, Any]]]:
+def kinds_of(rows: Sequence[JsonObject], most: int = 12) -> dict[str, list[JsonObject]]:
     """Rows by kind: attention first, then as they come; the rarest are `other` beyond `most`."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[str, list[JsonObject]] = {}
     for row in rows:
         found.setdefault(kind_of(row["module"]), []).append(row)
     if len(found) > most:
