@@ -97,24 +97,18 @@ def subject_of(
     gates: Sequence[Gate] = (),
 ) -> Subject:
     """A run from its report, what it wrote, and the statistics it had."""
-    rows = document["layers"]
-    return Subject(
-        label,
-        document,
-        tuple(gates),
-        () if folder is None or not rows else distributions(open_quantized(folder), rows),
-        channels(source, rows, folder),
-    )
+    worst = [row["module"] for row in worst_first(document["layers"])]
+    distributions: list[Distribution] = []
+    if folder is not None and worst:
+        quantized = open_quantized(folder)
+        there = [module for module in worst if module in quantized.layers]
+        distributions += [_distribution(quantized, module) for module in there[:WORST]]
+    channels = _channels(source, worst[:WORST], folder)
+    return Subject(label, document, tuple(gates), tuple(distributions), channels)
 
 
 def worst_first(rows: Iterable[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: (-row_error(row), row["module"]))
-
-
-def distributions(folder: QuantizedFolder, rows: Sequence[JsonObject]) -> tuple[Distribution, ...]:
-    """Codes and scales of the worst layers, read from the folder."""
-    there = [row["module"] for row in worst_first(rows) if row["module"] in folder.layers]
-    return tuple(_distribution(folder, module) for module in there[:WORST])
 
 
 def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
@@ -130,20 +124,18 @@ def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
     return Distribution(module, codes, np.histogram(scales, edges)[0], edges)
 
 
-def channels(
-    source: Source | None, rows: Sequence[JsonObject], folder: Path | None
+def _channels(
+    source: Source | None, worst: Sequence[str], folder: Path | None
 ) -> tuple[Channels, ...]:
     """The sites with the loudest channels: of all in a statistics file; where activations have to
-    be read again, of the sites of the worst layers. Empty where the statistics are gone (--tokens
+    be read again, of the sites of the worst modules. Empty where the statistics are gone (--tokens
     makes them on the way)."""
     if source is None:
         return ()
-    found = []
-    factors = {}
+    found, factors = [], {}
     if folder is not None:
         folds = read_folds(folder if folder.is_dir() else folder.parent)
         factors = {linear.module: values for site, values in folds for linear in site.linears}
-    worst = [row["module"] for row in worst_first(rows)[:WORST]]
     for site, absmax in source.ranges(worst):
         own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
         smoothed = None if own is None or own.shape != absmax.shape else absmax / own
