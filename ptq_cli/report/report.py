@@ -21,7 +21,7 @@ from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, Run
 from ptq_cli.errors import GateMissed
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
-_SPECIAL = ("compared", "best", "activations")
+_OF_COMMANDS = ("compared", "best", "activations")  # away from a row where none asked for them
 
 
 def totals(
@@ -122,12 +122,15 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
     """The report as one JSON document; without `times`, the same bytes for the same run."""
+    rows = [_jsonable(asdict(row)) for row in report.rows]
     document = {
         "ptq": __version__,
         "command": report.command,
         "settings": _jsonable(report.settings),
         "totals": _jsonable(report.totals),
-        "layers": [_row_document(row) for row in report.rows],
+        "layers": [
+            {k: v for k, v in row.items() if v is not None or k not in _OF_COMMANDS} for row in rows
+        ],
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
     }
@@ -139,12 +142,6 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         for part in (document["totals"], *document["layers"]):
             del part["seconds"]
     return document
-
-
-def _row_document(row: LayerReport) -> dict[str, Any]:
-    """A row; columns of commands that were not asked for stay away."""
-    entry: dict[str, Any] = _jsonable(asdict(row))
-    return {k: v for k, v in entry.items() if v is not None or k not in _SPECIAL}
 
 
 def _jsonable(value: Any) -> Any:
