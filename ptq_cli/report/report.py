@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from math import isfinite, prod
 from typing import Any
 
@@ -35,7 +35,7 @@ def totals(
     errors = [row_error(row) for row in rows]
     rtn_errors = [row_rtn_error(row) for row in rows]
     mean, rtn_mean = _mean(errors), _mean(rtn_errors)
-    worst = max(rows, key=row_error) if rows else None
+    worst = max(rows, key=row_error, default=None)
     return {
         "layers": len(rows),
         "left_alone": len(skipped),
@@ -91,20 +91,14 @@ def _bits_per_weight(rows: Sequence[LayerReport]) -> float | None:
     return 8 * sum(row.bytes for row in rows) / weights if weights else None
 
 
-def make_report(
-    command: str,
-    plan: Plan,
-    rows: Sequence[LayerReport],
-    seconds: float,
-    warnings: Sequence[str] = (),
-) -> RunReport:
+def make_report(command: str, plan: Plan, rows: Sequence[LayerReport], seconds: float) -> RunReport:
     settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
     return RunReport(
         command=command,
         rows=tuple(rows),
         skipped=plan.skipped,
         totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
-        warnings=(*plan.warnings, *warnings, *_dead_warnings(rows)),
+        warnings=(*plan.warnings, *_dead_warnings(rows)),
         settings=settings | {"method": plan.method, "format": plan.format},
     )
 
@@ -171,7 +165,7 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "; ".join(f"{key} {item:.6g}" for key, item in value.items())
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, ActivationErrors):
         return json.dumps(asdict(value))
     if isinstance(value, tuple):
         between = " " if all(isinstance(item, int) for item in value) else "; "

@@ -206,7 +206,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 def count_axis(axes: Axes, count: int) -> None:
     """An x axis that counts layers from 1."""
     whole_numbers(axes.xaxis)
-    axes.set_xlim(0.3, max(count, 1) + 0.7)
+    axes.set_xlim(0.3, count + 0.7)
     axes.set_xlabel("layers, worst first")
 
 

@@ -36,9 +36,8 @@ def kind_of(module: str) -> str:
 
 def depth_of(module: str) -> int | None:
     """The block's number: the first number in the name, or None."""
-    return next(
-        (int(p) for p in module.split(".") if p.isascii() and p.isdigit() and len(p) < 7), None
-    )
+    parts = module.split(".")
+    return next((int(p) for p in parts if p.isascii() and p.isdigit() and len(p) < 7), None)
 
 
 def kinds_of(rows: Sequence[JsonObject], most: int = 12) -> dict[str, list[JsonObject]]:
