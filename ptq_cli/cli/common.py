@@ -14,7 +14,7 @@ from ptq_cli.cli.next_steps import Step, after, as_line
 from ptq_cli.cli.shared_options import gates_set
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
-from ptq_cli.errors import GateMissed, InputError
+from ptq_cli.errors import GateMissed, InputError, import_extra
 from ptq_cli.report.junit import as_junit
 from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import to_json, write_whole
@@ -42,10 +42,8 @@ def check_report_paths(options: Mapping[str, Any]) -> None:
     check_path(options["report_path"], (".csv", ".json"), "a report")
     check_path(options["junit"], (".xml",), "a JUnit report")
     if options["html"] is not None:
-        from ptq_cli.report.html.svg import require_matplotlib
-
         check_path(options["html"], (".html", ".htm"), "a page")
-        require_matplotlib("--html")
+        import_extra("matplotlib", "--html", "report")
 
 
 def check_path(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:

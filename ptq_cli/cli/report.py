@@ -9,6 +9,7 @@ import click
 from ptq_cli.cli import console
 from ptq_cli.cli.common import check_path
 from ptq_cli.cli.shared_options import FILE, PATH
+from ptq_cli.errors import import_extra
 
 
 @click.command("report")
@@ -36,16 +37,15 @@ def report(runs: tuple[Path, ...], output: Path, calibration: Path | None) -> No
     ptq report model-gptq-w4g128
     ptq report w4/ w3/ w3-tokens/ -o compared.html
     """
-    from ptq_cli.calibration.from_file import open_calibration
-    from ptq_cli.report.html.build import page
-    from ptq_cli.report.html.subject import open_subjects
-    from ptq_cli.report.html.svg import require_matplotlib
-    from ptq_cli.storage.files import write_whole
-
     if calibration is not None and len(runs) > 1:
         raise click.UsageError("--calibration goes with one run")
     check_path(output, (".html", ".htm"), "a page")
-    require_matplotlib("the page")
+    import_extra("matplotlib", "the page", "report")
+    from ptq_cli.calibration.from_file import open_calibration
+    from ptq_cli.report.html.build import page
+    from ptq_cli.report.html.subject import open_subjects
+    from ptq_cli.storage.files import write_whole
+
     source = None if calibration is None else open_calibration(calibration)
     write_whole(output, page(open_subjects(runs, source)))
     console.line(f"written: {output}")

@@ -6,30 +6,27 @@ A measure is worse by the fraction that it moved in its bad direction, of what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
+from math import copysign, inf
 from typing import Any
 
-from ptq_cli.report.report import row_error
+from ptq_cli.report.report import JsonObject, row_error, value_at
 
-Document = Mapping[str, Any]
-
-# what it is called -> (where it stands in the report, whether larger is better)
-_TOTALS: Mapping[str, tuple[Sequence[str], bool]] = {
-    "mean error": (("totals", "mean_rel_err"), False),
-    "worst error": (("totals", "worst_rel_err"), False),
-    "gain over RTN": (("totals", "gain_vs_rtn"), True),
-    "size in bytes": (("totals", "bytes_after"), False),
-    "bits per weight": (("totals", "bits_per_weight"), False),
-    "fallbacks": (("totals", "fallbacks"), False),
-    "perplexity": (("quality", "perplexity", "quantized"), False),
-    "mean KL": (("quality", "kl", "quantized", "mean"), False),
-    "equal top tokens": (("quality", "same_top", "quantized"), True),
-    "calibrated": (("totals", "calibrated"), True),
-    "held-out inputs": (("totals", "heldout"), True),
+# what it is called -> (what reads it from a report, whether larger is better)
+_TOTALS: Mapping[str, tuple[Callable[[JsonObject], Any], bool]] = {
+    "mean error": (value_at("totals", "mean_rel_err"), False),
+    "worst error": (value_at("totals", "worst_rel_err"), False),
+    "gain over RTN": (value_at("totals", "gain_vs_rtn"), True),
+    "size in bytes": (value_at("totals", "bytes_after"), False),
+    "bits per weight": (value_at("totals", "bits_per_weight"), False),
+    "fallbacks": (value_at("totals", "fallbacks"), False),
+    "perplexity": (value_at("quality", "perplexity", "quantized"), False),
+    "mean KL": (value_at("quality", "kl", "quantized", "mean"), False),
+    "equal top tokens": (value_at("quality", "same_top", "quantized"), True),
+    "calibrated": (value_at("totals", "calibrated"), True),
+    "held-out inputs": (value_at("totals", "heldout"), True),
 }
-_DESCRIBED = ("command", "ptq")
 
 
 @dataclass(frozen=True)
@@ -70,62 +67,51 @@ class Difference:
         return not (self.settings or self.totals or self.layers or self.added or self.removed)
 
 
-def difference(before: Document, after: Document) -> Difference:
+def difference(before: JsonObject, after: JsonObject) -> Difference:
     """Compare two reports (report.schema.json)."""
     rows = [{row["module"]: row for row in document["layers"]} for document in (before, after)]
     both = [module for module in rows[0] if module in rows[1]]
-    totals = (
-        _change(name, _value(before, place), _value(after, place), better)
-        for name, (place, better) in _TOTALS.items()
-    )
-    layers = (_change(m, row_error(rows[0][m]), row_error(rows[1][m]), False) for m in both)
+    totals = ((name, of(before), of(after), better) for name, (of, better) in _TOTALS.items())
+    layers = ((m, row_error(rows[0][m]), row_error(rows[1][m]), False) for m in both)
     return Difference(
         settings=_settings(before, after),
-        totals=_changed(totals),
-        layers=_changed(layers),
+        totals=_changes(totals),
+        layers=_changes(layers),
         added=tuple(module for module in rows[1] if module not in rows[0]),
         removed=tuple(module for module in rows[0] if module not in rows[1]),
-        measured=_measured(before, after),
+        measured=tuple(_measured(before, after)),
     )
 
 
-def _settings(before: Document, after: Document) -> dict[str, tuple[Any, Any]]:
-    sides = [{**d["settings"], **{key: d[key] for key in _DESCRIBED}} for d in (before, after)]
+def _settings(before: JsonObject, after: JsonObject) -> dict[str, tuple[Any, Any]]:
+    sides = [{**d["settings"], "command": d["command"], "ptq": d["ptq"]} for d in (before, after)]
     keys = sorted(sides[0].keys() | sides[1].keys())
     pairs = {key: (sides[0].get(key), sides[1].get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _measured(before: Document, after: Document) -> tuple[str, ...]:
+def _measured(before: JsonObject, after: JsonObject) -> Iterator[str]:
     """What keeps errors from being comparable."""
-    words: list[str] = []
     if not (before["layers"] and after["layers"]):
-        return ()
+        return
     for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
         sides = [bool(document["totals"].get(key)) for document in (before, after)]
         if sides[0] != sides[1]:
-            words.append(f"only the errors {'before' if sides[0] else 'after'} are those {text}")
-    return tuple(words)
+            yield f"only the errors {'before' if sides[0] else 'after'} are those {text}"
 
 
-def _value(document: Document, place: Sequence[str]) -> float | None:
-    value: Any = document
-    for key in place:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return None if value is None else float(value)
+def _changes(
+    measures: Iterable[tuple[str, float | None, float | None, bool]],
+) -> tuple[Change, ...]:
+    """The worst first, without those that did not change, or that one side has not measured.
 
-
-def _change(name: str, before: float | None, after: float | None, better: bool) -> Change | None:
-    """None where nothing changed, or one side was not measured."""
-    if before is None or after is None or before == after:
-        return None
-    moved = before - after if better else after - before
-    if before == 0:
-        return Change(name, before, after, inf if moved > 0 else -inf)
-    return Change(name, before, after, moved / abs(before))
-
-
-def _changed(changes: Iterable[Change | None]) -> tuple[Change, ...]:
-    """The worst first."""
-    found = [change for change in changes if change is not None]
+    measures: name, before, after, whether larger is better
+    """
+    found = []
+    for name, before, after, better in measures:
+        if before is None or after is None or before == after:
+            continue
+        moved = float(before - after if better else after - before)
+        worse = moved / abs(before) if before else copysign(inf, moved)
+        found.append(Change(name, float(before), float(after), worse))
     return tuple(sorted(found, key=lambda change: (-change.worse, change.name)))

@@ -46,7 +46,7 @@ def as_junit(report: RunReport, gates: Sequence[Gate], name: str) -> str:
         "tests": str(len(suite.findall("testcase"))),
         "failures": str(len(suite.findall("testcase/failure"))),
         "errors": "0",
-        "time": _seconds(report.totals["seconds"]),
+        "time": f"{report.totals['seconds']:.3f}",
     }
     suite.attrib.update({**counts, "skipped": "0"})
     root = Element("testsuites", counts)
@@ -77,7 +77,7 @@ def _layer(suite: Element, place: str, row: LayerReport, limit: float | None) ->
 
 
 def _case(suite: Element, place: str, name: str, seconds: float) -> Element:
-    words = {"classname": place, "name": printable(name), "time": _seconds(seconds)}
+    words = {"classname": place, "name": printable(name), "time": f"{seconds:.3f}"}
     return SubElement(suite, "testcase", words)
 
 
@@ -93,7 +93,3 @@ def _say(case: Element, numbers: Sequence[tuple[str, Any]], words: Sequence[str]
 
 def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import isfinite, prod
 from typing import Any
 
@@ -20,8 +20,8 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.errors import GateMissed
 
-TIMES = ("seconds",)
-SPECIAL = ("compared", "best", "activations")
+JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
+_OF_COMMANDS = ("compared", "best", "activations")  # away from a row where none asked for them
 
 
 def totals(
@@ -35,7 +35,7 @@ def totals(
     errors = [row_error(row) for row in rows]
     rtn_errors = [row_rtn_error(row) for row in rows]
     mean, rtn_mean = _mean(errors), _mean(rtn_errors)
-    worst = max(rows, key=row_error) if rows else None
+    worst = max(rows, key=row_error, default=None)
     return {
         "layers": len(rows),
         "left_alone": len(skipped),
@@ -55,19 +55,31 @@ def totals(
     }
 
 
-def row_error(row: LayerReport | Mapping[str, Any]) -> float:
+def row_error(row: LayerReport | JsonObject) -> float:
     """The error that counts: on held-out inputs where there are any. row: or its JSON"""
     return _measured(row, "heldout_rel_err", "rel_err")
 
 
-def row_rtn_error(row: LayerReport | Mapping[str, Any]) -> float:
+def row_rtn_error(row: LayerReport | JsonObject) -> float:
     return _measured(row, "rtn_heldout_rel_err", "rtn_rel_err")
 
 
-def _measured(row: LayerReport | Mapping[str, Any], *names: str) -> float:
+def _measured(row: LayerReport | JsonObject, *names: str) -> float:
     """The first of these numbers that is there."""
     values = row if isinstance(row, Mapping) else vars(row)
     return next(float(values[name]) for name in names if values[name] is not None)
+
+
+def value_at(*place: str) -> Callable[[JsonObject], Any]:
+    """What reads the value at a place of a document; None where nothing is there."""
+
+    def read(document: JsonObject) -> Any:
+        value: Any = document
+        for key in place:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    return read
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -79,20 +91,14 @@ def _bits_per_weight(rows: Sequence[LayerReport]) -> float | None:
     return 8 * sum(row.bytes for row in rows) / weights if weights else None
 
 
-def make_report(
-    command: str,
-    plan: Plan,
-    rows: Sequence[LayerReport],
-    seconds: float,
-    warnings: Sequence[str] = (),
-) -> RunReport:
+def make_report(command: str, plan: Plan, rows: Sequence[LayerReport], seconds: float) -> RunReport:
     settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
     return RunReport(
         command=command,
         rows=tuple(rows),
         skipped=plan.skipped,
         totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
-        warnings=(*plan.warnings, *warnings, *_dead_warnings(rows)),
+        warnings=(*plan.warnings, *_dead_warnings(rows)),
         settings=settings | {"method": plan.method, "format": plan.format},
     )
 
@@ -110,12 +116,15 @@ def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
     """The report as one JSON document; without `times`, the same bytes for the same run."""
+    rows = [_jsonable(asdict(row)) for row in report.rows]
     document = {
         "ptq": __version__,
         "command": report.command,
         "settings": _jsonable(report.settings),
         "totals": _jsonable(report.totals),
-        "layers": [_row_document(row) for row in report.rows],
+        "layers": [
+            {k: v for k, v in row.items() if v is not None or k not in _OF_COMMANDS} for row in rows
+        ],
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
     }
@@ -125,15 +134,8 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         document["sites"] = _jsonable(report.sites)
     if not times:
         for part in (document["totals"], *document["layers"]):
-            for key in TIMES:
-                part.pop(key, None)
+            del part["seconds"]
     return document
-
-
-def _row_document(row: LayerReport) -> dict[str, Any]:
-    """A row; columns of commands that were not asked for stay away."""
-    entry: dict[str, Any] = _jsonable(asdict(row))
-    return {k: v for k, v in entry.items() if v is not None or k not in SPECIAL}
 
 
 def _jsonable(value: Any) -> Any:
@@ -154,8 +156,7 @@ def as_csv(report: RunReport) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for row in report.rows:
-        writer.writerow([_cell(getattr(row, column)) for column in CSV_COLUMNS])
+    writer.writerows([_cell(getattr(row, c)) for c in CSV_COLUMNS] for row in report.rows)
     return out.getvalue()
 
 
@@ -164,16 +165,15 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "; ".join(f"{key} {item:.6g}" for key, item in value.items())
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, ActivationErrors):
         return json.dumps(asdict(value))
     if isinstance(value, tuple):
-        return (
-            "; ".join(value) if value and isinstance(value[0], str) else " ".join(map(str, value))
-        )
+        between = " " if all(isinstance(item, int) for item in value) else "; "
+        return between.join(map(str, value))
     return value
 
 
-def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
+def row_from_json(entry: JsonObject) -> LayerReport:
     values = _with_tuples(entry)
     if found := entry.get("activations"):
         errors = {k: OutputErrors(**v) for k, v in found.items() if k != "scheme"}
@@ -181,16 +181,16 @@ def row_from_json(entry: Mapping[str, Any]) -> LayerReport:
     return LayerReport(**values)
 
 
-def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _with_tuples(entry: JsonObject) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
 
 
-def report_from_document(document: Mapping[str, Any]) -> RunReport:
+def report_from_document(document: JsonObject) -> RunReport:
     """The report that `as_document` was given; where it has no times, they are 0.
 
     document: one that follows report.schema.json
     """
-    none = dict.fromkeys(TIMES, 0.0)
+    none = {"seconds": 0.0}
     return RunReport(
         command=document["command"],
         rows=tuple(row_from_json({**none, **row}) for row in document["layers"]),
@@ -229,45 +229,34 @@ def check_gates(gates: Iterable[Gate]) -> None:
         raise GateMissed("quality gate missed: " + "; ".join(missed))
 
 
-def gates_of(
-    report: RunReport,
-    *,
-    max_rel_err: float | None = None,
-    min_gain: float | None = None,
-    max_fallbacks: float | None = None,
-    max_perplexity_increase: float | None = None,
-    max_kl: float | None = None,
-) -> tuple[Gate, ...]:
+def gates_of(report: RunReport, **limits: float) -> tuple[Gate, ...]:
     """The gates that were set, passed or missed.
 
-    max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below it;
-    max_fallbacks: nor more layers than this rounded to nearest where something better was asked
-    max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be above it
+    limits: max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below
+        it; max_fallbacks: nor more layers than this rounded to nearest where something better was
+        asked; max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be
+        above it
     """
-    found = [] if max_rel_err is None else [_gate_of_rows(report.rows, max_rel_err)]
     gain, fallbacks = report.totals["gain_vs_rtn"], report.totals["fallbacks"]
     shown = "not measurable" if gain is None else f"{gain:.4g}"
-    others = [
-        ("--min-gain", min_gain, gain, f"gain_vs_rtn is {shown}"),
-        (
-            "--max-fallbacks",
-            max_fallbacks,
-            fallbacks,
-            f"{fallbacks} layers were rounded to nearest",
-        ),
-    ]
+    measured = {
+        "min_gain": (gain, f"gain_vs_rtn is {shown}"),
+        "max_fallbacks": (fallbacks, f"{fallbacks} layers were rounded to nearest"),
+    }
     if report.quality is not None:
         rise = report.quality["increase"]["quantized"]["perplexity"]
         kl = report.quality["kl"]["quantized"]["mean"]
-        others += [
-            ("--max-perplexity-increase", max_perplexity_increase, rise, f"it rises by {rise:.4g}"),
-            ("--max-kl", max_kl, kl, f"the mean KL divergence is {kl:.4g}"),
-        ]
-    for option, limit, value, said in others:
-        if limit is not None:
-            low, high = (value, limit) if option.startswith("--max") else (limit, value)
+        measured["max_perplexity_increase"] = rise, f"it rises by {rise:.4g}"
+        measured["max_kl"] = kl, f"the mean KL divergence is {kl:.4g}"
+    found = []
+    for name, limit in limits.items():
+        if name == "max_rel_err":
+            found.append(_gate_of_rows(report.rows, limit))
+        elif name in measured:
+            value, said = measured[name]
+            low, high = (value, limit) if name.startswith("max") else (limit, value)
             passed = value is not None and low <= high
-            found.append(Gate(option, limit, value, passed, said))
+            found.append(Gate(f"--{name.replace('_', '-')}", limit, value, passed, said))
     return tuple(found)
 
 

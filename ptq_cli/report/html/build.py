@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 from ptq_cli.core.text import common_parents, number, size
 from ptq_cli.report.html import tables
 from ptq_cli.report.html.charts import charts_between, charts_of
-from ptq_cli.report.html.drawing import Chart
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
-from ptq_cli.report.html.text import Cell, Column, escaped, figure_number, kind_of, section, table
-from ptq_cli.report.report import row_error
+from ptq_cli.report.html.tables import Column
+from ptq_cli.report.html.text import escaped, kind_of, section
+from ptq_cli.report.report import JsonObject, row_error, value_at
 from ptq_cli.report.words import measured_on, times
 
 
@@ -46,20 +46,12 @@ def _document(title: str, body: str) -> str:
     )
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    figures = []
-    for chart in charts:
-        css = ' class="wide"' if chart.wide else ""
-        figures.append(
-            f'<figure{css}><h3 id="{chart.name}-title">{escaped(chart.title)}</h3>'
-            f'{"".join(chart.svgs)}<figcaption id="{chart.name}-caption">{escaped(chart.caption)}'
-            "</figcaption></figure>"
-        )
-    joined = "\n".join(figures)
+def _charts(figures: Sequence[str]) -> str:
+    joined = "\n".join(filter(None, figures))
     return section("Charts", f'<div class="charts">{joined}</div>' if joined else "")
 
 
-def _measured_on(totals: Mapping[str, Any]) -> str:
+def _measured_on(totals: JsonObject) -> str:
     where = measured_on(totals)
     return f"of {where}" if where == "the weights" else f"of outputs, on {where}"
 
@@ -86,74 +78,62 @@ def _one_run(subject: Subject) -> Sequence[str]:
     )
 
 
-class _Tile(NamedTuple):
+def _tile(title: str, value: str, about: str, css: str = "") -> str:
     """A figure of the headline; css: "good", "bad" or neither."""
-
-    title: str
-    value: str
-    about: str
-    css: str = ""
+    return (
+        f'<div class="tile"><dt>{escaped(title)}</dt><dd><strong class="{css}">'
+        f"{escaped(value)}</strong><small>{escaped(about)}</small></dd></div>"
+    )
 
 
 def _tiles(subject: Subject) -> str:
-    tiles = "".join(
-        f'<div class="tile"><dt>{escaped(tile.title)}</dt><dd><strong class="{tile.css}">'
-        f"{escaped(tile.value)}</strong><small>{escaped(tile.about)}</small></dd></div>"
-        for tile in (
-            *_sizes(subject.document),
-            *_errors(subject.document["totals"]),
-            *_predictions(subject.document),
-            *_verdicts(subject),
-        )
-    )
-    return f'<dl class="tiles">{tiles}</dl>'
+    tiles = [
+        _sizes(subject.document["totals"]),
+        *_errors(subject.document["totals"]),
+        _predictions(subject.document.get("quality")),
+        *_verdicts(subject),
+    ]
+    return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
-def _sizes(document: tables.Document) -> list[_Tile]:
-    totals = document["totals"]
+def _sizes(totals: JsonObject) -> str:
     bits, ratio = totals.get("bits_per_weight"), totals.get("compression_ratio")
     about = [f"{ratio:.2f}x smaller"] if ratio else []
     about += [f"{bits:.2f} bits per weight"] if bits else []
     sizes = f"{size(totals['bytes_before'])} \u2192 {size(totals['bytes_after'])}"
-    return [_Tile("Size", sizes, ", ".join(about))]
+    return _tile("Size", sizes, ", ".join(about))
 
 
-def _errors(totals: Mapping[str, Any]) -> list[_Tile]:
-    tiles = []
+def _errors(totals: JsonObject) -> Iterator[str]:
     if totals.get("mean_rel_err") is not None:
         worst, where = totals.get("worst_rel_err"), totals.get("worst_layer") or ""
-        tiles.append(_Tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals)))
-        tiles.append(_Tile("Worst error", number(worst), where))
+        yield _tile("Mean error", number(totals["mean_rel_err"]), _measured_on(totals))
+        yield _tile("Worst error", number(worst), where)
     gain = totals.get("gain_vs_rtn")
     if gain is not None:
         about = f"round-to-nearest has a mean error of {number(totals.get('rtn_mean_rel_err'))}"
         css = "good" if gain > 1.005 else "bad" if gain < 0.995 else ""
-        tiles.append(_Tile("Gain over round-to-nearest", times(gain), about, css))
-    return tiles
+        yield _tile("Gain over round-to-nearest", times(gain), about, css)
 
 
-def _predictions(document: tables.Document) -> list[_Tile]:
-    quality = document.get("quality")
+def _predictions(quality: JsonObject | None) -> str:
     if quality is None:
-        return []
+        return ""
     values = quality["perplexity"]
     rise, plain = (quality["increase"][name]["perplexity"] for name in ("quantized", "rtn"))
     both = f"{values['original']:.4g} \u2192 {values['quantized']:.4g}"
-    return [_Tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")]
+    return _tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")
 
 
-def _verdicts(subject: Subject) -> list[_Tile]:
+def _verdicts(subject: Subject) -> Iterator[str]:
     """Fallbacks and gates."""
     fallbacks = subject.document["totals"].get("fallbacks")
-    tiles = []
     if fallbacks:
-        about = "layers were rounded to nearest"
-        tiles.append(_Tile("Fallbacks", str(fallbacks), about, "bad"))
+        yield _tile("Fallbacks", str(fallbacks), "layers were rounded to nearest", "bad")
     if subject.gates:
         missed = sum(not gate.passed for gate in subject.gates)
         words, css = (f"{missed} missed", "bad") if missed else ("all passed", "good")
-        tiles.append(_Tile("Gates", words, f"{len(subject.gates)} gates were set", css))
-    return tiles
+        yield _tile("Gates", words, f"{len(subject.gates)} gates were set", css)
 
 
 def _gates(subject: Subject) -> str:
@@ -208,53 +188,42 @@ def _fairness(subjects: Sequence[Subject]) -> str:
 
 
 def _runs(subjects: Sequence[Subject]) -> str:
-    measured = any(s.document.get("quality") for s in subjects)
-    columns = [Column("Run", "name"), Column("Bits/w"), Column("Mean error")]
-    columns += [Column("Worst error"), Column("Gain"), Column("Size")]
-    columns += [Column("Perplexity"), Column("Increase")] if measured else []
-    columns += [Column("What", "text")]
-    rows = []
-    for subject in subjects:
-        totals, quality = subject.document["totals"], subject.document.get("quality")
-        bits, gain = totals.get("bits_per_weight"), totals.get("gain_vs_rtn")
-        row: list[Cell | str] = [
-            subject.label,
-            "-" if bits is None else f"{bits:.2f}",
-            figure_number(totals.get("mean_rel_err")),
-            figure_number(totals.get("worst_rel_err")),
-            times(gain),
-            size(totals["bytes_after"]),
-        ]
-        if measured:
-            row += (
-                ["-", "-"]
-                if quality is None
-                else [
-                    f"{quality['perplexity']['quantized']:.4f}",
-                    f"{quality['increase']['quantized']['perplexity']:+.3g}",
-                ]
-            )
-        rows.append([*row, tables.described(subject.document)])
-    return table(columns, rows, "Runs")
+    columns = [
+        Column("Run", itemgetter("label"), "name"),
+        Column("Bits/w", value_at("totals", "bits_per_weight"), form="{:.2f}".format),
+        Column("Mean error", value_at("totals", "mean_rel_err")),
+        Column("Worst error", value_at("totals", "worst_rel_err")),
+        Column("Gain", value_at("totals", "gain_vs_rtn"), form=times),
+        Column("Size", value_at("totals", "bytes_after"), form=size),
+    ]
+    if any(subject.document.get("quality") for subject in subjects):
+        perplexity = value_at("quality", "perplexity", "quantized")
+        rise = value_at("quality", "increase", "quantized", "perplexity")
+        columns.append(Column("Perplexity", perplexity, form="{:.4f}".format))
+        columns.append(Column("Increase", rise, form="{:+.3g}".format))
+    columns.append(Column("What", tables.described, "text"))
+    rows = [{**subject.document, "label": subject.label} for subject in subjects]
+    return tables.table(columns, rows, "Runs")
 
 
 def _layers_between(subjects: Sequence[Subject]) -> str:
     """A row for each layer of any run, a column of errors for each run."""
-    by_module = [{row["module"]: row for row in s.document["layers"]} for s in subjects]
-    modules = list(dict.fromkeys(module for rows in by_module for module in rows))
+    labels = [subject.label for subject in subjects]
+    errors = [{row["module"]: row_error(row) for row in s.document["layers"]} for s in subjects]
+    modules = list(dict.fromkeys(module for own in errors for module in own))
     if not modules:
         return ""
+
+    def best(module: str) -> str:
+        known = [i for i, own in enumerate(errors) if module in own]
+        return labels[min(known, key=lambda i: errors[i][module])]
+
     common = common_parents(modules)
-    body: list[tuple[float, list[Cell | str]]] = []
-    for module in modules:
-        own = [rows.get(module) for rows in by_module]
-        errors = [None if row is None else row_error(row) for row in own]
-        known = [error for error in errors if error is not None]
-        best = subjects[errors.index(min(known))].label
-        cells = [module.removeprefix(common), *map(figure_number, errors), kind_of(module), best]
-        body.append((max(known), cells))
-    body.sort(key=lambda entry: -entry[0])
-    columns = [Column("Layer", "name"), *(Column(subject.label) for subject in subjects)]
-    columns += [Column("Kind", "text"), Column("Best", "text")]
-    rows = [cells for _, cells in body[: tables.MOST_ROWS]]
-    return tables.sortable_table(columns, rows, len(body), common)
+    columns = [
+        Column("Layer", lambda module: module.removeprefix(common), "name"),
+        *(Column(label, own.get) for label, own in zip(labels, errors, strict=True)),
+        Column("Kind", kind_of, "text"),
+        Column("Best", best, "text"),
+    ]
+    modules.sort(key=lambda module: -max(own[module] for own in errors if module in own))
+    return tables.sortable_table(columns, modules, common)

@@ -31,7 +31,6 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.25rem 0 .75rem; }
 h3 { font-size: 1rem; line-height: 1.3; margin: 0; }
 p { margin: .4rem 0; }
-a { color: var(--accent); }
 .under, figcaption, .hint, .tile small { color: var(--muted); font-size: .875rem; }
 .tiles { display: grid; gap: .75rem; margin: 1.25rem 0 0; padding: 0;
   grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
@@ -77,11 +76,10 @@ tbody tr:last-child > * { border-bottom: 0; }
 thead th { position: sticky; top: 0; background: var(--panel); z-index: 2; font-weight: 600;
   vertical-align: bottom; }
 th[scope=row] { font-weight: 500; }
-.text { text-align: left; }
+.text, .long { text-align: left; }
 .name { text-align: left; position: sticky; left: 0; background: var(--paper); z-index: 1;
   white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 22rem; }
 thead .name { background: var(--panel); z-index: 3; }
-.long { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button::after { content: "\\2195"; color: var(--muted); padding-left: .25rem; }
@@ -99,8 +97,7 @@ details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; paddi
 @media print { .controls { display: none; } .rows { max-height: none; } }
 """
 
-# Empty cells come last whichever way it is sorted. Numbers are read from `data-v` where the text is
-# not one.
+# Empty cells come last whichever way it is sorted. Numbers are read from `data-v`.
 SCRIPT = """
 "use strict";
 (() => {
@@ -112,13 +109,7 @@ SCRIPT = """
   const count = document.getElementById("count");
   const find = document.getElementById("find");
   const selects = Array.from(controls.querySelectorAll("select"));
-  const value = (row, i) => {
-    const cell = row.cells[i];
-    return cell.dataset.v === undefined ? cell.textContent : cell.dataset.v;
-  };
-  const compare = (a, b, numeric) =>
-    numeric ? parseFloat(a) - parseFloat(b)
-            : a < b ? -1 : a > b ? 1 : 0;
+  const value = (cell) => cell.dataset.v ?? cell.textContent;
   const sort = (i) => {
     const head = heads[i], numeric = head.classList.contains("number");
     const now = head.getAttribute("aria-sort");
@@ -128,9 +119,9 @@ SCRIPT = """
     const sign = down ? -1 : 1;
     const empty = (text) => text === "" || text === "-";
     rows.sort((x, y) => {
-      const a = value(x, i), b = value(y, i);
+      const a = value(x.cells[i]), b = value(y.cells[i]);
       if (empty(a) || empty(b)) return empty(a) - empty(b);
-      return sign * compare(a, b, numeric);
+      return sign * (numeric ? a - b : a < b ? -1 : a > b);
     });
     body.append(...rows);
   };
@@ -146,8 +137,7 @@ SCRIPT = """
     count.textContent = `${shown} of ${rows.length} layers shown`;
   };
   heads.forEach((head, i) => {
-    const button = head.querySelector("button");
-    if (button) button.addEventListener("click", () => sort(i));
+    head.querySelector("button").addEventListener("click", () => sort(i));
   });
   find.addEventListener("input", filter);
   selects.forEach((select) => select.addEventListener("change", filter));

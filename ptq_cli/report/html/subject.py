@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.report.report import Gate, row_error
+from ptq_cli.report.report import Gate, JsonObject, row_error
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import REPORT, read_report
@@ -48,7 +47,7 @@ class Channels:
     @property
     def loudness(self) -> float:
         """The loudest channel over the median one; 0 where that is silent."""
-        median = float(np.median(self.absmax)) if self.absmax.size else 0.0
+        median = float(np.median(self.absmax))
         return float(self.absmax.max()) / median if median > 0 else 0.0
 
 
@@ -61,7 +60,7 @@ class Subject:
     """
 
     label: str
-    document: Mapping[str, Any]
+    document: JsonObject
     gates: tuple[Gate, ...] = ()
     distributions: tuple[Distribution, ...] = ()
     channels: tuple[Channels, ...] = ()
@@ -74,10 +73,10 @@ def open_subjects(paths: Sequence[Path], source: Source | None = None) -> tuple[
     Raises:
         InputError: no report; damaged weights.
     """
-    named = zip(_labels(paths), map(read_report, paths), strict=True)
+    documents, folders = zip(*map(read_report, paths), strict=True)
     if len(paths) > 1:
-        return tuple(Subject(label, document) for label, (document, _) in named)
-    return tuple(subject_of(document, label, folder, source) for label, (document, folder) in named)
+        return tuple(map(Subject, _labels(paths), documents))
+    return (subject_of(documents[0], _labels(paths)[0], folders[0], source),)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -91,68 +90,54 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def subject_of(
-    document: Mapping[str, Any],
+    document: JsonObject,
     label: str,
     folder: Path | None,
     source: Source | None,
     gates: Sequence[Gate] = (),
 ) -> Subject:
     """A run from its report, what it wrote, and the statistics it had."""
-    rows = document["layers"]
-    return Subject(
-        label,
-        document,
-        tuple(gates),
-        () if folder is None or not rows else distributions(open_quantized(folder), rows),
-        channels(source, rows, folder),
-    )
+    worst = [row["module"] for row in worst_first(document["layers"])]
+    distributions: list[Distribution] = []
+    if folder is not None and worst:
+        quantized = open_quantized(folder)
+        there = [module for module in worst if module in quantized.layers]
+        distributions += [_distribution(quantized, module) for module in there[:WORST]]
+    channels = _channels(source, worst[:WORST], folder)
+    return Subject(label, document, tuple(gates), tuple(distributions), channels)
 
 
-def worst_first(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def worst_first(rows: Iterable[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: (-row_error(row), row["module"]))
-
-
-def distributions(
-    folder: QuantizedFolder, rows: Sequence[Mapping[str, Any]]
-) -> tuple[Distribution, ...]:
-    """Codes and scales of the worst layers, read from the folder."""
-    there = [row["module"] for row in worst_first(rows) if row["module"] in folder.layers]
-    return tuple(_distribution(folder, module) for module in there[:WORST])
 
 
 def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
     weight = folder.load(module)
     codes = np.bincount(weight.codes.reshape(-1), minlength=1 << weight.grid.bits)
     scales = np.abs(weight.scales.astype(np.float64)).reshape(-1)
-    low, high = (float(scales.min()), float(scales.max())) if scales.size else (0.0, 0.0)
-    if low > 0 and high > 8 * low:
-        edges = np.geomspace(low, high, _SCALE_BINS + 1)
-    elif high > low:
-        edges = np.linspace(low, high, _SCALE_BINS + 1)
+    low, high = float(scales.min()), float(scales.max())
+    if low < high:
+        space = np.geomspace if low > 0 and high > 8 * low else np.linspace
+        edges = space(low, high, _SCALE_BINS + 1)
     else:
         edges = np.array([low * 0.9, low * 1.1]) if low else np.array([0.0, 1.0])
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return Distribution(module, codes, np.histogram(scales, edges)[0], edges)
 
 
-def channels(
-    source: Source | None, rows: Sequence[Mapping[str, Any]], folder: Path | None
+def _channels(
+    source: Source | None, worst: Sequence[str], folder: Path | None
 ) -> tuple[Channels, ...]:
     """The sites with the loudest channels: of all in a statistics file; where activations have to
-    be read again, of the sites of the worst layers. Empty where the statistics are gone (--tokens
+    be read again, of the sites of the worst modules. Empty where the statistics are gone (--tokens
     makes them on the way)."""
     if source is None:
         return ()
-    found = []
-    factors = {} if folder is None else _factors(folder if folder.is_dir() else folder.parent)
-    worst = [row["module"] for row in worst_first(rows)[:WORST]]
+    found, factors = [], {}
+    if folder is not None:
+        folds = read_folds(folder if folder.is_dir() else folder.parent)
+        factors = {linear.module: values for site, values in folds for linear in site.linears}
     for site, absmax in source.ranges(worst):
         own = next((factors[m] for m in source.sites[site].linears if m in factors), None)
         smoothed = None if own is None or own.shape != absmax.shape else absmax / own
         found.append(Channels(site, absmax, smoothed))
     return tuple(sorted(found, key=lambda c: (-c.loudness, c.site))[:WORST])
-
-
-def _factors(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """What the folder's inputs were divided by, by module."""
-    return {x.module: values for site, values in read_folds(folder) for x in site.linears}

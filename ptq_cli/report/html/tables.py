@@ -1,44 +1,101 @@
-"""Parts of a page: what a run was, its tables, its lists."""
+"""Tables of a page, and other parts: what a run was, its lists."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 from ptq_cli.core.text import common_parents
 from ptq_cli.report.html.subject import Subject, worst_first
-from ptq_cli.report.html.text import (
-    Cell,
-    Column,
-    details,
-    escaped,
-    figure_number,
-    kind_of,
-    section,
-    table,
-)
-from ptq_cli.report.report import row_error, row_rtn_error
+from ptq_cli.report.html.text import details, escaped, kind_of, section
+from ptq_cli.report.report import JsonObject, row_error, row_rtn_error, value_at
 from ptq_cli.report.words import of_site, predicted, smoothed, times
 
-MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
+_MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
 _MOST_LISTED = 500
 
-Document = Mapping[str, Any]
+
+def figure(value: float) -> str:
+    """A measured number; three digits are shown, so that columns line up: 0.0100 below 0.00993."""
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
-def quality_table(quality: Mapping[str, Any] | None) -> str:
+def shape(sizes: Sequence[int]) -> str:
+    return "\u00d7".join(map(str, sizes)) or "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    value: what stands in it, of a row; None is a dash
+    kind: how it is set: "name" (first, sticky), "number", "text", "long"
+    form: makes a text of a value that is none; numbers are sorted by all their digits
+    """
+
+    title: str
+    value: Callable[[Any], Any]
+    kind: str = "number"
+    form: Callable[[Any], str] = figure
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Iterable[Any],
+    caption: str,
+    *,
+    sortable: bool = False,
+    marked: Container[Any] = (),
+) -> str:
+    """A table that scrolls by itself where it is too wide; the first cell of a row is its head.
+
+    sortable: the script finds it and sorts it; marked: rows to be made out
+    """
+    button, end = ('<button type="button">', "</button>") if sortable else ("", "")
+    heads = "".join(
+        f'<th scope="col" class="{column.kind}">{button}{escaped(column.title)}{end}</th>'
+        for column in columns
+    )
+    body = []
+    for row in rows:
+        css = ' class="marked"' if row in marked else ""
+        first, *others = (_cell(column, column.value(row)) for column in columns)
+        cells = "".join(f"<td{cell}</td>" for cell in others)
+        body.append(f'<tr{css}><th scope="row"{first}</th>{cells}</tr>')
+    own = ' id="layers"' if sortable else ""
+    css = "scroll rows" if sortable else "scroll"
+    lines = "\n".join(body)
+    return (
+        f'<div class="{css}" role="region" tabindex="0" aria-label="{escaped(caption)}">'
+        f'<table{own} aria-label="{escaped(caption)}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>\n{lines}\n</tbody></table></div>"
+    )
+
+
+def _cell(column: Column, value: Any) -> str:
+    """A cell without its tag's name: its attributes and its text."""
+    text = "-" if value is None else value if isinstance(value, str) else column.form(value)
+    if column.kind != "number":
+        return f' class="{column.kind}">{escaped(text)}'
+    exact = prod(map(float, value)) if isinstance(value, list) else value
+    own = f' data-v="{exact:.6g}"' if isinstance(exact, int | float) else ""
+    return f"{own}>{escaped(text)}"
+
+
+def quality_table(quality: JsonObject | None) -> str:
     if quality is None:
         return ""
-    columns = [Column("Model", "name"), Column("Perplexity"), Column("Increase")]
-    columns += [Column("KL, mean"), Column("KL, 99.9 %"), Column("Equal top token")]
-    rows: list[list[Cell | str]] = [
-        ["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]
-    ]
+    titles = ("Perplexity", "Increase", "KL, mean", "KL, 99.9 %", "Equal top token")
+    columns = [Column("Model", itemgetter(0), "name")]
+    columns += [Column(title, itemgetter(i)) for i, title in enumerate(titles, 1)]
+    rows = [["original", f"{quality['perplexity']['original']:.4f}", "", "", "", ""]]
     for name, label in (("quantized", "quantized"), ("rtn", "rounded to nearest")):
         perplexity, rise, same = predicted(quality, name)
-        kl = (figure_number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
-        rows.append([label, perplexity, rise, *kl, same])
+        kl = quality["kl"][name]
+        rows.append([label, perplexity, rise, kl["mean"], kl["p99_9"], same])
     about = (
         f'<p class="hint">{quality["tokens"]} tokens predicted in {quality["sequences"]} sequences.'
         " Standard errors are clustered by sequence; KL divergence of the next-token distributions"
@@ -47,73 +104,59 @@ def quality_table(quality: Mapping[str, Any] | None) -> str:
     return table(columns, rows, "Predictions") + about
 
 
-def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def layers_table(rows: Sequence[JsonObject]) -> str:
     if not rows:
         return "<p>No layer was quantized.</p>"
     common = common_parents([row["module"] for row in rows])
-    ordered = worst_first(rows)[:MOST_ROWS]
-    integer = any(row.get("activations") for row in rows)
-    columns = [Column("Layer", "name"), Column("Error"), Column("RTN error"), Column("Gain")]
-    columns += [Column("Integer error"), Column("Plain integer")] if integer else []
-    columns += [Column("Kind", "text"), Column("Method", "text"), Column("Bits/w")]
-    columns += [Column("SQNR, dB"), Column("Max |error|"), Column("Shape"), Column("Notes", "long")]
-    body = [_layer(row, common, integer) for row in ordered]
-    return sortable_table(columns, body, len(rows), common)
+    columns = [
+        Column("Layer", lambda row: row["module"].removeprefix(common), "name"),
+        Column("Error", row_error),
+        Column("RTN error", row_rtn_error),
+        Column("Gain", itemgetter("gain_vs_rtn"), form=times),
+    ]
+    if any(row.get("activations") for row in rows):
+        for title, part in (("Integer error", "integer"), ("Plain integer", "plain")):
+            columns.append(Column(title, value_at("activations", part, "rel_err")))
+    columns += [
+        Column("Kind", lambda row: kind_of(row["module"]), "text"),
+        Column("Method", itemgetter("method"), "text"),
+        Column("Bits/w", itemgetter("bits_per_weight"), form="{:.2f}".format),
+        Column("SQNR, dB", itemgetter("sqnr_db"), form="{:.1f}".format),
+        Column("Max |error|", itemgetter("max_abs_err")),
+        Column("Shape", itemgetter("shape"), form=shape),
+        Column("Notes", _notes, "long"),
+    ]
+    return sortable_table(columns, worst_first(rows), common)
 
 
-def sortable_table(
-    columns: Sequence[Column], body: Sequence[Sequence[Cell | str]], count: int, common: str
-) -> str:
+def sortable_table(columns: Sequence[Column], rows: Sequence[Any], common: str) -> str:
     """The table of layers, which the script sorts and filters.
 
-    body: the worst MOST_ROWS of `count`, their names without `common`
+    rows: the worst first, shown up to a number; common: what their names are shown without
     """
     words = []
     if common:
         words.append(f"All names begin with {common}")
-    if count > MOST_ROWS:
-        words.append(f"these are the worst {MOST_ROWS} of {count}, report.json has all")
+    if len(rows) > _MOST_ROWS:
+        words.append(f"these are the worst {_MOST_ROWS} of {len(rows)}, report.json has all")
     about = f'<p class="hint">{escaped("; ".join(words))}</p>' if words else ""
-    return _filter_controls(columns, body) + about + table(columns, body, "Layers", sortable=True)
+    shown = rows[:_MOST_ROWS]
+    return _filter_controls(columns, shown) + about + table(columns, shown, "Layers", sortable=True)
 
 
-def _layer(row: Mapping[str, Any], common: str, integer: bool) -> list[Cell | str]:
-    gain, shape = row["gain_vs_rtn"], row["shape"]
-    cells: list[Cell | str] = [
-        row["module"].removeprefix(common),
-        figure_number(row_error(row)),
-        figure_number(row_rtn_error(row)),
-        Cell(times(gain), gain),
-    ]
-    if integer:
-        errors = row.get("activations") or {}
-        for part in ("integer", "plain"):
-            cells.append(figure_number(errors.get(part, {}).get("rel_err")))
+def _notes(row: JsonObject) -> str:
     said = [f"fallback: {row['fallback']}"] if row["fallback"] else []
-    return [
-        *cells,
-        kind_of(row["module"]),
-        row["method"],
-        f"{row['bits_per_weight']:.2f}",
-        "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
-        figure_number(row["max_abs_err"]),
-        Cell(_shape(shape), prod(map(float, shape))),
-        "; ".join([*said, *row["notes"]]),
-    ]
+    return "; ".join([*said, *row["notes"]])
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "\u00d7".join(map(str, shape))
-
-
-def _filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | str]]) -> str:
+def _filter_controls(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     """What filters the table; the script shows it."""
     selects = []
     for i, column in enumerate(columns):
         if column.kind != "text":
             continue
-        values = list(dict.fromkeys(str(row[i]) for row in body))
-        options = "".join(f'<option value="{escaped(v)}">{escaped(v)}</option>' for v in values)
+        values = dict.fromkeys(escaped(column.value(row)) for row in rows)
+        options = "".join(f'<option value="{value}">{value}</option>' for value in values)
         selects.append(
             f'<label>{escaped(column.title)} <select data-column="{i}">'
             f'<option value="">all</option>{options}</select></label>'
@@ -125,60 +168,51 @@ def _filter_controls(columns: Sequence[Column], body: Sequence[Sequence[Cell | s
     )
 
 
-def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
+def sites_table(sites: Sequence[JsonObject]) -> str:
     if not sites:
         return ""
-    columns = [Column("Site", "name"), Column("Strength"), Column("Error"), Column("Without")]
-    columns += [Column("Float change"), Column("Folded into", "text"), Column("Notes", "long")]
-    numbers = ("strength", "error", "plain_error", "function_change")
-    rows: list[list[Cell | str]] = [
-        [
-            site["site"],
-            *(figure_number(site[key]) for key in numbers),
-            site["fed_by"] or "-",
-            of_site(site),
-        ]
-        for site in sites[:MOST_ROWS]
+    columns = [
+        Column("Site", itemgetter("site"), "name"),
+        Column("Strength", itemgetter("strength")),
+        Column("Error", itemgetter("error")),
+        Column("Without", itemgetter("plain_error")),
+        Column("Float change", itemgetter("function_change")),
+        Column("Folded into", itemgetter("fed_by"), "text"),
+        Column("Notes", of_site, "long"),
     ]
-    return details(smoothed(sites), table(columns, rows, "Smoothed sites"))
+    return details(smoothed(sites), table(columns, sites[:_MOST_ROWS], "Smoothed sites"))
 
 
 def settings_table(subjects: Sequence[Subject]) -> str:
     """Settings, a column for each run; where they differ the row is marked."""
-    every: dict[str, None] = {}
-    for subject in subjects:
-        every |= dict.fromkeys(sorted(subject.document["settings"]))
-    rows = [
-        [key, *(_word(subject.document["settings"].get(key)) for subject in subjects)]
-        for key in every
-    ]
-    columns = [Column("Setting", "name")]
-    columns += [Column(s.label if len(subjects) > 1 else "Value", "text") for s in subjects]
-    differ = {i for i, row in enumerate(rows) if len(set(row[1:])) > 1}
-    return details("Settings", table(columns, rows, "Settings", marked=differ))
+    runs = [subject.document["settings"] for subject in subjects]
+    keys = list(dict.fromkeys(key for settings in runs for key in sorted(settings)))
+    titles = [subject.label for subject in subjects] if len(subjects) > 1 else ["Value"]
+    columns = [Column("Setting", str, "name")]
+    for title, settings in zip(titles, runs, strict=True):
+        columns.append(Column(title, settings.get, "text", _word))
+    differ = [key for key in keys if any(own.get(key) != runs[0].get(key) for own in runs)]
+    return details("Settings", table(columns, keys, "Settings", marked=differ))
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "-"
-    return str(value)
+    return (", ".join(map(str, value)) or "-") if isinstance(value, list) else str(value)
 
 
-def left_alone_table(document: Document) -> str:
+def left_alone_table(document: JsonObject) -> str:
     entries = document["left_alone"]
     if not entries:
         return ""
-    columns = [Column("Tensor", "name"), Column("Type", "text"), Column("Shape")]
-    rows = [
-        [entry["tensor"], entry["dtype"], _shape(entry["shape"]) or "-", entry["reason"] or "-"]
-        for entry in entries[:_MOST_LISTED]
+    columns = [
+        Column("Tensor", itemgetter("tensor"), "name"),
+        Column("Type", itemgetter("dtype"), "text"),
+        Column("Shape", itemgetter("shape"), form=shape),
+        Column("Why", lambda entry: entry["reason"] or "-", "long"),
     ]
-    shown = table([*columns, Column("Why", "long")], rows, "Tensors left alone")
-    more = len(entries) - len(rows)
+    shown = table(columns, entries[:_MOST_LISTED], "Tensors left alone")
+    more = len(entries) - _MOST_LISTED
     shown += f'<p class="hint">and {more} more</p>' if more > 0 else ""
     return details(f"Tensors left alone: {len(entries)}", shown)
 
@@ -188,7 +222,7 @@ def warnings_list(warnings: Sequence[str]) -> str:
     return section("Warnings", f'<ul class="list">{lines}</ul>' if lines else "")
 
 
-def described(document: Document) -> str:
+def described(document: JsonObject) -> str:
     """The run in a line: method, grid, format, version."""
     settings = document["settings"]
     rows = document["layers"]
