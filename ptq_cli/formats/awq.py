@@ -143,21 +143,20 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     for key in ("version", "format", "checkpoint_format"):
         if str(settings.get(key) or "gemm").lower() != "gemm":
             raise InputError(f"{where}: AWQ {key} {settings[key]!r} is not understood, only 'gemm'")
-    if common.integer(settings, "bits", 4, where) != 4:
+    if common.setting(settings, "bits", int, where, 4) != 4:
         raise InputError(f"{where}: AWQ with {settings['bits']} bits is not understood, only 4")
     if settings.get("desc_act"):
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
-    modules = common.modules_with(contents.specs, ".qweight", ".qzeros")
+    modules = common.modules_with(
+        contents.specs, ".qweight", ".qzeros", declared=f"{where} says awq"
+    )
     entries = common.strings(settings, "modules_to_not_convert", where)
     patterns = _dense_patterns(entries)
     for module in modules:
         entry = _left_dense(module, entries, patterns)
         if entry is not None:
             raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
-    layers = tuple(_layer(module, contents) for module in modules)
-    if not layers:
-        raise InputError(f"{where} says awq, but no tensor is named *.qweight")
-    return layers
+    return tuple(_layer(module, contents) for module in modules)
 
 
 def _layer(module: str, contents: Contents) -> Layer:
@@ -168,7 +167,7 @@ def _layer(module: str, contents: Contents) -> Layer:
             raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
     scales = common.tensor(specs, f"{module}.scales", 2)
     columns = common.tensor(specs, f"{module}.qweight", 2).shape[0]
-    size = common.integer(settings, "group_size", 128, where)
+    size = common.setting(settings, "group_size", int, where, 128)
     if size == 0 or size < -1 or (size > 0 and columns % size):
         raise InputError(f"{where}: group_size {size} does not divide in_features of {module!r}")
     grid = Grid(4, size, sym=False, scale_dtype=common.scale_name(scales))
@@ -176,7 +175,7 @@ def _layer(module: str, contents: Contents) -> Layer:
     common.check_specs(specs, _specs(layer), where)
     if (contents.read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
         return replace(layer, grid=replace(grid, sym=True))
-    if not common.boolean(settings, "zero_point", True, where):
+    if not common.setting(settings, "zero_point", bool, where, True):
         raise InputError(
             f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
         )

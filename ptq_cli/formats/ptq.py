@@ -116,18 +116,9 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     layers, specs = [], contents.specs
     for module, entry in contents.metadata.items():
         layer = _layer(module, entry, f"{module}.g_idx" in specs)
-        for spec in _specs(layer):
-            if specs.get(spec.name) != spec:
-                raise InputError(
-                    f"tensor {spec.name!r}: the metadata asks for {spec.dtype} {list(spec.shape)},"
-                    f" the file has {_described(specs.get(spec.name))}"
-                )
+        common.check_specs(specs, _specs(layer), "the metadata")
         layers.append(layer)
     return tuple(layers)
-
-
-def _described(spec: TensorSpec | None) -> str:
-    return "none" if spec is None else f"{spec.dtype} {list(spec.shape)}"
 
 
 def _layer(module: str, entry: Any, reordered: bool) -> Layer:

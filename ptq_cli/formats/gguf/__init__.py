@@ -210,7 +210,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
             raise InputError(f"tensor {own!r} of type {spec.dtype} has shape {list(spec.shape)}")
         shape = (spec.shape[0], spec.shape[1])
         entry = common.mapping(common.mapping(metadata, "ptq", "metadata"), module, "key ptq")
-        size = common.integer(entry, "group_size", BLOCK, f"key ptq, {module}")
+        size = common.setting(entry, "group_size", int, f"key ptq, {module}", BLOCK)
         if size != -1 and (size < 0 or size % BLOCK):
             raise InputError(f"key ptq, {module}: group_size {size} is no multiple of {BLOCK}")
         grid = Grid(kind.bits, size, kind.sym, scale_dtype="float16")
