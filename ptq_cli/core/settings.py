@@ -52,13 +52,6 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], what: str) -> Non
             raise InputError(f"unknown {what} {key!r}", hint=nearest_or_all(key, known))
 
 
-def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} = {value!r}: neither a number nor {' or '.join(words)}") from None
-
-
 def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     meta, name = field.metadata, field.name
     if kind is float and type(value) is int:
@@ -68,7 +61,11 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if "words" in meta:
         if value in meta["words"]:
             return value
-        kind, value = float, _number(name, value, meta["words"])
+        try:
+            kind, value = float, float(value)
+        except (TypeError, ValueError):
+            known = " or ".join(meta["words"])
+            raise InputError(f"{name} = {value!r}: neither a number nor {known}") from None
     words = get_args(kind) if get_origin(kind) is Literal else ()
     plain = str if words else kind if kind in (bool, int, float, str) else tuple
     if type(value) is not plain or (

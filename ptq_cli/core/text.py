@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 
 
 def middle(text: str, width: int) -> str:
@@ -34,13 +35,16 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def shared_start(paths: Iterable[Sequence[str]]) -> list[str]:
+    """The first parts, which all paths share."""
+    columns = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return [parts[0] for parts in columns]
+
+
 def common_parents(modules: Sequence[str]) -> str:
     """The leading names that all modules share, `model.layers.`."""
-    split = [module.split(".")[:-1] for module in modules]
-    count = 0
-    while split and all(len(s) > count and s[count] == split[0][count] for s in split):
-        count += 1
-    return "".join(f"{name}." for name in split[0][:count]) if split else ""
+    parents = [module.split(".")[:-1] for module in modules]
+    return "".join(f"{name}." for name in shared_start(parents))
 
 
 def printable(text: str) -> str:
