@@ -28,11 +28,13 @@ def number(value: float | None) -> str:
 
 def size(count: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= 1024
-    raise AssertionError
+        if count < 1024:
+            return f"{count:.2f} {unit}"
+    return f"{count / 1024:.2f} GiB"
 
 
 def shared_start(paths: Iterable[Sequence[str]]) -> list[str]:

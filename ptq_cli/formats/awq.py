@@ -12,7 +12,7 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,6 @@ def _pack(codes: Codes) -> NDArray[np.int32]:
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     module = layer.module
     zeros = _unpack(tensors[f"{module}.qzeros"])
-    common.check_symmetric(layer, zeros, f"{module}.qzeros")
     return QuantizedWeight(
         codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
         scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
@@ -105,11 +104,8 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
             f"awq has one group size for all layers, not {sorted(sizes)}",
             hint="--format compressed-tensors",
         )
-    patterns = _dense_patterns(dense)
-    for layer in layers:
-        taken = _left_dense(layer.module, dense, patterns)
-        if taken is not None:
-            raise InputError(f"awq cannot leave {taken} dense without {layer.module} too")
+    for module, entry in _left_dense((layer.module for layer in layers), dense):
+        raise InputError(f"awq cannot leave {entry} dense without {module} too")
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -120,18 +116,16 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _dense_patterns(entries: Sequence[str]) -> ForeignPatterns:
-    """`modules_to_not_convert` as transformers reads it: from the start up to a dot."""
+def _left_dense(modules: Iterable[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Modules with the entry of `modules_to_not_convert` that transformers finds to match: as a
+    regex from the start up to a dot, or as a suffix."""
     patterns = [rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries]
-    return ForeignPatterns(patterns, "modules_to_not_convert")
-
-
-def _left_dense(module: str, entries: Sequence[str], patterns: ForeignPatterns) -> str | None:
-    """The entry that transformers finds to match, as a regex or as a suffix."""
-    place = patterns.first(module)
-    if place is not None:
-        return entries[place]
-    return next((entry for entry in entries if module.endswith(entry)), None)
+    regex = ForeignPatterns(patterns, "modules_to_not_convert")
+    for module in modules:
+        place = regex.first(module)
+        suffixes = [entry for entry in entries if module.endswith(entry)]
+        for entry in suffixes[:1] if place is None else [entries[place]]:
+            yield module, entry
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -151,11 +145,8 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
         contents.specs, ".qweight", ".qzeros", declared=f"{where} says awq"
     )
     entries = common.strings(settings, "modules_to_not_convert", where)
-    patterns = _dense_patterns(entries)
-    for module in modules:
-        entry = _left_dense(module, entries, patterns)
-        if entry is not None:
-            raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
+    for module, entry in _left_dense(modules, entries):
+        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     return tuple(_layer(module, contents) for module in modules)
 
 

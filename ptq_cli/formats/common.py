@@ -303,12 +303,3 @@ def from_offsets(scales: Array, stored: Array, grid: Grid) -> tuple[Codes, Array
         zeros = np.clip(np.rint(ratio), 0, grid.max_code).astype(np.uint8)
     exact = np.array_equal(-(zeros * wide), own)
     return zeros, None if exact else stored
-
-
-def check_symmetric(layer: Layer, zeros: Codes, stored: str) -> None:
-    """A layer declared symmetric has all zeros in the middle. Raises InputError otherwise."""
-    if layer.grid.sym and (zeros != layer.grid.mid_code).any():
-        raise InputError(
-            f"tensor {stored!r} holds zero points other than {layer.grid.mid_code}, but the"
-            " configuration says symmetric"
-        )

@@ -101,7 +101,11 @@ def _decode(name: str, layer: Layer, tensors: Mapping[str, Array]) -> QuantizedW
                 " it differently"
             )
         zeros += np.uint8(1)
-    common.check_symmetric(layer, zeros, f"{module}.qzeros")
+    if layer.grid.sym and (zeros != layer.grid.mid_code).any():
+        raise InputError(
+            f"tensor '{module}.qzeros' holds zero points other than {layer.grid.mid_code}, but the"
+            " configuration says symmetric"
+        )
     return QuantizedWeight(
         codes=unpack_words(tensors[f"{module}.qweight"].T.view(np.uint32), bits, columns),
         scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),

@@ -72,7 +72,6 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     words = tensors[f"{layer.module}.weight"].view(np.uint32)
     scales = tensors[f"{layer.module}.scales"]
     zeros, offsets = common.from_offsets(scales, tensors[f"{layer.module}.biases"], layer.grid)
-    common.check_symmetric(layer, zeros, f"{layer.module}.biases")
     return QuantizedWeight(
         codes=unpack_words(words, layer.grid.bits, layer.shape[1]),
         scales=scales,

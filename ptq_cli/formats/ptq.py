@@ -129,11 +129,10 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         activation = entry.get("activation")
         activation = None if activation is None else Activation(**activation)
         transposed = entry.get("transposed", False) is True
-        whole = type(grid.bits) is int and type(grid.group_size) is int
-        flags = type(grid.sym) is bool and type(grid.narrow_range) is bool
-        if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in common.SCALE_WORDS):
+        kinds = [type(entry[key]) for key in _GRID_KEYS]
+        if kinds != [int, int, bool, bool, str] or grid.scale_dtype not in common.SCALE_WORDS:
             raise ValueError
-        if grid.group_size < -1 or not full_shape or min(full_shape) < 1:
+        if not 2 <= grid.bits <= 8 or grid.group_size < -1 or min(full_shape) < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error

@@ -48,12 +48,15 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
         targets = ["Linear"] if scheme == base else [layer.module for layer in own]
         groups[f"group_{number}"] = {"targets": targets, **_group(own[0])}
     formats = {group["format"] for group in groups.values()}
+    # a head that is tied has no tensor of its own, but has to be named
+    named = [*dense, *(layer.module for layer in layers)]
+    tied = not any(module.endswith("lm_head") for module in named)
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored(layers, dense),
+        "ignore": [*dense, "lm_head"] if tied else list(dense),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -66,20 +69,13 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def _ignored(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
-    """Every linear left dense, and `lm_head` where it is tied and has no tensor of its own."""
-    heads = [*dense, *(layer.module for layer in layers)]
-    tied = not any(module.endswith("lm_head") for module in heads)
-    return [*dense, "lm_head"] if tied else list(dense)
-
-
 def _group(layer: Layer) -> dict[str, Any]:
     grid, activation = layer.grid, layer.activation
+    size = grid.group_size
     weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.sym, "dynamic": False}
-    if grid.group_size > 0:
-        weights |= {"strategy": "group", "group_size": grid.group_size}
-    else:
-        weights |= {"strategy": "channel" if grid.group_size < 0 else "tensor"}
+    weights["strategy"] = "group" if size > 0 else "channel" if size < 0 else "tensor"
+    if size > 0:
+        weights["group_size"] = size
     inputs = None
     if activation is not None:
         inputs = {

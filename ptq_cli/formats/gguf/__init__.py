@@ -136,12 +136,8 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     return (TensorSpec(f"{layer.module}.weight", "U8", (rows, width)),)
 
 
-def _group_of_block(layer: Layer) -> NDArray[np.int32]:
-    return layer.grid.g_idx(layer.shape[1])[::BLOCK]
-
-
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    kind, group = block_type(layer.grid), _group_of_block(layer)
+    kind, group = block_type(layer.grid), layer.grid.g_idx(layer.shape[1])[::BLOCK]
     full = (layer.shape[0], layer.grid.n_groups(layer.shape[1]))
     scales = np.broadcast_to(rounded.scales, full)[:, group]
     if kind.sym:
@@ -153,7 +149,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    kind, group = block_type(layer.grid), _group_of_block(layer)
+    kind, group = block_type(layer.grid), layer.grid.g_idx(layer.shape[1])[::BLOCK]
     codes, scales, minima = decode_blocks(kind, tensors[f"{layer.module}.weight"])
     own_scales = _of_groups(layer, scales, group)
     if minima is None:
