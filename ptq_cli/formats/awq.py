@@ -182,7 +182,6 @@ FORMAT = Format(
     decode=_decode,
     config=_config,
     layers=_layers,
-    scale_dtype=lambda model: "float16",
     file_metadata={"format": "pt"},
     model_config=common.rope_of_old,
 )

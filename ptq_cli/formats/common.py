@@ -120,10 +120,10 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
                 )
 
 
-def _said(scheme: tuple[Any, ...] | None) -> str:
-    if scheme is None:
+def _said(own: tuple[Any, ...] | None) -> str:
+    if own is None:
         return "is left dense"
-    bits, group_size, sym, activation = scheme
+    bits, group_size, sym, activation = own
     inputs = "" if activation is None else f" with {activation.bits}-bit inputs"
     return f"has {bits} bits, group_size {group_size}, sym {sym}{inputs}"
 
@@ -269,13 +269,13 @@ def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:
     )
 
 
-def offsets(layer: Layer, rounded: QuantizedWeight, scale_dtype: str) -> Array:
-    """`−zeros · scales`, or the offsets it came with, in the dtype that a layout stores them in.
+def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
+    """`−zeros · scales`, or the offsets it came with, in the dtype of the grid's scales.
 
     Raises:
         InputError: an offset is too large for the dtype, or loses digits in it.
     """
-    dtype, own = SCALE_DTYPES[scale_dtype], rounded.offsets
+    dtype, own = SCALE_DTYPES[layer.grid.scale_dtype], rounded.offsets
     if own is not None and np.array_equal(own.astype(dtype).astype(own.dtype), own):
         result = own.astype(dtype)
     else:
@@ -283,7 +283,7 @@ def offsets(layer: Layer, rounded: QuantizedWeight, scale_dtype: str) -> Array:
         result = _offsets_of_zeros(rounded, dtype)
     if not np.isfinite(result.astype(np.float32)).all():
         raise InputError(
-            f"{layer.module}: an offset (−zero · scale) does not fit {scale_dtype}",
+            f"{layer.module}: an offset (−zero · scale) does not fit {layer.grid.scale_dtype}",
             hint="--scale-dtype float32, or --sym",
         )
     return result

@@ -252,7 +252,6 @@ def _record(name: str, text: str) -> Format:
         decode=partial(_decode, name),
         config=partial(_config, name),
         layers=partial(_layers, name),
-        scale_dtype=lambda model: "float16",
         file_metadata={"format": "pt"},
         config_file="quantize_config.json",
     )

@@ -64,7 +64,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     return {
         f"{layer.module}.weight": pack_words(rounded.codes, layer.grid.bits),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.biases": common.offsets(layer, rounded, layer.grid.scale_dtype),
+        f"{layer.module}.biases": common.offsets(layer, rounded),
     }
 
 

@@ -159,9 +159,13 @@ def _transformers_compressed(artifact: Artifact) -> Facts:
     yield from _undeclared(artifact)
     yield from _undivided(artifact.layers)
     layers = artifact.layers
-    narrow = [x.module for x in layers if x.activation is not None and x.grid.bits != 8]
+    narrow = [
+        layer.module for layer in layers if layer.activation is not None and layer.grid.bits != 8
+    ]
     yield from _about(narrow, LIMIT, "rounded inputs were tried with weights of 8 bits only")
-    asymmetric = [x.module for x in layers if x.activation is None and not x.grid.sym]
+    asymmetric = [
+        layer.module for layer in layers if layer.activation is None and not layer.grid.sym
+    ]
     if artifact.declared.get("dequantize") and not _mixed(layers):
         text = "is asymmetric and therefore dequantized when loaded, to the model's dtype"
         yield from _about(asymmetric, LIMIT, text)
@@ -195,19 +199,21 @@ def _vllm(artifact: Artifact) -> Facts:
         yield from _about(_heads(layers), LIMIT, "only some versions read a quantized lm_head")
         return
     yield from _undeclared(artifact)
-    rounded = [x for x in layers if x.activation is not None]
-    asymmetric = [x.module for x in rounded if not x.grid.sym]
+    rounded = [layer for layer in layers if layer.activation is not None]
+    asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
     yield from _about(asymmetric, FAILS, "W8A8 weights must be symmetric")
-    odd = [x.module for x in rounded if x.grid.bits not in (4, 8)]
+    odd = [layer.module for layer in rounded if layer.grid.bits not in (4, 8)]
     text = "no kernel for weights of this width with rounded inputs"
     yield from _about(odd, FAILS, text, "--bits 8")
-    narrow = [x.module for x in rounded if x.grid.bits == 4]
+    narrow = [layer.module for layer in rounded if layer.grid.bits == 4]
     text = "W4A8 needs a recent version, and hardware that it has kernels for"
     yield from _about(narrow, LIMIT, text)
-    unrounded = [x for x in layers if x.activation is None and x.grid.bits not in (4, 8)]
-    asymmetric = [x.module for x in unrounded if not x.grid.sym]
+    unrounded = [
+        layer for layer in layers if layer.activation is None and layer.grid.bits not in (4, 8)
+    ]
+    asymmetric = [layer.module for layer in unrounded if not layer.grid.sym]
     yield from _about(asymmetric, FAILS, "asymmetric weights have 4 or 8 bits")
-    odd = [x.module for x in unrounded]
+    odd = [layer.module for layer in unrounded]
     yield from _about(odd, LIMIT, "widths other than 4 and 8 bits need a recent version")
 
 
@@ -218,7 +224,9 @@ def _llama_cpp(artifact: Artifact) -> Facts:
 
 def _mlx(artifact: Artifact) -> Facts:
     if artifact.format == "awq":
-        other = [x.module for x in artifact.layers if x.grid.group_size not in (32, 64, 128)]
+        other = [
+            layer.module for layer in artifact.layers if layer.grid.group_size not in (32, 64, 128)
+        ]
         yield from _about(other, FAILS, "mlx has groups of 32, 64 and 128 only")
     elif artifact.format != "mlx":
         yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
@@ -234,7 +242,7 @@ def _gptqmodel(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "proven: gptqmodel 7.6.0 with torch 2.13")
     meta = common.mapping(artifact.declared, "meta", "quantization_config")
     if artifact.format == "gptq" and "quantizer" not in meta:
-        asymmetric = [x.module for x in artifact.layers if not x.grid.sym]
+        asymmetric = [layer.module for layer in artifact.layers if not layer.grid.sym]
         text = "GPTQModel refuses sym: false in layout gptq"
         yield from _about(asymmetric, FAILS, text, "--format gptq_v2")
     if artifact.format != "awq" and not artifact.declared.get("dynamic"):

@@ -139,11 +139,8 @@ def _inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    own = {
-        name.removeprefix(f"{layer.module}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{layer.module}.")
-    }
+    names = [spec.name for spec in _specs(layer)]
+    own = {name.rpartition(".")[2]: tensors[name] for name in names}
     (rows, columns), grid = layer.shape, layer.grid
     plain, stored = is_plain(grid.bits, layer.activation), own.get("weight_zero_point")
     if plain:

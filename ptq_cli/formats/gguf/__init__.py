@@ -144,7 +144,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         common.integer_zeros(layer, rounded)
         minima = scales
     else:
-        minima = np.broadcast_to(common.offsets(layer, rounded, "float16"), full)[:, group]
+        minima = np.broadcast_to(common.offsets(layer, rounded), full)[:, group]
     return {f"{layer.module}.weight": encode_blocks(kind, rounded.codes, scales, minima)}
 
 
@@ -231,6 +231,5 @@ FORMAT = Format(
     decode=_decode,
     metadata=_metadata,
     layers=_layers,
-    scale_dtype=lambda model: "float16",
     container="gguf",
 )
