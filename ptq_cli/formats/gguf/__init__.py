@@ -43,10 +43,9 @@ _LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, emb
 
 @dataclass(frozen=True)
 class BlockType:
-    """A type of block. `number` is ggml's; `sym`: code 2^(bits−1) is zero, no minimum is stored."""
+    """A type of block, by ggml's name. `sym`: code 2^(bits−1) is zero, no minimum is stored."""
 
     name: str
-    number: int
     bits: int
     sym: bool
 
@@ -61,11 +60,11 @@ class BlockType:
 
 
 TYPES = (
-    BlockType("Q4_0", 2, 4, True),
-    BlockType("Q4_1", 3, 4, False),
-    BlockType("Q5_0", 6, 5, True),
-    BlockType("Q5_1", 7, 5, False),
-    BlockType("Q8_0", 8, 8, True),
+    BlockType("Q4_0", 4, True),
+    BlockType("Q4_1", 4, False),
+    BlockType("Q5_0", 5, True),
+    BlockType("Q5_1", 5, False),
+    BlockType("Q8_0", 8, True),
 )
 
 

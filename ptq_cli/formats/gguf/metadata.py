@@ -30,7 +30,12 @@ def model_metadata(
     config: Mapping[str, Any], architecture: str, name: str, file_type: str
 ) -> dict[str, Any]:
     """Keys of the architecture; `file_type` is the type that most weights have."""
-    _refuse_what_has_no_key(config)
+    rope = _rope(config)
+    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
+    for key, value in plain.items():
+        found = {**config, **rope}.get(key, value)
+        if found != value:
+            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
     heads = int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
     numbers = {
@@ -52,7 +57,7 @@ def model_metadata(
         "general.quantization_version": 2,
         **{f"{architecture}.{key}": int(size) for key, size in numbers.items()},
         f"{architecture}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        f"{architecture}.rope.freq_base": float(_rope(config)["rope_theta"]),
+        f"{architecture}.rope.freq_base": float(rope["rope_theta"]),
     }
 
 
@@ -67,15 +72,6 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"gguf: rope_type {kind!r} in config.json is not covered")
         found |= own
     return found
-
-
-def _refuse_what_has_no_key(config: Mapping[str, Any]) -> None:
-    settings = {**config, **_rope(config)}
-    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
-    for key, value in plain.items():
-        found = settings.get(key, value)
-        if found != value:
-            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
 
 
 def tokenizer_metadata(
@@ -134,9 +130,8 @@ def _tokens(vocab_size: int, tokenizer: Mapping[str, Any]) -> tuple[list[str], l
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     """llama.cpp joins the pair whose result has the highest score: the earlier merge."""
-    rank: dict[str, int] = {}
-    for number, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), number)
+    joined = [merge.replace(" ", "") for merge in merges]
+    rank = dict(zip(reversed(joined), reversed(range(len(merges))), strict=True))
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
