@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, Codes, TensorSpec
+from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
@@ -76,45 +76,6 @@ def block_type(grid: Grid) -> BlockType:
     raise InputError(f"gguf has no type for {grid.bits} bits, sym {grid.sym}")
 
 
-def encode_blocks(kind: BlockType, codes: Codes, scales: Array, minima: Array) -> Codes:
-    """Codes [rows, columns], float16 scales and minima [rows, columns / 32] → uint8 [rows, bytes];
-    minima are left out where the type has none."""
-    blocks = codes.reshape(-1, BLOCK)
-    parts = [_bytes(scales)]
-    if not kind.sym:
-        parts.append(_bytes(minima))
-    if kind.bits == 5:
-        parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
-    if kind.bits == 8:
-        parts.append(blocks ^ np.uint8(128))
-    else:
-        low, high = blocks[:, :16] & np.uint8(15), blocks[:, 16:] & np.uint8(15)
-        parts.append(low | high << np.uint8(4))
-    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
-
-
-def _bytes(values: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(values.astype("<f2")).reshape(-1, 1).view(np.uint8)
-
-
-def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array | None]:
-    """The inverse of `encode_blocks`: codes, scales, and minima where the type has them."""
-    blocks = np.ascontiguousarray(packed).view(kind.parts)
-    rows, n_blocks = blocks.shape
-    codes = np.empty((rows, n_blocks, BLOCK), np.uint8)
-    if kind.bits == 8:
-        codes[...] = blocks["qs"].astype(np.int16) + 128
-    else:
-        codes[..., :16] = blocks["qs"] % 16
-        codes[..., 16:] = blocks["qs"] // 16
-    if kind.bits == 5:
-        for column in range(BLOCK):
-            codes[..., column] += ((blocks["qh"] >> np.uint32(column)) % 2 * 16).astype(np.uint8)
-    scales = blocks["d"].astype(np.float16)
-    minima = None if kind.sym else blocks["m"].astype(np.float16)
-    return codes.reshape(rows, -1), scales, minima
-
-
 def _misfit(layer: Layer) -> Misfit | None:
     grid, columns = layer.grid, layer.shape[1]
     if found := common.misfit(layer, "gguf", _LIMITS):
@@ -136,35 +97,57 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    kind, group = block_type(layer.grid), layer.grid.g_idx(layer.shape[1])[::BLOCK]
-    full = (layer.shape[0], layer.grid.n_groups(layer.shape[1]))
-    scales = np.broadcast_to(rounded.scales, full)[:, group]
+    kind, (rows, columns) = block_type(layer.grid), layer.shape
+    group, blocks = _group_of_block(layer), rounded.codes.reshape(-1, BLOCK)
     if kind.sym:
         common.integer_zeros(layer, rounded)
-        minima = scales
+        values = [rounded.scales]
     else:
-        minima = np.broadcast_to(common.offsets(layer, rounded), full)[:, group]
-    return {f"{layer.module}.weight": encode_blocks(kind, rounded.codes, scales, minima)}
+        values = [rounded.scales, common.offsets(layer, rounded)]
+    parts = []
+    for own in values:
+        wide = np.broadcast_to(own, (rows, layer.grid.n_groups(columns)))[:, group]
+        parts.append(np.ascontiguousarray(wide, "<f2").reshape(-1, 1).view(np.uint8))
+    if kind.bits == 5:
+        parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
+    if kind.bits == 8:
+        parts.append(blocks ^ np.uint8(128))
+    else:
+        low, high = blocks[:, :16] & np.uint8(15), blocks[:, 16:] & np.uint8(15)
+        parts.append(low | high << np.uint8(4))
+    return {f"{layer.module}.weight": np.concatenate(parts, axis=-1).reshape(rows, -1)}
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    kind, group = block_type(layer.grid), layer.grid.g_idx(layer.shape[1])[::BLOCK]
-    codes, scales, minima = decode_blocks(kind, tensors[f"{layer.module}.weight"])
-    own_scales = _of_groups(layer, scales, group)
-    if minima is None:
-        zeros, offsets = np.full(own_scales.shape, layer.grid.mid_code, np.uint8), None
+    kind, grid = block_type(layer.grid), layer.grid
+    blocks = np.ascontiguousarray(tensors[f"{layer.module}.weight"]).view(kind.parts)
+    codes = np.empty((*blocks.shape, BLOCK), np.uint8)
+    if kind.bits == 8:
+        codes[...] = blocks["qs"].astype(np.int16) + 128
     else:
-        stored = _of_groups(layer, minima, group)
-        zeros, offsets = common.from_offsets(own_scales, stored, layer.grid)
-    return QuantizedWeight(codes, own_scales, zeros, layer.grid, offsets=offsets)
+        codes[..., :16] = blocks["qs"] % 16
+        codes[..., 16:] = blocks["qs"] // 16
+    if kind.bits == 5:
+        for column in range(BLOCK):
+            codes[..., column] += ((blocks["qh"] >> np.uint32(column)) % 2 * 16).astype(np.uint8)
+    scales = _of_groups(layer, blocks["d"])
+    zeros, offsets = np.full(scales.shape, grid.mid_code, np.uint8), None
+    if not kind.sym:
+        zeros, offsets = common.from_offsets(scales, _of_groups(layer, blocks["m"]), grid)
+    return QuantizedWeight(codes.reshape(layer.shape), scales, zeros, grid, offsets=offsets)
 
 
-def _of_groups(layer: Layer, values: Array, group: NDArray[np.int32]) -> Array:
+def _group_of_block(layer: Layer) -> NDArray[np.int32]:
+    return layer.grid.g_idx(layer.shape[1])[::BLOCK]
+
+
+def _of_groups(layer: Layer, values: Array) -> Array:
     """The value of each group, from those of its blocks. Raises InputError where they differ."""
+    group = _group_of_block(layer)
     if layer.grid.group_size == 0:
-        own = values[:1, :1]
+        own = values[:1, :1].astype(np.float16)
     else:
-        own = np.ascontiguousarray(values[:, np.flatnonzero(np.diff(group, prepend=-1))])
+        own = values[:, np.flatnonzero(np.diff(group, prepend=-1))].astype(np.float16, order="C")
     if not np.array_equal(np.broadcast_to(own, (len(values), own.shape[1]))[:, group], values):
         raise InputError(f"{layer.module}: the blocks of a group have different scales or minima")
     return own
