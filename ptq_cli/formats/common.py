@@ -73,7 +73,9 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
 
 def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     size, columns = layer.grid.group_size, layer.shape[1]
-    hint = _group_hint(columns, limits)
+    sizes = sorted(limits.group_sizes or (128, 64, 32), reverse=True)
+    fitting = [own for own in sizes if columns % own == 0] + ([-1] if limits.whole_row else [])
+    hint = f"--group-size {fitting[0]}" if fitting else None
     if size == 0:
         if limits.whole_tensor:
             return None
@@ -88,13 +90,6 @@ def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
         reason = f"group_size {size} does not divide in_features {columns}, as {name} needs"
         return Misfit(reason, hint)
     return None
-
-
-def _group_hint(columns: int, limits: Limits) -> str | None:
-    for size in sorted(limits.group_sizes or (128, 64, 32), reverse=True):
-        if columns % size == 0:
-            return f"--group-size {size}"
-    return "--group-size -1" if limits.whole_row else None
 
 
 def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:

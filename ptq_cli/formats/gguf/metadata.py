@@ -177,8 +177,13 @@ def _special(
     """Ids of special tokens, whether they are added to a text, and the chat template."""
     result: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = _token_id(name, config, settings, tokens)
-        if number is not None:
+        stated, number = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
+        text = stated.get("content") if isinstance(stated, Mapping) else stated
+        if text in tokens:
+            number = tokens.index(text)
+        elif isinstance(number, list) and number:
+            number = number[0]
+        if isinstance(number, int):
             result[f"tokenizer.ggml.{key}_token_id"] = number
     first, last = _template_ends(tokenizer)
     for name, added in (("bos", first), ("eos", last)):
@@ -187,18 +192,6 @@ def _special(
     if isinstance(settings.get("chat_template"), str):
         result["tokenizer.chat_template"] = settings["chat_template"]
     return result
-
-
-def _token_id(
-    name: str, config: Mapping[str, Any], settings: Mapping[str, Any], tokens: list[str]
-) -> int | None:
-    stated = settings.get(f"{name}_token")
-    text = stated.get("content") if isinstance(stated, Mapping) else stated
-    if text in tokens:
-        return tokens.index(text)
-    number = config.get(f"{name}_token_id")
-    number = number[0] if isinstance(number, list) and number else number
-    return number if isinstance(number, int) else None
 
 
 def _template_ends(tokenizer: Mapping[str, Any]) -> tuple[bool, bool]:
