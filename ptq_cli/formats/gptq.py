@@ -197,12 +197,19 @@ def _layers(name: str, contents: Contents) -> tuple[Layer, ...]:
     dynamic = common.mapping(settings, "dynamic", "quantization_config")
     patterns = [re.sub(r"^[+-]:", "", pattern) for pattern in dynamic]
     overrides = ForeignPatterns(patterns, "quantization_config: dynamic")
-    layers = tuple(
-        _layer(module, {**settings, **_override(module, dynamic, overrides)}, contents)
-        for module in modules
-    )
+    layers = []
+    for module in modules:
+        own: Mapping[str, Any] = {}
+        place = overrides.first(module)
+        if place is not None:  # the first pattern that matches decides
+            pattern = list(dynamic)[place]
+            if pattern.startswith("-:"):
+                raise InputError(f"module {module!r} is packed, but {pattern!r} leaves it dense")
+            own = common.mapping(dynamic, pattern, "dynamic")
+            common.refuse_unknown(own, _KNOWN, f"dynamic {pattern!r}")
+        layers.append(_layer(module, {**settings, **own}, contents))
     common.check_fused(layers)
-    return layers
+    return tuple(layers)
 
 
 def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
@@ -225,21 +232,6 @@ def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
     layer = replace(layer, reordered=common.setting(own, "desc_act", bool, where, False))
     common.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
     return replace(layer, reordered=_order(layer, contents.read(f"{module}.g_idx")) is not None)
-
-
-def _override(
-    module: str, dynamic: Mapping[str, Any], patterns: ForeignPatterns
-) -> Mapping[str, Any]:
-    """What `dynamic` says of a module: the first pattern that matches decides."""
-    place = patterns.first(module)
-    if place is None:
-        return {}
-    pattern = list(dynamic)[place]
-    if pattern.startswith("-:"):
-        raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
-    own = common.mapping(dynamic, pattern, "dynamic")
-    common.refuse_unknown(own, _KNOWN, f"dynamic {pattern!r}")
-    return own
 
 
 def _record(name: str, text: str) -> Format:

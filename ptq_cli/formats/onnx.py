@@ -11,8 +11,8 @@ Per linear `<module>`, with out_features N, in_features K, n_blocks = ceil(K / g
                                                                       asymmetric grids only
 
 `weight ≈ scales · (codes − zeros)`, a missing zero is 2^(bits−1), and the node computes
-`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. `attributes` are the node's; a
-reader of graphs hands them over as the metadata, one entry per module.
+`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. The node's attributes are the
+metadata, which a reader of graphs hands over, one entry per module.
 """
 
 from __future__ import annotations
@@ -39,17 +39,6 @@ _LIMITS = common.Limits(
     whole_row=False,
     short_group=True,
 )
-
-
-def attributes(layer: Layer) -> dict[str, int]:
-    """The attributes of the layer's MatMulNBits node; accuracy_level 0 computes in float32."""
-    return {
-        "K": layer.shape[1],
-        "N": layer.shape[0],
-        "bits": layer.grid.bits,
-        "block_size": layer.grid.group_size,
-        "accuracy_level": 0,
-    }
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
@@ -127,7 +116,17 @@ def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
 
 
 def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
-    return {layer.module: attributes(layer) for layer in layers}
+    """The attributes of each layer's MatMulNBits node; accuracy_level 0 computes in float32."""
+    return {
+        layer.module: {
+            "K": layer.shape[1],
+            "N": layer.shape[0],
+            "bits": layer.grid.bits,
+            "block_size": layer.grid.group_size,
+            "accuracy_level": 0,
+        }
+        for layer in layers
+    }
 
 
 FORMAT = Format(
