@@ -76,11 +76,7 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     choices = meta.get("choices") or words
     if choices and value not in choices:
         raise InputError(f"{name} = {value!r}", hint=f"choose one of {', '.join(choices)}")
-    low, high = meta.get("min"), meta.get("max")
-    out_of_range = (low is not None and not value >= low) or (
-        high is not None and not value <= high
-    )
-    if out_of_range:
-        bounds = f"{'' if low is None else low} … {'' if high is None else high}"
-        raise InputError(f"{name} = {value!r}: out of range ({bounds.strip()})")
+    if ("min" in meta and not value >= meta["min"]) or ("max" in meta and not value <= meta["max"]):
+        bounds = f"{meta.get('min', '')} … {meta.get('max', '')}".strip()
+        raise InputError(f"{name} = {value!r}: out of range ({bounds})")
     return value

@@ -113,15 +113,13 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
     """The layers that the metadata names, each checked against the headers."""
-    layers, specs = [], contents.specs
-    for module, entry in contents.metadata.items():
-        layer = _layer(module, entry, f"{module}.g_idx" in specs)
-        common.check_specs(specs, _specs(layer), "the metadata")
-        layers.append(layer)
-    return tuple(layers)
+    layers = tuple(_layer(module, entry, contents) for module, entry in contents.metadata.items())
+    for layer in layers:
+        common.check_specs(contents.specs, _specs(layer), "the metadata")
+    return layers
 
 
-def _layer(module: str, entry: Any, reordered: bool) -> Layer:
+def _layer(module: str, entry: Any, contents: Contents) -> Layer:
     try:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
@@ -144,7 +142,7 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         full_shape=full_shape,
         dtype=dtype,
         grid=grid,
-        reordered=reordered,
+        reordered=f"{module}.g_idx" in contents.specs,
         method=method,
         transposed=transposed,
         activation=activation,
