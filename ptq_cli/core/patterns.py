@@ -40,7 +40,7 @@ class ForeignPatterns:
         where: said first in an error
 
         Raises:
-            InputError: not a regular expression, one that repeats a group, too many.
+            InputError: not a regular expression, one that repeats what repeats, too many.
         """
         self._where = where
         self._left = _STEPS_OF_LIST
@@ -89,33 +89,39 @@ def _refused(where: str, pattern: str, why: str) -> InputError:
 
 
 def _count(pattern: str, where: str) -> tuple[int, int]:
-    """The repeats (`*`, `+`, `{2,}`) of a pattern, and the product of its other choices (`?`, `|`),
-    of the numbers in `{9}` and `{9,}`, and of how long one way takes: a step for eight tokens.
+    """The repeats (`*`, `+`, `{2,}`) of a pattern, and the product of its other choices (`?`, `|`)
+    of the numbers in `{9}` and `{9,}`, which may stand one inside the other, and of how long one
+    way takes: a step for eight tokens.
 
     Raises:
-        InputError: a group is repeated.
+        InputError: a group with any choice in it is repeated.
     """
     repeats, ways = 0, 1
     alternatives = [1]  # of each group that is open
-    last = ""  # the token before
+    chooses = [False]  # whether there is anything to choose in it
+    last, closed = "", False  # the token before; whether there was in the group that closed last
     tokens = list(_TOKEN.finditer(pattern))
     for token in tokens:
         kind = str(token.lastgroup)
         if kind == "comment":
             raise _refused(where, pattern, "it may have comments")
         if kind in ("repeat", "times"):
-            if last == "close":
-                raise _refused(where, pattern, "it repeats a group")
+            if last == "close" and closed:
+                raise _refused(where, pattern, "it repeats what repeats")
             ways *= max(1, int(token["number"] or token["least"] or 1))
         if kind == "open":
             alternatives.append(1)
-        elif kind == "close" and len(alternatives) > 1:
+            chooses.append(False)
+        elif kind == "close" and len(chooses) > 1:
             ways *= alternatives.pop()
+            closed = chooses.pop()
+            chooses[-1] |= closed
         elif kind == "either":
             alternatives[-1] += 1
         elif kind == "repeat":
             repeats += 1
         elif kind == "optional" and last not in ("repeat", "times", "optional"):  # else lazy
             ways *= 2
+        chooses[-1] |= kind in ("either", "repeat", "optional")
         last = kind
     return repeats, ways * alternatives[0] * (1 + len(tokens) // 8)

@@ -203,9 +203,8 @@ def rows_of(name: str, path: str) -> list[str]:
 @pytest.mark.parametrize(
     ("harmful", "words"),
     [
-        ([r"(model\.)?(a+)+$"], ["(a+)+", "could take hours: it repeats a group"]),
-        (["((?=m){60000}){60000}Z"], ["could take hours: it repeats a group"]),
-        ([".*" * 9 + "Z"], ["could take hours: it has too many repeats"]),
+        ([r"(model\.)?(a+)+$"], ["(a+)+", "could take hours: it repeats what repeats"]),
+        (["((?=m){60000}){60000}Z"], ["could take hours: it has too many repeats"]),
         ([f".*{i}.*.*Z" for i in range(2000)], ["2000 regular expressions could take hours"]),
         ([f".*{i}" for i in range(20_000)], ["20000 regular expressions, more than 10000"]),
     ],
