@@ -14,6 +14,7 @@ Wrong usage (exit code 2) is click's. A message is one line: what is wrong, with
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -33,11 +34,7 @@ class PtqError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders; the default pickling forgets keyword arguments.
-        return _rebuild, (type(self), self.message, self.hint)
-
-
-def _rebuild(cls: type[PtqError], message: str, hint: str | None) -> PtqError:
-    return cls(message, hint=hint)
+        return partial(type(self), hint=self.hint), (self.message,)
 
 
 class InputError(PtqError):

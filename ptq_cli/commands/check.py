@@ -39,8 +39,7 @@ def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) ->
     declared = fmt.config(plan.layers, dense)
     config = dict(checkpoint.config)
     if declared is not None:
-        more = {} if fmt.model_config is None else fmt.model_config(config)
-        config |= {**more, **dict.fromkeys(fmt.config_keys, declared)}
+        config |= {**fmt.model_config(config), **dict.fromkeys(fmt.config_keys, declared)}
     files = [] if checkpoint.root is None else listing(checkpoint.root)
     artifact = Artifact(plan.format, plan.layers, dense, config, files)
     found = [fact for fact in facts(artifact, runtime) if fact.level != NOTE]

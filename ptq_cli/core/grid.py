@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
-
-
-@lru_cache(1024)
-def _runs(width: int, in_features: int) -> tuple[tuple[slice, slice], ...]:
-    full = in_features // width
-    runs = [(slice(0, full * width), slice(0, full))] if full else []
-    if in_features % width:
-        runs.append((slice(full * width, in_features), slice(full, full + 1)))
-    return tuple(runs)
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,14 @@ class Grid:
         """First column of each group, then `in_features`."""
         return [*range(0, in_features, self.width(in_features)), in_features]
 
-    def runs(self, in_features: int) -> tuple[tuple[slice, slice], ...]:
+    def runs(self, in_features: int) -> list[tuple[slice, slice]]:
         """Runs of equally long groups: (their columns, the groups)."""
-        return _runs(self.width(in_features), in_features)
+        width = self.width(in_features)
+        full = in_features // width
+        runs = [(slice(0, full * width), slice(0, full))] if full else []
+        if in_features % width:
+            runs.append((slice(full * width, in_features), slice(full, full + 1)))
+        return runs
 
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scales and zeros for a weight of `shape`."""

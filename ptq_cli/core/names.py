@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ptq_cli.core.text import shared_start
+
 _SHOWN = 160  # characters that a folded list takes
 _CONFUSING = re.compile(r"[{},\s]|\d-\d")  # what could be read as the words of a folded list
 
@@ -66,15 +68,12 @@ def _folded(names: Sequence[str]) -> str:
     """All of them, whatever the length: by number first, or by kind where that is shorter."""
     split = [_parts(name) for name in names if not _CONFUSING.search(name)]
     plain = [name for name in names if _CONFUSING.search(name)]
-    common = 0
-    while split and all(len(s) > common + 1 and s[common] == split[0][common] for s in split):
-        common += 1
-    parents = "".join(split[0][:common]) if split else ""
-    rests = [s[common:] for s in split]
+    parents = shared_start(parts[:-1] for parts in split)
+    rests = [parts[len(parents) :] for parts in split]
     by_kind = [part for same in _kinds(rests) for part in _alternatives(same)]
     shortest = min(_alternatives(rests), by_kind, key=lambda parts: len(_braced(parts)))
-    if parents and shortest:
-        shortest = [parents + _braced(shortest)]
+    if parents:
+        shortest = ["".join(parents) + _braced(shortest)]
     return ", ".join([*shortest, *plain])
 
 

@@ -143,7 +143,7 @@ class Format:
     layers: the layers of a checkpoint in this layout; empty where it is another. Every tensor of
         `specs` is then there. Raises InputError where the parts contradict one another or cannot
         be proven to be understood
-    scale_dtype: what scales are rounded to, from the model's dtype ("BF16"); None: any will do
+    scale_dtype: what scales are rounded to, from the model's dtype ("BF16")
     config_keys: where in config.json the object of `config` belongs
     config_file: a file beside config.json that repeats that object
     model_config: keys that config.json must have besides, from the source's config.json
@@ -163,10 +163,10 @@ class Format:
     layers: Callable[[Contents], tuple[Layer, ...]]
     config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None] = lambda *_: None
     metadata: Callable[[Sequence[Layer]], Mapping[str, Any]] = lambda layers: {}
-    scale_dtype: Callable[[str], str] | None = None
+    scale_dtype: Callable[[str], str] = lambda model: "float16"
     config_keys: tuple[str, ...] = ("quantization_config",)
     config_file: str | None = None
     file_metadata: Mapping[str, str] | None = None
-    model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     container: str = "safetensors"
     by_rows: Callable[[Layer], bool] = lambda layer: False

@@ -52,13 +52,6 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], what: str) -> Non
             raise InputError(f"unknown {what} {key!r}", hint=nearest_or_all(key, known))
 
 
-def _number(name: str, value: Any, words: tuple[str, ...]) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} = {value!r}: neither a number nor {' or '.join(words)}") from None
-
-
 def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     meta, name = field.metadata, field.name
     if kind is float and type(value) is int:
@@ -68,7 +61,11 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if "words" in meta:
         if value in meta["words"]:
             return value
-        kind, value = float, _number(name, value, meta["words"])
+        try:
+            kind, value = float, float(value)
+        except (TypeError, ValueError):
+            known = " or ".join(meta["words"])
+            raise InputError(f"{name} = {value!r}: neither a number nor {known}") from None
     words = get_args(kind) if get_origin(kind) is Literal else ()
     plain = str if words else kind if kind in (bool, int, float, str) else tuple
     if type(value) is not plain or (
@@ -79,11 +76,7 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     choices = meta.get("choices") or words
     if choices and value not in choices:
         raise InputError(f"{name} = {value!r}", hint=f"choose one of {', '.join(choices)}")
-    low, high = meta.get("min"), meta.get("max")
-    out_of_range = (low is not None and not value >= low) or (
-        high is not None and not value <= high
-    )
-    if out_of_range:
-        bounds = f"{'' if low is None else low} … {'' if high is None else high}"
-        raise InputError(f"{name} = {value!r}: out of range ({bounds.strip()})")
+    if ("min" in meta and not value >= meta["min"]) or ("max" in meta and not value <= meta["max"]):
+        bounds = f"{meta.get('min', '')} … {meta.get('max', '')}".strip()
+        raise InputError(f"{name} = {value!r}: out of range ({bounds})")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 
 
 def middle(text: str, width: int) -> str:
@@ -27,20 +28,25 @@ def number(value: float | None) -> str:
 
 def size(count: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= 1024
-    raise AssertionError
+        if count < 1024:
+            return f"{count:.2f} {unit}"
+    return f"{count / 1024:.2f} GiB"
+
+
+def shared_start(paths: Iterable[Sequence[str]]) -> list[str]:
+    """The first parts, which all paths share."""
+    columns = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return [parts[0] for parts in columns]
 
 
 def common_parents(modules: Sequence[str]) -> str:
     """The leading names that all modules share, `model.layers.`."""
-    split = [module.split(".")[:-1] for module in modules]
-    count = 0
-    while split and all(len(s) > count and s[count] == split[0][count] for s in split):
-        count += 1
-    return "".join(f"{name}." for name in split[0][:count]) if split else ""
+    parents = [module.split(".")[:-1] for module in modules]
+    return "".join(f"{name}." for name in shared_start(parents))
 
 
 def printable(text: str) -> str:

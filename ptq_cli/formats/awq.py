@@ -12,7 +12,7 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,6 @@ def _pack(codes: Codes) -> NDArray[np.int32]:
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     module = layer.module
     zeros = _unpack(tensors[f"{module}.qzeros"])
-    common.check_symmetric(layer, zeros, f"{module}.qzeros")
     return QuantizedWeight(
         codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
         scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
@@ -105,11 +104,8 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
             f"awq has one group size for all layers, not {sorted(sizes)}",
             hint="--format compressed-tensors",
         )
-    patterns = _dense_patterns(dense)
-    for layer in layers:
-        taken = _left_dense(layer.module, dense, patterns)
-        if taken is not None:
-            raise InputError(f"awq cannot leave {taken} dense without {layer.module} too")
+    for module, entry in _left_dense((layer.module for layer in layers), dense):
+        raise InputError(f"awq cannot leave {entry} dense without {module} too")
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -120,18 +116,16 @@ def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _dense_patterns(entries: Sequence[str]) -> ForeignPatterns:
-    """`modules_to_not_convert` as transformers reads it: from the start up to a dot."""
+def _left_dense(modules: Iterable[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Modules with the entry of `modules_to_not_convert` that transformers finds to match: as a
+    regex from the start up to a dot, or as a suffix."""
     patterns = [rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries]
-    return ForeignPatterns(patterns, "modules_to_not_convert")
-
-
-def _left_dense(module: str, entries: Sequence[str], patterns: ForeignPatterns) -> str | None:
-    """The entry that transformers finds to match, as a regex or as a suffix."""
-    place = patterns.first(module)
-    if place is not None:
-        return entries[place]
-    return next((entry for entry in entries if module.endswith(entry)), None)
+    regex = ForeignPatterns(patterns, "modules_to_not_convert")
+    for module in modules:
+        place = regex.first(module)
+        suffixes = [entry for entry in entries if module.endswith(entry)]
+        for entry in suffixes[:1] if place is None else [entries[place]]:
+            yield module, entry
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -143,21 +137,17 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     for key in ("version", "format", "checkpoint_format"):
         if str(settings.get(key) or "gemm").lower() != "gemm":
             raise InputError(f"{where}: AWQ {key} {settings[key]!r} is not understood, only 'gemm'")
-    if common.integer(settings, "bits", 4, where) != 4:
+    if common.setting(settings, "bits", int, where, 4) != 4:
         raise InputError(f"{where}: AWQ with {settings['bits']} bits is not understood, only 4")
     if settings.get("desc_act"):
         raise InputError(f"{where}: desc_act is true, but AWQ has no g_idx")
-    modules = common.modules_with(contents.specs, ".qweight", ".qzeros")
+    modules = common.modules_with(
+        contents.specs, ".qweight", ".qzeros", declared=f"{where} says awq"
+    )
     entries = common.strings(settings, "modules_to_not_convert", where)
-    patterns = _dense_patterns(entries)
-    for module in modules:
-        entry = _left_dense(module, entries, patterns)
-        if entry is not None:
-            raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
-    layers = tuple(_layer(module, contents) for module in modules)
-    if not layers:
-        raise InputError(f"{where} says awq, but no tensor is named *.qweight")
-    return layers
+    for module, entry in _left_dense(modules, entries):
+        raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
+    return tuple(_layer(module, contents) for module in modules)
 
 
 def _layer(module: str, contents: Contents) -> Layer:
@@ -168,7 +158,7 @@ def _layer(module: str, contents: Contents) -> Layer:
             raise InputError(f"module {module!r} has both 'qweight' and {stray!r}")
     scales = common.tensor(specs, f"{module}.scales", 2)
     columns = common.tensor(specs, f"{module}.qweight", 2).shape[0]
-    size = common.integer(settings, "group_size", 128, where)
+    size = common.setting(settings, "group_size", int, where, 128)
     if size == 0 or size < -1 or (size > 0 and columns % size):
         raise InputError(f"{where}: group_size {size} does not divide in_features of {module!r}")
     grid = Grid(4, size, sym=False, scale_dtype=common.scale_name(scales))
@@ -176,7 +166,7 @@ def _layer(module: str, contents: Contents) -> Layer:
     common.check_specs(specs, _specs(layer), where)
     if (contents.read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
         return replace(layer, grid=replace(grid, sym=True))
-    if not common.boolean(settings, "zero_point", True, where):
+    if not common.setting(settings, "zero_point", bool, where, True):
         raise InputError(
             f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
         )
@@ -192,7 +182,6 @@ FORMAT = Format(
     decode=_decode,
     config=_config,
     layers=_layers,
-    scale_dtype=lambda model: "float16",
     file_metadata={"format": "pt"},
     model_config=common.rope_of_old,
 )

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 
+T = TypeVar("T", int, bool)
+
 SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
 
@@ -31,8 +33,8 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class Limits:
-    """What a layout can hold. `group_sizes`: None is any; `short_group`: the last group of a row
-    may be short; `whole_row`: group_size −1; `whole_tensor`: group_size 0."""
+    """What a layout can hold, 4 bits among others. `group_sizes`: None is any; `short_group`: the
+    last group of a row may be short; `whole_row`: group_size −1; `whole_tensor`: group_size 0."""
 
     bits: tuple[int, ...]
     scale_dtypes: tuple[str, ...] = ("float16",)
@@ -55,8 +57,8 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     if not limits.embeddings and _EMBEDDING.search(layer.module):
         return Misfit(f"{name} holds linears, not embeddings", f"--ignore {layer.module}")
     if grid.bits not in limits.bits:
-        reason = f"{name} holds {_listed(limits.bits)} bits, not {grid.bits}"
-        return Misfit(reason, _bits_hint(limits))
+        held = ", ".join(map(str, limits.bits))
+        return Misfit(f"{name} holds {held} bits, not {grid.bits}", "--bits 4")
     if layer.activation is not None and not limits.activations:
         return Misfit(f"{name} does not round inputs", "--format compressed-tensors")
     if layer.reordered and not limits.reordered:
@@ -71,7 +73,9 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
 
 def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     size, columns = layer.grid.group_size, layer.shape[1]
-    hint = _group_hint(columns, limits)
+    sizes = sorted(limits.group_sizes or (128, 64, 32), reverse=True)
+    fitting = [own for own in sizes if columns % own == 0] + ([-1] if limits.whole_row else [])
+    hint = f"--group-size {fitting[0]}" if fitting else None
     if size == 0:
         if limits.whole_tensor:
             return None
@@ -80,26 +84,12 @@ def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     if size < 0:
         return None if limits.whole_row else Misfit(f"{name} has no whole-row groups", hint)
     if limits.group_sizes is not None and size not in limits.group_sizes:
-        return Misfit(f"{name} has groups of {_listed(limits.group_sizes)}, not {size}", hint)
+        held = ", ".join(map(str, limits.group_sizes))
+        return Misfit(f"{name} has groups of {held}, not {size}", hint)
     if columns % size and not limits.short_group:
         reason = f"group_size {size} does not divide in_features {columns}, as {name} needs"
         return Misfit(reason, hint)
     return None
-
-
-def _group_hint(columns: int, limits: Limits) -> str | None:
-    for size in sorted(limits.group_sizes or (128, 64, 32), reverse=True):
-        if columns % size == 0:
-            return f"--group-size {size}"
-    return "--group-size -1" if limits.whole_row else None
-
-
-def _bits_hint(limits: Limits) -> str:
-    return f"--bits {4 if 4 in limits.bits else limits.bits[0]}"
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
 
 
 def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
@@ -108,32 +98,29 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
     dense: modules left in floating point; vLLM refuses a matrix that is quantized in part
 
     Raises:
-        InputError: two of them differ; both are named.
+        InputError: two of them differ, or one is dense; both are named.
     """
-    first: dict[tuple[str, int], Layer] = {}
-    for layer in layers:
-        place = _fused_place(layer.module)
-        other = layer if place is None else first.setdefault(place, layer)
-        if scheme(other) != scheme(layer):
-            raise InputError(
-                f"{other.module} has {_said(other)} and {layer.module} {_said(layer)},"
-                " but runtimes fuse the two",
-                hint="give them the same bits, group size and symmetry",
-            )
-    for module in dense:
-        place = _fused_place(module)
-        if place in first:
-            raise InputError(
-                f"{first[place].module} has {_said(first[place])} and {module} is left dense, but"
-                " runtimes (vLLM) fuse the two",
-                hint="quantize both or neither",
-            )
+    schemes: dict[str, tuple[Any, ...] | None] = {layer.module: scheme(layer) for layer in layers}
+    schemes |= dict.fromkeys(dense)
+    first: dict[tuple[str, tuple[str, ...]], str] = {}
+    for module, own in schemes.items():
+        parent, _, name = module.rpartition(".")
+        for fused in _FUSED:
+            other = first.setdefault((parent, fused), module) if name in fused else module
+            if schemes[other] != own:
+                raise InputError(
+                    f"{other} {_said(schemes[other])} and {module} {_said(own)}, but runtimes"
+                    " (vLLM) fuse the two",
+                    hint="give them the same bits, group size and symmetry, or quantize neither",
+                )
 
 
-def _fused_place(module: str) -> tuple[str, int] | None:
-    """The fused matrix that a module becomes a part of, if any."""
-    parent, _, own = module.rpartition(".")
-    return next(((parent, i) for i, names in enumerate(_FUSED) if own in names), None)
+def _said(own: tuple[Any, ...] | None) -> str:
+    if own is None:
+        return "is left dense"
+    bits, group_size, sym, activation = own
+    inputs = "" if activation is None else f" with {activation.bits}-bit inputs"
+    return f"has {bits} bits, group_size {group_size}, sym {sym}{inputs}"
 
 
 def scheme(layer: Layer) -> tuple[Any, ...]:
@@ -148,15 +135,16 @@ def commonest(layers: Sequence[Layer]) -> Layer:
     return max(layers, key=lambda layer: counted[scheme(layer)])
 
 
-def _said(layer: Layer) -> str:
-    grid = layer.grid
-    inputs = "" if layer.activation is None else f" with {layer.activation.bits}-bit inputs"
-    return f"{grid.bits} bits, group_size {grid.group_size}, sym {grid.sym}{inputs}"
+def modules_with(
+    specs: Iterable[str], *suffixes: str, declared: str | None = None
+) -> tuple[str, ...]:
+    """Modules of which a tensor with one of these suffixes is there, in natural order.
 
-
-def modules_with(specs: Iterable[str], *suffixes: str) -> tuple[str, ...]:
-    """Modules of which a tensor with one of these suffixes is there, in natural order."""
+    declared: where it is said that there are some. Raises InputError where there is none then.
+    """
     found = {name[: -len(suffix)] for name in specs for suffix in suffixes if name.endswith(suffix)}
+    if declared and not found:
+        raise InputError(f"{declared}, but no tensor is named *{suffixes[0]}")
     return tuple(sorted(found, key=natural))
 
 
@@ -173,9 +161,7 @@ def tensor(specs: Mapping[str, TensorSpec], name: str, rank: int) -> TensorSpec:
 def check_specs(specs: Mapping[str, TensorSpec], expected: Iterable[TensorSpec], why: str) -> None:
     """Every expected tensor is in the header as expected. Raises InputError with both."""
     for spec in expected:
-        found = specs.get(spec.name)
-        if found is None:
-            raise InputError(f"tensor {spec.name!r} is missing")
+        found = tensor(specs, spec.name, len(spec.shape))
         if found != spec:
             raise InputError(
                 f"tensor {spec.name!r} is {found.dtype} {list(found.shape)}; {why} asks for"
@@ -241,19 +227,14 @@ def strings(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def integer(config: Mapping[str, Any], key: str, default: Any, where: str) -> int:
-    """A whole number of a foreign config. Raises InputError for anything else."""
+def setting(
+    config: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None
+) -> T:
+    """A whole number or a truth value of a foreign config. Raises InputError for anything else."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{where}: {key} is {value!r}, a whole number was expected")
-    return value
-
-
-def boolean(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    """A truth value of a foreign config. Raises InputError for anything else."""
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise InputError(f"{where}: {key} is {value!r}, true or false was expected")
+    if type(value) is not kind:
+        wanted = "true or false" if kind is bool else "a whole number"
+        raise InputError(f"{where}: {key} is {value!r}, {wanted} was expected")
     return value
 
 
@@ -283,26 +264,21 @@ def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:
     )
 
 
-def offsets(layer: Layer, rounded: QuantizedWeight, scale_dtype: str) -> Array:
-    """`−zeros · scales`, or the offsets it came with, in the dtype that a layout stores them in.
+def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
+    """`−zeros · scales`, or the offsets it came with, in the dtype of the grid's scales.
 
     Raises:
         InputError: an offset is too large for the dtype, or loses digits in it.
     """
-    dtype = SCALE_DTYPES[scale_dtype]
-    if rounded.offsets is None or rounded.offsets.dtype != dtype:
-        exact = rounded.offsets is not None and np.array_equal(
-            rounded.offsets.astype(np.float32), rounded.offsets.astype(dtype).astype(np.float32)
-        )
-        if exact:
-            return cast(Array, rounded.offsets).astype(dtype)
+    dtype, own = SCALE_DTYPES[layer.grid.scale_dtype], rounded.offsets
+    if own is not None and np.array_equal(own.astype(dtype).astype(own.dtype), own):
+        result = own.astype(dtype)
+    else:
         integer_zeros(layer, rounded)
         result = _offsets_of_zeros(rounded, dtype)
-    else:
-        result = rounded.offsets
     if not np.isfinite(result.astype(np.float32)).all():
         raise InputError(
-            f"{layer.module}: an offset (−zero · scale) does not fit {scale_dtype}",
+            f"{layer.module}: an offset (−zero · scale) does not fit {layer.grid.scale_dtype}",
             hint="--scale-dtype float32, or --sym",
         )
     return result
@@ -322,12 +298,3 @@ def from_offsets(scales: Array, stored: Array, grid: Grid) -> tuple[Codes, Array
         zeros = np.clip(np.rint(ratio), 0, grid.max_code).astype(np.uint8)
     exact = np.array_equal(-(zeros * wide), own)
     return zeros, None if exact else stored
-
-
-def check_symmetric(layer: Layer, zeros: Codes, stored: str) -> None:
-    """A layer declared symmetric has all zeros in the middle. Raises InputError otherwise."""
-    if layer.grid.sym and (zeros != layer.grid.mid_code).any():
-        raise InputError(
-            f"tensor {stored!r} holds zero points other than {layer.grid.mid_code}, but the"
-            " configuration says symmetric"
-        )

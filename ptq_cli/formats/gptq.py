@@ -27,17 +27,18 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack_words, unpack_words
 
 _LIMITS = common.Limits(bits=(2, 3, 4, 8), reordered=True)
-_NAMES = {1: "gptq", 2: "gptq_v2"}
-
-# Keys of quantization_config that say how it was made or run, not what the tensors mean.
-_HARMLESS = (
+# Keys of quantization_config: the first two lines say what the tensors mean, the others how they
+# were made or are run.
+_KNOWN = (
+    "quant_method", "method", "bits", "group_size", "desc_act", "sym", "checkpoint_format",
+    "format", "lm_head", "dynamic", "pack_dtype",
     "true_sequential", "damp_percent", "damp_auto_increment", "static_groups", "meta", "mse",
     "model_name_or_path", "model_file_base_name", "model_seqlen", "max_input_length",
     "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
@@ -45,17 +46,12 @@ _HARMLESS = (
     "disable_exllama", "exllama_config", "backend", "act_group_aware",
     "modules_in_block_to_quantize",
 )  # fmt: skip
-_KNOWN = (
-    "quant_method", "method", "bits", "group_size", "desc_act", "sym", "checkpoint_format",
-    "format", "lm_head", "dynamic", "pack_dtype",
-)  # fmt: skip
 
 
-def _misfit(version: int, layer: Layer) -> Misfit | None:
-    name = _NAMES[version]
+def _misfit(name: str, layer: Layer) -> Misfit | None:
     if found := common.misfit(layer, name, _LIMITS):
         return found
-    if version == 1 and not layer.grid.sym:
+    if name == "gptq" and not layer.grid.sym:
         return Misfit("gptq (v1) cannot hold a zero of 0", "--format gptq_v2 or --sym")
     for size, axis in zip(layer.shape, ("out_features", "in_features"), strict=True):
         if size * layer.grid.bits % 32:
@@ -77,10 +73,10 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     )
 
 
-def _encode(version: int, layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+def _encode(name: str, layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     bits, module = layer.grid.bits, layer.module
     zeros = common.integer_zeros(layer, rounded)
-    if version == 1:
+    if name == "gptq":
         if not zeros.all():
             raise InputError(
                 f"{module}: a zero is 0, which gptq (v1) cannot hold", hint="--format gptq_v2"
@@ -95,31 +91,28 @@ def _encode(version: int, layer: Layer, rounded: QuantizedWeight) -> dict[str, A
     }
 
 
-def _decode(version: int, layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+def _decode(name: str, layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     (rows, columns), bits, module = layer.shape, layer.grid.bits, layer.module
-    words = np.ascontiguousarray(tensors[f"{module}.qweight"].T).view(np.uint32)
-    stored = np.ascontiguousarray(tensors[f"{module}.qzeros"]).view(np.uint32)
-    zeros = _true_zeros(version, layer, unpack_words(stored, bits, rows))
+    zeros = unpack_words(tensors[f"{module}.qzeros"].view(np.uint32), bits, rows)
+    if name == "gptq":
+        if (zeros == layer.grid.max_code).any():
+            raise InputError(
+                f"tensor '{module}.qzeros' holds a zero that does not fit gptq (v1): loaders read"
+                " it differently"
+            )
+        zeros += np.uint8(1)
+    if layer.grid.sym and (zeros != layer.grid.mid_code).any():
+        raise InputError(
+            f"tensor '{module}.qzeros' holds zero points other than {layer.grid.mid_code}, but the"
+            " configuration says symmetric"
+        )
     return QuantizedWeight(
-        codes=unpack_words(words, bits, columns),
+        codes=unpack_words(tensors[f"{module}.qweight"].T.view(np.uint32), bits, columns),
         scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
         zeros=np.ascontiguousarray(zeros.T),
         grid=layer.grid,
         g_idx=_order(layer, tensors[f"{module}.g_idx"]),
     )
-
-
-def _true_zeros(version: int, layer: Layer, fields: Codes) -> Codes:
-    name = f"{layer.module}.qzeros"
-    if version == 1:
-        if (fields == layer.grid.max_code).any():
-            raise InputError(
-                f"tensor {name!r} holds a zero that does not fit gptq (v1): loaders read it"
-                " differently"
-            )
-        fields = fields + np.uint8(1)
-    common.check_symmetric(layer, fields, name)
-    return fields
 
 
 def _order(layer: Layer, g_idx: Array) -> Array | None:
@@ -143,7 +136,7 @@ def _order(layer: Layer, g_idx: Array) -> Array | None:
     return g_idx.astype(np.int32)
 
 
-def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+def _config(name: str, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     common.check_fused(layers, dense)
     base = common.commonest(layers)
     config: dict[str, Any] = {
@@ -152,7 +145,7 @@ def _config(version: int, layers: Sequence[Layer], dense: Sequence[str]) -> dict
         "group_size": base.grid.group_size,
         "desc_act": any(layer.reordered for layer in layers),
         "sym": base.grid.sym,
-        "checkpoint_format": _NAMES[version],
+        "checkpoint_format": name,
         "lm_head": any(layer.module.endswith("lm_head") for layer in layers),
     }
     left = [module for module in dense if _in_block(module) != module]
@@ -186,30 +179,37 @@ def _quantized_suffixes(layers: Sequence[Layer], dense: Sequence[str]) -> list[s
     return list(named)
 
 
-def _layers(version: int, contents: Contents) -> tuple[Layer, ...]:
+def _layers(name: str, contents: Contents) -> tuple[Layer, ...]:
     settings = common.mapping(contents.config, "quantization_config", "config.json")
     if settings.get("quant_method", settings.get("method")) != "gptq":
         return ()
     stored = settings.get("checkpoint_format", settings.get("format", "gptq"))
-    if stored not in _NAMES.values():
+    if stored not in ("gptq", "gptq_v2"):
         raise InputError(f"quantization_config: GPTQ in the layout {stored!r} is not understood")
-    if stored != _NAMES[version]:
+    if stored != name:
         return ()
-    common.refuse_unknown(settings, (*_KNOWN, *_HARMLESS), "quantization_config")
+    common.refuse_unknown(settings, _KNOWN, "quantization_config")
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise InputError(f"quantization_config: pack_dtype {settings['pack_dtype']!r}, not int32")
-    modules = common.modules_with(contents.specs, ".qweight", ".qzeros", ".g_idx")
+    modules = common.modules_with(
+        contents.specs, ".qweight", ".qzeros", ".g_idx", declared="quantization_config says gptq"
+    )
     dynamic = common.mapping(settings, "dynamic", "quantization_config")
     patterns = [re.sub(r"^[+-]:", "", pattern) for pattern in dynamic]
     overrides = ForeignPatterns(patterns, "quantization_config: dynamic")
-    layers = tuple(
-        _layer(module, {**settings, **_override(module, dynamic, overrides)}, contents)
-        for module in modules
-    )
-    if not layers:
-        raise InputError("quantization_config says gptq, but no tensor is named *.qweight")
+    layers = []
+    for module in modules:
+        own: Mapping[str, Any] = {}
+        place = overrides.first(module)
+        if place is not None:  # the first pattern that matches decides
+            pattern = list(dynamic)[place]
+            if pattern.startswith("-:"):
+                raise InputError(f"module {module!r} is packed, but {pattern!r} leaves it dense")
+            own = common.mapping(dynamic, pattern, "dynamic")
+            common.refuse_unknown(own, _KNOWN, f"dynamic {pattern!r}")
+        layers.append(_layer(module, {**settings, **own}, contents))
     common.check_fused(layers)
-    return layers
+    return tuple(layers)
 
 
 def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
@@ -218,9 +218,9 @@ def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
         raise InputError(f"module {module!r} has both 'weight' and 'qweight'")
     scales = common.tensor(specs, f"{module}.scales", 2)
     grid = Grid(
-        bits=common.integer(own, "bits", None, where),
-        group_size=common.integer(own, "group_size", 128, where),
-        sym=common.boolean(own, "sym", True, where),
+        bits=common.setting(own, "bits", int, where),
+        group_size=common.setting(own, "group_size", int, where, 128),
+        sym=common.setting(own, "sym", bool, where, True),
         scale_dtype=common.scale_name(scales),
     )
     if grid.bits not in _LIMITS.bits or not (grid.group_size > 0 or grid.group_size == -1):
@@ -228,43 +228,26 @@ def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
     shape = (scales.shape[1], common.tensor(specs, f"{module}.g_idx", 1).shape[0])
     if shape[0] * grid.bits % 32 or shape[1] * grid.bits % 32:
         raise InputError(f"{where}: {list(shape)} at {grid.bits} bits does not fill whole words")
-    may_reorder = common.boolean(own, "desc_act", False, where)
     layer = common.linear(module, shape, grid, contents.config)
-    layer = replace(layer, reordered=may_reorder)
+    layer = replace(layer, reordered=common.setting(own, "desc_act", bool, where, False))
     common.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
     return replace(layer, reordered=_order(layer, contents.read(f"{module}.g_idx")) is not None)
 
 
-def _override(
-    module: str, dynamic: Mapping[str, Any], patterns: ForeignPatterns
-) -> Mapping[str, Any]:
-    """What `dynamic` says of a module: the first pattern that matches decides."""
-    place = patterns.first(module)
-    if place is None:
-        return {}
-    pattern = list(dynamic)[place]
-    if pattern.startswith("-:"):
-        raise InputError(f"module {module!r} is packed, but {pattern!r} says it is left dense")
-    own = common.mapping(dynamic, pattern, "dynamic")
-    common.refuse_unknown(own, (*_KNOWN, *_HARMLESS), f"dynamic {pattern!r}")
-    return own
-
-
-def _record(version: int, text: str) -> Format:
+def _record(name: str, text: str) -> Format:
     return Format(
-        name=_NAMES[version],
+        name=name,
         help=text,
-        misfit=partial(_misfit, version),
+        misfit=partial(_misfit, name),
         specs=_specs,
-        encode=partial(_encode, version),
-        decode=partial(_decode, version),
-        config=partial(_config, version),
-        layers=partial(_layers, version),
-        scale_dtype=lambda model: "float16",
+        encode=partial(_encode, name),
+        decode=partial(_decode, name),
+        config=partial(_config, name),
+        layers=partial(_layers, name),
         file_metadata={"format": "pt"},
         config_file="quantize_config.json",
     )
 
 
-FORMAT = _record(1, "GPTQ (v1), symmetric: transformers, GPTQModel, vLLM.")
-FORMAT_V2 = _record(2, "GPTQ v2, asymmetric too: transformers, GPTQModel, vLLM.")
+FORMAT = _record("gptq", "GPTQ (v1), symmetric: transformers, GPTQModel, vLLM.")
+FORMAT_V2 = _record("gptq_v2", "GPTQ v2, asymmetric too: transformers, GPTQModel, vLLM.")

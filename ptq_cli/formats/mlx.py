@@ -64,15 +64,14 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     return {
         f"{layer.module}.weight": pack_words(rounded.codes, layer.grid.bits),
         f"{layer.module}.scales": rounded.scales,
-        f"{layer.module}.biases": common.offsets(layer, rounded, layer.grid.scale_dtype),
+        f"{layer.module}.biases": common.offsets(layer, rounded),
     }
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    words = np.ascontiguousarray(tensors[f"{layer.module}.weight"]).view(np.uint32)
+    words = tensors[f"{layer.module}.weight"].view(np.uint32)
     scales = tensors[f"{layer.module}.scales"]
     zeros, offsets = common.from_offsets(scales, tensors[f"{layer.module}.biases"], layer.grid)
-    common.check_symmetric(layer, zeros, f"{layer.module}.biases")
     return QuantizedWeight(
         codes=unpack_words(words, layer.grid.bits, layer.shape[1]),
         scales=scales,
@@ -102,9 +101,9 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     common.refuse_unknown(own, ("bits", "group_size", "mode"), "quantization")
     if repeated and dict(repeated) != dict(settings):
         raise InputError("config.json: quantization and quantization_config differ")
-    modules = common.modules_with(contents.specs, ".scales", ".biases")
-    if not modules:
-        raise InputError("config.json has a quantization, but no tensor is named *.scales")
+    modules = common.modules_with(
+        contents.specs, ".scales", ".biases", declared="config.json has a quantization"
+    )
     return tuple(_layer(module, settings, contents) for module in modules)
 
 
@@ -121,8 +120,8 @@ def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Laye
         raise InputError(f"{where}: mode {own['mode']!r} is not understood, only 'affine'")
     scales = common.tensor(specs, f"{module}.scales", 2)
     grid = Grid(
-        bits=common.integer(own, "bits", None, where),
-        group_size=common.integer(own, "group_size", None, where),
+        bits=common.setting(own, "bits", int, where),
+        group_size=common.setting(own, "group_size", int, where),
         sym=False,
         scale_dtype=common.scale_name(scales),
     )

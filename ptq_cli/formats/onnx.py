@@ -11,8 +11,8 @@ Per linear `<module>`, with out_features N, in_features K, n_blocks = ceil(K / g
                                                                       asymmetric grids only
 
 `weight ≈ scales · (codes − zeros)`, a missing zero is 2^(bits−1), and the node computes
-`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. `attributes` are the node's; a
-reader of graphs hands them over as the metadata, one entry per module.
+`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. The node's attributes are the
+metadata, which a reader of graphs hands over, one entry per module.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import numpy as np
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import Array, Codes, TensorSpec
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.numerics.packing import pack, packed_width
+from ptq_cli.numerics.packing import pack, pack_groups, packed_width, unpack, unpack_groups
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 
 _LIMITS = common.Limits(
@@ -41,23 +41,9 @@ _LIMITS = common.Limits(
 )
 
 
-def attributes(layer: Layer) -> dict[str, int]:
-    """The attributes of the layer's MatMulNBits node; accuracy_level 0 computes in float32."""
-    return {
-        "K": layer.shape[1],
-        "N": layer.shape[0],
-        "bits": layer.grid.bits,
-        "block_size": layer.grid.group_size,
-        "accuracy_level": 0,
-    }
-
-
-def _blocks(layer: Layer) -> int:
-    return -(-layer.shape[1] // layer.grid.group_size)
-
-
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
-    grid, rows, blocks = layer.grid, layer.shape[0], _blocks(layer)
+    grid, (rows, columns) = layer.grid, layer.shape
+    blocks = grid.n_groups(columns)
     word = "F16" if grid.scale_dtype == "float16" else "F32"
     name = f"{layer.module}.MatMul"
     packed = (rows, blocks, grid.group_size * grid.bits // 8)
@@ -71,13 +57,12 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    grid, (rows, columns), blocks = layer.grid, layer.shape, _blocks(layer)
-    padded = np.zeros((rows, blocks * grid.group_size), np.uint8)
-    padded[:, :columns] = rounded.codes
+    grid, (rows, blocks) = layer.grid, rounded.scales.shape
     name = f"{layer.module}.MatMul"
+    codes = pack_groups(rounded.codes, grid.bits, grid.group_size)
     stored = np.float16 if grid.scale_dtype == "float16" else np.float32
     tensors: dict[str, Array] = {
-        f"{name}.qweight": pack(padded, grid.bits).reshape(rows, blocks, -1),
+        f"{name}.qweight": codes.reshape(rows, blocks, -1),
         f"{name}.scales": rounded.scales.astype(stored),
     }
     zeros = common.integer_zeros(layer, rounded)
@@ -90,30 +75,18 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    grid, (rows, columns), blocks = layer.grid, layer.shape, _blocks(layer)
-    name = f"{layer.module}.MatMul"
-    codes = _spread(tensors[f"{name}.qweight"].reshape(rows, -1), grid.bits)
-    stored = tensors.get(f"{name}.qzeros")
-    if stored is None:
-        zeros = np.full((rows, blocks), grid.mid_code, np.uint8)
-    else:
-        zeros = np.ascontiguousarray(_spread(stored, grid.bits)[:, :blocks])
-    common.check_symmetric(layer, zeros, f"{name}.qzeros")
+    grid, (rows, columns) = layer.grid, layer.shape
+    name, shape = f"{layer.module}.MatMul", grid.scales_shape(layer.shape)
+    packed = tensors[f"{name}.qweight"].reshape(rows, -1)
+    zeros = np.full(shape, grid.mid_code, np.uint8)
+    if not grid.sym:
+        zeros = np.ascontiguousarray(unpack(tensors[f"{name}.qzeros"], grid.bits, shape[1]))
     return QuantizedWeight(
-        codes=np.ascontiguousarray(codes[:, :columns]),
-        scales=tensors[f"{name}.scales"]
-        .reshape(rows, blocks)
-        .astype(SCALE_DTYPES[grid.scale_dtype]),
+        codes=unpack_groups(packed, grid.bits, grid.group_size, columns),
+        scales=tensors[f"{name}.scales"].reshape(shape).astype(SCALE_DTYPES[grid.scale_dtype]),
         zeros=zeros,
         grid=grid,
     )
-
-
-def _spread(packed: Array, bits: int) -> Codes:
-    """Bytes to the 8 / bits codes in each, lowest bits first."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes: Codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
-    return codes.reshape(len(packed), -1)
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -128,14 +101,14 @@ def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
     where, name = f"MatMulNBits of {module}", f"{module}.MatMul"
     scales = common.tensor(specs, f"{name}.scales", 2)
     grid = Grid(
-        bits=common.integer(node, "bits", 4, where),
-        group_size=common.integer(node, "block_size", None, where),
+        bits=common.setting(node, "bits", int, where, 4),
+        group_size=common.setting(node, "block_size", int, where),
         sym=f"{name}.qzeros" not in specs,
         scale_dtype=common.scale_name(scales),
     )
     if grid.bits not in _LIMITS.bits or grid.group_size not in (_LIMITS.group_sizes or ()):
         raise InputError(f"{where}: {grid.bits} bits in blocks of {grid.group_size}")
-    shape = (common.integer(node, "N", None, where), common.integer(node, "K", None, where))
+    shape = (common.setting(node, "N", int, where), common.setting(node, "K", int, where))
     dtype = common.SCALE_WORDS[grid.scale_dtype]
     layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
     common.check_specs(specs, _specs(layer), where)
@@ -143,7 +116,17 @@ def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
 
 
 def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
-    return {layer.module: attributes(layer) for layer in layers}
+    """The attributes of each layer's MatMulNBits node; accuracy_level 0 computes in float32."""
+    return {
+        layer.module: {
+            "K": layer.shape[1],
+            "N": layer.shape[0],
+            "bits": layer.grid.bits,
+            "block_size": layer.grid.group_size,
+            "accuracy_level": 0,
+        }
+        for layer in layers
+    }
 
 
 FORMAT = Format(

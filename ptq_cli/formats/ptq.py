@@ -113,24 +113,13 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
     """The layers that the metadata names, each checked against the headers."""
-    layers, specs = [], contents.specs
-    for module, entry in contents.metadata.items():
-        layer = _layer(module, entry, f"{module}.g_idx" in specs)
-        for spec in _specs(layer):
-            if specs.get(spec.name) != spec:
-                raise InputError(
-                    f"tensor {spec.name!r}: the metadata asks for {spec.dtype} {list(spec.shape)},"
-                    f" the file has {_described(specs.get(spec.name))}"
-                )
-        layers.append(layer)
-    return tuple(layers)
+    layers = tuple(_layer(module, entry, contents) for module, entry in contents.metadata.items())
+    for layer in layers:
+        common.check_specs(contents.specs, _specs(layer), "the metadata")
+    return layers
 
 
-def _described(spec: TensorSpec | None) -> str:
-    return "none" if spec is None else f"{spec.dtype} {list(spec.shape)}"
-
-
-def _layer(module: str, entry: Any, reordered: bool) -> Layer:
+def _layer(module: str, entry: Any, contents: Contents) -> Layer:
     try:
         grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
         full_shape = tuple(int(size) for size in entry["shape"])
@@ -138,11 +127,10 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         activation = entry.get("activation")
         activation = None if activation is None else Activation(**activation)
         transposed = entry.get("transposed", False) is True
-        whole = type(grid.bits) is int and type(grid.group_size) is int
-        flags = type(grid.sym) is bool and type(grid.narrow_range) is bool
-        if not (whole and flags and 2 <= grid.bits <= 8 and grid.scale_dtype in common.SCALE_WORDS):
+        kinds = [type(entry[key]) for key in _GRID_KEYS]
+        if kinds != [int, int, bool, bool, str] or grid.scale_dtype not in common.SCALE_WORDS:
             raise ValueError
-        if grid.group_size < -1 or not full_shape or min(full_shape) < 1:
+        if not 2 <= grid.bits <= 8 or grid.group_size < -1 or min(full_shape) < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error
@@ -154,7 +142,7 @@ def _layer(module: str, entry: Any, reordered: bool) -> Layer:
         full_shape=full_shape,
         dtype=dtype,
         grid=grid,
-        reordered=reordered,
+        reordered=f"{module}.g_idx" in contents.specs,
         method=method,
         transposed=transposed,
         activation=activation,

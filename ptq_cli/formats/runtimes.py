@@ -17,7 +17,6 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
 FAILS, LIMIT, NOTE = "fails", "limit", "note"
-_MLX_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,11 @@ def loads(found: Iterable[Fact]) -> bool:
     return not any(fact.level == FAILS for fact in found)
 
 
-def _where(
-    layers: Iterable[Layer],
-    fails: Callable[[Layer], bool],
-    level: str,
-    text: str,
-    hint: str | None = None,
-) -> Facts:
-    """A fact about those layers that it is true for, if any."""
-    modules = tuple(layer.module for layer in layers if fails(layer))
-    if modules:
-        yield Fact(level, text, modules, hint)
+def _about(modules: Iterable[str], level: str, text: str, hint: str | None = None) -> Facts:
+    """A fact about those modules, if there are any."""
+    found = tuple(modules)
+    if found:
+        yield Fact(level, text, found, hint)
 
 
 def _model(artifact: Artifact, runtime: str) -> Facts:
@@ -99,31 +92,32 @@ def _model(artifact: Artifact, runtime: str) -> Facts:
 
 
 def _undivided(layers: Iterable[Layer], then: str = "") -> Facts:
-    def short(layer: Layer) -> bool:
-        return layer.grid.group_size > 0 and layer.shape[1] % layer.grid.group_size != 0
+    sized = [layer for layer in layers if layer.grid.group_size > 0]
+    short = [layer.module for layer in sized if layer.shape[1] % layer.grid.group_size]
+    yield from _about(short, FAILS, f"in_features is no multiple of the group size{then}")
 
-    text = "in_features is no multiple of the group size"
-    yield from _where(layers, short, FAILS, f"{text}: {then}" if then else text)
+
+def _heads(layers: Iterable[Layer]) -> list[str]:
+    return [layer.module for layer in layers if common.is_head(layer)]
 
 
 def _in_blocks(dense: Sequence[str]) -> list[str]:
     return [module for module in dense if any(part.isdigit() for part in module.split("."))]
 
 
-def _mixed(layers: Sequence[Layer]) -> tuple[str, ...]:
+def _mixed(layers: Sequence[Layer]) -> list[str]:
     base = common.scheme(common.commonest(layers))
-    return tuple(layer.module for layer in layers if common.scheme(layer) != base)
+    return [layer.module for layer in layers if common.scheme(layer) != base]
 
 
 def _gptqmodel_kernels(artifact: Artifact) -> Facts:
     """GPTQModel 7.6 on a CPU, by itself or under transformers."""
     layers, awq = artifact.layers, artifact.format == "awq"
-    yield from _undivided(layers, "it raises")
+    yield from _undivided(layers, ": it raises")
     backend = 'AwqConfig(backend="torch_awq")' if awq else "backend gptq_torch"
     declared = artifact.declared.get("backend") in ("gptq_torch", "torch_awq")
-    yield from _where(
-        layers,
-        common.outside_cpu_kernel,
+    yield from _about(
+        (layer.module for layer in layers if common.outside_cpu_kernel(layer)),
         NOTE if declared else LIMIT,
         "the default CPU kernel for 4 bits has groups of 32, 64, 128, 256 and out_features in"
         " multiples of 16, and raises at the first forward",
@@ -140,27 +134,23 @@ def _transformers_mlx(artifact: Artifact) -> Facts:
 
 def _transformers_gptq(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs optimum 2.3 and gptqmodel 7.6 beside transformers")
-    mixed = _mixed(artifact.layers)
-    if mixed:
-        text = "has another grid than most layers: transformers knows one, only GPTQModel.load more"
-        yield Fact(FAILS, text, mixed)
+    text = "has another grid than most layers: transformers knows one, only GPTQModel.load more"
+    yield from _about(_mixed(artifact.layers), FAILS, text)
     text = "transformers never quantizes lm_head"
-    yield from _where(artifact.layers, common.is_head, FAILS, text, "use GPTQModel.load")
-    left = _in_blocks(artifact.dense)
-    if left and not artifact.declared.get("modules_in_block_to_quantize"):
+    yield from _about(_heads(artifact.layers), FAILS, text, "use GPTQModel.load")
+    if not artifact.declared.get("modules_in_block_to_quantize"):
         text = "is dense, but modules_in_block_to_quantize is missing: it would be noise"
-        yield Fact(FAILS, text, tuple(left))
+        yield from _about(_in_blocks(artifact.dense), FAILS, text)
     yield from _gptqmodel_kernels(artifact)
 
 
 def _transformers_awq(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs gptqmodel 7.6 beside transformers")
     named = common.strings(artifact.declared, "modules_to_not_convert", "quantization_config")
-    left = [m for m in _in_blocks(artifact.dense) if not any(m.endswith(n) for n in named)]
-    if left:
-        text = "is dense, but not in modules_to_not_convert under its full name: it would be noise"
-        yield Fact(FAILS, text, tuple(left))
-    yield from _where(artifact.layers, common.is_head, FAILS, "AWQ loaders leave lm_head dense")
+    left = [module for module in _in_blocks(artifact.dense) if not module.endswith(named)]
+    text = "is dense, but not in modules_to_not_convert under its full name: it would be noise"
+    yield from _about(left, FAILS, text)
+    yield from _about(_heads(artifact.layers), FAILS, "AWQ loaders leave lm_head dense")
     yield from _gptqmodel_kernels(artifact)
 
 
@@ -168,33 +158,30 @@ def _transformers_compressed(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs compressed-tensors 0.18 or later (proven: 0.20) beside transformers")
     yield from _undeclared(artifact)
     yield from _undivided(artifact.layers)
-    yield from _where(
-        artifact.layers,
-        lambda x: x.activation is not None and x.grid.bits != 8,
-        LIMIT,
-        "rounded inputs were tried with weights of 8 bits only",
-    )
-    asym = [x for x in artifact.layers if not x.grid.sym and x.activation is None]
-    if not asym:
-        return
-    modules = tuple(layer.module for layer in asym)
-    if _mixed(artifact.layers) or not artifact.declared.get("dequantize"):
+    layers = artifact.layers
+    narrow = [
+        layer.module for layer in layers if layer.activation is not None and layer.grid.bits != 8
+    ]
+    yield from _about(narrow, LIMIT, "rounded inputs were tried with weights of 8 bits only")
+    asymmetric = [
+        layer.module for layer in layers if layer.activation is None and not layer.grid.sym
+    ]
+    if artifact.declared.get("dequantize") and not _mixed(layers):
+        text = "is asymmetric and therefore dequantized when loaded, to the model's dtype"
+        yield from _about(asymmetric, LIMIT, text)
+    else:
         text = (
             "is asymmetric, which compressed-tensors 0.18 to 0.20 loads only with"
             ' "dequantize": true and one scheme for all layers'
         )
-        yield Fact(FAILS, text, modules, "--sym")
-    else:
-        text = "is asymmetric and therefore dequantized when loaded, to the model's dtype"
-        yield Fact(LIMIT, text, modules)
+        yield from _about(asymmetric, FAILS, text, "--sym")
 
 
 def _undeclared(artifact: Artifact) -> Facts:
     ignore = common.strings(artifact.declared, "ignore", "quantization_config")
-    patterns = any(entry.startswith("re:") for entry in ignore)
-    left = tuple(module for module in artifact.dense if module not in ignore)
-    if left and not patterns:
-        yield Fact(FAILS, "is dense, but not in ignore: it would be noise", left)
+    if not any(entry.startswith("re:") for entry in ignore):
+        left = (module for module in artifact.dense if module not in ignore)
+        yield from _about(left, FAILS, "is dense, but not in ignore: it would be noise")
 
 
 def _transformers_gguf(artifact: Artifact) -> Facts:
@@ -205,43 +192,29 @@ def _transformers_gguf(artifact: Artifact) -> Facts:
 def _vllm(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "from vLLM's source, not run here")
     layers = artifact.layers
-    yield from _undivided(layers, "it raises")
+    yield from _undivided(layers, ": it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
     if artifact.format != "compressed-tensors":
-        yield from _where(
-            layers, common.is_head, LIMIT, "only some versions read a quantized lm_head"
-        )
+        yield from _about(_heads(layers), LIMIT, "only some versions read a quantized lm_head")
         return
     yield from _undeclared(artifact)
-    plain = [layer for layer in layers if layer.activation is not None]
-    packed = [layer for layer in layers if layer.activation is None]
-    yield from _where(plain, lambda x: not x.grid.sym, FAILS, "W8A8 weights must be symmetric")
-    yield from _where(
-        plain,
-        lambda x: x.grid.bits not in (4, 8),
-        FAILS,
-        "no kernel for weights of this width with rounded inputs",
-        "--bits 8",
-    )
-    yield from _where(
-        plain,
-        lambda x: x.grid.bits == 4,
-        LIMIT,
-        "W4A8 needs a recent version, and hardware that it has kernels for",
-    )
-    yield from _where(
-        packed,
-        lambda x: not x.grid.sym and x.grid.bits not in (4, 8),
-        FAILS,
-        "asymmetric weights have 4 or 8 bits",
-    )
-    yield from _where(
-        packed,
-        lambda x: x.grid.bits not in (4, 8),
-        LIMIT,
-        "widths other than 4 and 8 bits need a recent version",
-    )
+    rounded = [layer for layer in layers if layer.activation is not None]
+    asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
+    yield from _about(asymmetric, FAILS, "W8A8 weights must be symmetric")
+    odd = [layer.module for layer in rounded if layer.grid.bits not in (4, 8)]
+    text = "no kernel for weights of this width with rounded inputs"
+    yield from _about(odd, FAILS, text, "--bits 8")
+    narrow = [layer.module for layer in rounded if layer.grid.bits == 4]
+    text = "W4A8 needs a recent version, and hardware that it has kernels for"
+    yield from _about(narrow, LIMIT, text)
+    unrounded = [
+        layer for layer in layers if layer.activation is None and layer.grid.bits not in (4, 8)
+    ]
+    asymmetric = [layer.module for layer in unrounded if not layer.grid.sym]
+    yield from _about(asymmetric, FAILS, "asymmetric weights have 4 or 8 bits")
+    odd = [layer.module for layer in unrounded]
+    yield from _about(odd, LIMIT, "widths other than 4 and 8 bits need a recent version")
 
 
 def _llama_cpp(artifact: Artifact) -> Facts:
@@ -251,12 +224,10 @@ def _llama_cpp(artifact: Artifact) -> Facts:
 
 def _mlx(artifact: Artifact) -> Facts:
     if artifact.format == "awq":
-        yield from _where(
-            artifact.layers,
-            lambda x: x.grid.group_size not in _MLX_GROUPS,
-            FAILS,
-            "mlx has groups of 32, 64 and 128 only",
-        )
+        other = [
+            layer.module for layer in artifact.layers if layer.grid.group_size not in (32, 64, 128)
+        ]
+        yield from _about(other, FAILS, "mlx has groups of 32, 64 and 128 only")
     elif artifact.format != "mlx":
         yield Fact(FAILS, "mlx-lm refuses every g_idx tensor", hint="ptq pack --format mlx")
     if common.rope_of_old(artifact.config):
@@ -269,18 +240,14 @@ def _mlx(artifact: Artifact) -> Facts:
 
 def _gptqmodel(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "proven: gptqmodel 7.6.0 with torch 2.13")
-    if artifact.format == "gptq":
-        meta = common.mapping(artifact.declared, "meta", "quantization_config")
-        yield from _where(
-            [] if "quantizer" in meta else artifact.layers,
-            lambda x: not x.grid.sym,
-            FAILS,
-            "GPTQModel refuses sym: false in layout gptq",
-            "--format gptq_v2",
-        )
-    left = _in_blocks(artifact.dense)
-    if left and artifact.format != "awq" and not artifact.declared.get("dynamic"):
-        yield Fact(FAILS, "is dense, but `dynamic` does not say so", tuple(left))
+    meta = common.mapping(artifact.declared, "meta", "quantization_config")
+    if artifact.format == "gptq" and "quantizer" not in meta:
+        asymmetric = [layer.module for layer in artifact.layers if not layer.grid.sym]
+        text = "GPTQModel refuses sym: false in layout gptq"
+        yield from _about(asymmetric, FAILS, text, "--format gptq_v2")
+    if artifact.format != "awq" and not artifact.declared.get("dynamic"):
+        text = "is dense, but `dynamic` does not say so"
+        yield from _about(_in_blocks(artifact.dense), FAILS, text)
     yield from _gptqmodel_kernels(artifact)
 
 

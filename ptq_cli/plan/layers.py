@@ -41,7 +41,7 @@ def make_layer(
     values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
     if values["scale_dtype"] == "auto":
         computes_in = common.model_dtype(checkpoint.config, unstated=spec.dtype)
-        values["scale_dtype"] = fmt.scale_dtype(computes_in) if fmt.scale_dtype else "float16"
+        values["scale_dtype"] = fmt.scale_dtype(computes_in)
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         hint = "--no-narrow-range"

@@ -161,7 +161,7 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     target = replace(layer, grid=grid)
     if settings.scale_dtype != "auto":
         return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
-    if fmt.misfit(target) is not None and fmt.scale_dtype is not None:
+    if fmt.misfit(target) is not None:
         other = replace(target, grid=replace(grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
         return other if fmt.misfit(other) is None else target
     return target

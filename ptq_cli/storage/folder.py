@@ -192,8 +192,7 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     if declared is None:
         return {}
     own = source.config if assembly.config is None else assembly.config
-    more = {} if fmt.model_config is None else fmt.model_config(own)
-    config = {**own, **more, **dict.fromkeys(fmt.config_keys, declared)}
+    config = {**own, **fmt.model_config(own), **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared

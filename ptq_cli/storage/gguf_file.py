@@ -174,23 +174,23 @@ def library() -> Any:
 def write_gguf(
     path: Path,
     architecture: str,
-    metadata: Mapping[str, tuple[str, Any]],
+    metadata: Mapping[str, Any],
     specs: Sequence[tuple[TensorSpec, int]],
     arrays: Iterable[Array],
 ) -> None:
     """Write a GGUF file.
 
-    metadata: key -> (kind, value), kinds as in formats/gguf/metadata.py
+    metadata: key -> value, of types as in formats/gguf/metadata.py
     specs: each tensor's name, ggml type and shape [out_features, in_features], and its bytes
     arrays: their data in the same order, taken one by one; uint8 for quantized ones
     """
     gguf = library()
     writer = gguf.GGUFWriter(None, architecture)
-    kinds = {"u32": writer.add_uint32, "f32": writer.add_float32, "bool": writer.add_bool,
-             "str": writer.add_string}  # fmt: skip
-    for key, (kind, value) in metadata.items():
+    kinds = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool,
+             str: writer.add_string, list: writer.add_array}  # fmt: skip
+    for key, value in metadata.items():
         if key != "general.architecture":
-            kinds.get(kind, writer.add_array)(key, value)
+            kinds[type(value)](key, value)
     for spec, nbytes in specs:
         kind = gguf.GGMLQuantizationType(NUMBERS[spec.dtype])
         writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)

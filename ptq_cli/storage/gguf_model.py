@@ -136,7 +136,7 @@ def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
 
 def _metadata(
     source: Checkpoint, layers: Sequence[Layer], own: Mapping[str, Any]
-) -> dict[str, tuple[str, Any]]:
+) -> dict[str, Any]:
     if not source.config:
         raise InputError(
             f"{source.path}: gguf needs the model's config.json",
@@ -162,13 +162,12 @@ def _metadata(
     architecture = names_of_model(source.config).architecture
     try:
         model = model_metadata(source.config, architecture, name, kind)
-        result: dict[str, tuple[str, Any]] = dict(model)
-        result |= tokenizer_metadata(source.config, tokenizer, settings)
+        words = tokenizer_metadata(source.config, tokenizer, settings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None
-    return result | {key: ("str", value) for key, value in own.items()}
+    return {**model, **words, **own}
 
 
 def _dense(name: str, values: Array) -> Array:

@@ -175,5 +175,5 @@ def test_mixed_layers_in_a_fused_group(sample):
     Path("r.toml").write_text('[[layers]]\nmatch = "q_proj"\nbits = 8\n')
     outcome = ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out")
     assert outcome.code == 1
-    for word in ("k_proj has 4 bits", "q_proj 8 bits", "fuse"):
+    for word in ("k_proj has 4 bits", "q_proj has 8 bits", "fuse"):
         assert word in outcome.err

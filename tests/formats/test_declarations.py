@@ -20,7 +20,7 @@ CT = "compressed-tensors"
 def test_fused_layers_must_agree(name: str) -> None:
     record = FORMATS[name]
     layers = [layer(module=Q), layer(module=K, bits=8)]
-    with pytest.raises(InputError, match=f"{Q} has 4 bits.* {K} 8 bits"):
+    with pytest.raises(InputError, match=f"{Q} has 4 bits.* {K} has 8 bits"):
         record.config(layers, [])
     with pytest.raises(InputError, match=r"4 bits.*8 bits"):
         record.config([layer(module=GATE), layer(module=UP, bits=8)], [])

@@ -76,7 +76,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("gptq", change(checkpoint_format="marlin"), "layout 'marlin' is not understood"),
     ("gptq", change(pack_dtype="int64"), "pack_dtype 'int64', not int32"),
     ("gptq", change(rotation="hadamard"), "rotation is not a setting"),
-    ("gptq", change(dynamic={"-:.*down.*": {}}), "packed, but '-:.*down.*' says it is left dense"),
+    ("gptq", change(dynamic={"-:.*down.*": {}}), "packed, but '-:.*down.*' leaves it dense"),
     ("gptq", change(dynamic={"+:(": {}}), "is no regular expression"),
     ("gptq", change(dynamic=["x"]), "an object was expected"),
     ("gptq", put("g_idx", REORDERED), "reorders groups, but desc_act is false"),

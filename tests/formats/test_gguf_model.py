@@ -16,7 +16,7 @@ from ptq_cli.core.plugins import Contents
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import FORMAT, TYPES, block_type, permute_rows, unpermute_rows
-from ptq_cli.formats.gguf.metadata import FILE_TYPES, Value, model_metadata, tokenizer_metadata
+from ptq_cli.formats.gguf.metadata import FILE_TYPES, model_metadata, tokenizer_metadata
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
@@ -44,22 +44,22 @@ def test_row_order(heads: int, half: int, width: int) -> None:
 
 def test_model_metadata() -> None:
     assert model_metadata(CONFIG, "llama", "tiny", "Q4_0") == {
-        "general.architecture": Value("str", "llama"),
-        "general.name": Value("str", "tiny"),
-        "general.file_type": Value("u32", 2),
-        "general.quantization_version": Value("u32", 2),
-        "llama.context_length": Value("u32", 512),
-        "llama.embedding_length": Value("u32", 128),
-        "llama.block_count": Value("u32", 4),
-        "llama.feed_forward_length": Value("u32", 384),
-        "llama.attention.head_count": Value("u32", 4),
-        "llama.attention.head_count_kv": Value("u32", 2),
-        "llama.attention.key_length": Value("u32", 32),
-        "llama.attention.value_length": Value("u32", 32),
-        "llama.rope.dimension_count": Value("u32", 32),
-        "llama.vocab_size": Value("u32", 2048),
-        "llama.attention.layer_norm_rms_epsilon": Value("f32", 1e-5),
-        "llama.rope.freq_base": Value("f32", 10000.0),
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "general.file_type": 2,
+        "general.quantization_version": 2,
+        "llama.context_length": 512,
+        "llama.embedding_length": 128,
+        "llama.block_count": 4,
+        "llama.feed_forward_length": 384,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.vocab_size": 2048,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
     }
 
 
@@ -67,10 +67,11 @@ def test_model_metadata_of_older_configs() -> None:
     own = {
         key: value for key, value in CONFIG.items() if key not in ("rope_parameters", "head_dim")
     }
-    own |= {"model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": None}
+    own |= {"model_type": "qwen2", "rope_theta": 1_000_000, "rope_scaling": None}
     found = model_metadata(own, "qwen2", "tiny", "F16")
-    assert found["qwen2.rope.freq_base"] == Value("f32", 1e6)
-    assert found["qwen2.attention.key_length"] == Value("u32", 32)
+    assert found["qwen2.rope.freq_base"] == 1e6
+    assert type(found["qwen2.rope.freq_base"]) is float  # an F32 in the file
+    assert found["qwen2.attention.key_length"] == 32
 
 
 @pytest.mark.parametrize("change", [
@@ -88,20 +89,18 @@ def test_what_has_no_key_is_refused(change: dict[str, Any]) -> None:
 
 def test_tokenizer_of_bytes() -> None:
     found = tokenizer_metadata(CONFIG, TOKENIZER, SETTINGS)
-    tokens, types = found["tokenizer.ggml.tokens"].value, found["tokenizer.ggml.token_type"].value
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == 2048
     assert tokens[:3] == ["<s>", "</s>", "!"]
     assert types[:3] == [3, 3, 1]
-    assert found["tokenizer.ggml.merges"].value[:2] == ["Ġ Ġ", "ĠĠ ĠĠ"]
-    assert {
-        key: found[key] for key in found if "tokens" not in key and "[]" not in found[key].kind
-    } == {
-        "tokenizer.ggml.model": Value("str", "gpt2"),
-        "tokenizer.ggml.pre": Value("str", "gpt-2"),
-        "tokenizer.ggml.bos_token_id": Value("u32", 0),
-        "tokenizer.ggml.eos_token_id": Value("u32", 1),
-        "tokenizer.ggml.add_bos_token": Value("bool", False),
-        "tokenizer.ggml.add_eos_token": Value("bool", False),
+    assert found["tokenizer.ggml.merges"][:2] == ["Ġ Ġ", "ĠĠ ĠĠ"]
+    assert {key: found[key] for key in found if not isinstance(found[key], list)} == {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
     }
 
 
@@ -121,7 +120,7 @@ def split(regex: str, behavior: str = "Isolated") -> dict[str, Any]:
 ])  # fmt: skip
 def test_known_splits(change: dict[str, Any], name: str) -> None:
     found = tokenizer_metadata(CONFIG, tokenizer(**change), {})
-    assert found["tokenizer.ggml.pre"] == Value("str", name)
+    assert found["tokenizer.ggml.pre"] == name
 
 
 @pytest.mark.parametrize("change", [
@@ -157,16 +156,16 @@ def test_tokenizer_of_pieces() -> None:
     settings = {"bos_token": {"content": "<s>"}, "chat_template": "{{ x }}"}
     found = tokenizer_metadata({"vocab_size": 10, "eos_token_id": [2, 8]}, own, settings)
     assert found == {
-        "tokenizer.ggml.model": Value("str", "llama"),
-        "tokenizer.ggml.tokens": Value("str[]", [*vocab, "<tool>", "[PAD9]"]),
-        "tokenizer.ggml.token_type": Value("i32[]", [2, 3, 3, 6, 1, 1, 1, 1, 4, 5]),
-        "tokenizer.ggml.scores": Value("f32[]", [-2.0] * 6 + [0.0, -1.0, -2.0, -2.0]),
-        "tokenizer.ggml.add_space_prefix": Value("bool", True),
-        "tokenizer.ggml.bos_token_id": Value("u32", 1),
-        "tokenizer.ggml.eos_token_id": Value("u32", 2),
-        "tokenizer.ggml.add_bos_token": Value("bool", True),
-        "tokenizer.ggml.add_eos_token": Value("bool", False),
-        "tokenizer.chat_template": Value("str", "{{ x }}"),
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*vocab, "<tool>", "[PAD9]"],
+        "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1, 4, 5],
+        "tokenizer.ggml.scores": [-2.0] * 6 + [0.0, -1.0, -2.0, -2.0],
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": "{{ x }}",
     }
 
 
@@ -178,9 +177,7 @@ def test_other_tokenizers_are_refused() -> None:
 
 
 def test_no_tokenizer() -> None:
-    assert tokenizer_metadata(CONFIG, None, {}) == {
-        "tokenizer.ggml.model": Value("str", "no_vocab")
-    }
+    assert tokenizer_metadata(CONFIG, None, {}) == {"tokenizer.ggml.model": "no_vocab"}
 
 
 def test_every_type_has_a_file_type() -> None:

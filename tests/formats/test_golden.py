@@ -16,6 +16,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import gguf
+from ptq_cli.storage.gguf_file import TYPES
 from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, vectors
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -127,7 +128,8 @@ def test_mlx(name: str) -> None:
 def test_gguf(name: str) -> None:
     info, tensors = golden(name)
     kind = next(kind for kind in gguf.TYPES if kind.name == info["type_name"])
-    assert (kind.number, kind.parts.itemsize) == (info["ggml_type"], info["bytes_per_block"])
+    assert TYPES[info["ggml_type"]] == (kind.name, gguf.BLOCK, info["bytes_per_block"])
+    assert kind.parts.itemsize == info["bytes_per_block"]
     shape = tensors["codes"].shape
     layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, "F16", Grid(kind.bits, 32, kind.sym))
     record, peer = FORMATS["gguf"], {f"{MODULE}.weight": tensors["packed"]}

@@ -38,7 +38,7 @@ from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.formats.compressed_tensors.config import declare, recognise
+from ptq_cli.formats.compressed_tensors.config import declare, is_plain, recognise
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 
@@ -50,8 +50,8 @@ _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every 
 
 
 def _misfit(layer: Layer) -> Misfit | None:
-    grid = layer.grid
-    if found := common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=_plain(layer))):
+    grid, plain = layer.grid, is_plain(layer.grid.bits, layer.activation)
+    if found := common.misfit(layer, _NAME, replace(_LIMITS, whole_tensor=plain)):
         return found
     if layer.activation is not None and layer.activation.dynamic and not layer.activation.per_token:
         hint = "--activation-scheme dynamic-token"
@@ -59,7 +59,7 @@ def _misfit(layer: Layer) -> Misfit | None:
     if layer.activation is not None and layer.activation.bits != 8:
         reason = f"{_NAME} rounds inputs to 8 bits here, not {layer.activation.bits}"
         return Misfit(reason, "--scheme W8A8")
-    if _plain(layer) and grid.group_size > 0:
+    if plain and grid.group_size > 0:
         reason = f"{_NAME} W8A8 has no groups of {grid.group_size} columns"
         return Misfit(reason, "--group-size -1")
     held = _HELD.get(layer.dtype, _LIMITS.scale_dtypes)
@@ -72,17 +72,16 @@ def _misfit(layer: Layer) -> Misfit | None:
     return None
 
 
-def _plain(layer: Layer) -> bool:
-    """Whether codes are stored as plain int8 (`int-quantized`)."""
-    return layer.activation is not None and layer.grid.bits == 8
+def _scales_shape(layer: Layer) -> tuple[int, ...]:
+    return (1,) if layer.grid.group_size == 0 else layer.grid.scales_shape(layer.shape)
 
 
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), grid, module = layer.shape, layer.grid, layer.module
     scale = common.SCALE_WORDS[grid.scale_dtype]
-    shape = (1,) if grid.group_size == 0 else grid.scales_shape(layer.shape)
+    shape = _scales_shape(layer)
     specs = [TensorSpec(f"{module}.weight_scale", scale, shape)]
-    if _plain(layer):
+    if is_plain(layer.grid.bits, layer.activation):
         specs.append(TensorSpec(f"{module}.weight", "I8", layer.shape))
         zero_point = TensorSpec(f"{module}.weight_zero_point", "I8", shape)
     else:
@@ -101,26 +100,21 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    module, bits = layer.module, layer.grid.bits
+    bits, scales_shape = layer.grid.bits, _scales_shape(layer)
     zeros = common.integer_zeros(layer, rounded)
-    tensors: dict[str, Array] = {}
-    if _plain(layer):
+    tensors: dict[str, Array] = {"weight_scale": rounded.scales.reshape(scales_shape)}
+    if is_plain(bits, layer.activation):
         tensors["weight"] = _signed(rounded.codes)
-        tensors["weight_zero_point"] = _signed(zeros)
+        zero_point: Array = _signed(zeros).reshape(scales_shape)
     else:
         tensors["weight_packed"] = pack_words(rounded.codes, bits).view(np.int32)
         tensors["weight_shape"] = np.array(layer.shape, np.int64)
         words = pack_words(np.ascontiguousarray(zeros.T), bits)
-        tensors["weight_zero_point"] = np.ascontiguousarray(words.T).view(np.int32)
-    tensors["weight_scale"] = rounded.scales
-    if layer.grid.group_size == 0:
-        for name in ("weight_scale", "weight_zero_point"):
-            tensors[name] = tensors[name].reshape(1)
-    if layer.grid.sym:
-        del tensors["weight_zero_point"]
-    return {f"{module}.{name}": tensor for name, tensor in tensors.items()} | _inputs(
-        layer, rounded
-    )
+        zero_point = np.ascontiguousarray(words.T).view(np.int32)
+    if not layer.grid.sym:
+        tensors["weight_zero_point"] = zero_point
+    tensors |= _inputs(layer, rounded)
+    return {f"{layer.module}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _signed(codes: Codes) -> NDArray[np.int8]:
@@ -138,75 +132,62 @@ def _inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
             hint="ptq calibrate, or dynamic inputs",
         )
     dtype = SCALE_DTYPES[layer.grid.scale_dtype]
-    tensors: dict[str, Array] = {
-        f"{layer.module}.input_scale": np.array([rounded.input_scale]).astype(dtype)
-    }
+    tensors: dict[str, Array] = {"input_scale": np.array([rounded.input_scale]).astype(dtype)}
     if not layer.activation.sym:
-        zero = np.array([rounded.input_zero], np.uint8)
-        tensors[f"{layer.module}.input_zero_point"] = _signed(zero)
+        tensors["input_zero_point"] = _signed(np.array([rounded.input_zero], np.uint8))
     return tensors
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    own = {
-        name.removeprefix(f"{layer.module}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{layer.module}.")
-    }
-    codes, zeros = _decode_plain(own) if _plain(layer) else _decode_packed(layer, own)
-    scales_shape = layer.grid.scales_shape(layer.shape)
-    if zeros is None:
-        zeros = np.full(scales_shape, layer.grid.mid_code, np.uint8)
+    names = [spec.name for spec in _specs(layer)]
+    own = {name.rpartition(".")[2]: tensors[name] for name in names}
+    (rows, columns), grid = layer.shape, layer.grid
+    plain, stored = is_plain(grid.bits, layer.activation), own.get("weight_zero_point")
+    if plain:
+        codes = _unsigned(own["weight"])
+    elif tuple(own["weight_shape"]) == layer.shape:
+        codes = unpack_words(own["weight_packed"].view(np.uint32), grid.bits, columns)
+    else:
+        raise InputError(
+            f"tensor '{layer.module}.weight_shape' says {own['weight_shape'].tolist()}, the weight"
+            f" is {list(layer.shape)}"
+        )
+    scales_shape = grid.scales_shape(layer.shape)
+    if stored is None:
+        zeros = np.full(scales_shape, grid.mid_code, np.uint8)
+    elif plain:
+        zeros = _unsigned(stored).reshape(scales_shape)
+    else:
+        zeros = np.ascontiguousarray(unpack_words(stored.T.view(np.uint32), grid.bits, rows).T)
     input_zero = own.get("input_zero_point")
     input_scale = own.get("input_scale")
     return QuantizedWeight(
         codes=codes,
         scales=own["weight_scale"].reshape(scales_shape),
-        zeros=zeros.reshape(scales_shape),
-        grid=layer.grid,
+        zeros=zeros,
+        grid=grid,
         input_scale=None if input_scale is None else float(input_scale.reshape(-1)[0]),
         input_zero=None if input_zero is None else int(input_zero.reshape(-1)[0]) + 128,
     )
 
 
-def _decode_plain(own: Mapping[str, Array]) -> tuple[Codes, Codes | None]:
-    def unsigned(values: Array) -> Codes:
-        return (values.astype(np.int16) + 128).astype(np.uint8)
-
-    zeros = own.get("weight_zero_point")
-    return unsigned(own["weight"]), None if zeros is None else unsigned(zeros)
-
-
-def _decode_packed(layer: Layer, own: Mapping[str, Array]) -> tuple[Codes, Codes | None]:
-    (rows, columns), bits = layer.shape, layer.grid.bits
-    stated = tuple(int(size) for size in own["weight_shape"])
-    if stated != layer.shape:
-        raise InputError(
-            f"tensor '{layer.module}.weight_shape' says {list(stated)}, the weight is"
-            f" {list(layer.shape)}"
-        )
-    packed = np.ascontiguousarray(own["weight_packed"]).view(np.uint32)
-    codes = unpack_words(packed, bits, columns)
-    stored = own.get("weight_zero_point")
-    if stored is None:
-        return codes, None
-    zeros = unpack_words(np.ascontiguousarray(stored.T).view(np.uint32), bits, rows)
-    return codes, np.ascontiguousarray(zeros.T)
+def _unsigned(values: Array) -> Codes:
+    return (values.astype(np.int16) + 128).astype(np.uint8)
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
-    layers, specs = recognise(contents), contents.specs
+    layers = recognise(contents)
+    specs = {name: _as_written(spec) for name, spec in contents.specs.items()}
     for layer in layers:
-        # A scalar input scale and an int32 shape load too.
-        found = {
-            name: TensorSpec(name, spec.dtype.replace("I32", "I64"), (2,))
-            if name.endswith(".weight_shape")
-            else TensorSpec(name, spec.dtype, spec.shape or (1,))
-            for name, spec in ((want.name, specs.get(want.name)) for want in _specs(layer))
-            if spec is not None
-        }
-        common.check_specs(found, _specs(layer), "quantization_config")
+        common.check_specs(specs, _specs(layer), "quantization_config")
     return layers
+
+
+def _as_written(spec: TensorSpec) -> TensorSpec:
+    """A scalar input scale and an int32 shape load too."""
+    if spec.name.endswith(".weight_shape"):
+        return replace(spec, dtype=spec.dtype.replace("I32", "I64"))
+    return replace(spec, shape=spec.shape or (1,))
 
 
 FORMAT = Format(

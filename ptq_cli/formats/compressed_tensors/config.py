@@ -7,8 +7,8 @@ missing from `ignore` they load and compute noise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ _SCHEME_KEYS = (
     "observer_kwargs", "scale_dtype", "zp_dtype",
 )  # fmt: skip
 _OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
+_Scheme = tuple[Grid, Activation | None]
 
 
 def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
@@ -47,12 +48,15 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
         targets = ["Linear"] if scheme == base else [layer.module for layer in own]
         groups[f"group_{number}"] = {"targets": targets, **_group(own[0])}
     formats = {group["format"] for group in groups.values()}
+    # a head that is tied has no tensor of its own, but has to be named
+    named = [*dense, *(layer.module for layer in layers)]
+    tied = not any(module.endswith("lm_head") for module in named)
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored(layers, dense),
+        "ignore": [*dense, "lm_head"] if tied else list(dense),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -65,20 +69,13 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def _ignored(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
-    """Every linear left dense, and `lm_head` where it is tied and has no tensor of its own."""
-    heads = [*dense, *(layer.module for layer in layers)]
-    tied = not any(module.endswith("lm_head") for module in heads)
-    return [*dense, "lm_head"] if tied else list(dense)
-
-
 def _group(layer: Layer) -> dict[str, Any]:
     grid, activation = layer.grid, layer.activation
+    size = grid.group_size
     weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.sym, "dynamic": False}
-    if grid.group_size > 0:
-        weights |= {"strategy": "group", "group_size": grid.group_size}
-    else:
-        weights |= {"strategy": "channel" if grid.group_size < 0 else "tensor"}
+    weights["strategy"] = "group" if size > 0 else "channel" if size < 0 else "tensor"
+    if size > 0:
+        weights["group_size"] = size
     inputs = None
     if activation is not None:
         inputs = {
@@ -88,23 +85,17 @@ def _group(layer: Layer) -> dict[str, Any]:
             "strategy": "token" if activation.dynamic else "tensor",
             "dynamic": activation.dynamic,
         }
-    plain = activation is not None and grid.bits == 8
     return {
-        "format": _PLAIN if plain else _PACKED,
+        "format": _PLAIN if is_plain(grid.bits, activation) else _PACKED,
         "weights": weights,
         "input_activations": inputs,
         "output_activations": None,
     }
 
 
-@dataclass(frozen=True)
-class _Scheme:
-    targets: tuple[str, ...]
-    format: str
-    bits: int
-    group_size: int
-    sym: bool
-    activation: Activation | None
+def is_plain(bits: int, activation: Activation | None) -> bool:
+    """Whether codes are stored as plain int8 (`int-quantized`)."""
+    return activation is not None and bits == 8
 
 
 def recognise(contents: Contents) -> tuple[Layer, ...]:
@@ -122,30 +113,36 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
     groups = common.mapping(settings, "config_groups", _WHERE)
     if not groups:
         raise InputError(f"{_WHERE}: config_groups is missing")
-    schemes = tuple(
-        _scheme(name, common.mapping(groups, name, _WHERE), settings) for name in groups
-    )
+    targets: dict[str, _Scheme] = {}
+    for name in groups:
+        where, group = f"{_WHERE}, {name}", common.mapping(groups, name, _WHERE)
+        scheme = _scheme(group, settings.get("format"), where)
+        for target in common.strings(group, "targets", where):
+            targets.setdefault(target, scheme)
     modules = common.modules_with(
-        contents.specs, ".weight_packed", ".weight_scale", ".weight_shape"
-    )
-    if not modules:
-        raise InputError(f"{_WHERE} says compressed-tensors, but no tensor is named *.weight_scale")
-    _refuse_ignored(modules, common.strings(settings, "ignore", _WHERE))
-    layers = tuple(
-        _layer(module, scheme, contents)
-        for module, scheme in zip(modules, _schemes_of(modules, schemes), strict=True)
-    )
+        contents.specs, ".weight_scale", ".weight_packed", ".weight_shape",
+        declared=f"{_WHERE} says compressed-tensors",
+    )  # fmt: skip
+    ignore = dict.fromkeys(common.strings(settings, "ignore", _WHERE))
+    ignored = _entries(modules, ignore, f"{_WHERE}: ignore")
+    layers = []
+    for module, named in _entries(modules, targets, f"{_WHERE}: targets").items():
+        left = ignored[module]
+        if left is not None:
+            raise InputError(f"module {module!r} is packed, but {left!r} in ignore leaves it dense")
+        if named is None:
+            raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
+        layers.append(_layer(module, *targets[named], contents))
     common.check_fused(layers)
-    return layers
+    return tuple(layers)
 
 
-def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) -> _Scheme:
-    where = f"{_WHERE}, {name}"
-    known = ("targets", "format", "weights", "input_activations")
-    common.refuse_unknown(group, known, where)
+def _scheme(group: Mapping[str, Any], stored: str | None, where: str) -> _Scheme:
+    """How a group rounds weights and inputs; `stored`: the format where it states none."""
+    common.refuse_unknown(group, ("targets", "format", "weights", "input_activations"), where)
     weights = common.mapping(group, "weights", where)
     common.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
-    bits = common.integer(weights, "num_bits", None, where)
+    bits = common.setting(weights, "num_bits", int, where)
     if weights.get("type", "int") != "int" or not 2 <= bits <= 8 or weights.get("dynamic"):
         raise InputError(f"{where}: weights of type {weights.get('type')!r}, {bits} bits")
     if weights.get("actorder") not in (None, False, "weight", "static"):
@@ -154,28 +151,25 @@ def _scheme(name: str, group: Mapping[str, Any], settings: Mapping[str, Any]) ->
             " weight_g_idx"
         )
     activation = _activation(common.mapping(group, "input_activations", where), where)
-    stored = group.get("format") or settings.get("format")
-    wanted = _PLAIN if activation is not None and bits == 8 else _PACKED
-    if stored != wanted:
-        raise InputError(f"{where}: format {stored!r} is not understood here, only {wanted!r}")
-    sym = common.boolean(weights, "symmetric", True, where)
-    size = _group_size(weights, stored, where)
-    return _Scheme(common.strings(group, "targets", where), stored, bits, size, sym, activation)
+    plain, own = is_plain(bits, activation), group.get("format") or stored
+    wanted = _PLAIN if plain else _PACKED
+    if own != wanted:
+        raise InputError(f"{where}: format {own!r} is not understood here, only {wanted!r}")
+    sym = common.setting(weights, "symmetric", bool, where, True)
+    return Grid(bits, _group_size(weights, plain, where), sym), activation
 
 
-def _group_size(weights: Mapping[str, Any], stored: str, where: str) -> int:
+def _group_size(weights: Mapping[str, Any], plain: bool, where: str) -> int:
     strategy, size = weights.get("strategy"), weights.get("group_size")
+    if size is not None:
+        size = common.setting(weights, "group_size", int, where)
     if strategy is None:
         strategy = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
-    if (
-        strategy == "group"
-        and stored == _PACKED
-        and common.integer(weights, "group_size", 0, where) > 0
-    ):
-        return common.integer(weights, "group_size", 0, where)
+    if strategy == "group" and not plain and size and size > 0:
+        return size
     if strategy == "channel" and size in (None, -1):
         return -1
-    if strategy == "tensor" and stored == _PLAIN and size is None:
+    if strategy == "tensor" and plain and size is None:
         return 0
     raise InputError(f"{where}: strategy {strategy!r} with group_size {size} is not understood")
 
@@ -184,74 +178,53 @@ def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
     if not inputs:
         return None
     common.refuse_unknown(inputs, _SCHEME_KEYS, f"{where}, input_activations")
-    dynamic = common.boolean(inputs, "dynamic", False, where)
+    dynamic = common.setting(inputs, "dynamic", bool, where, False)
     strategy = inputs.get("strategy", "token" if dynamic else "tensor")
-    bits = common.integer(inputs, "num_bits", None, where)
+    bits = common.setting(inputs, "num_bits", int, where)
     plain = inputs.get("type", "int") == "int" and inputs.get("group_size") is None
     if not plain or bits != 8 or strategy != ("token" if dynamic else "tensor"):
         raise InputError(
             f"{where}: input_activations of type {inputs.get('type')!r}, {bits} bits, strategy"
             f" {strategy!r}, dynamic {dynamic} are not understood"
         )
-    return Activation(bits, common.boolean(inputs, "symmetric", True, where), dynamic)
+    return Activation(bits, common.setting(inputs, "symmetric", bool, where, True), dynamic)
 
 
-def _patterns(entries: Sequence[str]) -> list[str]:
-    return [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
-
-
-def _refuse_ignored(modules: Sequence[str], ignore: Sequence[str]) -> None:
-    """Raises InputError where a packed module is in `ignore`."""
-    patterns = _patterns(ignore)
-    regex = ForeignPatterns(patterns, f"{_WHERE}: ignore")
-    exact = set(ignore)
+def _entries(
+    modules: Sequence[str], entries: Mapping[str, Any], where: str
+) -> dict[str, str | None]:
+    """The entry that names each module: exactly, else as a regex, else by its class, else None."""
+    patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
+    regex = ForeignPatterns(patterns, where)
+    found: dict[str, str | None] = {}
     for module in modules:
-        place = regex.first(module)
-        named = [name for name in ("Linear", module) if name in exact]
-        for entry in named if place is None else [f"re:{patterns[place]}"]:
-            raise InputError(
-                f"module {module!r} is packed, but {entry!r} in ignore leaves it dense"
-            )
+        place = None if module in entries else regex.first(module)
+        own = module if place is None else f"re:{patterns[place]}"
+        found[module] = next((entry for entry in (own, "Linear") if entry in entries), None)
+    return found
 
 
-def _schemes_of(modules: Sequence[str], schemes: Sequence[_Scheme]) -> Iterator[_Scheme]:
-    """The group of each module: by exact name, then by regex, then by its class."""
-    exact = {target: scheme for scheme in reversed(schemes) for target in scheme.targets}
-    owners = [scheme for scheme in schemes for _ in _patterns(scheme.targets)]
-    targets = [target for scheme in schemes for target in scheme.targets]
-    regex = ForeignPatterns(_patterns(targets), f"{_WHERE}: targets")
-    for module in modules:
-        found = exact.get(module)
-        if found is None and (place := regex.first(module)) is not None:
-            found = owners[place]
-        found = found or exact.get("Linear")
-        if found is None:
-            raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
-        yield found
-
-
-def _layer(module: str, scheme: _Scheme, contents: Contents) -> Layer:
+def _layer(module: str, grid: Grid, activation: Activation | None, contents: Contents) -> Layer:
     specs = contents.specs
-    scales = common.tensor(specs, f"{module}.weight_scale", 1 if scheme.group_size == 0 else 2)
-    if scheme.sym and f"{module}.weight_zero_point" in specs:
+    scales = common.tensor(specs, f"{module}.weight_scale", 1 if grid.group_size == 0 else 2)
+    if grid.sym and f"{module}.weight_zero_point" in specs:
         raise InputError(f"module {module!r} has zero points, but {_WHERE} says symmetric")
-    if scheme.format == _PLAIN:
+    if is_plain(grid.bits, activation):
         rows, columns = common.tensor(specs, f"{module}.weight", 2).shape
     else:
-        rows, columns = _packed_shape(module, scheme, contents)
-    if scheme.group_size > 0 and columns % scheme.group_size:
+        rows, columns = _packed_shape(module, grid.bits, contents)
+    if grid.group_size > 0 and columns % grid.group_size:
         raise InputError(
-            f"{_WHERE}: group_size {scheme.group_size} does not divide in_features {columns} of"
+            f"{_WHERE}: group_size {grid.group_size} does not divide in_features {columns} of"
             f" {module!r}"
         )
-    dtype = common.scale_name(scales)
-    grid = Grid(scheme.bits, scheme.group_size, scheme.sym, scale_dtype=dtype)
+    grid = replace(grid, scale_dtype=common.scale_name(scales))
     layer = common.linear(module, (rows, columns), grid, contents.config)
-    return replace(layer, activation=scheme.activation)
+    return replace(layer, activation=activation)
 
 
-def _packed_shape(module: str, scheme: _Scheme, contents: Contents) -> tuple[int, int]:
-    name, bits, specs = f"{module}.weight_packed", scheme.bits, contents.specs
+def _packed_shape(module: str, bits: int, contents: Contents) -> tuple[int, int]:
+    name, specs = f"{module}.weight_packed", contents.specs
     if f"{module}.weight" in specs:
         raise InputError(f"module {module!r} has both 'weight' and 'weight_packed'")
     found = common.tensor(specs, name, 2).shape

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, Codes, TensorSpec
+from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
@@ -43,10 +43,9 @@ _LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, emb
 
 @dataclass(frozen=True)
 class BlockType:
-    """A type of block. `number` is ggml's; `sym`: code 2^(bits−1) is zero, no minimum is stored."""
+    """A type of block, by ggml's name. `sym`: code 2^(bits−1) is zero, no minimum is stored."""
 
     name: str
-    number: int
     bits: int
     sym: bool
 
@@ -61,11 +60,11 @@ class BlockType:
 
 
 TYPES = (
-    BlockType("Q4_0", 2, 4, True),
-    BlockType("Q4_1", 3, 4, False),
-    BlockType("Q5_0", 6, 5, True),
-    BlockType("Q5_1", 7, 5, False),
-    BlockType("Q8_0", 8, 8, True),
+    BlockType("Q4_0", 4, True),
+    BlockType("Q4_1", 4, False),
+    BlockType("Q5_0", 5, True),
+    BlockType("Q5_1", 5, False),
+    BlockType("Q8_0", 8, True),
 )
 
 
@@ -75,45 +74,6 @@ def block_type(grid: Grid) -> BlockType:
         if (kind.bits, kind.sym) == (grid.bits, grid.sym):
             return kind
     raise InputError(f"gguf has no type for {grid.bits} bits, sym {grid.sym}")
-
-
-def encode_blocks(kind: BlockType, codes: Codes, scales: Array, minima: Array) -> Codes:
-    """Codes [rows, columns], float16 scales and minima [rows, columns / 32] → uint8 [rows, bytes];
-    minima are left out where the type has none."""
-    blocks = codes.reshape(-1, BLOCK)
-    parts = [_bytes(scales)]
-    if not kind.sym:
-        parts.append(_bytes(minima))
-    if kind.bits == 5:
-        parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
-    if kind.bits == 8:
-        parts.append(blocks ^ np.uint8(128))
-    else:
-        low, high = blocks[:, :16] & np.uint8(15), blocks[:, 16:] & np.uint8(15)
-        parts.append(low | high << np.uint8(4))
-    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
-
-
-def _bytes(values: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(values.astype("<f2")).reshape(-1, 1).view(np.uint8)
-
-
-def decode_blocks(kind: BlockType, packed: Codes) -> tuple[Codes, Array, Array | None]:
-    """The inverse of `encode_blocks`: codes, scales, and minima where the type has them."""
-    blocks = np.ascontiguousarray(packed).view(kind.parts)
-    rows, n_blocks = blocks.shape
-    codes = np.empty((rows, n_blocks, BLOCK), np.uint8)
-    if kind.bits == 8:
-        codes[...] = blocks["qs"].astype(np.int16) + 128
-    else:
-        codes[..., :16] = blocks["qs"] % 16
-        codes[..., 16:] = blocks["qs"] // 16
-    if kind.bits == 5:
-        for column in range(BLOCK):
-            codes[..., column] += ((blocks["qh"] >> np.uint32(column)) % 2 * 16).astype(np.uint8)
-    scales = blocks["d"].astype(np.float16)
-    minima = None if kind.sym else blocks["m"].astype(np.float16)
-    return codes.reshape(rows, -1), scales, minima
 
 
 def _misfit(layer: Layer) -> Misfit | None:
@@ -136,40 +96,58 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     return (TensorSpec(f"{layer.module}.weight", "U8", (rows, width)),)
 
 
+def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    kind, (rows, columns) = block_type(layer.grid), layer.shape
+    group, blocks = _group_of_block(layer), rounded.codes.reshape(-1, BLOCK)
+    if kind.sym:
+        common.integer_zeros(layer, rounded)
+        values = [rounded.scales]
+    else:
+        values = [rounded.scales, common.offsets(layer, rounded)]
+    parts = []
+    for own in values:
+        wide = np.broadcast_to(own, (rows, layer.grid.n_groups(columns)))[:, group]
+        parts.append(np.ascontiguousarray(wide, "<f2").reshape(-1, 1).view(np.uint8))
+    if kind.bits == 5:
+        parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
+    if kind.bits == 8:
+        parts.append(blocks ^ np.uint8(128))
+    else:
+        low, high = blocks[:, :16] & np.uint8(15), blocks[:, 16:] & np.uint8(15)
+        parts.append(low | high << np.uint8(4))
+    return {f"{layer.module}.weight": np.concatenate(parts, axis=-1).reshape(rows, -1)}
+
+
+def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
+    kind, grid = block_type(layer.grid), layer.grid
+    blocks = np.ascontiguousarray(tensors[f"{layer.module}.weight"]).view(kind.parts)
+    codes = np.empty((*blocks.shape, BLOCK), np.uint8)
+    if kind.bits == 8:
+        codes[...] = blocks["qs"].astype(np.int16) + 128
+    else:
+        codes[..., :16] = blocks["qs"] % 16
+        codes[..., 16:] = blocks["qs"] // 16
+    if kind.bits == 5:
+        for column in range(BLOCK):
+            codes[..., column] += ((blocks["qh"] >> np.uint32(column)) % 2 * 16).astype(np.uint8)
+    scales = _of_groups(layer, blocks["d"])
+    zeros, offsets = np.full(scales.shape, grid.mid_code, np.uint8), None
+    if not kind.sym:
+        zeros, offsets = common.from_offsets(scales, _of_groups(layer, blocks["m"]), grid)
+    return QuantizedWeight(codes.reshape(layer.shape), scales, zeros, grid, offsets=offsets)
+
+
 def _group_of_block(layer: Layer) -> NDArray[np.int32]:
     return layer.grid.g_idx(layer.shape[1])[::BLOCK]
 
 
-def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    kind, group = block_type(layer.grid), _group_of_block(layer)
-    full = (layer.shape[0], layer.grid.n_groups(layer.shape[1]))
-    scales = np.broadcast_to(rounded.scales, full)[:, group]
-    if kind.sym:
-        common.integer_zeros(layer, rounded)
-        minima = scales
-    else:
-        minima = np.broadcast_to(common.offsets(layer, rounded, "float16"), full)[:, group]
-    return {f"{layer.module}.weight": encode_blocks(kind, rounded.codes, scales, minima)}
-
-
-def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    kind, group = block_type(layer.grid), _group_of_block(layer)
-    codes, scales, minima = decode_blocks(kind, tensors[f"{layer.module}.weight"])
-    own_scales = _of_groups(layer, scales, group)
-    if minima is None:
-        zeros, offsets = np.full(own_scales.shape, layer.grid.mid_code, np.uint8), None
-    else:
-        stored = _of_groups(layer, minima, group)
-        zeros, offsets = common.from_offsets(own_scales, stored, layer.grid)
-    return QuantizedWeight(codes, own_scales, zeros, layer.grid, offsets=offsets)
-
-
-def _of_groups(layer: Layer, values: Array, group: NDArray[np.int32]) -> Array:
+def _of_groups(layer: Layer, values: Array) -> Array:
     """The value of each group, from those of its blocks. Raises InputError where they differ."""
+    group = _group_of_block(layer)
     if layer.grid.group_size == 0:
-        own = values[:1, :1]
+        own = values[:1, :1].astype(np.float16)
     else:
-        own = np.ascontiguousarray(values[:, np.flatnonzero(np.diff(group, prepend=-1))])
+        own = values[:, np.flatnonzero(np.diff(group, prepend=-1))].astype(np.float16, order="C")
     if not np.array_equal(np.broadcast_to(own, (len(values), own.shape[1]))[:, group], values):
         raise InputError(f"{layer.module}: the blocks of a group have different scales or minima")
     return own
@@ -210,7 +188,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
             raise InputError(f"tensor {own!r} of type {spec.dtype} has shape {list(spec.shape)}")
         shape = (spec.shape[0], spec.shape[1])
         entry = common.mapping(common.mapping(metadata, "ptq", "metadata"), module, "key ptq")
-        size = common.integer(entry, "group_size", BLOCK, f"key ptq, {module}")
+        size = common.setting(entry, "group_size", int, f"key ptq, {module}", BLOCK)
         if size != -1 and (size < 0 or size % BLOCK):
             raise InputError(f"key ptq, {module}: group_size {size} is no multiple of {BLOCK}")
         grid = Grid(kind.bits, size, kind.sym, scale_dtype="float16")
@@ -235,6 +213,5 @@ FORMAT = Format(
     decode=_decode,
     metadata=_metadata,
     layers=_layers,
-    scale_dtype=lambda model: "float16",
     container="gguf",
 )

@@ -1,7 +1,7 @@
 """The metadata of a GGUF file, from config.json, tokenizer.json and tokenizer_config.json.
 
-Dictionaries in, dictionary out: key → `Value(kind, value)`; kinds are `u32`, `f32`, `bool`, `str`
-and, for arrays, `str[]`, `i32[]`, `f32[]`. What llama.cpp could not compute from these keys is
+Dictionaries in, dictionary out: key → value, whose type says GGUF's: `int` U32, `float` F32,
+`bool`, `str`, or a list of strings, I32 or F32. What llama.cpp could not compute from these keys is
 refused: rope scaling, sliding windows, a tokenizer of an unknown kind.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ptq_cli.errors import InputError
 
@@ -26,18 +26,16 @@ _SPLITS = {
 }
 
 
-class Value(NamedTuple):
-    """A value of GGUF's metadata with its kind."""
-
-    kind: str
-    value: Any
-
-
 def model_metadata(
     config: Mapping[str, Any], architecture: str, name: str, file_type: str
-) -> dict[str, Value]:
+) -> dict[str, Any]:
     """Keys of the architecture; `file_type` is the type that most weights have."""
-    _refuse_what_has_no_key(config)
+    rope = _rope(config)
+    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
+    for key, value in plain.items():
+        found = {**config, **rope}.get(key, value)
+        if found != value:
+            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
     heads = int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
     numbers = {
@@ -52,17 +50,15 @@ def model_metadata(
         "rope.dimension_count": head_size,
         "vocab_size": config["vocab_size"],
     }
-    result = {
-        "general.architecture": Value("str", architecture),
-        "general.name": Value("str", name),
-        "general.file_type": Value("u32", FILE_TYPES[file_type]),
-        "general.quantization_version": Value("u32", 2),
+    return {
+        "general.architecture": architecture,
+        "general.name": name,
+        "general.file_type": FILE_TYPES[file_type],
+        "general.quantization_version": 2,
+        **{f"{architecture}.{key}": int(size) for key, size in numbers.items()},
+        f"{architecture}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        f"{architecture}.rope.freq_base": float(rope["rope_theta"]),
     }
-    result |= {f"{architecture}.{key}": Value("u32", int(size)) for key, size in numbers.items()}
-    epsilon = Value("f32", float(config["rms_norm_eps"]))
-    result[f"{architecture}.attention.layer_norm_rms_epsilon"] = epsilon
-    result[f"{architecture}.rope.freq_base"] = Value("f32", float(_rope(config)["rope_theta"]))
-    return result
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,44 +74,34 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _refuse_what_has_no_key(config: Mapping[str, Any]) -> None:
-    settings = {**config, **_rope(config)}
-    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
-    for key, value in plain.items():
-        found = settings.get(key, value)
-        if found != value:
-            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
-
-
 def tokenizer_metadata(
     config: Mapping[str, Any],
     tokenizer: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
-) -> dict[str, Value]:
+) -> dict[str, Any]:
     """Keys of the tokenizer: `tokenizer` is tokenizer.json, `settings` tokenizer_config.json.
 
     Without a tokenizer the file says so (`no_vocab`), and takes token ids only.
     """
     if tokenizer is None:
-        return {"tokenizer.ggml.model": Value("str", "no_vocab")}
+        return {"tokenizer.ggml.model": "no_vocab"}
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
         raise InputError(f"gguf: a tokenizer of type {model.get('type')!r} is not covered")
     tokens, types = _tokens(int(config["vocab_size"]), tokenizer)
     pieces = bool(model.get("byte_fallback"))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    result = {
-        "tokenizer.ggml.model": Value("str", "llama" if pieces else "gpt2"),
-        "tokenizer.ggml.tokens": Value("str[]", tokens),
-        "tokenizer.ggml.token_type": Value("i32[]", types),
+    result: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama" if pieces else "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
     }
     if pieces:
-        result["tokenizer.ggml.scores"] = Value("f32[]", _scores(tokens, merges))
-        prefix = Value("bool", _adds_space(tokenizer))
-        result["tokenizer.ggml.add_space_prefix"] = prefix
+        result["tokenizer.ggml.scores"] = _scores(tokens, merges)
+        result["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
     else:
-        result["tokenizer.ggml.pre"] = Value("str", _pre_tokenizer(tokenizer))
-        result["tokenizer.ggml.merges"] = Value("str[]", merges)
+        result["tokenizer.ggml.pre"] = _pre_tokenizer(tokenizer)
+        result["tokenizer.ggml.merges"] = merges
     return result | _special(config, tokenizer, settings, tokens)
 
 
@@ -144,20 +130,18 @@ def _tokens(vocab_size: int, tokenizer: Mapping[str, Any]) -> tuple[list[str], l
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     """llama.cpp joins the pair whose result has the highest score: the earlier merge."""
-    rank: dict[str, int] = {}
-    for number, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), number)
+    joined = [merge.replace(" ", "") for merge in merges]
+    rank = dict(zip(reversed(joined), reversed(range(len(merges))), strict=True))
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
-    parts = _flat(tokenizer.get("normalizer"), "normalizers")
+    normalizers = _flat(tokenizer.get("normalizer"), "normalizers")
     splits = _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    prepended = any(part["type"] == "Prepend" for part in parts)
-    schemes = [
-        part.get("prepend_scheme", "always") for part in splits if part["type"] == "Metaspace"
-    ]
-    return prepended or any(scheme != "never" for scheme in schemes)
+    spaces = [part for part in splits if part["type"] == "Metaspace"]
+    return any(part["type"] == "Prepend" for part in normalizers) or any(
+        part.get("prepend_scheme") != "never" for part in spaces
+    )
 
 
 def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
@@ -189,34 +173,25 @@ def _special(
     tokenizer: Mapping[str, Any],
     settings: Mapping[str, Any],
     tokens: list[str],
-) -> dict[str, Value]:
+) -> dict[str, Any]:
     """Ids of special tokens, whether they are added to a text, and the chat template."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = _token_id(name, config, settings, tokens)
-        if number is not None:
-            result[f"tokenizer.ggml.{key}_token_id"] = Value("u32", number)
+        stated, number = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
+        text = stated.get("content") if isinstance(stated, Mapping) else stated
+        if text in tokens:
+            number = tokens.index(text)
+        elif isinstance(number, list) and number:
+            number = number[0]
+        if isinstance(number, int):
+            result[f"tokenizer.ggml.{key}_token_id"] = number
     first, last = _template_ends(tokenizer)
     for name, added in (("bos", first), ("eos", last)):
         stated = settings.get(f"add_{name}_token")
-        result[f"tokenizer.ggml.add_{name}_token"] = Value(
-            "bool", added if stated is None else stated
-        )
+        result[f"tokenizer.ggml.add_{name}_token"] = added if stated is None else bool(stated)
     if isinstance(settings.get("chat_template"), str):
-        result["tokenizer.chat_template"] = Value("str", settings["chat_template"])
+        result["tokenizer.chat_template"] = settings["chat_template"]
     return result
-
-
-def _token_id(
-    name: str, config: Mapping[str, Any], settings: Mapping[str, Any], tokens: list[str]
-) -> int | None:
-    stated = settings.get(f"{name}_token")
-    text = stated.get("content") if isinstance(stated, Mapping) else stated
-    if text in tokens:
-        return tokens.index(text)
-    number = config.get(f"{name}_token_id")
-    number = number[0] if isinstance(number, list) and number else number
-    return number if isinstance(number, int) else None
 
 
 def _template_ends(tokenizer: Mapping[str, Any]) -> tuple[bool, bool]:
