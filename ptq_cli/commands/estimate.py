@@ -160,13 +160,14 @@ def _smoothed(job: Quantization) -> tuple[list[Piece], float]:
     pieces: list[Piece] = []
     if job.smoothing is None or job.source is None:
         return pieces, 0.0
-    how, known = job.smoothing.settling, job.source.sites.values()
-    for site in job.smoothing.sites:
+    how, known = job.smoothing, job.source.sites.values()
+    for site in how.sites:
         modules = [linear.module for linear in site.linears]
         tokens = next((info.n_tokens for info in known if {*modules} & {*info.linears}), 0)
         pieces.append(Piece(f"smoothing {site.name}", modules, tokens, site_memory(how, site)))
     layers = how.layers.values()
-    tried = [(method(name), own) for name, own in (how.rounding, *how.compare.items())]
+    tried = [(how.rounding.how, how.rounding.settings)]
+    tried += [(method(name), own) for name, own in how.compare.items()]
     effort = rounding_effort(layers, True, *tried, *tried)
     for layer in layers:
         effort += how.smoother.effort(layer.shape[1], layer.grid, how.settings) * layer.size

@@ -34,9 +34,10 @@ from ptq_cli.run.calibrate import Calibration, calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
 from ptq_cli.run.schedule import RunOptions, Task, run_tasks
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import smooth
 from ptq_cli.run.unit_job import work_on
-from ptq_cli.run.work import Quantization, Smoothing, Work
+from ptq_cli.run.work import Quantization, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
 from ptq_cli.storage.output import STATISTICS, Target
@@ -114,9 +115,7 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
         units = tuple(_with_tokens(unit, source) for unit in work.plan.units)
         work.plan = replace(work.plan, units=units)
     assert source is not None  # the plan has seen to it
-    work.smoothed = smooth(
-        smoothing.settling, smoothing.sites, source, work.staging, work.options.listen
-    )
+    work.smoothed = smooth(smoothing, source, work.staging, work.options.listen)
     work.source = smoothed_source(source, work.smoothed.folds)
     work.checkpoint = work.smoothed.checkpoint
 
@@ -143,4 +142,4 @@ def _report(work: Work, seconds: float) -> RunReport:
         return make_report(work.job.command, work.plan, rows, seconds)
     rows = [work.smoothed.annotate(row) for row in rows]
     report = make_report(work.job.command, work.plan, rows, seconds)
-    return replace(report, sites=work.smoothed.entries)
+    return replace(report, sites=tuple(work.smoothed.outcomes))

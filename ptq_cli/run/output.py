@@ -15,6 +15,7 @@ from ptq_cli.report.report import as_document
 from ptq_cli.run.schedule import Resources
 from ptq_cli.run.work import Work
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.storage.folded import FOLDS_FILE, write_folds
 from ptq_cli.storage.folder import Assembly, begin_weights, container_of, write_folder
 from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
@@ -76,8 +77,8 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     }
     assembly = Assembly(parts, layers, dense_modules(plan.skipped), fmt, documents)
     write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
-    if work.smoothed is not None:
-        work.smoothed.write(staging.out)
+    if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
+        write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)
 
 
 def quantization_document(

@@ -21,9 +21,10 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import smoothed
-from ptq_cli.run.nearest import measure_plain
+from ptq_cli.run.nearest import round_layer
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import Smoothed, connected, settle_group, unit_of
-from ptq_cli.run.work import Smoothing, Work
+from ptq_cli.run.work import Work
 from ptq_cli.storage.folded import FoldsByTensor, add_folds, folded_checkpoint
 
 Order = tuple[int, int]  # a block and one of its stages
@@ -76,7 +77,7 @@ class SmoothInSequence:
 
     def __init__(self, work: Work, smoothing: Smoothing) -> None:
         assert work.source is not None  # the plan has seen to it
-        self.work, self.settling = work, smoothing.settling
+        self.work, self.smoothing = work, smoothing
         self._groups = place_groups(smoothing.sites, work.source.places)
         self._folds: FoldsByTensor = {}
         self.divisors: dict[str, NDArray[np.float32]] = {}
@@ -101,14 +102,14 @@ class SmoothInSequence:
                 ahead = Ahead(streams.forward.tokens.name)
             else:
                 ahead = streams.look_ahead(group.last)
-            settle_group(self.settling, group.sites, ahead, self.work.staging)
+            settle_group(self.smoothing, group.sites, ahead, self.work.staging)
             ahead.drop()
             self._take(group)
             if group.last is not None:
                 streams.refresh()
 
     def _take(self, group: Group) -> None:
-        folds = Smoothed(self.settling).take(group.sites, self.work.staging)
+        folds = Smoothed(self.smoothing).take(group.sites, self.work.staging)
         add_folds(self._folds, folds)
         for site, factors in folds:
             for linear in site.linears:
@@ -122,7 +123,7 @@ class SmoothInSequence:
             return
         layers = [
             layer
-            for layer in self.settling.layers.values()
+            for layer in self.smoothing.layers.values()
             if layer.module in statistics.linears and layer.tensor in self._folds
         ]
         unit = _plain(statistics.site)
@@ -130,16 +131,16 @@ class SmoothInSequence:
             return
         factors = self.divisors.get(statistics.site)
         before = statistics if factors is None else smoothed(statistics, 1 / factors)
-        errors = {}
+        errors, fmt = {}, self.smoothing.rounding.fmt
         for layer in layers:
-            weight = self.settling.checkpoint.weight(layer)
-            plain = measure_plain(weight, layer, before, self.settling.fmt)
+            weight = self.smoothing.checkpoint.weight(layer)
+            _, plain = round_layer(weight, layer, fmt, before)
             errors[layer.module] = (plain.rel_err, plain.heldout_rel_err)
         self.work.staging.put(unit, [], errors)
 
     def result(self) -> Smoothed:
         """What was found, once every layer is rounded."""
-        found, staging = Smoothed(self.settling), self.work.staging
+        found, staging = Smoothed(self.smoothing), self.work.staging
         for group in self._groups:
             found.take(group.sites, staging)
         found.rtn = {

@@ -14,15 +14,13 @@ import numpy as np
 from ptq_cli._version import __version__
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
-from ptq_cli.core.plugins import Format, Method
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.numerics.rounding import ScaleOverflow
-from ptq_cli.registry import format_named, method
-from ptq_cli.run.quantize_unit import LayerWeight, quantize_unit
+from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.rows import FileRows
@@ -30,27 +28,6 @@ from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 
 Entries = list[dict[str, Any]]  # report rows as JSON
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How the units of a run are rounded: a method's name and its settings, a format's name.
-
-    on_failure: "rtn" rounds to nearest where a factorization fails for good; "error" raises
-    """
-
-    method: str
-    settings: Any
-    format: str
-    on_failure: str = "error"
-
-    @property
-    def how(self) -> Method:
-        return method(self.method)
-
-    @property
-    def fmt(self) -> Format:
-        return format_named(self.format)
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,7 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> Entri
     with ExitStack() as files:
         weights = _Weights(job, files)
         try:
-            results = quantize_unit(unit, statistics, weights.load, job.rounding)
+            tensors, rows = quantize_unit(unit, statistics, weights.load, job.rounding)
         except NumericalError as error:
             error.hint = " or ".join(filter(None, (error.hint, "allow --fallback rtn")))
             raise
@@ -123,12 +100,10 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> Entri
             weights.check()
             raise
         digests = weights.digests()
-    tensors = [
-        as_bytes(name, values) for result in results for name, values in result.tensors.items()
-    ]
-    entries = [asdict(result.row) for result in results]
+    packed = [as_bytes(name, values) for name, values in tensors.items()]
+    entries = [asdict(row) for row in rows]
     seconds = time.perf_counter() - begin
-    job.store.put(job.unit.name, job.key(digests), tensors, entries, seconds)
+    job.store.put(job.unit.name, job.key(digests), packed, entries, seconds)
     return entries
 
 

@@ -10,31 +10,16 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport
-from ptq_cli.models.sites import Site
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.background_copy import BackgroundCopy
+from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.schedule import RunOptions
-from ptq_cli.run.settle import Settling
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import Smoothed
-from ptq_cli.run.unit_job import Entries, Rounding, UnitJob
+from ptq_cli.run.unit_job import Entries, UnitJob
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.units import UnitStore
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """The stage before rounding. sites: that may take factors; heldout: every how many tokens one
-    is held out, how many at most"""
-
-    settling: Settling
-    sites: tuple[Site, ...]
-    heldout: tuple[int, int]
-
-    @property
-    def tensors(self) -> set[str]:
-        """What a fold may change."""
-        return {tensor for site in self.sites for tensor in site.tensors}
 
 
 @dataclass(frozen=True)
