@@ -177,9 +177,7 @@ def prepare_activations(
     if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
         raise missing_error(match, name)
     source = Activations(name, match.entries, settings.heldout, gradients=slopes)
-    infos = source.sites.values()
-    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
-    warnings = [*match_warnings(match), *few]
+    warnings = [*match_warnings(match), *few_tokens(source.sites.values())]
     if match.missing:
         warnings.append(
             f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"

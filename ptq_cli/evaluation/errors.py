@@ -271,4 +271,4 @@ def _warnings(
             f" {fold_names(bare)}"
         )
     used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
-    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])
+    return warnings + few_tokens(used)

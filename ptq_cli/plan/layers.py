@@ -102,6 +102,12 @@ def misfit_error(fmt: Format, misfits: Mapping[str, Misfit], total: int) -> Inpu
     )
 
 
+def unheld(layer: Layer, fmt: Format) -> Skipped:
+    """A layer that is kept as it is."""
+    reason = f"format {fmt.name} cannot hold it"
+    return Skipped(layer.tensor, layer.full_shape, layer.dtype, reason)
+
+
 def check_layers(
     layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
 ) -> list[Layer]:

@@ -12,11 +12,11 @@ from typing import Any
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
-from ptq_cli.core.layer import Plan, Skipped
+from ptq_cli.core.layer import Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import default_reason, dense_modules
 from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer
+from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -54,8 +54,7 @@ def make_plan(
     kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
     for layer in kept:
         del layers[layer.tensor]
-        reason = f"format {fmt.name} cannot hold it"
-        skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
+        skipped.append(unheld(layer, fmt))
     fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
     left = [entry.tensor for entry in skipped]
     container_of(fmt).check(checkpoint, list(layers.values()), left)

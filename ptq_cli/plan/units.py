@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
+from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
@@ -138,15 +139,14 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
             f" {fold_names(nearest)}"
         )
     used = [source.sites[unit.site] for unit in units if unit.site is not None]
-    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in used])
-    return [*warnings, *few]
+    return [*warnings, *few_tokens(used)]
 
 
-def few_tokens(sites_: Sequence[tuple[str, int, int]]) -> list[str]:
+def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:
     """A warning where sites were calibrated on fewer tokens than they have columns."""
-    few = [s for s in sites_ if s[1] < s[2]]
+    few = [info for info in sites if info.n_tokens < info.in_features]
     if not few:
         return []
-    site, tokens, columns = few[0]
-    more = f" (and {len(few) - 1} sites more)" if len(few) > 1 else ""
-    return [f"{site}: calibrated on {tokens} tokens, fewer than its {columns} columns{more}"]
+    tokens, columns = few[0].n_tokens, few[0].in_features
+    said = f"{few[0].site}: calibrated on {tokens} tokens, fewer than its {columns} columns"
+    return [said + (f" (and {len(few) - 1} sites more)" if len(few) > 1 else "")]

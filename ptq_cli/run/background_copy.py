@@ -7,9 +7,9 @@ where a run is interrupted.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Self
 
 from ptq_cli.storage.checkpoint import StoredTensor
@@ -23,17 +23,12 @@ class BackgroundCopy:
     def __init__(self, shards: Shards | None) -> None:
         self._shards = shards
         self._thread = ThreadPoolExecutor(1)
-        self._running: list[Future[None]] = []
+        self._running: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self.check()
@@ -61,10 +56,5 @@ class BackgroundCopy:
 
     def check(self) -> None:
         """Raises what a copy met."""
-        waiting = []
-        for future in self._running:
-            if future.done():
-                future.result()
-            else:
-                waiting.append(future)
-        self._running = waiting
+        while self._running and self._running[0].done():
+            self._running.popleft().result()

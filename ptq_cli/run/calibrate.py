@@ -18,9 +18,9 @@ from ptq_cli._version import __version__
 from ptq_cli.calibration.from_file import file_content, site_entry, site_statistics, site_tensors
 from ptq_cli.calibration.source import Parts, Source, halves
 from ptq_cli.calibration.streams import NoTokens
-from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
-from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
+from ptq_cli.run.schedule import Resources, Task, run_tasks
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.staging import Staging
@@ -35,8 +35,8 @@ def calibrate_sites(
     model: str,
     heldout: tuple[int, int],
     staging: Staging,
-    listen: Listener = nobody,
-    resources: Resources = THIS_PROCESS,
+    listen: Listener,
+    resources: Resources,
 ) -> dict[str, Any]:
     """Make the statistics of every site of the source, stage them, write the file.
 

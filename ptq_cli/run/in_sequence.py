@@ -13,7 +13,7 @@ from dataclasses import replace
 from ptq_cli.calibration.streams import NoTokens, Streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.errors import PtqError
+from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.smooth_in_sequence import BEFORE, Order, SmoothInSequence
@@ -29,7 +29,13 @@ def quantize_in_sequence(work: Work) -> None:
     assert source is not None  # it is one in sequence
     smoothing = work.job.smoothing
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
-    missing = [unit for unit in work.plan.units if not _take_over(work, unit)]
+    missing = []
+    for unit in work.plan.units:
+        entries = work.unit_job(unit).kept()
+        if entries is None:
+            missing.append(unit)
+        else:
+            work.add(unit.name, entries, kept=True)
     streams = source.streams(
         work.staging.folder / "stream", resources.workers, resources.max_memory, work.checkpoint
     )
@@ -43,14 +49,6 @@ def quantize_in_sequence(work: Work) -> None:
                 work.add(unit.name, _round(work, unit, None), kept=False)
     if smooth is not None:
         work.smoothed = smooth.result()
-
-
-def _take_over(work: Work, unit: Unit) -> bool:
-    entries = work.unit_job(unit).kept()
-    if entries is None:
-        return False
-    work.add(unit.name, entries, kept=True)
-    return True
 
 
 def _through_blocks(
@@ -93,12 +91,8 @@ def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> Entries
     how = unit
     if unit.site is not None and statistics is None:
         how = replace(unit, nearest="no token reaches it")
-    try:
+    with stated_in(unit.name):
         return finish(work.unit_job(unit), how, statistics)
-    except PtqError as error:
-        if unit.name not in error.message:
-            error.message = f"{unit.name}: {error.message}"
-        raise
 
 
 def _decoded(work: Work, units: Sequence[Unit]) -> Mapping[str, Tensor]:

@@ -69,27 +69,23 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
             parts.append((name, [own]))
         else:
             parts.append((layer.module, [staged[spec.name] for spec in fmt.specs(layer)]))
-    documents = {
-        "report.json": as_document(report, times=False),
-        "quantization.json": quantization_document(
-            plan, report.settings, work.job.inputs, layers.values()
-        ),
-    }
+    documents = run_documents(plan, report, work.job.inputs, layers.values())
     assembly = Assembly(parts, layers, dense_modules(plan.skipped), fmt, documents)
     write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
     if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
         write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)
 
 
-def quantization_document(
-    plan: Plan, settings: Mapping[str, Any], inputs: Mapping[str, str], layers: Iterable[Layer]
+def run_documents(
+    plan: Plan, report: RunReport, inputs: Mapping[str, str], layers: Iterable[Layer]
 ) -> dict[str, Any]:
-    """quantization.json: enough to know, and to repeat, what was done."""
-    return {
+    """report.json, and quantization.json: enough to know, and to repeat, what was done."""
+    quantization = {
         "ptq": __version__,
         "method": plan.method,
         "format": plan.format,
-        "settings": dict(settings),
+        "settings": dict(report.settings),
         "inputs": dict(inputs),
         "layers": {layer.module: layer.method for layer in layers},
     }
+    return {"report.json": as_document(report, times=False), "quantization.json": quantization}

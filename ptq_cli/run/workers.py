@@ -136,7 +136,8 @@ class ProcessPool(Executor):
                     return
                 try:
                     process = process or self._start()
-                    answer, error = process.ask(fn, args)
+                    process.line.send((fn, args))
+                    answer, error = process.line.recv()
                 except (OSError, EOFError) as failure:
                     lost = process.end() if process else str(failure)
                     process = None
@@ -186,11 +187,6 @@ class _Worker:
     process: subprocess.Popen[bytes]
     line: Connection
     siblings: set[subprocess.Popen[bytes]]
-
-    def ask(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
-        self.line.send((fn, args))
-        answer: tuple[Any, Exception | None] = self.line.recv()
-        return answer
 
     def end(self) -> str:
         """See it out; how it ended, in words."""
