@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.settings import check_keys, make_settings, settings_fields
 from ptq_cli.errors import InputError, stated_in
-from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
+from ptq_cli.plan.grid_settings import (
+    FLOAT_BITS,
+    LAYER_KEYS,
+    GridSettings,
+    may_stay_float,
+    settings_classes,
+)
 from ptq_cli.plan.select_tensors import compiled
 from ptq_cli.storage.files import read_small
 
 
-def load_recipe(
-    path: Path, command: str, classes: Iterable[type[Any]], *, floats: bool = False
-) -> Mapping[str, Any]:
-    """Read a recipe for a command whose settings are `classes`.
-
-    floats: whether the command's `bits` may be 16, nothing rounded
+def load_recipe(path: Path, command: str) -> Mapping[str, Any]:
+    """Read a recipe for a command.
 
     Raises:
         InputError: not TOML, an unknown key (the nearest known one is named), another command's
@@ -33,7 +35,7 @@ def load_recipe(
     method = recipe.pop("method", command)
     if method != command:
         raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
-    classes = tuple(classes)
+    classes = settings_classes(command)
     known = [field.name for field, _ in settings_fields(*classes)]
     with stated_in(path):
         check_keys(recipe, known, "key")
@@ -45,8 +47,7 @@ def load_recipe(
         with stated_in(path):
             check_keys(rule, LAYER_KEYS, "key of [[layers]]")
             _check_rule(rule)
-    dense = recipe.get("bits") == FLOAT_BITS
-    if dense and not floats:
+    if recipe.get("bits") == FLOAT_BITS and not may_stay_float(command):
         raise InputError(
             f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
             hint="leave single layers dense with [[layers]] bits = 16",

@@ -117,12 +117,28 @@ class Group:
 
     def settle(self) -> dict[str, Any]:
         """Find the factors; what there is to say about the group, as JSON."""
-        self._baseline()
+        fmt = self.job.rounding.fmt
+        for site, linear in self._linears():
+            layer, statistics = self.job.layers[linear.tensor], self.statistics(site, ())
+            _, self.rtn[linear.module] = round_layer(
+                self.weight(linear, ()), layer, fmt, statistics
+            )
+        outcomes = [asdict(self._site(site)) for site in self.sites]
+        compared = self._linears() if self.job.compare else []
         return {
-            "sites": [asdict(self._site(site)) for site in self.sites],
+            "sites": outcomes,
             "rtn": {module: (x.rel_err, x.heldout_rel_err) for module, x in self.rtn.items()},
-            "compared": self._compare(),
+            "compared": {linear.module: self._compared(site, linear) for site, linear in compared},
         }
+
+    def _linears(self) -> list[tuple[Site, SiteLinear]]:
+        """Those that will be rounded and whose inputs are known, each with its site."""
+        return [
+            (site, linear)
+            for site in self.sites
+            for linear in site.linears
+            if linear.tensor in self.job.layers and self.statistics(site, ()) is not None
+        ]
 
     # ---- what is read, with the folds made so far ----
 
@@ -168,12 +184,12 @@ class Group:
         case = SmoothingCase(weights, statistics, site.ties, self._grid(site))
         choices = self.job.smoother.search(case, self.job.settings)
         outcome = replace(outcome, plain_error=_mean(before), reason="no factors are better")
+        feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
         for choice in choices[:TRIES]:
-            feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
             used, notes = settle_factors(site, feeder, choice.factors)
             trial = [*self.folds, (site, used.astype(np.float32))]
             tried = replace(outcome, strength=choice.strength, notes=notes)
-            change = self._function_change(site, weights, trial)
+            change = self._function_change(site, weights, feeder, trial)
             limit = TOLERANCE[self.job.checkpoint.tensors[site.feeder.weight].spec.dtype]
             if change > limit:
                 outcome = replace(tried, reason=f"the fold changes its outputs by {change:.2g}")
@@ -199,16 +215,17 @@ class Group:
         return own[0] if own else next(iter(layers.values())).grid
 
     def _function_change(
-        self, site: Site, weights: Sequence[NDArray[np.float32]], trial: Sequence[Fold]
+        self,
+        site: Site,
+        weights: Sequence[NDArray[np.float32]],
+        feeder: Mapping[str, Array],
+        trial: Sequence[Fold],
     ) -> float:
         """Of the site's float outputs on calibration inputs, between before and after its fold."""
-        statistics = self._statistics[site.name]
-        inputs = statistics.sample.astype(np.float32)
+        inputs = self._statistics[site.name].sample.astype(np.float32)
         checkpoint = folded_checkpoint(self.job.checkpoint, trial)
-        assert site.feeder is not None
-        old = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
-        new: dict[str, Array] = {name: checkpoint.read(name) for name in site.feeder.tensors}
-        seen = inputs_after(site, old, new, inputs, trial[-1][1])
+        folded = {name: checkpoint.read(name) for name in feeder}
+        seen = inputs_after(site, feeder, folded, inputs, trial[-1][1])
         after = [self.weight(linear, trial, self.job.stored) for linear in site.linears]
         return function_change(inputs, weights, seen, after)
 
@@ -216,16 +233,11 @@ class Group:
 
     def _errors(self, site: Site, folds: Sequence[Fold]) -> dict[str, float]:
         """Errors of the layers a fold of `site` touches: its own, and the one that feeds it."""
-        touched = {linear.tensor: (site, linear) for linear in site.linears}
-        for other in self.sites:
-            for linear in other.linears:
-                if site.feeder is not None and linear.tensor == site.feeder.weight:
-                    touched[linear.tensor] = (other, linear)
-        return {
-            linear.module: self._error(owner, linear, folds)
-            for owner, linear in touched.values()
-            if linear.tensor in self.job.layers and self.statistics(owner, ()) is not None
-        }
+        feeder = None if site.feeder is None else site.feeder.weight
+        linears = self._linears()
+        touched = [(owner, linear) for owner, linear in linears if owner is site]
+        touched += [(owner, linear) for owner, linear in linears if linear.tensor == feeder]
+        return {linear.module: self._error(owner, linear, folds) for owner, linear in touched}
 
     def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
         """Of the layer as it would be written, with integer inputs where they are rounded."""
@@ -257,16 +269,6 @@ class Group:
         given = LayerWeight(self.weight(linear, folds), outputs=outputs)
         return choose(given, layer, statistics, rounding, self._prepared[1]), outputs
 
-    def _baseline(self) -> None:
-        """Errors of plain rounding, before anything is folded."""
-        for site in self.sites:
-            statistics = self.statistics(site, ())
-            for linear in site.linears if statistics is not None else ():
-                layer = self.job.layers.get(linear.tensor)
-                if layer is not None:
-                    weight, fmt = self.weight(linear, ()), self.job.rounding.fmt
-                    self.rtn[linear.module] = round_layer(weight, layer, fmt, statistics)[1]
-
     def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
         """Better on average; where only weights are rounded, no layer worse than plain rounding."""
         if not self.job.judged:
@@ -277,16 +279,8 @@ class Group:
             return True
         return all(error <= error_of(self.rtn[module]) for module, error in after.items())
 
-    def _compare(self) -> dict[str, dict[str, float]]:
-        """The error of every method on every layer, on the weights as they were and as folded."""
-        errors: dict[str, dict[str, float]] = {}
-        for site in self.sites if self.job.compare else ():
-            for linear in site.linears:
-                if linear.tensor in self.job.layers and self.statistics(site, ()) is not None:
-                    errors[linear.module] = self._compared(site, linear)
-        return errors
-
     def _compared(self, site: Site, linear: SiteLinear) -> dict[str, float]:
+        """The error of every method on a layer, on the weight as it was and as folded."""
         own = self.job.smoother.name
         errors = {"rtn": error_of(self.rtn[linear.module])}
         for name, settings in self.job.compare.items():
