@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from ptq_cli.calibration.streams import NoTokens, Streams
 from ptq_cli.core.layer import Unit
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.smooth_in_sequence import BEFORE, Order, SmoothInSequence
-from ptq_cli.run.unit_job import Entries, finish
+from ptq_cli.run.unit_job import finish
 from ptq_cli.run.work import Work
 from ptq_cli.storage import interruption
 from ptq_cli.storage.machine import cores
@@ -31,11 +32,11 @@ def quantize_in_sequence(work: Work) -> None:
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
     missing = []
     for unit in work.plan.units:
-        entries = work.unit_job(unit).kept()
-        if entries is None:
+        rows = work.unit_job(unit).kept()
+        if rows is None:
             missing.append(unit)
         else:
-            work.add(unit.name, entries, kept=True)
+            work.add(unit.name, rows, kept=True)
     streams = source.streams(
         work.staging.folder / "stream", resources.workers, resources.max_memory, work.checkpoint
     )
@@ -85,7 +86,7 @@ def _statistics(streams: Streams, unit: Unit) -> SiteStatistics | None:
         return None
 
 
-def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> Entries:
+def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> list[LayerReport]:
     """Round → prove → stage. Without statistics of its site a unit is rounded to nearest."""
     interruption.check()
     how = unit

@@ -29,7 +29,6 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
 from ptq_cli.report.report import make_report
-from ptq_cli.run.background_copy import BackgroundCopy
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
@@ -37,7 +36,7 @@ from ptq_cli.run.schedule import RunOptions, Task, run_tasks
 from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import smooth
 from ptq_cli.run.unit_job import work_on
-from ptq_cli.run.work import Quantization, Work
+from ptq_cli.run.work import BackgroundCopy, Quantization, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
 from ptq_cli.storage.output import STATISTICS, Target
@@ -94,8 +93,7 @@ def quantize_in_any_order(work: Work) -> None:
     tasks = [Task(unit.name, unit.memory, work_on, work.unit_job(unit)) for unit in work.plan.units]
 
     def done(task: Task, result: Any) -> None:
-        entries, kept = result
-        work.add(task.name, entries, kept)
+        work.add(task.name, *result)
 
     resources = work.options.resources
     with hire(resources.crew_for(workers_at_most(work.plan)), resources.scheduler) as crew:
