@@ -47,25 +47,26 @@ def make_plan(
     chosen, skipped = choose_tensors(checkpoint, settings)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
-    layers = {}
-    for tensor in chosen:
-        layer = make_layer(tensor, settings, fmt, checkpoint, transposed, reordered)
-        layers[layer.tensor] = replace(layer, activation=activation)
-    kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
-    for layer in kept:
-        del layers[layer.tensor]
-        skipped.append(unheld(layer, fmt))
-    fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
-    left = [entry.tensor for entry in skipped]
-    container_of(fmt).check(checkpoint, list(layers.values()), left)
-    check_names(checkpoint, layers.values(), skipped, fmt)
+    wanted = [
+        replace(
+            make_layer(tensor, settings, fmt, checkpoint, transposed, reordered),
+            activation=activation,
+        )
+        for tensor in chosen
+    ]
+    kept = check_layers(wanted, fmt, settings.on_misfit, sites)
+    layers = [layer for layer in wanted if layer.module not in kept]
+    skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
+    fmt.config(layers, dense_modules(skipped))  # refuses what cannot be declared
+    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
+    check_names(checkpoint, layers, skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t.spec) is not None}
     if method.needs_fisher(method_settings):
-        check_fisher(layers.values(), source)
+        check_fisher(layers, source)
     units = plan_units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-    rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
-    packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
+    rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
+    packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))
     return Plan(
         method=method.name,
         settings=(settings, method_settings),

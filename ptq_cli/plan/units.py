@@ -21,7 +21,7 @@ _HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
 
 
 def plan_units(
-    layers: Mapping[str, Layer],
+    layers: Sequence[Layer],
     method: Method,
     source: Source | None,
     missing: str,
@@ -30,18 +30,17 @@ def plan_units(
 ) -> tuple[Unit, ...]:
     """The units of a run: linears that share their input, with one site's statistics, together.
 
-    layers: by the name of their tensor
     missing: what a layer without statistics gets: "error" or "rtn"
     included: tensors that were asked for by name, which may lack statistics
 
     Raises:
         InputError: layers without statistics, or with those of another width.
     """
-    by_module = {layer.module: layer for layer in layers.values()}
+    by_module = {layer.module: layer for layer in layers}
     site_of = sites_of(by_module, source)
     lost = [
         layer.module
-        for layer in layers.values()
+        for layer in layers
         if source is not None and layer.module not in site_of and layer.tensor not in included
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:

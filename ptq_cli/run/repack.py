@@ -27,7 +27,7 @@ from ptq_cli.formats import common
 from ptq_cli.models.linears import dense_modules, group_modules
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
-from ptq_cli.plan.layers import keep_together, misfit_error, unheld
+from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.output import run_documents
@@ -89,9 +89,8 @@ def plan_repack(
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
-    refused = settings.on_misfit == "error" or len(misfits) == len(wanted)
-    if trial and misfits and refused:
-        raise misfit_error(fmt, misfits, len(wanted))
+    if trial:
+        check_misfits(fmt, misfits, len(wanted), settings.on_misfit)
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)

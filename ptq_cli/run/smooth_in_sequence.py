@@ -33,16 +33,12 @@ BEFORE: Order = (-1, 0)
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that settle together, and the places of the first and last linear they touch; None
-    where the forward has none of them."""
+    """Sites that settle together, the stage of the first linear they touch, and the place of the
+    last; None where the forward has none of them."""
 
     sites: tuple[Site, ...]
-    first: Place | None = None
+    order: Order = BEFORE
     last: Place | None = None
-
-    @property
-    def order(self) -> Order:
-        return BEFORE if self.first is None else self.first.order
 
 
 def place_groups(sites: Sequence[Site], places: Mapping[str, Place]) -> list[Group]:
@@ -62,7 +58,7 @@ def place_groups(sites: Sequence[Site], places: Mapping[str, Place]) -> list[Gro
                 f"sites {names} share tensors across blocks, which cannot be smoothed in sequence",
                 hint="--parallel-layers",
             )
-        groups.append(Group(group, touched[0], touched[-1]) if touched else Group(group))
+        groups.append(Group(group, touched[0].order, touched[-1]) if touched else Group(group))
     return sorted(groups, key=lambda group: group.order)
 
 
