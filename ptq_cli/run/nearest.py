@@ -51,16 +51,14 @@ def round_layer(
     known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
     if layer.grid.group_size == 0:
-        whole = weight[:]
-        plain = replace(round_to_nearest(whole, layer.grid), input_scale=scale)
-        tensors, unpacked = as_stored(layer, plain, fmt)
-        return tensors, measure(whole, unpacked, **known)
-    if fmt.by_rows(layer):
+        plain, measures = round_to_nearest(weight[:], layer.grid), None
+    elif fmt.by_rows(layer):
         return _row_by_row(weight, layer, fmt, known)
-    plain = replace(blank(layer.shape, layer.grid), input_scale=scale)
-    measures = _measured(weight, known, plain.panel)
-    tensors, unpacked = as_stored(layer, plain, fmt)
-    if unpacked.offsets is not None:  # then it does not decode to quite what was measured
+    else:
+        plain = blank(layer.shape, layer.grid)
+        measures = _measured(weight, known, plain.panel)
+    tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
+    if measures is None or unpacked.offsets is not None:  # offsets decode to something else
         measures = measure(weight[:], unpacked, **known)
     return tensors, measures
 

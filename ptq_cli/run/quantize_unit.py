@@ -94,7 +94,17 @@ def quantize_unit(
             chosen = choose(load(layer), layer, statistics, rounding, shared, failure)
         tensors |= chosen.tensors
         seconds = preparing + time.perf_counter() - begin
-        rows.append(_row(layer, chosen, statistics, rounding.fmt, seconds))
+        row = layer_row(layer, rounding.fmt, chosen.measures, chosen.rtn, statistics)
+        rows.append(
+            replace(
+                row,
+                method=chosen.method,
+                damp_percent=chosen.damp_percent,
+                fallback=chosen.fallback,
+                seconds=seconds,
+                notes=(*chosen.notes, *_few(statistics)),
+            )
+        )
     return tensors, rows
 
 
@@ -105,7 +115,7 @@ def _prepare(
     how = rounding.how
     if unit.nearest is not None:
         return None, unit.nearest
-    live = statistics is None or dead_columns(statistics) < statistics.in_features
+    live = statistics is None or _dead_columns(statistics) < statistics.in_features
     if how.needs_hessian and not live:
         return None, "its inputs are all zero"
     try:
@@ -156,24 +166,6 @@ def error_of(measures: Measures) -> float:
     return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
 
 
-def _row(
-    layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format, seconds: float
-) -> LayerReport:
-    return LayerReport(
-        sym=layer.grid.sym,
-        method=chosen.method,
-        calibrated=statistics is not None,
-        tokens=0 if statistics is None else statistics.n_tokens,
-        dead_columns=dead_columns(statistics),
-        damp_percent=chosen.damp_percent,
-        fallback=chosen.fallback,
-        seconds=seconds,
-        notes=(*chosen.notes, *_few(statistics)),
-        **layer_columns(layer, fmt),
-        **error_columns(chosen.measures, chosen.rtn),
-    )
-
-
 def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
     """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
     if statistics is None or statistics.n_tokens >= statistics.in_features:
@@ -182,7 +174,7 @@ def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
     return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
 
 
-def dead_columns(statistics: SiteStatistics | None) -> int:
+def _dead_columns(statistics: SiteStatistics | None) -> int:
     """Columns whose input was always zero."""
     return 0 if statistics is None else int((statistics.hessian.diagonal() == 0).sum())
 
@@ -201,17 +193,27 @@ def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
     }
 
 
-def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
-    """The columns of the report that say how wrong the result is."""
+def layer_row(
+    layer: Layer, fmt: Format, measures: Measures, rtn: Measures, statistics: SiteStatistics | None
+) -> LayerReport:
+    """A layer's row of the report: what it is, and how wrong the result and plain rounding are."""
     ours, plain = error_of(measures), error_of(rtn)
-    gain = plain / ours if ours > 0 else (1.0 if plain == 0 else None)
-    return {
-        "loss": measures.loss,
-        "rel_err": measures.rel_err,
-        "heldout_rel_err": measures.heldout_rel_err,
-        "rtn_rel_err": rtn.rel_err,
-        "rtn_heldout_rel_err": rtn.heldout_rel_err,
-        "gain_vs_rtn": gain,
-        "sqnr_db": measures.sqnr_db,
-        "max_abs_err": measures.max_abs_err,
-    }
+    return LayerReport(
+        **layer_columns(layer, fmt),
+        sym=layer.grid.sym,
+        method=layer.method,
+        calibrated=statistics is not None,
+        loss=measures.loss,
+        rel_err=measures.rel_err,
+        heldout_rel_err=measures.heldout_rel_err,
+        rtn_rel_err=rtn.rel_err,
+        rtn_heldout_rel_err=rtn.heldout_rel_err,
+        gain_vs_rtn=plain / ours if ours > 0 else (1.0 if plain == 0 else None),
+        sqnr_db=measures.sqnr_db,
+        max_abs_err=measures.max_abs_err,
+        tokens=0 if statistics is None else statistics.n_tokens,
+        dead_columns=_dead_columns(statistics),
+        damp_percent=None,
+        fallback=None,
+        seconds=0.0,
+    )

@@ -31,7 +31,7 @@ from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.output import run_documents
-from ptq_cli.run.quantize_unit import error_columns, layer_columns
+from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
@@ -185,8 +185,6 @@ def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
         )
     columns = weight.codes.shape[1]
     group, starts = grid.g_idx(columns), grid.starts(columns)[:-1]
-    if grid.group_size == 0:
-        group, starts = np.zeros(columns, np.int32), [0]
 
     def of_groups(values: Array) -> Array:
         wide = np.broadcast_to(values, (len(weight.codes), values.shape[1]))
@@ -274,19 +272,9 @@ def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: For
     """Measured against the folder that was repacked: plain zeros, but for offsets made exact."""
     found = measure(before.dequantized(), after, None, None)
     exact = before.offsets is not None and after.offsets is None
-    return LayerReport(
-        sym=layer.grid.sym,
-        method=layer.method or "repack",
-        calibrated=False,
-        tokens=0,
-        dead_columns=0,
-        damp_percent=None,
-        fallback=None,
-        seconds=0.0,
-        notes=("zeros · scales are exact again, they were rounded",) if exact else (),
-        **layer_columns(layer, fmt),
-        **error_columns(found, found),
-    )
+    notes = ("zeros · scales are exact again, they were rounded",) if exact else ()
+    row = layer_row(layer, fmt, found, found, None)
+    return replace(row, method=layer.method or "repack", notes=notes)
 
 
 def _assembly(
