@@ -155,7 +155,10 @@ def _in_any_order(
     first = {site: first_tasks(job) for site, job in sites.items()}
     waiting = {site: len(tasks) for site, tasks in first.items()}
     tasks = [task for own in first.values() for task in own]
-    efforts = {task.name: _effort_of(task.argument) for task in tasks}
+    efforts = {}
+    for task in tasks:
+        site, parts = task.argument.site, task.argument.parts
+        efforts[task.name] = _effort(source.sites[site], source.n_tokens(site, parts))
     total, work, finished = sum(efforts.values()), 0, 0
 
     def done(task: Task, kept: bool) -> list[Task]:
@@ -230,10 +233,6 @@ def _merged(job: SiteJob) -> tuple[str, SiteStatistics]:
 def _effort(info: SiteInfo, n_tokens: int) -> int:
     """Multiplications of its Hessian."""
     return n_tokens * info.in_features**2
-
-
-def _effort_of(job: SiteJob) -> int:
-    return _effort(job.source.sites[job.site], job.source.n_tokens(job.site, job.parts))
 
 
 def workers_at_most(source: Source) -> int:

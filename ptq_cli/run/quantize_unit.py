@@ -56,19 +56,6 @@ class Rounding:
         return format_named(self.format)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What is written of a layer, and how good it is."""
-
-    tensors: dict[str, Array]
-    measures: Measures
-    rtn: Measures
-    method: str
-    fallback: str | None
-    damp_percent: float | None
-    notes: tuple[str, ...]
-
-
 def quantize_unit(
     unit: Unit,
     statistics: SiteStatistics | None,
@@ -91,20 +78,10 @@ def quantize_unit(
     for layer in unit.layers:
         begin = time.perf_counter()
         with stated_in(f"tensor {layer.tensor!r} {list(layer.full_shape)}"):
-            chosen = choose(load(layer), layer, statistics, rounding, shared, failure)
-        tensors |= chosen.tensors
+            own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
+        tensors |= own
         seconds = preparing + time.perf_counter() - begin
-        row = layer_row(layer, rounding.fmt, chosen.measures, chosen.rtn, statistics)
-        rows.append(
-            replace(
-                row,
-                method=chosen.method,
-                damp_percent=chosen.damp_percent,
-                fallback=chosen.fallback,
-                seconds=seconds,
-                notes=(*chosen.notes, *_few(statistics)),
-            )
-        )
+        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *_few(statistics))))
     return tensors, rows
 
 
@@ -133,32 +110,34 @@ def choose(
     rounding: Rounding,
     shared: Any,
     failure: str | None = None,
-) -> Chosen:
+) -> tuple[dict[str, Array], LayerReport]:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
-    tensors unpack to.
+    tensors unpack to, and they are returned with the layer's row of the report.
 
     shared: what the method's `prepare` gave for the layers of a site
     failure: why they are only rounded to nearest, or None
     """
     how, fmt, settings = rounding.how, rounding.fmt, rounding.settings
     plain, rtn = round_layer(given.rows, layer, fmt, statistics, given.outputs)
+    nearest = replace(layer_row(layer, fmt, rtn, rtn, statistics), method="rtn")
     if failure is not None or how.is_nearest(settings):
-        return Chosen(plain, rtn, rtn, "rtn", failure, None, ())
+        return plain, replace(nearest, fallback=failure)
     weight = given.rows[:]
     result = how.apply(weight, shared, layer.grid, settings, given.importance)
     scale = input_scale(layer, statistics)
     tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
+    damp, notes = result.damp_percent, result.notes
     if error_of(measures) <= error_of(rtn):
-        return Chosen(tensors, measures, rtn, how.name, None, result.damp_percent, result.notes)
+        row = layer_row(layer, fmt, measures, rtn, statistics)
+        return tensors, replace(row, method=how.name, damp_percent=damp, notes=notes)
+    nearest = replace(nearest, damp_percent=damp, notes=notes)
     if how.searches_ranges:
         note = "the whole range of each group is better than the searched one"
-        notes = (*result.notes, note)
-        return Chosen(plain, rtn, rtn, "rtn", None, result.damp_percent, notes)
+        return plain, replace(nearest, notes=(*notes, note))
     where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
-    why = f"rtn is better on {where}"
-    return Chosen(plain, rtn, rtn, "rtn", why, result.damp_percent, result.notes)
+    return plain, replace(nearest, fallback=f"rtn is better on {where}")
 
 
 def error_of(measures: Measures) -> float:

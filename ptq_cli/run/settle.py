@@ -19,6 +19,7 @@ from ptq_cli.calibration.streams import Ahead
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Smoother, SmoothingCase
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
@@ -29,8 +30,9 @@ from ptq_cli.numerics.integer_matmul import linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, output_errors
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer
-from ptq_cli.run.quantize_unit import Chosen, LayerWeight, Rounding, choose, error_of
+from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose, error_of
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
 
@@ -241,23 +243,24 @@ class Group:
 
     def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
         """Of the layer as it would be written, with integer inputs where they are rounded."""
-        chosen, outputs = self._rounded(owner, linear, folds, self.job.rounding)
+        tensors, row, outputs = self._rounded(owner, linear, folds, self.job.rounding)
         if self.job.activations.scheme == "none":
-            return error_of(chosen.measures)
+            return row_error(row)
         statistics = self.statistics(owner, folds)
         assert statistics is not None
         inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
         inputs = inputs.astype(np.float32)
         scheme = with_static_scale(self.job.activations, statistics.absmax)
         layer = self.job.layers[linear.tensor]
-        decoded = self.job.rounding.fmt.decode(layer, chosen.tensors)
+        decoded = self.job.rounding.fmt.decode(layer, tensors)
         product = linear_w8a8(inputs, decoded, None, scheme)
         return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
 
     def _rounded(
         self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], rounding: Rounding
-    ) -> tuple[Chosen, Array | None]:
-        """The layer as it would be written under `folds`, and the scale of its outputs."""
+    ) -> tuple[Mapping[str, Array], LayerReport, Array | None]:
+        """The layer as it would be written under `folds`, what is told of it, and the scale of its
+        outputs."""
         statistics = self.statistics(owner, folds)
         layer = self.job.layers[linear.tensor]
         own = [factors.tobytes() for site, factors in folds if site is owner]
@@ -267,7 +270,7 @@ class Group:
             self._prepared = (key, shared)
         outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
         given = LayerWeight(self.weight(linear, folds), outputs=outputs)
-        return choose(given, layer, statistics, rounding, self._prepared[1]), outputs
+        return *choose(given, layer, statistics, rounding, self._prepared[1]), outputs
 
     def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
         """Better on average; where only weights are rounded, no layer worse than plain rounding."""
@@ -286,10 +289,9 @@ class Group:
         for name, settings in self.job.compare.items():
             rounding = Rounding(name, settings, self.job.rounding.format)
             if name != own:
-                errors[name] = error_of(self._rounded(site, linear, (), rounding)[0].measures)
+                errors[name] = row_error(self._rounded(site, linear, (), rounding)[1])
             label = name if name == own else f"{own}+{name}"
-            chosen, _ = self._rounded(site, linear, self.folds, rounding)
-            errors[label] = error_of(chosen.measures)
+            errors[label] = row_error(self._rounded(site, linear, self.folds, rounding)[1])
         return errors
 
 
