@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit, Skipped
 from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
@@ -27,11 +27,13 @@ def make_layer(
     checkpoint: Checkpoint,
     transposed: frozenset[str],
     reordered: bool,
+    activation: Activation | None,
 ) -> Layer:
     """One tensor on the grid that the settings give it, rules of a recipe last.
 
     transposed: names of the tensors that are stored [in_features, out_features]
     reordered: whether the method forms groups in an order of its own
+    activation: how the layer's inputs are rounded when it runs, or None
 
     Raises:
         InputError: --narrow-range without --sym.
@@ -55,6 +57,7 @@ def make_layer(
         dtype=spec.dtype,
         grid=grid,
         reordered=reordered,
+        activation=activation,
         transposed=spec.name in transposed,
     )
 

@@ -6,7 +6,6 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
@@ -37,7 +36,6 @@ def make_plan(
     """Make the plan of a quantization.
 
     activation: how the layers' inputs are rounded when they run, None: not at all
-
     source: where statistics come from; None: there is no calibration
     missing: what a linear without statistics gets: "error" or "rtn"
 
@@ -48,10 +46,7 @@ def make_plan(
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
     wanted = [
-        replace(
-            make_layer(tensor, settings, fmt, checkpoint, transposed, reordered),
-            activation=activation,
-        )
+        make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
     kept = check_layers(wanted, fmt, settings.on_misfit, sites)

@@ -9,7 +9,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
-from ptq_cli.core.statistics import SiteInfo
+from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
@@ -143,9 +143,13 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
 
 def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:
     """A warning where sites were calibrated on fewer tokens than they have columns."""
-    few = [info for info in sites if info.n_tokens < info.in_features]
-    if not few:
+    few = [f"{info.site}: {note}" for info in sites for note in few_tokens_note(info)]
+    more = f" (and {len(few) - 1} sites more)" if len(few) > 1 else ""
+    return [note + more for note in few[:1]]
+
+
+def few_tokens_note(site: SiteInfo | SiteStatistics) -> list[str]:
+    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
+    if site.n_tokens >= site.in_features:
         return []
-    tokens, columns = few[0].n_tokens, few[0].in_features
-    said = f"{few[0].site}: calibrated on {tokens} tokens, fewer than its {columns} columns"
-    return [said + (f" (and {len(few) - 1} sites more)" if len(few) > 1 else "")]
+    return [f"calibrated on {site.n_tokens} tokens, fewer than its {site.in_features} columns"]

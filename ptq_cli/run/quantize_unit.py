@@ -18,6 +18,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.numerics.output_errors import Measures, measure
+from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.nearest import Rows, as_stored, input_scale, inputs_of, round_layer
 
@@ -73,6 +74,7 @@ def quantize_unit(
     begin = time.perf_counter()
     shared, failure = _prepare(unit, statistics, rounding)
     preparing = (time.perf_counter() - begin) / len(unit.layers)
+    few = [] if statistics is None else few_tokens_note(statistics)
     tensors: dict[str, Array] = {}
     rows = []
     for layer in unit.layers:
@@ -81,7 +83,7 @@ def quantize_unit(
             own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
         tensors |= own
         seconds = preparing + time.perf_counter() - begin
-        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *_few(statistics))))
+        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few)))
     return tensors, rows
 
 
@@ -143,14 +145,6 @@ def choose(
 def error_of(measures: Measures) -> float:
     """The error that counts: on held-out inputs where there are any."""
     return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
-
-
-def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
-    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
-    if statistics is None or statistics.n_tokens >= statistics.in_features:
-        return ()
-    tokens, columns = statistics.n_tokens, statistics.in_features
-    return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
 
 
 def _dead_columns(statistics: SiteStatistics | None) -> int:

@@ -156,8 +156,11 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     return target
 
 
-def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Array]:
-    """The target's tensors of a weight. Raises InputError where they would not say the same."""
+def convert(
+    weight: QuantizedWeight, target: Layer, fmt: Format
+) -> tuple[dict[str, Array], QuantizedWeight]:
+    """The target's tensors of a weight, and what they unpack to. Raises InputError where they would
+    not say the same."""
     moved = _regrouped(weight, target.grid)
     tensors = fmt.encode(target, moved)
     back = fmt.decode(target, tensors)
@@ -169,7 +172,7 @@ def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Ar
             f"{fmt.name} would round −zero · scale to {back.offsets.dtype}",
             hint="--scale-dtype float32 where the format has it, or quantize the float model",
         )
-    return tensors
+    return tensors, back
 
 
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
@@ -261,8 +264,8 @@ def _stage(job: Repack, layer: Layer, staging: Staging) -> bool:
         dense = as_bytes(layer.tensor, values.reshape(layer.full_shape))
         staging.store.put(module, key, [dense], None)
         return False
-    tensors = convert(weight, layer, job.fmt)
-    row = _row(layer, weight, job.fmt.decode(layer, tensors), job.fmt)
+    tensors, back = convert(weight, layer, job.fmt)
+    row = _row(layer, weight, back, job.fmt)
     packed = [as_bytes(name, values) for name, values in tensors.items()]
     staging.store.put(module, key, packed, asdict(row))
     return False

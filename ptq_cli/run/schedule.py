@@ -141,8 +141,6 @@ def _start(pending: list[Task], running: dict[Future[Any], Task], crew: Crew, me
 def _result(future: Future[Any], crew: Crew) -> Any:
     try:
         return future.result()
-    except PtqError:
-        raise
     except Exception as error:
         if crew.remote and type(error).__module__.startswith("distributed"):
             raise WorkerLost(f"the cluster lost it: {error}") from None
