@@ -184,9 +184,9 @@ def _run(name: str, model: Path, options: dict[str, Any]) -> None:
 
 def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     """The job that the options ask for."""
-    classes, path = settings_classes(name), options["config"]
-    recipe = {} if path is None else load_recipe(path, name, classes, floats=may_stay_float(name))
-    given = {field.name: options.get(field.name) for field, _ in settings_fields(*classes)}
+    path, known = options["config"], settings_fields(*settings_classes(name))
+    recipe = {} if path is None else load_recipe(path, name)
+    given = {field.name: options.get(field.name) for field, _ in known}
     words = ("output", "runtime", "fallback")
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:

@@ -28,7 +28,7 @@ from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
-from ptq_cli.run.calibrate import Calibration, calibrate_sites
+from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.digest import digest_words
@@ -89,9 +89,11 @@ class CalibrateJob:
             bare = [site for site in self.source.sites if site not in sites]
             result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
         else:
-            job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
+            model = self.checkpoint.fingerprint
             with Staging(target) as staging:
-                result = calibrate_sites(job, staging, listen, resources)
+                result = calibrate_sites(
+                    self.source, model, self.heldout, staging, listen, resources
+                )
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
         warnings = list(self.warnings)
@@ -175,9 +177,7 @@ def prepare_activations(
     if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
         raise missing_error(match, name)
     source = Activations(name, match.entries, settings.heldout, gradients=slopes)
-    infos = source.sites.values()
-    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
-    warnings = [*match_warnings(match), *few]
+    warnings = [*match_warnings(match), *few_tokens(source.sites.values())]
     if match.missing:
         warnings.append(
             f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"

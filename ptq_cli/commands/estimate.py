@@ -23,8 +23,8 @@ from ptq_cli.run.output import staged_bytes
 from ptq_cli.run.quantize_unit import layer_columns
 from ptq_cli.run.repack import Repack
 from ptq_cli.run.schedule import Resources
-from ptq_cli.run.settle import site_memory
-from ptq_cli.run.work import Quantization, Smoothing
+from ptq_cli.run.settle import Smoothing, site_memory
+from ptq_cli.run.work import Quantization
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_available, multiply_adds
@@ -94,8 +94,8 @@ def estimate_quantization(job: Quantization, target: Target, resources: Resource
     workers = _workers(resources, loop.workers_at_most(plan), source)
     pieces, effort = [], _statistics_effort(source)
     if job.smoothing is not None and source is not None:
-        how, pieces = job.smoothing.settling, _smoothed(job.smoothing, source)
-        tried = [method(name).effort for name, _ in (how.rounding, *how.compare.items())]
+        how, pieces = job.smoothing, _smoothed(job.smoothing, source)
+        tried = [how.rounding.how.effort, *(method(name).effort for name in how.compare)]
         alone = _rounding_effort(how.layers.values(), how.smoother.effort, *tried)
         effort += alone * (1 if job.in_sequence else workers.count)
     for unit in plan.units:
@@ -116,7 +116,7 @@ def _smoothed(smoothing: Smoothing, source: Source) -> list[Piece]:
     for site in smoothing.sites:
         modules = [linear.module for linear in site.linears]
         known = max(tokens.get(module, 0) for module in modules)
-        memory = site_memory(smoothing.settling, site)
+        memory = site_memory(smoothing, site)
         pieces.append(Piece(f"smoothing {site.name}", modules, known, memory))
     return pieces
 

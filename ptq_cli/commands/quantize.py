@@ -17,7 +17,7 @@ from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.loop import quantize
-from ptq_cli.run.unit_job import Rounding
+from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.folder import holds_quantized, open_float
 

@@ -34,10 +34,10 @@ from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import format_named, method, smoother
 from ptq_cli.run.loop import quantize
-from ptq_cli.run.settle import Settling
+from ptq_cli.run.quantize_unit import Rounding
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth_in_sequence import place_groups
-from ptq_cli.run.unit_job import Rounding
-from ptq_cli.run.work import Quantization, Smoothing
+from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import open_float
 
@@ -118,14 +118,15 @@ def prepare_smoothing(
     refuse_unused(command, given, recipe, read, calibration=True, in_sequence=in_sequence)
     plan = _float_plan(command, told, rounded) if told.floats else _own_settings(told, rounded)
     plan = with_warnings(plan, checkpoint, found, runtime, *sites.notes)
+    smoothing = _smoothing(told, checkpoint, sites, rounded)
     work = Quantization(
         command=command,
         plan=plan,
         checkpoint=checkpoint,
         source=found.statistics,
-        rounding=Rounding(told.rounder.name, told.rounding, told.grid.format),
+        rounding=smoothing.rounding,
         inputs=fingerprints(checkpoint, found),
-        smoothing=Smoothing(_settling(told, checkpoint, rounded), sites.sites, HELDOUT),
+        smoothing=smoothing,
     )
     if output is None:
         output = default_output(checkpoint, command, told.grid)
@@ -197,15 +198,16 @@ def _float_plan(command: str, told: _Settings, plan: Plan) -> Plan:
     )
 
 
-def _settling(told: _Settings, checkpoint: Checkpoint, plan: Plan) -> Settling:
-    return Settling(
+def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
+    return Smoothing(
         checkpoint=checkpoint,
+        sites=sites.sites,
         layers={layer.tensor: layer for layer in plan.layers},
         smoother=told.how,
         settings=told.own,
-        rounding=(told.rounder.name, told.rounding),
-        fmt=format_named(told.grid.format),
+        rounding=Rounding(told.rounder.name, told.rounding, told.grid.format),
         activations=told.inputs,
+        heldout=HELDOUT,
         judged=not (told.floats and told.inputs.scheme == "none"),
         compare=told.rivals,
         stored=told.floats,

@@ -31,7 +31,7 @@ from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
-from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
+from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
 from ptq_cli.storage.folder import QuantizedFolder, container_of
@@ -187,18 +187,12 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
     rtn = _measure_on(unsmoothed, plain, before)
     same = np.array_equal(plain.codes, rounded.codes)
-    return LayerReport(
+    return replace(
+        layer_row(layer, sides.quantized.fmt, measures, rtn, statistics),
         sym=sym,
-        method=layer.method,
-        calibrated=statistics is not None,
-        tokens=0 if statistics is None else statistics.n_tokens,
-        dead_columns=dead_columns(statistics),
-        damp_percent=None,
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
         activations=_activation_errors(layer, sides, loaded, rounded, plain),
-        **layer_columns(layer, sides.quantized.fmt),
-        **error_columns(measures, rtn),
     )
 
 
@@ -271,4 +265,4 @@ def _warnings(
             f" {fold_names(bare)}"
         )
     used = [source.sites[site] for site in dict.fromkeys(site_of.values())]
-    return warnings + few_tokens([(i.site, i.n_tokens, i.in_features) for i in used])
+    return warnings + few_tokens(used)

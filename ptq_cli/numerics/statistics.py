@@ -63,11 +63,6 @@ def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
     return n_seen - min(limit, n_seen // every if every else 0)
 
 
-def merge_memory(in_features: int) -> int:
-    """Bytes that `merge` takes at most beside what it is given, without a surplus held out."""
-    return 4 * in_features * (in_features + 2 * BLOCK_COLUMNS + 4 * SAMPLE_LIMIT)
-
-
 class NonFiniteInput(InputError):
     """The inputs hold NaN or inf. `token` and `channel` say where it is first met."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit, Skipped
 from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
@@ -27,11 +27,13 @@ def make_layer(
     checkpoint: Checkpoint,
     transposed: frozenset[str],
     reordered: bool,
+    activation: Activation | None,
 ) -> Layer:
     """One tensor on the grid that the settings give it, rules of a recipe last.
 
     transposed: names of the tensors that are stored [in_features, out_features]
     reordered: whether the method forms groups in an order of its own
+    activation: how the layer's inputs are rounded when it runs, or None
 
     Raises:
         InputError: --narrow-range without --sym.
@@ -55,6 +57,7 @@ def make_layer(
         dtype=spec.dtype,
         grid=grid,
         reordered=reordered,
+        activation=activation,
         transposed=spec.name in transposed,
     )
 
@@ -83,8 +86,14 @@ def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, Misfit]
     return {module for group in together for module in group}
 
 
-def misfit_error(fmt: Format, misfits: Mapping[str, Misfit], total: int) -> InputError:
-    """All layers that a format cannot hold, by reason, with the options that would help."""
+def check_misfits(fmt: Format, misfits: Mapping[str, Misfit], total: int, on_misfit: str) -> None:
+    """Refuse layers that a format cannot hold, unless they may be kept and are not all there are.
+
+    Raises:
+        InputError: all of them, by reason, with the options that would help.
+    """
+    if not misfits or (on_misfit != "error" and len(misfits) < total):
+        return
     reasons: dict[str, list[str]] = {}
     for module, misfit in misfits.items():
         reasons.setdefault(misfit.reason, []).append(module)
@@ -96,30 +105,34 @@ def misfit_error(fmt: Format, misfits: Mapping[str, Misfit], total: int) -> Inpu
     if len(reasons) == 1:
         ((reason, modules),) = reasons.items()
         said = f"{reason}: {fold_names(modules)}"
-    return InputError(
+    raise InputError(
         f"{counted}: {said}",
         hint=", or ".join(options) or "--format ptq, which holds every layer",
     )
 
 
+def unheld(layer: Layer, fmt: Format) -> Skipped:
+    """A layer that is kept as it is."""
+    reason = f"format {fmt.name} cannot hold it"
+    return Skipped(layer.tensor, layer.full_shape, layer.dtype, reason)
+
+
 def check_layers(
     layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
-) -> list[Layer]:
-    """The layers to keep as they are, with those that share their input: runtimes fuse them.
+) -> set[str]:
+    """The modules to keep as they are, with those that share their input: runtimes fuse them.
 
     Raises:
         InputError: layers that the format cannot hold, all of them listed, or two tensors that
             would become one module.
     """
     misfits = {layer.module: misfit for layer in layers if (misfit := fmt.misfit(layer))}
-    if misfits and (on_misfit == "error" or len(misfits) == len(layers)):
-        raise misfit_error(fmt, misfits, len(layers))
+    check_misfits(fmt, misfits, len(layers), on_misfit)
     modules = [layer.module for layer in layers]
     twice = Counter(modules) - Counter(set(modules))
     if twice:
         raise InputError(f"two tensors would become module {min(twice)!r}", hint="--ignore one")
-    kept = keep_together(group_modules(modules, sites), misfits)
-    return [layer for layer in layers if layer.module in kept]
+    return keep_together(group_modules(modules, sites), misfits)
 
 
 def check_names(

@@ -6,17 +6,16 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
-from ptq_cli.core.layer import Plan, Skipped
+from ptq_cli.core.layer import Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import default_reason, dense_modules
 from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer
+from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -37,7 +36,6 @@ def make_plan(
     """Make the plan of a quantization.
 
     activation: how the layers' inputs are rounded when they run, None: not at all
-
     source: where statistics come from; None: there is no calibration
     missing: what a linear without statistics gets: "error" or "rtn"
 
@@ -47,26 +45,23 @@ def make_plan(
     chosen, skipped = choose_tensors(checkpoint, settings)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
-    layers = {}
-    for tensor in chosen:
-        layer = make_layer(tensor, settings, fmt, checkpoint, transposed, reordered)
-        layers[layer.tensor] = replace(layer, activation=activation)
-    kept = check_layers(list(layers.values()), fmt, settings.on_misfit, sites)
-    for layer in kept:
-        del layers[layer.tensor]
-        reason = f"format {fmt.name} cannot hold it"
-        skipped.append(Skipped(layer.tensor, layer.full_shape, layer.dtype, reason))
-    fmt.config(list(layers.values()), dense_modules(skipped))  # refuses what cannot be declared
-    left = [entry.tensor for entry in skipped]
-    container_of(fmt).check(checkpoint, list(layers.values()), left)
-    check_names(checkpoint, layers.values(), skipped, fmt)
+    wanted = [
+        make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
+        for tensor in chosen
+    ]
+    kept = check_layers(wanted, fmt, settings.on_misfit, sites)
+    layers = [layer for layer in wanted if layer.module not in kept]
+    skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
+    fmt.config(layers, dense_modules(skipped))  # refuses what cannot be declared
+    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
+    check_names(checkpoint, layers, skipped, fmt)
     included = {t.spec.name for t in chosen if default_reason(t.spec) is not None}
     if method.needs_fisher(method_settings):
-        check_fisher(layers.values(), source)
+        check_fisher(layers, source)
     units = plan_units(layers, method, source, missing, included, sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-    rounded = sum(checkpoint.tensors[name].spec.nbytes for name in layers)
-    packed = sum(spec.nbytes for layer in layers.values() for spec in fmt.specs(layer))
+    rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
+    packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))
     return Plan(
         method=method.name,
         settings=(settings, method_settings),

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.settings import check_keys, make_settings, settings_fields
 from ptq_cli.errors import InputError, stated_in
-from ptq_cli.plan.grid_settings import FLOAT_BITS, LAYER_KEYS, GridSettings
+from ptq_cli.plan.grid_settings import (
+    FLOAT_BITS,
+    LAYER_KEYS,
+    GridSettings,
+    may_stay_float,
+    settings_classes,
+)
 from ptq_cli.plan.select_tensors import compiled
 from ptq_cli.storage.files import read_small
 
 
-def load_recipe(
-    path: Path, command: str, classes: Iterable[type[Any]], *, floats: bool = False
-) -> Mapping[str, Any]:
-    """Read a recipe for a command whose settings are `classes`.
-
-    floats: whether the command's `bits` may be 16, nothing rounded
+def load_recipe(path: Path, command: str) -> Mapping[str, Any]:
+    """Read a recipe for a command.
 
     Raises:
         InputError: not TOML, an unknown key (the nearest known one is named), another command's
@@ -30,31 +32,30 @@ def load_recipe(
         recipe = tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML recipe: {error}") from None
+    with stated_in(path):
+        _check(recipe, command)
+    return recipe
+
+
+def _check(recipe: dict[str, Any], command: str) -> None:
     method = recipe.pop("method", command)
     if method != command:
-        raise InputError(f"{path}: a recipe for ptq {method}", hint=f"not for ptq {command}")
-    classes = tuple(classes)
-    known = [field.name for field, _ in settings_fields(*classes)]
-    with stated_in(path):
-        check_keys(recipe, known, "key")
+        raise InputError(f"a recipe for ptq {method}", hint=f"not for ptq {command}")
+    classes = settings_classes(command)
+    check_keys(recipe, [field.name for field, _ in settings_fields(*classes)], "key")
     for key in ("layers", "sites"):
         rules = recipe.get(key, [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-            raise InputError(f"{path}: {key} is not a list of tables", hint=f"write [[{key}]]")
+            raise InputError(f"{key} is not a list of tables", hint=f"write [[{key}]]")
     for rule in recipe.get("layers", []):
-        with stated_in(path):
-            check_keys(rule, LAYER_KEYS, "key of [[layers]]")
-            _check_rule(rule)
-    dense = recipe.get("bits") == FLOAT_BITS
-    if dense and not floats:
+        _check_rule(rule)
+    if recipe.get("bits") == FLOAT_BITS and not may_stay_float(command):
         raise InputError(
-            f"{path}: bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
+            f"bits = {FLOAT_BITS}: ptq {command} would have nothing to do",
             hint="leave single layers dense with [[layers]] bits = 16",
         )
-    with stated_in(path):
-        for cls in classes:
-            make_settings(cls, {}, _without_floats(recipe))
-    return recipe
+    for cls in classes:
+        make_settings(cls, {}, _without_floats(recipe))
 
 
 def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def _without_floats(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rule(rule: Mapping[str, Any]) -> None:
+    check_keys(rule, LAYER_KEYS, "key of [[layers]]")
     pattern = rule.get("match")
     if not isinstance(pattern, str):
         raise InputError("[[layers]] without match", hint='write match = "REGEX"')

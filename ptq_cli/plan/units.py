@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
+from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
@@ -20,7 +21,7 @@ _HELD_ROWS = HELDOUT_LIMIT * 2 + SAMPLE_LIMIT
 
 
 def plan_units(
-    layers: Mapping[str, Layer],
+    layers: Sequence[Layer],
     method: Method,
     source: Source | None,
     missing: str,
@@ -29,18 +30,17 @@ def plan_units(
 ) -> tuple[Unit, ...]:
     """The units of a run: linears that share their input, with one site's statistics, together.
 
-    layers: by the name of their tensor
     missing: what a layer without statistics gets: "error" or "rtn"
     included: tensors that were asked for by name, which may lack statistics
 
     Raises:
         InputError: layers without statistics, or with those of another width.
     """
-    by_module = {layer.module: layer for layer in layers.values()}
+    by_module = {layer.module: layer for layer in layers}
     site_of = sites_of(by_module, source)
     lost = [
         layer.module
-        for layer in layers.values()
+        for layer in layers
         if source is not None and layer.module not in site_of and layer.tensor not in included
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:
@@ -138,15 +138,18 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
             f" {fold_names(nearest)}"
         )
     used = [source.sites[unit.site] for unit in units if unit.site is not None]
-    few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in used])
-    return [*warnings, *few]
+    return [*warnings, *few_tokens(used)]
 
 
-def few_tokens(sites_: Sequence[tuple[str, int, int]]) -> list[str]:
+def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:
     """A warning where sites were calibrated on fewer tokens than they have columns."""
-    few = [s for s in sites_ if s[1] < s[2]]
-    if not few:
-        return []
-    site, tokens, columns = few[0]
+    few = [f"{info.site}: {note}" for info in sites for note in few_tokens_note(info)]
     more = f" (and {len(few) - 1} sites more)" if len(few) > 1 else ""
-    return [f"{site}: calibrated on {tokens} tokens, fewer than its {columns} columns{more}"]
+    return [note + more for note in few[:1]]
+
+
+def few_tokens_note(site: SiteInfo | SiteStatistics) -> list[str]:
+    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
+    if site.n_tokens >= site.in_features:
+        return []
+    return [f"calibrated on {site.n_tokens} tokens, fewer than its {site.in_features} columns"]

@@ -1,93 +1,81 @@
 """The loops of `ptq calibrate`, in any order or in sequence: for site: statistics → stage; then the
-statistics file."""
+statistics file.
+
+In any order, the parts of a large site are tasks of their own. What one gives is kept like a
+finished unit, so that it survives a kill, and is dropped once all are merged. How they are merged
+(calibration/source.py) depends on the tokens alone, and so do the bytes.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.from_file import file_content
-from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import NoTokens, Streams
-from ptq_cli.core.progress import Listener, Progress, nobody
-from ptq_cli.core.statistics import SiteInfo
-from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
-from ptq_cli.run.site_statistics import SiteJob, SiteTasks, keep
+from ptq_cli._version import __version__
+from ptq_cli.calibration.from_file import file_content, site_entry, site_statistics, site_tensors
+from ptq_cli.calibration.source import Parts, Source, halves
+from ptq_cli.calibration.streams import NoTokens
+from ptq_cli.core.progress import Listener, Progress
+from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.run.schedule import Resources, Task, run_tasks
 from ptq_cli.run.workers import hire
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
+from ptq_cli.storage.tensors import as_array, as_bytes, own_metadata, serialize
+from ptq_cli.storage.units import Key, UnitStore
 
 WORTH_A_PROCESS = 1 << 33  # multiplications
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A planned calibration.
+def calibrate_sites(
+    source: Source,
+    model: str,
+    heldout: tuple[int, int],
+    staging: Staging,
+    listen: Listener,
+    resources: Resources,
+) -> dict[str, Any]:
+    """Make the statistics of every site of the source, stage them, write the file.
 
     model: fingerprint of the weights; heldout: every how many tokens one is held out, how many at
         most
-    """
-
-    source: Source
-    model: str
-    heldout: tuple[int, int]
-
-
-@dataclass
-class _Made:
-    """What there is to say of the sites so far; bare: those that no token reaches."""
-
-    total: int
-    listen: Listener
-    entries: dict[str, Any] = field(default_factory=dict)
-    bare: list[str] = field(default_factory=list)
-
-    def add(self, site: str, entry: Any) -> None:
-        if entry is None:
-            self.bare.append(site)
-        else:
-            self.entries[site] = entry
-
-    def tell(self, name: str, work: float, all_work: float, kept: bool) -> None:
-        done = len(self.entries) + len(self.bare)
-        self.listen(Progress("calibrate", done, self.total, name, work, all_work, kept=kept))
-
-
-def calibrate_sites(
-    job: Calibration,
-    staging: Staging,
-    listen: Listener = nobody,
-    resources: Resources = THIS_PROCESS,
-) -> dict[str, Any]:
-    """Make the statistics of every site of the source, stage them, write the file.
 
     Returns what the file's metadata says of each site, the sites that no token reaches, and the
     seconds it took.
     """
-    begin, source = time.perf_counter(), job.source
-    made = _Made(len(source.sites), listen)
+    begin = time.perf_counter()
     with threadpool_limits(1):
         run = _in_sequence if source.in_sequence else _in_any_order
-        run(job, staging, made, resources)
-    fisher = _stage_fisher(source, staging)
-    filled = [site for site in source.sites if site in made.entries]
-    tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.store.tensors(unit)]
-    content = file_content(job.model, job.heldout, made.entries, source.fisher)
+        run(source, heldout, staging, listen, resources)
+    results = {site: staging.store.result(site) for site in source.sites}
+    entries = {site: entry for site, entry in results.items() if entry is not None}
+    units = [*entries, *_stage_fisher(source, staging)]
+    tensors = [tensor for unit in units for tensor in staging.store.tensors(unit)]
+    content = file_content(model, heldout, entries, source.fisher)
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
     return {
-        "sites": {site: made.entries[site] for site in filled},
-        "without_tokens": made.bare,
+        "sites": entries,
+        "without_tokens": [site for site in results if site not in entries],
         "seconds": time.perf_counter() - begin,
     }
 
 
-def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
+# ---- in sequence ----
+
+
+def _in_sequence(
+    source: Source,
+    heldout: tuple[int, int],
+    staging: Staging,
+    listen: Listener,
+    resources: Resources,
+) -> None:
     """for block: for stage: for site: statistics → stage; the float model goes on."""
-    source, size = job.source, statistics_bytes(job.source, job.heldout)
+    size = statistics_bytes(source, heldout)
     staging.check_space(size, size, source.scratch)
     efforts = {site: _effort(info, info.n_tokens) for site, info in source.sites.items()}
     work, total = 0, sum(efforts.values())
@@ -95,48 +83,151 @@ def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Res
     missing = [site for site in source.sites if not staging.finished(site)]
     if missing:
         streams.enter(streams.place(missing[0]).block)
-    for site in source.sites:
+    for done, site in enumerate(source.sites, 1):
         kept = site not in missing
         if not kept:
             while streams.order < streams.place(site).order:
                 streams.advance({})
-            _stage(streams, site, staging)
+            begin = time.perf_counter()
+            try:
+                statistics = streams.statistics(site)
+            except NoTokens:
+                staging.put(site, [], None)
+            else:
+                _keep(staging.store, site, statistics, {}, time.perf_counter() - begin)
         work += efforts[site]
-        made.add(site, staging.store.result(site))
-        made.tell(site, work, total, kept)
+        listen(Progress("calibrate", done, len(efforts), site, work, total, kept=kept))
 
 
-def _stage(streams: Streams, site: str, staging: Staging) -> None:
-    begin = time.perf_counter()
-    try:
-        statistics = streams.statistics(site)
-    except NoTokens:
-        staging.put(site, [], None)
-    else:
-        keep(staging.store, site, statistics, {}, time.perf_counter() - begin)
+# ---- in any order ----
 
 
-def _in_any_order(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
-    """for site: statistics → stage, on workers, large sites in parts."""
-    source = job.source
-    trees = {site: SiteTasks(site, source, staging.store) for site in source.sites}
-    tasks = [task for tree in trees.values() for task in tree.first()]
-    efforts = {task.name: _effort_of(task.argument) for task in tasks}
-    total, work = sum(efforts.values()), 0
+@dataclass(frozen=True)
+class SiteJob:
+    """All that a worker must know to make the statistics of one site, or of one of its parts."""
 
-    def done(task: Task, result: Any) -> list[Task]:
-        nonlocal work
-        part, (entry, kept) = task.argument, result
-        if part.unit == part.site:
-            made.add(part.site, entry)
+    site: str
+    source: Source
+    store: UnitStore
+    parts: Parts
+
+    @property
+    def whole(self) -> bool:
+        return self.parts == self.source.all_parts(self.site)
+
+    @property
+    def unit(self) -> str:
+        """The name that its result is kept under. (No site of activations has a slash in it.)"""
+        return self.site if self.whole else f"{self.site}/{self.parts}"
+
+    def each_part(self) -> list[SiteJob]:
+        """Its parts, where it has several."""
+        numbers = range(*self.parts)
+        return [replace(self, parts=(n, n + 1)) for n in numbers] if len(numbers) > 1 else []
+
+    def task(self) -> Task:
+        """The task that makes them."""
+        if self.whole:
+            return Task(self.site, self.source.load_memory(self.site), make, self)
+        number, count = self.parts[1], self.source.all_parts(self.site)[1]
+        name = f"{self.site}, part {number} of {count}"
+        return Task(name, self.source.part_memory(self.site), make, self)
+
+
+def first_tasks(site: SiteJob) -> list[Task]:
+    """What can begin at once: the parts, unless an interrupted run has made the whole of them."""
+    parts = [] if site.store.exists(site.unit) else site.each_part()
+    return [job.task() for job in parts or [site]]
+
+
+def _in_any_order(
+    source: Source,
+    heldout: tuple[int, int],
+    staging: Staging,
+    listen: Listener,
+    resources: Resources,
+) -> None:
+    """for site: statistics → stage, on workers, large sites in parts that are merged."""
+    sites = {
+        site: SiteJob(site, source.only(site), staging.store, source.all_parts(site))
+        for site in source.sites
+    }
+    first = {site: first_tasks(job) for site, job in sites.items()}
+    waiting = {site: len(tasks) for site, tasks in first.items()}
+    tasks = [task for own in first.values() for task in own]
+    efforts = {}
+    for task in tasks:
+        site, parts = task.argument.site, task.argument.parts
+        efforts[task.name] = _effort(source.sites[site], source.n_tokens(site, parts))
+    total, work, finished = sum(efforts.values()), 0, 0
+
+    def done(task: Task, kept: bool) -> list[Task]:
+        nonlocal work, finished
+        job = task.argument
         work += efforts.get(task.name, 0)  # a merge is no work to speak of
-        made.tell(task.name, work, total, kept)
-        return trees[part.site].after(part)
+        finished += job.whole
+        waiting[job.site] -= 1
+        listen(Progress("calibrate", finished, len(sites), task.name, work, total, kept=kept))
+        merges = waiting[job.site] == 0 and not job.whole
+        return [sites[job.site].task()] if merges else []
 
     with hire(resources.crew_for(workers_at_most(source)), resources.scheduler) as crew:
-        size = statistics_bytes(source, job.heldout)
-        staging.check_space(size + parts_bytes(source, job.heldout, crew.size), size)
+        size = statistics_bytes(source, heldout)
+        staging.check_space(size + parts_bytes(source, heldout, crew.size), size)
         run_tasks(tasks, crew, resources.memory_of(crew), done)
+
+
+def make(job: SiteJob) -> bool:
+    """Make and keep the statistics of a site or of one of its parts, unless a run before this one
+    has: then True."""
+    store, parts = job.store, job.each_part()
+    kept = store.exists(job.unit) and store.reusable(job.unit, _key(job.site, _digest(job)))
+    if not kept:
+        begin = time.perf_counter()
+        there = parts and all(store.whole(part.unit) for part in parts)
+        digest, statistics = _merged(job) if there else _summed(job)
+        seconds = time.perf_counter() - begin
+        _keep(store, job.unit, statistics, _key(job.site, digest), seconds)
+    for part in parts:
+        store.drop(part.unit)
+    return kept
+
+
+def _keep(
+    store: UnitStore, unit: str, statistics: SiteStatistics, key: Key, seconds: float
+) -> None:
+    """Stage the statistics of a site."""
+    store.put(unit, key, site_tensors(statistics), site_entry(statistics), seconds)
+
+
+def _key(site: str, digest: str | None) -> Key:
+    """What a finished unit must have been made from to be taken over."""
+    return {"activations": {site: digest}, "version": __version__}
+
+
+def _digest(job: SiteJob) -> str | None:
+    return job.source.digest(job.site, job.parts)
+
+
+def _summed(job: SiteJob) -> tuple[str | None, SiteStatistics]:
+    """The digest of tokens, and their statistics."""
+    return _digest(job), job.source.load(job.site, job.parts)
+
+
+def _merged(job: SiteJob) -> tuple[str, SiteStatistics]:
+    """The statistics of parts that are there, and the digest of what they were made from."""
+    if not job.each_part():
+        entry, tensors = job.store.entry(job.unit), job.store.tensors(job.unit)
+        arrays = {t.spec.name.removeprefix(f"{job.site}."): as_array(t) for t in tensors}
+        linears = job.source.sites[job.site].linears
+        statistics = site_statistics(job.site, linears, entry["result"], arrays)
+        return entry["key"]["activations"][job.site], statistics
+    below = (_merged(replace(job, parts=half)) for half in halves(job.parts))
+    (first, left), (second, right) = below
+    return digest_words(first, second), job.source.merged(left, right)
+
+
+# ---- how much it is ----
 
 
 def _effort(info: SiteInfo, n_tokens: int) -> int:
@@ -144,13 +235,9 @@ def _effort(info: SiteInfo, n_tokens: int) -> int:
     return n_tokens * info.in_features**2
 
 
-def _effort_of(job: SiteJob) -> int:
-    return _effort(job.source.sites[job.site], job.source.n_tokens(job.site, job.parts))
-
-
 def workers_at_most(source: Source) -> int:
     """How many processes are worth their start."""
-    work = sum(info.n_tokens * info.in_features**2 for info in source.sites.values())
+    work = sum(_effort(info, info.n_tokens) for info in source.sites.values())
     return 1 + work // WORTH_A_PROCESS
 
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from ptq_cli.calibration.streams import NoTokens, Streams
 from ptq_cli.core.layer import Unit
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.errors import PtqError
+from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.smooth_in_sequence import BEFORE, Order, SmoothInSequence
-from ptq_cli.run.unit_job import Entries, finish
+from ptq_cli.run.unit_job import finish
 from ptq_cli.run.work import Work
 from ptq_cli.storage import interruption
 from ptq_cli.storage.machine import cores
@@ -29,7 +30,13 @@ def quantize_in_sequence(work: Work) -> None:
     assert source is not None  # it is one in sequence
     smoothing = work.job.smoothing
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
-    missing = [unit for unit in work.plan.units if not _take_over(work, unit)]
+    missing = []
+    for unit in work.plan.units:
+        rows = work.unit_job(unit).kept()
+        if rows is None:
+            missing.append(unit)
+        else:
+            work.add(unit.name, rows, kept=True)
     streams = source.streams(
         work.staging.folder / "stream", resources.workers, resources.max_memory, work.checkpoint
     )
@@ -43,14 +50,6 @@ def quantize_in_sequence(work: Work) -> None:
                 work.add(unit.name, _round(work, unit, None), kept=False)
     if smooth is not None:
         work.smoothed = smooth.result()
-
-
-def _take_over(work: Work, unit: Unit) -> bool:
-    entries = work.unit_job(unit).kept()
-    if entries is None:
-        return False
-    work.add(unit.name, entries, kept=True)
-    return True
 
 
 def _through_blocks(
@@ -87,18 +86,14 @@ def _statistics(streams: Streams, unit: Unit) -> SiteStatistics | None:
         return None
 
 
-def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> Entries:
+def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> list[LayerReport]:
     """Round → prove → stage. Without statistics of its site a unit is rounded to nearest."""
     interruption.check()
     how = unit
     if unit.site is not None and statistics is None:
         how = replace(unit, nearest="no token reaches it")
-    try:
+    with stated_in(unit.name):
         return finish(work.unit_job(unit), how, statistics)
-    except PtqError as error:
-        if unit.name not in error.message:
-            error.message = f"{unit.name}: {error.message}"
-        raise
 
 
 def _decoded(work: Work, units: Sequence[Unit]) -> Mapping[str, Tensor]:

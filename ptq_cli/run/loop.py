@@ -29,14 +29,14 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
 from ptq_cli.report.report import make_report
-from ptq_cli.run.background_copy import BackgroundCopy
-from ptq_cli.run.calibrate import Calibration, calibrate_sites
+from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
 from ptq_cli.run.schedule import RunOptions, Task, run_tasks
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import smooth
 from ptq_cli.run.unit_job import work_on
-from ptq_cli.run.work import Quantization, Smoothing, Work
+from ptq_cli.run.work import BackgroundCopy, Quantization, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
 from ptq_cli.storage.output import STATISTICS, Target
@@ -93,8 +93,7 @@ def quantize_in_any_order(work: Work) -> None:
     tasks = [Task(unit.name, unit.memory, work_on, work.unit_job(unit)) for unit in work.plan.units]
 
     def done(task: Task, result: Any) -> None:
-        entries, kept = result
-        work.add(task.name, entries, kept)
+        work.add(task.name, *result)
 
     resources = work.options.resources
     with hire(resources.crew_for(workers_at_most(work.plan)), resources.scheduler) as crew:
@@ -114,9 +113,7 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
         units = tuple(_with_tokens(unit, source) for unit in work.plan.units)
         work.plan = replace(work.plan, units=units)
     assert source is not None  # the plan has seen to it
-    work.smoothed = smooth(
-        smoothing.settling, smoothing.sites, source, work.staging, work.options.listen
-    )
+    work.smoothed = smooth(smoothing, source, work.staging, work.options.listen)
     work.source = smoothed_source(source, work.smoothed.folds)
     work.checkpoint = work.smoothed.checkpoint
 
@@ -125,9 +122,11 @@ def _calibrated(source: Source, work: Work, smoothing: Smoothing) -> Source:
     """Statistics of the float model on its tokens: a file in the work folder."""
     path = work.staging.folder / STATISTICS
     if not path.exists():
-        job = Calibration(source, work.job.checkpoint.fingerprint, smoothing.heldout)
+        model, options = work.job.checkpoint.fingerprint, work.options
         with Staging(Target(path, {"command": "calibrate"})) as inner:
-            calibrate_sites(job, inner, work.options.listen, work.options.resources)
+            calibrate_sites(
+                source, model, smoothing.heldout, inner, options.listen, options.resources
+            )
     return open_calibration(path)
 
 
@@ -143,4 +142,4 @@ def _report(work: Work, seconds: float) -> RunReport:
         return make_report(work.job.command, work.plan, rows, seconds)
     rows = [work.smoothed.annotate(row) for row in rows]
     report = make_report(work.job.command, work.plan, rows, seconds)
-    return replace(report, sites=work.smoothed.entries)
+    return replace(report, sites=tuple(work.smoothed.outcomes))

@@ -8,7 +8,7 @@ memory: a few rows at a time go from the file to the packed bytes while they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,48 +37,30 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A format's tensors, and what gives the rounded weight that they unpack to."""
-
-    tensors: dict[str, Array]
-    unpacked: Callable[[], QuantizedWeight]
-
-
 def round_layer(
     weight: Rows,
     layer: Layer,
     fmt: Format,
     statistics: SiteStatistics | None,
     outputs: FloatArray | None = None,
-) -> tuple[Stored, Measures]:
-    """The layer plainly rounded to nearest, as stored, and its errors.
+) -> tuple[dict[str, Array], Measures]:
+    """The layer plainly rounded to nearest: the format's tensors, and its errors.
 
     outputs: [out_features], what the outputs are multiplied by before they are measured, or None
     """
     known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
     if layer.grid.group_size == 0:
-        whole = weight[:]
-        plain = replace(round_to_nearest(whole, layer.grid), input_scale=scale)
-        stored = as_stored(layer, plain, fmt)
-        return stored, measure(whole, stored.unpacked(), **known)
-    if fmt.by_rows(layer):
+        plain, measures = round_to_nearest(weight[:], layer.grid), None
+    elif fmt.by_rows(layer):
         return _row_by_row(weight, layer, fmt, known)
-    plain = replace(blank(layer.shape, layer.grid), input_scale=scale)
-    measures = _measured(weight, known, plain.panel)
-    stored = as_stored(layer, plain, fmt)
-    unpacked = stored.unpacked()
-    if unpacked.offsets is not None:  # then it does not decode to quite what was measured
+    else:
+        plain = blank(layer.shape, layer.grid)
+        measures = _measured(weight, known, plain.panel)
+    tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
+    if measures is None or unpacked.offsets is not None:  # offsets decode to something else
         measures = measure(weight[:], unpacked, **known)
-    return stored, measures
-
-
-def measure_plain(
-    weight: Rows, layer: Layer, statistics: SiteStatistics | None, fmt: Format
-) -> Measures:
-    """Errors of the layer plainly rounded to nearest."""
-    return round_layer(weight, layer, fmt, statistics)[1]
+    return tensors, measures
 
 
 def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
@@ -103,7 +85,7 @@ def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None
 
 def _row_by_row(
     weight: Rows, layer: Layer, fmt: Format, known: dict[str, Any]
-) -> tuple[Stored, Measures]:
+) -> tuple[dict[str, Array], Measures]:
     """For formats whose tensors have the weight's rows: each panel is packed, proven and put into
     its place, and its codes are forgotten."""
     rows, columns = layer.shape
@@ -116,12 +98,11 @@ def _row_by_row(
         return blank((panel.stop - panel.start, columns), layer.grid)
 
     def finish(panel: slice, rounded: QuantizedWeight) -> None:
-        part = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)
-        for name, values in part.tensors.items():
+        part, _ = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)
+        for name, values in part.items():
             tensors[name][panel] = values
 
-    measures = _measured(weight, known, begin, finish)
-    return Stored(tensors, lambda: fmt.decode(layer, tensors)), measures
+    return tensors, _measured(weight, known, begin, finish)
 
 
 def _panel_of(layer: Layer, rows: int) -> Layer:
@@ -155,13 +136,19 @@ def _measured(
     return measure_rows(weight.shape, work, **known)
 
 
-def as_stored(layer: Layer, rounded: QuantizedWeight, fmt: Format) -> Stored:
-    """The weight, packed. Refuses a layer that does not unpack to what was computed."""
+def as_stored(
+    layer: Layer, rounded: QuantizedWeight, fmt: Format
+) -> tuple[dict[str, Array], QuantizedWeight]:
+    """The weight, packed, and what it unpacks to.
+
+    Raises:
+        InputError: it does not unpack to what was computed.
+    """
     tensors = fmt.encode(layer, rounded)
     unpacked = fmt.decode(layer, tensors)
     if not same_weight(unpacked, rounded):
         raise InputError("what was packed does not unpack to the same", hint="report this bug")
-    return Stored(tensors, lambda: unpacked)
+    return tensors, unpacked
 
 
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
@@ -170,14 +157,8 @@ def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
         _equal(a.codes, b.codes)
         and np.array_equal(a.scales, b.scales)
         and np.array_equal(a.zeros, b.zeros)
-        and _same_groups(a, b)
+        and np.array_equal(a.column_groups(), b.column_groups())
     )
-
-
-def _same_groups(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    if a.g_idx is None and b.g_idx is None and a.grid.group_size == b.grid.group_size:
-        return True
-    return np.array_equal(a.column_groups(), b.column_groups())
 
 
 def _equal(a: Codes, b: Codes) -> bool:

@@ -15,8 +15,9 @@ from ptq_cli.report.report import as_document
 from ptq_cli.run.schedule import Resources
 from ptq_cli.run.work import Work
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.storage.folded import FOLDS_FILE, write_folds
 from ptq_cli.storage.folder import Assembly, begin_weights, container_of, write_folder
-from ptq_cli.storage.shards import Shards
+from ptq_cli.storage.shards import Part, Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes
 
@@ -38,57 +39,53 @@ def staged_bytes(plan: Plan, resources: Resources) -> int:
 def lay_out(staging: Staging, plan: Plan, checkpoint: Checkpoint, max_shard: int) -> Shards | None:
     """The weights files, to be filled while units are worked on; None where the container is
     written whole."""
-    fmt = format_named(plan.format)
+    layers, parts = {layer.module: layer for layer in plan.layers}, _parts(plan, checkpoint)
+    return begin_weights(staging.weights, parts, layers, format_named(plan.format), max_shard)
+
+
+def _parts(plan: Plan, checkpoint: Checkpoint) -> list[Part]:
+    """Modules that are quantized and tensors that are not, in the order of the checkpoint."""
+    specs = format_named(plan.format).specs
     layers = {layer.tensor: layer for layer in plan.layers}
-    parts = [
-        (layers[name].module, fmt.specs(layers[name])) if name in layers else (name, [own.spec])
+    return [
+        (layers[name].module, specs(layers[name])) if name in layers else (name, [own.spec])
         for name, own in checkpoint.tensors.items()
     ]
-    of_module = {layer.module: layer for layer in plan.layers}
-    return begin_weights(staging.weights, parts, of_module, fmt, max_shard)
 
 
 def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     """Assemble the folder at its temporary place, and prove it equal to what was staged."""
     plan, staging = work.plan, work.staging
-    fmt = format_named(plan.format)
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
-    staged: Mapping[str, Bytes | StoredTensor]
+    tensors: dict[str, Bytes | StoredTensor] = {**work.checkpoint.tensors}
     if shards is not None:
-        staged = shards.places  # where all is by now
+        tensors |= shards.places  # where all is by now
     else:
-        units = (work.store.tensors(unit.name) for unit in plan.units)
-        staged = {tensor.spec.name: tensor for tensors in units for tensor in tensors}
-    of_tensor = {layer.tensor: layer for layer in layers.values()}
-    parts: list[tuple[str, list[Bytes | StoredTensor]]] = []
-    for name, own in work.checkpoint.tensors.items():
-        layer = of_tensor.get(name)
-        if layer is None:
-            parts.append((name, [own]))
-        else:
-            parts.append((layer.module, [staged[spec.name] for spec in fmt.specs(layer)]))
-    documents = {
-        "report.json": as_document(report, times=False),
-        "quantization.json": quantization_document(
-            plan, report.settings, work.job.inputs, layers.values()
-        ),
-    }
-    assembly = Assembly(parts, layers, dense_modules(plan.skipped), fmt, documents)
+        for unit in plan.units:
+            tensors |= {tensor.spec.name: tensor for tensor in work.store.tensors(unit.name)}
+    parts = [
+        (name, [tensors[spec.name] for spec in specs])
+        for name, specs in _parts(plan, work.checkpoint)
+    ]
+    documents = run_documents(plan, report, work.job.inputs, layers.values())
+    fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
+    assembly = Assembly(parts, layers, dense, fmt, documents)
     write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
-    if work.smoothed is not None:
-        work.smoothed.write(staging.out)
+    if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
+        write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)
 
 
-def quantization_document(
-    plan: Plan, settings: Mapping[str, Any], inputs: Mapping[str, str], layers: Iterable[Layer]
+def run_documents(
+    plan: Plan, report: RunReport, inputs: Mapping[str, str], layers: Iterable[Layer]
 ) -> dict[str, Any]:
-    """quantization.json: enough to know, and to repeat, what was done."""
-    return {
+    """report.json, and quantization.json: enough to know, and to repeat, what was done."""
+    quantization = {
         "ptq": __version__,
         "method": plan.method,
         "format": plan.format,
-        "settings": dict(settings),
+        "settings": dict(report.settings),
         "inputs": dict(inputs),
         "layers": {layer.module: layer.method for layer in layers},
     }
+    return {"report.json": as_document(report, times=False), "quantization.json": quantization}

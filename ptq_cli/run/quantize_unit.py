@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.plugins import Format, Method
@@ -18,14 +18,9 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.numerics.output_errors import Measures, measure
-from ptq_cli.run.nearest import (
-    Rows,
-    Stored,
-    as_stored,
-    input_scale,
-    inputs_of,
-    round_layer,
-)
+from ptq_cli.plan.units import few_tokens_note
+from ptq_cli.registry import format_named, method
+from ptq_cli.run.nearest import Rows, as_stored, input_scale, inputs_of, round_layer
 
 
 @dataclass(frozen=True)
@@ -41,130 +36,110 @@ class LayerWeight:
     outputs: FloatArray | None = None
 
 
-class How(Protocol):
-    """How a unit is rounded (run/unit_job.py has one that travels)."""
-
-    @property
-    def how(self) -> Method: ...
-
-    @property
-    def settings(self) -> Any: ...
-
-    @property
-    def fmt(self) -> Format: ...
-
-    @property
-    def on_failure(self) -> str: ...
-
-
 @dataclass(frozen=True)
-class LayerResult:
-    """A finished layer: `layer.method` says what rounded it."""
+class Rounding:
+    """How layers are rounded: a method's name and its settings, a format's name.
 
-    layer: Layer
-    tensors: dict[str, Array]
-    row: LayerReport
+    on_failure: "rtn" rounds to nearest where a factorization fails for good; "error" raises
+    """
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """What is written of a layer, and how good it is."""
-
-    stored: Stored
-    measures: Measures
-    rtn: Measures
     method: str
-    fallback: str | None
-    damp_percent: float | None
-    notes: tuple[str, ...]
+    settings: Any
+    format: str
+    on_failure: str = "error"
+
+    @property
+    def how(self) -> Method:
+        return method(self.method)
+
+    @property
+    def fmt(self) -> Format:
+        return format_named(self.format)
 
 
 def quantize_unit(
     unit: Unit,
     statistics: SiteStatistics | None,
     load: Callable[[Layer], LayerWeight],
-    rounding: How,
-) -> list[LayerResult]:
-    """Quantize the layers of one unit. load: reads the weight of one
+    rounding: Rounding,
+) -> tuple[dict[str, Array], list[LayerReport]]:
+    """Quantize the layers of one unit: their tensors, and a row of the report for each.
+
+    load: reads the weight of one
 
     Raises:
         NumericalError: the factorization failed for good.
         InputError: a weight is not finite, or a scale does not fit its dtype.
     """
     begin = time.perf_counter()
-    prepared = _prepare(unit, statistics, rounding)
-    shared = (time.perf_counter() - begin) / len(unit.layers)
-    results = []
+    shared, failure = _prepare(unit, statistics, rounding)
+    preparing = (time.perf_counter() - begin) / len(unit.layers)
+    few = [] if statistics is None else few_tokens_note(statistics)
+    tensors: dict[str, Array] = {}
+    rows = []
     for layer in unit.layers:
         begin = time.perf_counter()
         with stated_in(f"tensor {layer.tensor!r} {list(layer.full_shape)}"):
-            chosen = choose(load(layer), layer, statistics, prepared)
-            result = _finish(layer, chosen, statistics, prepared.fmt)
-        seconds = shared + time.perf_counter() - begin
-        results.append(replace(result, row=replace(result.row, seconds=seconds)))
-    return results
+            own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
+        tensors |= own
+        seconds = preparing + time.perf_counter() - begin
+        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few)))
+    return tensors, rows
 
 
-def _prepare(unit: Unit, statistics: SiteStatistics | None, rounding: How) -> Prepared:
-    """What the layers of a unit share, or why they are only rounded to nearest."""
-    how, settings, fmt = rounding.how, rounding.settings, rounding.fmt
-    failure = unit.nearest
-    if failure is None and how.needs_hessian and statistics is not None and _all_dead(statistics):
-        failure = "its inputs are all zero"
-    shared = None
-    if failure is None:
-        try:
-            shared = how.prepare(statistics, unit.layers[0].grid, settings)
-        except NumericalError as error:
-            if rounding.on_failure != "rtn":
-                raise
-            failure = error.message
-    return Prepared(how, shared, settings, fmt, failure)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A method that is ready for the layers of a site.
-
-    shared: what its `prepare` gave; failure: why they are only rounded to nearest, or None
-    """
-
-    method: Method
-    shared: Any
-    settings: Any
-    fmt: Format
-    failure: str | None = None
+def _prepare(
+    unit: Unit, statistics: SiteStatistics | None, rounding: Rounding
+) -> tuple[Any, str | None]:
+    """What the layers of a unit share, and why they are only rounded to nearest, or None."""
+    how = rounding.how
+    if unit.nearest is not None:
+        return None, unit.nearest
+    live = statistics is None or _dead_columns(statistics) < statistics.in_features
+    if how.needs_hessian and not live:
+        return None, "its inputs are all zero"
+    try:
+        return how.prepare(statistics, unit.layers[0].grid, rounding.settings), None
+    except NumericalError as error:
+        if rounding.on_failure != "rtn":
+            raise
+        return None, error.message
 
 
 def choose(
     given: LayerWeight,
     layer: Layer,
     statistics: SiteStatistics | None,
-    prepared: Prepared,
-) -> Chosen:
+    rounding: Rounding,
+    shared: Any,
+    failure: str | None = None,
+) -> tuple[dict[str, Array], LayerReport]:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
-    tensors unpack to."""
-    method, fmt, settings = prepared.method, prepared.fmt, prepared.settings
+    tensors unpack to, and they are returned with the layer's row of the report.
+
+    shared: what the method's `prepare` gave for the layers of a site
+    failure: why they are only rounded to nearest, or None
+    """
+    how, fmt, settings = rounding.how, rounding.fmt, rounding.settings
     plain, rtn = round_layer(given.rows, layer, fmt, statistics, given.outputs)
-    if prepared.failure is not None or method.is_nearest(settings):
-        return Chosen(plain, rtn, rtn, "rtn", prepared.failure, None, ())
+    nearest = replace(layer_row(layer, fmt, rtn, rtn, statistics), method="rtn")
+    if failure is not None or how.is_nearest(settings):
+        return plain, replace(nearest, fallback=failure)
     weight = given.rows[:]
-    result = method.apply(weight, prepared.shared, layer.grid, settings, given.importance)
+    result = how.apply(weight, shared, layer.grid, settings, given.importance)
     scale = input_scale(layer, statistics)
-    stored = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    known = inputs_of(statistics)
-    measures = measure(weight, stored.unpacked(), outputs=given.outputs, **known)
+    tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
+    measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
+    damp, notes = result.damp_percent, result.notes
     if error_of(measures) <= error_of(rtn):
-        name = method.name
-        return Chosen(stored, measures, rtn, name, None, result.damp_percent, result.notes)
-    if method.searches_ranges:
+        row = layer_row(layer, fmt, measures, rtn, statistics)
+        return tensors, replace(row, method=how.name, damp_percent=damp, notes=notes)
+    nearest = replace(nearest, damp_percent=damp, notes=notes)
+    if how.searches_ranges:
         note = "the whole range of each group is better than the searched one"
-        notes = (*result.notes, note)
-        return Chosen(plain, rtn, rtn, "rtn", None, result.damp_percent, notes)
+        return plain, replace(nearest, notes=(*notes, note))
     where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
-    why = f"rtn is better on {where}"
-    return Chosen(plain, rtn, rtn, "rtn", why, result.damp_percent, result.notes)
+    return plain, replace(nearest, fallback=f"rtn is better on {where}")
 
 
 def error_of(measures: Measures) -> float:
@@ -172,39 +147,7 @@ def error_of(measures: Measures) -> float:
     return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
 
 
-def _finish(
-    layer: Layer, chosen: Chosen, statistics: SiteStatistics | None, fmt: Format
-) -> LayerResult:
-    layer = replace(layer, method=chosen.method)
-    row = LayerReport(
-        sym=layer.grid.sym,
-        method=chosen.method,
-        calibrated=statistics is not None,
-        tokens=0 if statistics is None else statistics.n_tokens,
-        dead_columns=dead_columns(statistics),
-        damp_percent=chosen.damp_percent,
-        fallback=chosen.fallback,
-        seconds=0.0,
-        notes=(*chosen.notes, *_few(statistics)),
-        **layer_columns(layer, fmt),
-        **error_columns(chosen.measures, chosen.rtn),
-    )
-    return LayerResult(layer, chosen.stored.tensors, row)
-
-
-def _few(statistics: SiteStatistics | None) -> tuple[str, ...]:
-    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
-    if statistics is None or statistics.n_tokens >= statistics.in_features:
-        return ()
-    tokens, columns = statistics.n_tokens, statistics.in_features
-    return (f"calibrated on {tokens} tokens, fewer than its {columns} columns",)
-
-
-def _all_dead(statistics: SiteStatistics) -> bool:
-    return dead_columns(statistics) == statistics.in_features
-
-
-def dead_columns(statistics: SiteStatistics | None) -> int:
+def _dead_columns(statistics: SiteStatistics | None) -> int:
     """Columns whose input was always zero."""
     return 0 if statistics is None else int((statistics.hessian.diagonal() == 0).sum())
 
@@ -223,17 +166,27 @@ def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
     }
 
 
-def error_columns(measures: Measures, rtn: Measures) -> dict[str, Any]:
-    """The columns of the report that say how wrong the result is."""
+def layer_row(
+    layer: Layer, fmt: Format, measures: Measures, rtn: Measures, statistics: SiteStatistics | None
+) -> LayerReport:
+    """A layer's row of the report: what it is, and how wrong the result and plain rounding are."""
     ours, plain = error_of(measures), error_of(rtn)
-    gain = plain / ours if ours > 0 else (1.0 if plain == 0 else None)
-    return {
-        "loss": measures.loss,
-        "rel_err": measures.rel_err,
-        "heldout_rel_err": measures.heldout_rel_err,
-        "rtn_rel_err": rtn.rel_err,
-        "rtn_heldout_rel_err": rtn.heldout_rel_err,
-        "gain_vs_rtn": gain,
-        "sqnr_db": measures.sqnr_db,
-        "max_abs_err": measures.max_abs_err,
-    }
+    return LayerReport(
+        **layer_columns(layer, fmt),
+        sym=layer.grid.sym,
+        method=layer.method,
+        calibrated=statistics is not None,
+        loss=measures.loss,
+        rel_err=measures.rel_err,
+        heldout_rel_err=measures.heldout_rel_err,
+        rtn_rel_err=rtn.rel_err,
+        rtn_heldout_rel_err=rtn.heldout_rel_err,
+        gain_vs_rtn=plain / ours if ours > 0 else (1.0 if plain == 0 else None),
+        sqnr_db=measures.sqnr_db,
+        max_abs_err=measures.max_abs_err,
+        tokens=0 if statistics is None else statistics.n_tokens,
+        dead_columns=_dead_columns(statistics),
+        damp_percent=None,
+        fallback=None,
+        seconds=0.0,
+    )

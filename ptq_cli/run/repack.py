@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
@@ -28,20 +27,15 @@ from ptq_cli.formats import common
 from ptq_cli.models.linears import dense_modules, group_modules
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
-from ptq_cli.plan.layers import keep_together, misfit_error
-from ptq_cli.report.report import as_document, make_report, row_from_json
+from ptq_cli.plan.layers import check_misfits, keep_together, unheld
+from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
-from ptq_cli.run.output import quantization_document
-from ptq_cli.run.quantize_unit import error_columns, layer_columns
+from ptq_cli.run.output import run_documents
+from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
-from ptq_cli.storage.folder import (
-    Assembly,
-    QuantizedFolder,
-    container_of,
-    write_folder,
-)
+from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
@@ -67,7 +61,7 @@ class Repack:
     fmt: Format
     plan: Plan
     wanted: Mapping[str, Layer]
-    kept: frozenset[str] = field(default_factory=frozenset)
+    kept: frozenset[str]
 
 
 def plan_repack(
@@ -95,9 +89,8 @@ def plan_repack(
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
-    refused = settings.on_misfit == "error" or len(misfits) == len(wanted)
-    if trial and misfits and refused:
-        raise misfit_error(fmt, misfits, len(wanted))
+    if trial:
+        check_misfits(fmt, misfits, len(wanted), settings.on_misfit)
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
@@ -134,14 +127,10 @@ def _repack_hint(hint: str | None, layer: Layer) -> str | None:
 def _skipped(
     folder: QuantizedFolder, wanted: Mapping[str, Layer], kept: frozenset[str], fmt: Format
 ) -> tuple[Skipped, ...]:
-    dense = [
-        Skipped(name, spec.shape, spec.dtype, "not quantized")
-        for name in folder.untouched()
-        for spec in (folder.checkpoint.tensors[name].spec,)
-    ]
-    reason = f"format {fmt.name} cannot hold it"
+    untouched = [folder.checkpoint.tensors[name].spec for name in folder.untouched()]
+    dense = [Skipped(spec.name, spec.shape, spec.dtype, "not quantized") for spec in untouched]
     lost = [layer for module, layer in wanted.items() if module in kept]
-    return (*dense, *(Skipped(x.tensor, x.full_shape, x.dtype, reason) for x in lost))
+    return (*dense, *(unheld(layer, fmt) for layer in lost))
 
 
 def _all_symmetric(folder: QuantizedFolder) -> bool:
@@ -167,8 +156,11 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     return target
 
 
-def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Array]:
-    """The target's tensors of a weight. Raises InputError where they would not say the same."""
+def convert(
+    weight: QuantizedWeight, target: Layer, fmt: Format
+) -> tuple[dict[str, Array], QuantizedWeight]:
+    """The target's tensors of a weight, and what they unpack to. Raises InputError where they would
+    not say the same."""
     moved = _regrouped(weight, target.grid)
     tensors = fmt.encode(target, moved)
     back = fmt.decode(target, tensors)
@@ -180,7 +172,7 @@ def convert(weight: QuantizedWeight, target: Layer, fmt: Format) -> dict[str, Ar
             f"{fmt.name} would round −zero · scale to {back.offsets.dtype}",
             hint="--scale-dtype float32 where the format has it, or quantize the float model",
         )
-    return tensors
+    return tensors, back
 
 
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
@@ -196,8 +188,6 @@ def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
         )
     columns = weight.codes.shape[1]
     group, starts = grid.g_idx(columns), grid.starts(columns)[:-1]
-    if grid.group_size == 0:
-        group, starts = np.zeros(columns, np.int32), [0]
 
     def of_groups(values: Array) -> Array:
         wide = np.broadcast_to(values, (len(weight.codes), values.shape[1]))
@@ -270,37 +260,24 @@ def _stage(job: Repack, layer: Layer, staging: Staging) -> bool:
         return True
     weight = folder.load(module)
     if module in job.kept:
-        staging.store.put(module, key, [_dense(layer, weight)], None)
+        values: Array = weight.dequantized().astype(NUMPY_DTYPES[layer.dtype])
+        dense = as_bytes(layer.tensor, values.reshape(layer.full_shape))
+        staging.store.put(module, key, [dense], None)
         return False
-    tensors = convert(weight, layer, job.fmt)
-    row = _row(layer, weight, job.fmt.decode(layer, tensors), job.fmt)
+    tensors, back = convert(weight, layer, job.fmt)
+    row = _row(layer, weight, back, job.fmt)
     packed = [as_bytes(name, values) for name, values in tensors.items()]
     staging.store.put(module, key, packed, asdict(row))
     return False
-
-
-def _dense(layer: Layer, weight: QuantizedWeight) -> Bytes:
-    values: NDArray[Any] = weight.dequantized().astype(NUMPY_DTYPES[layer.dtype])
-    return as_bytes(layer.tensor, values.reshape(layer.full_shape))
 
 
 def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: Format) -> LayerReport:
     """Measured against the folder that was repacked: plain zeros, but for offsets made exact."""
     found = measure(before.dequantized(), after, None, None)
     exact = before.offsets is not None and after.offsets is None
-    return LayerReport(
-        sym=layer.grid.sym,
-        method=layer.method or "repack",
-        calibrated=False,
-        tokens=0,
-        dead_columns=0,
-        damp_percent=None,
-        fallback=None,
-        seconds=0.0,
-        notes=("zeros · scales are exact again, they were rounded",) if exact else (),
-        **layer_columns(layer, fmt),
-        **error_columns(found, found),
-    )
+    notes = ("zeros · scales are exact again, they were rounded",) if exact else ()
+    row = layer_row(layer, fmt, found, found, None)
+    return replace(row, method=layer.method or "repack", notes=notes)
 
 
 def _assembly(
@@ -318,17 +295,12 @@ def _assembly(
         module = owner.get(name)
         if module is None:
             parts[name] = [folder.checkpoint.copyable(name)]
-        elif module in layers:
-            parts.setdefault(module, staging.store.tensors(module))
         else:
-            parts.setdefault(job.wanted[module].tensor, staging.store.tensors(module))
+            part = module if module in layers else job.wanted[module].tensor
+            parts.setdefault(part, staging.store.tensors(module))
     config = {k: v for k, v in folder.checkpoint.config.items() if k not in _DECLARATIONS}
-    settings = report.settings
-    quantization = quantization_document(job.plan, settings, inputs, layers.values())
-    documents: dict[str, Any] = {
-        "report.json": as_document(report, times=False),
-        "quantization.json": {**quantization, "from": folder.fmt.name},
-    }
+    documents = run_documents(job.plan, report, inputs, layers.values())
+    documents["quantization.json"]["from"] = folder.fmt.name
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, nobody
-from ptq_cli.errors import FileError, PtqError
+from ptq_cli.errors import FileError, PtqError, stated_in
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
 from ptq_cli.storage import interruption
@@ -51,12 +51,12 @@ class Resources:
 
     def memory_of(self, crew: Crew) -> int:
         """Bytes for the units in flight: a cluster's own memory where nothing was asked for."""
-        asked = self.max_memory is not None or crew.memory is None
-        return self.memory if asked or crew.memory is None else crew.memory
+        if self.max_memory is None and crew.memory is not None:
+            return crew.memory
+        return self.memory
 
 
 ALL_THERE_IS = Resources()
-THIS_PROCESS = Resources(workers=1)
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,16 @@ def run_tasks(
     crew: Crew,
     memory: int,
     done: Callable[[Task, Any], Iterable[Task] | None] = lambda task, result: None,
-    *,
-    in_order: bool = False,
 ) -> None:
-    """Work through the tasks; `done` hears of each, and gives those that can follow: they come
-    before all others.
-
-    in_order: one after the other as they stand, else the largest first
+    """Work through the tasks, the largest first; `done` hears of each, and gives those that can
+    follow: they come before all others.
 
     Raises:
         PtqError: a task failed; the others were finished first, unless none could have done
             better (no space, another input than before, a crew that dies).
     """
-    pending = list(tasks) if in_order else sorted(tasks, key=lambda task: -task.memory)
+    pending = sorted(tasks, key=lambda task: -task.memory)
     running: dict[Future[Any], Task] = {}
-    order = [task.name for task in tasks]
     failed: dict[str, PtqError] = {}
     hopeless = False
     while pending or running:
@@ -114,7 +109,8 @@ def run_tasks(
         for future in finished:
             task = running.pop(future)
             try:
-                follow = done(task, _result(future, crew)) or ()
+                with stated_in(task.name):
+                    follow = done(task, _result(future, crew)) or ()
                 pending[:0] = () if hopeless else follow
             except PtqError as error:
                 failed[task.name] = error
@@ -122,7 +118,7 @@ def run_tasks(
                     hopeless = True
                     pending.clear()
     if failed:
-        raise _first(failed, [*order, *(name for name in failed if name not in order)])
+        raise _first(failed, [task.name for task in tasks])
 
 
 def _start(pending: list[Task], running: dict[Future[Any], Task], crew: Crew, memory: int) -> None:
@@ -140,15 +136,11 @@ def _start(pending: list[Task], running: dict[Future[Any], Task], crew: Crew, me
         argument = absolute(task.argument) if crew.remote else task.argument
         running[crew.executor.submit(call, task.function, argument, threads)] = task
         used += task.memory
-        if crew.size == 1:
-            return
 
 
 def _result(future: Future[Any], crew: Crew) -> Any:
     try:
         return future.result()
-    except PtqError:
-        raise
     except Exception as error:
         if crew.remote and type(error).__module__.startswith("distributed"):
             raise WorkerLost(f"the cluster lost it: {error}") from None
@@ -156,14 +148,13 @@ def _result(future: Future[Any], crew: Crew) -> Any:
 
 
 def _first(failed: Mapping[str, PtqError], order: Sequence[str]) -> PtqError:
-    """The first failure in the order of the tasks, with the names of the others."""
-    names = [name for name in order if name in failed]
-    error = failed[names[0]]
-    if names[0] not in error.message:
-        error.message = f"{names[0]}: {error.message}"
-    if len(names) > 1:
-        error.message += f"; {len(names) - 1} more failed: {fold_names(names[1:])}"
-    return error
+    """The first failure in the order of the tasks, with the names of the others; those that
+    followed some come last."""
+    place = {name: number for number, name in enumerate(order)}
+    first, *others = sorted(failed, key=lambda name: place.get(name, len(place)))
+    if others:
+        failed[first].message += f"; {len(others)} more failed: {fold_names(others)}"
+    return failed[first]
 
 
 def call(function: Callable[[Any], Any], argument: Any, threads: int) -> Any:

@@ -6,30 +6,33 @@ than without; what a fold does to the float model's function is measured on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import Ahead
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format, Smoother, SmoothingCase
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.core.plugins import Smoother, SmoothingCase
+from ptq_cli.core.report import LayerReport
+from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.output_errors import output_errors
+from ptq_cli.numerics.output_errors import Measures, output_errors
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.numerics.statistics import smoothed
-from ptq_cli.registry import method
-from ptq_cli.run.nearest import measure_plain
-from ptq_cli.run.quantize_unit import Chosen, LayerWeight, Prepared, choose, error_of
+from ptq_cli.report.report import row_error
+from ptq_cli.run.nearest import round_layer
+from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose, error_of
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
 
@@ -43,50 +46,44 @@ TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 4e-3, "BF16": 3e-2}
 
 
 @dataclass(frozen=True)
-class Settling:
-    """How factors are found and judged.
+class Smoothing:
+    """The stage before rounding: how factors are found and judged.
 
-    layers: those that will be rounded, by tensor; rounding: what will round them (method's name,
-        its settings)
+    sites: that may take factors
+    layers: those that will be rounded, by tensor; rounding: what will round them
     activations: how inputs are rounded at run time; "none": only weights are
+    heldout: every how many tokens one is held out, how many at most
     judged: whether factors have to prove themselves (not where nothing will be rounded)
     compare: further methods to try on every layer, with their settings
     stored: whether weights are written in the checkpoint's dtype, not rounded to a grid
     """
 
     checkpoint: Checkpoint
+    sites: tuple[Site, ...]
     layers: Mapping[str, Layer]
     smoother: Smoother
     settings: Any
-    rounding: tuple[str, Any]
-    fmt: Format
+    rounding: Rounding
     activations: ActivationSettings
+    heldout: tuple[int, int]
     judged: bool = True
     compare: Mapping[str, Any] = field(default_factory=dict)
     stored: bool = False
 
+    @property
+    def tensors(self) -> set[str]:
+        """What a fold may change."""
+        return {tensor for site in self.sites for tensor in site.tensors}
 
-def site_memory(job: Settling, site: Site) -> int:
+
+def site_memory(job: Smoothing, site: Site) -> int:
     """Bytes that the work on one site takes: its weights as they were, folded and rounded, what
     rounds them, and a few matrices of the size of its Hessian."""
-    how, tensors = method(job.rounding[0]), [linear.tensor for linear in site.linears]
+    how, tensors = job.rounding.how, [linear.tensor for linear in site.linears]
     layers = [job.layers[tensor] for tensor in tensors if tensor in job.layers]
     most = max((how.memory(layer.shape, layer.grid, False) for layer in layers), default=0)
     weights = sum(prod(job.checkpoint.tensors[tensor].spec.shape) for tensor in tensors)
     return most + 12 * weights + 16 * site.in_features**2
-
-
-class SiteSource(Protocol):
-    """What settling needs of statistics: those of a site, by its name."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]: ...
-
-    @property
-    def load(self) -> Callable[[str], SiteStatistics]: ...
 
 
 @dataclass(frozen=True)
@@ -113,23 +110,37 @@ class SiteOutcome:
 class Group:
     """The work on one group of sites: `folds` holds what has been decided so far."""
 
-    def __init__(self, job: Settling, sites: Sequence[Site], source: SiteSource) -> None:
+    def __init__(self, job: Smoothing, sites: Sequence[Site], source: Source | Ahead) -> None:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
         self._statistics: dict[str, SiteStatistics] = {}
         self._prepared: tuple[Any, Any] = (None, None)
-        self.rtn: dict[str, tuple[float, float | None]] = {}
+        self.rtn: dict[str, Measures] = {}
 
     def settle(self) -> dict[str, Any]:
         """Find the factors; what there is to say about the group, as JSON."""
-        self._baseline()
-        outcomes = [self._site(site) for site in self.sites]
-        compared = self._compare()
+        fmt = self.job.rounding.fmt
+        for site, linear in self._linears():
+            layer, statistics = self.job.layers[linear.tensor], self.statistics(site, ())
+            _, self.rtn[linear.module] = round_layer(
+                self.weight(linear, ()), layer, fmt, statistics
+            )
+        outcomes = [asdict(self._site(site)) for site in self.sites]
+        compared = self._linears() if self.job.compare else []
         return {
-            "sites": [asdict(outcome) for outcome in outcomes],
-            "rtn": self.rtn,
-            "compared": compared,
+            "sites": outcomes,
+            "rtn": {module: (x.rel_err, x.heldout_rel_err) for module, x in self.rtn.items()},
+            "compared": {linear.module: self._compared(site, linear) for site, linear in compared},
         }
+
+    def _linears(self) -> list[tuple[Site, SiteLinear]]:
+        """Those that will be rounded and whose inputs are known, each with its site."""
+        return [
+            (site, linear)
+            for site in self.sites
+            for linear in site.linears
+            if linear.tensor in self.job.layers and self.statistics(site, ()) is not None
+        ]
 
     # ---- what is read, with the folds made so far ----
 
@@ -175,12 +186,12 @@ class Group:
         case = SmoothingCase(weights, statistics, site.ties, self._grid(site))
         choices = self.job.smoother.search(case, self.job.settings)
         outcome = replace(outcome, plain_error=_mean(before), reason="no factors are better")
+        feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
         for choice in choices[:TRIES]:
-            feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
             used, notes = settle_factors(site, feeder, choice.factors)
             trial = [*self.folds, (site, used.astype(np.float32))]
             tried = replace(outcome, strength=choice.strength, notes=notes)
-            change = self._function_change(site, weights, trial)
+            change = self._function_change(site, weights, feeder, trial)
             limit = TOLERANCE[self.job.checkpoint.tensors[site.feeder.weight].spec.dtype]
             if change > limit:
                 outcome = replace(tried, reason=f"the fold changes its outputs by {change:.2g}")
@@ -206,16 +217,17 @@ class Group:
         return own[0] if own else next(iter(layers.values())).grid
 
     def _function_change(
-        self, site: Site, weights: Sequence[NDArray[np.float32]], trial: Sequence[Fold]
+        self,
+        site: Site,
+        weights: Sequence[NDArray[np.float32]],
+        feeder: Mapping[str, Array],
+        trial: Sequence[Fold],
     ) -> float:
         """Of the site's float outputs on calibration inputs, between before and after its fold."""
-        statistics = self._statistics[site.name]
-        inputs = statistics.sample.astype(np.float32)
+        inputs = self._statistics[site.name].sample.astype(np.float32)
         checkpoint = folded_checkpoint(self.job.checkpoint, trial)
-        assert site.feeder is not None
-        old = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
-        new: dict[str, Array] = {name: checkpoint.read(name) for name in site.feeder.tensors}
-        seen = inputs_after(site, old, new, inputs, trial[-1][1])
+        folded = {name: checkpoint.read(name) for name in feeder}
+        seen = inputs_after(site, feeder, folded, inputs, trial[-1][1])
         after = [self.weight(linear, trial, self.job.stored) for linear in site.linears]
         return function_change(inputs, weights, seen, after)
 
@@ -223,58 +235,42 @@ class Group:
 
     def _errors(self, site: Site, folds: Sequence[Fold]) -> dict[str, float]:
         """Errors of the layers a fold of `site` touches: its own, and the one that feeds it."""
-        touched = {linear.tensor: (site, linear) for linear in site.linears}
-        for other in self.sites:
-            for linear in other.linears:
-                if site.feeder is not None and linear.tensor == site.feeder.weight:
-                    touched[linear.tensor] = (other, linear)
-        return {
-            linear.module: self._error(owner, linear, folds)
-            for owner, linear in touched.values()
-            if linear.tensor in self.job.layers and self.statistics(owner, ()) is not None
-        }
+        feeder = None if site.feeder is None else site.feeder.weight
+        linears = self._linears()
+        touched = [(owner, linear) for owner, linear in linears if owner is site]
+        touched += [(owner, linear) for owner, linear in linears if linear.tensor == feeder]
+        return {linear.module: self._error(owner, linear, folds) for owner, linear in touched}
 
     def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
         """Of the layer as it would be written, with integer inputs where they are rounded."""
-        chosen, outputs = self._rounded(owner, linear, folds, *self.job.rounding)
+        tensors, row, outputs = self._rounded(owner, linear, folds, self.job.rounding)
         if self.job.activations.scheme == "none":
-            return error_of(chosen.measures)
+            return row_error(row)
         statistics = self.statistics(owner, folds)
         assert statistics is not None
         inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
         inputs = inputs.astype(np.float32)
         scheme = with_static_scale(self.job.activations, statistics.absmax)
-        product = linear_w8a8(inputs, chosen.stored.unpacked(), None, scheme)
+        layer = self.job.layers[linear.tensor]
+        decoded = self.job.rounding.fmt.decode(layer, tensors)
+        product = linear_w8a8(inputs, decoded, None, scheme)
         return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
 
     def _rounded(
-        self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], name: str, settings: Any
-    ) -> tuple[Chosen, Array | None]:
-        """The layer as it would be written under `folds`, and the scale of its outputs."""
+        self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], rounding: Rounding
+    ) -> tuple[Mapping[str, Array], LayerReport, Array | None]:
+        """The layer as it would be written under `folds`, what is told of it, and the scale of its
+        outputs."""
         statistics = self.statistics(owner, folds)
-        layer, how = self.job.layers[linear.tensor], method(name)
+        layer = self.job.layers[linear.tensor]
         own = [factors.tobytes() for site, factors in folds if site is owner]
-        key = (owner.name, own, name, layer.grid)
+        key = (owner.name, own, rounding.method, layer.grid)
         if self._prepared[0] != key:
-            self._prepared = (key, how.prepare(statistics, layer.grid, settings))
+            shared = rounding.how.prepare(statistics, layer.grid, rounding.settings)
+            self._prepared = (key, shared)
         outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
-        prepared = Prepared(how, self._prepared[1], settings, self.job.fmt)
         given = LayerWeight(self.weight(linear, folds), outputs=outputs)
-        return choose(given, layer, statistics, prepared), outputs
-
-    def _method_error(self, site: Site, linear: SiteLinear, *how: Any) -> float:
-        return error_of(self._rounded(site, linear, *how)[0].measures)
-
-    def _baseline(self) -> None:
-        """Errors of plain rounding, before anything is folded."""
-        for site in self.sites:
-            statistics = self.statistics(site, ())
-            for linear in site.linears if statistics is not None else ():
-                layer = self.job.layers.get(linear.tensor)
-                if layer is not None:
-                    weight = self.weight(linear, ())
-                    plain = measure_plain(weight, layer, statistics, self.job.fmt)
-                    self.rtn[linear.module] = (plain.rel_err, plain.heldout_rel_err)
+        return *choose(given, layer, statistics, rounding, self._prepared[1]), outputs
 
     def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
         """Better on average; where only weights are rounded, no layer worse than plain rounding."""
@@ -284,28 +280,19 @@ class Group:
             return False
         if self.job.activations.scheme != "none":
             return True
-        plain = {m: pair[0] if pair[1] is None else pair[1] for m, pair in self.rtn.items()}
-        return all(error <= plain[module] for module, error in after.items())
-
-    def _compare(self) -> dict[str, dict[str, float]]:
-        """The error of every method on every layer, on the weights as they were and as folded."""
-        errors: dict[str, dict[str, float]] = {}
-        for site in self.sites if self.job.compare else ():
-            for linear in site.linears:
-                if linear.tensor in self.job.layers and self.statistics(site, ()) is not None:
-                    errors[linear.module] = self._compared(site, linear)
-        return errors
+        return all(error <= error_of(self.rtn[module]) for module, error in after.items())
 
     def _compared(self, site: Site, linear: SiteLinear) -> dict[str, float]:
+        """The error of every method on a layer, on the weight as it was and as folded."""
         own = self.job.smoother.name
-        result = {}
+        errors = {"rtn": error_of(self.rtn[linear.module])}
         for name, settings in self.job.compare.items():
+            rounding = Rounding(name, settings, self.job.rounding.format)
             if name != own:
-                result[name] = self._method_error(site, linear, (), name, settings)
+                errors[name] = row_error(self._rounded(site, linear, (), rounding)[1])
             label = name if name == own else f"{own}+{name}"
-            result[label] = self._method_error(site, linear, self.folds, name, settings)
-        rel, heldout = self.rtn[linear.module]
-        return {"rtn": rel if heldout is None else heldout} | result
+            errors[label] = row_error(self._rounded(site, linear, self.folds, rounding)[1])
+        return errors
 
 
 def _mean(errors: Mapping[str, float]) -> float:

@@ -21,9 +21,10 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import smoothed
-from ptq_cli.run.nearest import measure_plain
+from ptq_cli.run.nearest import round_layer
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import Smoothed, connected, settle_group, unit_of
-from ptq_cli.run.work import Smoothing, Work
+from ptq_cli.run.work import Work
 from ptq_cli.storage.folded import FoldsByTensor, add_folds, folded_checkpoint
 
 Order = tuple[int, int]  # a block and one of its stages
@@ -32,16 +33,12 @@ BEFORE: Order = (-1, 0)
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that settle together, and the places of the first and last linear they touch; None
-    where the forward has none of them."""
+    """Sites that settle together, the stage of the first linear they touch, and the place of the
+    last; None where the forward has none of them."""
 
     sites: tuple[Site, ...]
-    first: Place | None = None
+    order: Order = BEFORE
     last: Place | None = None
-
-    @property
-    def order(self) -> Order:
-        return BEFORE if self.first is None else self.first.order
 
 
 def place_groups(sites: Sequence[Site], places: Mapping[str, Place]) -> list[Group]:
@@ -61,7 +58,7 @@ def place_groups(sites: Sequence[Site], places: Mapping[str, Place]) -> list[Gro
                 f"sites {names} share tensors across blocks, which cannot be smoothed in sequence",
                 hint="--parallel-layers",
             )
-        groups.append(Group(group, touched[0], touched[-1]) if touched else Group(group))
+        groups.append(Group(group, touched[0].order, touched[-1]) if touched else Group(group))
     return sorted(groups, key=lambda group: group.order)
 
 
@@ -76,7 +73,7 @@ class SmoothInSequence:
 
     def __init__(self, work: Work, smoothing: Smoothing) -> None:
         assert work.source is not None  # the plan has seen to it
-        self.work, self.settling = work, smoothing.settling
+        self.work, self.smoothing = work, smoothing
         self._groups = place_groups(smoothing.sites, work.source.places)
         self._folds: FoldsByTensor = {}
         self.divisors: dict[str, NDArray[np.float32]] = {}
@@ -101,14 +98,14 @@ class SmoothInSequence:
                 ahead = Ahead(streams.forward.tokens.name)
             else:
                 ahead = streams.look_ahead(group.last)
-            settle_group(self.settling, group.sites, ahead, self.work.staging)
+            settle_group(self.smoothing, group.sites, ahead, self.work.staging)
             ahead.drop()
             self._take(group)
             if group.last is not None:
                 streams.refresh()
 
     def _take(self, group: Group) -> None:
-        folds = Smoothed(self.settling).take(group.sites, self.work.staging)
+        folds = Smoothed(self.smoothing).take(group.sites, self.work.staging)
         add_folds(self._folds, folds)
         for site, factors in folds:
             for linear in site.linears:
@@ -122,7 +119,7 @@ class SmoothInSequence:
             return
         layers = [
             layer
-            for layer in self.settling.layers.values()
+            for layer in self.smoothing.layers.values()
             if layer.module in statistics.linears and layer.tensor in self._folds
         ]
         unit = _plain(statistics.site)
@@ -130,16 +127,16 @@ class SmoothInSequence:
             return
         factors = self.divisors.get(statistics.site)
         before = statistics if factors is None else smoothed(statistics, 1 / factors)
-        errors = {}
+        errors, fmt = {}, self.smoothing.rounding.fmt
         for layer in layers:
-            weight = self.settling.checkpoint.weight(layer)
-            plain = measure_plain(weight, layer, before, self.settling.fmt)
+            weight = self.smoothing.checkpoint.weight(layer)
+            _, plain = round_layer(weight, layer, fmt, before)
             errors[layer.module] = (plain.rel_err, plain.heldout_rel_err)
         self.work.staging.put(unit, [], errors)
 
     def result(self) -> Smoothed:
         """What was found, once every layer is rounded."""
-        found, staging = Smoothed(self.settling), self.work.staging
+        found, staging = Smoothed(self.smoothing), self.work.staging
         for group in self._groups:
             found.take(group.sites, staging)
         found.rtn = {

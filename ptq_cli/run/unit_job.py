@@ -14,43 +14,20 @@ import numpy as np
 from ptq_cli._version import __version__
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
-from ptq_cli.core.plugins import Format, Method
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.numerics.rounding import ScaleOverflow
-from ptq_cli.registry import format_named, method
-from ptq_cli.run.quantize_unit import LayerWeight, quantize_unit
+from ptq_cli.report.report import row_from_json
+from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import digest_of, digest_words
 from ptq_cli.storage.rows import FileRows
 from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
-
-Entries = list[dict[str, Any]]  # report rows as JSON
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How the units of a run are rounded: a method's name and its settings, a format's name.
-
-    on_failure: "rtn" rounds to nearest where a factorization fails for good; "error" raises
-    """
-
-    method: str
-    settings: Any
-    format: str
-    on_failure: str = "error"
-
-    @property
-    def how(self) -> Method:
-        return method(self.method)
-
-    @property
-    def fmt(self) -> Format:
-        return format_named(self.format)
 
 
 @dataclass(frozen=True)
@@ -73,32 +50,27 @@ class UnitJob:
             "settings": digest_words(__version__, repr(unit), repr(rounding)),
         }
 
-    def kept(self) -> Entries | None:
-        """The report rows of the unit, where a run before this one has finished it."""
+    def kept(self) -> list[LayerReport] | None:
+        """The report's rows of the unit, where a run before this one has finished it."""
         if not self.store.exists(self.unit.name):
             return None
         names = [layer.tensor for layer in self.unit.layers]
         digests = {name: digest_of(self.checkpoint.read_bytes(name)) for name in names}
         if not self.store.reusable(self.unit.name, self.key(digests)):
             return None
-        entries: Entries = self.store.result(self.unit.name)
-        return entries
+        return [row_from_json(entry) for entry in self.store.result(self.unit.name)]
 
     def decoded(self) -> dict[str, Tensor]:
         """What the finished unit's tensors decode to, by the name of each layer's tensor."""
-        fmt = self.rounding.fmt
         staged = {t.spec.name: as_array(t) for t in self.store.tensors(self.unit.name)}
         return {
-            layer.tensor: as_tensor(
-                layer,
-                fmt.decode(layer, {spec.name: staged[spec.name] for spec in fmt.specs(layer)}),
-            )
+            layer.tensor: as_tensor(layer, self.rounding.fmt.decode(layer, staged))
             for layer in self.unit.layers
         }
 
 
-def work_on(job: UnitJob) -> tuple[Entries, bool]:
-    """Do the unit unless a run before this one has; its report rows, and whether they are that
+def work_on(job: UnitJob) -> tuple[list[LayerReport], bool]:
+    """Do the unit unless a run before this one has; the report's rows, and whether they are that
     run's."""
     kept = job.kept()
     if kept is not None:
@@ -109,13 +81,13 @@ def work_on(job: UnitJob) -> tuple[Entries, bool]:
     return finish(job, job.unit, statistics), False
 
 
-def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> Entries:
-    """Round → prove → stage; the report rows. unit: the job's, or that without statistics"""
+def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> list[LayerReport]:
+    """Round → prove → stage; the report's rows. unit: the job's, or that without statistics"""
     begin = time.perf_counter()
     with ExitStack() as files:
         weights = _Weights(job, files)
         try:
-            results = quantize_unit(unit, statistics, weights.load, job.rounding)
+            tensors, rows = quantize_unit(unit, statistics, weights.load, job.rounding)
         except NumericalError as error:
             error.hint = " or ".join(filter(None, (error.hint, "allow --fallback rtn")))
             raise
@@ -123,13 +95,11 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> Entri
             weights.check()
             raise
         digests = weights.digests()
-    tensors = [
-        as_bytes(name, values) for result in results for name, values in result.tensors.items()
-    ]
-    entries = [asdict(result.row) for result in results]
+    packed = [as_bytes(name, values) for name, values in tensors.items()]
+    entries = [asdict(row) for row in rows]
     seconds = time.perf_counter() - begin
-    job.store.put(job.unit.name, job.key(digests), tensors, entries, seconds)
-    return entries
+    job.store.put(job.unit.name, job.key(digests), packed, entries, seconds)
+    return rows
 
 
 @dataclass

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport
-from ptq_cli.models.sites import Site
-from ptq_cli.report.report import row_from_json
-from ptq_cli.run.background_copy import BackgroundCopy
+from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.schedule import RunOptions
-from ptq_cli.run.settle import Settling
+from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import Smoothed
-from ptq_cli.run.unit_job import Entries, Rounding, UnitJob
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.run.unit_job import UnitJob
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.units import UnitStore
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """The stage before rounding. sites: that may take factors; heldout: every how many tokens one
-    is held out, how many at most"""
-
-    settling: Settling
-    sites: tuple[Site, ...]
-    heldout: tuple[int, int]
-
-    @property
-    def tensors(self) -> set[str]:
-        """What a fold may change."""
-        return {tensor for site in self.sites for tensor in site.tensors}
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,55 @@ class Quantization:
         return self.source.scratch * (2 if self.in_sequence and self.smoothing else 1)
 
 
+class BackgroundCopy:
+    """Copies finished tensors to their places in `shards` while others are still being worked on;
+    without shards it does nothing.
+
+    One thread copies, so that the disk is busy from the beginning and nothing is left to write at
+    the end but headers. It holds no work that could be lost: units wait for nobody, and are copied
+    again where a run is interrupted.
+    """
+
+    def __init__(self, shards: Shards | None) -> None:
+        self._shards = shards
+        self._thread = ThreadPoolExecutor(1)
+        self._running: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self._check()
+
+    def put(self, tensors: Iterable[StoredTensor]) -> None:
+        """Have tensors copied. Raises FileError of an earlier copy."""
+        self._submit(lambda shards: shards.put(tensors))
+
+    def put_unit(self, store: UnitStore, unit: str) -> None:
+        """Have the tensors of a finished unit copied, where they are not in their places yet."""
+
+        def copy(shards: Shards) -> None:
+            tensors = store.tensors(unit)
+            if store.entry(unit)["placed"]:
+                shards.take(tensor.spec.name for tensor in tensors)
+            else:
+                shards.put(tensors)
+
+        self._submit(copy)
+
+    def _submit(self, copy: Callable[[Shards], None]) -> None:
+        self._check()
+        if self._shards is not None:
+            self._running.append(self._thread.submit(copy, self._shards))
+
+    def _check(self) -> None:
+        """Raises what a copy met."""
+        while self._running and self._running[0].done():
+            self._running.popleft().result()
+
+
 @dataclass
 class Work:
     """A run under way.
@@ -101,12 +137,11 @@ class Work:
         store = replace(self.store, places=places)
         return UnitJob(unit, tensors, own, self.job.rounding, store)
 
-    def add(self, unit: str, entries: Entries, kept: bool) -> None:
+    def add(self, unit: str, rows: Iterable[LayerReport], kept: bool) -> None:
         """A unit is finished: its tensors are copied to their places, its rows are told."""
         self.copy.put_unit(self.store, unit)
         sizes, total = self._sizes
-        for entry in entries:
-            row = row_from_json(entry)
+        for row in rows:
             self.rows[row.module] = row
             self.done += sizes[row.module]
             count, of = len(self.rows), len(sizes)

@@ -26,14 +26,12 @@ def main(descriptor: int, parent: int) -> None:
             fn, args = line.recv()
         except (EOFError, OSError):
             return
-        _send(line, *_answer(fn, args))
-
-
-def _answer(fn: Any, args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
-    try:
-        return fn(*args), None
-    except Exception as error:
-        return None, error
+        answer: tuple[Any, Exception | None]
+        try:
+            answer = (fn(*args), None)
+        except Exception as error:
+            answer = (None, error)
+        _send(line, *answer)
 
 
 def _send(line: Connection, answer: Any, error: Exception | None) -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -99,57 +98,41 @@ class InProcess(Executor):
 
 
 class ProcessPool(Executor):
-    """Processes of this machine, each started when there is work for it, and anew where it died."""
+    """Processes of this machine, each started when there is work for it, and anew where it died.
+    Each has a thread of its own that hands it one task after the other."""
 
     def __init__(self, count: int) -> None:
-        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._count = count
-        self._threads: list[threading.Thread] = []
+        # Processes inherit the blocked signals of the thread that starts them.
+        blocked = (signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        self._threads = ThreadPoolExecutor(count, "", signal.pthread_sigmask, blocked)
+        self._own = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._tasks.put((future, fn, args))
-        if len(self._threads) < self._count:
-            self._add_thread()
-        return future
+        return self._threads.submit(self._ask, fn, args)
 
-    def _add_thread(self) -> None:
-        # Processes inherit the blocked signals of the thread that starts them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            thread = threading.Thread(target=self._serve, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-    def _serve(self) -> None:
-        """Hand tasks to one process, one after the other."""
-        process: _Worker | None = None
-        while (task := self._tasks.get()) is not None:
-            future, fn, args = task
-            for attempt in range(1, ATTEMPTS + 1):
-                if self._stopped:
-                    return
-                try:
-                    process = process or self._start()
-                    answer, error = process.ask(fn, args)
-                except (OSError, EOFError) as failure:
-                    lost = process.end() if process else str(failure)
-                    process = None
-                    if attempt == ATTEMPTS and not self._stopped:
-                        future.set_exception(_lost(lost))
-                    continue
-                except Exception as failure:  # a task or an answer that cannot travel
-                    error = failure
-                if error is None:
-                    future.set_result(answer)
-                else:
-                    future.set_exception(error)
-                break
+    def _ask(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Have the thread's process do a task, and a new one if that dies."""
+        lost = ""
+        for _ in range(ATTEMPTS):
+            worker: _Worker | None = getattr(self._own, "worker", None)
+            try:
+                worker = self._own.worker = worker or self._start()
+                worker.line.send((fn, args))
+                answer, error = worker.line.recv()
+            except (OSError, EOFError) as failure:
+                lost = str(failure) if worker is None else self._end(worker)
+                self._own.worker = None
+                continue
+            if error is not None:
+                raise error
+            return answer
+        raise WorkerLost(
+            f"its worker process ended {ATTEMPTS} times without an answer ({lost})",
+            hint="if memory ran out, lower --workers or --max-memory",
+        )
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -165,7 +148,15 @@ class ProcessPool(Executor):
                 stdout=subprocess.DEVNULL,
             )
             self._processes.add(process)
-        return _Worker(process, Connection(ours.detach()), self._processes)
+        return _Worker(process, Connection(ours.detach()))
+
+    def _end(self, worker: _Worker) -> str:
+        """See a process out; how it ended, in words."""
+        worker.line.close()
+        worker.process.kill()
+        code = worker.process.wait()
+        self._processes.discard(worker.process)
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def stop(self) -> None:
         """End every process at once; work in hand is lost, files are whole or absent."""
@@ -173,8 +164,7 @@ class ProcessPool(Executor):
         with self._lock:
             for process in list(self._processes):
                 process.kill()
-        for _ in self._threads:
-            self._tasks.put(None)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for process in list(self._processes):
             process.wait()
 
@@ -185,27 +175,6 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     line: Connection
-    siblings: set[subprocess.Popen[bytes]]
-
-    def ask(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
-        self.line.send((fn, args))
-        answer: tuple[Any, Exception | None] = self.line.recv()
-        return answer
-
-    def end(self) -> str:
-        """See it out; how it ended, in words."""
-        self.line.close()
-        self.process.kill()
-        code = self.process.wait()
-        self.siblings.discard(self.process)
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _lost(how: str) -> WorkerLost:
-    return WorkerLost(
-        f"its worker process ended {ATTEMPTS} times without an answer ({how})",
-        hint="if memory ran out, lower --workers or --max-memory",
-    )
 
 
 def _environment() -> dict[str, str]:

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.plan.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +54,7 @@ def test_recipes_are_recipes(tmp_path: Path, text: str) -> None:
     name = tomllib.loads(text).get("method", "gptq")
     path = tmp_path / "recipe.toml"
     path.write_text(text, "utf-8")
-    assert load_recipe(path, name, settings_classes(name))
+    assert load_recipe(path, name)
 
 
 def same(shown: str, printed: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from ptq_cli.calibration import from_activations as A
 from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.numerics.statistics import percentile
-from ptq_cli.run.site_statistics import SiteTasks
+from ptq_cli.run.calibrate import SiteJob, first_tasks
 from tests.builders import SITES, ptq, random_inputs, small_activations, small_model, tree
 from tests.stopping import STAGED, TOLD, killed
 
@@ -125,7 +125,7 @@ def test_sites_of_one_part_are_as_they_were(tmp_path, folder, monkeypatch):
 def test_no_more_lies_on_the_disk_than_is_waiting_to_be_merged(
     tmp_path, folder, small_parts, monkeypatch
 ):
-    """A node's halves are dropped when it is there; one worker holds a level's worth of them."""
+    """A site's parts are merged and dropped before another's are begun."""
     from ptq_cli.storage.units import UnitStore
 
     most = 0
@@ -138,7 +138,7 @@ def test_no_more_lies_on_the_disk_than_is_waiting_to_be_merged(
 
     monkeypatch.setattr(UnitStore, "put", watched)
     calibrate(folder, tmp_path / "c.safetensors", "--workers", 1)
-    assert 2 <= most <= 4  # seven parts: three levels, and the merge of two before they are dropped
+    assert most == 7
 
 
 def kept(units):
@@ -227,7 +227,7 @@ def test_stopped_at_any_step_it_goes_on_and_ends_with_the_same_bytes(
         assert len(summed) == 21 - len(finished)  # nothing is summed again
         assert not list(tmp_path.glob("*.partial"))
         target.unlink()
-    assert number > 30  # three sites of seven parts and six merges
+    assert number > 21  # three sites of seven parts
 
 
 def test_a_torn_sum_of_parts_is_made_again_from_the_tokens(
@@ -294,14 +294,12 @@ def test_what_a_part_says_of_itself(folder):
         A.find_activations([folder / "acts"], bf16=False),
     )
     source = A.Activations("acts", match.entries, part_tokens=PART)
-    tasks = SiteTasks("layers.0.q_proj", source, UnitStore(folder / "none"))
-    first = tasks.first()
+    site = "layers.0.q_proj"
+    job = SiteJob(site, source, UnitStore(folder / "none"), source.all_parts(site))
+    first = first_tasks(job)
     assert [task.name for task in first[:2]] == [
         "layers.0.q_proj, part 1 of 7",
         "layers.0.q_proj, part 2 of 7",
     ]
     assert len(first) == 7
-    assert tasks.after(first[0].argument) == []
-    (merge,) = tasks.after(first[1].argument)
-    assert merge.name == "layers.0.q_proj, parts 1 to 2 of 7"
-    assert merge.memory < first[0].memory
+    assert job.task().name == site  # which merges them

@@ -18,7 +18,7 @@ from tests.builders import ROOT, random_weight, write_model
 CHILD = """
 import ctypes, gc, json, sys
 from pathlib import Path
-from ptq_cli.run import calibrate, in_sequence, loop, site_statistics
+from ptq_cli.run import calibrate, in_sequence, loop
 from ptq_cli.cli.main import run
 
 def kilobytes(key):
@@ -50,9 +50,7 @@ def noting(tasks, *rest, **options):
     return run_tasks(tasks, *rest, **options)
 
 calibrate.run_tasks = noting
-site_statistics.make = watched(
-    lambda job: job.unit, lambda job: stated.get(job.unit), site_statistics.make
-)
+calibrate.make = watched(lambda job: job.unit, lambda job: stated.get(job.unit), calibrate.make)
 statistics_of, round_unit = in_sequence._statistics, in_sequence._round
 began = {}
 

@@ -35,14 +35,14 @@ def weight():
 def test_panels_are_the_whole(weight, grid, fmt):
     if fmt != "ptq" and SHAPE[1] % grid.width(SHAPE[1]):
         grid = replace(grid, group_size=40)
-    stored, measures = round_layer(weight, layer_of(grid), format_named(fmt), None)
+    tensors, measures = round_layer(weight, layer_of(grid), format_named(fmt), None)
     whole = round_to_nearest(weight, grid)
-    assert same_weight(stored.unpacked(), whole)
+    assert same_weight(format_named(fmt).decode(layer_of(grid), tensors), whole)
     expected = measure(weight, whole, None, None)
     assert measures.max_abs_err == expected.max_abs_err
     np.testing.assert_allclose(measures.rel_err, expected.rel_err, rtol=1e-6)
     specs = {spec.name: spec.shape for spec in format_named(fmt).specs(layer_of(grid))}
-    assert {name: values.shape for name, values in stored.tensors.items()} == specs
+    assert {name: values.shape for name, values in tensors.items()} == specs
 
 
 def test_threads_change_nothing(weight):
@@ -51,8 +51,8 @@ def test_threads_change_nothing(weight):
     with use_threads(3):
         together, same = round_layer(weight, layer, fmt, None)
     assert same == errors
-    for name, values in alone.tensors.items():
-        np.testing.assert_array_equal(together.tensors[name], values)
+    for name, values in alone.items():
+        np.testing.assert_array_equal(together[name], values)
 
 
 @pytest.mark.parametrize("row", [0, SHAPE[0] - 1])
@@ -81,8 +81,8 @@ def test_outputs_are_measured_multiplied(weight, fmt):
     """Each row by its own factor, in every piece of every panel."""
     grid = Grid(4, group_size=40)
     outputs = np.random.default_rng(1).uniform(0.1, 10, SHAPE[0])
-    stored, measures = round_layer(weight, layer_of(grid), format_named(fmt), None, outputs)
-    whole = stored.unpacked()
+    tensors, measures = round_layer(weight, layer_of(grid), format_named(fmt), None, outputs)
+    whole = format_named(fmt).decode(layer_of(grid), tensors)
     assert measure(weight, whole, None, None, outputs) == measures
     scaled = weight * outputs[:, None]
     error = scaled - whole.dequantized() * outputs[:, None]
