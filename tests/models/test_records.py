@@ -146,7 +146,7 @@ def test_nothing_of_a_family_stands_outside_its_file():
         linears = {name for group in inner_names(family) for name in group if "expert" not in name}
         words |= {family.name, *family.model_types, *linears, *family.names.norms.values()}
         words |= {name.rpartition(".")[2] for name in linears}
-        words |= set(family.forward.keys.values()) if family.forward else set()
+        words |= set(family.keys.values())
     words -= {"dense", "intermediate_size"}  # BLOOM's and Mixtral's, but everybody's words too
     found = {}
     for path in PACKAGE.rglob("*.py"):

@@ -6,7 +6,6 @@ from ptq_cli.models.family import Condition, Family, Folds, Names, behind
 
 FAMILY = Family(
     name="bloom",
-    model_types=("bloom",),
     names=Names(
         prefixes=("transformer.", ""),
         blocks="h",
@@ -19,16 +18,16 @@ FAMILY = Family(
         norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
         buffers=(),
     ),
+    defaults={"apply_residual_connection_post_layernorm": False},
+    keys={"num_attention_heads": "n_head"},
     folds=Folds(
         values="q k v per head",
         norm_if=Condition(
             "apply_residual_connection_post_layernorm",
             False,
-            False,
             "its inputs are also the residual (apply_residual_connection_post_layernorm is true)",
             published=True,
         ),
         inner_reason=behind("gelu"),
-        heads="n_head",
     ),
 )

@@ -7,8 +7,7 @@ from ptq_cli.models.family import Family, Folds
 
 FAMILY = Family(
     name="gemma",
-    model_types=("gemma",),
-    names=llama.NAMES,
+    names=llama.FAMILY.names,
     plus_one=True,
     vocabularies=(256000, 256128),
     folds=Folds(),

@@ -7,11 +7,12 @@ from ptq_cli.models.family import Family, Folds, Forward, Windows
 
 FAMILY = Family(
     name="mistral",
-    model_types=("mistral",),
-    names=llama.NAMES,
+    names=llama.FAMILY.names,
+    defaults={
+        **llama.FAMILY.defaults,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
     folds=Folds(),
-    forward=Forward(
-        windows=Windows(),
-        defaults=llama.DEFAULTS | {"max_position_embeddings": 131072, "sliding_window": 4096},
-    ),
+    forward=Forward(windows=Windows()),
 )

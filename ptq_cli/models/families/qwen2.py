@@ -13,16 +13,15 @@ WINDOWS = Windows(
     switch="use_sliding_window",
 )
 
-DEFAULTS = llama.DEFAULTS | {
-    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-    "max_window_layers": 28,
-}  # fmt: skip
-
 FAMILY = Family(
     name="qwen2",
-    model_types=("qwen2",),
-    names=replace(llama.NAMES, marks=("self_attn.q_proj.bias",)),
+    names=replace(llama.FAMILY.names, marks=("self_attn.q_proj.bias",)),
+    defaults={
+        **llama.FAMILY.defaults,
+        "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
     folds=Folds(),
-    forward=Forward(biases={"qkv": True}, windows=WINDOWS, defaults=DEFAULTS),
+    forward=Forward(biases={"qkv": True}, windows=WINDOWS),
     gguf=Gguf("qwen2"),
-)
+)  # fmt: skip

@@ -12,11 +12,9 @@ BIASES = {"qkv": "attention_bias", "output": "attention_bias"}
 
 FAMILY = Family(
     name="qwen3",
-    model_types=("qwen3",),
-    names=replace(llama.NAMES, norms={**llama.NAMES.norms, **NORMS}),
+    names=replace(llama.FAMILY.names, norms={**llama.FAMILY.names.norms, **NORMS}),
+    defaults={**qwen2.FAMILY.defaults, "head_dim": 128},
     folds=Folds(),
-    forward=Forward(
-        biases=BIASES, windows=qwen2.WINDOWS, defaults=qwen2.DEFAULTS | {"head_dim": 128}
-    ),
+    forward=Forward(biases=BIASES, windows=qwen2.WINDOWS),
     gguf=Gguf("qwen3"),
 )

@@ -13,7 +13,6 @@ from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
 from ptq_cli.models.forward.rope import Rope, read_rope
 
 WORKSPACE = 16 << 20  # scores, chunks of activation functions, rotations of short batches
-USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     Raises InputError for a `model_type` or a setting that is not known.
     """
     kind, family, forward = _family(config)
-    config = _in_our_words(config, forward)
+    config = _settings(config, family)
     names, prefix = family.names, _prefix(family.names, tensors)
     embedding = f"{prefix}{names.embedding}.weight"
     narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
@@ -161,12 +160,9 @@ def _family(config: Config) -> tuple[str, Family, Forward]:
     return str(kind), family, family.forward
 
 
-def _in_our_words(config: Config, forward: Forward) -> dict[str, Any]:
-    """The config with the family's defaults, and with the forward's words for its keys."""
-    full = {**forward.defaults, **(config.get("text_config") or config)}
-    for word, key in {**USUAL_KEYS, **forward.keys}.items():
-        if full.get(word) is None:
-            full[word] = full.get(key)
+def _settings(config: Config, family: Family) -> dict[str, Any]:
+    """The family's settings, with the sizes that follow from others."""
+    full = family.settings(config)
     hidden, heads = _number(full, "hidden_size"), _number(full, "num_attention_heads")
     _number(full, "num_hidden_layers")
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
