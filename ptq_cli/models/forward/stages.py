@@ -128,16 +128,11 @@ def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...
         branch = apply_linear(block.output, weights, state.inputs[block.output.name])
         return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
 
-    def enter(weights: Weights, hidden: FloatArray) -> State:
-        return begin(arch, index, weights, hidden)
-
-    head = (
-        Stage("attention_in", _site(*block.qkv), attention_in, enter),
-        Stage("attention_out", _site(block.output), attention_out),
+    return (
+        Stage("attention_in", _sites(block.qkv), attention_in, partial(begin, arch, index)),
+        Stage("attention_out", _sites((block.output,)), attention_out),
+        *_mlp_stages(arch, block),
     )
-    if block.experts:
-        return head + _expert_stages(arch, block, block.experts)
-    return head + _mlp_stages(arch, block)
 
 
 def forward_block(
@@ -154,8 +149,9 @@ def forward_block(
     """
     state = begin(arch, index, weights, hidden)
     for stage in stages(arch, index, packing):
-        for site, inputs in state.inputs.items() if observe else ():
-            observe(site, inputs)  # type: ignore[misc]
+        if observe is not None:
+            for site, inputs in state.inputs.items():
+                observe(site, inputs)
         state = stage.apply(weights, state)
     return state.hidden
 
@@ -180,8 +176,8 @@ def logits(
     return scores
 
 
-def _site(*linears: Linear) -> dict[str, tuple[str, ...]]:
-    return {linears[0].name: tuple(linear.name for linear in linears)}
+def _sites(*groups: tuple[Linear, ...]) -> dict[str, tuple[str, ...]]:
+    return {linears[0].name: tuple(linear.name for linear in linears) for linears in groups}
 
 
 def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
@@ -230,19 +226,36 @@ def _attention(
 
 
 def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
-    first, down = block.mlp_in[0].name, block.mlp_out.name
+    """The stages of the MLP, or of the experts behind their router."""
+    experts, enter = block.experts, partial(_enter_mlp, block)
+    before = experts.inputs if experts else (block.mlp_in,)
+    behind = experts.outputs if experts else (block.mlp_out,)
+    width = experts.width if experts else arch.intermediate_size
 
     def mlp_in(weights: Weights, state: State) -> State:
-        return State(state.hidden, {down: _inner(arch, block.mlp_in, weights, state.inputs[first])})
+        inner = {}
+        for linears, down in zip(before, behind, strict=True):
+            inputs = state.inputs[linears[0].name]
+            empty = np.zeros((0, width), dtype=np.float32)
+            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
+        return State(state.hidden, inner, state.routing)
 
     def mlp_out(weights: Weights, state: State) -> State:
-        branch = apply_linear(block.mlp_out, weights, state.inputs[down])
+        if state.routing is None:
+            branch = apply_linear(block.mlp_out, weights, state.inputs[block.mlp_out.name])
+        else:
+            branch = np.zeros_like(state.hidden)
+            routes = zip(behind, state.routing.rows, state.routing.share, strict=True)
+            for down, rows, share in routes:
+                if len(rows):
+                    branch[rows] += apply_linear(down, weights, state.inputs[down.name]) * share
         return State(_add(block, "mlp", weights, state.hidden, branch))
 
-    return (
-        Stage("mlp_in", _site(*block.mlp_in), mlp_in, partial(_enter_mlp, block)),
-        Stage("mlp_out", _site(block.mlp_out), mlp_out),
-    )
+    last = Stage("mlp_out", _sites(*((down,) for down in behind)), mlp_out)
+    if experts is None:
+        return Stage("mlp_in", _sites(*before), mlp_in, enter), last
+    router = Stage("router", _sites((experts.router,)), partial(_route, experts), enter)
+    return router, Stage("mlp_in", _sites(*before), mlp_in), last
 
 
 def _inner(
@@ -255,40 +268,13 @@ def _inner(
     return activate(arch.activation, parts[0], parts[1] if arch.gated else None)
 
 
-def _expert_stages(arch: Architecture, block: Block, experts: Experts) -> tuple[Stage, ...]:
-    router = experts.router.name
-
-    def route(weights: Weights, state: State) -> State:
-        inputs = state.inputs[router]
-        routing = route_tokens(experts, apply_linear(experts.router, weights, inputs))
-        names = (linears[0].name for linears in experts.inputs)
-        some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
-        return State(state.hidden, some, routing)
-
-    def mlp_in(weights: Weights, state: State) -> State:
-        inner = {}
-        for linears, down in zip(experts.inputs, experts.outputs, strict=True):
-            inputs = state.inputs[linears[0].name]
-            empty = np.zeros((0, experts.width), dtype=np.float32)
-            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
-        return State(state.hidden, inner, state.routing)
-
-    def mlp_out(weights: Weights, state: State) -> State:
-        branch = np.zeros_like(state.hidden)
-        assert state.routing is not None
-        pairs = zip(state.routing.rows, state.routing.share, strict=True)
-        for down, (rows, share) in zip(experts.outputs, pairs, strict=True):
-            if len(rows):
-                branch[rows] += apply_linear(down, weights, state.inputs[down.name]) * share
-        return State(_add(block, "mlp", weights, state.hidden, branch))
-
-    ins = {linears[0].name: tuple(li.name for li in linears) for linears in experts.inputs}
-    outs = {down.name: (down.name,) for down in experts.outputs}
-    return (
-        Stage("router", _site(experts.router), route, partial(_enter_mlp, block)),
-        Stage("mlp_in", ins, mlp_in),
-        Stage("mlp_out", outs, mlp_out),
-    )
+def _route(experts: Experts, weights: Weights, state: State) -> State:
+    """From the inputs of the router to those of each expert."""
+    inputs = state.inputs[experts.router.name]
+    routing = route_tokens(experts, apply_linear(experts.router, weights, inputs))
+    names = (linears[0].name for linears in experts.inputs)
+    some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
+    return State(state.hidden, some, routing)
 
 
 def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
