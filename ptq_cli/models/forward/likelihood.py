@@ -52,13 +52,9 @@ class TokenMeasures:
 
 def next_tokens(tokens: Array, packing: Packing) -> tuple[NDArray[np.int64], Array]:
     """Packed rows that have a token after them in their sequence, and that token, [n] each."""
-    flat = packing.flat(tokens)
-    has_next = np.ones(packing.n_tokens, dtype=np.bool_)
-    ends = [stop for start, stop in zip(packing.starts, packing.starts[1:], strict=False)
-            if stop > start]  # fmt: skip
-    has_next[np.asarray(ends, dtype=np.int64) - 1] = False
-    rows = np.nonzero(has_next)[0]
-    return rows, flat[rows + 1]
+    sequences = np.nonzero(packing.mask)[0]
+    rows = np.nonzero(sequences[1:] == sequences[:-1])[0]
+    return rows, packing.flat(tokens)[rows + 1]
 
 
 def measure_tokens(model: Prediction, targets: Array, reference: Prediction) -> TokenMeasures:

@@ -96,9 +96,7 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
         return hidden
     columns = packing.positions
     if arch.position_counts:
-        columns = np.arange(packing.n_tokens) - np.repeat(
-            packing.starts[:-1], np.diff(packing.starts)
-        )
+        columns = packing.flat(np.cumsum(packing.mask, axis=1)) - 1
     return hidden + _rows(weights, arch.positions, columns + arch.position_offset, "position")
 
 
