@@ -15,7 +15,7 @@ longrope  divided channel by channel by one of two lists (arXiv 2402.13753), cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,6 +130,15 @@ KINDS: dict[str, Callable[[Rope, int], Frequencies]] = {
     "longrope": _longrope,
 }
 
+
+def not_known(what: str, known: Iterable[str]) -> InputError:
+    """The error for a word of config.json that the forward does not know."""
+    return InputError(
+        f"{what}; known are {', '.join(sorted(known))}",
+        hint="bring activations with --activations, which works for any model",
+    )
+
+
 _ALIASES = {"su": "longrope", "none": "default"}
 
 
@@ -145,11 +154,7 @@ def read_rope(
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = _ALIASES.get(kind, kind)
     if kind not in KINDS:
-        raise InputError(
-            f"config.json asks for rotary embeddings of type {kind!r}; known are "
-            f"{', '.join(sorted(KINDS))}",
-            hint="bring activations with --activations, which works for any model",
-        )
+        raise not_known(f"config.json asks for rotary embeddings of type {kind!r}", KINDS)
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     if dims < 2 or dims % 2:
         raise InputError(f"config.json turns {dims} channels of a head; it must be even and not 0")

@@ -95,9 +95,11 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
     if arch.positions is None:
         return hidden
     columns = packing.positions
-    if arch.position_counts:
+    if arch.forward.position_counts:
         columns = packing.flat(np.cumsum(packing.mask, axis=1)) - 1
-    return hidden + _rows(weights, arch.positions, columns + arch.position_offset, "position")
+    return hidden + _rows(
+        weights, arch.positions, columns + arch.forward.position_offset, "position"
+    )
 
 
 def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
@@ -261,9 +263,9 @@ def _inner(
 ) -> FloatArray:
     """From the inputs of gate and up to those of down."""
     parts = [apply_linear(linear, weights, inputs) for linear in linears]
-    if arch.gated and len(parts) == 1:
+    if arch.forward.gated and len(parts) == 1:
         parts = np.split(parts[0], 2, axis=1)
-    return activate(arch.activation, parts[0], parts[1] if arch.gated else None)
+    return activate(arch.activation, parts[0], parts[1] if arch.forward.gated else None)
 
 
 def _route(experts: Experts, weights: Weights, state: State) -> State:
