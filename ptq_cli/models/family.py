@@ -122,22 +122,6 @@ def behind(activation: str) -> str:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Blocks whose tokens see only `sliding_window` tokens, where config.json sets it.
-
-    slides: whether a block does, from config.json and its number
-    by_type: config.json's `layer_types` goes before that
-    switch: key that must be true for windows to count
-    theta: rotary base of these blocks, key and default, where it is another
-    """
-
-    slides: Callable[[Config, int], bool] = lambda config, index: True
-    by_type: bool = False
-    switch: str | None = None
-    theta: tuple[str, float] | None = None
-
-
-@dataclass(frozen=True)
 class Forward:
     """What a block computes, and how config.json says it.
 
@@ -148,6 +132,8 @@ class Forward:
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
     biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
+        config.json and the block's number; by_type: config.json's `layer_types` goes before that
     """
 
     gated: bool = True
@@ -157,18 +143,8 @@ class Forward:
     position_offset: int = 0
     position_counts: bool = False
     biases: Mapping[str, bool | str] = field(default_factory=dict)
-    windows: Windows | None = None
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """A family in GGUF files; its names there follow from their roles (models/gguf_names.py).
-
-    permuted: inside each head, the rows of q and k stand in another order
-    """
-
-    architecture: str
-    permuted: bool = False
+    slides: Callable[[Config, int], bool] = lambda config, index: False
+    by_type: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +173,10 @@ class Family:
         a branch, not behind its sum), no_final_norm, embedding_size, score_size (scores are divided
         by its root, not head_dim's), scale_scores, scale_by_depth (scores are divided by the
         block's number), attention_softcap, logit_softcap, num_experts, expert_size, dense_blocks
-        (numbers of blocks without experts), sparse_step (every n-th has experts)
+        (numbers of blocks without experts), sparse_step (every n-th has experts), use_windows,
+        local_rope_theta (of blocks with windows)
+    gguf: its architecture in GGUF files, where names follow from roles (models/gguf_names.py)
+    gguf_permuted: inside each head, the rows of q and k stand there in another order
     """
 
     name: str
@@ -210,7 +189,8 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     folds: Folds | None = None
     forward: Forward | None = None
-    gguf: Gguf | None = None
+    gguf: str | None = None
+    gguf_permuted: bool = False
 
     @property
     def model_types(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Gguf, Names
+from ptq_cli.models.family import Family
 
 _NORMS = {"attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm"}
 
@@ -63,25 +63,25 @@ class GgufNames:
 
 def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     """The names for a config.json. Raises InputError for a model that GGUF does not hold here."""
-    kind = config.get("model_type")
-    for family in FAMILIES:
-        if family.gguf is not None and kind in family.model_types:
-            return _names(family.names, family.gguf)
-    known = sorted(k for family in FAMILIES if family.gguf for k in family.model_types)
-    raise InputError(
-        f"gguf: model_type {kind!r} is not known, only {', '.join(known)}", hint="another --format"
-    )
+    kind = str(config.get("model_type"))
+    known = {kind: family for family in FAMILIES if family.gguf for kind in family.model_types}
+    if kind not in known:
+        words = ", ".join(sorted(known))
+        message = f"gguf: model_type {kind!r} is not known, only {words}"
+        raise InputError(message, hint="another --format")
+    return _names(known[kind])
 
 
 def names_of_file(architecture: str) -> GgufNames:
     """The names in a file, by its `general.architecture`. Raises InputError for another one."""
     for family in FAMILIES:
-        if family.gguf is not None and family.gguf.architecture == architecture:
-            return _names(family.names, family.gguf)
+        if family.gguf == architecture:
+            return _names(family)
     raise InputError(f"gguf: general.architecture {architecture!r} is not understood")
 
 
-def _names(names: Names, gguf: Gguf) -> GgufNames:
+def _names(family: Family) -> GgufNames:
+    names = family.names
     prefix = names.prefixes[0]
     beside = {
         f"{prefix}{names.embedding}": "token_embd",
@@ -92,6 +92,6 @@ def _names(names: Names, gguf: Gguf) -> GgufNames:
     inside |= zip(names.qkv, ("attn_q", "attn_k", "attn_v"), strict=True)
     inside |= zip(names.mlp_in, ("ffn_gate", "ffn_up"), strict=True)
     inside |= {names.norms[role]: own for role, own in _NORMS.items() if role in names.norms}
-    keys = ("num_attention_heads", "num_key_value_heads") if gguf.permuted else ()
+    keys = ("num_attention_heads", "num_key_value_heads") if family.gguf_permuted else ()
     permuted = dict(zip(names.qkv, keys, strict=False))
-    return GgufNames(gguf.architecture, f"{prefix}{names.blocks}.", beside, inside, permuted)
+    return GgufNames(str(family.gguf), f"{prefix}{names.blocks}.", beside, inside, permuted)

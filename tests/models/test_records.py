@@ -92,7 +92,7 @@ def test_gguf_names_every_tensor_once(family):
             names_of_model({"model_type": family.model_types[0]})
         return
     gguf, names = names_of_model({"model_type": family.model_types[0]}), family.names
-    assert gguf == names_of_file(family.gguf.architecture)
+    assert gguf == names_of_file(family.gguf)
     prefix = names.prefixes[0]
     modules = [f"{prefix}{names.embedding}", f"{prefix}{names.final_norm}", names.head]
     inside = [name for group in inner_names(family) for name in group]

@@ -1,7 +1,5 @@
 """BLOOM: LayerNorms, biases, gelu, ALiBi; q, k and v interleaved by head in one linear."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Condition, Family, Folds, Names, behind
 
 FAMILY = Family(

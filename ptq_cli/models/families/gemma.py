@@ -1,7 +1,5 @@
 """Gemma 1: Llama's names, but norms store gain − 1; post_attention_layernorm feeds the MLP."""
 
-from __future__ import annotations
-
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
-from ptq_cli.models.family import Config, Family, Folds, Forward, Windows
+from ptq_cli.models.family import Config, Family, Folds, Forward
 
 
 def slides(config: Config, index: int, period: int) -> bool:
@@ -23,7 +23,8 @@ def slides(config: Config, index: int, period: int) -> bool:
 FORWARD = Forward(
     embedding_scaled=True,
     biases=qwen3.BIASES,
-    windows=Windows(lambda config, index: slides(config, index, 2), by_type=True),
+    slides=lambda config, index: slides(config, index, 2),
+    by_type=True,
 )
 
 FAMILY = Family(

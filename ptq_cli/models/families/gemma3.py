@@ -1,12 +1,9 @@
 """Gemma 3 (text): Gemma 2 with norms on the heads of q and k instead of capped scores; five of six
 blocks have a window, and a rotary base of their own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import gemma2, qwen3
-from ptq_cli.models.family import Windows
 
 FAMILY = replace(
     gemma2.FAMILY,
@@ -20,18 +17,13 @@ FAMILY = replace(
     defaults={
         **gemma2.FAMILY.defaults,
         "rope_theta": 1e6, "vocab_size": 262208, "max_position_embeddings": 131072,
-        "final_logit_softcapping": None,
+        "rope_local_base_freq": 10000.0, "final_logit_softcapping": None,
     },
     keys={
         "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
-        "logit_softcap": "final_logit_softcapping",
+        "logit_softcap": "final_logit_softcapping", "local_rope_theta": "rope_local_base_freq",
     },
     forward=replace(
-        gemma2.FORWARD,
-        windows=Windows(
-            lambda config, index: gemma2.slides(config, index, 6),
-            by_type=True,
-            theta=("rope_local_base_freq", 10000.0),
-        ),
+        gemma2.FORWARD, slides=lambda config, index: gemma2.slides(config, index, 6)
     ),
 )  # fmt: skip

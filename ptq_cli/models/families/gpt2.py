@@ -1,7 +1,5 @@
 """GPT-2: LayerNorms, learned positions, biases, gelu; its linears store [in, out] (Conv1D)."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Family, Folds, Forward, Names, behind
 
 FAMILY = Family(

@@ -1,8 +1,6 @@
 """Llama, and the many models that are built as it is."""
 
-from __future__ import annotations
-
-from ptq_cli.models.family import Family, Folds, Forward, Gguf, Names
+from ptq_cli.models.family import Family, Folds, Forward, Names
 
 FAMILY = Family(
     name="llama",
@@ -21,5 +19,6 @@ FAMILY = Family(
     forward=Forward(
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
     ),
-    gguf=Gguf("llama", permuted=True),
+    gguf="llama",
+    gguf_permuted=True,
 )  # fmt: skip

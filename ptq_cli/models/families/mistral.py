@@ -1,9 +1,7 @@
 """Mistral: a Llama whose blocks all have a sliding window."""
 
-from __future__ import annotations
-
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds, Forward, Windows
+from ptq_cli.models.family import Family, Folds, Forward
 
 FAMILY = Family(
     name="mistral",
@@ -14,5 +12,5 @@ FAMILY = Family(
         "sliding_window": 4096,
     },
     folds=Folds(),
-    forward=Forward(windows=Windows()),
+    forward=Forward(slides=lambda config, index: True),
 )

@@ -1,11 +1,9 @@
 """Mixtral: Mistral with a mixture of experts instead of the MLP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Forward, Windows
+from ptq_cli.models.family import ExpertNames, Family, Forward
 
 FAMILY = Family(
     name="mixtral",
@@ -26,5 +24,5 @@ FAMILY = Family(
         "norm_topk_prob": True,
     },
     keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
-    forward=Forward(windows=Windows()),
+    forward=Forward(slides=lambda config, index: True),
 )  # fmt: skip

@@ -1,8 +1,6 @@
 """OPT: LayerNorms, learned positions, biases, relu. OPT-350M has its norms behind the sums and a
 narrower embedding."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Condition, Family, Folds, Forward, Names, behind
 
 FAMILY = Family(

@@ -1,11 +1,9 @@
 """Phi-3 and Phi-4: a Llama with q, k and v in one linear, and gate and up in another."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds, Forward, Windows
+from ptq_cli.models.family import Family, Folds, Forward
 
 FAMILY = Family(
     name="phi3",
@@ -18,5 +16,5 @@ FAMILY = Family(
         "original_max_position_embeddings": 4096, "sliding_window": None,
     },
     folds=Folds(values="q k v", inner="second half"),
-    forward=Forward(windows=Windows()),
+    forward=Forward(slides=lambda config, index: True),
 )  # fmt: skip

@@ -1,11 +1,9 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts instead of the MLP in all or some of its blocks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
-from ptq_cli.models.family import ExpertNames, Family, Forward, Windows
+from ptq_cli.models.family import ExpertNames, Family, Forward
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -26,6 +24,7 @@ FAMILY = Family(
     keys={
         "num_experts": "num_local_experts", "expert_size": "moe_intermediate_size",
         "dense_blocks": "mlp_only_layers", "sparse_step": "decoder_sparse_step",
+        "use_windows": "use_sliding_window",
     },
-    forward=Forward(biases=qwen3.BIASES, windows=Windows(switch="use_sliding_window")),
+    forward=Forward(biases=qwen3.BIASES, slides=lambda config, index: True),
 )  # fmt: skip

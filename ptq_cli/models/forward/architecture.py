@@ -206,7 +206,7 @@ def _block(config: Config, family: Family, forward: Forward, prefix: str, index:
             role if before else role.replace("_in", "_sum"): _norm(config, family, base + name)
             for role, name in names.norms.items()
         },
-        rope=_rope(config, forward, slides) if forward.rotary else None,
+        rope=_rope(config, slides) if forward.rotary else None,
         window=_number(config, "sliding_window") if slides else None,
         scale=_scale(config, index),
     )
@@ -221,31 +221,27 @@ def _scale(config: Config, index: int) -> float:
 
 def _slides(config: Config, forward: Forward, index: int) -> bool:
     """Whether a block's tokens see a window only."""
-    windows = forward.windows
-    if windows is None or config.get("sliding_window") is None:
-        return False
-    if windows.switch is not None and not config.get(windows.switch):
+    if config.get("sliding_window") is None or not config.get("use_windows", True):
         return False
     types = config.get("layer_types")
-    if not types or not windows.by_type:
-        return windows.slides(config, index)
+    if not types or not forward.by_type:
+        return forward.slides(config, index)
     if types[index] not in ("full_attention", "sliding_attention"):
         raise InputError(f"config.json's layer type {types[index]!r} is not known")
     return bool(types[index] == "sliding_attention")
 
 
-def _rope(config: Config, forward: Forward, slides: bool) -> Rope:
+def _rope(config: Config, slides: bool) -> Rope:
     """transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
     `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only."""
-    local = forward.windows.theta if slides and forward.windows else None
+    local = config.get("local_rope_theta") if slides else None
     kind = "sliding_attention" if slides else "full_attention"
     given = config.get("rope_parameters") or {}
     nested = given.get(kind) if kind in given else ({} if local else given)
-    scaling = config.get("rope_scaling")
-    parameters = dict((None if local else scaling) or nested or {})
-    key, theta = local or ("rope_theta", config["rope_theta"])
+    scaling = None if local else config.get("rope_scaling")
+    parameters = dict(scaling or nested or {})
     if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = config.get(key, theta)
+        parameters["rope_theta"] = local or config["rope_theta"]
     parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     return read_rope(
         parameters,
