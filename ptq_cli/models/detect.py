@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Condition, Config, Family, FamilySite, text_config
+from ptq_cli.models.family import Config, Family, FamilySite, text_config
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
 
 _KNOWN = [family for family in FAMILIES if family.folds is not None]
@@ -80,7 +80,8 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
     for mark in row.marks if family is not None else ():
         if not any(mark in block.tensors for block in blocks):
             raise InputError(f"family {row.name}: no block of the checkpoint has a {mark}")
-    sites = tuple(site for block in blocks for site in _sites(block, config, specs))
+    settings = None if config is None else row.settings(config)
+    sites = tuple(site for block in blocks for site in _sites(block, settings, specs))
     return Sites(row.name, sites, (*notes, *(_assumed(row) if config is None else ())))
 
 
@@ -151,16 +152,16 @@ def _blocks(specs: Specs, family: Family) -> list[_Block]:
     ]
 
 
-def _sites(block: _Block, config: Config | None, specs: Specs) -> list[Site]:
-    heads = _heads(block, config, specs)
+def _sites(block: _Block, settings: Config | None, specs: Specs) -> list[Site]:
+    heads = _heads(block, settings, specs)
     return [
-        make_site(replace(pattern, heads=heads), specs, _obstacle(block, pattern, config, specs))
+        make_site(replace(pattern, heads=heads), specs, _obstacle(block, pattern, settings, specs))
         for pattern in block.patterns
     ]
 
 
 def _obstacle(
-    block: _Block, pattern: FamilySite, config: Config | None, specs: Specs
+    block: _Block, pattern: FamilySite, settings: Config | None, specs: Specs
 ) -> str | None:
     """Why nothing takes the factors of a site whose tensors fit."""
     if pattern.reason is not None:
@@ -169,31 +170,27 @@ def _obstacle(
         name = block.family.name
         return f"{block.path}{strangers[0]} is not known to {name} and may read its inputs"
     condition = pattern.condition
-    if condition is None or _holds(condition, block, config, specs):
+    if condition is None:
         return None
-    unknown = "" if config is not None else "without config.json it is not known whether "
-    return unknown + condition.reason
+    if settings is not None:
+        return None if settings.get(condition.key) == condition.value else condition.reason
+    seen = condition.evidence is not None and f"{block.beside}{condition.evidence}" in specs
+    if seen or condition.published:
+        return None
+    return f"without config.json it is not known whether {condition.reason}"
 
 
-def _holds(condition: Condition, block: _Block, config: Config | None, specs: Specs) -> bool:
-    if config is not None:
-        return bool(block.family.settings(config).get(condition.key) == condition.value)
-    if condition.evidence is not None:
-        return f"{block.beside}{condition.evidence}" in specs
-    return condition.published
-
-
-def _heads(block: _Block, config: Config | None, specs: Specs) -> int:
+def _heads(block: _Block, settings: Config | None, specs: Specs) -> int:
     """Attention heads, from config.json or from the width of a norm over one head; else 0."""
-    family = block.family
-    given = None if config is None else family.settings(config).get("num_attention_heads")
+    given = None if settings is None else settings.get("num_attention_heads")
     if isinstance(given, int):
         return given
-    norm = specs.get(f"{block.path}{family.names.norms.get('q')}.weight")
-    output = specs.get(f"{block.path}{family.names.output}.weight")
+    names, transposed = block.family.names, block.family.transposed
+    norm = specs.get(f"{block.path}{names.norms.get('q')}.weight")
+    output = specs.get(f"{block.path}{names.output}.weight")
     if norm is None or output is None or not norm.shape[0]:
         return 0
-    return output.shape[0 if family.transposed else -1] // norm.shape[0]
+    return output.shape[0 if transposed else -1] // norm.shape[0]
 
 
 def _assumed(family: Family) -> tuple[str, ...]:

@@ -34,12 +34,11 @@ class GgufNames:
         """The name in GGUF of a tensor in a checkpoint. Raises InputError where it has none."""
         module, _, ending = name.rpartition(".")
         block = re.fullmatch(rf"{re.escape(self.path)}(\d+)\.(.+)", module)
-        own = self.beside.get(module) if block is None else self.inside.get(block[2])
+        own = self.inside.get(block[2]) if block else self.beside.get(module)
         if own is None or ending not in ("weight", "bias"):
-            raise InputError(
-                f"tensor {name!r} has no name in gguf's architecture {self.architecture}"
-            )
-        return f"{own}.{ending}" if block is None else f"blk.{block[1]}.{own}.{ending}"
+            where = f"gguf's architecture {self.architecture}"
+            raise InputError(f"tensor {name!r} has no name in {where}")
+        return f"blk.{block[1]}.{own}.{ending}" if block else f"{own}.{ending}"
 
     def module_of(self, name: str) -> str:
         """The module of a tensor in GGUF. Raises InputError for a name that is not known."""
@@ -48,9 +47,8 @@ class GgufNames:
             for module, own in (self.inside if found[1] else self.beside).items():
                 if own == found[2]:
                     return f"{self.path}{found[1]}.{module}" if found[1] else module
-        raise InputError(
-            f"tensor {name!r} is not understood in gguf's architecture {self.architecture}"
-        )
+        where = f"gguf's architecture {self.architecture}"
+        raise InputError(f"tensor {name!r} is not understood in {where}")
 
     def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
         """Heads within which GGUF orders the rows of this module otherwise, weights and biases; or
@@ -66,8 +64,7 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     kind = str(config.get("model_type"))
     known = {kind: family for family in FAMILIES if family.gguf for kind in family.model_types}
     if kind not in known:
-        words = ", ".join(sorted(known))
-        message = f"gguf: model_type {kind!r} is not known, only {words}"
+        message = f"gguf: model_type {kind!r} is not known, only {', '.join(sorted(known))}"
         raise InputError(message, hint="another --format")
     return _names(known[kind])
 

@@ -160,10 +160,8 @@ def require_whole(sites: tuple[Site, ...]) -> None:
     """
     for site in sites:
         if site.missing:
-            raise InputError(
-                f"site {site.name}: {', '.join(site.missing)} not in the checkpoint",
-                hint="give the whole model, not one of its shards",
-            )
+            hint = "give the whole model, not one of its shards"
+            raise InputError(f"site {site.name}: {site.reason}", hint=hint)
 
 
 def make_site(pattern: SitePattern, specs: Specs, obstacle: str | None = None) -> Site:
@@ -176,22 +174,21 @@ def make_site(pattern: SitePattern, specs: Specs, obstacle: str | None = None) -
     width = pattern.shape(present[0], specs)[-1] if present else 0
     feeder = misfit(pattern, specs) or obstacle or _feeder(pattern, specs, width)
     if isinstance(feeder, str):
-        missing = pattern.missing(specs)
-        return Site(pattern.linears[0], linears, width, None, feeder, missing)
-    return Site(pattern.linears[0], linears, width, feeder)
+        return Site(linears[0].module, linears, width, None, feeder, pattern.missing(specs))
+    return Site(linears[0].module, linears, width, feeder)
 
 
 def misfit(pattern: SitePattern, specs: Specs) -> str | None:
     """Why the tensors of a pattern of full names cannot make a site; None where they can."""
     if missing := pattern.missing(specs):
         return f"{', '.join(missing)} not in the checkpoint"
-    for linear in (*pattern.linears, pattern.after):
-        if linear and len(pattern.shape(linear, specs)) != 2:
-            return f"{linear}.weight of shape {pattern.shape(linear, specs)} is not a linear's"
-    width = pattern.shape(pattern.linears[0], specs)[1]
-    for linear in pattern.linears:
-        if pattern.shape(linear, specs)[1] != width:
-            return f"{linear} takes {pattern.shape(linear, specs)[1]} inputs, not {width}"
+    width = pattern.shape(pattern.linears[0], specs)[-1]
+    for linear in (*pattern.linears, pattern.after) if pattern.after else pattern.linears:
+        shape = pattern.shape(linear, specs)
+        if len(shape) != 2:
+            return f"{linear}.weight of shape {shape} is not a linear's"
+        if linear != pattern.after and shape[1] != width:
+            return f"{linear} takes {shape[1]} inputs, not {width}"
     if pattern.norm and specs[f"{pattern.norm}.weight"].shape != (width,):
         gains = specs[f"{pattern.norm}.weight"].shape
         return f"{pattern.norm} has {gains} gains for {width} inputs"
