@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import product
 from typing import Any
 
 from ptq_cli.core.settings import check_keys, make_settings
@@ -78,11 +79,9 @@ def merge_sites(detected: Sequence[Site], named: Sequence[Site]) -> tuple[Site, 
         InputError: a recipe's norm is known to feed a linear that its entry leaves out, or one norm
             or linear feeds two sites.
     """
-    for site in named:
-        listed = {linear.module for linear in site.linears}
-        for other in detected:
-            if site.feeder is None or other.feeder is None or _source(site) != _source(other):
-                continue
+    for site, other in product(named, detected):
+        if site.feeder is not None and _source(site) == _source(other):
+            listed = {linear.module for linear in site.linears}
             for linear in other.linears:
                 if linear.module not in listed:
                     raise InputError(f"{site.feeder.weight} feeds {linear.module} too")

@@ -60,8 +60,7 @@ class Architecture:
     """A model as its forward needs to know it.
 
     embedding, positions, head: names of tensors; head is the embedding where they are tied
-    embedding_scale: factor of the embeddings (Gemma)
-    project_in, project_out: linears around the blocks where the embedding is narrower (OPT-350M)
+    projections: linears around the blocks where the embedding is narrower (OPT-350M), or none
     """
 
     family: str
@@ -75,12 +74,10 @@ class Architecture:
     activation: str
     blocks: tuple[Block, ...]
     embedding: str
-    embedding_scale: float
     head: str
     final_norm: Norm | None
     positions: str | None = None
-    project_in: Linear | None = None
-    project_out: Linear | None = None
+    projections: tuple[Linear, ...] = ()
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
@@ -118,7 +115,6 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     prefix = next(found, names.prefixes[0])
     embedding = f"{prefix}{names.embedding}.weight"
     narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
-    projections = [Linear(prefix + name) for name in names.projections] if narrow else [None] * 2
     bare = config.get("no_final_norm") or not config.get("norm_first", True)
     return Architecture(
         family=str(kind),
@@ -135,12 +131,10 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
             for index in range(config["num_hidden_layers"])
         ),
         embedding=embedding,
-        embedding_scale=config["hidden_size"] ** 0.5 if forward.embedding_scaled else 1.0,
         head=embedding if config.get("tie_word_embeddings") else f"{names.head}.weight",
         final_norm=None if bare else _norm(config, family, f"{prefix}{names.final_norm}"),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
-        project_in=projections[0],
-        project_out=projections[1],
+        projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
         attention_softcap=config.get("attention_softcap"),
         logit_softcap=config.get("logit_softcap"),
     )

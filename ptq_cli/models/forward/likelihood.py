@@ -66,7 +66,8 @@ def measure_tokens(model: Prediction, targets: Array, reference: Prediction) -> 
         total.add(scores, ids.start, rows, targets)
         scores -= wanted
         base.add(wanted, ids.start, rows, targets, scores)
-    kl = np.maximum(total.log_sum - base.log_sum - base.mean, 0.0)  # below 0 only by rounding
+    mean = base.weighted / base.total  # of the difference of the scores
+    kl = np.maximum(total.log_sum - base.log_sum - mean, 0.0)  # below 0 only by rounding
     return TokenMeasures(total.nll, total.top, kl, base.nll, base.top)
 
 
@@ -84,7 +85,7 @@ def _pieces(n_ids: int, n_rows: int) -> Iterator[tuple[slice, slice]]:
 
 class _Softmax:
     """A softmax per row whose logits arrive in pieces: `Σ exp(logit − peak)`, the target's logit
-    and, of a second array that arrives beside the logits, the mean under the softmax."""
+    and the same sum weighted by a second array that arrives beside the logits."""
 
     def __init__(self, n_rows: int) -> None:
         self.peak = np.full(n_rows, -np.inf, dtype=np.float64)
@@ -100,10 +101,6 @@ class _Softmax:
     @property
     def nll(self) -> Doubles:
         return self.log_sum - self.target
-
-    @property
-    def mean(self) -> Doubles:
-        return self.weighted / self.total
 
     def add(
         self, scores: FloatArray, first: int, rows: slice, targets: Array, beside: Any = None

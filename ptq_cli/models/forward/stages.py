@@ -88,10 +88,10 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
     """
     ids = packing.flat(tokens)
     hidden = _rows(weights, arch.embedding, ids, "token")
-    if arch.embedding_scale != 1:
-        hidden = hidden * np.float32(arch.embedding_scale)
-    if arch.project_in is not None:
-        hidden = apply_linear(arch.project_in, weights, hidden)
+    if arch.forward.embedding_scaled:
+        hidden = hidden * np.float32(arch.hidden_size**0.5)
+    if arch.projections:
+        hidden = apply_linear(arch.projections[0], weights, hidden)
     if arch.positions is None:
         return hidden
     columns = packing.positions
@@ -159,7 +159,7 @@ def forward_block(
 def finish(arch: Architecture, weights: Weights, hidden: FloatArray) -> FloatArray:
     """What the head sees: the residual after the last block, normalised."""
     hidden = apply_norm(arch.final_norm, weights, hidden)
-    return hidden if arch.project_out is None else apply_linear(arch.project_out, weights, hidden)
+    return apply_linear(arch.projections[1], weights, hidden) if arch.projections else hidden
 
 
 def logits(
