@@ -28,18 +28,10 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError
+from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.architecture import Architecture, Block, Experts
 from ptq_cli.models.forward.attention import Packing, attend
-from ptq_cli.models.forward.layers import (
-    Linear,
-    Weights,
-    activate,
-    apply_linear,
-    apply_norm,
-    cap,
-    round_inputs,
-    stored,
-)
+from ptq_cli.models.forward.layers import Linear, Weights
 from ptq_cli.models.forward.rope import rotate, rotations
 
 Observe = Callable[[str, FloatArray], None]
@@ -75,7 +67,6 @@ class Stage:
     enter: the state before it from the residual, where nothing but a norm lies between
     """
 
-    name: str
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
     enter: Callable[[Weights, FloatArray], State] | None = None
@@ -91,19 +82,18 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
     if arch.forward.embedding_scaled:
         hidden = hidden * np.float32(arch.hidden_size**0.5)
     if arch.projections:
-        hidden = apply_linear(arch.projections[0], weights, hidden)
+        hidden = layers.apply_linear(arch.projections[0], weights, hidden)
     if arch.positions is None:
         return hidden
     columns = packing.positions
     if arch.forward.position_counts:
         columns = packing.flat(np.cumsum(packing.mask, axis=1)) - 1
-    return hidden + _rows(
-        weights, arch.positions, columns + arch.forward.position_offset, "position"
-    )
+    columns = columns + arch.forward.position_offset
+    return hidden + _rows(weights, arch.positions, columns, "position")
 
 
 def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
-    table = stored(weights, name)
+    table = layers.stored(weights, name)
     if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
         raise InputError(f"{what} {ids.max()} is out of range: {name} has {len(table)} rows")
     return np.asarray(table[ids], dtype=np.float32)
@@ -112,7 +102,7 @@ def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
 def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) -> State:
     """Block `index` before its first stage."""
     block = arch.blocks[index]
-    inputs = apply_norm(block.norms.get("attention_in"), weights, hidden)
+    inputs = layers.apply_norm(block.norms.get("attention_in"), weights, hidden)
     return State(hidden, {block.qkv[0].name: inputs})
 
 
@@ -125,12 +115,12 @@ def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...
         return State(state.hidden, {block.output.name: mixed})
 
     def attention_out(weights: Weights, state: State) -> State:
-        branch = apply_linear(block.output, weights, state.inputs[block.output.name])
+        branch = layers.apply_linear(block.output, weights, state.inputs[block.output.name])
         return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
 
     return (
-        Stage("attention_in", _sites(block.qkv), attention_in, partial(begin, arch, index)),
-        Stage("attention_out", _sites((block.output,)), attention_out),
+        Stage(_sites(block.qkv), attention_in, partial(begin, arch, index)),
+        Stage(_sites((block.output,)), attention_out),
         *_mlp_stages(arch, block),
     )
 
@@ -158,8 +148,8 @@ def forward_block(
 
 def finish(arch: Architecture, weights: Weights, hidden: FloatArray) -> FloatArray:
     """What the head sees: the residual after the last block, normalised."""
-    hidden = apply_norm(arch.final_norm, weights, hidden)
-    return apply_linear(arch.projections[1], weights, hidden) if arch.projections else hidden
+    hidden = layers.apply_norm(arch.final_norm, weights, hidden)
+    return layers.apply_linear(arch.projections[1], weights, hidden) if arch.projections else hidden
 
 
 def logits(
@@ -169,10 +159,10 @@ def logits(
     vocabulary: slice = slice(None),
 ) -> FloatArray:
     """Scores of the tokens of `vocabulary` after each row of `finished`, float32 [n, n_ids]."""
-    table = stored(weights, arch.head)
-    finished = round_inputs(weights, arch.head, finished)
+    table = layers.stored(weights, arch.head)
+    finished = layers.round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
-    cap(scores, arch.logit_softcap)
+    layers.cap(scores, arch.logit_softcap)
     return scores
 
 
@@ -183,16 +173,17 @@ def _sites(*groups: tuple[Linear, ...]) -> dict[str, tuple[str, ...]]:
 def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
     """A block before its MLP or router."""
     first = block.experts.router if block.experts else block.mlp_in[0]
-    return State(hidden, {first.name: apply_norm(block.norms.get("mlp_in"), weights, hidden)})
+    inputs = layers.apply_norm(block.norms.get("mlp_in"), weights, hidden)
+    return State(hidden, {first.name: inputs})
 
 
 def _add(
     block: Block, branch: str, weights: Weights, hidden: FloatArray, outputs: FloatArray
 ) -> FloatArray:
     """Residual plus a branch's outputs, with the norms that the family puts around the sum."""
-    outputs = apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
+    outputs = layers.apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
     outputs += hidden
-    return apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
+    return layers.apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
 
 
 def _attention(
@@ -200,7 +191,7 @@ def _attention(
 ) -> FloatArray:
     """From the inputs of qkv to those of the output linear."""
     query, shared = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    parts = [apply_linear(linear, weights, inputs) for linear in block.qkv]
+    parts = [layers.apply_linear(linear, weights, inputs) for linear in block.qkv]
     if len(parts) == 1:
         parts = np.split(parts[0], [query, query + shared], axis=1)
     queries, keys, values = (
@@ -209,7 +200,7 @@ def _attention(
     for role, heads in (("q", queries), ("k", keys)):
         if role in block.norms:
             flat = heads.reshape(-1, arch.head_dim)
-            flat[...] = apply_norm(block.norms[role], weights, flat)
+            flat[...] = layers.apply_norm(block.norms[role], weights, flat)
     if block.rope is not None:
         cosine, sine = rotations(block.rope, packing.positions, packing.length)
         rotate(queries, cosine, sine)
@@ -242,36 +233,37 @@ def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
 
     def mlp_out(weights: Weights, state: State) -> State:
         if state.routing is None:
-            branch = apply_linear(block.mlp_out, weights, state.inputs[block.mlp_out.name])
+            branch = layers.apply_linear(block.mlp_out, weights, state.inputs[block.mlp_out.name])
         else:
             branch = np.zeros_like(state.hidden)
             routes = zip(behind, state.routing.rows, state.routing.share, strict=True)
             for down, rows, share in routes:
                 if len(rows):
-                    branch[rows] += apply_linear(down, weights, state.inputs[down.name]) * share
+                    outputs = layers.apply_linear(down, weights, state.inputs[down.name])
+                    branch[rows] += outputs * share
         return State(_add(block, "mlp", weights, state.hidden, branch))
 
-    last = Stage("mlp_out", _sites(*((down,) for down in behind)), mlp_out)
+    last = Stage(_sites(*((down,) for down in behind)), mlp_out)
     if experts is None:
-        return Stage("mlp_in", _sites(*before), mlp_in, enter), last
-    router = Stage("router", _sites((experts.router,)), partial(_route, experts), enter)
-    return router, Stage("mlp_in", _sites(*before), mlp_in), last
+        return Stage(_sites(*before), mlp_in, enter), last
+    router = Stage(_sites((experts.router,)), partial(_route, experts), enter)
+    return router, Stage(_sites(*before), mlp_in), last
 
 
 def _inner(
     arch: Architecture, linears: tuple[Linear, ...], weights: Weights, inputs: FloatArray
 ) -> FloatArray:
     """From the inputs of gate and up to those of down."""
-    parts = [apply_linear(linear, weights, inputs) for linear in linears]
+    parts = [layers.apply_linear(linear, weights, inputs) for linear in linears]
     if arch.forward.gated and len(parts) == 1:
         parts = np.split(parts[0], 2, axis=1)
-    return activate(arch.activation, parts[0], parts[1] if arch.forward.gated else None)
+    return layers.activate(arch.activation, parts[0], parts[1] if arch.forward.gated else None)
 
 
 def _route(experts: Experts, weights: Weights, state: State) -> State:
     """From the inputs of the router to those of each expert."""
     inputs = state.inputs[experts.router.name]
-    routing = route_tokens(experts, apply_linear(experts.router, weights, inputs))
+    routing = route_tokens(experts, layers.apply_linear(experts.router, weights, inputs))
     names = (linears[0].name for linears in experts.inputs)
     some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
     return State(state.hidden, some, routing)
