@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ptq_cli.models.families import llama, qwen3
+from ptq_cli.models.families import qwen2, qwen3
 from ptq_cli.models.family import ExpertNames, Family, Forward
 
 FAMILY = Family(
@@ -17,8 +17,7 @@ FAMILY = Family(
         ),
     ),
     defaults={
-        **llama.FAMILY.defaults,
-        "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+        **qwen2.FAMILY.defaults,
         "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": False,
     },
     keys={

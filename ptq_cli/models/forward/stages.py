@@ -34,8 +34,6 @@ from ptq_cli.models.forward.attention import Packing, attend
 from ptq_cli.models.forward.layers import Linear, Weights
 from ptq_cli.models.forward.rope import rotate, rotations
 
-Observe = Callable[[str, FloatArray], None]
-
 
 @dataclass(frozen=True)
 class Routing:
@@ -131,7 +129,7 @@ def forward_block(
     weights: Weights,
     hidden: FloatArray,
     packing: Packing,
-    observe: Observe | None = None,
+    observe: Callable[[str, FloatArray], None] | None = None,
 ) -> FloatArray:
     """The residual after block `index`; `hidden` is left as it is.
 
@@ -261,16 +259,10 @@ def _inner(
 
 
 def _route(experts: Experts, weights: Weights, state: State) -> State:
-    """From the inputs of the router to those of each expert."""
+    """From the inputs of the router to those of each expert: each token goes to the `top_k` that
+    have the largest share of the softmax of its scores."""
     inputs = state.inputs[experts.router.name]
-    routing = route_tokens(experts, layers.apply_linear(experts.router, weights, inputs))
-    names = (linears[0].name for linears in experts.inputs)
-    some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
-    return State(state.hidden, some, routing)
-
-
-def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
-    """The `top_k` experts of each row of `scores` [n_tokens, n_experts], by softmax."""
+    scores = layers.apply_linear(experts.router, weights, inputs)
     share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
     count = scores.shape[1]
@@ -281,4 +273,7 @@ def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
     if experts.normalised:
         share /= share.sum(axis=1, keepdims=True)
     rows = tuple(np.nonzero(column)[0] for column in chosen.T)
-    return Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))
+    routing = Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))
+    names = (linears[0].name for linears in experts.inputs)
+    some = {name: inputs[own] for name, own in zip(names, rows, strict=True)}
+    return State(state.hidden, some, routing)
