@@ -35,10 +35,6 @@ class Packing:
     positions: NDArray[np.int64]
 
     @property
-    def length(self) -> int:
-        return int(self.mask.shape[1])
-
-    @property
     def n_tokens(self) -> int:
         return self.starts[-1]
 

@@ -200,7 +200,7 @@ def _attention(
             flat = heads.reshape(-1, arch.head_dim)
             flat[...] = layers.apply_norm(block.norms[role], weights, flat)
     if block.rope is not None:
-        cosine, sine = rotations(block.rope, packing.positions, packing.length)
+        cosine, sine = rotations(block.rope, packing.positions, packing.mask.shape[1])
         rotate(queries, cosine, sine)
         rotate(keys, cosine, sine)
     return attend(
