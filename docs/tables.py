@@ -311,5 +311,5 @@ def _family(family: Family) -> list[str]:
         str(len(family.sites) or "with `[[sites]]`"),
         str(len(folds) or "with `[[sites]]`"),
         "yes" if family.forward else "no",
-        f"`{family.gguf.architecture}`" if family.gguf else "no",
+        f"`{family.gguf}`" if family.gguf else "no",
     ]

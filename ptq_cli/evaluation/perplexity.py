@@ -28,7 +28,7 @@ from ptq_cli.evaluation.errors import is_symmetric
 from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
-from ptq_cli.models.forward.linear import as_tensor, rounding_tensor
+from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.models.forward.stages import finish
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -128,11 +128,10 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         weight = original.weight(layer)
         sym = layer.grid.sym or is_symmetric(layer, quantized.load(layer.module))
         rounded = round_to_nearest(weight, replace(layer.grid, sym=sym))
-        values, inputs = layer.as_stored(rounded.dequantized()), layer.activation
-        if inputs is None:
-            return values
-        own = inputs if inputs.dynamic else replace(inputs, dynamic=True, per_token=False)
-        return rounding_tensor(layer, values, own)
+        inputs = layer.activation
+        if inputs is not None and not inputs.dynamic:
+            inputs = replace(inputs, dynamic=True, per_token=False)
+        return as_tensor(replace(layer, activation=inputs), rounded)
 
     return read
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ptq_cli.models.sites import Layout
+from ptq_cli.models.sites import Layout, SitePattern
 
 Config = Mapping[str, Any]
+
+USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Names:
 class Condition:
     """What config.json has to say for a fold to be right.
 
-    value: what `key` must be; default: what the key's absence means
+    value: what `key` must be
     reason: why the site is left alone otherwise
     evidence: without config.json, a tensor beside the blocks whose presence stands for `value`
     published: without config.json and evidence, whether to take `value` for granted, as it holds
@@ -91,7 +94,6 @@ class Condition:
 
     key: str
     value: object
-    default: object
     reason: str
     evidence: str | None = None
     published: bool = False
@@ -105,7 +107,6 @@ class Folds:
     values, inner: how the outputs of these two linears are laid out; see models/sites.py
     norm_if, inner_if: when the norms, and the last of mlp_in, may take factors
     inner_reason: why mlp_out can have none
-    heads: config.json's key for the number of heads, where num_attention_heads is not there
     """
 
     values: Layout = "heads"
@@ -113,28 +114,11 @@ class Folds:
     norm_if: Condition | None = None
     inner_if: Condition | None = None
     inner_reason: str | None = None
-    heads: str = "num_attention_heads"
 
 
 def behind(activation: str) -> str:
     """Why a linear's inputs cannot be scaled."""
     return f"it is behind {activation}, which does not commute with a scale"
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Blocks whose tokens see only `sliding_window` tokens, where config.json sets it.
-
-    slides: whether a block does, from config.json and its number
-    by_type: config.json's `layer_types` goes before that
-    switch: key that must be true for windows to count
-    theta: rotary base of these blocks, key and default, where it is another
-    """
-
-    slides: Callable[[Config, int], bool] = lambda config, index: True
-    by_type: bool = False
-    switch: str | None = None
-    theta: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,13 +132,8 @@ class Forward:
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
     biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
-    defaults: config.json's, where a file leaves a key out
-    keys: the forward's word → the family's key, where they differ. Its words are config.json's for
-        a Llama and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand
-        before a branch, not behind its sum), no_final_norm, embedding_size, score_size (scores are
-        divided by its root, not head_dim's), scale_scores, scale_by_depth (scores are divided by
-        the block's number), attention_softcap, logit_softcap, num_experts, expert_size,
-        dense_blocks (numbers of blocks without experts), sparse_step (every n-th has experts)
+    slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
+        config.json and the block's number; by_type: config.json's `layer_types` goes before that
     """
 
     gated: bool = True
@@ -164,31 +143,17 @@ class Forward:
     position_offset: int = 0
     position_counts: bool = False
     biases: Mapping[str, bool | str] = field(default_factory=dict)
-    windows: Windows | None = None
-    defaults: Config = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
+    slides: Callable[[Config, int], bool] = lambda config, index: False
+    by_type: bool = False
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """A family in GGUF files; its names there follow from their roles (models/gguf_names.py).
+class FamilySite(SitePattern):
+    """A site by the names that its modules have inside a block.
 
-    permuted: inside each head, the rows of q and k stand in another order
+    condition: when it may take factors; reason: why nothing takes them
     """
 
-    architecture: str
-    permuted: bool = False
-
-
-@dataclass(frozen=True)
-class SitePattern:
-    """A site inside a block; fed by `norm`, or by `after` laid out as `layout`, or by nothing that
-    takes factors, for `reason`."""
-
-    linears: tuple[str, ...]
-    norm: str | None = None
-    after: str | None = None
-    layout: Layout = "all"
     condition: Condition | None = None
     reason: str | None = None
 
@@ -197,38 +162,62 @@ class SitePattern:
 class Family:
     """A family of models.
 
-    model_types: config.json's `model_type`
+    other_types: what config.json's `model_type` may be beside the name
     transposed: linears are stored [in_features, out_features]
     plus_one: norms store gain − 1
     vocabularies: without config.json, sizes of the vocabulary that tell this family from another
-        with the same names; None where names suffice
+        with the same names; none where names suffice
+    defaults: config.json's, where a file leaves a key out
+    keys: our word → the family's key, where they differ. Our words are config.json's for a Llama
+        and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand before
+        a branch, not behind its sum), no_final_norm, embedding_size, score_size (scores are divided
+        by its root, not head_dim's), scale_scores, scale_by_depth (scores are divided by the
+        block's number), attention_softcap, logit_softcap, num_experts, expert_size, dense_blocks
+        (numbers of blocks without experts), sparse_step (every n-th has experts), use_windows,
+        local_rope_theta (of blocks with windows)
+    gguf: its architecture in GGUF files, where names follow from roles (models/gguf_names.py)
+    gguf_permuted: inside each head, the rows of q and k stand there in another order
     """
 
     name: str
-    model_types: tuple[str, ...]
     names: Names
+    other_types: tuple[str, ...] = ()
     transposed: bool = False
     plus_one: bool = False
-    vocabularies: tuple[int, ...] | None = None
+    vocabularies: tuple[int, ...] = ()
+    defaults: Config = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
     folds: Folds | None = None
     forward: Forward | None = None
-    gguf: Gguf | None = None
+    gguf: str | None = None
+    gguf_permuted: bool = False
 
     @property
-    def sites(self) -> tuple[SitePattern, ...]:
+    def model_types(self) -> tuple[str, ...]:
+        return (self.name, *self.other_types)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """config.json's settings of the language model in our words, defaults filled in."""
+        settings = {**self.defaults, **text_config(config)}
+        for word, key in {**USUAL_KEYS, **self.keys}.items():
+            if settings.get(word) is None:
+                settings[word] = settings.get(key)
+        return settings
+
+    @property
+    def sites(self) -> tuple[FamilySite, ...]:
         """The sites of a block in the order they are computed; none without `folds`."""
         names, folds = self.names, self.folds
         if folds is None:
             return ()
-        before = names.norms
-        inner = None if folds.inner_reason else names.mlp_in[-1]
+        site = partial(FamilySite, plus_one=self.plus_one, transposed=self.transposed)
         return (
-            SitePattern(names.qkv, norm=before["attention_in"], condition=folds.norm_if),
-            SitePattern((names.output,), after=names.qkv[-1], layout=folds.values),
-            SitePattern(names.mlp_in, norm=before["mlp_in"], condition=folds.norm_if),
-            SitePattern(
+            site(names.qkv, norm=names.norms["attention_in"], condition=folds.norm_if),
+            site((names.output,), after=names.qkv[-1], layout=folds.values),
+            site(names.mlp_in, norm=names.norms["mlp_in"], condition=folds.norm_if),
+            site(
                 (names.mlp_out,),
-                after=inner,
+                after="" if folds.inner_reason else names.mlp_in[-1],
                 layout=folds.inner,
                 condition=folds.inner_if,
                 reason=folds.inner_reason,
@@ -239,3 +228,9 @@ class Family:
     def marks(self) -> tuple[str, ...]:
         """Tensors without which a block is not of this family."""
         return (*self.names.other_norms, *self.names.marks)
+
+
+def text_config(config: Config) -> Config:
+    """The part of config.json that tells of the language model; a multimodal model has others."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) and text else config

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
@@ -27,12 +26,9 @@ def fold_into_norm(gain: Array, factors: Array, plus_one: bool = False) -> Float
     """Divide a norm's gain, or its bias, by the factors: all [channels].
 
     plus_one (Gemma): the gain is 1 + what is stored, so that becomes `(1 + gain)/s − 1`.
-
-    Raises:
-        InputError: factors are not [channels].
-        NumericalError: a factor is not a positive number.
     """
-    work, divisor = _working(gain), _divisor(gain, factors)
+    work = _working(gain)
+    divisor = factors.astype(work.dtype)
     return (1 + work) / divisor - 1 if plus_one else work / divisor
 
 
@@ -46,9 +42,7 @@ def fold_into_linear_rows(
 
     Raises:
         InputError: outputs that do not exist, or inputs fed by one output with unequal factors.
-        NumericalError: a factor is not a positive number.
     """
-    check_factors(factors, len(factors))
     work = _working(weight)
     divisor = row_divisor(work.shape[1 if transposed else 0], factors, rows).astype(work.dtype)
     by_row = work.ndim == 2 and not transposed
@@ -72,13 +66,7 @@ def scale_columns(weight: Array, factors: Array, transposed: bool = False) -> Fl
     """Multiply each column of a weight by its input's factor.
 
     weight: [out_features, in_features] (transposed: the other way round); factors: [in_features]
-
-    Raises:
-        InputError: factors are not [in_features].
-        NumericalError: a factor is not a positive number.
     """
-    in_features = weight.shape[0] if transposed else weight.shape[1]
-    check_factors(factors, in_features)
     work = _working(weight)
     scale = factors.astype(work.dtype)
     scaled: FloatArray = work * (scale[:, None] if transposed else scale)
@@ -104,11 +92,11 @@ def settle_factors(
     weight = tensors[site.feeder.weight]
     exact = fold_into_norm(weight, factors, site.feeder.plus_one)
     new = as_stored(site.feeder.weight, exact, weight.dtype)
-    offset = 1 if site.feeder.plus_one else 0
-    old_gain, new_gain = _working(weight) + offset, _working(new) + offset
+    old_gain, new_gain = _gain(site.feeder, _working(weight)), _gain(site.feeder, _working(new))
     lost = (old_gain != 0) & (new_gain == 0)
     new_gain = np.where(lost, old_gain, new_gain)
-    used = np.divide(old_gain, new_gain, out=_divisor(weight, factors), where=new_gain != 0)
+    wanted = factors.astype(old_gain.dtype)
+    used = np.divide(old_gain, new_gain, out=wanted, where=new_gain != 0)
     count = int(lost.sum())
     note = f"{site.feeder.weight}: {count} channels not smoothed, their gain would be stored as 0"
     return used, (note,) if count else ()
@@ -132,17 +120,12 @@ def _folded(name: str, values: Array, site: Site, factors: Array) -> FloatArray:
         if linear.tensor == name:
             return scale_columns(values, factors, linear.transposed)
     feeder = site.feeder
-    if isinstance(feeder, Norm):
-        if name == feeder.weight:
-            return fold_into_norm(values, factors, feeder.plus_one)
-        if name == feeder.bias:
-            return fold_into_norm(values, factors)
+    if feeder is None or name not in feeder.tensors:
+        raise InputError(f"{name} does not belong to site {site.name}")
+    is_weight = name == feeder.weight
     if isinstance(feeder, Preceding):
-        if name == feeder.weight:
-            return fold_into_linear_rows(values, factors, feeder.rows, feeder.transposed)
-        if name == feeder.bias:
-            return fold_into_linear_rows(values, factors, feeder.rows)
-    raise InputError(f"{name} does not belong to site {site.name}")
+        return fold_into_linear_rows(values, factors, feeder.rows, feeder.transposed and is_weight)
+    return fold_into_norm(values, factors, feeder.plus_one and is_weight)
 
 
 def inputs_after(
@@ -153,14 +136,14 @@ def inputs_after(
     Behind a norm it is worked out from the stored gains and biases, `(x − b)·g'/g + b'`, so that
     their rounding shows; behind a linear it is `x / used`.
     """
-    values = inputs.astype(np.float64)
-    if not isinstance(site.feeder, Norm):
+    values, norm = inputs.astype(np.float64), site.feeder
+    if not isinstance(norm, Norm):
         return values / used.astype(np.float64)
-    old, new = (_gain(site.feeder, tensors) for tensors in (before, after))
+    old, new = (_gain(norm, tensors[norm.weight].astype(np.float64)) for tensors in (before, after))
     ratio = np.divide(new, old, out=np.zeros_like(old), where=old != 0)
-    if site.feeder.bias is None:
+    if norm.bias is None:
         return values * ratio
-    bias, moved = (tensors[site.feeder.bias].astype(np.float64) for tensors in (before, after))
+    bias, moved = (tensors[norm.bias].astype(np.float64) for tensors in (before, after))
     shifted: FloatArray = (values - bias) * ratio + moved
     return shifted
 
@@ -179,14 +162,9 @@ def as_stored(name: str, values: FloatArray, dtype: np.dtype[Any]) -> Array:
     return stored
 
 
-def _gain(norm: Norm, tensors: Mapping[str, Array]) -> NDArray[np.float64]:
-    return tensors[norm.weight].astype(np.float64) + (1 if norm.plus_one else 0)
+def _gain(norm: Norm, stored: FloatArray) -> FloatArray:
+    return stored + (1 if norm.plus_one else 0)
 
 
 def _working(values: Array) -> FloatArray:
     return values if values.dtype == np.float64 else values.astype(np.float32)
-
-
-def _divisor(values: Array, factors: Array) -> FloatArray:
-    check_factors(factors, values.shape[0])
-    return factors.astype(np.float64 if values.dtype == np.float64 else np.float32)

@@ -19,17 +19,14 @@ _LEFT_ALONE = (
 )
 _EMBEDDING = _LEFT_ALONE[0][1]
 
-_OF_OTHERS = (("query", "key", "value"), ("q", "k", "v"), ("wi_0", "wi_1"))  # of no family here
-
-
-def _rows() -> dict[str, tuple[str, ...]]:
-    """Own name → the own names of all linears that share its input, in their order."""
-    groups = (names for family in FAMILIES for names in family.names.sharing)
-    rows = (tuple(name.rpartition(".")[2] for name in names) for names in groups)
-    return {name: row for row in (*rows, *_OF_OTHERS) if len(row) > 1 for name in row}
-
-
-_ROW = _rows()
+# Own names of linears that share an input, in their order; and the same for each of the names.
+_ROWS = [("query", "key", "value"), ("q", "k", "v"), ("wi_0", "wi_1")]  # of no family here
+_ROWS += [
+    tuple(name.rpartition(".")[2] for name in names)
+    for family in FAMILIES
+    for names in family.names.sharing
+]
+_ROW = {name: row for row in _ROWS if len(row) > 1 for name in row}
 
 
 def default_reason(spec: TensorSpec) -> str | None:
@@ -64,19 +61,15 @@ def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tu
 
     sites: the model's, as far as they are known; modules in none of them go by their names
     """
-    order = [linear.module for site in sites for linear in site.linears]
-    site_of = {linear.module: site.name for site in sites for linear in site.linears}
-    rank = {module: i for i, module in enumerate(order)}
-    groups: dict[object, list[str]] = {}
+    places: dict[str, tuple[object, int]] = {
+        linear.module: (site.name, place)
+        for site in sites
+        for place, linear in enumerate(site.linears)
+    }
+    groups: dict[object, list[tuple[int, str]]] = {}
     for module in modules:
         parent, _, own = module.rpartition(".")
-        key = site_of.get(module) or (parent, _ROW.get(own, own))
-        groups.setdefault(key, []).append(module)
-    return [tuple(sorted(group, key=lambda m: rank.get(m, _place(m)))) for group in groups.values()]
-
-
-def _place(module: str) -> int:
-    """Place of a module's own name in its row."""
-    own = module.rpartition(".")[2]
-    row = _ROW.get(own, ())
-    return row.index(own) if own in row else 0
+        row = _ROW.get(own, (own,))
+        key, place = places.get(module, ((parent, row), row.index(own)))
+        groups.setdefault(key, []).append((place, module))
+    return [tuple(module for _, module in sorted(group)) for group in groups.values()]

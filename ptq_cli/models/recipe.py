@@ -22,31 +22,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
+from functools import partial
+from itertools import product
 from typing import Any
 
 from ptq_cli.core.settings import check_keys, make_settings
-from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError, stated_in
-from ptq_cli.models.sites import Layout, Norm, Preceding, Rows, Site, SiteLinear, rows_of
+from ptq_cli.models.sites import Preceding, Rows, Site, SitePattern, Specs, make_site
 
-Specs = Mapping[str, TensorSpec]
-
-
-@dataclass(frozen=True)
-class SiteEntry:
-    """One `[[sites]]` entry; the module's docstring says what the keys mean."""
-
-    linears: tuple[str, ...] = ()
-    norm: str = ""
-    plus_one: bool = False
-    after: str = ""
-    layout: Layout = "all"
-    heads: int = field(default=0, metadata={"min": 1})
-    transposed: bool = False
+_NOT_FED = "the recipe names nothing that feeds it"
 
 
-def read_entry(entry: Mapping[str, Any]) -> SiteEntry:
+def read_entry(entry: Mapping[str, Any]) -> SitePattern:
     """Check the keys and values of one entry.
 
     Raises:
@@ -54,8 +42,8 @@ def read_entry(entry: Mapping[str, Any]) -> SiteEntry:
             linears, both `norm` and `after`.
     """
     with stated_in("[[sites]]"):
-        check_keys(entry, [field.name for field in fields(SiteEntry)], "key")
-        made = make_settings(SiteEntry, {}, entry)
+        check_keys(entry, [field.name for field in fields(SitePattern)], "key")
+        made = make_settings(SitePattern, {}, entry)
     if not made.linears:
         raise InputError("[[sites]] needs linears, a list of modules")
     if made.norm and made.after:
@@ -73,7 +61,13 @@ def recipe_sites(entries: Sequence[Mapping[str, Any]], specs: Specs) -> tuple[Si
     sites = []
     for raw in entries:
         entry = read_entry(raw)
-        sites += [_site(entry, numbers, specs) for numbers in _numbers(entry, specs)]
+        for numbers in _numbers(entry, specs):
+            pattern = entry.named(partial(_written_out, numbers=numbers))
+            site = make_site(pattern, specs, None if entry.norm or entry.after else _NOT_FED)
+            if site.reason not in (None, _NOT_FED):
+                hint = "see layout and heads" if entry.after and not site.missing else None
+                raise InputError(f"[[sites]] {site.name}: {site.reason}", hint=hint)
+            sites.append(site)
     _check_disjoint(sites)
     return tuple(sites)
 
@@ -85,11 +79,9 @@ def merge_sites(detected: Sequence[Site], named: Sequence[Site]) -> tuple[Site, 
         InputError: a recipe's norm is known to feed a linear that its entry leaves out, or one norm
             or linear feeds two sites.
     """
-    for site in named:
-        listed = {linear.module for linear in site.linears}
-        for other in detected:
-            if site.feeder is None or other.feeder is None or _source(site) != _source(other):
-                continue
+    for site, other in product(named, detected):
+        if site.feeder is not None and _source(site) == _source(other):
+            listed = {linear.module for linear in site.linears}
             for linear in other.linears:
                 if linear.module not in listed:
                     raise InputError(f"{site.feeder.weight} feeds {linear.module} too")
@@ -99,7 +91,7 @@ def merge_sites(detected: Sequence[Site], named: Sequence[Site]) -> tuple[Site, 
     return (*free, *named)
 
 
-def _numbers(entry: SiteEntry, specs: Specs) -> list[tuple[str, ...]]:
+def _numbers(entry: SitePattern, specs: Specs) -> list[tuple[str, ...]]:
     """The numbers for which the entry's first linear is in the checkpoint, in order."""
     first = entry.linears[0]
     pattern = re.compile(re.escape(first).replace(r"\*", r"(\d+)") + r"\.weight")
@@ -110,58 +102,11 @@ def _numbers(entry: SiteEntry, specs: Specs) -> list[tuple[str, ...]]:
 
 
 def _written_out(name: str, numbers: Sequence[str]) -> str:
-    parts = name.split("*")
-    if len(parts) == 1:
-        return name
-    if len(parts) != len(numbers) + 1:
+    if name.count("*") not in (0, len(numbers)):
         raise InputError(f"[[sites]] {name}: as many * as in the first linear are needed")
-    return "".join(a + b for a, b in zip(parts, (*numbers, ""), strict=True))
-
-
-def _site(entry: SiteEntry, numbers: Sequence[str], specs: Specs) -> Site:
-    modules = [_written_out(linear, numbers) for linear in entry.linears]
-    widths = {module: _shape(module, entry, specs)[1] for module in modules}
-    width = widths[modules[0]]
-    for module, other in widths.items():
-        if other != width:
-            raise InputError(f"{module} takes {other} inputs, {modules[0]} takes {width}")
-    linears = tuple(SiteLinear(m, f"{m}.weight", entry.transposed) for m in modules)
-    feeder = _feeder(entry, numbers, specs, width)
-    reason = "the recipe names nothing that feeds it" if feeder is None else None
-    return Site(modules[0], linears, width, feeder, reason)
-
-
-def _feeder(
-    entry: SiteEntry, numbers: Sequence[str], specs: Specs, width: int
-) -> Norm | Preceding | None:
-    source = entry.norm or entry.after
-    if not source:
-        return None
-    module = _written_out(source, numbers)
-    bias = f"{module}.bias" if f"{module}.bias" in specs else None
-    if entry.norm:
-        gain = specs.get(f"{module}.weight")
-        if gain is None:
-            raise InputError(f"[[sites]] norm {module}: {module}.weight is not in the checkpoint")
-        if gain.shape != (width,):
-            raise InputError(f"norm {module} has shape {gain.shape}, its linears take {width}")
-        return Norm(gain.name, bias, entry.plus_one)
-    outputs = _shape(module, entry, specs)[0]
-    rows = rows_of(entry.layout, outputs, width, entry.heads or None)
-    if isinstance(rows, str):
-        raise InputError(f"[[sites]] after {module}: {rows}", hint="see layout and heads")
-    return Preceding(f"{module}.weight", bias, rows, entry.transposed)
-
-
-def _shape(module: str, entry: SiteEntry, specs: Specs) -> tuple[int, int]:
-    """(out_features, in_features) of a linear."""
-    spec = specs.get(f"{module}.weight")
-    if spec is None:
-        raise InputError(f"[[sites]] {module}: {module}.weight is not in the checkpoint")
-    if len(spec.shape) != 2:
-        raise InputError(f"{spec.name} of shape {spec.shape} is not a linear's weight")
-    first, second = spec.shape
-    return (second, first) if entry.transposed else (first, second)
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name
 
 
 def _check_disjoint(sites: Sequence[Site]) -> None:

@@ -20,15 +20,18 @@ only an activation with `act(z / s) = act(z) / s` will do: relu.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 
 Layout = Literal["all", "second half", "heads", "q k v", "q k v per head"]
+Specs = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,41 @@ class Preceding:
 
 
 @dataclass(frozen=True)
+class SitePattern:
+    """A site by the names of its modules: linears that share one input, fed by `norm`, or by the
+    linear `after` whose outputs are laid out as `layout` (see `rows_of`), or by nothing known.
+
+    plus_one: the norm's gain is stored less one
+    heads: attention heads, where the layout has heads; 0: not known
+    transposed: linears are stored [in_features, out_features]
+    """
+
+    linears: tuple[str, ...] = ()
+    norm: str = ""
+    plus_one: bool = False
+    after: str = ""
+    layout: Layout = "all"
+    heads: int = field(default=0, metadata={"min": 1})
+    transposed: bool = False
+
+    def named(self, full: Callable[[str], str]) -> Self:
+        """The pattern with the full names of its modules."""
+        linears = tuple(full(linear) for linear in self.linears)
+        norm, after = self.norm and full(self.norm), self.after and full(self.after)
+        return replace(self, linears=linears, norm=norm, after=after)
+
+    def missing(self, specs: Specs) -> tuple[str, ...]:
+        """Weights that are not in the checkpoint."""
+        modules = (*self.linears, self.norm, self.after)
+        return tuple(f"{m}.weight" for m in modules if m and f"{m}.weight" not in specs)
+
+    def shape(self, linear: str, specs: Specs) -> tuple[int, ...]:
+        """(out_features, in_features) of a linear."""
+        shape = specs[f"{linear}.weight"].shape
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
 class Site:
     """Linears that share one input.
 
@@ -122,10 +160,52 @@ def require_whole(sites: tuple[Site, ...]) -> None:
     """
     for site in sites:
         if site.missing:
-            raise InputError(
-                f"site {site.name}: {', '.join(site.missing)} not in the checkpoint",
-                hint="give the whole model, not one of its shards",
-            )
+            hint = "give the whole model, not one of its shards"
+            raise InputError(f"site {site.name}: {site.reason}", hint=hint)
+
+
+def make_site(pattern: SitePattern, specs: Specs, obstacle: str | None = None) -> Site:
+    """The site of a pattern of full names; without a feeder where its tensors do not fit.
+
+    obstacle: why nothing takes factors, where that is known beforehand
+    """
+    linears = tuple(SiteLinear(m, f"{m}.weight", pattern.transposed) for m in pattern.linears)
+    present = [linear.module for linear in linears if linear.tensor in specs]
+    width = pattern.shape(present[0], specs)[-1] if present else 0
+    feeder = misfit(pattern, specs) or obstacle or _feeder(pattern, specs, width)
+    if isinstance(feeder, str):
+        return Site(linears[0].module, linears, width, None, feeder, pattern.missing(specs))
+    return Site(linears[0].module, linears, width, feeder)
+
+
+def misfit(pattern: SitePattern, specs: Specs) -> str | None:
+    """Why the tensors of a pattern of full names cannot make a site; None where they can."""
+    if missing := pattern.missing(specs):
+        return f"{', '.join(missing)} not in the checkpoint"
+    width = pattern.shape(pattern.linears[0], specs)[-1]
+    for linear in (*pattern.linears, pattern.after) if pattern.after else pattern.linears:
+        shape = pattern.shape(linear, specs)
+        if len(shape) != 2:
+            return f"{linear}.weight of shape {shape} is not a linear's"
+        if linear != pattern.after and shape[1] != width:
+            return f"{linear} takes {shape[1]} inputs, not {width}"
+    if pattern.norm and specs[f"{pattern.norm}.weight"].shape != (width,):
+        gains = specs[f"{pattern.norm}.weight"].shape
+        return f"{pattern.norm} has {gains} gains for {width} inputs"
+    return None
+
+
+def _feeder(pattern: SitePattern, specs: Specs, width: int) -> Norm | Preceding | str:
+    """What takes the factors of `width` inputs, or why nothing does."""
+    source = pattern.norm or pattern.after
+    bias = f"{source}.bias" if f"{source}.bias" in specs else None
+    if pattern.norm:
+        return Norm(f"{source}.weight", bias, pattern.plus_one)
+    outputs = pattern.shape(source, specs)[0]
+    rows = rows_of(pattern.layout, outputs, width, pattern.heads or None)
+    if isinstance(rows, str):
+        return rows
+    return Preceding(f"{source}.weight", bias, rows, pattern.transposed)
 
 
 def rows_of(layout: Layout, outputs: int, in_features: int, heads: int | None) -> Rows | str:
@@ -136,41 +216,29 @@ def rows_of(layout: Layout, outputs: int, in_features: int, heads: int | None) -
         "q k v per head" [head, 3, head_dim] (BLOOM)
     heads: attention heads; needed where value heads are fewer, and per head
     """
+    mismatch = f"{outputs} outputs of the linear before it do not map onto {in_features} inputs"
+    times = {"all": 1, "second half": 2, "q k v per head": 3}  # outputs for each input
+    if layout in times and outputs != times[layout] * in_features:
+        return mismatch
     if layout == "all":
-        return Rows(0, 1, 1) if outputs == in_features else _mismatch(outputs, in_features)
+        return Rows(0, 1, 1)
     if layout == "second half":
-        fits = outputs == 2 * in_features
-        return (
-            Rows(in_features, in_features, in_features) if fits else _mismatch(outputs, in_features)
-        )
-    if layout == "q k v per head":
-        if outputs != 3 * in_features:
-            return _mismatch(outputs, in_features)
-        width = _head_dim(in_features, heads)
-        return width if isinstance(width, str) else Rows(2 * width, width, 3 * width)
-    offset = 0
+        return Rows(in_features, in_features, in_features)
+    values, odd, offset = outputs, 0, 0
     if layout == "q k v":
-        if outputs <= in_features or (outputs - in_features) % 2:
-            return _mismatch(outputs, in_features)
-        outputs = (outputs - in_features) // 2
-        offset = in_features + outputs
-    if outputs == in_features:
+        values, odd = divmod(outputs - in_features, 2)
+        offset = in_features + values
+    if values <= 0 or odd:
+        return mismatch
+    if values == in_features:
         return Rows(offset, in_features, in_features)
-    width = _head_dim(in_features, heads)
-    if isinstance(width, str):
-        return width
-    if outputs == 0 or outputs % width or (in_features // width) % (outputs // width):
-        return _mismatch(outputs, in_features)
-    return Rows(offset, width, width, repeat=in_features // outputs)
-
-
-def _head_dim(in_features: int, heads: int | None) -> int | str:
     if heads is None:
         return "the number of attention heads is not known without config.json"
     if heads < 1 or in_features % heads:
         return f"{heads} attention heads do not divide {in_features} inputs"
-    return in_features // heads
-
-
-def _mismatch(outputs: int, in_features: int) -> str:
-    return f"{outputs} outputs of the linear before it do not map onto {in_features} inputs"
+    width = in_features // heads
+    if layout == "q k v per head":
+        return Rows(2 * width, width, 3 * width)
+    if values % width or heads % (values // width):
+        return mismatch
+    return Rows(offset, width, width, repeat=in_features // values)

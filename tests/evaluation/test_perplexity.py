@@ -85,13 +85,13 @@ def test_integer_inputs_are_part_of_what_is_run(
     assert quality is not None
     layers = open_quantized(out).layers
     integer = {module: api.load_linear(out, module) for module in layers}
-    plain = stages.apply_linear
+    plain = stages.layers.apply_linear
 
     def run(linear: Any, weights: Any, inputs: Any) -> Any:
         ours = integer.get(linear.name)
         return plain(linear, weights, inputs) if ours is None else ours(inputs)
 
-    monkeypatch.setattr(stages, "apply_linear", run)
+    monkeypatch.setattr(stages.layers, "apply_linear", run)
     tokens = read_tokens(TOKENS, open_checkpoint(SAMPLE)).ids
     scores = log_probabilities(out, tokens)
     nll = -np.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=2)

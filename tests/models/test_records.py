@@ -92,7 +92,7 @@ def test_gguf_names_every_tensor_once(family):
             names_of_model({"model_type": family.model_types[0]})
         return
     gguf, names = names_of_model({"model_type": family.model_types[0]}), family.names
-    assert gguf == names_of_file(family.gguf.architecture)
+    assert gguf == names_of_file(family.gguf)
     prefix = names.prefixes[0]
     modules = [f"{prefix}{names.embedding}", f"{prefix}{names.final_norm}", names.head]
     inside = [name for group in inner_names(family) for name in group]
@@ -146,7 +146,7 @@ def test_nothing_of_a_family_stands_outside_its_file():
         linears = {name for group in inner_names(family) for name in group if "expert" not in name}
         words |= {family.name, *family.model_types, *linears, *family.names.norms.values()}
         words |= {name.rpartition(".")[2] for name in linears}
-        words |= set(family.forward.keys.values()) if family.forward else set()
+        words |= set(family.keys.values())
     words -= {"dense", "intermediate_size"}  # BLOOM's and Mixtral's, but everybody's words too
     found = {}
     for path in PACKAGE.rglob("*.py"):

@@ -261,7 +261,7 @@ def test_recipes_that_do_not_fit_are_errors(change, words):
 def test_a_recipe_s_shapes_are_checked():
     with pytest.raises(InputError, match="outputs"):
         recipe_sites([RECIPE[1] | {"layout": "all"}], recipe_specs())
-    with pytest.raises(InputError, match="its linears take 24"):
+    with pytest.raises(InputError, match="gains for 24 inputs"):
         recipe_sites([RECIPE[0]], recipe_specs(**{"blocks.0.ln.weight": (23,)}))
     with pytest.raises(InputError, match="two sites"):
         recipe_sites([RECIPE[0], {"linears": ["blocks.0.q"]}], recipe_specs())

@@ -1,4 +1,4 @@
-"""The families of models, one file each: a new one is a file and a line here.
+"""The families of models, one file each: a new one is a file and a word here.
 
 Without config.json the first family that fits a checkpoint's names is taken, so those with more
 marks come first.
@@ -6,34 +6,12 @@ marks come first.
 
 from __future__ import annotations
 
-from ptq_cli.models.families import (
-    bloom,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    llama,
-    mistral,
-    mixtral,
-    opt,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-)
+from importlib import import_module
 
-FAMILIES = (
-    gemma3.FAMILY,
-    gemma2.FAMILY,
-    gemma.FAMILY,
-    qwen3.FAMILY,
-    qwen3_moe.FAMILY,
-    qwen2.FAMILY,
-    llama.FAMILY,
-    mistral.FAMILY,
-    mixtral.FAMILY,
-    phi3.FAMILY,
-    opt.FAMILY,
-    gpt2.FAMILY,
-    bloom.FAMILY,
+from ptq_cli.models.family import Family
+
+_ORDER = "gemma3 gemma2 gemma qwen3 qwen3_moe qwen2 llama mistral mixtral phi3 opt gpt2 bloom"
+
+FAMILIES: tuple[Family, ...] = tuple(
+    import_module(f"{__name__}.{name}").FAMILY for name in _ORDER.split()
 )

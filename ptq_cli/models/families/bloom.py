@@ -1,12 +1,9 @@
 """BLOOM: LayerNorms, biases, gelu, ALiBi; q, k and v interleaved by head in one linear."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Condition, Family, Folds, Names, behind
 
 FAMILY = Family(
     name="bloom",
-    model_types=("bloom",),
     names=Names(
         prefixes=("transformer.", ""),
         blocks="h",
@@ -19,16 +16,16 @@ FAMILY = Family(
         norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
         buffers=(),
     ),
+    defaults={"apply_residual_connection_post_layernorm": False},
+    keys={"num_attention_heads": "n_head"},
     folds=Folds(
         values="q k v per head",
         norm_if=Condition(
             "apply_residual_connection_post_layernorm",
             False,
-            False,
             "its inputs are also the residual (apply_residual_connection_post_layernorm is true)",
             published=True,
         ),
         inner_reason=behind("gelu"),
-        heads="n_head",
     ),
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ptq_cli.models.families import llama
-from ptq_cli.models.family import Config, Family, Folds, Forward, Windows
+from ptq_cli.models.families import llama, qwen3
+from ptq_cli.models.family import Config, Family, Folds, Forward
 
 
 def slides(config: Config, index: int, period: int) -> bool:
@@ -20,36 +20,34 @@ def slides(config: Config, index: int, period: int) -> bool:
     return bool((index + 1) % (given or period))
 
 
-DEFAULTS = {
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "tie_word_embeddings": True,
-}  # fmt: skip
+FORWARD = Forward(
+    embedding_scaled=True,
+    biases=qwen3.BIASES,
+    slides=lambda config, index: slides(config, index, 2),
+    by_type=True,
+)
 
 FAMILY = Family(
     name="gemma2",
-    model_types=("gemma2",),
     names=replace(
-        llama.NAMES,
+        llama.FAMILY.names,
         norms={
             "attention_in": "input_layernorm", "attention_out": "post_attention_layernorm",
             "mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm",
         },
     ),
     plus_one=True,
+    defaults={
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "tie_word_embeddings": True, "rope_theta": 10000.0,
+        "vocab_size": 256000, "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+    },
+    keys={
+        "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
+        "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",
+    },
     folds=Folds(),
-    forward=Forward(
-        embedding_scaled=True,
-        biases={"qkv": "attention_bias", "output": "attention_bias"},
-        windows=Windows(lambda config, index: slides(config, index, 2), by_type=True),
-        defaults=DEFAULTS | {
-            "rope_theta": 10000.0, "vocab_size": 256000, "max_position_embeddings": 8192,
-            "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
-        },
-        keys={
-            "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
-            "attention_softcap": "attn_logit_softcapping",
-            "logit_softcap": "final_logit_softcapping",
-        },
-    ),
+    forward=FORWARD,
 )  # fmt: skip

@@ -1,37 +1,29 @@
 """Gemma 3 (text): Gemma 2 with norms on the heads of q and k instead of capped scores; five of six
 blocks have a window, and a rotary base of their own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import gemma2, qwen3
-from ptq_cli.models.family import Family, Folds, Forward, Windows
 
-FAMILY = Family(
+FAMILY = replace(
+    gemma2.FAMILY,
     name="gemma3",
-    model_types=("gemma3_text", "gemma3"),
+    other_types=("gemma3_text",),
     names=replace(
         gemma2.FAMILY.names,
         prefixes=("model.", "language_model.model.", "model.language_model."),
         norms={**qwen3.NORMS, **gemma2.FAMILY.names.norms},
     ),
-    plus_one=True,
-    folds=Folds(),
-    forward=Forward(
-        embedding_scaled=True,
-        biases={"qkv": "attention_bias", "output": "attention_bias"},
-        windows=Windows(
-            lambda config, index: gemma2.slides(config, index, 6),
-            by_type=True,
-            theta=("rope_local_base_freq", 10000.0),
-        ),
-        defaults=gemma2.DEFAULTS | {
-            "rope_theta": 1e6, "vocab_size": 262208, "max_position_embeddings": 131072,
-        },
-        keys={
-            "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
-            "logit_softcap": "final_logit_softcapping",
-        },
+    defaults={
+        **gemma2.FAMILY.defaults,
+        "rope_theta": 1e6, "vocab_size": 262208, "max_position_embeddings": 131072,
+        "rope_local_base_freq": 10000.0, "final_logit_softcapping": None,
+    },
+    keys={
+        "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
+        "logit_softcap": "final_logit_softcapping", "local_rope_theta": "rope_local_base_freq",
+    },
+    forward=replace(
+        gemma2.FORWARD, slides=lambda config, index: gemma2.slides(config, index, 6)
     ),
 )  # fmt: skip

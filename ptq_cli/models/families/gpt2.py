@@ -1,12 +1,9 @@
 """GPT-2: LayerNorms, learned positions, biases, gelu; its linears store [in, out] (Conv1D)."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Family, Folds, Forward, Names, behind
 
 FAMILY = Family(
     name="gpt2",
-    model_types=("gpt2",),
     names=Names(
         prefixes=("transformer.", ""),
         blocks="h",
@@ -21,22 +18,22 @@ FAMILY = Family(
         buffers=("attn.bias", "attn.masked_bias"),
     ),
     transposed=True,
-    folds=Folds(values="q k v", inner_reason=behind("gelu"), heads="n_head"),
+    defaults={
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True, "scale_attn_weights": True, "n_positions": 1024,
+    },
+    keys={
+        "activation": "activation_function", "norm_eps": "layer_norm_epsilon",
+        "hidden_size": "n_embd", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions", "scale_scores": "scale_attn_weights",
+        "scale_by_depth": "scale_attn_by_inverse_layer_idx",
+    },
+    folds=Folds(values="q k v", inner_reason=behind("gelu")),
     forward=Forward(
         gated=False,
         centred=True,
         rotary=False,
         biases={"qkv": True, "output": True, "mlp": True},
-        defaults={
-            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True, "scale_attn_weights": True, "n_positions": 1024,
-        },
-        keys={
-            "activation": "activation_function", "norm_eps": "layer_norm_epsilon",
-            "hidden_size": "n_embd", "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head", "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions", "scale_scores": "scale_attn_weights",
-            "scale_by_depth": "scale_attn_by_inverse_layer_idx",
-        },
     ),
 )  # fmt: skip

@@ -1,27 +1,24 @@
 """Llama, and the many models that are built as it is."""
 
-from __future__ import annotations
-
-from ptq_cli.models.family import Family, Folds, Forward, Gguf, Names
-
-NAMES = Names(
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    output="self_attn.o_proj",
-    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-    mlp_out="mlp.down_proj",
-    norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
-)
-
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+from ptq_cli.models.family import Family, Folds, Forward, Names
 
 FAMILY = Family(
     name="llama",
-    model_types=("llama",),
-    names=NAMES,
+    names=Names(
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output="self_attn.o_proj",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out="mlp.down_proj",
+        norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+    ),
+    defaults={
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+    },
     folds=Folds(),
     forward=Forward(
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
-        defaults=DEFAULTS | {"max_position_embeddings": 2048},
     ),
-    gguf=Gguf("llama", permuted=True),
-)
+    gguf="llama",
+    gguf_permuted=True,
+)  # fmt: skip

@@ -1,17 +1,16 @@
 """Mistral: a Llama whose blocks all have a sliding window."""
 
-from __future__ import annotations
-
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds, Forward, Windows
+from ptq_cli.models.family import Family, Folds, Forward
 
 FAMILY = Family(
     name="mistral",
-    model_types=("mistral",),
-    names=llama.NAMES,
+    names=llama.FAMILY.names,
+    defaults={
+        **llama.FAMILY.defaults,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
     folds=Folds(),
-    forward=Forward(
-        windows=Windows(),
-        defaults=llama.DEFAULTS | {"max_position_embeddings": 131072, "sliding_window": 4096},
-    ),
+    forward=Forward(slides=lambda config, index: True),
 )

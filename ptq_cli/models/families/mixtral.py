@@ -1,17 +1,14 @@
 """Mixtral: Mistral with a mixture of experts instead of the MLP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Forward, Windows
+from ptq_cli.models.family import ExpertNames, Family, Forward
 
 FAMILY = Family(
     name="mixtral",
-    model_types=("mixtral",),
     names=replace(
-        llama.NAMES,
+        llama.FAMILY.names,
         mlp_in=(),
         mlp_out="",
         experts=ExpertNames(
@@ -21,13 +18,11 @@ FAMILY = Family(
             output="w2",
         ),
     ),
-    forward=Forward(
-        windows=Windows(),
-        defaults={
-            "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-            "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_local_experts": 8,
-            "norm_topk_prob": True,
-        },
-        keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
-    ),
+    defaults={
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_local_experts": 8,
+        "norm_topk_prob": True,
+    },
+    keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    forward=Forward(slides=lambda config, index: True),
 )  # fmt: skip

@@ -1,13 +1,10 @@
 """OPT: LayerNorms, learned positions, biases, relu. OPT-350M has its norms behind the sums and a
 narrower embedding."""
 
-from __future__ import annotations
-
 from ptq_cli.models.family import Condition, Family, Folds, Forward, Names, behind
 
 FAMILY = Family(
     name="opt",
-    model_types=("opt",),
     names=Names(
         prefixes=("model.decoder.", "decoder."),
         final_norm="final_layer_norm",
@@ -20,17 +17,25 @@ FAMILY = Family(
         norms={"attention_in": "self_attn_layer_norm", "mlp_in": "final_layer_norm"},
         buffers=(),
     ),
+    defaults={
+        "activation_function": "relu", "layer_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "enable_bias": True, "layer_norm_elementwise_affine": True,
+        "do_layer_norm_before": True, "max_position_embeddings": 2048,
+    },
+    keys={
+        "activation": "activation_function", "intermediate_size": "ffn_dim",
+        "norm_eps": "layer_norm_eps", "norm_affine": "layer_norm_elementwise_affine",
+        "norm_first": "do_layer_norm_before", "no_final_norm": "_remove_final_layer_norm",
+        "embedding_size": "word_embed_proj_dim",
+    },
     folds=Folds(
         norm_if=Condition(
             "do_layer_norm_before",
             True,
-            True,
             "its inputs are also the residual (do_layer_norm_before is false)",
             evidence="final_layer_norm.weight",
         ),
-        inner_if=Condition(
-            "activation_function", "relu", "relu", behind("an activation other than relu")
-        ),
+        inner_if=Condition("activation_function", "relu", behind("an activation other than relu")),
     ),
     forward=Forward(
         gated=False,
@@ -39,16 +44,5 @@ FAMILY = Family(
         position_offset=2,
         position_counts=True,
         biases={"qkv": "enable_bias", "output": "enable_bias", "mlp": "enable_bias"},
-        defaults={
-            "activation_function": "relu", "layer_norm_eps": 1e-5, "tie_word_embeddings": True,
-            "enable_bias": True, "layer_norm_elementwise_affine": True,
-            "do_layer_norm_before": True, "max_position_embeddings": 2048,
-        },
-        keys={
-            "activation": "activation_function", "intermediate_size": "ffn_dim",
-            "norm_eps": "layer_norm_eps", "norm_affine": "layer_norm_elementwise_affine",
-            "norm_first": "do_layer_norm_before", "no_final_norm": "_remove_final_layer_norm",
-            "embedding_size": "word_embed_proj_dim",
-        },
     ),
 )  # fmt: skip

@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds, Forward, Gguf, Windows
+from ptq_cli.models.family import Config, Family, Folds, Forward
 
-WINDOWS = Windows(
-    slides=lambda config, index: bool(index >= config["max_window_layers"]),
-    by_type=True,
-    switch="use_sliding_window",
-)
 
-DEFAULTS = llama.DEFAULTS | {
-    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-    "max_window_layers": 28,
-}  # fmt: skip
+def slides(config: Config, index: int) -> bool:
+    """Whether a block has a window."""
+    return bool(index >= config["max_window_layers"])
+
 
 FAMILY = Family(
     name="qwen2",
-    model_types=("qwen2",),
-    names=replace(llama.NAMES, marks=("self_attn.q_proj.bias",)),
+    names=replace(llama.FAMILY.names, marks=("self_attn.q_proj.bias",)),
+    defaults={
+        **llama.FAMILY.defaults,
+        "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    keys={"use_windows": "use_sliding_window"},
     folds=Folds(),
-    forward=Forward(biases={"qkv": True}, windows=WINDOWS, defaults=DEFAULTS),
-    gguf=Gguf("qwen2"),
-)
+    forward=Forward(biases={"qkv": True}, slides=slides, by_type=True),
+    gguf="qwen2",
+)  # fmt: skip

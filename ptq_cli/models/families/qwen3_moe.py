@@ -1,15 +1,12 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts instead of the MLP in all or some of its blocks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
-from ptq_cli.models.families import llama, qwen3
-from ptq_cli.models.family import ExpertNames, Family, Forward, Windows
+from ptq_cli.models.families import qwen2, qwen3
+from ptq_cli.models.family import ExpertNames, Family, Forward
 
 FAMILY = Family(
     name="qwen3_moe",
-    model_types=("qwen3_moe",),
     names=replace(
         qwen3.FAMILY.names,
         experts=ExpertNames(
@@ -19,16 +16,14 @@ FAMILY = Family(
             output="down_proj",
         ),
     ),
-    forward=Forward(
-        biases=qwen3.BIASES,
-        windows=Windows(switch="use_sliding_window"),
-        defaults=llama.DEFAULTS | {
-            "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-            "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": False,
-        },
-        keys={
-            "num_experts": "num_local_experts", "expert_size": "moe_intermediate_size",
-            "dense_blocks": "mlp_only_layers", "sparse_step": "decoder_sparse_step",
-        },
-    ),
+    defaults={
+        **qwen2.FAMILY.defaults,
+        "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": False,
+    },
+    keys={
+        "num_experts": "num_local_experts", "expert_size": "moe_intermediate_size",
+        "dense_blocks": "mlp_only_layers", "sparse_step": "decoder_sparse_step",
+        "use_windows": "use_sliding_window",
+    },
+    forward=Forward(biases=qwen3.BIASES, slides=lambda config, index: True),
 )  # fmt: skip

@@ -8,12 +8,11 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Config, ExpertNames, Family, Forward, Names
+from ptq_cli.models.family import Config, ExpertNames, Family, Forward
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
-from ptq_cli.models.forward.rope import Rope, read_rope
+from ptq_cli.models.forward.rope import Rope, not_known, read_rope
 
 WORKSPACE = 16 << 20  # scores, chunks of activation functions, rotations of short batches
-USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,11 @@ class Architecture:
     """A model as its forward needs to know it.
 
     embedding, positions, head: names of tensors; head is the embedding where they are tied
-    embedding_scale: factor of the embeddings (Gemma)
-    position_offset, position_counts: row of `positions` for column 0; whether padding is skipped
-    project_in, project_out: linears around the blocks where the embedding is narrower (OPT-350M)
+    projections: linears around the blocks where the embedding is narrower (OPT-350M), or none
     """
 
     family: str
+    forward: Forward
     hidden_size: int
     intermediate_size: int
     n_heads: int
@@ -74,17 +72,12 @@ class Architecture:
     head_dim: int
     vocab_size: int
     activation: str
-    gated: bool
     blocks: tuple[Block, ...]
     embedding: str
-    embedding_scale: float
     head: str
     final_norm: Norm | None
     positions: str | None = None
-    position_offset: int = 0
-    position_counts: bool = False
-    project_in: Linear | None = None
-    project_out: Linear | None = None
+    projections: tuple[Linear, ...] = ()
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
@@ -112,66 +105,50 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     tensors: names in the checkpoint; they tell which prefix it uses where a family has several.
     Raises InputError for a `model_type` or a setting that is not known.
     """
-    kind, family, forward = _family(config)
-    config = _in_our_words(config, forward)
-    names, prefix = family.names, _prefix(family.names, tensors)
+    kind = config.get("model_type")
+    known = {kind: family for family in FAMILIES if family.forward for kind in family.model_types}
+    family = known.get(str(kind))
+    if family is None or family.forward is None:
+        raise not_known(f"no forward for model_type {kind!r}", known)
+    config, names, forward = _settings(config, family), family.names, family.forward
+    found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
+    prefix = next(found, names.prefixes[0])
     embedding = f"{prefix}{names.embedding}.weight"
     narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
-    projections = [Linear(prefix + name) for name in names.projections] if narrow else [None] * 2
-    final = _norm(config, family, f"{prefix}{names.final_norm}")
     bare = config.get("no_final_norm") or not config.get("norm_first", True)
     return Architecture(
-        family=kind,
+        family=str(kind),
+        forward=forward,
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         n_heads=config["num_attention_heads"],
         n_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         vocab_size=_number(config, "vocab_size"),
-        activation=_activation(config),
-        gated=forward.gated,
+        activation=config["activation"],
         blocks=tuple(
             _block(config, family, forward, prefix, index)
             for index in range(config["num_hidden_layers"])
         ),
         embedding=embedding,
-        embedding_scale=config["hidden_size"] ** 0.5 if forward.embedding_scaled else 1.0,
         head=embedding if config.get("tie_word_embeddings") else f"{names.head}.weight",
-        final_norm=None if bare else final,
+        final_norm=None if bare else _norm(config, family, f"{prefix}{names.final_norm}"),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
-        position_offset=forward.position_offset,
-        position_counts=forward.position_counts,
-        project_in=projections[0],
-        project_out=projections[1],
+        projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
         attention_softcap=config.get("attention_softcap"),
         logit_softcap=config.get("logit_softcap"),
     )
 
 
-def _family(config: Config) -> tuple[str, Family, Forward]:
-    """The model_type, its family and the family's forward."""
-    known = {kind: family for family in FAMILIES if family.forward for kind in family.model_types}
-    kind = config.get("model_type")
-    family = known.get(str(kind))
-    if family is None or family.forward is None:
-        raise InputError(
-            f"no forward for model_type {kind!r}; known are {', '.join(sorted(known))}",
-            hint="bring activations with --activations, which works for any model",
-        )
-    return str(kind), family, family.forward
-
-
-def _in_our_words(config: Config, forward: Forward) -> dict[str, Any]:
-    """The config with the family's defaults, and with the forward's words for its keys."""
-    full = {**forward.defaults, **(config.get("text_config") or config)}
-    for word, key in {**USUAL_KEYS, **forward.keys}.items():
-        if full.get(word) is None:
-            full[word] = full.get(key)
+def _settings(config: Config, family: Family) -> dict[str, Any]:
+    """The family's settings, checked, with the sizes that follow from others."""
+    full = family.settings(config)
     hidden, heads = _number(full, "hidden_size"), _number(full, "num_attention_heads")
     _number(full, "num_hidden_layers")
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or hidden // heads
     full["intermediate_size"] = full.get("intermediate_size") or 4 * hidden
+    full["activation"] = full["activation"] or full.get("hidden_act")
     if heads % full["num_key_value_heads"]:
         raise InputError(
             f"config.json has {heads} attention heads, not a multiple of "
@@ -179,6 +156,9 @@ def _in_our_words(config: Config, forward: Forward) -> dict[str, Any]:
         )
     if full.get("use_bidirectional_attention"):
         raise InputError("config.json asks for bidirectional attention; only causal is known")
+    if full["activation"] not in ACTIVATIONS:
+        what = f"config.json's activation {full['activation']!r} is not known"
+        raise not_known(what, ACTIVATIONS)
     return full
 
 
@@ -187,22 +167,6 @@ def _number(config: Config, key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
     return value
-
-
-def _activation(config: Config) -> str:
-    name = config["activation"] or config.get("hidden_act")
-    if name not in ACTIVATIONS:
-        raise InputError(
-            f"config.json's activation {name!r} is not known; known are "
-            f"{', '.join(sorted(ACTIVATIONS))}",
-            hint="bring activations with --activations, which works for any model",
-        )
-    return str(name)
-
-
-def _prefix(names: Names, tensors: Collection[str]) -> str:
-    found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
-    return next(found, names.prefixes[0])
 
 
 def _norm(config: Config, family: Family, name: str) -> Norm:
@@ -236,7 +200,7 @@ def _block(config: Config, family: Family, forward: Forward, prefix: str, index:
             role if before else role.replace("_in", "_sum"): _norm(config, family, base + name)
             for role, name in names.norms.items()
         },
-        rope=_rope(config, forward, slides) if forward.rotary else None,
+        rope=_rope(config, slides) if forward.rotary else None,
         window=_number(config, "sliding_window") if slides else None,
         scale=_scale(config, index),
     )
@@ -251,31 +215,27 @@ def _scale(config: Config, index: int) -> float:
 
 def _slides(config: Config, forward: Forward, index: int) -> bool:
     """Whether a block's tokens see a window only."""
-    windows = forward.windows
-    if windows is None or config.get("sliding_window") is None:
-        return False
-    if windows.switch is not None and not config.get(windows.switch):
+    if config.get("sliding_window") is None or not config.get("use_windows", True):
         return False
     types = config.get("layer_types")
-    if not types or not windows.by_type:
-        return windows.slides(config, index)
+    if not types or not forward.by_type:
+        return forward.slides(config, index)
     if types[index] not in ("full_attention", "sliding_attention"):
         raise InputError(f"config.json's layer type {types[index]!r} is not known")
     return bool(types[index] == "sliding_attention")
 
 
-def _rope(config: Config, forward: Forward, slides: bool) -> Rope:
+def _rope(config: Config, slides: bool) -> Rope:
     """transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
     `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only."""
-    local = forward.windows.theta if slides and forward.windows else None
+    local = config.get("local_rope_theta") if slides else None
     kind = "sliding_attention" if slides else "full_attention"
     given = config.get("rope_parameters") or {}
     nested = given.get(kind) if kind in given else ({} if local else given)
-    scaling = config.get("rope_scaling")
-    parameters = dict((None if local else scaling) or nested or {})
-    key, theta = local or ("rope_theta", config["rope_theta"])
+    scaling = None if local else config.get("rope_scaling")
+    parameters = dict(scaling or nested or {})
     if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = config.get(key, theta)
+        parameters["rope_theta"] = local or config["rope_theta"]
     parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     return read_rope(
         parameters,

@@ -35,10 +35,6 @@ class Packing:
     positions: NDArray[np.int64]
 
     @property
-    def length(self) -> int:
-        return int(self.mask.shape[1])
-
-    @property
     def n_tokens(self) -> int:
         return self.starts[-1]
 
@@ -96,49 +92,37 @@ def attend(
             turned_keys[:, own],
             turned_values[:, own],
             by_head[:, own],
-            _Mask(packing.positions[own], window, softcap),
+            packing.positions[own],
+            window,
+            softcap,
         )
     return outputs.reshape(n_tokens, n_heads * head_dim)
 
 
-@dataclass(frozen=True)
-class _Mask:
-    """What the queries of one sequence see, and the cap of their scores."""
-
-    positions: NDArray[np.int64]
-    window: int | None
-    softcap: float | None
-
-    def first(self, query: int) -> int:
-        """The first key that `query` sees."""
-        if self.window is None:
-            return 0
-        return int(np.searchsorted(self.positions, self.positions[query] - self.window + 1))
-
-    def hidden(self, start: int, stop: int) -> list[tuple[int, int, NDArray[np.bool_]]]:
-        """(key, key, true where hidden) for the keys that some of the queries do not see."""
-        count = np.arange(stop - start)
-        parts = [(start, stop, count[:, None] < count)]
-        far = self.first(stop - 1)
-        near = self.first(start)
-        if self.window is not None and far > near:
-            distance = self.positions[start:stop, None] - self.positions[near:far]
-            parts.append((near, far, distance >= self.window))
-        return parts
-
-
 def _attend_sequence(
-    queries: FloatArray, keys: FloatArray, values: FloatArray, outputs: FloatArray, mask: _Mask
+    queries: FloatArray,
+    keys: FloatArray,
+    values: FloatArray,
+    outputs: FloatArray,
+    positions: NDArray[np.int64],
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     """Fills `outputs` [n_kv, n, group, head_dim] (any strides) for one sequence.
 
-    queries: [n_kv, n, group, head_dim], scaled; keys, values: [n_kv, n, head_dim].
+    queries: [n_kv, n, group, head_dim], scaled; keys, values: [n_kv, n, head_dim]; positions: [n]
     """
     n_kv, n, group, head_dim = queries.shape
     step = max(1, QUERY_ROWS // group)
     for start in range(0, n, step):
         stop = min(start + step, n)
-        first, hidden = mask.first(start), mask.hidden(start, stop)
+        first, hidden = 0, []  # the first key that is seen; keys, and who does not see them
+        if window is not None:
+            first, near = np.searchsorted(positions, positions[[start, stop - 1]] - window + 1)
+            distance = positions[start:stop, None] - positions[first:near]
+            hidden.append((slice(0, near - first), distance >= window))
+        count = np.arange(stop - start)
+        hidden.append((slice(start - first, stop - first), count[:, None] < count))
         rows = (stop - start) * group
         heads = max(1, SCORES // (rows * (stop - first)))
         for head in range(0, n_kv, heads):
@@ -147,8 +131,8 @@ def _attend_sequence(
                 queries[some, start:stop].reshape(-1, rows, head_dim),
                 keys[some, first:stop],
                 values[some, first:stop],
-                [(low - first, high - first, where) for low, high, where in hidden],
-                mask.softcap,
+                hidden,
+                softcap,
             )
             outputs[some, start:stop] = mixed.reshape(-1, stop - start, group, head_dim)
 
@@ -157,15 +141,18 @@ def _attend_block(
     queries: FloatArray,
     keys: FloatArray,
     values: FloatArray,
-    hidden: list[tuple[int, int, NDArray[np.bool_]]],
+    hidden: list[tuple[slice, NDArray[np.bool_]]],
     softcap: float | None,
 ) -> Any:
-    """One block: queries [heads, rows, d], keys and values [heads, n_keys, d]."""
+    """One block: queries [heads, rows, d], keys and values [heads, n_keys, d].
+
+    hidden: keys, and where queries do not see them, true in [n_queries, some keys]
+    """
     scores = queries @ keys.transpose(0, 2, 1)
     cap(scores, softcap)
     heads, rows, n_keys = scores.shape
-    for low, high, where in hidden:
-        part = scores.reshape(heads, len(where), rows // len(where), n_keys)[..., low:high]
+    for some, where in hidden:
+        part = scores.reshape(heads, len(where), rows // len(where), n_keys)[..., some]
         np.copyto(part, np.float32(-np.inf), where=where[:, None, :])
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)

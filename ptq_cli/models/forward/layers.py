@@ -87,12 +87,10 @@ def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> Float
     """`inputs` [n, width] normalised over its columns, float32; the same array without a norm."""
     if norm is None:
         return inputs
+    outputs: FloatArray = inputs
     if norm.centred:
-        outputs: FloatArray = inputs - inputs.mean(axis=1, keepdims=True)
-        square = np.einsum("ij,ij->i", outputs, outputs)
-    else:
-        outputs = inputs
-        square = np.einsum("ij,ij->i", inputs, inputs)
+        outputs = inputs - inputs.mean(axis=1, keepdims=True)
+    square = np.einsum("ij,ij->i", outputs, outputs)
     scale = 1 / np.sqrt(square / np.float32(inputs.shape[1]) + np.float32(norm.eps))
     outputs = np.multiply(outputs, scale[:, None], out=outputs if norm.centred else None)
     if norm.affine:

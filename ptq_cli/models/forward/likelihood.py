@@ -52,13 +52,9 @@ class TokenMeasures:
 
 def next_tokens(tokens: Array, packing: Packing) -> tuple[NDArray[np.int64], Array]:
     """Packed rows that have a token after them in their sequence, and that token, [n] each."""
-    flat = packing.flat(tokens)
-    has_next = np.ones(packing.n_tokens, dtype=np.bool_)
-    ends = [stop for start, stop in zip(packing.starts, packing.starts[1:], strict=False)
-            if stop > start]  # fmt: skip
-    has_next[np.asarray(ends, dtype=np.int64) - 1] = False
-    rows = np.nonzero(has_next)[0]
-    return rows, flat[rows + 1]
+    sequences = np.nonzero(packing.mask)[0]
+    rows = np.nonzero(sequences[1:] == sequences[:-1])[0]
+    return rows, packing.flat(tokens)[rows + 1]
 
 
 def measure_tokens(model: Prediction, targets: Array, reference: Prediction) -> TokenMeasures:
@@ -70,7 +66,8 @@ def measure_tokens(model: Prediction, targets: Array, reference: Prediction) -> 
         total.add(scores, ids.start, rows, targets)
         scores -= wanted
         base.add(wanted, ids.start, rows, targets, scores)
-    kl = np.maximum(total.log_sum - base.log_sum - base.mean, 0.0)  # below 0 only by rounding
+    mean = base.weighted / base.total  # of the difference of the scores
+    kl = np.maximum(total.log_sum - base.log_sum - mean, 0.0)  # below 0 only by rounding
     return TokenMeasures(total.nll, total.top, kl, base.nll, base.top)
 
 
@@ -88,7 +85,7 @@ def _pieces(n_ids: int, n_rows: int) -> Iterator[tuple[slice, slice]]:
 
 class _Softmax:
     """A softmax per row whose logits arrive in pieces: `Σ exp(logit − peak)`, the target's logit
-    and, of a second array that arrives beside the logits, the mean under the softmax."""
+    and the same sum weighted by a second array that arrives beside the logits."""
 
     def __init__(self, n_rows: int) -> None:
         self.peak = np.full(n_rows, -np.inf, dtype=np.float64)
@@ -104,10 +101,6 @@ class _Softmax:
     @property
     def nll(self) -> Doubles:
         return self.log_sum - self.target
-
-    @property
-    def mean(self) -> Doubles:
-        return self.weighted / self.total
 
     def add(
         self, scores: FloatArray, first: int, rows: slice, targets: Array, beside: Any = None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
@@ -43,22 +42,11 @@ class QuantizedLinear:
 
 def as_tensor(layer: Layer, weight: QuantizedWeight) -> Tensor:
     """What a forward takes for the layer's tensor: the dequantized weight in its stored shape, and
-    with it how the inputs are rounded, where the layer says so."""
-    values = layer.as_stored(weight.dequantized())
-    if layer.activation is None:
+    with it how the inputs are rounded, where the layer says so; its errors name the layer."""
+    values, activation = layer.as_stored(weight.dequantized()), layer.activation
+    if activation is None:
         return values
-    return rounding_tensor(layer, values, layer.activation, weight.input_scale, weight.input_zero)
-
-
-def rounding_tensor(
-    layer: Layer,
-    values: Array,
-    activation: Activation,
-    scale: float | None = None,
-    zero: int | None = None,
-) -> LinearTensor:
-    """A tensor in its stored shape with the rounding of the inputs that an activation states; its
-    errors name the layer."""
+    scale, zero = weight.input_scale, weight.input_zero
 
     def round_inputs(inputs: FloatArray) -> FloatArray:
         with stated_in(layer.module):

@@ -15,8 +15,8 @@ longrope  divided channel by channel by one of two lists (arXiv 2402.13753), cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
+
+Frequencies = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Rope:
     dims: channels of a head that turn, the first ones
     max_length, original_length: tokens the model is for, and was trained on before stretching
     amplitude: factor of cos and sin (yarn, longrope)
+    parameters: config.json's own, for what one kind alone asks for
     """
 
     dims: int
@@ -42,13 +45,7 @@ class Rope:
     max_length: int = 0
     original_length: int = 0
     amplitude: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rotations(
@@ -78,56 +75,53 @@ def rotate(heads: FloatArray, cosine: FloatArray, sine: FloatArray) -> None:
     first[...] = turned
 
 
-def _default(rope: Rope, length: int) -> FloatArray:
+def _default(rope: Rope, length: int) -> Frequencies:
     exponents = np.arange(0, rope.dims, 2, dtype=np.float64) / rope.dims
-    result: FloatArray = 1.0 / rope.theta**exponents
-    return result
+    return 1.0 / rope.theta**exponents
 
 
-def _linear(rope: Rope, length: int) -> FloatArray:
-    result: FloatArray = _default(rope, length) / rope.factor
-    return result
+def _linear(rope: Rope, length: int) -> Frequencies:
+    return _default(rope, length) / rope.factor
 
 
-def _dynamic(rope: Rope, length: int) -> FloatArray:
+def _dynamic(rope: Rope, length: int) -> Frequencies:
     length = max(length, rope.max_length)
     stretch = rope.factor * length / rope.max_length - (rope.factor - 1)
     theta = rope.theta * stretch ** (rope.dims / (rope.dims - 2))
-    return _default(Rope(rope.dims, theta), length)
+    return _default(replace(rope, theta=theta), length)
 
 
-def _llama3(rope: Rope, length: int) -> FloatArray:
+def _llama3(rope: Rope, length: int) -> Frequencies:
     plain = _default(rope, length)
+    slow = float(rope.parameters.get("low_freq_factor", 1.0))
+    fast = float(rope.parameters.get("high_freq_factor", 4.0))
     turns = rope.original_length * plain / (2 * math.pi)
-    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    kept = np.clip(ramp, 0.0, 1.0)
-    result: FloatArray = kept * plain + (1 - kept) * plain / rope.factor
-    return result
+    kept = np.clip((turns - slow) / (fast - slow), 0.0, 1.0)
+    return kept * plain + (1 - kept) * plain / rope.factor
 
 
-def _yarn(rope: Rope, length: int) -> FloatArray:
+def _yarn(rope: Rope, length: int) -> Frequencies:
     def channel(turns: float) -> float:
         wavelength = rope.original_length / (turns * 2 * math.pi)
         return rope.dims * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
-    if rope.truncate:
+    low = channel(rope.parameters.get("beta_fast", 32.0))
+    high = channel(rope.parameters.get("beta_slow", 1.0))
+    if rope.parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dims - 1)
     width = high - low if high != low else 0.001
     ramp = (np.arange(rope.dims // 2, dtype=np.float64) - low) / width
     plain, stretched = _default(rope, length), np.clip(ramp, 0.0, 1.0)
-    result: FloatArray = plain * (1 - stretched) + plain / rope.factor * stretched
-    return result
+    return plain * (1 - stretched) + plain / rope.factor * stretched
 
 
-def _longrope(rope: Rope, length: int) -> FloatArray:
-    factors = rope.long_factor if length > rope.original_length else rope.short_factor
-    result: FloatArray = _default(rope, length) / np.asarray(factors)
-    return result
+def _longrope(rope: Rope, length: int) -> Frequencies:
+    which = "long_factor" if length > rope.original_length else "short_factor"
+    return _default(rope, length) / np.asarray(rope.parameters[which], dtype=np.float64)
 
 
-KINDS: dict[str, Callable[[Rope, int], FloatArray]] = {
+KINDS: dict[str, Callable[[Rope, int], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -136,66 +130,52 @@ KINDS: dict[str, Callable[[Rope, int], FloatArray]] = {
     "longrope": _longrope,
 }
 
+
+def not_known(what: str, known: Iterable[str]) -> InputError:
+    """The error for a word of config.json that the forward does not know."""
+    return InputError(
+        f"{what}; known are {', '.join(sorted(known))}",
+        hint="bring activations with --activations, which works for any model",
+    )
+
+
 _ALIASES = {"su": "longrope", "none": "default"}
 
 
 def read_rope(
-    parameters: Mapping[str, Any], head_dim: int, max_length: int, original_length: int | None
+    given: Mapping[str, Any], head_dim: int, max_length: int, original_length: int | None
 ) -> Rope:
     """The rope of one block from config.json's `rope_parameters` (or `rope_scaling`).
 
-    original_length: `original_max_position_embeddings` where it stands outside `parameters`.
+    original_length: `original_max_position_embeddings` where it stands outside `given`.
     Raises InputError for a kind that is not known and for keys that are missing.
     """
+    parameters = {key: value for key, value in given.items() if value is not None}
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = _ALIASES.get(kind, kind)
     if kind not in KINDS:
-        raise InputError(
-            f"config.json asks for rotary embeddings of type {kind!r}; known are "
-            f"{', '.join(sorted(KINDS))}",
-            hint="bring activations with --activations, which works for any model",
-        )
-    original = original_length or parameters.get("original_max_position_embeddings") or max_length
-    given = {
-        name: parameters[name]
-        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate")
-        if parameters.get(name) is not None
-    }
+        raise not_known(f"config.json asks for rotary embeddings of type {kind!r}", KINDS)
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    factor = parameters.get("factor")
-    stretch = float(max_length / original if factor is None else factor)
-    _check(kind, parameters, dims, factor)
-    return Rope(
-        dims=dims,
-        theta=float(parameters["rope_theta"]),
-        kind=kind,
-        factor=stretch,
-        max_length=max_length,
-        original_length=original,
-        amplitude=_amplitude(kind, parameters, stretch, original),
-        short_factor=tuple(parameters.get("short_factor") or ()),
-        long_factor=tuple(parameters.get("long_factor") or ()),
-        **given,
-    )
-
-
-def _check(kind: str, parameters: Mapping[str, Any], dims: int, factor: float | None) -> None:
     if dims < 2 or dims % 2:
         raise InputError(f"config.json turns {dims} channels of a head; it must be even and not 0")
-    if kind in ("linear", "dynamic", "llama3") and factor is None:
+    if kind in ("linear", "dynamic", "llama3") and "factor" not in parameters:
         raise InputError(f"config.json asks for {kind!r} rotary embeddings without a `factor`")
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
-        found = len(parameters.get(name) or ())
+        found = len(parameters.get(name, ()))
         if found != dims // 2:
             raise InputError(f"config.json's {name} has {found} numbers and needs {dims // 2}")
+    original = original_length or parameters.get("original_max_position_embeddings") or max_length
+    factor = float(parameters.get("factor", max_length / original))
+    amplitude = _amplitude(kind, parameters, factor, original)
+    theta = float(parameters["rope_theta"])
+    return Rope(dims, theta, kind, factor, max_length, original, amplitude, parameters)
 
 
 def _amplitude(kind: str, parameters: Mapping[str, Any], factor: float, original: int) -> float:
-    given = parameters.get("attention_factor")
+    if kind in ("yarn", "longrope") and "attention_factor" in parameters:
+        return float(parameters["attention_factor"])
     if kind not in ("yarn", "longrope") or factor <= 1:
-        return float(given) if kind in ("yarn", "longrope") and given is not None else 1.0
-    if given is not None:
-        return float(given)
+        return 1.0
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original))
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")

@@ -28,21 +28,11 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError
+from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.architecture import Architecture, Block, Experts
 from ptq_cli.models.forward.attention import Packing, attend
-from ptq_cli.models.forward.layers import (
-    Linear,
-    Weights,
-    activate,
-    apply_linear,
-    apply_norm,
-    cap,
-    round_inputs,
-    stored,
-)
+from ptq_cli.models.forward.layers import Linear, Weights
 from ptq_cli.models.forward.rope import rotate, rotations
-
-Observe = Callable[[str, FloatArray], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,6 @@ class Stage:
     enter: the state before it from the residual, where nothing but a norm lies between
     """
 
-    name: str
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
     enter: Callable[[Weights, FloatArray], State] | None = None
@@ -88,22 +77,21 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
     """
     ids = packing.flat(tokens)
     hidden = _rows(weights, arch.embedding, ids, "token")
-    if arch.embedding_scale != 1:
-        hidden = hidden * np.float32(arch.embedding_scale)
-    if arch.project_in is not None:
-        hidden = apply_linear(arch.project_in, weights, hidden)
+    if arch.forward.embedding_scaled:
+        hidden = hidden * np.float32(arch.hidden_size**0.5)
+    if arch.projections:
+        hidden = layers.apply_linear(arch.projections[0], weights, hidden)
     if arch.positions is None:
         return hidden
     columns = packing.positions
-    if arch.position_counts:
-        columns = np.arange(packing.n_tokens) - np.repeat(
-            packing.starts[:-1], np.diff(packing.starts)
-        )
-    return hidden + _rows(weights, arch.positions, columns + arch.position_offset, "position")
+    if arch.forward.position_counts:
+        columns = packing.flat(np.cumsum(packing.mask, axis=1)) - 1
+    columns = columns + arch.forward.position_offset
+    return hidden + _rows(weights, arch.positions, columns, "position")
 
 
 def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
-    table = stored(weights, name)
+    table = layers.stored(weights, name)
     if ids.size and not (ids.min() >= 0 and ids.max() < len(table)):
         raise InputError(f"{what} {ids.max()} is out of range: {name} has {len(table)} rows")
     return np.asarray(table[ids], dtype=np.float32)
@@ -112,7 +100,7 @@ def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
 def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) -> State:
     """Block `index` before its first stage."""
     block = arch.blocks[index]
-    inputs = apply_norm(block.norms.get("attention_in"), weights, hidden)
+    inputs = layers.apply_norm(block.norms.get("attention_in"), weights, hidden)
     return State(hidden, {block.qkv[0].name: inputs})
 
 
@@ -125,19 +113,14 @@ def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...
         return State(state.hidden, {block.output.name: mixed})
 
     def attention_out(weights: Weights, state: State) -> State:
-        branch = apply_linear(block.output, weights, state.inputs[block.output.name])
+        branch = layers.apply_linear(block.output, weights, state.inputs[block.output.name])
         return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
 
-    def enter(weights: Weights, hidden: FloatArray) -> State:
-        return begin(arch, index, weights, hidden)
-
-    head = (
-        Stage("attention_in", _site(*block.qkv), attention_in, enter),
-        Stage("attention_out", _site(block.output), attention_out),
+    return (
+        Stage(_sites(block.qkv), attention_in, partial(begin, arch, index)),
+        Stage(_sites((block.output,)), attention_out),
+        *_mlp_stages(arch, block),
     )
-    if block.experts:
-        return head + _expert_stages(arch, block, block.experts)
-    return head + _mlp_stages(arch, block)
 
 
 def forward_block(
@@ -146,7 +129,7 @@ def forward_block(
     weights: Weights,
     hidden: FloatArray,
     packing: Packing,
-    observe: Observe | None = None,
+    observe: Callable[[str, FloatArray], None] | None = None,
 ) -> FloatArray:
     """The residual after block `index`; `hidden` is left as it is.
 
@@ -154,16 +137,17 @@ def forward_block(
     """
     state = begin(arch, index, weights, hidden)
     for stage in stages(arch, index, packing):
-        for site, inputs in state.inputs.items() if observe else ():
-            observe(site, inputs)  # type: ignore[misc]
+        if observe is not None:
+            for site, inputs in state.inputs.items():
+                observe(site, inputs)
         state = stage.apply(weights, state)
     return state.hidden
 
 
 def finish(arch: Architecture, weights: Weights, hidden: FloatArray) -> FloatArray:
     """What the head sees: the residual after the last block, normalised."""
-    hidden = apply_norm(arch.final_norm, weights, hidden)
-    return hidden if arch.project_out is None else apply_linear(arch.project_out, weights, hidden)
+    hidden = layers.apply_norm(arch.final_norm, weights, hidden)
+    return layers.apply_linear(arch.projections[1], weights, hidden) if arch.projections else hidden
 
 
 def logits(
@@ -173,30 +157,31 @@ def logits(
     vocabulary: slice = slice(None),
 ) -> FloatArray:
     """Scores of the tokens of `vocabulary` after each row of `finished`, float32 [n, n_ids]."""
-    table = stored(weights, arch.head)
-    finished = round_inputs(weights, arch.head, finished)
+    table = layers.stored(weights, arch.head)
+    finished = layers.round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
-    cap(scores, arch.logit_softcap)
+    layers.cap(scores, arch.logit_softcap)
     return scores
 
 
-def _site(*linears: Linear) -> dict[str, tuple[str, ...]]:
-    return {linears[0].name: tuple(linear.name for linear in linears)}
+def _sites(*groups: tuple[Linear, ...]) -> dict[str, tuple[str, ...]]:
+    return {linears[0].name: tuple(linear.name for linear in linears) for linears in groups}
 
 
 def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
     """A block before its MLP or router."""
     first = block.experts.router if block.experts else block.mlp_in[0]
-    return State(hidden, {first.name: apply_norm(block.norms.get("mlp_in"), weights, hidden)})
+    inputs = layers.apply_norm(block.norms.get("mlp_in"), weights, hidden)
+    return State(hidden, {first.name: inputs})
 
 
 def _add(
     block: Block, branch: str, weights: Weights, hidden: FloatArray, outputs: FloatArray
 ) -> FloatArray:
     """Residual plus a branch's outputs, with the norms that the family puts around the sum."""
-    outputs = apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
+    outputs = layers.apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
     outputs += hidden
-    return apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
+    return layers.apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
 
 
 def _attention(
@@ -204,7 +189,7 @@ def _attention(
 ) -> FloatArray:
     """From the inputs of qkv to those of the output linear."""
     query, shared = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    parts = [apply_linear(linear, weights, inputs) for linear in block.qkv]
+    parts = [layers.apply_linear(linear, weights, inputs) for linear in block.qkv]
     if len(parts) == 1:
         parts = np.split(parts[0], [query, query + shared], axis=1)
     queries, keys, values = (
@@ -213,9 +198,9 @@ def _attention(
     for role, heads in (("q", queries), ("k", keys)):
         if role in block.norms:
             flat = heads.reshape(-1, arch.head_dim)
-            flat[...] = apply_norm(block.norms[role], weights, flat)
+            flat[...] = layers.apply_norm(block.norms[role], weights, flat)
     if block.rope is not None:
-        cosine, sine = rotations(block.rope, packing.positions, packing.length)
+        cosine, sine = rotations(block.rope, packing.positions, packing.mask.shape[1])
         rotate(queries, cosine, sine)
         rotate(keys, cosine, sine)
     return attend(
@@ -230,69 +215,54 @@ def _attention(
 
 
 def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
-    first, down = block.mlp_in[0].name, block.mlp_out.name
+    """The stages of the MLP, or of the experts behind their router."""
+    experts, enter = block.experts, partial(_enter_mlp, block)
+    before = experts.inputs if experts else (block.mlp_in,)
+    behind = experts.outputs if experts else (block.mlp_out,)
+    width = experts.width if experts else arch.intermediate_size
 
     def mlp_in(weights: Weights, state: State) -> State:
-        return State(state.hidden, {down: _inner(arch, block.mlp_in, weights, state.inputs[first])})
+        inner = {}
+        for linears, down in zip(before, behind, strict=True):
+            inputs = state.inputs[linears[0].name]
+            empty = np.zeros((0, width), dtype=np.float32)
+            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
+        return State(state.hidden, inner, state.routing)
 
     def mlp_out(weights: Weights, state: State) -> State:
-        branch = apply_linear(block.mlp_out, weights, state.inputs[down])
+        if state.routing is None:
+            branch = layers.apply_linear(block.mlp_out, weights, state.inputs[block.mlp_out.name])
+        else:
+            branch = np.zeros_like(state.hidden)
+            routes = zip(behind, state.routing.rows, state.routing.share, strict=True)
+            for down, rows, share in routes:
+                if len(rows):
+                    outputs = layers.apply_linear(down, weights, state.inputs[down.name])
+                    branch[rows] += outputs * share
         return State(_add(block, "mlp", weights, state.hidden, branch))
 
-    return (
-        Stage("mlp_in", _site(*block.mlp_in), mlp_in, partial(_enter_mlp, block)),
-        Stage("mlp_out", _site(block.mlp_out), mlp_out),
-    )
+    last = Stage(_sites(*((down,) for down in behind)), mlp_out)
+    if experts is None:
+        return Stage(_sites(*before), mlp_in, enter), last
+    router = Stage(_sites((experts.router,)), partial(_route, experts), enter)
+    return router, Stage(_sites(*before), mlp_in), last
 
 
 def _inner(
     arch: Architecture, linears: tuple[Linear, ...], weights: Weights, inputs: FloatArray
 ) -> FloatArray:
     """From the inputs of gate and up to those of down."""
-    parts = [apply_linear(linear, weights, inputs) for linear in linears]
-    if arch.gated and len(parts) == 1:
+    parts = [layers.apply_linear(linear, weights, inputs) for linear in linears]
+    if arch.forward.gated and len(parts) == 1:
         parts = np.split(parts[0], 2, axis=1)
-    return activate(arch.activation, parts[0], parts[1] if arch.gated else None)
+    return layers.activate(arch.activation, parts[0], parts[1] if arch.forward.gated else None)
 
 
-def _expert_stages(arch: Architecture, block: Block, experts: Experts) -> tuple[Stage, ...]:
-    router = experts.router.name
-
-    def route(weights: Weights, state: State) -> State:
-        inputs = state.inputs[router]
-        routing = route_tokens(experts, apply_linear(experts.router, weights, inputs))
-        names = (linears[0].name for linears in experts.inputs)
-        some = {name: inputs[rows] for name, rows in zip(names, routing.rows, strict=True)}
-        return State(state.hidden, some, routing)
-
-    def mlp_in(weights: Weights, state: State) -> State:
-        inner = {}
-        for linears, down in zip(experts.inputs, experts.outputs, strict=True):
-            inputs = state.inputs[linears[0].name]
-            empty = np.zeros((0, experts.width), dtype=np.float32)
-            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
-        return State(state.hidden, inner, state.routing)
-
-    def mlp_out(weights: Weights, state: State) -> State:
-        branch = np.zeros_like(state.hidden)
-        assert state.routing is not None
-        pairs = zip(state.routing.rows, state.routing.share, strict=True)
-        for down, (rows, share) in zip(experts.outputs, pairs, strict=True):
-            if len(rows):
-                branch[rows] += apply_linear(down, weights, state.inputs[down.name]) * share
-        return State(_add(block, "mlp", weights, state.hidden, branch))
-
-    ins = {linears[0].name: tuple(li.name for li in linears) for linears in experts.inputs}
-    outs = {down.name: (down.name,) for down in experts.outputs}
-    return (
-        Stage("router", _site(experts.router), route, partial(_enter_mlp, block)),
-        Stage("mlp_in", ins, mlp_in),
-        Stage("mlp_out", outs, mlp_out),
-    )
-
-
-def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
-    """The `top_k` experts of each row of `scores` [n_tokens, n_experts], by softmax."""
+def _route(experts: Experts, weights: Weights, state: State) -> State:
+    """From the inputs of the router to those of each expert: each token goes to the `top_k` that
+    have the largest share of the softmax of its scores."""
+    inputs = state.inputs[experts.router.name]
+    scores = layers.apply_linear(experts.router, weights, inputs)
     share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
     count = scores.shape[1]
@@ -303,4 +273,7 @@ def route_tokens(experts: Experts, scores: FloatArray) -> Routing:
     if experts.normalised:
         share /= share.sum(axis=1, keepdims=True)
     rows = tuple(np.nonzero(column)[0] for column in chosen.T)
-    return Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))
+    routing = Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))
+    names = (linears[0].name for linears in experts.inputs)
+    some = {name: inputs[own] for name, own in zip(names, rows, strict=True)}
+    return State(state.hidden, some, routing)
