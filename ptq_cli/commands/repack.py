@@ -38,16 +38,15 @@ def prepare_repack(
     folder = open_quantized(path)
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
+    checkpoint, nothing, fmt = folder.checkpoint, FoundSource(None), format_named(settings.format)
 
     def job(*, trial: bool) -> Job:
-        repack = plan_repack(folder, format_named(settings.format), settings, trial=trial)
-        plan = with_warnings(repack.plan, folder.checkpoint, FoundSource(None), runtime)
+        repack = plan_repack(folder, fmt, settings, trial=trial)
+        plan = with_warnings(repack.plan, checkpoint, nothing, runtime)
         repack = dataclasses.replace(repack, plan=plan)
-        start = partial(run_repack, repack, fingerprints(folder.checkpoint, FoundSource(None)))
+        start = partial(run_repack, repack, fingerprints(checkpoint, nothing))
         look, identity = partial(estimate_repack, repack), {"command": "repack"}
-        return Job(
-            "pack", plan, folder.checkpoint, FoundSource(None), target, identity, start, look
-        )
+        return Job("pack", plan, checkpoint, nothing, target, identity, start, look)
 
     glance = job(trial=False)
     return glance if glance.target().complete() else job(trial=True)

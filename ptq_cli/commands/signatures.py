@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from inspect import Parameter, Signature
-from typing import Any, TypeVar
+from typing import Any
 
 from ptq_cli.calibration.find import AnyPath, Paths
 from ptq_cli.core.progress import Listener, nobody
@@ -13,8 +12,6 @@ from ptq_cli.core.settings import settings_fields
 from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.storage.folder import MAX_SHARD
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 Options = dict[str, tuple[Any, Any]]  # name -> (type, default)
 
@@ -41,8 +38,6 @@ RUN_OPTIONS: Options = {
     "restart": (bool, False),
     "max_shard_size": (str | int, MAX_SHARD),
     "listen": (Listener, nobody),
-}
-RESOURCES: Options = {
     "workers": (int | None, None),
     "max_memory": (str | int | None, None),
     "scheduler": (str | None, None),
@@ -54,26 +49,14 @@ def signature_of(command: str) -> Signature:
     where, source = dict(WHERE), {} if command == "pack" else dict(SOURCE)
     if command in SMOOTHERS:  # these always need calibration
         del where["fallback"], source["require_calibration"]
-    options = {**dict(_settings(command)), **where, **source, **RUN_OPTIONS, **RESOURCES}
+    own = default_settings(command)
+    settings = {
+        field.name: (kind, own.get(field.name, field.default))
+        for field, kind in settings_fields(*settings_classes(command))
+    }
     model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
     named = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in options.items()
+        for name, (kind, default) in (settings | where | source | RUN_OPTIONS).items()
     ]
     return Signature([model, *named], return_annotation=RunReport)
-
-
-def _settings(command: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    own = default_settings(command)
-    for field, kind in settings_fields(*settings_classes(command)):
-        yield field.name, (kind, own.get(field.name, field.default))
-
-
-def with_signature(command: str) -> Callable[[F], F]:
-    """A decorator: the function has the command's settings by name."""
-
-    def decorate(function: F) -> F:
-        function.__signature__ = signature_of(command)  # type: ignore[attr-defined]
-        return function
-
-    return decorate

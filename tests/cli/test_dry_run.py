@@ -16,7 +16,6 @@ import pytest
 from ptq_cli.commands.api import rtn
 from ptq_cli.commands.estimate import Piece, Workers, document
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.storage import scratch
 from ptq_cli.storage.machine import multiply_adds
 from tests.builders import ROOT, ptq, random_weight, tree, write_model
@@ -301,7 +300,7 @@ def test_passes_and_sweeps_are_counted(sample):
 
 def test_the_pass_before_the_rounding_is_counted(sample):
     def smoothed(**settings):
-        job = prepare_smoothing("awq", sample, settings)
+        job = prepare("awq", sample, settings)
         return document(job.estimate(), RATE)["time"]["seconds"]
 
     assert smoothed(compare=False) < smoothed(compare=True)
