@@ -162,7 +162,7 @@ def _refuse_unread(given: Mapping[str, Any]) -> None:
 def _show(result: dict[str, Any], earlier: bool) -> None:
     sites = result["sites"]
     console.table(
-        console.columns("site", "linears", "tokens", "std", "absmax", "p99"),
+        ("site", "linears", "tokens", "std", "absmax", "p99"),
         [
             [
                 site,

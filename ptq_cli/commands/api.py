@@ -1,13 +1,14 @@
 """The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
 
 The quantizing ones take their settings by name: `inspect.signature` and `ptq_cli/__init__.pyi` have
-them from the settings' dataclasses (commands/signatures.py). Paths may be strings; where several
+them from the settings' dataclasses (`signature_of`). Paths may be strings; where several
 are taken, one alone will do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,50 @@ from ptq_cli.commands.calibrate import prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.job import take_run_options
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.signatures import WHERE, signature_of
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
+from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
+from ptq_cli.plan.grid_settings import default_settings, settings_classes
+from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import holds_quantized, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 Tokens = AnyPath | TokenSettings | None
+
+# What the quantizing functions take besides settings: name -> (type, default).
+WHERE: dict[str, tuple[Any, Any]] = {
+    "output": (AnyPath | None, None),
+    "runtime": (str | None, None),
+    "fallback": (str, "error"),
+}
+SOURCE: dict[str, tuple[Any, Any]] = {
+    "calibration": (AnyPath | None, None),
+    "activations": (Paths, ()),
+    "bf16": (bool, False),
+    "tokens": (AnyPath | None, None),
+    "text": (AnyPath | None, None),
+    "seq_len": (int | None, None),
+    "nsamples": (int | None, None),
+    "seed": (int | None, None),
+    "mask": (AnyPath | None, None),
+    "parallel_layers": (bool, False),
+    "require_calibration": (bool, False),
+}
+RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "force": (bool, False),
+    "restart": (bool, False),
+    "max_shard_size": (str | int, MAX_SHARD),
+    "listen": (Listener, nobody),
+    "workers": (int | None, None),
+    "max_memory": (str | int | None, None),
+    "scheduler": (str | None, None),
+}
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:
@@ -73,6 +105,24 @@ def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunRepor
     how, source = take_run_options(options), take_source(options)
     where = {name: options.pop(name) for name in WHERE if name in options}
     return prepare(command, model, options, {}, source, **where).run(how)
+
+
+def signature_of(command: str) -> Signature:
+    """The signature of the function that a quantizing command is."""
+    where, source = dict(WHERE), {} if command == "pack" else dict(SOURCE)
+    if command in SMOOTHERS:  # these always need calibration
+        del where["fallback"], source["require_calibration"]
+    own = default_settings(command)
+    settings = {
+        field.name: (kind, own.get(field.name, field.default))
+        for field, kind in settings_fields(*settings_classes(command))
+    }
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
+    named = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in (settings | where | source | RUN_OPTIONS).items()
+    ]
+    return Signature([model, *named], return_annotation=RunReport)
 
 
 for _function in (gptq, rtn, pack, smoothquant, awq):

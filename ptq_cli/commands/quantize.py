@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
-from ptq_cli.commands.job import Job, default_output, quantization_job, with_scheme, with_warnings
-from ptq_cli.commands.repack import prepare_repack
+from ptq_cli.commands.estimate import estimate_repack
+from ptq_cli.commands.job import (
+    Job,
+    default_output,
+    fingerprints,
+    quantization_job,
+    with_scheme,
+    with_warnings,
+)
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
+from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import SMOOTHERS, format_named, method
+from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.unit_job import Rounding
-from ptq_cli.storage.folder import holds_quantized, open_float
+from ptq_cli.storage.folder import holds_quantized, open_float, open_quantized
 
 
 def prepare(
@@ -41,7 +52,7 @@ def prepare(
         return prepare_smoothing(command, model, given, recipe, source, output, runtime)
     packs = command == "pack"
     if packs and holds_quantized(Path(model)):
-        return prepare_repack(Path(model), given, recipe, output, runtime)
+        return _prepare_repack(Path(model), given, recipe, output, runtime)
     how = method("rtn" if packs else command)
     values = {**default_settings(command), **with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
@@ -67,3 +78,38 @@ def prepare(
     rounding = Rounding(how.name, own, settings.format, fallback)
     identity = {"fallback": fallback}
     return quantization_job(command, plan, checkpoint, found, rounding, target, identity)
+
+
+def _prepare_repack(
+    path: Path,
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: AnyPath | None,
+    runtime: str | None,
+) -> Job:
+    """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
+    known = {field.name for field in dataclasses.fields(RepackSettings)}
+    own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
+    other = sorted(own.keys() - known)
+    if other:
+        words = ", ".join("--" + key.replace("_", "-") for key in other)
+        raise InputError(
+            f"{path}: quantized already, so its codes stay as they are: {words} has no effect",
+            hint="start from the float model",
+        )
+    settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
+    folder = open_quantized(path)
+    stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
+    target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
+    checkpoint, nothing, fmt = folder.checkpoint, FoundSource(None), format_named(settings.format)
+
+    def job(*, trial: bool) -> Job:
+        repack = plan_repack(folder, fmt, settings, trial=trial)
+        plan = with_warnings(repack.plan, checkpoint, nothing, runtime)
+        repack = dataclasses.replace(repack, plan=plan)
+        start = partial(run_repack, repack, fingerprints(checkpoint, nothing))
+        look, identity = partial(estimate_repack, repack), {"command": "repack"}
+        return Job("pack", plan, checkpoint, nothing, target, identity, start, look)
+
+    glance = job(trial=False)
+    return glance if glance.target().complete() else job(trial=True)
