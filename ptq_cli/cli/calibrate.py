@@ -78,9 +78,7 @@ _PARAMETERS = (
             help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
         ),
     ),
-    shared.DRY_RUN,
-    shared.STRICT,
-    shared.QUIET,
+    *shared.RUN,
     *shared.RESOURCES,
     shared.JSON,
 )

@@ -163,7 +163,17 @@ def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> No
     if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
         left_out |= {"bits/w"}  # which the totals tell, too
     keep = [i for i, title in enumerate(titles) if title not in left_out]
-    cells = [_cells(row, common) for row in rows]
+    cells = [
+        [
+            row.module.removeprefix(common),
+            row.method + ("*" if row.fallback else ""),
+            f"{row.bits_per_weight:.2f}",
+            number(row_error(row)),
+            number(row_rtn_error(row)),
+            times(row.gain_vs_rtn),
+        ]
+        for row in rows
+    ]
     table([titles[i] for i in keep], [[row[i] for i in keep] for row in cells], words=2)
 
 
@@ -213,17 +223,6 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     )
     change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
     line(f"{smoothed(sites)}; float outputs change by at most {number(change)}")
-
-
-def _cells(row: LayerReport, common: str) -> list[str]:
-    return [
-        row.module.removeprefix(common),
-        row.method + ("*" if row.fallback else ""),
-        f"{row.bits_per_weight:.2f}",
-        number(row_error(row)),
-        number(row_rtn_error(row)),
-        times(row.gain_vs_rtn),
-    ]
 
 
 def _show_totals(report: RunReport) -> None:

@@ -43,9 +43,7 @@ _PARAMETERS = (
     ),
     *shared.TOKENS,
     *shared.SOURCES,
-    shared.DRY_RUN,
-    shared.STRICT,
-    shared.QUIET,
+    *shared.RUN,
     *in_section(
         "Report",
         *shared.REPORT,

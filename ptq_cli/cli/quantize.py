@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,17 @@ def _parameters(name: str) -> list[click.Parameter]:
     )
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
-    run = [shared.DRY_RUN, shared.STRICT, shared.QUIET, *shared.RESOURCES]
+    run = [*shared.RUN, *shared.RESOURCES]
     own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *shared.REPLACING]
     return [shared.path_argument("model"), *own, *run, *shared.REPORT, *shared.GATE_OPTIONS]
 
 
 def _command(name: str) -> click.Command:
-    def run(model: Path, **options: Any) -> None:
-        _run(name, model, options)
-
+    run = partial(_run, name)
     return Command(name, params=_parameters(name), callback=run, help=_HELP[name])
 
 
-def _run(name: str, model: Path, options: dict[str, Any]) -> None:
+def _run(name: str, /, model: Path, **options: Any) -> None:
     """Plan, warn, run with progress, report, and see to the gates."""
     check_report_paths(options)
     job = _job(name, model, options)

@@ -20,8 +20,7 @@ from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.schedule import Resources, RunOptions, take_resources
-from ptq_cli.run.unit_job import Rounding
-from ptq_cli.run.work import Quantization, Smoothing
+from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
@@ -93,20 +92,12 @@ class Job:
 
 
 def quantization_job(
-    command: str,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    source: FoundSource,
-    rounding: Rounding,
-    output: AnyPath,
-    identity: Mapping[str, Any],
-    smoothing: Smoothing | None = None,
+    work: Quantization, source: FoundSource, output: AnyPath, identity: Mapping[str, Any]
 ) -> Job:
-    """A planned quantization as a job; see `Job`, `Quantization`."""
-    inputs = fingerprints(checkpoint, source)
-    work = Quantization(command, plan, checkpoint, source.statistics, rounding, inputs, smoothing)
+    """A planned quantization as a job."""
     start, look = partial(quantize, work), partial(estimate_quantization, work)
-    return Job(command, plan, checkpoint, source, Path(output), identity, start, look)
+    target = Path(output)
+    return Job(work.command, work.plan, work.checkpoint, source, target, identity, start, look)
 
 
 def take_run_options(options: dict[str, Any]) -> RunOptions:

@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.commands import job as jobs
 from ptq_cli.commands.estimate import estimate_repack
-from ptq_cli.commands.job import (
-    Job,
-    default_output,
-    fingerprints,
-    quantization_job,
-    with_scheme,
-    with_warnings,
-)
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
@@ -27,6 +20,7 @@ from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.unit_job import Rounding
+from ptq_cli.run.work import Quantization
 from ptq_cli.storage.folder import holds_quantized, open_float, open_quantized
 
 
@@ -40,7 +34,7 @@ def prepare(
     output: AnyPath | None = None,
     fallback: str = "error",
     runtime: str | None = None,
-) -> Job:
+) -> jobs.Job:
     """Plan a quantization: every mistake that can be known is found here.
 
     command: a method, a smoother, or "pack" (plain rounding to nearest, without calibration)
@@ -54,7 +48,7 @@ def prepare(
     if packs and holds_quantized(Path(model)):
         return _prepare_repack(Path(model), given, recipe, output, runtime)
     how = method("rtn" if packs else command)
-    values = {**default_settings(command), **with_scheme(given, recipe)}
+    values = {**default_settings(command), **jobs.with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
     own = make_settings(how.settings, given, values)
     checkpoint = open_float(Path(model))
@@ -73,11 +67,12 @@ def prepare(
     )
     facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, (settings, own), **facts)
-    plan = with_warnings(plan, checkpoint, found, runtime)
-    target = default_output(checkpoint, command, settings) if output is None else output
+    plan = jobs.with_warnings(plan, checkpoint, found, runtime)
+    target = jobs.default_output(checkpoint, command, settings) if output is None else output
     rounding = Rounding(how.name, own, settings.format, fallback)
-    identity = {"fallback": fallback}
-    return quantization_job(command, plan, checkpoint, found, rounding, target, identity)
+    inputs = jobs.fingerprints(checkpoint, found)
+    work = Quantization(command, plan, checkpoint, found.statistics, rounding, inputs)
+    return jobs.quantization_job(work, found, target, {"fallback": fallback})
 
 
 def _prepare_repack(
@@ -86,7 +81,7 @@ def _prepare_repack(
     recipe: Mapping[str, Any],
     output: AnyPath | None,
     runtime: str | None,
-) -> Job:
+) -> jobs.Job:
     """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
     known = {field.name for field in dataclasses.fields(RepackSettings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
@@ -103,13 +98,13 @@ def _prepare_repack(
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
     checkpoint, nothing, fmt = folder.checkpoint, FoundSource(None), format_named(settings.format)
 
-    def job(*, trial: bool) -> Job:
+    def job(*, trial: bool) -> jobs.Job:
         repack = plan_repack(folder, fmt, settings, trial=trial)
-        plan = with_warnings(repack.plan, checkpoint, nothing, runtime)
+        plan = jobs.with_warnings(repack.plan, checkpoint, nothing, runtime)
         repack = dataclasses.replace(repack, plan=plan)
-        start = partial(run_repack, repack, fingerprints(checkpoint, nothing))
+        start = partial(run_repack, repack, jobs.fingerprints(checkpoint, nothing))
         look, identity = partial(estimate_repack, repack), {"command": "repack"}
-        return Job("pack", plan, checkpoint, nothing, target, identity, start, look)
+        return jobs.Job("pack", plan, checkpoint, nothing, target, identity, start, look)
 
     glance = job(trial=False)
     return glance if glance.target().complete() else job(trial=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ptq_cli.calibration.find import HELDOUT, AnyPath, FoundSource, SourceSettings, find_source
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.commands.job import Job, default_output, quantization_job, with_scheme, with_warnings
+from ptq_cli.commands import job as jobs
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
@@ -27,7 +27,7 @@ from ptq_cli.registry import method, smoother
 from ptq_cli.run.settle import Settling
 from ptq_cli.run.smooth_in_sequence import place_groups
 from ptq_cli.run.unit_job import Rounding
-from ptq_cli.run.work import Smoothing
+from ptq_cli.run.work import Quantization, Smoothing
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import open_float
 
@@ -83,7 +83,7 @@ def prepare_smoothing(
     source: SourceSettings,
     output: AnyPath | None,
     runtime: str | None,
-) -> Job:
+) -> jobs.Job:
     """Plan a smoothing; see `prepare`. command: a smoother's name; `bits` may be 16"""
     told = _settings(command, given, recipe)
     checkpoint = open_float(Path(model))
@@ -102,7 +102,7 @@ def prepare_smoothing(
     read = (told.grid, told.rounding.settings, told.own)
     facts = {"calibration": True, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, read, **facts)
-    target = default_output(checkpoint, command, told.grid)
+    target = jobs.default_output(checkpoint, command, told.grid)
     if told.floats:
         plan, target = _float_plan(command, told, rounded), target.rsplit("-", 1)[0]
         identity = {type(part).__name__: dataclasses.asdict(part) for part in read[:2]}
@@ -110,17 +110,18 @@ def prepare_smoothing(
         each_class_once = {type(part): part for part in read}
         plan = dataclasses.replace(rounded, settings=tuple(each_class_once.values()))
         identity = {}
-    plan = with_warnings(plan, checkpoint, found, runtime, *sites.notes)
+    plan = jobs.with_warnings(plan, checkpoint, found, runtime, *sites.notes)
     smoothing = Smoothing(_settling(told, checkpoint, rounded), sites.sites, HELDOUT)
-    output = target if output is None else output
-    return quantization_job(
-        command, plan, checkpoint, found, told.rounding, output, identity, smoothing
+    inputs = jobs.fingerprints(checkpoint, found)
+    work = Quantization(
+        command, plan, checkpoint, found.statistics, told.rounding, inputs, smoothing
     )
+    return jobs.quantization_job(work, found, target if output is None else output, identity)
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
     how = smoother(command)
-    defaults, recipe = dict(how.defaults), with_scheme(given, recipe)
+    defaults, recipe = dict(how.defaults), jobs.with_scheme(given, recipe)
     if not (recipe.get("sym", True) if given.get("sym") is None else given["sym"]):
         defaults.pop("narrow_range", None)  # which is of symmetric codes only
     recipe = {**defaults, **recipe}
