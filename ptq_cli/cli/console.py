@@ -132,24 +132,20 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     if report.sites:
         show_sites(report.sites)
     if report.rows:
-        _show_rows(report, top)
-    if output is not None:
-        line(f"written: {output}")
-
-
-def _show_rows(report: RunReport, top: int) -> None:
-    rows = sorted(report.rows, key=row_error, reverse=True)
-    shown = rows if top <= 0 else rows[:top]
-    common = common_parents([row.module for row in rows])
-    _show_layers(shown, common, is_repack(report))
-    _show_activations(shown, common)
-    if len(shown) < len(rows):
-        others = "more" if is_repack(report) else "better"
-        line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
-    _show_compared(rows)
-    _show_totals(report)
+        rows = sorted(report.rows, key=row_error, reverse=True)
+        shown = rows if top <= 0 else rows[:top]
+        common = common_parents([row.module for row in rows])
+        _show_layers(shown, common, is_repack(report))
+        _show_activations(shown, common)
+        if len(shown) < len(rows):
+            others = "more" if is_repack(report) else "better"
+            line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
+        _show_compared(rows)
+        _show_totals(report)
     if report.quality is not None:
         _show_quality(report.quality)
+    if output is not None:
+        line(f"written: {output}")
 
 
 def is_repack(report: RunReport) -> bool:

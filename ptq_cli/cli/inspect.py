@@ -16,13 +16,7 @@ from ptq_cli.core.text import number, size
 
 
 @click.command("inspect", cls=Command, params=[path_argument("path"), *SOURCES, JSON])
-def inspect(
-    path: Path,
-    calibration: Path | None,
-    activations: tuple[Path, ...],
-    bf16: bool,
-    as_json: bool,
-) -> None:
+def inspect(path: Path, as_json: bool, **source: Any) -> None:
     """Show tensors, dtypes and shapes of PATH; of a float model its sites, too, and what quantizing
     it would give; of a quantized one grid, method and size of each layer.
 
@@ -34,7 +28,7 @@ def inspect(
     ptq inspect model/ --calibration stats.safetensors
     ptq inspect model-gptq-w4g128 --json
     """
-    document = api.inspect(path, calibration=calibration, activations=activations, bf16=bf16)
+    document = api.inspect(path, **source)
     if as_json:
         console.print_json(document)
     else:

@@ -179,7 +179,10 @@ class Follow:
             return ""
         if words.unit == "bytes":
             return f"{size(rate)}/s"
-        return f"{_short(rate)} {words.unit or words.pieces}/s"
+        from rich.filesize import pick_unit_and_suffix
+
+        unit, suffix = pick_unit_and_suffix(int(rate), ["", " k", " M", " G"], 1000)
+        return f"{rate / unit:.3g}{suffix} {words.unit or words.pieces}/s"
 
 
 def _result(row: LayerReport) -> str:
@@ -209,14 +212,6 @@ def _bar(share: float, length: int, unicode: bool) -> str:
     if unicode:
         return "━" * full + "─" * (length - full)
     return f"[{'#' * full}{'-' * (length - full)}]"
-
-
-def _short(value: float) -> str:
-    """1234567 as `1.23 M`."""
-    from rich.filesize import pick_unit_and_suffix
-
-    unit, suffix = pick_unit_and_suffix(int(value), ["", " k", " M", " G"], 1000)
-    return f"{value / unit:.3g}{suffix}"
 
 
 def _left(seconds: float) -> str:

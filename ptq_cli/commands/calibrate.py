@@ -127,9 +127,14 @@ def prepare_calibration(
     slopes = match_gradients(checkpoint, find(gradients))
     if gradients and not slopes:
         raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
-    folders = list(inputs.activations)
-    if not folders and (not slopes or beside(checkpoint)[1] is not None):
-        folders = [_activations_beside(checkpoint)]
+    folders, (_, found) = list(inputs.activations), beside(checkpoint)
+    if not folders and found is not None:
+        folders = [found]
+    if not folders and not slopes:
+        raise InputError(
+            f"{checkpoint.path}: no activations given, and no activations/ beside it",
+            hint="--activations DIR",
+        )
     match, name = match_activations(checkpoint, find(folders)), ", ".join(map(str, folders))
     lacking = not match.entries or (match.missing and missing == "error")
     if lacking and (folders or not slopes):
@@ -152,13 +157,3 @@ def _doubts(source: Activations, match: Match) -> tuple[str, ...]:
 def default_target(checkpoint: Checkpoint) -> Path:
     """`<model>.calibration.safetensors` beside the model."""
     return checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
-
-
-def _activations_beside(checkpoint: Checkpoint) -> Path:
-    _, folder = beside(checkpoint)
-    if folder is None:
-        raise InputError(
-            f"{checkpoint.path}: no activations given, and no activations/ beside it",
-            hint="--activations DIR",
-        )
-    return folder

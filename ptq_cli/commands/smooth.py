@@ -104,7 +104,14 @@ def prepare_smoothing(
     refuse_unused(command, given, recipe, read, **facts)
     target = jobs.default_output(checkpoint, command, told.grid)
     if told.floats:
-        plan, target = _float_plan(command, told, rounded), target.rsplit("-", 1)[0]
+        plan = dataclasses.replace(
+            rounded,  # every tensor is copied as it is smoothed, and nothing else is used
+            method=command,
+            settings=(told.own, FloatOutput()),
+            units=(),
+            bytes_after=rounded.bytes_before,
+        )
+        target = target.rsplit("-", 1)[0]
         identity = {type(part).__name__: dataclasses.asdict(part) for part in read[:2]}
     else:
         each_class_once = {type(part): part for part in read}
@@ -178,17 +185,6 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites:
             hint="calibrate them, or --activation-scheme dynamic-token",
         )
     return plan
-
-
-def _float_plan(command: str, told: _Settings, plan: Plan) -> Plan:
-    """The plan where nothing is rounded: every tensor is copied as it is smoothed."""
-    return dataclasses.replace(
-        plan,
-        method=command,
-        settings=(told.own, FloatOutput()),  # nothing else is used
-        units=(),
-        bytes_after=plan.bytes_before,
-    )
 
 
 def _settling(told: _Settings, checkpoint: Checkpoint, plan: Plan) -> Settling:
