@@ -1,8 +1,8 @@
 """The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
 
 The quantizing ones take their settings by name: `inspect.signature` and `ptq_cli/__init__.pyi` have
-them from the settings' dataclasses (`signature_of`). Paths may be strings; where several
-are taken, one alone will do.
+them from the settings' dataclasses (`signature_of`). Paths may be strings; where several are taken,
+one alone will do.
 """
 
 from __future__ import annotations
