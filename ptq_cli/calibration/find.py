@@ -89,13 +89,17 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
 
 
 def take_tokens(options: dict[str, Any]) -> TokenSettings:
-    """Take the fields of `TokenSettings` out of `options`; paths may be strings.
+    """Take the fields of `TokenSettings` out of `options`, or what `tokens` is if it is such
+    settings; paths may be strings.
 
     Raises:
         InputError: which tokens to take, but none are given.
     """
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     values = {name: options.pop(name) for name in names if options.get(name) is not None}
+    tokens = values.get("tokens")
+    if isinstance(tokens, TokenSettings):
+        return tokens
     for name in ("tokens", "text", "mask"):
         if name in values:
             values[name] = Path(values[name])

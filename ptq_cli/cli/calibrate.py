@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ptq_cli.calibration.find import take_tokens
+from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import console
 from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import emit_warnings, finished_already, show_next
@@ -16,15 +17,10 @@ from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.next_steps import after_calibration
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.commands.calibrate import (
-    CalibrateJob,
-    CalibrationSettings,
-    default_target,
-    prepare_calibration,
-)
+from ptq_cli.commands.calibrate import CalibrateJob, default_target, prepare_calibration
+from ptq_cli.commands.job import take_run_options
 from ptq_cli.core.text import number
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.run.schedule import take_resources
 
 _PARAMETERS = (
     shared.path_argument("model"),
@@ -82,9 +78,7 @@ _PARAMETERS = (
             help=f"Hold out at most N tokens a site.  [default: {HELDOUT_LIMIT}]",
         ),
     ),
-    shared.DRY_RUN,
-    shared.STRICT,
-    shared.QUIET,
+    *shared.RUN,
     *shared.RESOURCES,
     shared.JSON,
 )
@@ -112,16 +106,14 @@ def calibrate(model: Path, **options: Any) -> None:
     ptq calibrate model.safetensors --merge a.safetensors --merge b.safetensors
     """
     _refuse_unread(options)
-    job = _job(model, options)
-    strict = options["strict"]
-    how = {key: options[key] for key in ("force", "restart")}
-    how["resources"] = take_resources(options)
+    job, strict = _job(model, options), options["strict"]
+    how = take_run_options(options)
     if options["dry_run"]:
-        emit_estimate(job.estimate(**how), options["as_json"], (), strict)
+        emit_estimate(job.estimate(how), options["as_json"], (), strict)
         return
     emit_warnings(job.warnings, strict)
     with Follow("calibrate", options["quiet"]) as listen:
-        result = job.run(**how, listen=listen, warn=lambda text: emit_warnings([text], strict))
+        result = job.run(replace(how, listen=listen), lambda text: emit_warnings([text], strict))
     if earlier := result.pop("earlier"):
         finished_already(result["output"])
     if options["as_json"]:
@@ -133,26 +125,26 @@ def calibrate(model: Path, **options: Any) -> None:
 
 def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
     """The job that the options ask for."""
-    tokens = take_tokens(options)
-    merge, activations, gradients = (options[k] for k in ("merge", "activations", "gradients"))
-    if bool(merge) + bool(activations or gradients) + tokens.given > 1:
+    merge, gradients, every, limit = (
+        options[key] for key in ("merge", "gradients", "heldout_every", "heldout_limit")
+    )
+    source = take_source(options)
+    if bool(merge) + bool(source.activations or gradients) + source.tokens.given > 1:
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    every, limit = options["heldout_every"], options["heldout_limit"]
-    settings = CalibrationSettings(
-        activations=activations,
-        gradients=gradients,
-        bf16=options["bf16"],
-        tokens=tokens,
+    return prepare_calibration(
+        model,
+        source,
         merge=merge,
+        gradients=gradients,
         heldout=(
             HELDOUT_EVERY if every is None else every,
             HELDOUT_LIMIT if limit is None else limit,
         ),
         missing=options["fallback"] or "error",
+        output=options["output"],
     )
-    return prepare_calibration(model, settings, options["output"])
 
 
 def _refuse_unread(given: Mapping[str, Any]) -> None:
@@ -168,7 +160,7 @@ def _refuse_unread(given: Mapping[str, Any]) -> None:
 def _show(result: dict[str, Any], earlier: bool) -> None:
     sites = result["sites"]
     console.table(
-        console.columns("site", "linears", "tokens", "std", "absmax", "p99"),
+        ("site", "linears", "tokens", "std", "absmax", "p99"),
         [
             [
                 site,

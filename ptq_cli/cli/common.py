@@ -16,7 +16,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError, import_extra
 from ptq_cli.report.junit import as_junit
-from ptq_cli.report.report import Gate, as_csv, as_document, check_gates, gates_of
+from ptq_cli.report.report import as_csv, as_document, check_gates, gates_of
 from ptq_cli.storage.files import to_json, write_whole
 
 
@@ -84,7 +84,12 @@ def finish(
         write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))
     try:
         if options["html"] is not None:
-            _write_page(report, options["html"], Path(output), source, gates)
+            from ptq_cli.report.html.build import page
+            from ptq_cli.report.html.subject import subject_of
+
+            place, plain = Path(output), as_document(report, times=False)
+            subject = subject_of(plain, place.resolve().name, place, source, gates)
+            write_whole(options["html"], page([subject]))
     finally:
         if options["as_json"]:
             console.print_json(document)
@@ -102,18 +107,3 @@ def finish(
 def show_next(steps: Iterable[Step]) -> None:
     for what, words in steps:
         console.line(f"{what}: {as_line(words)}")
-
-
-def _write_page(
-    report: RunReport,
-    path: Path,
-    output: Path,
-    source: Source | None,
-    gates: Sequence[Gate],
-) -> None:
-    from ptq_cli.report.html.build import page
-    from ptq_cli.report.html.subject import subject_of
-
-    document = as_document(report, times=False)
-    subject = subject_of(document, output.resolve().name, output, source, gates)
-    write_whole(path, page([subject]))

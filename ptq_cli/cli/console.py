@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import common_parents, middle, number, printable, size
@@ -71,59 +71,40 @@ def _console() -> Console:
     width = None if terminal else 1000
     if os.environ.get("COLUMNS", "").strip() == "0":
         width = 80
-    return Console(
-        file=io.StringIO(),
-        force_terminal=terminal or None,
-        width=width,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        soft_wrap=False,
-    )
+    return Console(file=io.StringIO(), force_terminal=terminal or None, width=width)
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
     """A table on stdout. Nothing in it is ever cut: the first column folds where it is too long,
     and where that is not enough each row is a name with its values under it.
 
-    columns: (title, "left" or "right")
+    words: the first so many columns, and those without a title, stand to the left; the others are
+        numbers
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if not _fits(columns, rows):
-        _stacked([title for title, _ in columns], rows)
+    console = _console()
+    head, *body = [[Text(printable(cell)) for cell in row] for row in (titles, *rows)]
+    widths = [max(cell.cell_len for cell in column) for column in zip(head, *body, strict=True)]
+    if min(widths[0], 18) + sum(widths[1:]) + 2 * len(titles) > console.width:
+        _stacked(titles, rows, console.width)
         return
     plain = box.Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)
     result = Table(box=box.SIMPLE_HEAD if shows_unicode(sys.stdout) else plain, pad_edge=False)
-    for i, (title, side) in enumerate(columns):
-        result.add_column(
-            title, justify="right" if side == "right" else "left", overflow="fold", no_wrap=i > 0
-        )
-    for row in rows:
-        result.add_row(*(Text(printable(cell)) for cell in row))
-    _print_rich(result)
+    for i, title in enumerate(head):
+        side: Literal["left", "right"] = "left" if i < words or not title else "right"
+        result.add_column(title, justify=side, overflow="fold", no_wrap=i > 0)
+    for row in body:
+        result.add_row(*row)
+    console.print(result)
+    rendered = cast(io.StringIO, console.file).getvalue().splitlines()
+    write(sys.stdout, "\n".join(text for text in map(str.rstrip, rendered) if text))
 
 
-def columns(first: str, *numbers: str) -> list[tuple[str, str]]:
-    """Those of a table: names to the left, numbers to the right."""
-    return [(first, "left"), *((title, "right") for title in numbers)]
-
-
-def _fits(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether the columns stand side by side, the first folded to no less than 18 characters."""
-    from rich.cells import cell_len
-
-    cells = [[title for title, _ in columns], *rows]
-    widths = [max(cell_len(printable(row[i])) for row in cells) for i in range(len(columns))]
-    gaps = 2 * len(columns)
-    return min(widths[0], 18) + sum(widths[1:]) + gaps <= _console().width
-
-
-def _stacked(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _stacked(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:
     """Each row a name, and under it its values with their titles, as many a line as fit."""
-    width = _console().width
     line(f"{titles[0]}:")
     for row in rows:
         line(f"  {row[0]}")
@@ -135,14 +116,6 @@ def _stacked(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
                 words = "    "
             words += ("; " if pair and words.strip() else "") + pair
         line(words)
-
-
-def _print_rich(renderable: Any) -> None:
-    console = _console()
-    console.print(renderable)
-    rendered = cast(io.StringIO, console.file).getvalue()
-    lines = [line.rstrip() for line in rendered.splitlines()]
-    write(sys.stdout, "\n".join(line for line in lines if line))
 
 
 def shows_unicode(stream: TextIO) -> bool:
@@ -159,24 +132,20 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
     if report.sites:
         show_sites(report.sites)
     if report.rows:
-        _show_rows(report, top)
-    if output is not None:
-        line(f"written: {output}")
-
-
-def _show_rows(report: RunReport, top: int) -> None:
-    rows = sorted(report.rows, key=row_error, reverse=True)
-    shown = rows if top <= 0 else rows[:top]
-    common = common_parents([row.module for row in rows])
-    _show_layers(shown, common, is_repack(report))
-    _show_activations(shown, common)
-    if len(shown) < len(rows):
-        others = "more" if is_repack(report) else "better"
-        line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
-    _show_compared(rows)
-    _show_totals(report)
+        rows = sorted(report.rows, key=row_error, reverse=True)
+        shown = rows if top <= 0 else rows[:top]
+        common = common_parents([row.module for row in rows])
+        _show_layers(shown, common, is_repack(report))
+        _show_activations(shown, common)
+        if len(shown) < len(rows):
+            others = "more" if is_repack(report) else "better"
+            line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
+        _show_compared(rows)
+        _show_totals(report)
     if report.quality is not None:
         _show_quality(report.quality)
+    if output is not None:
+        line(f"written: {output}")
 
 
 def is_repack(report: RunReport) -> bool:
@@ -190,11 +159,18 @@ def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> No
     if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
         left_out |= {"bits/w"}  # which the totals tell, too
     keep = [i for i, title in enumerate(titles) if title not in left_out]
-    cells = [_cells(row, common) for row in rows]
-    table(
-        [(titles[i], "left" if i < 2 else "right") for i in keep],
-        [[row[i] for i in keep] for row in cells],
-    )
+    cells = [
+        [
+            row.module.removeprefix(common),
+            row.method + ("*" if row.fallback else ""),
+            f"{row.bits_per_weight:.2f}",
+            number(row_error(row)),
+            number(row_rtn_error(row)),
+            times(row.gain_vs_rtn),
+        ]
+        for row in rows
+    ]
+    table([titles[i] for i in keep], [[row[i] for i in keep] for row in cells], words=2)
 
 
 def _under(what: str, common: str) -> str:
@@ -213,8 +189,8 @@ def _show_activations(rows: Sequence[LayerReport], common: str) -> None:
         values = [found.integer.mae, *(v for part in parts for v in (part.rel_err, part.sqnr_db))]
         cells.append([module.removeprefix(common), *map(number, values)])
     line(f"outputs with integer inputs ({measured[0][1].scheme}):")
-    titles = ("MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
-    table(columns("layer", *titles), cells)
+    titles = ("layer", "MAE", "rel err", "SQNR", "weight only", "SQNR", "plain", "SQNR")
+    table(titles, cells)
 
 
 def _show_compared(rows: Sequence[LayerReport]) -> None:
@@ -231,10 +207,7 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     common = common_parents([site["site"] for site in sites])
     numbers = ("strength", "error", "plain_error", "function_change")
     table(
-        [
-            *columns(_under("site", common), "strength", "rel err", "without", "float change"),
-            ("", "left"),
-        ],
+        (_under("site", common), "strength", "rel err", "without", "float change", ""),
         [
             [
                 site["site"].removeprefix(common),
@@ -246,17 +219,6 @@ def show_sites(sites: Sequence[Mapping[str, Any]]) -> None:
     )
     change = max((site["function_change"] or 0.0 for site in sites), default=0.0)
     line(f"{smoothed(sites)}; float outputs change by at most {number(change)}")
-
-
-def _cells(row: LayerReport, common: str) -> list[str]:
-    return [
-        row.module.removeprefix(common),
-        row.method + ("*" if row.fallback else ""),
-        f"{row.bits_per_weight:.2f}",
-        number(row_error(row)),
-        number(row_rtn_error(row)),
-        times(row.gain_vs_rtn),
-    ]
 
 
 def _show_totals(report: RunReport) -> None:
@@ -303,7 +265,7 @@ def _show_quality(quality: Mapping[str, Any]) -> None:
         perplexity, rise, same = predicted(quality, name)
         kl = (number(quality["kl"][name][key]) for key in ("mean", "p99_9"))
         rows.append([name, perplexity, rise, *kl, same])
-    table(columns("model", "perplexity", "increase", "KL", "KL 99.9 %", "equal top"), rows)
+    table(("model", "perplexity", "increase", "KL", "KL 99.9 %", "equal top"), rows)
     line(f"{quality['tokens']} tokens predicted in {quality['sequences']} sequences")
     if "kl_per_block" in quality:
         per_block = ", ".join(f"{i}: {kl:.2g}" for i, kl in enumerate(quality["kl_per_block"]))

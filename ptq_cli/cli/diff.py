@@ -104,8 +104,7 @@ def _table(title: str, changes: tuple[Change, ...]) -> None:
         [c.name, _number(c.before), _number(c.after), _moved(c), "worse" if worse else "better"]
         for c, worse in ((change, change.worse > 0) for change in changes)
     ]
-    columns = console.columns(title, "before", "after", "change")
-    console.table([*columns, ("", "left")], rows)
+    console.table((title, "before", "after", "change", ""), rows)
 
 
 def _number(value: float) -> str:

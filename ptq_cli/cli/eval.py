@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 
-from ptq_cli.calibration.find import SourceSettings, take_tokens
+from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.progress import Follow
-from ptq_cli.commands import api
 from ptq_cli.commands.evaluate import EvalJob, prepare_evaluation
 from ptq_cli.numerics.activations import SCHEMES
 
@@ -44,9 +43,7 @@ _PARAMETERS = (
     ),
     *shared.TOKENS,
     *shared.SOURCES,
-    shared.DRY_RUN,
-    shared.STRICT,
-    shared.QUIET,
+    *shared.RUN,
     *in_section(
         "Report",
         *shared.REPORT,
@@ -93,15 +90,14 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
 
 def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
     """The job that the options ask for."""
-    tokens = take_tokens(options)
+    source, per_block = take_source(options), options["kl_per_block"]
     limits = (options["max_perplexity_increase"], options["max_kl"])
-    if not tokens.given and (options["kl_per_block"] or limits != (None, None)):
+    if not source.tokens.given and (per_block or limits != (None, None)):
         raise click.UsageError("perplexity and KL need --tokens or --text")
     scheme, bits = options["activation_scheme"], options["activation_bits"]
-    part = options["percentile"]
-    if scheme in (None, "none") and (bits, part) != (None, None):
+    inputs = {"bits": None if bits is None else int(bits), "percentile": options["percentile"]}
+    if scheme in (None, "none") and inputs != {"bits": None, "percentile": None}:
         raise click.UsageError("--activation-bits and --percentile need --activation-scheme")
-    activation = api.evaluated_inputs(scheme, None if bits is None else int(bits), part)
-    source = SourceSettings(options["calibration"], options["activations"], options["bf16"])
-    per_block = options["kl_per_block"]
-    return prepare_evaluation(original, quantized, source, tokens, activation, per_block=per_block)
+    return prepare_evaluation(
+        original, quantized, source, per_block=per_block, scheme=scheme, **inputs
+    )

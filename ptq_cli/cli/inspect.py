@@ -16,13 +16,7 @@ from ptq_cli.core.text import number, size
 
 
 @click.command("inspect", cls=Command, params=[path_argument("path"), *SOURCES, JSON])
-def inspect(
-    path: Path,
-    calibration: Path | None,
-    activations: tuple[Path, ...],
-    bf16: bool,
-    as_json: bool,
-) -> None:
+def inspect(path: Path, as_json: bool, **source: Any) -> None:
     """Show tensors, dtypes and shapes of PATH; of a float model its sites, too, and what quantizing
     it would give; of a quantized one grid, method and size of each layer.
 
@@ -34,7 +28,7 @@ def inspect(
     ptq inspect model/ --calibration stats.safetensors
     ptq inspect model-gptq-w4g128 --json
     """
-    document = api.inspect(path, calibration=calibration, activations=activations, bf16=bf16)
+    document = api.inspect(path, **source)
     if as_json:
         console.print_json(document)
     else:
@@ -43,13 +37,12 @@ def inspect(
 
 def _show(document: dict[str, Any]) -> None:
     quantized = document["kind"] == "quantized"
-    columns = [("tensor", "left"), ("dtype", "left"), ("shape", "left"), ("left alone", "left")]
     rows = [
         [t["tensor"], t["dtype"], str(t["shape"]), t["left_alone"] or ""]
         for t in document["tensors"]
         if t["left_alone"] or not quantized
     ]
-    console.table(columns, rows)
+    console.table(("tensor", "dtype", "shape", "left alone"), rows, words=4)
     if quantized:
         _show_layers(document["format"], document["layers"])
     if document.get("sites"):
@@ -67,7 +60,7 @@ def _show(document: dict[str, Any]) -> None:
 
 def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
     """Grid, method and size per layer, and how many have which grid."""
-    columns = ("shape", "bits", "group", "sym", "method", "inputs", "bits/weight", "size")
+    titles = ("layer", "shape", "bits", "group", "sym", "method", "inputs", "bits/weight", "size")
     rows = [
         [
             layer["module"],
@@ -81,7 +74,7 @@ def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
         ]
         for layer in layers
     ]
-    console.table([("layer", "left"), *((column, "left") for column in columns)], rows)
+    console.table(titles, rows, words=len(titles))
     grids = Counter((layer["bits"], layer["group_size"]) for layer in layers)
     said = ", ".join(f"{n} with {b} bits in groups of {g}" for (b, g), n in grids.most_common())
     said = said.replace("in groups of -1", "per row").replace("in groups of 0", "per tensor")
@@ -100,7 +93,7 @@ def _show_quantizing(entry: dict[str, Any]) -> None:
 
 
 def _show_sites(sites: list[dict[str, Any]]) -> None:
-    columns = ("inputs", "fed by", "absmax", "median", "outliers", "most important channels")
+    titles = ("site", "inputs", "fed by", "absmax", "median", "outliers", "most important channels")
     rows = []
     for site in sites:
         top = ", ".join(str(entry["channel"]) for entry in site.get("importance", []))
@@ -108,11 +101,11 @@ def _show_sites(sites: list[dict[str, Any]]) -> None:
         outliers = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
         numbers = [number(site.get(key)) for key in ("absmax", "median_absmax")]
         rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, outliers, top])
-    console.table([("site", "left"), *((name, "left") for name in columns)], rows)
+    console.table(titles, rows, words=len(titles))
 
 
 def _show_fisher(rows: list[dict[str, Any]]) -> None:
     console.table(
-        console.columns("layer", "mean Fisher", "share"),
+        ("layer", "mean Fisher", "share"),
         [[row["module"], number(row["mean"]), f"{row['share']:.1%}"] for row in rows],
     )

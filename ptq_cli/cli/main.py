@@ -16,26 +16,20 @@ from ptq_cli.errors import PtqError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-# name -> (module:attribute, line in `ptq --help`)
+# name -> (module:attribute in this room, line in `ptq --help`)
 COMMANDS = {
-    "calibrate": (
-        "ptq_cli.cli.calibrate:calibrate",
-        "Collect statistics of the inputs in one file.",
-    ),
-    "gptq": ("ptq_cli.cli.quantize:gptq", "Quantize with GPTQ, compensating each error."),
-    "rtn": ("ptq_cli.cli.quantize:rtn", "Round to nearest, with a scale search."),
-    "smoothquant": (
-        "ptq_cli.cli.quantize:smoothquant",
-        "Smooth inputs into weights; W8A8 or float weights.",
-    ),
-    "awq": ("ptq_cli.cli.quantize:awq", "Scale weights by their inputs, then round."),
-    "pack": ("ptq_cli.cli.quantize:pack", "Pack a float model, or repack a quantized one."),
-    "inspect": ("ptq_cli.cli.inspect:inspect", "Show tensors, sites and what matters in them."),
-    "check": ("ptq_cli.cli.check:check", "Say from the files alone whether a runtime loads it."),
-    "eval": ("ptq_cli.cli.eval:evaluate", "Measure a quantized folder against the original."),
-    "report": ("ptq_cli.cli.report:report", "Write a page with charts of one or more runs."),
-    "diff": ("ptq_cli.cli.diff:diff", "Compare two reports; fail where something is worse."),
-    "completion": ("ptq_cli.cli.completion:completion", "Shell completion for bash, zsh and fish."),
+    "calibrate": ("calibrate:calibrate", "Collect statistics of the inputs in one file."),
+    "gptq": ("quantize:gptq", "Quantize with GPTQ, compensating each error."),
+    "rtn": ("quantize:rtn", "Round to nearest, with a scale search."),
+    "smoothquant": ("quantize:smoothquant", "Smooth inputs into weights; W8A8 or float weights."),
+    "awq": ("quantize:awq", "Scale weights by their inputs, then round."),
+    "pack": ("quantize:pack", "Pack a float model, or repack a quantized one."),
+    "inspect": ("inspect:inspect", "Show tensors, sites and what matters in them."),
+    "check": ("check:check", "Say from the files alone whether a runtime loads it."),
+    "eval": ("eval:evaluate", "Measure a quantized folder against the original."),
+    "report": ("report:report", "Write a page with charts of one or more runs."),
+    "diff": ("diff:diff", "Compare two reports; fail where something is worse."),
+    "completion": ("completion:completion", "Shell completion for bash, zsh and fish."),
 }
 
 
@@ -49,7 +43,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute = COMMANDS[cmd_name][0].split(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command = getattr(import_module(f"ptq_cli.cli.{module}"), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -35,12 +35,7 @@ def quoted(word: object) -> str:
     """A word as a shell takes it, in printable characters that stdout can show."""
     text = str(word)
     encoding = sys.stdout.encoding or "ascii"
-    try:
-        text.encode(encoding)
-        plain = text.isprintable()
-    except UnicodeEncodeError:
-        plain = False
-    if plain:
+    if text.isprintable() and text.encode(encoding, "replace").decode(encoding) == text:
         return shlex.quote(text)
     raw = text.encode("utf-8", "surrogateescape")
     kept = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in raw)
@@ -73,7 +68,10 @@ def after(
     if not report.rows:
         return
     if report.settings.get("method") != "repack":
-        yield from _measure(given, output)
+        tokens = _given(given, *_TOKENS)
+        what = f"to measure it{', better on other tokens' if tokens else ''}"
+        words = ["ptq", "eval", path(given["model"]), path(output)]
+        yield what, [*words, *(tokens or _source(given))]
     fmt = str(report.settings["format"])
     if not layers:
         return
@@ -83,12 +81,6 @@ def after(
             yield "for a runtime", ("ptq", "pack", path(output), "--format", fitting[0])
     elif runtime := given.get("runtime") or _RUNTIME.get(fmt):
         yield "before loading it", ("ptq", "check", path(output), "--runtime", runtime)
-
-
-def _measure(given: Mapping[str, Any], output: str) -> Iterator[Step]:
-    tokens = _given(given, *_TOKENS)
-    what = f"to measure it{', better on other tokens' if tokens else ''}"
-    yield what, ["ptq", "eval", path(given["model"]), path(output), *(tokens or _source(given))]
 
 
 def _given(given: Mapping[str, Any], *names: str) -> list[object]:

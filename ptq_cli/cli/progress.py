@@ -93,11 +93,16 @@ class Follow:
         if not self._quiet and _is_terminal():
             from rich.console import Console
             from rich.live import Live
+            from rich.text import Text
 
-            console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+            console = Console(stderr=True)
             unicode = shows_unicode(sys.stderr)
             self._live = Live(
-                get_renderable=lambda: _text(self.lines(console.width - 1, unicode)),
+                get_renderable=lambda: Text(
+                    "\n".join(self.lines(console.width - 1, unicode)),
+                    no_wrap=True,
+                    overflow="ellipsis",
+                ),
                 console=console,
                 transient=True,
                 vertical_overflow="crop",
@@ -142,10 +147,10 @@ class Follow:
         return " ".join([count, ", ".join(filter(None, (what, kept, words)))])
 
     def lines(self, width: int, unicode: bool) -> list[str]:
-        """The live lines, none wider than `width`."""
+        """The live lines, none wider than `width` where that is 60 or more."""
         now, step = self._clock(), self._meter.last
         if not step.phase:
-            return [f"{self._what}: {duration(now - self._meter.begin)}"[: max(width, 0)]]
+            return [f"{self._what}: {duration(now - self._meter.begin)}"]
         result = [self._head(now, width, unicode)]
         if step.row is not None:
             result.append(_fit("last  ", step.row.module, f" {_brief(step.row)}", width))
@@ -157,7 +162,7 @@ class Follow:
         return result
 
     def _head(self, now: float, width: int, unicode: bool) -> str:
-        """What is done, how much of it, how fast, how long still: as much as there is room for."""
+        """What is done, how much of it, how long still, how fast."""
         step, words = self._meter.last, _PHASES[self._meter.last.phase]
         dot = " · " if unicode else ", "
         count = f"{step.done}/{step.total} {words.pieces}"
@@ -165,11 +170,8 @@ class Follow:
         after = duration(now - self._meter.begin) if left is None else _left(left)
         share = step.work / step.all_work if step.all_work else step.done / max(step.total, 1)
         bar = _bar(share, 12 if width < 100 else 36, unicode) if width >= 70 else ""
-        for parts in ([count, rate, after], [count, after], [count]):
-            line = " ".join(filter(None, (words.doing, bar, dot.join(filter(None, parts)))))
-            if len(line) <= width:
-                return line
-        return count[: max(width, 0)]
+        facts = dot.join(filter(None, (count, after, rate)))
+        return " ".join(filter(None, (words.doing, bar, facts)))
 
     def _rate(self, now: float, words: _Words) -> str:
         rate = self._meter.rate(now, pieces=not words.unit)
@@ -177,7 +179,10 @@ class Follow:
             return ""
         if words.unit == "bytes":
             return f"{size(rate)}/s"
-        return f"{_short(rate)} {words.unit or words.pieces}/s"
+        from rich.filesize import pick_unit_and_suffix
+
+        unit, suffix = pick_unit_and_suffix(int(rate), ["", " k", " M", " G"], 1000)
+        return f"{rate / unit:.3g}{suffix} {words.unit or words.pieces}/s"
 
 
 def _result(row: LayerReport) -> str:
@@ -199,7 +204,7 @@ def _brief(row: LayerReport) -> str:
 def _fit(before: str, name: str, after: str, width: int) -> str:
     """A name between two words, cut in its middle, then the words at their end."""
     room = max(width - len(before) - len(after), 12)
-    return (before + middle(printable(name), room) + after)[: max(width, 0)]
+    return before + middle(printable(name), room) + after
 
 
 def _bar(share: float, length: int, unicode: bool) -> str:
@@ -207,15 +212,6 @@ def _bar(share: float, length: int, unicode: bool) -> str:
     if unicode:
         return "━" * full + "─" * (length - full)
     return f"[{'#' * full}{'-' * (length - full)}]"
-
-
-def _short(value: float) -> str:
-    """1234567 as `1.23 M`."""
-    for unit in ("", " k", " M"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} G"
 
 
 def _left(seconds: float) -> str:
@@ -234,12 +230,6 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
-
-
-def _text(lines: list[str]) -> Any:
-    from rich.text import Text
-
-    return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 
 def _is_terminal() -> bool:

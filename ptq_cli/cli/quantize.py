@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,8 @@ from ptq_cli.cli.common import check_report_paths, emit_warnings, finish, finish
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
-from ptq_cli.commands.job import Job
+from ptq_cli.commands.job import Job, take_run_options
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats.runtimes import RUNTIMES
 from ptq_cli.plan.grid_settings import (
@@ -27,8 +28,7 @@ from ptq_cli.plan.grid_settings import (
 )
 from ptq_cli.plan.recipe import load_recipe
 from ptq_cli.registry import SMOOTHERS, format_named
-from ptq_cli.run.schedule import take_resources
-from ptq_cli.storage.folder import MAX_SHARD, container_of
+from ptq_cli.storage.folder import container_of
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -145,33 +145,29 @@ def _parameters(name: str) -> list[click.Parameter]:
     )
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
-    run = [shared.DRY_RUN, shared.STRICT, shared.QUIET, *shared.RESOURCES]
+    run = [*shared.RUN, *shared.RESOURCES]
     own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *shared.REPLACING]
     return [shared.path_argument("model"), *own, *run, *shared.REPORT, *shared.GATE_OPTIONS]
 
 
 def _command(name: str) -> click.Command:
-    def run(model: Path, **options: Any) -> None:
-        _run(name, model, options)
-
+    run = partial(_run, name)
     return Command(name, params=_parameters(name), callback=run, help=_HELP[name])
 
 
-def _run(name: str, model: Path, options: dict[str, Any]) -> None:
+def _run(name: str, /, model: Path, **options: Any) -> None:
     """Plan, warn, run with progress, report, and see to the gates."""
     check_report_paths(options)
     job = _job(name, model, options)
     _refuse_unread(job, options)
-    how = {key: options[key] for key in ("force", "restart")}
-    how["max_shard_size"] = options["max_shard_size"] or MAX_SHARD
-    how["resources"] = resources = take_resources(options)
-    warnings = (*job.plan.warnings, *job.memory_warnings(resources))
+    how = take_run_options(options)
+    warnings = (*job.plan.warnings, *job.memory_warnings(how.resources))
     emit_warnings(warnings, options["strict"])
     if options["dry_run"]:
-        emit_estimate(job.estimate(**how), options["as_json"], warnings)
+        emit_estimate(job.estimate(how), options["as_json"], warnings)
         return
     with Follow(name, options["quiet"]) as listen:
-        report = job.run(**how, listen=listen)
+        report = job.run(replace(how, listen=listen))
     if report.earlier:
         finished_already(job.output)
     for warning in report.warnings:
@@ -191,9 +187,7 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
-    planned: Any = prepare_smoothing if name in SMOOTHERS else prepare
-    job: Job = planned(name, model, given, recipe, take_source(options), **where)
-    return job
+    return prepare(name, model, given, recipe, take_source(options), **where)
 
 
 def _refuse_unread(job: Job, options: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ REPLACING = in_section(
     option("--restart", is_flag=True, help="Drop an interrupted run's work."),
 )
 
-DRY_RUN, STRICT, QUIET = in_section(
+RUN = in_section(
     "Run",
     option(
         "--dry-run",

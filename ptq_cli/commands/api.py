@@ -1,25 +1,25 @@
 """The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
 
 The quantizing ones take their settings by name: `inspect.signature` and `ptq_cli/__init__.pyi` have
-them from the settings' dataclasses (commands/signatures.py). Paths may be strings; where several
-are taken, one alone will do.
+them from the settings' dataclasses (`signature_of`). Paths may be strings; where several are taken,
+one alone will do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source, take_tokens
-from ptq_cli.commands.calibrate import CalibrationSettings, prepare_calibration
+from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source
+from ptq_cli.commands.calibrate import prepare_calibration
 from ptq_cli.commands.check import check as check
+from ptq_cli.commands.job import take_run_options
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.signatures import RUN_OPTIONS, WHERE, with_signature
-from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.core.settings import settings_fields
@@ -27,17 +27,45 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.plan.grid_settings import settings_classes
+from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
-from ptq_cli.run.schedule import ALL_THERE_IS, Resources, take_resources
+from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import holds_quantized, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 Tokens = AnyPath | TokenSettings | None
 
+# What the quantizing functions take besides settings: name -> (type, default).
+WHERE: dict[str, tuple[Any, Any]] = {
+    "output": (AnyPath | None, None),
+    "runtime": (str | None, None),
+    "fallback": (str, "error"),
+}
+SOURCE: dict[str, tuple[Any, Any]] = {
+    "calibration": (AnyPath | None, None),
+    "activations": (Paths, ()),
+    "bf16": (bool, False),
+    "tokens": (AnyPath | None, None),
+    "text": (AnyPath | None, None),
+    "seq_len": (int | None, None),
+    "nsamples": (int | None, None),
+    "seed": (int | None, None),
+    "mask": (AnyPath | None, None),
+    "parallel_layers": (bool, False),
+    "require_calibration": (bool, False),
+}
+RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "force": (bool, False),
+    "restart": (bool, False),
+    "max_shard_size": (str | int, MAX_SHARD),
+    "listen": (Listener, nobody),
+    "workers": (int | None, None),
+    "max_memory": (str | int | None, None),
+    "scheduler": (str | None, None),
+}
 
-@with_signature("gptq")
+
 def gptq(model: AnyPath, **options: Any) -> RunReport:
     """Quantize with GPTQ.
 
@@ -46,25 +74,21 @@ def gptq(model: AnyPath, **options: Any) -> RunReport:
     return _quantize("gptq", model, options)
 
 
-@with_signature("rtn")
 def rtn(model: AnyPath, **options: Any) -> RunReport:
     """Round to nearest with a scale search."""
     return _quantize("rtn", model, options)
 
 
-@with_signature("pack")
 def pack(model: AnyPath, **options: Any) -> RunReport:
     """Round a float model to nearest and pack it, or repack a quantized folder without loss."""
     return _quantize("pack", model, options)
 
 
-@with_signature("smoothquant")
 def smoothquant(model: AnyPath, **options: Any) -> RunReport:
     """Smooth, and quantize weights and inputs; `bits` may be 16: the smoothed float weights."""
     return _quantize("smoothquant", model, options)
 
 
-@with_signature("awq")
 def awq(model: AnyPath, **options: Any) -> RunReport:
     """Scale weights by the mean size of their inputs, then round."""
     return _quantize("awq", model, options)
@@ -72,19 +96,37 @@ def awq(model: AnyPath, **options: Any) -> RunReport:
 
 def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunReport:
     """Plan and run. What is no option of the run or of its inputs must be a setting."""
-    how = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
-    how["resources"] = take_resources(options)
-    where = {name: options.pop(name) for name in WHERE if name in options}
-    source = take_source(options)
-    kinds = {field.name: kind for field, kind in settings_fields(*settings_classes(command))}
-    if unknown := sorted(options.keys() - kinds.keys()):
-        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(kinds)}")
+    known = signature_of(command).parameters
+    if unknown := sorted(options.keys() - known.keys()):
+        raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
     for name, value in options.items():
-        if isinstance(value, str) and kinds[name] == tuple[str, ...]:
+        if isinstance(value, str) and known[name].annotation == tuple[str, ...]:
             options[name] = (value,)
-    plan: Any = prepare_smoothing if command in SMOOTHERS else prepare
-    report: RunReport = plan(command, model, options, {}, source, **where).run(**how)
-    return report
+    how, source = take_run_options(options), take_source(options)
+    where = {name: options.pop(name) for name in WHERE if name in options}
+    return prepare(command, model, options, {}, source, **where).run(how)
+
+
+def signature_of(command: str) -> Signature:
+    """The signature of the function that a quantizing command is."""
+    where, source = dict(WHERE), {} if command == "pack" else dict(SOURCE)
+    if command in SMOOTHERS:  # these always need calibration
+        del where["fallback"], source["require_calibration"]
+    own = default_settings(command)
+    settings = {
+        field.name: (kind, own.get(field.name, field.default))
+        for field, kind in settings_fields(*settings_classes(command))
+    }
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
+    named = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in (settings | where | source | RUN_OPTIONS).items()
+    ]
+    return Signature([model, *named], return_annotation=RunReport)
+
+
+for _function in (gptq, rtn, pack, smoothquant, awq):
+    _function.__signature__ = signature_of(_function.__name__)  # type: ignore[attr-defined]
 
 
 def calibrate(
@@ -121,19 +163,20 @@ def calibrate(
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
         `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
-    settings = CalibrationSettings(
-        activations=as_paths(activations),
-        gradients=as_paths(gradients),
-        bf16=bf16,
-        tokens=_tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask),
+    which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    job = prepare_calibration(
+        model,
+        take_source({"activations": activations, "bf16": bf16, "tokens": tokens, **which}),
         merge=as_paths(merge),
+        gradients=as_paths(gradients),
         heldout=(heldout_every, heldout_limit),
         missing=missing,
+        output=output,
     )
-    job = prepare_calibration(model, settings, output)
     for warning in job.warnings:
         warn(warning)
-    return job.run(force=force, restart=restart, resources=resources, listen=listen, warn=warn)
+    options = RunOptions(resources, listen=listen, force=force, restart=restart)
+    return job.run(options, warn)
 
 
 def evaluate(
@@ -165,26 +208,17 @@ def evaluate(
     from ptq_cli.commands.evaluate import prepare_evaluation
 
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
-    activation = evaluated_inputs(activation_scheme, activation_bits, percentile)
-    source = take_source(named)
-    read = _tokens(tokens, text=text, seq_len=seq_len, nsamples=nsamples, seed=seed, mask=mask)
-    job = prepare_evaluation(original, quantized, source, read, activation, per_block=kl_per_block)
+    which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    job = prepare_evaluation(
+        original,
+        quantized,
+        take_source({**named, "tokens": tokens, **which}),
+        per_block=kl_per_block,
+        scheme=activation_scheme,
+        bits=activation_bits,
+        percentile=percentile,
+    )
     return job.run(listen)
-
-
-def evaluated_inputs(
-    scheme: str | None, bits: int | None, percentile: float | None
-) -> ActivationSettings | None:
-    """How `evaluate` rounds inputs, or None where it does not. Raises InputError."""
-    if scheme in (None, "none"):
-        return None
-    if scheme == "static" and percentile is not None:
-        raise InputError(
-            f"--percentile {percentile} does nothing here",
-            hint="it needs --activation-scheme dynamic-token or dynamic-tensor",
-        )
-    bits, part = 8 if bits is None else bits, 1.0 if percentile is None else percentile
-    return ActivationSettings(bits, scheme, part, static_scale=0.0)
 
 
 def inspect(
@@ -233,10 +267,3 @@ def load_linear(
         folder.checkpoint.read(bias).astype(np.float32) if present else None,
         activations,
     )
-
-
-def _tokens(tokens: Tokens, **options: Any) -> TokenSettings:
-    """Which tokens a model is run on, from the options of a function."""
-    if isinstance(tokens, TokenSettings):
-        return tokens
-    return take_tokens({"tokens": tokens, **options})

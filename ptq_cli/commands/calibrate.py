@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
 from ptq_cli.calibration.find import (
+    HELDOUT,
     AnyPath,
+    SourceSettings,
     activations_fingerprint,
     calibration_of,
     gradients_fingerprint,
@@ -19,23 +22,21 @@ from ptq_cli.calibration.from_activations import Activations, find_activations
 from ptq_cli.calibration.from_file import Merged, beside, open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.gradients import match_gradients
-from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
+from ptq_cli.calibration.match import Match, match_activations, match_warnings, missing_error
 from ptq_cli.calibration.source import Source
 from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
-from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
 from ptq_cli.run.calibrate import calibrate_sites
-from ptq_cli.run.schedule import Resources
+from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from ptq_cli.storage.tokens import read_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class CalibrateJob:
     warnings: tuple[str, ...]
     output: Path
 
-    def target(self, *, force: bool, restart: bool) -> Target:
+    def target(self, options: RunOptions) -> Target:
         """Where the run works, and what makes another the same."""
         job = {
             "command": "calibrate",
@@ -63,26 +64,18 @@ class CalibrateJob:
             "heldout": list(self.heldout),
         }
         keep = [*self.checkpoint.files, *self.source.files]
-        return Target(self.output, job, force, restart, keep)
+        return Target(self.output, job, options.force, options.restart, keep)
 
-    def estimate(self, *, force: bool, restart: bool, resources: Resources) -> Estimate:
+    def estimate(self, options: RunOptions) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
-        target = self.target(force=force, restart=restart)
+        target, resources = self.target(options), options.resources
         return estimate_calibration(
             self.checkpoint, self.source, self.heldout, target, resources, self.warnings
         )
 
-    def run(
-        self,
-        *,
-        force: bool,
-        restart: bool,
-        resources: Resources,
-        listen: Listener,
-        warn: Callable[[str], None],
-    ) -> dict[str, Any]:
+    def run(self, options: RunOptions, warn: Callable[[str], None]) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
-        target = self.target(force=force, restart=restart)
+        target = self.target(options)
         earlier = target.finished()
         if earlier:
             sites = dict(open_calibration(self.output).content["sites"])
@@ -92,7 +85,7 @@ class CalibrateJob:
             model = self.checkpoint.fingerprint
             with Staging(target) as staging:
                 result = calibrate_sites(
-                    self.source, model, self.heldout, staging, listen, resources
+                    self.source, model, self.heldout, staging, options.listen, options.resources
                 )
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
@@ -103,95 +96,65 @@ class CalibrateJob:
         return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
 
 
-NO_TOKENS = TokenSettings()
+def prepare_calibration(
+    model: AnyPath,
+    inputs: SourceSettings,
+    *,
+    merge: Sequence[Path] = (),
+    gradients: Sequence[Path] = (),
+    heldout: tuple[int, int] = HELDOUT,
+    missing: str = "error",
+    output: AnyPath | None = None,
+) -> CalibrateJob:
+    """Plan a calibration: every mistake that can be known is found here.
 
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What statistics are made from: statistics files, or tokens, or activations and gradients
-    (with nothing named, the activations beside the model).
-
-    activations, gradients: folders of `<module>.npy`, bf16: uint16 is bfloat16
+    inputs: tokens, or activations; with nothing named at all, those beside the model
+    merge: statistics files, instead of inputs; gradients: folders of `<module>.npy`
     heldout: every how many tokens one is held out, how many at most
     missing: what linears without activations are: "error", or left out ("rtn")
     """
-
-    activations: tuple[Path, ...] = ()
-    gradients: tuple[Path, ...] = ()
-    bf16: bool = False
-    tokens: TokenSettings = NO_TOKENS
-    merge: tuple[Path, ...] = ()
-    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    missing: str = "error"
-
-
-def prepare_calibration(
-    model: AnyPath, settings: CalibrationSettings, output: AnyPath | None = None
-) -> CalibrateJob:
-    """Plan a calibration: every mistake that can be known is found here."""
     checkpoint = open_float(Path(model))
     target = default_target(checkpoint) if output is None else Path(output)
-    if settings.merge:
-        return prepare_merge(checkpoint, settings.merge, target)
-    if settings.tokens.given:
-        return prepare_tokens(checkpoint, settings.tokens, settings.heldout, target)
-    return prepare_activations(checkpoint, settings, target)
+    if merge:
+        files = tuple(calibration_of(checkpoint, path) for path in merge)
+        heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
+        prints = [file.checkpoint.fingerprint for file in files]
+        return CalibrateJob(checkpoint, Merged(files), heldout, prints, (), target)
+    if inputs.tokens.given:
+        tokens = read_tokens(inputs.tokens, checkpoint)
+        stream = TokenSource(Forward(checkpoint, tokens, heldout))
+        prints = [stream.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
+        return CalibrateJob(checkpoint, stream, heldout, prints, tokens.warnings, target)
+    find = partial(find_activations, bf16=inputs.bf16)
+    slopes = match_gradients(checkpoint, find(gradients))
+    if gradients and not slopes:
+        raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
+    folders, (_, found) = list(inputs.activations), beside(checkpoint)
+    if not folders and found is not None:
+        folders = [found]
+    if not folders and not slopes:
+        raise InputError(
+            f"{checkpoint.path}: no activations given, and no activations/ beside it",
+            hint="--activations DIR",
+        )
+    match, name = match_activations(checkpoint, find(folders)), ", ".join(map(str, folders))
+    lacking = not match.entries or (match.missing and missing == "error")
+    if lacking and (folders or not slopes):
+        raise missing_error(match, name)
+    source = Activations(name, match.entries, heldout, gradients=slopes)
+    prints = activations_fingerprint(match) + gradients_fingerprint(slopes)
+    return CalibrateJob(checkpoint, source, heldout, prints, _doubts(source, match), target)
+
+
+def _doubts(source: Activations, match: Match) -> tuple[str, ...]:
+    """Warnings of what activations lack."""
+    warnings = [*match_warnings(match), *few_tokens(source.sites.values())]
+    if match.missing:
+        lost = fold_names(match.missing)
+        warnings.append(f"no activations for {len(match.missing)} linears: {lost}")
+    return tuple(warnings)
 
 
 def default_target(checkpoint: Checkpoint) -> Path:
     """`<model>.calibration.safetensors` beside the model."""
     return checkpoint.folder / (checkpoint.stem + CALIBRATION_SUFFIX)
-
-
-def prepare_merge(checkpoint: Checkpoint, paths: Sequence[Path], output: Path) -> CalibrateJob:
-    """Statistics files into one; tokens were held out as the first of them says."""
-    files = tuple(calibration_of(checkpoint, path) for path in paths)
-    heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
-    fingerprints = [file.checkpoint.fingerprint for file in files]
-    return CalibrateJob(checkpoint, Merged(files), heldout, fingerprints, (), output)
-
-
-def prepare_tokens(
-    checkpoint: Checkpoint, settings: TokenSettings, heldout: tuple[int, int], output: Path
-) -> CalibrateJob:
-    """What the float model computes on tokens."""
-    tokens = read_tokens(settings, checkpoint)
-    source = TokenSource(Forward(checkpoint, tokens, heldout))
-    prints = [source.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
-    return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
-
-
-def prepare_activations(
-    checkpoint: Checkpoint, settings: CalibrationSettings, output: Path
-) -> CalibrateJob:
-    """Activations, as named or beside the model, and gradients."""
-    slopes = match_gradients(checkpoint, find_activations(settings.gradients, settings.bf16))
-    if settings.gradients and not slopes:
-        raise InputError(f"{settings.gradients[0]}: no gradients <module>.npy in it")
-    folders = list(settings.activations)
-    if not folders and (not slopes or beside(checkpoint)[1] is not None):
-        folders = [_activations_beside(checkpoint)]
-    match = match_activations(checkpoint, find_activations(folders, settings.bf16))
-    alone = bool(slopes) and not folders
-    name = ", ".join(map(str, folders))
-    if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
-        raise missing_error(match, name)
-    source = Activations(name, match.entries, settings.heldout, gradients=slopes)
-    warnings = [*match_warnings(match), *few_tokens(source.sites.values())]
-    if match.missing:
-        warnings.append(
-            f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"
-        )
-    fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
-    heldout = settings.heldout
-    return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
-
-
-def _activations_beside(checkpoint: Checkpoint) -> Path:
-    _, folder = beside(checkpoint)
-    if folder is None:
-        raise InputError(
-            f"{checkpoint.path}: no activations given, and no activations/ beside it",
-            hint="--activations DIR",
-        )
-    return folder

@@ -49,20 +49,39 @@ def prepare_evaluation(
     original: AnyPath,
     quantized: AnyPath,
     source: SourceSettings,
-    tokens: TokenSettings | None,
-    activation: ActivationSettings | None,
     *,
-    per_block: bool,
+    per_block: bool = False,
+    scheme: str | None = None,
+    bits: int | None = None,
+    percentile: float | None = None,
 ) -> EvalJob:
-    """Open both sides; see `api.evaluate`."""
+    """Open both sides; see `api.evaluate`. (Tokens measure predictions here, and calibrate
+    nothing.)"""
+    activation = _rounded_inputs(scheme, bits, percentile)
     checkpoint = open_float(Path(original))
     folder = open_quantized(Path(quantized))
-    statistics = find_source(checkpoint, source).statistics
+    inputs = dataclasses.replace(source, tokens=TokenSettings())
+    statistics = find_source(checkpoint, inputs).statistics
     if activation is not None and statistics is None:
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",
             hint="it needs --calibration or --activations",
         )
     sides = open_sides(checkpoint, folder, statistics, activation)
-    read = read_tokens(tokens, checkpoint) if tokens is not None and tokens.given else None
-    return EvalJob(sides, read, per_block)
+    tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
+    return EvalJob(sides, tokens, per_block)
+
+
+def _rounded_inputs(
+    scheme: str | None, bits: int | None, percentile: float | None
+) -> ActivationSettings | None:
+    """How inputs are rounded, or None where they are not. Raises InputError."""
+    if scheme in (None, "none"):
+        return None
+    if scheme == "static" and percentile is not None:
+        raise InputError(
+            f"--percentile {percentile} does nothing here",
+            hint="it needs --activation-scheme dynamic-token or dynamic-tensor",
+        )
+    part = 1.0 if percentile is None else percentile
+    return ActivationSettings(8 if bits is None else bits, scheme, part, static_scale=0.0)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.find import FoundSource
+from ptq_cli.calibration.find import AnyPath, FoundSource
 from ptq_cli.commands.check import runtime_warnings
-from ptq_cli.commands.estimate import Estimate
+from ptq_cli.commands.estimate import Estimate, estimate_quantization
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
-from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
+from ptq_cli.run.loop import quantize
+from ptq_cli.run.schedule import Resources, RunOptions, take_resources
+from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import MAX_SHARD, companions
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
 from ptq_cli.storage.staging import Staging
+
+DEFAULTS = RunOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,56 +46,35 @@ class Job:
     start: Callable[[Staging, RunOptions], RunReport]
     look: Callable[[Target, Resources], Estimate]
 
-    def target(
-        self, max_shard_size: str | int = MAX_SHARD, *, force: bool = False, restart: bool = False
-    ) -> Target:
+    def target(self, options: RunOptions = DEFAULTS) -> Target:
         """Where the run works, and what makes another the same."""
-        settings = {
-            k: v for part in self.plan.settings for k, v in dataclasses.asdict(part).items()
-        }
         job = {
             "command": self.command,
             "version": __version__,
-            "max_shard_size": parse_size(str(max_shard_size)),
+            "max_shard_size": options.max_shard,
             **self.identity,
-            **settings,
-            **fingerprints(self.checkpoint, self.source),
-            "config": self.checkpoint.config,
         }
+        for part in self.plan.settings:
+            job |= dataclasses.asdict(part)
+        job |= {**fingerprints(self.checkpoint, self.source), "config": self.checkpoint.config}
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source.statistics is not None:
             keep += self.source.statistics.files
         beside = companions(self.checkpoint, format_named(self.plan.format))
-        return Target(self.output, job, force, restart, keep, beside)
+        return Target(self.output, job, options.force, options.restart, keep, beside)
 
-    def run(
-        self,
-        *,
-        force: bool = False,
-        restart: bool = False,
-        resources: Resources = ALL_THERE_IS,
-        max_shard_size: str | int = MAX_SHARD,
-        listen: Listener = nobody,
-    ) -> RunReport:
+    def run(self, options: RunOptions = DEFAULTS) -> RunReport:
         """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
-        options = RunOptions(resources, parse_size(str(max_shard_size)), listen)
-        target = self.target(max_shard_size, force=force, restart=restart)
+        target = self.target(options)
         if target.finished():
             report = report_from_document(read_report(self.output)[0])
             return dataclasses.replace(report, earlier=True)
         with Staging(target) as staging:
             return self.start(staging, options)
 
-    def estimate(
-        self,
-        *,
-        force: bool = False,
-        restart: bool = False,
-        resources: Resources = ALL_THERE_IS,
-        max_shard_size: str | int = MAX_SHARD,
-    ) -> Estimate:
+    def estimate(self, options: RunOptions = DEFAULTS) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
-        return self.look(self.target(max_shard_size, force=force, restart=restart), resources)
+        return self.look(self.target(options), options.resources)
 
     def memory_warnings(self, resources: Resources) -> list[str]:
         """Units that take more memory than there is. (No part of the report: that depends on
@@ -99,14 +82,31 @@ class Job:
         if resources.scheduler is not None:
             return []
         limit = resources.memory
-        big = [unit for unit in self.plan.units if unit.memory > limit]
+        big = {unit.name: unit.memory for unit in self.plan.units if unit.memory > limit}
         if not big:
             return []
-        most = max(unit.memory for unit in big)
         return [
-            f"{len(big)} units need more memory ({most / 1e9:.2f} GB) than the"
-            f" {limit / 1e9:.2f} GB allowed; each runs alone: {fold_names(u.name for u in big)}"
+            f"{len(big)} units need more memory ({max(big.values()) / 1e9:.2f} GB) than the"
+            f" {limit / 1e9:.2f} GB allowed; each runs alone: {fold_names(big)}"
         ]
+
+
+def quantization_job(
+    work: Quantization, source: FoundSource, output: AnyPath, identity: Mapping[str, Any]
+) -> Job:
+    """A planned quantization as a job."""
+    start, look = partial(quantize, work), partial(estimate_quantization, work)
+    target = Path(output)
+    return Job(work.command, work.plan, work.checkpoint, source, target, identity, start, look)
+
+
+def take_run_options(options: dict[str, Any]) -> RunOptions:
+    """Take what a run is given, the fields of `Resources` among it, out of `options`."""
+    names = ("listen", "force", "restart")
+    own = {name: options.pop(name) for name in names if name in options}
+    size = options.pop("max_shard_size", None)
+    max_shard = MAX_SHARD if size is None else parse_size(str(size))
+    return RunOptions(take_resources(options), max_shard, **own)
 
 
 def fingerprints(checkpoint: Checkpoint, source: FoundSource) -> dict[str, str]:

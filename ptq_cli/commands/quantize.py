@@ -1,25 +1,27 @@
-"""`gptq`, `rtn` and `pack` as jobs: settings in, a plan, a job that gives a report."""
+"""The quantizing commands as jobs: settings in, a plan, a job that gives a report."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
-from ptq_cli.commands.estimate import estimate_quantization
-from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
-from ptq_cli.commands.repack import prepare_repack
+from ptq_cli.commands import job as jobs
+from ptq_cli.commands.estimate import estimate_repack
+from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
+from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.unused_options import refuse_unused
-from ptq_cli.registry import format_named, method
-from ptq_cli.run.loop import quantize
+from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
+from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.work import Quantization
-from ptq_cli.storage.folder import holds_quantized, open_float
+from ptq_cli.storage.folder import holds_quantized, open_float, open_quantized
 
 
 def prepare(
@@ -32,18 +34,21 @@ def prepare(
     output: AnyPath | None = None,
     fallback: str = "error",
     runtime: str | None = None,
-) -> Job:
+) -> jobs.Job:
     """Plan a quantization: every mistake that can be known is found here.
 
-    command: "gptq", "rtn", or "pack" (plain rounding to nearest, without calibration)
+    command: a method, a smoother, or "pack" (plain rounding to nearest, without calibration)
     given, recipe: settings by name; `given` wins
+    fallback: of a method, where a layer has no statistics: "error", or "rtn"
     runtime: warn of what this runtime could not load (`check`)
     """
+    if command in SMOOTHERS:
+        return prepare_smoothing(command, model, given, recipe, source, output, runtime)
     packs = command == "pack"
     if packs and holds_quantized(Path(model)):
-        return prepare_repack(Path(model), given, recipe, output, runtime)
+        return _prepare_repack(Path(model), given, recipe, output, runtime)
     how = method("rtn" if packs else command)
-    values = {**default_settings(command), **with_scheme(given, recipe)}
+    values = {**default_settings(command), **jobs.with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
     own = make_settings(how.settings, given, values)
     checkpoint = open_float(Path(model))
@@ -62,16 +67,44 @@ def prepare(
     )
     facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, (settings, own), **facts)
-    plan = with_warnings(plan, checkpoint, found, runtime)
-    work = Quantization(
-        command=command,
-        plan=plan,
-        checkpoint=checkpoint,
-        source=found.statistics,
-        rounding=Rounding(how.name, own, settings.format, fallback),
-        inputs=fingerprints(checkpoint, found),
-    )
-    target = Path(default_output(checkpoint, command, settings) if output is None else output)
-    identity = {"fallback": fallback}
-    start, look = partial(quantize, work), partial(estimate_quantization, work)
-    return Job(command, plan, checkpoint, found, target, identity, start, look)
+    plan = jobs.with_warnings(plan, checkpoint, found, runtime)
+    target = jobs.default_output(checkpoint, command, settings) if output is None else output
+    rounding = Rounding(how.name, own, settings.format, fallback)
+    inputs = jobs.fingerprints(checkpoint, found)
+    work = Quantization(command, plan, checkpoint, found.statistics, rounding, inputs)
+    return jobs.quantization_job(work, found, target, {"fallback": fallback})
+
+
+def _prepare_repack(
+    path: Path,
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    output: AnyPath | None,
+    runtime: str | None,
+) -> jobs.Job:
+    """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
+    known = {field.name for field in dataclasses.fields(RepackSettings)}
+    own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
+    other = sorted(own.keys() - known)
+    if other:
+        words = ", ".join("--" + key.replace("_", "-") for key in other)
+        raise InputError(
+            f"{path}: quantized already, so its codes stay as they are: {words} has no effect",
+            hint="start from the float model",
+        )
+    settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
+    folder = open_quantized(path)
+    stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
+    target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
+    checkpoint, nothing, fmt = folder.checkpoint, FoundSource(None), format_named(settings.format)
+
+    def job(*, trial: bool) -> jobs.Job:
+        repack = plan_repack(folder, fmt, settings, trial=trial)
+        plan = jobs.with_warnings(repack.plan, checkpoint, nothing, runtime)
+        repack = dataclasses.replace(repack, plan=plan)
+        start = partial(run_repack, repack, jobs.fingerprints(checkpoint, nothing))
+        look, identity = partial(estimate_repack, repack), {"command": "repack"}
+        return jobs.Job("pack", plan, checkpoint, nothing, target, identity, start, look)
+
+    glance = job(trial=False)
+    return glance if glance.target().complete() else job(trial=True)

@@ -5,25 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import (
-    BESIDE,
-    HELDOUT,
-    AnyPath,
-    FoundSource,
-    SourceSettings,
-    find_source,
-)
+from ptq_cli.calibration.find import HELDOUT, AnyPath, FoundSource, SourceSettings, find_source
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.commands.estimate import estimate_quantization
-from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
+from ptq_cli.commands import job as jobs
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.plugins import Method, Smoother
+from ptq_cli.core.plugins import Smoother
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
@@ -32,8 +23,7 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.unused_options import refuse_unused
-from ptq_cli.registry import format_named, method, smoother
-from ptq_cli.run.loop import quantize
+from ptq_cli.registry import method, smoother
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth_in_sequence import place_groups
@@ -58,8 +48,7 @@ class _Settings:
     how: Smoother
     grid: GridSettings
     own: Any
-    rounder: Method
-    rounding: Any
+    rounding: Rounding
     floats: bool
 
     @property
@@ -81,7 +70,8 @@ class _Settings:
         """Methods to compare on every layer, with their settings."""
         if self.floats or not self.how.compares(self.own):
             return {}
-        gptq = self.rounding if self.rounder.name == "gptq" else method("gptq").settings()
+        chosen = self.rounding.method == "gptq"
+        gptq = self.rounding.settings if chosen else method("gptq").settings()
         return {self.how.method: self.own, "gptq": gptq}
 
 
@@ -89,16 +79,12 @@ def prepare_smoothing(
     command: str,
     model: AnyPath,
     given: Mapping[str, Any],
-    recipe: Mapping[str, Any] = {},
-    source: SourceSettings = BESIDE,
-    *,
-    output: AnyPath | None = None,
-    runtime: str | None = None,
-) -> Job:
-    """Plan a smoothing: every mistake that can be known is found here.
-
-    command: a smoother's name; given, recipe: settings by name, `given` wins; `bits` may be 16
-    """
+    recipe: Mapping[str, Any],
+    source: SourceSettings,
+    output: AnyPath | None,
+    runtime: str | None,
+) -> jobs.Job:
+    """Plan a smoothing; see `prepare`. command: a smoother's name; `bits` may be 16"""
     told = _settings(command, given, recipe)
     checkpoint = open_float(Path(model))
     if told.floats and runtime is not None:
@@ -111,35 +97,38 @@ def prepare_smoothing(
     source = dataclasses.replace(source, required=True)
     found = find_source(checkpoint, source, correct=True)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
-    _check(command, told, sites, str(checkpoint.path))
+    _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)
-    read = (told.grid, told.rounding, told.own)
-    in_sequence = source.in_sequence
-    refuse_unused(command, given, recipe, read, calibration=True, in_sequence=in_sequence)
-    plan = _float_plan(command, told, rounded) if told.floats else _own_settings(told, rounded)
-    plan = with_warnings(plan, checkpoint, found, runtime, *sites.notes)
+    read = (told.grid, told.rounding.settings, told.own)
+    facts = {"calibration": True, "in_sequence": source.in_sequence}
+    refuse_unused(command, given, recipe, read, **facts)
+    target = jobs.default_output(checkpoint, command, told.grid)
+    if told.floats:
+        plan = dataclasses.replace(
+            rounded,  # every tensor is copied as it is smoothed, and nothing else is used
+            method=command,
+            settings=(told.own, FloatOutput()),
+            units=(),
+            bytes_after=rounded.bytes_before,
+        )
+        target = target.rsplit("-", 1)[0]
+        identity = {type(part).__name__: dataclasses.asdict(part) for part in read[:2]}
+    else:
+        each_class_once = {type(part): part for part in read}
+        plan = dataclasses.replace(rounded, settings=tuple(each_class_once.values()))
+        identity = {}
+    plan = jobs.with_warnings(plan, checkpoint, found, runtime, *sites.notes)
     smoothing = _smoothing(told, checkpoint, sites, rounded)
+    inputs = jobs.fingerprints(checkpoint, found)
     work = Quantization(
-        command=command,
-        plan=plan,
-        checkpoint=checkpoint,
-        source=found.statistics,
-        rounding=smoothing.rounding,
-        inputs=fingerprints(checkpoint, found),
-        smoothing=smoothing,
+        command, plan, checkpoint, found.statistics, told.rounding, inputs, smoothing
     )
-    if output is None:
-        output = default_output(checkpoint, command, told.grid)
-        output = output.rsplit("-", 1)[0] if told.floats else output
-    parts = (told.grid, told.rounding) if told.floats else ()
-    identity = {type(part).__name__: dataclasses.asdict(part) for part in parts}
-    start, look = partial(quantize, work), partial(estimate_quantization, work)
-    return Job(command, plan, checkpoint, found, Path(output), identity, start, look)
+    return jobs.quantization_job(work, found, target if output is None else output, identity)
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
     how = smoother(command)
-    defaults, recipe = dict(how.defaults), with_scheme(given, recipe)
+    defaults, recipe = dict(how.defaults), jobs.with_scheme(given, recipe)
     if not (recipe.get("sym", True) if given.get("sym") is None else given["sym"]):
         defaults.pop("narrow_range", None)  # which is of symmetric codes only
     recipe = {**defaults, **recipe}
@@ -158,63 +147,11 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="leave --format out, and quantize what it writes",
         )
     own = make_settings(how.settings, given, recipe)
-    rounder = method(own.then)
-    rounding = make_settings(rounder.settings, given, recipe)
-    return _Settings(how, grid, own, rounder, rounding, floats)
+    rounder = make_settings(method(own.then).settings, given, recipe)
+    return _Settings(how, grid, own, Rounding(own.then, rounder, grid.format), floats)
 
 
-def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites: Sites) -> Plan:
-    """The plan of the rounding after the smoothing."""
-    statistics = found.statistics
-    if statistics is not None and statistics.feedback:
-        place_groups(sites.sites, statistics.places)  # refuses what has no sequence
-    plan = make_plan(
-        checkpoint,
-        told.rounder,
-        told.grid,
-        told.rounding,
-        format_named(told.grid.format),
-        statistics,
-        activation=told.activation,
-    )
-    _check_static(told.inputs, plan)
-    return plan
-
-
-def _own_settings(told: _Settings, plan: Plan) -> Plan:
-    """The plan with the smoother's settings among its own, each class once."""
-    parts = {type(part): part for part in (told.grid, told.rounding, told.own)}
-    return dataclasses.replace(plan, settings=tuple(parts.values()))
-
-
-def _float_plan(command: str, told: _Settings, plan: Plan) -> Plan:
-    """The plan where nothing is rounded: every tensor is copied as it is smoothed."""
-    return dataclasses.replace(
-        plan,
-        method=command,
-        settings=(told.own, FloatOutput()),  # nothing else is used
-        units=(),
-        bytes_after=plan.bytes_before,
-    )
-
-
-def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
-    return Smoothing(
-        checkpoint=checkpoint,
-        sites=sites.sites,
-        layers={layer.tensor: layer for layer in plan.layers},
-        smoother=told.how,
-        settings=told.own,
-        rounding=Rounding(told.rounder.name, told.rounding, told.grid.format),
-        activations=told.inputs,
-        heldout=HELDOUT,
-        judged=not (told.floats and told.inputs.scheme == "none"),
-        compare=told.rivals,
-        stored=told.floats,
-    )
-
-
-def _check(command: str, told: _Settings, sites: Sites, path: str) -> None:
+def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
     """Refuse what cannot work."""
     require_whole(sites.sites)
     if not sites.sites:
@@ -227,10 +164,40 @@ def _check(command: str, told: _Settings, sites: Sites, path: str) -> None:
     told.how.check(told.own, {told.grid.group_size, *groups})
 
 
-def _check_static(inputs: ActivationSettings, plan: Plan) -> None:
+def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites: Sites) -> Plan:
+    """The plan of the rounding after the smoothing."""
+    statistics, rounding = found.statistics, told.rounding
+    if statistics is not None and statistics.feedback:
+        place_groups(sites.sites, statistics.places)  # refuses what has no sequence
+    plan = make_plan(
+        checkpoint,
+        rounding.how,
+        told.grid,
+        rounding.settings,
+        rounding.fmt,
+        statistics,
+        activation=told.activation,
+    )
     bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
-    if inputs.scheme == "static" and bare:
+    if told.inputs.scheme == "static" and bare:
         raise InputError(
             f"no statistics to take static scales from for {len(bare)} layers: {fold_names(bare)}",
             hint="calibrate them, or --activation-scheme dynamic-token",
         )
+    return plan
+
+
+def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
+    return Smoothing(
+        checkpoint=checkpoint,
+        sites=sites.sites,
+        layers={layer.tensor: layer for layer in plan.layers},
+        smoother=told.how,
+        settings=told.own,
+        rounding=told.rounding,
+        activations=told.inputs,
+        heldout=HELDOUT,
+        judged=not (told.floats and told.inputs.scheme == "none"),
+        compare=told.rivals,
+        stored=told.floats,
+    )

@@ -61,11 +61,17 @@ ALL_THERE_IS = Resources()
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run is given besides its plan. max_shard: bytes of tensors in one weights file"""
+    """What a run is given besides its plan.
+
+    max_shard: bytes of tensors in one weights file
+    force: replace an existing output; restart: drop an interrupted run's work
+    """
 
     resources: Resources = ALL_THERE_IS
     max_shard: int = MAX_SHARD
     listen: Listener = nobody
+    force: bool = False
+    restart: bool = False
 
 
 def take_resources(options: dict[str, Any]) -> Resources:

@@ -16,7 +16,6 @@ import pytest
 from ptq_cli.commands.api import rtn
 from ptq_cli.commands.estimate import Piece, Workers, document
 from ptq_cli.commands.quantize import prepare
-from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.storage import scratch
 from ptq_cli.storage.machine import multiply_adds
 from tests.builders import ROOT, ptq, random_weight, tree, write_model
@@ -296,7 +295,7 @@ def test_each_method_that_is_tried_is_counted(sample):
     assert seconds(sample, "rtn") < seconds(sample, "gptq")
 
     def smoothed(**settings):
-        job = prepare_smoothing("awq", sample, settings)
+        job = prepare("awq", sample, settings)
         return document(job.estimate(), RATE)["time"]["seconds"]
 
     assert smoothed(compare=False) < smoothed(compare=True)

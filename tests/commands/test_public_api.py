@@ -76,6 +76,8 @@ def test_calibrate_and_evaluate_take_tokens_as_gptq_does(tmp_path):
 def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(InputError, match="unknown settings bitz"):
         ptq_cli.gptq(SAMPLE, bitz=4, output=tmp_path / "out")
+    with pytest.raises(InputError, match="unknown settings fallback"):
+        ptq_cli.smoothquant(SAMPLE, fallback="rtn", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
