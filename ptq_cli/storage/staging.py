@@ -5,7 +5,6 @@
     weights/          the weights files of the output while they are filled (storage/shards.py)
     out/              the finished output, until it is renamed to its place
     old/              an older output on its way out, where two names cannot be swapped
-    published.json    which `out` was given its name: what is left after that is rubbish
 
 Its life: begin (lock the folder, look what lies there, go on or begin anew), put units, publish; or
 give up, after whatever error: half-written files go, finished units stay for the same command, and
@@ -43,9 +42,6 @@ from ptq_cli.storage.output import (
     finished_units,
     free_space,
     goes_on,
-    identity,
-    is_published,
-    lock,
     locked,
     still_needed,
     work_folder,
@@ -64,37 +60,18 @@ class Staging:
     """
 
     def __init__(self, target: Target) -> None:
-        output, job = target.output, target.job
-        self.target, self.output, self.job = target, output, job
-        self.folder = work_folder(output)
+        self.target, self.output, self.job = target, target.output, target.job
+        self.folder = work_folder(self.output)
         self.store = UnitStore(self.folder / "units")
-        self._lock, self._open, fresh = -1, True, False
-        interruption.work_begins()
-        try:
-            check_place(output)
-            self._sweep()
-            if there := os.path.lexists(self.folder):
-                self._lock = lock(self.folder)
-                self._put_back()
-            target.check_output()
-            if not there:
-                self._lock = lock(self.folder)
-            self.resumed = goes_on(self.folder, job, target.restart)
-            if not self.resumed:
-                fresh = True
-                self._begin_anew()
-            self._tidy()
-            with named(self.folder):
-                self.store.folder.mkdir(exist_ok=True)
-            self._drop_shared()
-        except BaseException:
-            if fresh:
-                self._drop()
-            elif self._lock >= 0:
-                with contextlib.suppress(OSError):  # an empty one was made by this run
-                    self.folder.rmdir()
-            self.close()
-            raise
+        self.out, self.weights = self.folder / "out", self.folder / "weights"
+        self._aside = self.folder / "old"
+        with contextlib.ExitStack() as held:
+            interruption.work_begins()
+            held.callback(interruption.work_ends)
+            check_place(self.output)
+            held.enter_context(locked(self.folder))
+            self._begin()
+            self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -105,34 +82,31 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._lock >= 0:
+        if error is not None and self.folder.exists():
             self._give_up(error)
         self.close()
 
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "weights"
-
-    @property
-    def _aside(self) -> Path:
-        return self.folder / "old"
-
-    @property
-    def _marker(self) -> Path:
-        return self.folder / "published.json"
-
     # ---- begin ----
 
-    def _sweep(self) -> None:
-        """Remove the work folder of a run that was killed after its output had got its name."""
-        if is_published(self.folder, self.output):
-            with locked(self.folder):
-                if is_published(self.folder, self.output):
-                    shutil.rmtree(self.folder, ignore_errors=True)
+    def _begin(self) -> None:
+        """Go on with what lies in the locked folder, or begin anew."""
+        fresh = False
+        try:
+            self._put_back()
+            self.target.check_output()
+            self.resumed = goes_on(self.folder, self.job, self.target.restart)
+            if not self.resumed:
+                fresh = True
+                self._begin_anew()
+            self._tidy()
+            with named(self.folder):
+                self.store.folder.mkdir(exist_ok=True)
+        except BaseException:
+            if fresh:
+                self._drop()
+            with contextlib.suppress(OSError):  # an empty one was made by this run
+                self.folder.rmdir()
+            raise
 
     def _put_back(self) -> None:
         """Give an older output its name again that a killed run had put aside."""
@@ -148,19 +122,16 @@ class Staging:
         write_whole(self.folder / "job.json", to_json(dict(self.job)))
 
     def _tidy(self) -> None:
-        """Remove what is half written."""
-        for path in (self.out, self._marker):
-            _remove(path)
+        """Remove what is half written or replaced, and weights files that have another name: a run
+        that was killed after its output had got its name left them. They are not ours to fill."""
+        _remove(self.out)
+        if os.path.lexists(self.output):
+            _remove(self._aside)
         self.store.drop_partials()
-
-    def _drop_shared(self) -> None:
-        """Let go of weights files that have another name: a run that was killed after its output
-        had got its name left them, and the output has been moved since. It is not ours to fill."""
-        if self.weights.is_dir():
-            with named(self.weights):
-                for entry in os.scandir(self.weights):
-                    if entry.stat().st_nlink > 1:
-                        os.unlink(entry.path)
+        for path in self.weights.glob("*"):
+            with named(path):
+                if path.stat().st_nlink > 1:
+                    path.unlink()
 
     def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
         """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
@@ -196,7 +167,6 @@ class Staging:
         if self.out.is_dir():
             write_file(self.out / JOB, to_json({**self.job, **files_of(self.out)}))
         sync_folder(self.out if self.out.is_dir() else self.folder)
-        write_whole(self._marker, to_json(identity(self.out)))
         if os.path.lexists(self.output):
             if not self.target.force:
                 raise self.target.exists_already()
@@ -246,18 +216,12 @@ class Staging:
             error.add_note(_kept(error, count, self.folder))
 
     def _drop(self) -> None:
-        """Remove the work folder and give up the lock."""
+        """Remove the work folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
 
     def close(self) -> None:
         """Give up the lock; what lies in the work folder stays."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        if self._open:
-            self._open = False
-            interruption.work_ends()
+        self._held.close()
 
 
 def _remove(path: Path) -> None:
