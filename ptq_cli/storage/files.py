@@ -10,12 +10,14 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from ptq_cli.errors import FileError, InputError
 
 MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o"
-_PIECE = 1 << 20  # bytes of a copy
+PARTIAL = ".partial"  # ending of what is being written
 
 
 class named:
@@ -128,44 +130,40 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write a whole file and wait until it is on the disk."""
-    content = data.encode() if isinstance(data, str) else data
+def write_file(path: Path, *pieces: bytes | str | memoryview, durable: bool = True) -> None:
+    """Write a whole file, and where it is to be durable, wait until it is on the disk."""
     with named(path), open(path, "wb") as file:
-        file.write(content)
+        for piece in pieces:
+            file.write(piece.encode() if isinstance(piece, str) else piece)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def copy_file(path: Path, other: Path) -> None:
     """Copy a file of whatever size, and wait until it is on the disk."""
-    with named(path), open(path, "rb") as file, named(other), open(other, "wb") as copy:
-        while piece := _read(file, path):
-            copy.write(piece)
+    with named(f"{path} → {other}"), open(path, "rb") as file, open(other, "wb") as copy:
+        shutil.copyfileobj(file, copy)
         copy.flush()
         os.fsync(copy.fileno())
 
 
-def _read(file: BinaryIO, path: Path) -> bytes:
-    with named(path):
-        return file.read(_PIECE)
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, *pieces: bytes | str | memoryview, durable: bool = True) -> None:
     """Write a file under another name, then rename: the path holds the old bytes or the new."""
-    with replacing(path) as partial:
-        write_file(partial, data)
+    with replacing(path, durable=durable) as partial:
+        write_file(partial, *pieces, durable=durable)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to; at the end it is renamed to `path`, or removed after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         yield partial
         with named(path):
             os.replace(partial, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

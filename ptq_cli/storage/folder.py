@@ -11,7 +11,6 @@ the layers in it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +47,7 @@ from ptq_cli.storage.made import JOB
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
-from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
+from ptq_cli.storage.tensors import WRITABLE, Bytes, quantized_entry, quantized_metadata
 
 GGUF_SUFFIX = ".gguf"
 _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
@@ -62,6 +61,10 @@ _PACKED = (  # endings of the names that quantized weights have in whatever layo
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
+_SMOOTHED: tuple[str, dict[str, Any]] = (
+    "ptq",
+    {},
+)  # of this tool's own weights files without one quantized layer
 _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
 
@@ -175,14 +178,7 @@ def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) ->
     """Metadata of the weights file that holds these modules."""
     if fmt.file_metadata is not None:
         return fmt.file_metadata
-    return own_metadata(
-        {
-            "kind": "quantized",
-            "version": 1,
-            "format": fmt.name,
-            "layers": fmt.metadata([layers[name] for name in names if name in layers]),
-        }
-    )
+    return quantized_metadata(fmt, [layers[name] for name in names if name in layers])
 
 
 def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
@@ -266,17 +262,18 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
-    names, entries = _own_entry(checkpoint)
+    own = quantized_entry(checkpoint.path, checkpoint.metadata)
+    names = [name for name in FORMATS if name != "ptq"] if own is None else [own[0]]
     config = declared_config(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    contents = Contents(entries, config, specs, checkpoint.read)
+    contents = Contents({} if own is None else own[1], config, specs, checkpoint.read)
     for name in names:
         with stated_in(checkpoint.weights):
             fmt = format_named(name)
             layers = fmt.layers(contents)
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
-    if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
+    if own == _SMOOTHED:
         raise InputError(
             f"{path}: nothing in it is quantized, these are smoothed float weights",
             hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
@@ -303,7 +300,7 @@ def holds_quantized(path: Path) -> bool:
     checkpoint = open_checkpoint(path)
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     return (
-        ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
+        quantized_entry(checkpoint.path, checkpoint.metadata) not in (None, _SMOOTHED)
         or bool(_packed(checkpoint))
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )
@@ -357,22 +354,6 @@ def _gguf_of(path: Path) -> Path | None:
             f"{path}: several candidates: {', '.join(found)}", hint="name the file itself"
         )
     return path / found[0]
-
-
-def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
-    """The formats to try, and what this tool's own entry in the metadata says of the layers."""
-    if "ptq" not in checkpoint.metadata:
-        return [name for name in FORMATS if name != "ptq"], {}
-    try:
-        content = json.loads(checkpoint.metadata["ptq"])
-        if content["kind"] != "quantized" or content["version"] != 1:
-            raise ValueError
-        return [str(content["format"])], dict(content["layers"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise InputError(
-            f"{checkpoint.path}: not a quantized checkpoint",
-            hint="make one with ptq gptq, rtn or pack",
-        ) from None
 
 
 def _packed(checkpoint: Checkpoint) -> list[str]:

@@ -7,7 +7,6 @@ and order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
-from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, own_metadata
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
 NAME = "model.gguf"
 _DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
@@ -63,7 +62,8 @@ class GgufCheckpoint(Checkpoint):
 def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
     """Open a GGUF file of a known architecture. Raises InputError."""
     header = read_gguf_header(path)
-    metadata = {**header.metadata, "ptq": _own_layers(path, header.metadata)}
+    _, own = quantized_entry(path, header.metadata) or ("", {})
+    metadata = {**header.metadata, "ptq": own}
     architecture = str(metadata.get("general.architecture"))
     config = {
         "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
@@ -78,10 +78,10 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         for name, tensor in found.items():
             spec = _as_stored(name, tensor.spec, tensor.nbytes)
             tensors[name] = StoredTensor(spec, path, tensor.offset)
-            own = names.permuted_heads(name.rpartition(".")[0], config)
-            if own is not None:
-                heads[name] = own
-                _check_heads(tensor.spec, own)
+            count = names.permuted_heads(name.rpartition(".")[0], config)
+            if count is not None:
+                heads[name] = count
+                _check_heads(tensor.spec, count)
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
 
 
@@ -99,19 +99,6 @@ def _as_stored(name: str, spec: TensorSpec, nbytes: int) -> TensorSpec:
 def _check_heads(spec: TensorSpec, heads: int) -> None:
     if not isinstance(heads, int) or heads < 1 or spec.shape[0] % (2 * heads):
         raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
-
-
-def _own_layers(path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What this tool wrote of the layers; {} where another did."""
-    if "ptq" not in metadata:
-        return {}
-    try:
-        content = json.loads(metadata["ptq"])
-        if content["kind"] != "quantized" or content["version"] != 1:
-            raise ValueError
-        return dict(content["layers"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: its key 'ptq' is damaged") from None
 
 
 def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -196,8 +183,7 @@ def write_gguf_model(
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names = names_of_model(source.config)
-    entry = {"kind": "quantized", "version": 1, "format": fmt.name}
-    own = own_metadata({**entry, "layers": fmt.metadata(list(layers.values()))})
+    own = quantized_metadata(fmt, list(layers.values()))
     specs: list[tuple[TensorSpec, int]] = []
     outgoing = list(_outgoing(parts, layers))
     shapes = {layer.tensor: layer.shape for layer in layers.values()}
