@@ -104,7 +104,7 @@ def stage_folded(
         unit = f"folded {name}"
         if not staging.finished(unit):
             staging.put(unit, [as_bytes(name, checkpoint.read(name))], None)
-        places[name] = staging.stored(unit)[0]
+        places[name] = staging.store.stored(unit)[0]
     folds = {name: folds for name, folds in checkpoint.folds.items() if name not in places}
     base = replace(checkpoint.base, tensors={**checkpoint.base.tensors, **places})
     return replace(checkpoint, tensors=base.tensors, base=base, folds=folds)

@@ -25,7 +25,6 @@ from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
 from ptq_cli.storage import interruption
-from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.files import (
     exchange,
     named,
@@ -151,14 +150,6 @@ class Staging:
 
     def finished(self, unit: str) -> bool:
         return self.store.reusable(unit, {})
-
-    def stored(self, unit: str) -> list[StoredTensor]:
-        """The same tensors, each as a place in a file."""
-        path, start, places = self.store.path(unit, ".bin"), 0, []
-        for tensor in self.store.tensors(unit):
-            places.append(StoredTensor(tensor.spec, path, start))
-            start += tensor.spec.nbytes
-        return places
 
     # ---- publish ----
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +138,20 @@ class UnitStore:
     def result(self, unit: str) -> Any:
         return self.entry(unit)["result"]
 
-    def tensors(self, unit: str) -> list[Bytes]:
-        """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The tensors of a finished unit, each as a place in a file."""
         path, entry = self.path(unit, ".bin"), self.entry(unit)
         specs = [TensorSpec(n, d, tuple(s)) for n, d, s in entry["tensors"]]
         if entry["placed"]:
-            return [mapped(self.places[spec.name]) for spec in specs]
-        size = sum(spec.nbytes for spec in specs)
+            return [self.places[spec.name] for spec in specs]
+        *offsets, size = accumulate((spec.nbytes for spec in specs), initial=0)
         if regular_file(path) != size:
             raise FileError(f"{path}: not the {size} bytes that were written")
-        with named(path):
-            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        tensors, start = [], 0
-        for spec in specs:
-            tensors.append(Bytes(spec, data[start : start + spec.nbytes]))
-            start += spec.nbytes
-        return tensors
+        return list(map(StoredTensor, specs, repeat(path), offsets))
+
+    def tensors(self, unit: str) -> list[Bytes]:
+        """The same, memory-mapped (nobody else writes in this folder)."""
+        return [mapped(tensor) for tensor in self.stored(unit)]
 
 
 def _check(entry: Mapping[str, Any]) -> str:
