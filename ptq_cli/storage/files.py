@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -29,17 +30,13 @@ FULL = "free some space, or choose another place with -o"
 PARTIAL = ".partial"  # ending of what is being written
 
 
-class named:
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
     """Turn an OSError into a FileError that names `path`."""
-
-    def __init__(self, path: Path | str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise file_error(self._path, error) from error
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error) from error
 
 
 def file_error(path: Path | str, error: OSError) -> FileError:
@@ -74,10 +71,8 @@ def read_exactly(file: FileIO, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from an open file at `offset`. Raises FileError where the file is too short."""
     view = buffer.data
     while view:
-        try:
+        with named(file.name):
             n = os.preadv(file.fileno(), [view[: 1 << 30]], offset)
-        except OSError as error:
-            raise file_error(file.name, error) from error
         if n == 0:
             raise FileError(
                 f"{file.name}: ends at byte {offset}, {len(view)} bytes too early; it changed"
@@ -115,8 +110,7 @@ def parse_json(text: bytes, path: Path) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {twice!r} stands twice")
     return result
 
@@ -181,8 +175,10 @@ def link(path: Path, other: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Give a file that a library wrote the umask's mode and wait until it is on the disk."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     with named(path):
-        os.chmod(path, 0o666 & ~_umask())
+        os.chmod(path, 0o666 & ~mask)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
@@ -194,12 +190,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def exchange(first: Path, second: Path) -> None:

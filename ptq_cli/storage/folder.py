@@ -25,22 +25,13 @@ from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.registry import FORMATS, format_named
+from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
     SUFFIX,
     Checkpoint,
     StoredTensor,
     open_checkpoint,
-)
-from ptq_cli.storage.files import (
-    copy_file,
-    link,
-    listing,
-    named,
-    read_json,
-    sync_folder,
-    to_json,
-    write_file,
 )
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.made import JOB
@@ -85,21 +76,20 @@ class Container:
     """A way to store weights.
 
     check: raises InputError for whatever could keep it from being written
-    filled: whether tensors go to their places one by one; else `write` writes it whole
+    filled: whether tensors go to their places one by one, as they are; else it is written whole,
+        and those that are not quantized are cast
     complete: adds what belongs beside the filled files
-    keeps_bytes: whether tensors that are not quantized keep their dtype
     """
 
     check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
-    keeps_bytes: bool = True
 
 
 CONTAINERS = {
     "safetensors": Container(),
     "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
-    "gguf": Container(check=check_gguf, filled=False, keeps_bytes=False),
+    "gguf": Container(check=check_gguf, filled=False),
 }
 
 
@@ -114,7 +104,7 @@ def begin_weights(
     container is written whole."""
     if not container_of(fmt).filled:
         return None
-    with named(folder):
+    with files.named(folder):
         folder.mkdir(exist_ok=True)
     unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
     return Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
@@ -132,7 +122,7 @@ def write_folder(
 
     shards: what `begin_weights` laid out, and what is in there already
     """
-    with named(out):
+    with files.named(out):
         out.mkdir()
     if shards is None:
         parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
@@ -146,12 +136,12 @@ def write_folder(
     else:
         _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
-        write_file(out / name, to_json(document))
-    taken = set(listing(out))
+        files.write_file(out / name, files.to_json(document))
+    taken = set(files.listing(out))
     for path in companions(source, assembly.fmt):
         if path.name not in taken:
-            copy_file(path, out / path.name)
-    sync_folder(out)
+            files.copy_file(path, out / path.name)
+    files.sync_folder(out)
 
 
 def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listener) -> None:
@@ -166,11 +156,11 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
     weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
     if shards.folder != out:
         for name in names:
-            link(shards.folder / name, out / name)
+            files.link(shards.folder / name, out / name)
     listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
+        files.write_file(out / f"model{INDEX_SUFFIX}", files.to_json(index))
     container_of(assembly.fmt).complete(out, names, assembly.layers, assembly.fmt)
 
 
@@ -204,7 +194,7 @@ def companions(source: Checkpoint, fmt: Format) -> list[Path]:
     root = source.root or (source.folder if fmt.file_metadata and source.config else None)
     if root is None:
         return []
-    names = [name for name in listing(root) if name not in (*_DECLARED, *_MADE)]
+    names = [name for name in files.listing(root) if name not in (*_DECLARED, *_MADE)]
     paths = [root / name for name in names if not name.lower().endswith(_WEIGHTS)]
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
@@ -325,9 +315,9 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         InputError: the two contradict one another.
     """
     config, name = checkpoint.config, "quantize_config.json"
-    if name not in listing(checkpoint.folder):
+    if name not in files.listing(checkpoint.folder):
         return config
-    beside = read_json(checkpoint.folder / name)
+    beside = files.read_json(checkpoint.folder / name)
     if not isinstance(beside, dict):
         raise InputError(f"{checkpoint.folder / name}: not a JSON object")
     stated = config.get("quantization_config")
@@ -345,7 +335,7 @@ def _gguf_of(path: Path) -> Path | None:
     """The GGUF file that `path` names, or holds as its only weights."""
     if not path.is_dir():
         return path if path.suffix == GGUF_SUFFIX else None
-    names = listing(path)
+    names = files.listing(path)
     found = [name for name in names if name.endswith(GGUF_SUFFIX)]
     if any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names) or not found:
         return None

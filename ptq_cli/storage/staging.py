@@ -20,19 +20,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
-from ptq_cli.storage import interruption
-from ptq_cli.storage.files import (
-    exchange,
-    named,
-    sync_folder,
-    to_json,
-    write_file,
-    write_whole,
-)
+from ptq_cli.storage import files, interruption
 from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
     Target,
@@ -75,12 +66,7 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self.folder.exists():
             self._give_up(error)
         self.close()
@@ -98,7 +84,7 @@ class Staging:
                 fresh = True
                 self._begin_anew()
             self._tidy()
-            with named(self.folder):
+            with files.named(self.folder):
                 self.store.folder.mkdir(exist_ok=True)
         except BaseException:
             if fresh:
@@ -110,15 +96,15 @@ class Staging:
     def _put_back(self) -> None:
         """Give an older output its name again that a killed run had put aside."""
         if os.path.lexists(self._aside) and not os.path.lexists(self.output):
-            with named(self.output):
+            with files.named(self.output):
                 os.rename(self._aside, self.output)
 
     def _begin_anew(self) -> None:
-        with named(self.folder):
+        with files.named(self.folder):
             entries = list(self.folder.iterdir())
         for entry in entries:
             _remove(entry)
-        write_whole(self.folder / "job.json", to_json(dict(self.job)))
+        files.write_whole(self.folder / "job.json", files.to_json(dict(self.job)))
 
     def _tidy(self) -> None:
         """Remove what is half written or replaced, and weights files that have another name: a run
@@ -128,7 +114,7 @@ class Staging:
             _remove(self._aside)
         self.store.drop_partials()
         for path in self.weights.glob("*"):
-            with named(path):
+            with files.named(path):
                 if path.stat().st_nlink > 1:
                     path.unlink()
 
@@ -156,17 +142,17 @@ class Staging:
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         if self.out.is_dir():
-            write_file(self.out / JOB, to_json({**self.job, **files_of(self.out)}))
-        sync_folder(self.out if self.out.is_dir() else self.folder)
+            files.write_file(self.out / JOB, files.to_json({**self.job, **files_of(self.out)}))
+        files.sync_folder(self.out if self.out.is_dir() else self.folder)
         if os.path.lexists(self.output):
             if not self.target.force:
                 raise self.target.exists_already()
             self._exchange()
         else:
-            with named(self.output):
+            with files.named(self.output):
                 os.rename(self.out, self.output)
         try:
-            sync_folder(self.output.parent)
+            files.sync_folder(self.output.parent)
         finally:
             self._drop()
 
@@ -174,13 +160,13 @@ class Staging:
         """Take the older output's place: in one step where the file system can do that (NFS and
         most of FUSE cannot); else the older one goes aside first, and comes back after a kill."""
         try:
-            exchange(self.out, self.output)
+            files.exchange(self.out, self.output)
             return
         except FileError as error:
             code = getattr(error.__cause__, "errno", None)
             if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
-        with named(self.output):
+        with files.named(self.output):
             if not self.out.is_dir():
                 os.replace(self.out, self.output)
                 return
@@ -216,7 +202,7 @@ class Staging:
 
 
 def _remove(path: Path) -> None:
-    with named(path):
+    with files.named(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

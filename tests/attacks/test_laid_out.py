@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.storage import files
 from ptq_cli.storage import staging as S
 from ptq_cli.storage.shards import Shards
 from tests.builders import ptq, small_job, small_model, tree
@@ -143,10 +144,10 @@ def test_an_output_that_was_moved_is_not_written_to_again(job, monkeypatch):
 @pytest.fixture
 def no_exchange(monkeypatch):
     def refused(first, second):
-        with S.named(second):
+        with files.named(second):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(S, "exchange", refused)
+    monkeypatch.setattr(files, "exchange", refused)
 
 
 def older(out, name="quantization.json"):
