@@ -45,7 +45,7 @@ def lay_out(staging: Staging, plan: Plan, checkpoint: Checkpoint, max_shard: int
         for name, own in checkpoint.tensors.items()
     ]
     of_module = {layer.module: layer for layer in plan.layers}
-    return begin_weights(staging.weights, parts, of_module, fmt, max_shard)
+    return begin_weights(staging.out, parts, of_module, fmt, max_shard)
 
 
 def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:

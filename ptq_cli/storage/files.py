@@ -162,15 +162,13 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def link(path: Path, other: Path) -> None:
-    """Give a file a second name; where the file system has no such thing, another name."""
-    with named(other):
-        try:
-            os.link(path, other)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            os.rename(path, other)
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    with named(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

@@ -107,7 +107,10 @@ def begin_weights(
     with files.named(folder):
         folder.mkdir(exist_ok=True)
     unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
-    return Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    shards = Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    for name in set(files.listing(folder)).difference(shards.names):
+        files.remove(folder / name)  # of an older output: a run was killed while it put it aside
+    return shards
 
 
 def write_folder(
@@ -122,9 +125,10 @@ def write_folder(
 
     shards: what `begin_weights` laid out, and what is in there already
     """
-    with files.named(out):
-        out.mkdir()
     if shards is None:
+        files.remove(out)
+        with files.named(out):
+            out.mkdir()
         parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
         shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
     if shards is None:
@@ -154,9 +158,6 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
         shards.put(tensor for tensor in tensors if tensor.spec.name in missing)
         done += sum(tensor.spec.nbytes for tensor in tensors)
     weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
-    if shards.folder != out:
-        for name in names:
-            files.link(shards.folder / name, out / name)
     listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -8,7 +8,7 @@ and order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +168,17 @@ def _dense(name: str, values: Array) -> Array:
     return result
 
 
-def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[str, str, Bytes]]:
-    """Name in the checkpoint, ggml type, and bytes of each tensor that is written."""
+def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
+    """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
+    as they are staged."""
     for name, tensors in parts:
         for tensor in tensors:
             if name in layers:
-                yield tensor.spec.name, block_type(layers[name].grid).name, tensor
+                kind = block_type(layers[name].grid).name
+                yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
             elif not name.endswith(_DROPPED):
-                yield tensor.spec.name, "F16" if len(tensor.spec.shape) == 2 else "F32", tensor
+                kind = "F16" if len(tensor.spec.shape) == 2 else "F32"
+                yield replace(tensor.spec, dtype=kind), tensor
 
 
 def write_gguf_model(
@@ -184,17 +187,23 @@ def write_gguf_model(
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names = names_of_model(source.config)
     own = quantized_metadata(fmt, list(layers.values()))
-    specs: list[tuple[TensorSpec, int]] = []
     outgoing = list(_outgoing(parts, layers))
-    shapes = {layer.tensor: layer.shape for layer in layers.values()}
-    for name, kind, tensor in outgoing:
-        shape = shapes.get(name, tensor.spec.shape)
-        size = {"F16": 2, "F32": 4}.get(kind, 0) * int(np.prod(shape)) or tensor.spec.nbytes
-        specs.append((TensorSpec(names.tensor_name(name), kind, shape), size))
+    specs = [
+        (
+            replace(spec, name=names.tensor_name(spec.name)),
+            spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes,
+        )
+        for spec, tensor in outgoing
+    ]
+
+    def in_order(name: str, tensor: Bytes) -> Array:
+        heads = names.permuted_heads(name.rpartition(".")[0], source.config)
+        values = _values(name, tensor)
+        return values if heads is None else permute_rows(values, heads)
+
     path = out / NAME
     metadata = _metadata(source, list(layers.values()), own)
-    heads = {n: names.permuted_heads(n.rpartition(".")[0], source.config) for n, _, _ in outgoing}
-    arrays = (_in_gguf_order(name, tensor, heads[name]) for name, _, tensor in outgoing)
+    arrays = (in_order(spec.name, tensor) for spec, tensor in outgoing)
     write_gguf(path, names.architecture, metadata, specs, arrays)
     _verify(path, outgoing, layers, fmt)
 
@@ -205,14 +214,9 @@ def _values(name: str, tensor: Bytes) -> Array:
     return values if tensor.spec.dtype == "U8" else _dense(name, values)
 
 
-def _in_gguf_order(name: str, tensor: Bytes, heads: int | None) -> Array:
-    values = _values(name, tensor)
-    return values if heads is None else permute_rows(values, heads)
-
-
 def _verify(
     path: Path,
-    outgoing: Sequence[tuple[str, str, Bytes]],
+    outgoing: Sequence[tuple[TensorSpec, Bytes]],
     layers: Mapping[str, Layer],
     fmt: Format,
 ) -> None:
@@ -220,8 +224,8 @@ def _verify(
     same = {(x.module, x.shape, x.grid) for x in found} == {
         (x.module, x.shape, x.grid) for x in layers.values()
     }
-    if not same or list(opened.tensors) != [name for name, _, _ in outgoing]:
+    if not same or list(opened.tensors) != [spec.name for spec, _ in outgoing]:
         raise FileError(f"{path}: does not hold the layers that were written")
-    for name, _, tensor in outgoing:
-        if not np.array_equal(opened.read(name), _values(name, tensor)):
-            raise FileError(f"{path}: tensor {name!r} reads back different")
+    for spec, tensor in outgoing:
+        if not np.array_equal(opened.read(spec.name), _values(spec.name, tensor)):
+            raise FileError(f"{path}: tensor {spec.name!r} reads back different")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import FileError, InputError
-from ptq_cli.storage.files import named, read_json
+from ptq_cli.storage.files import file_error, named, read_json
 from ptq_cli.storage.made import JOB, damage_of, job_of, why_unknown
 from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
@@ -22,10 +22,7 @@ from ptq_cli.storage.units import differing, plain
 STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
 _SLACK = 1 << 20
 _SHOWN = 3  # of what differs, in an error
-_OWN = (
-    *("job.json", "units", "weights", "out", "old", "stream"),
-    *(STATISTICS, f"{STATISTICS}.partial"),
-)
+_OWN = ("job.json", "units", "out", "old", "stream", STATISTICS, f"{STATISTICS}.partial")
 
 
 def work_folder(output: Path) -> Path:
@@ -94,7 +91,7 @@ def still_needed(folder: Path | None, output: int, scratch: int) -> int:
         return output + scratch + _SLACK
     with named(folder):
         there = sum(entry.st_size for entry in _files(folder / "units"))
-        there += sum(512 * entry.st_blocks for entry in _files(folder / "weights"))  # with holes
+        there += sum(512 * entry.st_blocks for entry in _files(folder / "out"))  # with holes
         streamed = sum(entry.st_size for entry in _files(folder / "stream"))
     return max(0, output - there) + max(0, scratch - streamed) + _SLACK
 
@@ -124,17 +121,8 @@ def check_free(folder: Path, needed: int, free: int) -> None:
 def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the lock of a work folder, which is made where there is none; it is shared by those that
     only look. Raises InputError."""
-    descriptor = _lock(folder, kind)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path, kind: int) -> int:
-    """The descriptor that holds the lock."""
     while True:
-        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise InputError(
                 f"{folder}: not a folder; it is where this run would work",
                 hint="remove it, or choose another output with -o",
@@ -143,21 +131,27 @@ def _lock(folder: Path, kind: int) -> int:
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
-                return descriptor
-        except BlockingIOError:
+            if _lock(folder, descriptor, kind):
+                yield
+                return
+        finally:
             os.close(descriptor)
-            raise InputError(
-                f"{folder}: another run is working on this output",
-                hint="wait for it, or choose another output with -o",
-            ) from None
-        except FileNotFoundError:  # whoever held it has removed it
-            pass
-        except OSError as error:
-            os.close(descriptor)
-            raise FileError(f"{folder}: {error.strerror}") from error
-        os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int, kind: int) -> bool:
+    """Take the lock; False where whoever held it has removed the folder."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == folder.stat().st_ino
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another run is working on this output",
+            hint="wait for it, or choose another output with -o",
+        ) from None
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(folder, error) from error
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     job.json          what the run is: command, settings, inputs' fingerprints, version
     units/            finished units (storage/units.py)
-    weights/          the weights files of the output while they are filled (storage/shards.py)
-    out/              the finished output, until it is renamed to its place
+    out/              the output, until it is renamed to its place; its weights files are filled
+                      while units are worked on (storage/shards.py)
     old/              an older output on its way out, where two names cannot be swapped
 
 Its life: begin (lock the folder, look what lies there, go on or begin anew), put units, publish; or
@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
 from ptq_cli.storage import files, interruption
+from ptq_cli.storage.checkpoint import SUFFIX
 from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
     Target,
@@ -53,8 +54,7 @@ class Staging:
         self.target, self.output, self.job = target, target.output, target.job
         self.folder = work_folder(self.output)
         self.store = UnitStore(self.folder / "units")
-        self.out, self.weights = self.folder / "out", self.folder / "weights"
-        self._aside = self.folder / "old"
+        self.out, self._aside = self.folder / "out", self.folder / "old"
         with contextlib.ExitStack() as held:
             interruption.work_begins()
             held.callback(interruption.work_ends)
@@ -89,8 +89,9 @@ class Staging:
         except BaseException:
             if fresh:
                 self._drop()
-            with contextlib.suppress(OSError):  # an empty one was made by this run
-                self.folder.rmdir()
+            else:
+                with contextlib.suppress(OSError):  # an empty one was made by this run
+                    self.folder.rmdir()
             raise
 
     def _put_back(self) -> None:
@@ -103,20 +104,20 @@ class Staging:
         with files.named(self.folder):
             entries = list(self.folder.iterdir())
         for entry in entries:
-            _remove(entry)
+            files.remove(entry)
         files.write_whole(self.folder / "job.json", files.to_json(dict(self.job)))
 
     def _tidy(self) -> None:
-        """Remove what is half written or replaced, and weights files that have another name: a run
-        that was killed after its output had got its name left them. They are not ours to fill."""
-        _remove(self.out)
+        """Remove what is half written or replaced. Weights files are gone on with, unless they may
+        be an older output's (a run was killed while it put it aside) that has other names."""
+        if self.out.is_symlink() or not self.out.is_dir():
+            files.remove(self.out)
+        for path in self.out.glob("*"):
+            if path.suffix != SUFFIX or path.is_symlink() or path.stat().st_nlink > 1:
+                files.remove(path)
         if os.path.lexists(self.output):
-            _remove(self._aside)
+            files.remove(self._aside)
         self.store.drop_partials()
-        for path in self.weights.glob("*"):
-            with files.named(path):
-                if path.stat().st_nlink > 1:
-                    path.unlink()
 
     def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
         """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
@@ -199,14 +200,6 @@ class Staging:
     def close(self) -> None:
         """Give up the lock; what lies in the work folder stays."""
         self._held.close()
-
-
-def _remove(path: Path) -> None:
-    with files.named(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _kept(error: BaseException, count: int, folder: Path) -> str:
