@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -47,35 +47,6 @@ class StoredTensor:
 class Header:
     metadata: Mapping[str, str]
     tensors: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """A float matrix whose rows are float32, finite, and converted only when they are asked for:
-    `rows[a:b]`, and `rows[:]` for all."""
-
-    values: Array
-    refuse: Callable[[], NoReturn]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
-        """Raises InputError for NaN and inf."""
-        values = self.values[rows]
-        result = np.empty(values.shape, np.float32)
-
-        def convert(part: slice) -> bool:
-            with np.errstate(over="ignore", invalid="ignore"):
-                result[part] = values[part]
-                ends = result[part].min(initial=0), result[part].max(initial=0)
-            return bool(np.isfinite(ends).all())  # NaN would be both
-
-        parts = pieces(0, len(values), values.shape[1])
-        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
-            self.refuse()
-        return result
 
 
 @dataclass(frozen=True)
@@ -146,14 +117,19 @@ class Checkpoint:
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        return self.rows(name, shape, self.read_bytes(name))[:]
+        values, result = self.read(name), np.empty(shape, np.float32)
+        rows = values.reshape(shape)
 
-    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
-        """The same from the tensor's bytes, a few rows at a time."""
-        spec = self.tensors[name].spec
-        values = data.view(NUMPY_DTYPES[spec.dtype])
-        refuse = partial(self._refuse, name, values.reshape(spec.shape))
-        return StoredRows(values.reshape(shape), refuse)
+        def convert(part: slice) -> bool:
+            with np.errstate(over="ignore", invalid="ignore"):
+                result[part] = rows[part]
+                ends = result[part].min(initial=0), result[part].max(initial=0)
+            return bool(np.isfinite(ends).all())  # NaN would be both
+
+        parts = pieces(0, *shape)
+        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
+            self._refuse(name, values)
+        return result
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -172,17 +148,13 @@ class Checkpoint:
 
     def weight(self, layer: Layer) -> NDArray[np.float32]:
         """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
-        return self.weight_rows(layer, self.read_bytes(layer.tensor))[:]
-
-    def weight_rows(self, layer: Layer, data: NDArray[np.uint8]) -> StoredRows:
-        """The same from the tensor's bytes, a few rows at a time."""
         if not layer.transposed:
-            return self.rows(layer.tensor, layer.shape, data)
-        stored = self.rows(layer.tensor, layer.shape[::-1], data)
-        return replace(stored, values=np.ascontiguousarray(stored.values.T))
+            return self.matrix(layer.tensor, layer.shape)
+        return np.ascontiguousarray(self.matrix(layer.tensor, layer.shape[::-1]).T)
 
     def streams(self, layer: Layer) -> bool:
-        """Whether the layer's rows lie in the file one after the other, as they are."""
+        """Whether the layer's rows lie in the file one after the other, as they are, and are looked
+        at a few at a time."""
         return not layer.transposed and layer.grid.group_size != 0
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
@@ -214,11 +186,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: nothing of the kind, or a header or index that lies.
         FileError: the file system's own word.
     """
-    if path.is_dir():
-        weights = _weights_of(path)
-        root: Path | None = path
-    else:
-        weights, root = path, None
+    root, weights = (path, _weights_of(path)) if path.is_dir() else (None, path)
     if weights.name.endswith(INDEX_SUFFIX):
         return _open_index(path, root or path.parent, weights)
     header = read_header(weights)
@@ -304,11 +272,7 @@ def _shard_name(index: Path, tensor: str, shard: object) -> str:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
-
-    The layout (https://github.com/huggingface/safetensors): eight bytes of header length, little
-    endian; the header, JSON; the data, without holes or overlap.
-    """
+    """Read and check the header of a safetensors file (storage/shards.py explains the layout)."""
     size = regular_file(path)
     start = np.empty(min(size, 512), np.uint8)
     read_into(path, 0, start)

@@ -22,7 +22,7 @@ from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
+from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
@@ -51,9 +51,6 @@ class GgufCheckpoint(Checkpoint):
         rows = data.reshape(self.tensors[name].spec.shape[0], -1)
         return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
 
-    def streams(self, layer: Layer) -> bool:
-        return False
-
     def copyable(self, name: str) -> StoredTensor | Bytes:
         stored = self.tensors[name]
         return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
@@ -71,29 +68,23 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
     }
     with stated_in(path):
         names = names_of_file(architecture)
-        found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
+        found = {
+            f"{names.module_of(tensor.spec.name)}.{tensor.spec.name.rpartition('.')[2]}": tensor
+            for tensor in header.tensors
+        }
         specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
         tensors, heads = {}, {}
         for name, tensor in found.items():
-            spec = _as_stored(name, tensor.spec, tensor.nbytes)
+            spec, rows = replace(tensor.spec, name=name), tensor.spec.shape[0]
+            if spec.dtype not in FLOAT_DTYPES:
+                spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
             tensors[name] = StoredTensor(spec, path, tensor.offset)
             count = names.permuted_heads(name.rpartition(".")[0], config)
             if count is not None:
                 heads[name] = count
                 _check_heads(tensor.spec, count)
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
-
-
-def _name(stored: str, names: GgufNames) -> str:
-    """The name in a checkpoint of a tensor in a file."""
-    return f"{names.module_of(stored)}.{stored.rpartition('.')[2]}"
-
-
-def _as_stored(name: str, spec: TensorSpec, nbytes: int) -> TensorSpec:
-    if spec.dtype in FLOAT_DTYPES:
-        return TensorSpec(name, spec.dtype, spec.shape)
-    return TensorSpec(name, "U8", (spec.shape[0], nbytes // spec.shape[0]))
 
 
 def _check_heads(spec: TensorSpec, heads: int) -> None:
