@@ -149,7 +149,7 @@ def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
 def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) -> bool:
     """Byte for byte, or after the cast that the container made."""
     first, second = original.tensors[name].spec, quantized.checkpoint.tensors[name].spec
-    if container_of(quantized.fmt).keeps_bytes or first.dtype == second.dtype:
+    if container_of(quantized.fmt).filled or first.dtype == second.dtype:
         return first == second and np.array_equal(
             original.read_bytes(name), quantized.checkpoint.read_bytes(name)
         )

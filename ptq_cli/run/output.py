@@ -40,7 +40,7 @@ def lay_out(staging: Staging, plan: Plan, checkpoint: Checkpoint, max_shard: int
     """The weights files, to be filled while units are worked on; None where the container is
     written whole."""
     layers, parts = {layer.module: layer for layer in plan.layers}, _parts(plan, checkpoint)
-    return begin_weights(staging.weights, parts, layers, format_named(plan.format), max_shard)
+    return begin_weights(staging.out, parts, layers, format_named(plan.format), max_shard)
 
 
 def _parts(plan: Plan, checkpoint: Checkpoint) -> list[Part]:

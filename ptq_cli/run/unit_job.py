@@ -112,16 +112,15 @@ class _Weights:
     _streamed: dict[str, FileRows] = field(default_factory=dict)
 
     def load(self, layer: Layer) -> LayerWeight:
-        checkpoint, rounding = self.job.checkpoint, self.job.rounding
+        checkpoint = self.job.checkpoint
         outputs = checkpoint.output_scale(layer)
-        if rounding.how.is_nearest(rounding.settings) and checkpoint.streams(layer):
+        importance = self._importance(layer)
+        if checkpoint.streams(layer):
             rows = self.files.enter_context(FileRows(checkpoint, layer))
             self._streamed[layer.tensor] = rows
-            return LayerWeight(rows, outputs=outputs)
-        data = checkpoint.read_bytes(layer.tensor)
-        self._digests[layer.tensor] = digest_of(data)
-        stored = checkpoint.weight_rows(layer, data)
-        return LayerWeight(stored, self._importance(layer), outputs)
+            return LayerWeight(rows, importance, outputs)
+        self._digests[layer.tensor] = digest_of(checkpoint.read_bytes(layer.tensor))
+        return LayerWeight(checkpoint.weight(layer), importance, outputs)
 
     def _importance(self, layer: Layer) -> FloatArray | None:
         """What weighs the layer's scale search: its Fisher information, where that is asked for."""

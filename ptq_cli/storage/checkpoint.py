@@ -7,10 +7,11 @@ and offset, no name twice, no holes. Tensors are read one by one, by `pread`.
 from __future__ import annotations
 
 import hashlib
+import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -28,7 +29,6 @@ from ptq_cli.storage.files import listing, parse_json, read_into, read_json, reg
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 
 MAX_HEADER = 25 << 20
-_ZEROS = np.zeros(1 << 18, np.float32)
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
@@ -47,34 +47,6 @@ class StoredTensor:
 class Header:
     metadata: Mapping[str, str]
     tensors: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """A float matrix whose rows are float32, finite, and converted only when they are asked for:
-    `rows[a:b]`, and `rows[:]` for all."""
-
-    values: Array
-    refuse: Callable[[], NoReturn]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
-        """Raises InputError for NaN and inf."""
-        values = self.values[rows]
-        result = np.empty(values.shape, np.float32)
-
-        def convert(part: slice) -> bool:
-            with np.errstate(over="ignore", invalid="ignore"):
-                result[part] = values[part]
-            return all_finite(result[part])
-
-        parts = pieces(0, len(values), values.shape[1])
-        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
-            self.refuse()
-        return result
 
 
 @dataclass(frozen=True)
@@ -145,14 +117,19 @@ class Checkpoint:
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        return self.rows(name, shape, self.read_bytes(name))[:]
+        values, result = self.read(name), np.empty(shape, np.float32)
+        rows = values.reshape(shape)
 
-    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
-        """The same from the tensor's bytes, a few rows at a time."""
-        spec = self.tensors[name].spec
-        values = data.view(NUMPY_DTYPES[spec.dtype])
-        refuse = partial(self._refuse, name, values.reshape(spec.shape))
-        return StoredRows(values.reshape(shape), refuse)
+        def convert(part: slice) -> bool:
+            with np.errstate(over="ignore", invalid="ignore"):
+                result[part] = rows[part]
+                ends = result[part].min(initial=0), result[part].max(initial=0)
+            return bool(np.isfinite(ends).all())  # NaN would be both
+
+        parts = pieces(0, *shape)
+        if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
+            self._refuse(name, values)
+        return result
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -171,17 +148,13 @@ class Checkpoint:
 
     def weight(self, layer: Layer) -> NDArray[np.float32]:
         """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
-        return self.weight_rows(layer, self.read_bytes(layer.tensor))[:]
-
-    def weight_rows(self, layer: Layer, data: NDArray[np.uint8]) -> StoredRows:
-        """The same from the tensor's bytes, a few rows at a time."""
         if not layer.transposed:
-            return self.rows(layer.tensor, layer.shape, data)
-        stored = self.rows(layer.tensor, layer.shape[::-1], data)
-        return replace(stored, values=np.ascontiguousarray(stored.values.T))
+            return self.matrix(layer.tensor, layer.shape)
+        return np.ascontiguousarray(self.matrix(layer.tensor, layer.shape[::-1]).T)
 
     def streams(self, layer: Layer) -> bool:
-        """Whether the layer's rows lie in the file one after the other, as they are."""
+        """Whether the layer's rows lie in the file one after the other, as they are, and are looked
+        at a few at a time."""
         return not layer.transposed and layer.grid.group_size != 0
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
@@ -213,11 +186,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: nothing of the kind, or a header or index that lies.
         FileError: the file system's own word.
     """
-    if path.is_dir():
-        weights = _weights_of(path)
-        root: Path | None = path
-    else:
-        weights, root = path, None
+    root, weights = (path, _weights_of(path)) if path.is_dir() else (None, path)
     if weights.name.endswith(INDEX_SUFFIX):
         return _open_index(path, root or path.parent, weights)
     header = read_header(weights)
@@ -282,24 +251,15 @@ def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:
 
 
 def _merge_metadata(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of shards: what this tool writes is JSON objects under one key, which are united."""
-    merged = dict(first)
-    for key, value in second.items():
-        merged[key] = value if key not in merged else _united(merged[key], value)
-    return merged
-
-
-def _united(first: str, second: str) -> str:
-    import json
-
+    """Metadata of shards; the layers that this tool's own entry names are united."""
+    merged = {**second, **first}
     try:
-        a, b = json.loads(first), json.loads(second)
-    except ValueError:
-        return first
-    if isinstance(a, dict) and isinstance(b, dict):
-        layers = {**a.get("layers", {}), **b.get("layers", {})}
-        return json.dumps({**a, **b, "layers": layers}, sort_keys=True)
-    return first
+        one, other = (json.loads(metadata["ptq"]) for metadata in (first, second))
+        layers = {**one["layers"], **other["layers"]}
+        merged["ptq"] = json.dumps({**one, **other, "layers": layers}, sort_keys=True)
+    except (LookupError, TypeError, ValueError):
+        pass
+    return merged
 
 
 def _shard_name(index: Path, tensor: str, shard: object) -> str:
@@ -312,11 +272,7 @@ def _shard_name(index: Path, tensor: str, shard: object) -> str:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
-
-    The layout (https://github.com/huggingface/safetensors): eight bytes of header length, little
-    endian; the header, JSON; the data, without holes or overlap.
-    """
+    """Read and check the header of a safetensors file (storage/shards.py explains the layout)."""
     size = regular_file(path)
     start = np.empty(min(size, 512), np.uint8)
     read_into(path, 0, start)
@@ -333,17 +289,14 @@ def read_header(path: Path) -> Header:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object")
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not _is_text_map(metadata):
+    if metadata is None:
+        metadata = {}
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise InputError(f"{path}: __metadata__ is not a map of strings to strings")
     tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.spec.nbytes))
     _check_extent(path, tensors, 8 + length, size)
     return Header(metadata, tuple(tensors))
-
-
-def _is_text_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
@@ -356,14 +309,12 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
         name.encode()  # half a surrogate pair is no text
         if not all(type(n) is int and 0 <= n < 2**64 for n in numbers):
             raise ValueError
-        if any(size >= 2**64 for size in accumulate(shape, operator.mul)):
+        if len(shape) > 64 or any(n >= 2**64 for n in accumulate(shape, operator.mul)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name!r}: its header entry is damaged") from None
     if dtype not in DTYPE_BITS:
         raise InputError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
-    if len(shape) > 64:
-        raise InputError(f"{path}: tensor {name!r}: {len(shape)} dimensions")
     if prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
         raise InputError(
             f"{path}: tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes given"
@@ -383,13 +334,3 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int)
     if end != size:
         what = "cut short" if size < end else "followed by other bytes"
         raise InputError(f"{path}: {what}: the header asks for {end} bytes, the file has {size}")
-
-
-def all_finite(values: NDArray[np.float32]) -> bool:
-    """Whether there is no NaN or inf: the product with zeros would keep it."""
-    flat = values.reshape(-1)
-    with np.errstate(invalid="ignore"):
-        return all(
-            np.isfinite(np.dot(flat[start : start + len(_ZEROS)], _ZEROS[: len(flat) - start]))
-            for start in range(0, len(flat), len(_ZEROS))
-        )

@@ -56,17 +56,10 @@ class Message:
         """Take in contiguous bytes, uint8 [n]; they may be overwritten afterwards."""
         self._length += len(data)
         if len(self._rest):
-            missing = _WORD - len(self._rest)
-            self._rest = np.concatenate((self._rest, data[:missing]))
-            data = data[missing:]
-            if len(self._rest) < _WORD:
-                return
-            self._mix(self._rest.view(np.uint64))
-            self._rest = self._rest[:0]
+            data = np.concatenate((self._rest, data))
         whole = len(data) // _WORD * _WORD
         self._mix(data[:whole].view(np.uint64))
-        if whole < len(data):
-            self._rest = data[whole:].copy()
+        self._rest = data[whole:].copy()
 
     def _mix(self, words: NDArray[np.uint64]) -> None:
         start = 0

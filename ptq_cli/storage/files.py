@@ -10,12 +10,15 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import stat
+import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +27,16 @@ from ptq_cli.errors import FileError, InputError
 
 MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o"
-_PIECE = 1 << 20  # bytes of a copy
+PARTIAL = ".partial"  # ending of what is being written
 
 
-class named:
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
     """Turn an OSError into a FileError that names `path`."""
-
-    def __init__(self, path: Path | str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise file_error(self._path, error) from error
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error) from error
 
 
 def file_error(path: Path | str, error: OSError) -> FileError:
@@ -72,10 +71,8 @@ def read_exactly(file: FileIO, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` from an open file at `offset`. Raises FileError where the file is too short."""
     view = buffer.data
     while view:
-        try:
+        with named(file.name):
             n = os.preadv(file.fileno(), [view[: 1 << 30]], offset)
-        except OSError as error:
-            raise file_error(file.name, error) from error
         if n == 0:
             raise FileError(
                 f"{file.name}: ends at byte {offset}, {len(view)} bytes too early; it changed"
@@ -113,8 +110,7 @@ def parse_json(text: bytes, path: Path) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {twice!r} stands twice")
     return result
 
@@ -128,63 +124,59 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write a whole file and wait until it is on the disk."""
-    content = data.encode() if isinstance(data, str) else data
+def write_file(path: Path, *pieces: bytes | str | memoryview, durable: bool = True) -> None:
+    """Write a whole file, and where it is to be durable, wait until it is on the disk."""
     with named(path), open(path, "wb") as file:
-        file.write(content)
+        for piece in pieces:
+            file.write(piece.encode() if isinstance(piece, str) else piece)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def copy_file(path: Path, other: Path) -> None:
     """Copy a file of whatever size, and wait until it is on the disk."""
-    with named(path), open(path, "rb") as file, named(other), open(other, "wb") as copy:
-        while piece := _read(file, path):
-            copy.write(piece)
+    with named(f"{path} → {other}"), open(path, "rb") as file, open(other, "wb") as copy:
+        shutil.copyfileobj(file, copy)
         copy.flush()
         os.fsync(copy.fileno())
 
 
-def _read(file: BinaryIO, path: Path) -> bytes:
-    with named(path):
-        return file.read(_PIECE)
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, *pieces: bytes | str | memoryview, durable: bool = True) -> None:
     """Write a file under another name, then rename: the path holds the old bytes or the new."""
-    with replacing(path) as partial:
-        write_file(partial, data)
+    with replacing(path, durable=durable) as partial:
+        write_file(partial, *pieces, durable=durable)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to; at the end it is renamed to `path`, or removed after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
         yield partial
         with named(path):
             os.replace(partial, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def link(path: Path, other: Path) -> None:
-    """Give a file a second name; where the file system has no such thing, another name."""
-    with named(other):
-        try:
-            os.link(path, other)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            os.rename(path, other)
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    with named(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
     """Give a file that a library wrote the umask's mode and wait until it is on the disk."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     with named(path):
-        os.chmod(path, 0o666 & ~_umask())
+        os.chmod(path, 0o666 & ~mask)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
@@ -196,12 +188,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def exchange(first: Path, second: Path) -> None:

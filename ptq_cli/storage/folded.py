@@ -19,7 +19,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothquant import check_factors
-from ptq_cli.storage.checkpoint import Checkpoint, StoredRows, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
@@ -61,10 +61,6 @@ class FoldedCheckpoint(Checkpoint):
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
 
-    def rows(self, name: str, shape: tuple[int, int], data: NDArray[np.uint8]) -> StoredRows:
-        stored = super().rows(name, shape, data)
-        return replace(stored, values=self.matrix(name, shape)) if name in self.folds else stored
-
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         scale = np.ones(layer.shape[0], np.float32)
         feeds = False
@@ -104,7 +100,7 @@ def stage_folded(
         unit = f"folded {name}"
         if not staging.finished(unit):
             staging.put(unit, [as_bytes(name, checkpoint.read(name))], None)
-        places[name] = staging.stored(unit)[0]
+        places[name] = staging.store.stored(unit)[0]
     folds = {name: folds for name, folds in checkpoint.folds.items() if name not in places}
     base = replace(checkpoint.base, tensors={**checkpoint.base.tensors, **places})
     return replace(checkpoint, tensors=base.tensors, base=base, folds=folds)

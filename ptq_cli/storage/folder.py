@@ -11,7 +11,6 @@ the layers in it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.registry import FORMATS, format_named
+from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -33,22 +33,12 @@ from ptq_cli.storage.checkpoint import (
     StoredTensor,
     open_checkpoint,
 )
-from ptq_cli.storage.files import (
-    copy_file,
-    link,
-    listing,
-    named,
-    read_json,
-    sync_folder,
-    to_json,
-    write_file,
-)
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.made import JOB
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
-from ptq_cli.storage.tensors import WRITABLE, Bytes, own_metadata
+from ptq_cli.storage.tensors import WRITABLE, Bytes, quantized_entry, quantized_metadata
 
 GGUF_SUFFIX = ".gguf"
 _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
@@ -62,6 +52,10 @@ _PACKED = (  # endings of the names that quantized weights have in whatever layo
 _DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
+_SMOOTHED: tuple[str, dict[str, Any]] = (
+    "ptq",
+    {},
+)  # of this tool's own weights files without one quantized layer
 _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
 
@@ -82,21 +76,20 @@ class Container:
     """A way to store weights.
 
     check: raises InputError for whatever could keep it from being written
-    filled: whether tensors go to their places one by one; else `write` writes it whole
+    filled: whether tensors go to their places one by one, as they are; else it is written whole,
+        and those that are not quantized are cast
     complete: adds what belongs beside the filled files
-    keeps_bytes: whether tensors that are not quantized keep their dtype
     """
 
     check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
-    keeps_bytes: bool = True
 
 
 CONTAINERS = {
     "safetensors": Container(),
     "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
-    "gguf": Container(check=check_gguf, filled=False, keeps_bytes=False),
+    "gguf": Container(check=check_gguf, filled=False),
 }
 
 
@@ -111,10 +104,13 @@ def begin_weights(
     container is written whole."""
     if not container_of(fmt).filled:
         return None
-    with named(folder):
+    with files.named(folder):
         folder.mkdir(exist_ok=True)
     unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
-    return Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    shards = Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    for name in set(files.listing(folder)).difference(shards.names):
+        files.remove(folder / name)  # of an older output: a run was killed while it put it aside
+    return shards
 
 
 def write_folder(
@@ -129,9 +125,10 @@ def write_folder(
 
     shards: what `begin_weights` laid out, and what is in there already
     """
-    with named(out):
-        out.mkdir()
     if shards is None:
+        files.remove(out)
+        with files.named(out):
+            out.mkdir()
         parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
         shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
     if shards is None:
@@ -143,12 +140,12 @@ def write_folder(
     else:
         _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
-        write_file(out / name, to_json(document))
-    taken = set(listing(out))
+        files.write_file(out / name, files.to_json(document))
+    taken = set(files.listing(out))
     for path in companions(source, assembly.fmt):
         if path.name not in taken:
-            copy_file(path, out / path.name)
-    sync_folder(out)
+            files.copy_file(path, out / path.name)
+    files.sync_folder(out)
 
 
 def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listener) -> None:
@@ -161,13 +158,10 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
         shards.put(tensor for tensor in tensors if tensor.spec.name in missing)
         done += sum(tensor.spec.nbytes for tensor in tensors)
     weight_map = shards.finish(lambda names: _metadata(names, assembly.layers, assembly.fmt))
-    if shards.folder != out:
-        for name in names:
-            link(shards.folder / name, out / name)
     listen(Progress("write", len(names), len(names), names[-1], size, size))
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_file(out / f"model{INDEX_SUFFIX}", to_json(index))
+        files.write_file(out / f"model{INDEX_SUFFIX}", files.to_json(index))
     container_of(assembly.fmt).complete(out, names, assembly.layers, assembly.fmt)
 
 
@@ -175,14 +169,7 @@ def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) ->
     """Metadata of the weights file that holds these modules."""
     if fmt.file_metadata is not None:
         return fmt.file_metadata
-    return own_metadata(
-        {
-            "kind": "quantized",
-            "version": 1,
-            "format": fmt.name,
-            "layers": fmt.metadata([layers[name] for name in names if name in layers]),
-        }
-    )
+    return quantized_metadata(fmt, [layers[name] for name in names if name in layers])
 
 
 def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
@@ -207,7 +194,7 @@ def companions(source: Checkpoint, fmt: Format) -> list[Path]:
     root = source.root or (source.folder if fmt.file_metadata and source.config else None)
     if root is None:
         return []
-    names = [name for name in listing(root) if name not in (*_DECLARED, *_MADE)]
+    names = [name for name in files.listing(root) if name not in (*_DECLARED, *_MADE)]
     paths = [root / name for name in names if not name.lower().endswith(_WEIGHTS)]
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
@@ -265,17 +252,18 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
-    names, entries = _own_entry(checkpoint)
+    own = quantized_entry(checkpoint.path, checkpoint.metadata)
+    names = [name for name in FORMATS if name != "ptq"] if own is None else [own[0]]
     config = declared_config(checkpoint)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    contents = Contents(entries, config, specs, checkpoint.read)
+    contents = Contents({} if own is None else own[1], config, specs, checkpoint.read)
     for name in names:
         with stated_in(checkpoint.weights):
             fmt = format_named(name)
             layers = fmt.layers(contents)
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
-    if "ptq" in checkpoint.metadata and (names, entries) == (["ptq"], {}):
+    if own == _SMOOTHED:
         raise InputError(
             f"{path}: nothing in it is quantized, these are smoothed float weights",
             hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
@@ -302,7 +290,7 @@ def holds_quantized(path: Path) -> bool:
     checkpoint = open_checkpoint(path)
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     return (
-        ("ptq" in checkpoint.metadata and _own_entry(checkpoint) != (["ptq"], {}))
+        quantized_entry(checkpoint.path, checkpoint.metadata) not in (None, _SMOOTHED)
         or bool(_packed(checkpoint))
         or any(config.get(key) for key in ("quantization_config", "quantization"))
     )
@@ -327,9 +315,9 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         InputError: the two contradict one another.
     """
     config, name = checkpoint.config, "quantize_config.json"
-    if name not in listing(checkpoint.folder):
+    if name not in files.listing(checkpoint.folder):
         return config
-    beside = read_json(checkpoint.folder / name)
+    beside = files.read_json(checkpoint.folder / name)
     if not isinstance(beside, dict):
         raise InputError(f"{checkpoint.folder / name}: not a JSON object")
     stated = config.get("quantization_config")
@@ -347,7 +335,7 @@ def _gguf_of(path: Path) -> Path | None:
     """The GGUF file that `path` names, or holds as its only weights."""
     if not path.is_dir():
         return path if path.suffix == GGUF_SUFFIX else None
-    names = listing(path)
+    names = files.listing(path)
     found = [name for name in names if name.endswith(GGUF_SUFFIX)]
     if any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names) or not found:
         return None
@@ -356,22 +344,6 @@ def _gguf_of(path: Path) -> Path | None:
             f"{path}: several candidates: {', '.join(found)}", hint="name the file itself"
         )
     return path / found[0]
-
-
-def _own_entry(checkpoint: Checkpoint) -> tuple[list[str], Mapping[str, Any]]:
-    """The formats to try, and what this tool's own entry in the metadata says of the layers."""
-    if "ptq" not in checkpoint.metadata:
-        return [name for name in FORMATS if name != "ptq"], {}
-    try:
-        content = json.loads(checkpoint.metadata["ptq"])
-        if content["kind"] != "quantized" or content["version"] != 1:
-            raise ValueError
-        return [str(content["format"])], dict(content["layers"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise InputError(
-            f"{checkpoint.path}: not a quantized checkpoint",
-            hint="make one with ptq gptq, rtn or pack",
-        ) from None
 
 
 def _packed(checkpoint: Checkpoint) -> list[str]:

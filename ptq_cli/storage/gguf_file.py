@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,8 +115,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         return GgufHeader(metadata, _placed(path, metadata, found, cursor.at, size))
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[TensorSpec, int, int]:
-    """Spec, bytes and offset in the data of the next tensor."""
+def _tensor_info(cursor: _Cursor) -> GgufTensor:
+    """The next tensor; its offset counts from the start of the data."""
     name, rank = cursor.string(), int(cursor.number("I"))
     where = f"{cursor.path}: tensor {name!r}"
     if not 1 <= rank <= 4:
@@ -128,13 +128,13 @@ def _tensor_info(cursor: _Cursor) -> tuple[TensorSpec, int, int]:
     kind, block, width = TYPES[number]
     if not all(0 < size < 2**40 for size in shape) or shape[-1] % block:
         raise InputError(f"{where} of type {kind} has shape {list(shape)}")
-    return TensorSpec(name, kind, shape), prod(shape) // block * width, offset
+    return GgufTensor(TensorSpec(name, kind, shape), offset, prod(shape) // block * width)
 
 
 def _placed(
     path: Path,
     metadata: Mapping[str, Any],
-    found: Sequence[tuple[TensorSpec, int, int]],
+    found: Sequence[GgufTensor],
     end_of_header: int,
     size: int,
 ) -> tuple[GgufTensor, ...]:
@@ -142,24 +142,23 @@ def _placed(
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r}")
-    if len({spec.name for spec, _, _ in found}) < len(found):
+    if len({tensor.spec.name for tensor in found}) < len(found):
         raise InputError(f"{path}: a tensor's name stands twice")
     start = _aligned(end_of_header, alignment)
-    tensors, end = [], 0
-    for spec, nbytes, offset in found:
-        if offset != _aligned(end, alignment):
+    end = 0
+    for tensor in found:
+        if tensor.offset != _aligned(end, alignment):
             raise InputError(
-                f"{path}: tensor {spec.name!r} starts at byte {offset} of the data, the one before"
-                f" it ends at {end}"
+                f"{path}: tensor {tensor.spec.name!r} starts at byte {tensor.offset} of the data,"
+                f" the one before it ends at {end}"
             )
-        tensors.append(GgufTensor(spec, start + offset, nbytes))
-        end = offset + nbytes
+        end = tensor.offset + tensor.nbytes
     if not start + end <= size <= _aligned(start + end, alignment):
         what = "cut short" if size < start + end else "followed by other bytes"
         raise InputError(
             f"{path}: {what}: the header asks for {start + end} bytes, the file has {size}"
         )
-    return tuple(tensors)
+    return tuple(replace(tensor, offset=start + tensor.offset) for tensor in found)
 
 
 def _aligned(offset: int, alignment: int) -> int:

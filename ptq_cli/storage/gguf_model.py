@@ -7,9 +7,8 @@ and order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.models.gguf_names import GgufNames, names_of_file, names_of_model
+from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_json
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
-from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, own_metadata
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
 NAME = "model.gguf"
 _DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
@@ -52,9 +51,6 @@ class GgufCheckpoint(Checkpoint):
         rows = data.reshape(self.tensors[name].spec.shape[0], -1)
         return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
 
-    def streams(self, layer: Layer) -> bool:
-        return False
-
     def copyable(self, name: str) -> StoredTensor | Bytes:
         stored = self.tensors[name]
         return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
@@ -63,7 +59,8 @@ class GgufCheckpoint(Checkpoint):
 def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
     """Open a GGUF file of a known architecture. Raises InputError."""
     header = read_gguf_header(path)
-    metadata = {**header.metadata, "ptq": _own_layers(path, header.metadata)}
+    _, own = quantized_entry(path, header.metadata) or ("", {})
+    metadata = {**header.metadata, "ptq": own}
     architecture = str(metadata.get("general.architecture"))
     config = {
         "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
@@ -71,47 +68,28 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
     }
     with stated_in(path):
         names = names_of_file(architecture)
-        found = {_name(tensor.spec.name, names): tensor for tensor in header.tensors}
+        found = {
+            f"{names.module_of(tensor.spec.name)}.{tensor.spec.name.rpartition('.')[2]}": tensor
+            for tensor in header.tensors
+        }
         specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
         tensors, heads = {}, {}
         for name, tensor in found.items():
-            spec = _as_stored(name, tensor.spec, tensor.nbytes)
+            spec, rows = replace(tensor.spec, name=name), tensor.spec.shape[0]
+            if spec.dtype not in FLOAT_DTYPES:
+                spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
             tensors[name] = StoredTensor(spec, path, tensor.offset)
-            own = names.permuted_heads(name.rpartition(".")[0], config)
-            if own is not None:
-                heads[name] = own
-                _check_heads(tensor.spec, own)
+            count = names.permuted_heads(name.rpartition(".")[0], config)
+            if count is not None:
+                heads[name] = count
+                _check_heads(tensor.spec, count)
     return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
-
-
-def _name(stored: str, names: GgufNames) -> str:
-    """The name in a checkpoint of a tensor in a file."""
-    return f"{names.module_of(stored)}.{stored.rpartition('.')[2]}"
-
-
-def _as_stored(name: str, spec: TensorSpec, nbytes: int) -> TensorSpec:
-    if spec.dtype in FLOAT_DTYPES:
-        return TensorSpec(name, spec.dtype, spec.shape)
-    return TensorSpec(name, "U8", (spec.shape[0], nbytes // spec.shape[0]))
 
 
 def _check_heads(spec: TensorSpec, heads: int) -> None:
     if not isinstance(heads, int) or heads < 1 or spec.shape[0] % (2 * heads):
         raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
-
-
-def _own_layers(path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What this tool wrote of the layers; {} where another did."""
-    if "ptq" not in metadata:
-        return {}
-    try:
-        content = json.loads(metadata["ptq"])
-        if content["kind"] != "quantized" or content["version"] != 1:
-            raise ValueError
-        return dict(content["layers"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: its key 'ptq' is damaged") from None
 
 
 def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -180,14 +158,17 @@ def _dense(name: str, values: Array) -> Array:
     return result
 
 
-def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[str, str, Bytes]]:
-    """Name in the checkpoint, ggml type, and bytes of each tensor that is written."""
+def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
+    """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
+    as they are staged."""
     for name, tensors in parts:
         for tensor in tensors:
             if name in layers:
-                yield tensor.spec.name, block_type(layers[name].grid).name, tensor
+                kind = block_type(layers[name].grid).name
+                yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
             elif not name.endswith(_DROPPED):
-                yield tensor.spec.name, "F16" if len(tensor.spec.shape) == 2 else "F32", tensor
+                kind = "F16" if len(tensor.spec.shape) == 2 else "F32"
+                yield replace(tensor.spec, dtype=kind), tensor
 
 
 def write_gguf_model(
@@ -195,19 +176,24 @@ def write_gguf_model(
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names = names_of_model(source.config)
-    entry = {"kind": "quantized", "version": 1, "format": fmt.name}
-    own = own_metadata({**entry, "layers": fmt.metadata(list(layers.values()))})
-    specs: list[tuple[TensorSpec, int]] = []
+    own = quantized_metadata(fmt, list(layers.values()))
     outgoing = list(_outgoing(parts, layers))
-    shapes = {layer.tensor: layer.shape for layer in layers.values()}
-    for name, kind, tensor in outgoing:
-        shape = shapes.get(name, tensor.spec.shape)
-        size = {"F16": 2, "F32": 4}.get(kind, 0) * int(np.prod(shape)) or tensor.spec.nbytes
-        specs.append((TensorSpec(names.tensor_name(name), kind, shape), size))
+    specs = [
+        (
+            replace(spec, name=names.tensor_name(spec.name)),
+            spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes,
+        )
+        for spec, tensor in outgoing
+    ]
+
+    def in_order(name: str, tensor: Bytes) -> Array:
+        heads = names.permuted_heads(name.rpartition(".")[0], source.config)
+        values = _values(name, tensor)
+        return values if heads is None else permute_rows(values, heads)
+
     path = out / NAME
     metadata = _metadata(source, list(layers.values()), own)
-    heads = {n: names.permuted_heads(n.rpartition(".")[0], source.config) for n, _, _ in outgoing}
-    arrays = (_in_gguf_order(name, tensor, heads[name]) for name, _, tensor in outgoing)
+    arrays = (in_order(spec.name, tensor) for spec, tensor in outgoing)
     write_gguf(path, names.architecture, metadata, specs, arrays)
     _verify(path, outgoing, layers, fmt)
 
@@ -218,14 +204,9 @@ def _values(name: str, tensor: Bytes) -> Array:
     return values if tensor.spec.dtype == "U8" else _dense(name, values)
 
 
-def _in_gguf_order(name: str, tensor: Bytes, heads: int | None) -> Array:
-    values = _values(name, tensor)
-    return values if heads is None else permute_rows(values, heads)
-
-
 def _verify(
     path: Path,
-    outgoing: Sequence[tuple[str, str, Bytes]],
+    outgoing: Sequence[tuple[TensorSpec, Bytes]],
     layers: Mapping[str, Layer],
     fmt: Format,
 ) -> None:
@@ -233,8 +214,8 @@ def _verify(
     same = {(x.module, x.shape, x.grid) for x in found} == {
         (x.module, x.shape, x.grid) for x in layers.values()
     }
-    if not same or list(opened.tensors) != [name for name, _, _ in outgoing]:
+    if not same or list(opened.tensors) != [spec.name for spec, _ in outgoing]:
         raise FileError(f"{path}: does not hold the layers that were written")
-    for name, _, tensor in outgoing:
-        if not np.array_equal(opened.read(name), _values(name, tensor)):
-            raise FileError(f"{path}: tensor {name!r} reads back different")
+    for spec, tensor in outgoing:
+        if not np.array_equal(opened.read(spec.name), _values(spec.name, tensor)):
+            raise FileError(f"{path}: tensor {spec.name!r} reads back different")

@@ -15,8 +15,10 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_UNITS = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+    "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40,
+}  # fmt: skip
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -29,7 +31,7 @@ def cores(root: Path = _CGROUP) -> int:
 def _cpu_quotas(root: Path) -> list[float]:
     quotas = []
     for folder in _own_groups(root):  # version 2: "max 100000" or "150000 100000"
-        words = _words(folder / "cpu.max")
+        words = _text(folder / "cpu.max").split()
         if len(words) == 2 and words[0].isdigit():
             quotas.append(int(words[0]) / int(words[1]))
     for folder in (root / "cpu", root / "cpu,cpuacct"):  # version 1
@@ -57,9 +59,8 @@ def memory_available(root: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")
 
 def _own_groups(root: Path) -> list[Path]:
     """The process' own group of version 2 and its parents, up to the root that is mounted."""
-    own = next((line[3:] for line in _text(Path("/proc/self/cgroup")).splitlines()
-                if line.startswith("0::")), "/")  # fmt: skip
-    parts = [part for part in own.split("/") if part not in ("", "..")]
+    own = re.search(r"^0::(.*)$", _text(Path("/proc/self/cgroup")), re.MULTILINE)
+    parts = [part for part in own[1].split("/") if part not in ("", "..")] if own else []
     return [root.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
 
 
@@ -70,12 +71,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _words(path: Path) -> list[str]:
-    return _text(path).split()
-
-
 def _number(path: Path) -> int | None:
-    words = _words(path)
+    words = _text(path).split()
     return int(words[0]) if words and words[0].lstrip("-").isdigit() else None
 
 
@@ -86,8 +83,7 @@ def parse_size(text: str) -> int:
         InputError: something else, or nothing.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    factor = None if found is None else {**_UNITS, **_BINARY}.get(found[2].lower())
-    size = 0 if found is None or factor is None else int(float(found[1]) * factor)
+    size = 0 if found is None else int(float(found[1]) * _UNITS.get(found[2].lower(), 0))
     if size <= 0:
         raise InputError(f"{text!r}: not a size", hint="write 4GB, 2GiB, 500MB")
     return size

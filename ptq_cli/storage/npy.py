@@ -20,6 +20,10 @@ from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.files import named, read_into, regular_file
 
 _MAX_HEADER = 1 << 16
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,12 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Python 2's headers, and of odd escapes in them
             version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                return np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
-            if version == (2, 0):
-                return np.lib.format.read_array_header_2_0(file, max_header_size=_MAX_HEADER)
+            if version in _READERS:
+                return _READERS[version](file, max_header_size=_MAX_HEADER)
     except Exception as error:  # numpy raises ValueError, SyntaxError, tokenize errors …
-        raise InputError(f"{path}: a damaged .npy header: {_first_line(error)}") from None
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: a damaged .npy header: {first_line}") from None
     raise InputError(f"{path}: .npy version {version[0]}.{version[1]} is not supported")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,6 @@ class InputsFile:
             raise FileError(f"{npy.path}: changed while it was read")
         with named(npy.path):
             whole = np.memmap(npy.path, npy.dtype, "r", npy.offset, npy.shape, order="F")
-        if len(npy.shape) == 2:
-            return np.ascontiguousarray(whole[start:stop])
         token = np.unravel_index(np.arange(start, stop), npy.shape[:-1])
         return np.asarray(whole[token])
 

@@ -103,13 +103,7 @@ def _verify(onnx: Any, out: Path, stored: Mapping[str, StoredTensor]) -> None:
     """Read the graph again: places and shapes must be those of the headers."""
     model = onnx.load(out / NAME, load_external_data=False)
     for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        there = stored[tensor.name]
-        same = (
-            place["location"] == there.file.name
-            and int(place["offset"]) == there.offset
-            and int(place["length"]) == there.spec.nbytes
-            and tuple(tensor.dims) == there.spec.shape
-        )
-        if not same:
+        place, there = onnx.external_data_helper.ExternalDataInfo(tensor), stored[tensor.name]
+        found = (place.location, place.offset, place.length, tuple(tensor.dims))
+        if found != (there.file.name, there.offset, there.spec.nbytes, there.spec.shape):
             raise FileError(f"{out / NAME}: {tensor.name!r} does not lie where the graph says")

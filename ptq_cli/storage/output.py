@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.errors import FileError, InputError, PtqError
-from ptq_cli.storage.files import named, read_json
+from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage.files import file_error, named, read_json
 from ptq_cli.storage.made import JOB, damage_of, job_of, why_unknown
 from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
@@ -22,10 +22,7 @@ from ptq_cli.storage.units import differing, plain
 STATISTICS = "statistics.safetensors"  # what a run calibrates before its own work
 _SLACK = 1 << 20
 _SHOWN = 3  # of what differs, in an error
-_OWN = (
-    *("job.json", "units", "weights", "out", "old", "stream", "published.json"),
-    *(STATISTICS, f"{STATISTICS}.partial"),
-)
+_OWN = ("job.json", "units", "out", "old", "stream", STATISTICS, f"{STATISTICS}.partial")
 
 
 def work_folder(output: Path) -> Path:
@@ -81,22 +78,6 @@ def goes_on(folder: Path, job: Mapping[str, Any], restart: bool) -> bool:
     return False
 
 
-def identity(path: Path) -> list[int]:
-    """What tells a file or folder from all others, whatever its name."""
-    with named(path):
-        status = path.stat()
-    return [status.st_dev, status.st_ino]
-
-
-def is_published(folder: Path, output: Path) -> bool:
-    """Whether the work folder is what a run left that was killed after its output had its name."""
-    try:
-        recorded = read_json(folder / "published.json")
-    except PtqError:
-        return False
-    return output.exists() and recorded == identity(output)
-
-
 def finished_units(folder: Path) -> int:
     """How many pieces of finished work lie in a work folder, and in that of its statistics."""
     found = [*folder.glob("units/*.json"), *folder.glob(f"{STATISTICS}.partial/units/*.json")]
@@ -110,7 +91,7 @@ def still_needed(folder: Path | None, output: int, scratch: int) -> int:
         return output + scratch + _SLACK
     with named(folder):
         there = sum(entry.st_size for entry in _files(folder / "units"))
-        there += sum(512 * entry.st_blocks for entry in _files(folder / "weights"))  # with holes
+        there += sum(512 * entry.st_blocks for entry in _files(folder / "out"))  # with holes
         streamed = sum(entry.st_size for entry in _files(folder / "stream"))
     return max(0, output - there) + max(0, scratch - streamed) + _SLACK
 
@@ -136,34 +117,12 @@ def check_free(folder: Path, needed: int, free: int) -> None:
         )
 
 
-def clear(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove what is left of the work of a run whose output is finished.
-
-    Raises:
-        InputError: another run works there, or what lies there is another's.
-    """
-    folder = work_folder(output)
-    if os.path.lexists(folder):
-        with locked(folder):
-            if not is_published(folder, output):
-                goes_on(folder, job, restart=False)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def locked(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold the lock of a work folder, shared by those that only look. Raises InputError."""
-    descriptor = lock(folder, kind)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
-    """Lock a work folder, which is made where there is none; the descriptor that holds the lock."""
+    """Hold the lock of a work folder, which is made where there is none; it is shared by those that
+    only look. Raises InputError."""
     while True:
-        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise InputError(
                 f"{folder}: not a folder; it is where this run would work",
                 hint="remove it, or choose another output with -o",
@@ -172,21 +131,27 @@ def lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
-                return descriptor
-        except BlockingIOError:
+            if _lock(folder, descriptor, kind):
+                yield
+                return
+        finally:
             os.close(descriptor)
-            raise InputError(
-                f"{folder}: another run is working on this output",
-                hint="wait for it, or choose another output with -o",
-            ) from None
-        except FileNotFoundError:  # whoever held it has removed it
-            pass
-        except OSError as error:
-            os.close(descriptor)
-            raise FileError(f"{folder}: {error.strerror}") from error
-        os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int, kind: int) -> bool:
+    """Take the lock; False where whoever held it has removed the folder."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == folder.stat().st_ino
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another run is working on this output",
+            hint="wait for it, or choose another output with -o",
+        ) from None
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(folder, error) from error
 
 
 @dataclass(frozen=True)
@@ -284,8 +249,11 @@ class Target:
         """As `complete`; what a killed run left beside the output is removed."""
         if not self.complete():
             return False
-        with contextlib.suppress(InputError):  # another run's work stays
-            clear(self.output, self.job)
+        folder = work_folder(self.output)
+        if os.path.lexists(folder):
+            with contextlib.suppress(InputError), locked(folder):  # another run's work stays
+                goes_on(folder, self.job, restart=False)
+                shutil.rmtree(folder, ignore_errors=True)
         return True
 
     def look(self, staged: int, final: int, scratch: int = 0) -> Found:
@@ -294,19 +262,16 @@ class Target:
         Raises:
             InputError, FileError: as the run would.
         """
-        folder, finished = work_folder(self.output), None
+        folder, finished, work = work_folder(self.output), None, None
         check_place(self.output)
         free = free_space(self.output.parent)
         if self.complete():
             return Found(self.output, None, 0, free, final, scratch, complete=True)
-        interrupted = os.path.lexists(folder)
-        if interrupted:
-            with locked(folder, fcntl.LOCK_SH):
-                interrupted = not is_published(folder, self.output)
         self.check_output()
-        work = None
-        if interrupted and goes_on(folder, self.job, self.restart):
-            finished, work = len(list((folder / "units").glob("*.json"))), folder
+        if os.path.lexists(folder):
+            with locked(folder, fcntl.LOCK_SH):
+                if goes_on(folder, self.job, self.restart):
+                    finished, work = len(list(folder.glob("units/*.json"))), folder
         needed = still_needed(work, staged + final + self.beside, scratch)
         return Found(self.output, finished, needed, free, final, scratch)
 

@@ -6,7 +6,7 @@ this package before anything believes it. Properties that the schema does not kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,71 +43,58 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path | None]:
         resources.files("ptq_cli.report").joinpath("report.schema.json").read_bytes(),
         Path("schema"),
     )
-    wrong = _misfit(document, schema, schema["$defs"], "")
+    wrong = next(_misfits(document, schema, schema["$defs"], ""), None)
     if wrong is not None:
         raise InputError(f"{path}: not a report of ptq: {wrong}")
     own = path.name == REPORT and "quantization.json" in listing(path.parent)
     return document, path.parent if own else None
 
 
-def _misfit(
+def _misfits(
     value: Any, schema: Mapping[str, Any], parts: Mapping[str, Any], where: str
-) -> str | None:
-    """The first place where `value` does not follow `schema`, in words, or None.
+) -> Iterator[str]:
+    """The places where `value` does not follow `schema`, in words.
 
     Understands what report.schema.json uses (a test holds it to that).
     """
     if "$ref" in schema:
-        return _misfit(value, parts[schema["$ref"].removeprefix("#/$defs/")], parts, where)
+        yield from _misfits(value, parts[schema["$ref"].removeprefix("#/$defs/")], parts, where)
+        return
     if "anyOf" in schema:
-        found = [_misfit(value, part, parts, where) for part in schema["anyOf"]]
-        return None if None in found else found[0]
+        found = [list(_misfits(value, part, parts, where)) for part in schema["anyOf"]]
+        if all(found):
+            yield from found[0]
+        return
     name = where or "the document"
     types = schema.get("type", [])
     if wrong := _wrong_type(value, [types] if isinstance(types, str) else types):
-        return f"{name} {wrong}"
-    if isinstance(value, dict):
-        return _misfit_of_object(value, schema, parts, where)
-    if isinstance(value, list):
+        yield f"{name} {wrong}"
+    elif isinstance(value, dict):
+        for missing in sorted(set(schema.get("required", ())) - value.keys()):
+            yield f"{name} lacks {missing!r}"
+        other = schema.get("additionalProperties", {})
+        for key, entry in value.items():
+            rule = schema.get("properties", {}).get(key, other if isinstance(other, dict) else {})
+            yield from _misfits(entry, rule, parts, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
-            return f"{name} is too short"
-        entries = (
-            _misfit(entry, schema.get("items", {}), parts, f"{name}[{i}]")
-            for i, entry in enumerate(value)
-        )
-        return next((wrong for wrong in entries if wrong is not None), None)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{name} is too short"
+        for i, entry in enumerate(value):
+            yield from _misfits(entry, schema.get("items", {}), parts, f"{name}[{i}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         below = value < schema.get("minimum", value)
         below |= "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]
         if below or value > schema.get("maximum", value):
-            return f"{name} is {value:g}, out of range"
-    return None
+            yield f"{name} is {value:g}, out of range"
 
 
 def _wrong_type(value: Any, types: list[str]) -> str | None:
     if not types:
         return None
-    own = [_TYPES[name] for name in types]
-    fits = any(isinstance(value, kinds) for kinds in own)
+    fits = any(isinstance(value, _TYPES[name]) for name in types)
     if isinstance(value, bool):
         fits = "boolean" in types
     if not fits:
         return f"is {type(value).__name__}, not {' or '.join(types)}"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return "is no number to work with" if number and not abs(value) < 1e300 else None
-
-
-def _misfit_of_object(
-    value: Mapping[str, Any], schema: Mapping[str, Any], parts: Mapping[str, Any], where: str
-) -> str | None:
-    missing = sorted(set(schema.get("required", ())) - value.keys())
-    if missing:
-        return f"{where or 'the document'} lacks {missing[0]!r}"
-    known = schema.get("properties", {})
-    other = schema.get("additionalProperties", {})
-    for key, entry in value.items():
-        rule = known.get(key, other if isinstance(other, dict) else {})
-        wrong = _misfit(entry, rule, parts, f"{where}.{key}".removeprefix("."))
-        if wrong is not None:
-            return wrong
-    return None

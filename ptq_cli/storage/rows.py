@@ -22,8 +22,8 @@ from ptq_cli.storage.tensors import NUMPY_DTYPES
 
 class FileRows:
     """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32. NaN and inf are
-    not looked for here: no scale fits them (ScaleOverflow), and who meets that has `check` name
-    them.
+    not looked for here: every method rounds to nearest too, no scale fits them (ScaleOverflow), and
+    who meets that has `check` name them.
 
     The layer is stored as it is seen, row by row, in a file of its own checkpoint, which is open
     inside a `with` block.
@@ -50,16 +50,11 @@ class FileRows:
         start, stop, _ = rows.indices(self.shape[0])
         result = np.empty((stop - start, self.shape[1]), np.float32)
         for part in pieces(start, stop, self.shape[1]):
-            self._fill(result[part.start - start : part.stop - start], part.start, part.stop)
-        return result
-
-    def _fill(self, place: NDArray[np.float32], start: int, stop: int) -> None:
-        values = self._read(start, stop).view(self._dtype).reshape(place.shape)
-        if values.itemsize > place.itemsize:
+            values = self._read(part.start, part.stop).view(self._dtype)
             with np.errstate(over="ignore", invalid="ignore"):
-                place[...] = values
-        else:
-            place[...] = values
+                place = result[part.start - start : part.stop - start]
+                place[...] = values.reshape(place.shape)
+        return result
 
     def check(self) -> None:
         """Raises InputError where the weight is not finite."""

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +40,16 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file. start: of its data; places: offset of each tensor's bytes in the file."""
+    """One weights file. tensors: in order, each with its place; start: of their data"""
 
     path: Path
-    parts: Sequence[Part]
+    modules: Sequence[str]
+    tensors: Sequence[StoredTensor]
     start: int
-    places: Mapping[str, int]
-    size: int
 
     @property
-    def modules(self) -> list[str]:
-        return [name for name, _ in self.parts]
+    def size(self) -> int:
+        return self.start + sum(tensor.spec.nbytes for tensor in self.tensors)
 
 
 class Shards:
@@ -70,10 +70,7 @@ class Shards:
         ]
         self.folder = folder
         self.places = {
-            spec.name: StoredTensor(spec, shard.path, shard.places[spec.name])
-            for shard in self._shards
-            for _, specs in shard.parts
-            for spec in specs
+            tensor.spec.name: tensor for shard in self._shards for tensor in shard.tensors
         }
         self._there: set[str] = set()
         for shard in self._shards:
@@ -109,15 +106,15 @@ class Shards:
         if self.missing:
             raise FileError(f"{self.folder}: {len(self.missing)} tensors were not written")
         for shard in self._shards:
-            header = _header(shard, metadata(shard.modules))
+            specs = [tensor.spec for tensor in shard.tensors]
+            header = _header(specs, metadata(shard.modules), shard.start)
             if len(header) != shard.start:
                 raise FileError(f"{shard.path}: its header does not fit the room left for it")
             with named(shard.path), open(shard.path, "r+b") as file:
                 file.write(header)
                 file.flush()
                 os.fsync(file.fileno())
-            written = {tensor.spec.name: tensor.spec for tensor in read_header(shard.path).tensors}
-            if written != {n: self.places[n].spec for n in shard.places}:
+            if read_header(shard.path).tensors != tuple(shard.tensors):
                 raise FileError(f"{shard.path}: does not hold the tensors that were written")
         return {name: place.file.name for name, place in self.places.items()}
 
@@ -134,18 +131,19 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} is not as planned")
     if tensor == place:
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} was not written")
-    with named(place.file):
-        descriptor = os.open(place.file, os.O_RDWR)
-    try:
+    with named(place.file), open(place.file, "r+b", buffering=0) as file:
+        descriptor = file.fileno()
         for start, piece in _pieces(tensor):
-            _put_piece(tensor, start, piece, place, descriptor)
+            _write_all(descriptor, piece, place.offset + start)
+            back = np.empty(len(piece), np.uint8)
+            count = os.preadv(descriptor, [back.data], place.offset + start)
+            if count < len(piece) or not same_bytes(back, piece):
+                raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
         if durable:
-            with named(place.file):
-                os.fsync(descriptor)
-        else:
-            _start_writing(descriptor, place.offset, tensor.spec.nbytes)
-    finally:
-        os.close(descriptor)
+            os.fsync(descriptor)
+        elif _sync_file_range is not None:  # begins to write to the disk; errors show at the end
+            offset, size = ctypes.c_int64(place.offset), ctypes.c_int64(tensor.spec.nbytes)
+            _sync_file_range(descriptor, offset, size, _START_WRITING)
 
 
 def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -160,21 +158,6 @@ def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint
             piece = room[: tensor.spec.nbytes - start]
             read_exactly(file, tensor.offset + start, piece)
             yield start, piece
-
-
-def _put_piece(
-    tensor: Bytes | StoredTensor,
-    start: int,
-    piece: NDArray[np.uint8],
-    place: StoredTensor,
-    descriptor: int,
-) -> None:
-    back = np.empty(len(piece), np.uint8)
-    with named(place.file):
-        _write_all(descriptor, piece, place.offset + start)
-        same = os.preadv(descriptor, [back.data], place.offset + start) == len(piece)
-    if not (same and same_bytes(back, piece)):
-        raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
 
 
 def mapped(stored: Bytes | StoredTensor) -> Bytes:
@@ -194,13 +177,6 @@ def _write_all(descriptor: int, data: NDArray[np.uint8], place: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:].data, place + done)
-
-
-def _start_writing(descriptor: int, place: int, size: int) -> None:
-    """Ask the system to begin writing to the disk, without waiting. Only advice: errors show at the
-    end."""
-    if _sync_file_range is not None:
-        _sync_file_range(descriptor, ctypes.c_int64(place), ctypes.c_int64(size), _START_WRITING)
 
 
 def _cut(parts: Sequence[Part], max_shard: int) -> list[list[Part]]:
@@ -225,29 +201,23 @@ def _shard_names(count: int) -> list[str]:
 
 def _laid_out(path: Path, parts: Sequence[Part], longest: Metadata) -> Shard:
     """Find every tensor its place, behind a header of the greatest length it can have."""
-    shard = Shard(path, parts, 0, {}, 0)
-    start = len(_header(shard, longest(shard.modules)))
-    places, end = {}, start
-    for spec in _in_order(parts):
-        places[spec.name] = end
-        end += spec.nbytes
-    return Shard(path, parts, start, places, end)
-
-
-def _in_order(parts: Sequence[Part]) -> list[TensorSpec]:
+    modules = [name for name, _ in parts]
     specs = [spec for _, own in parts for spec in own]
-    return sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.name))
+    specs.sort(key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.name))
+    start = len(_header(specs, longest(modules)))
+    offsets = accumulate((spec.nbytes for spec in specs), initial=start)
+    return Shard(path, modules, list(map(StoredTensor, specs, repeat(path), offsets)), start)
 
 
-def _header(shard: Shard, metadata: Mapping[str, str]) -> bytes:
-    """Length and header, filled up to `shard.start`, or to a multiple of eight bytes."""
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str], size: int = 0) -> bytes:
+    """Length and header, filled up to `size`, and to a multiple of eight bytes."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for spec in _in_order(shard.parts):
+    for spec in specs:
         begin, end = end, end + spec.nbytes
         entries[spec.name] = {
             "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end],
         }  # fmt: skip
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    size = shard.start - 8 if shard.start else -(-len(text) // 8) * 8
-    return size.to_bytes(8, "little") + text.ljust(size)
+    length = max(size - 8, -(-len(text) // 8) * 8)
+    return length.to_bytes(8, "little") + text.ljust(length)

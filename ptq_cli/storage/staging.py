@@ -2,10 +2,9 @@
 
     job.json          what the run is: command, settings, inputs' fingerprints, version
     units/            finished units (storage/units.py)
-    weights/          the weights files of the output while they are filled (storage/shards.py)
-    out/              the finished output, until it is renamed to its place
+    out/              the output, until it is renamed to its place; its weights files are filled
+                      while units are worked on (storage/shards.py)
     old/              an older output on its way out, where two names cannot be swapped
-    published.json    which `out` was given its name: what is left after that is rubbish
 
 Its life: begin (lock the folder, look what lies there, go on or begin anew), put units, publish; or
 give up, after whatever error: half-written files go, finished units stay for the same command, and
@@ -21,20 +20,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
-from ptq_cli.storage import interruption
-from ptq_cli.storage.checkpoint import StoredTensor
-from ptq_cli.storage.files import (
-    exchange,
-    named,
-    sync_folder,
-    to_json,
-    write_file,
-    write_whole,
-)
+from ptq_cli.storage import files, interruption
+from ptq_cli.storage.checkpoint import SUFFIX
 from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
     Target,
@@ -43,9 +33,6 @@ from ptq_cli.storage.output import (
     finished_units,
     free_space,
     goes_on,
-    identity,
-    is_published,
-    lock,
     locked,
     still_needed,
     work_folder,
@@ -64,103 +51,73 @@ class Staging:
     """
 
     def __init__(self, target: Target) -> None:
-        output, job = target.output, target.job
-        self.target, self.output, self.job = target, output, job
-        self.folder = work_folder(output)
+        self.target, self.output, self.job = target, target.output, target.job
+        self.folder = work_folder(self.output)
         self.store = UnitStore(self.folder / "units")
-        self._lock, self._open, fresh = -1, True, False
-        interruption.work_begins()
-        try:
-            check_place(output)
-            self._sweep()
-            if there := os.path.lexists(self.folder):
-                self._lock = lock(self.folder)
-                self._put_back()
-            target.check_output()
-            if not there:
-                self._lock = lock(self.folder)
-            self.resumed = goes_on(self.folder, job, target.restart)
-            if not self.resumed:
-                fresh = True
-                self._begin_anew()
-            self._tidy()
-            with named(self.folder):
-                self.store.folder.mkdir(exist_ok=True)
-            self._drop_shared()
-        except BaseException:
-            if fresh:
-                self._drop()
-            elif self._lock >= 0:
-                with contextlib.suppress(OSError):  # an empty one was made by this run
-                    self.folder.rmdir()
-            self.close()
-            raise
+        self.out, self._aside = self.folder / "out", self.folder / "old"
+        with contextlib.ExitStack() as held:
+            interruption.work_begins()
+            held.callback(interruption.work_ends)
+            check_place(self.output)
+            held.enter_context(locked(self.folder))
+            self._begin()
+            self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None and self._lock >= 0:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.folder.exists():
             self._give_up(error)
         self.close()
 
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "weights"
-
-    @property
-    def _aside(self) -> Path:
-        return self.folder / "old"
-
-    @property
-    def _marker(self) -> Path:
-        return self.folder / "published.json"
-
     # ---- begin ----
 
-    def _sweep(self) -> None:
-        """Remove the work folder of a run that was killed after its output had got its name."""
-        if is_published(self.folder, self.output):
-            with locked(self.folder):
-                if is_published(self.folder, self.output):
-                    shutil.rmtree(self.folder, ignore_errors=True)
+    def _begin(self) -> None:
+        """Go on with what lies in the locked folder, or begin anew."""
+        fresh = False
+        try:
+            self._put_back()
+            self.target.check_output()
+            self.resumed = goes_on(self.folder, self.job, self.target.restart)
+            if not self.resumed:
+                fresh = True
+                self._begin_anew()
+            self._tidy()
+            with files.named(self.folder):
+                self.store.folder.mkdir(exist_ok=True)
+        except BaseException:
+            if fresh:
+                self._drop()
+            else:
+                with contextlib.suppress(OSError):  # an empty one was made by this run
+                    self.folder.rmdir()
+            raise
 
     def _put_back(self) -> None:
         """Give an older output its name again that a killed run had put aside."""
         if os.path.lexists(self._aside) and not os.path.lexists(self.output):
-            with named(self.output):
+            with files.named(self.output):
                 os.rename(self._aside, self.output)
 
     def _begin_anew(self) -> None:
-        with named(self.folder):
+        with files.named(self.folder):
             entries = list(self.folder.iterdir())
         for entry in entries:
-            _remove(entry)
-        write_whole(self.folder / "job.json", to_json(dict(self.job)))
+            files.remove(entry)
+        files.write_whole(self.folder / "job.json", files.to_json(dict(self.job)))
 
     def _tidy(self) -> None:
-        """Remove what is half written."""
-        for path in (self.out, self._marker):
-            _remove(path)
+        """Remove what is half written or replaced. Weights files are gone on with, unless they may
+        be an older output's (a run was killed while it put it aside) that has other names."""
+        if self.out.is_symlink() or not self.out.is_dir():
+            files.remove(self.out)
+        for path in self.out.glob("*"):
+            if path.suffix != SUFFIX or path.is_symlink() or path.stat().st_nlink > 1:
+                files.remove(path)
+        if os.path.lexists(self.output):
+            files.remove(self._aside)
         self.store.drop_partials()
-
-    def _drop_shared(self) -> None:
-        """Let go of weights files that have another name: a run that was killed after its output
-        had got its name left them, and the output has been moved since. It is not ours to fill."""
-        if self.weights.is_dir():
-            with named(self.weights):
-                for entry in os.scandir(self.weights):
-                    if entry.stat().st_nlink > 1:
-                        os.unlink(entry.path)
 
     def check_space(self, staged: int, final: int, scratch: int = 0) -> None:
         """Refuse to begin where the disk cannot hold `staged` bytes of units, `final` bytes of
@@ -181,31 +138,22 @@ class Staging:
     def finished(self, unit: str) -> bool:
         return self.store.reusable(unit, {})
 
-    def stored(self, unit: str) -> list[StoredTensor]:
-        """The same tensors, each as a place in a file."""
-        path, start, places = self.store.path(unit, ".bin"), 0, []
-        for tensor in self.store.tensors(unit):
-            places.append(StoredTensor(tensor.spec, path, start))
-            start += tensor.spec.nbytes
-        return places
-
     # ---- publish ----
 
     def publish(self) -> None:
         """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
         if self.out.is_dir():
-            write_file(self.out / JOB, to_json({**self.job, **files_of(self.out)}))
-        sync_folder(self.out if self.out.is_dir() else self.folder)
-        write_whole(self._marker, to_json(identity(self.out)))
+            files.write_file(self.out / JOB, files.to_json({**self.job, **files_of(self.out)}))
+        files.sync_folder(self.out if self.out.is_dir() else self.folder)
         if os.path.lexists(self.output):
             if not self.target.force:
                 raise self.target.exists_already()
             self._exchange()
         else:
-            with named(self.output):
+            with files.named(self.output):
                 os.rename(self.out, self.output)
         try:
-            sync_folder(self.output.parent)
+            files.sync_folder(self.output.parent)
         finally:
             self._drop()
 
@@ -213,13 +161,13 @@ class Staging:
         """Take the older output's place: in one step where the file system can do that (NFS and
         most of FUSE cannot); else the older one goes aside first, and comes back after a kill."""
         try:
-            exchange(self.out, self.output)
+            files.exchange(self.out, self.output)
             return
         except FileError as error:
             code = getattr(error.__cause__, "errno", None)
             if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
-        with named(self.output):
+        with files.named(self.output):
             if not self.out.is_dir():
                 os.replace(self.out, self.output)
                 return
@@ -246,26 +194,12 @@ class Staging:
             error.add_note(_kept(error, count, self.folder))
 
     def _drop(self) -> None:
-        """Remove the work folder and give up the lock."""
+        """Remove the work folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
 
     def close(self) -> None:
         """Give up the lock; what lies in the work folder stays."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        if self._open:
-            self._open = False
-            interruption.work_ends()
-
-
-def _remove(path: Path) -> None:
-    with named(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        self._held.close()
 
 
 def _kept(error: BaseException, count: int, folder: Path) -> str:

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file
 from safetensors import TensorSpec as Pointer
 
+from ptq_cli.core.layer import Layer
+from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array, TensorSpec
-from ptq_cli.errors import FileError
+from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.files import named, sync_file
 
 # safetensors' words in a header, and its words for the same dtypes when writing.
@@ -70,6 +72,28 @@ def as_array(tensor: Bytes) -> Array:
 def own_metadata(content: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of this tool's own files: one key, sorted JSON."""
     return {"ptq": json.dumps(content, sort_keys=True, allow_nan=False)}
+
+
+def quantized_metadata(fmt: Format, layers: Sequence[Layer]) -> dict[str, str]:
+    """The metadata of a weights file with these layers."""
+    entry = {"kind": "quantized", "version": 1, "format": fmt.name}
+    return own_metadata({**entry, "layers": fmt.metadata(layers)})
+
+
+def quantized_entry(path: Path, metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The format, and what `fmt.metadata` said of the layers; None where another tool wrote the
+    file. Raises InputError where it is this tool's, but not quantized."""
+    if "ptq" not in metadata:
+        return None
+    try:
+        content = json.loads(metadata["ptq"])
+        if (content["kind"], content["version"]) == ("quantized", 1):
+            return str(content["format"]), dict(content["layers"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise InputError(
+        f"{path}: not a quantized checkpoint", hint="make one with ptq gptq, rtn or pack"
+    )
 
 
 def serialize(path: Path, tensors: Sequence[Bytes], metadata: Mapping[str, str]) -> None:

@@ -88,7 +88,9 @@ def read_tokens(settings: TokenSettings, checkpoint: Checkpoint) -> Tokens:
         mask = _mask_file(settings.mask, ids.shape)
     ids, mask = _draw(path, ids, mask, settings)
     _check_ids(path, ids[mask], checkpoint)
-    warnings = tuple(_warnings(path, ids))
+    repeated = len(ids) - len(np.unique(ids, axis=0))
+    warned = f"{path}: {repeated} of {len(ids)} sequences repeat an earlier one"
+    warnings = (warned,) if repeated else ()
     return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files)
 
 
@@ -156,13 +158,6 @@ def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> No
                 f"{path}: token {worst}, but the model has {size}",
                 hint="tokenize with the model's own tokenizer",
             )
-
-
-def _warnings(path: Path, ids: NDArray[np.int64]) -> list[str]:
-    repeated = len(ids) - len(np.unique(ids, axis=0))
-    if not repeated:
-        return []
-    return [f"{path}: {repeated} of {len(ids)} sequences repeat an earlier one"]
 
 
 def _encode(path: Path, checkpoint: Checkpoint) -> Array:

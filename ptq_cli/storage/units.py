@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import Digest, digest_words
-from ptq_cli.storage.files import named, read_json, regular_file, sync_folder, to_json
+from ptq_cli.storage.files import PARTIAL, named, read_json, regular_file, to_json, write_whole
 from ptq_cli.storage.shards import mapped, put_tensor
 from ptq_cli.storage.tensors import Bytes
 
@@ -76,26 +75,10 @@ class UnitStore:
             for tensor in tensors:
                 put_tensor(tensor, self.places[tensor.spec.name], durable=durable)
         else:
-            self._write(self.path(unit, ".bin"), [tensor.data.data for tensor in tensors], durable)
+            pieces = [tensor.data.data for tensor in tensors]
+            write_whole(self.path(unit, ".bin"), *pieces, durable=durable)
         text = to_json(entry | {"sha256": _check(entry)}).encode()
-        self._write(self.path(unit, ".json"), [text], durable)
-        if durable:
-            sync_folder(self.folder)
-
-    def _write(self, path: Path, pieces: Sequence[Any], durable: bool) -> None:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with named(path), open(partial, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            with named(path):
-                os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(self.path(unit, ".json"), text, durable=durable)
 
     def exists(self, unit: str) -> bool:
         """Whether there is something to look at."""
@@ -103,7 +86,7 @@ class UnitStore:
 
     def drop_partials(self) -> None:
         """Remove what killed processes left half written."""
-        for path in self.folder.glob("*.tmp"):
+        for path in self.folder.glob(f".*{PARTIAL}"):
             with named(path):
                 path.unlink(missing_ok=True)
 
@@ -155,22 +138,20 @@ class UnitStore:
     def result(self, unit: str) -> Any:
         return self.entry(unit)["result"]
 
-    def tensors(self, unit: str) -> list[Bytes]:
-        """The tensors of a finished unit, memory-mapped (nobody else writes in this folder)."""
+    def stored(self, unit: str) -> list[StoredTensor]:
+        """The tensors of a finished unit, each as a place in a file."""
         path, entry = self.path(unit, ".bin"), self.entry(unit)
         specs = [TensorSpec(n, d, tuple(s)) for n, d, s in entry["tensors"]]
         if entry["placed"]:
-            return [mapped(self.places[spec.name]) for spec in specs]
-        size = sum(spec.nbytes for spec in specs)
+            return [self.places[spec.name] for spec in specs]
+        *offsets, size = accumulate((spec.nbytes for spec in specs), initial=0)
         if regular_file(path) != size:
             raise FileError(f"{path}: not the {size} bytes that were written")
-        with named(path):
-            data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        tensors, start = [], 0
-        for spec in specs:
-            tensors.append(Bytes(spec, data[start : start + spec.nbytes]))
-            start += spec.nbytes
-        return tensors
+        return list(map(StoredTensor, specs, repeat(path), offsets))
+
+    def tensors(self, unit: str) -> list[Bytes]:
+        """The same, memory-mapped (nobody else writes in this folder)."""
+        return [mapped(tensor) for tensor in self.stored(unit)]
 
 
 def _check(entry: Mapping[str, Any]) -> str:

@@ -53,13 +53,12 @@ class Fault:
         return wrapped
 
     def install(self) -> None:
-        from ptq_cli.storage import files, staging, tensors
+        from ptq_cli.storage import files, tensors
 
         for name in COUNTED:
             setattr(os, name, self.wrap(name, getattr(os, name)))
         os.remove = os.unlink
-        for owner in (files, staging):
-            owner.exchange = self.wrap("exchange", files.exchange)
+        files.exchange = self.wrap("exchange", files.exchange)
         tensors.serialize_file = self.halfway(tensors.serialize_file)
         plain = builtins.open
 
