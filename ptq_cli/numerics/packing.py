@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from ptq_cli.core.tensors import Codes
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
-
-
 _WORDS_AT_ONCE = 1 << 16  # words of whole bytes' codes: they stay in the cache
 
 
@@ -60,6 +58,8 @@ def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
     """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns]."""
+    if bits == 8:
+        return packed[:, :columns].copy()
     if bits == 4 and columns == 2 * packed.shape[1]:
         return _unpack_nibbles(packed)
     first_bit = np.arange(columns) * bits
@@ -127,27 +127,6 @@ def pack_words(codes: Codes, bits: int) -> NDArray[np.uint32]:
 
 
 def unpack_words(words: NDArray[np.uint32], bits: int, columns: int) -> Codes:
-    """Unpack rows packed by `pack_words`: uint32 [rows, words] → codes uint8 [rows, columns].
-
-    The layout repeats every 32 codes, which fill `bits` words exactly: each of the 32 places is
-    cut out of its word, and of the next one where it straddles, for all periods at once.
-    """
-    rows, periods = words.shape[0], -(-columns // 32)
-    cycles = np.zeros((rows, periods * bits), np.uint32)
-    cycles[:, : words_width(columns, bits)] = words[:, : words_width(columns, bits)]
-    codes = np.empty((rows, periods * 32), np.uint8)
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
-        cut = cycles[:, word::bits] >> np.uint32(shift)
-        if shift + bits > 32:
-            cut |= cycles[:, word + 1 :: bits] << np.uint32(32 - shift)
-        codes[:, place::32] = cut & np.uint32(2**bits - 1)
-    return codes if columns == periods * 32 else np.ascontiguousarray(codes[:, :columns])
-
-
-def same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    """`np.array_equal` of contiguous bytes of the same shape, eight at a time."""
-    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    whole = len(flat_a) // 8 * 8
-    words_a, words_b = flat_a[:whole].view(np.uint64), flat_b[:whole].view(np.uint64)
-    return np.array_equal(words_a, words_b) and np.array_equal(flat_a[whole:], flat_b[whole:])
+    """Unpack rows packed by `pack_words`: uint32 [rows, words] → codes uint8 [rows, columns]."""
+    packed = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    return unpack(packed, bits, columns)

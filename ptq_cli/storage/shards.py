@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
-from ptq_cli.numerics.packing import same_bytes
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
 from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes
@@ -173,7 +172,7 @@ def _put_piece(
     with named(place.file):
         _write_all(descriptor, piece, place.offset + start)
         same = os.preadv(descriptor, [back.data], place.offset + start) == len(piece)
-    if not (same and same_bytes(back, piece)):
+    if not (same and np.array_equal(back, piece)):
         raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
 
 
