@@ -14,14 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
+from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.parallel import each
 
 BLOCK = 128
 ROWS_AT_ONCE = 1024
 
 
-class NotPositiveDefinite(ArithmeticError):
+class NotPositiveDefinite(NumericalError):
     """The matrix has no such factorization."""
+
+    def __init__(
+        self,
+        message: str = "a Hessian is not positive definite",
+        *,
+        hint: str | None = "raise the damping",
+    ) -> None:
+        super().__init__(message, hint=hint)
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite shows in the pivots
