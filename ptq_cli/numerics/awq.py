@@ -13,6 +13,7 @@ weights [out_features, in_features] each; factors float32 [in_features].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,13 +23,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import ldl_upper
-from ptq_cli.numerics.rounding import (
-    ScaleOverflow,
-    dequantized_nearest,
-    fit_grid,
-    round_centred,
-    zeros_along,
-)
+from ptq_cli.numerics.rounding import ScaleOverflow, dequantized_nearest
 from ptq_cli.numerics.smoothquant import Factors, panels
 
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
@@ -91,6 +86,7 @@ def search_clip(
     """
     if grid.group_size == 0:
         raise InputError("a clip search needs a grid per channel or per group, not per tensor")
+    row = replace(grid, group_size=-1)  # a group by itself
     ratios = [1 - i / n_grid for i in range(max(1, n_grid // 2))]
     starts = grid.starts(weight.shape[1])
     limits = np.zeros((weight.shape[0], grid.n_groups(weight.shape[1])), np.float32)
@@ -99,7 +95,7 @@ def search_clip(
         step = max(1, _ELEMENTS // (stop - start))
         for top in range(0, weight.shape[0], step):
             part = np.ascontiguousarray(weight[top : top + step, start:stop])
-            limits[top : top + step, group] = _clip_group(part, gram, grid, ratios)
+            limits[top : top + step, group] = _clip_group(part, gram, row, ratios)
     return limits
 
 
@@ -156,19 +152,14 @@ def _scaled_loss(
 def _clip_group(
     part: FloatArray, gram: FloatArray, grid: Grid, ratios: Sequence[float]
 ) -> FloatArray:
-    """Best limits [rows] of one group [rows, columns]."""
+    """Best limits [rows] of one group [rows, columns]; grid: of a whole row."""
     absmax = np.abs(part).max(axis=1)
     best: FloatArray = absmax
     least = np.full(len(part), np.inf, part.dtype)
     for ratio in ratios:
         limit = absmax * part.dtype.type(ratio)
-        clipped = np.clip(part, -limit[:, None], limit[:, None])
-        scales, zeros = fit_grid(clipped, grid, 1)
-        clipped /= scales[:, None]
-        zero = zeros_along(zeros, grid, 1)
-        round_centred(clipped, grid.min_code - zero, grid.max_code - zero, out=clipped)
-        clipped *= scales[:, None]
-        losses = _losses(np.subtract(part, clipped, out=clipped), gram)
+        rounded = dequantized_nearest(np.clip(part, -limit[:, None], limit[:, None]), grid)
+        losses = _losses(np.subtract(part, rounded, out=rounded), gram)
         better = losses < least
         least, best = np.where(better, losses, least), np.where(better, limit, best)
     return best
