@@ -75,9 +75,6 @@ class NonFiniteInput(InputError):
         super().__init__(f"inputs hold {value} at token {token}, channel {channel}")
         self.token, self.channel, self.value = token, channel, value
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.token, self.channel, self.value)
-
 
 class SiteAccumulator:
     """Sums over the inputs of one site. Feed it with `update`, a piece at a time, then `result`.
@@ -98,7 +95,7 @@ class SiteAccumulator:
         total: int | None = None,
     ) -> None:
         self.in_features, self._first = in_features, first
-        self.every, self.limit = heldout_every, heldout_limit
+        self._every = heldout_every
         self.hessian = np.zeros((in_features, in_features), np.float32)
         self.n_tokens, self.n_seen = 0, first
         self.low = np.full(in_features, np.inf, np.float32)
@@ -106,11 +103,12 @@ class SiteAccumulator:
         self.sum, self.sum_abs = np.zeros((2, in_features), np.float64)
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
-        self._before = first - self._held_out(first)  # tokens in the statistics of other parts
-        self._room = max(0, heldout_limit - self._held_out(first))
+        heldout = heldout_every, heldout_limit
+        self._before = calibration_tokens(first, heldout)  # in the statistics of other parts
+        self._room = heldout_limit - (first - self._before)
         self._sampled: list[Array] = []
         self._stride = 1
-        while total is not None and total - self._held_out(total) > SAMPLE_LIMIT * self._stride:
+        while calibration_tokens(total or 0, heldout) > SAMPLE_LIMIT * self._stride:
             self._stride *= 2
         rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
         self._chunk = np.empty((rows, in_features), np.float32)
@@ -122,7 +120,7 @@ class SiteAccumulator:
         Raises:
             NonFiniteInput: there is NaN or inf; the accumulator is then of no more use.
         """
-        rest = self._hold_out(inputs) if self._room > 0 and self.every > 0 else inputs
+        rest = self._hold_out(inputs) if self._room > 0 and self._every > 0 else inputs
         while len(rest):
             part = rest[: len(self._chunk) - self._filled]
             rest = rest[len(part) :]
@@ -139,14 +137,10 @@ class SiteAccumulator:
                 self._multiply()
         self.n_seen += len(inputs)
 
-    def _held_out(self, tokens: int) -> int:
-        """How many of the site's first tokens are held out."""
-        return min(self.limit, tokens // self.every) if self.every else 0
-
     def _hold_out(self, inputs: Array) -> Array:
         """Keep the held-out tokens; the others are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
-        chosen = np.flatnonzero(token % self.every == self.every - 1)[: self._room]
+        chosen = np.flatnonzero(token % self._every == self._every - 1)[: self._room]
         held = inputs[chosen]
         if not np.isfinite(held).all():
             self._locate(inputs)
@@ -178,8 +172,7 @@ class SiteAccumulator:
             self.sum += ones @ piece
             self.sum_abs += ones @ magnitude
         for rows in pieces(0, len(piece), self.in_features, PIECE_ELEMENTS):
-            bins = magnitude[rows].view(np.uint32) >> np.uint32(16)
-            self.counts += np.bincount(bins.ravel(), minlength=_BINS)
+            self.counts += _bin_counts(magnitude[rows])
 
     def _multiply(self) -> None:
         """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
@@ -220,9 +213,7 @@ class SiteAccumulator:
         self.hessian /= np.float32(self.n_tokens)
         n = self.n_tokens * self.in_features
         mean = float(self.sum.sum()) / n
-        filled = np.flatnonzero(self.counts)
-        first = int(filled[0]) if len(filled) else 0
-        last = int(filled[-1]) + 1 if len(filled) else 1
+        histogram, start = _trimmed(self.counts)
         return SiteStatistics(
             site=site,
             linears=linears,
@@ -235,8 +226,8 @@ class SiteAccumulator:
             maximum=float(self.high.max()),
             mean=mean,
             std=sqrt(max(0.0, squares / n - mean * mean)),
-            histogram=self.counts[first:last].copy(),
-            histogram_start=first,
+            histogram=histogram,
+            histogram_start=start,
             heldout=self._joined(self._heldout),
             sample=self._joined(self._sampled),
         )
@@ -246,6 +237,19 @@ class SiteAccumulator:
             return np.zeros((0, self.in_features), np.float32)
         tokens = np.concatenate(pieces)
         return tokens.astype(np.float32) if tokens.dtype.itemsize > 4 else tokens
+
+
+def _bin_counts(magnitude: NDArray[np.float32]) -> NDArray[np.int64]:
+    """How many of the absolute values lie in each of the `_BINS` bins."""
+    bins = magnitude.view(np.uint32) >> np.uint32(16)
+    return np.bincount(bins.ravel(), minlength=_BINS)
+
+
+def _trimmed(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """The counts from the first bin that is not empty to the last, and the first."""
+    filled = np.flatnonzero(counts)
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
+    return counts[first : last + 1].copy(), first
 
 
 def _mirror(matrix: NDArray[np.float32]) -> None:
@@ -285,13 +289,13 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
             f" with {second.site} [{second.in_features}]"
         )
     room = max(0, limit - len(first.heldout))
-    surplus = second.heldout[room:]
+    surplus, second = second.heldout[room:], replace(second, heldout=second.heldout[:room])
     if len(surplus):
-        extra = SiteAccumulator(first.in_features, heldout_every=0)
-        extra.update(surplus)
-        second = _combine(second, extra.result(second.site, second.linears), second.heldout[:room])
-    heldout = _stacked(first.heldout, second.heldout[:room])
-    return _combine(first, second, heldout, first.n_seen + second.n_seen)
+        sums = SiteAccumulator(first.in_features, heldout_every=0)
+        sums.update(surplus)
+        extra = sums.result(second.site, second.linears)
+        second = _combine(second, replace(extra, n_seen=0, heldout=surplus[:0]))
+    return _combine(first, second)
 
 
 def _stacked(first: Array, second: Array) -> Array:
@@ -313,9 +317,7 @@ def _thinned(tokens: Array, count: int) -> Array:
     return tokens[np.arange(count) * len(tokens) // max(1, count)]
 
 
-def _combine(
-    a: SiteStatistics, b: SiteStatistics, heldout: Array, n_seen: int | None = None
-) -> SiteStatistics:
+def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     n = a.n_tokens + b.n_tokens
     of_a, of_b = a.n_tokens / n, b.n_tokens / n
     hessian = a.hessian * np.float32(of_a)
@@ -334,7 +336,7 @@ def _combine(
         linears=a.linears,
         hessian=hessian,
         n_tokens=n,
-        n_seen=a.n_seen if n_seen is None else n_seen,
+        n_seen=a.n_seen + b.n_seen,
         absmax=np.maximum(a.absmax, b.absmax),
         absmean=(of_a * a.absmean + of_b * b.absmean).astype(np.float32),
         minimum=min(a.minimum, b.minimum),
@@ -343,7 +345,7 @@ def _combine(
         std=sqrt(max(0.0, square - mean * mean)),
         histogram=histogram,
         histogram_start=start,
-        heldout=heldout,
+        heldout=_stacked(a.heldout, b.heldout),
         sample=_merged_sample(a, b),
     )
 
@@ -358,12 +360,13 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
     sample = statistics.sample.astype(np.float32) / divisor
     hessian = statistics.hessian / divisor
     hessian /= divisor[:, None]
-    bins = np.abs(sample).view(np.uint32) >> np.uint32(16)
-    counts = np.bincount(bins.ravel(), minlength=1)
-    first = int(np.flatnonzero(counts)[0]) if counts.any() else 0
-    drift = None if statistics.drift is None else statistics.drift / divisor
+    drift, heldout_float = statistics.drift, statistics.heldout_float
     if drift is not None:
+        drift = drift / divisor
         drift /= divisor[:, None]
+    if heldout_float is not None:
+        heldout_float = heldout_float / divisor
+    histogram, start = _trimmed(_bin_counts(np.abs(sample)))
     absmax = statistics.absmax / divisor
     mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
     power = float(hessian.diagonal().mean(dtype=np.float64))
@@ -376,16 +379,10 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
         maximum=float(absmax.max()),
         mean=mean,
         std=sqrt(max(0.0, power - mean * mean)),
-        histogram=counts[first:].astype(np.int64),
-        histogram_start=first,
+        histogram=histogram,
+        histogram_start=start,
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
         drift=drift,
-        heldout_float=_divided(statistics.heldout_float, divisor),
+        heldout_float=heldout_float,
     )
-
-
-def _divided(
-    inputs: NDArray[np.float32] | None, divisor: NDArray[np.float32]
-) -> NDArray[np.float32] | None:
-    return None if inputs is None else inputs / divisor
