@@ -23,7 +23,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import ldl_upper
-from ptq_cli.numerics.rounding import ScaleOverflow, dequantized_nearest
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 from ptq_cli.numerics.smoothquant import Factors, panels
 
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
@@ -141,7 +141,7 @@ def _scaled_loss(
         for rows in panels(weight, grid):
             part = weight[rows]
             try:
-                error = dequantized_nearest(part * factors, grid)
+                error = round_to_nearest(part * factors, grid).dequantized()
             except ScaleOverflow:
                 return float("inf")
             error /= factors
@@ -158,7 +158,8 @@ def _clip_group(
     least = np.full(len(part), np.inf, part.dtype)
     for ratio in ratios:
         limit = absmax * part.dtype.type(ratio)
-        rounded = dequantized_nearest(np.clip(part, -limit[:, None], limit[:, None]), grid)
+        clipped = np.clip(part, -limit[:, None], limit[:, None])
+        rounded = round_to_nearest(clipped, grid).dequantized()
         losses = _losses(np.subtract(part, rounded, out=rounded), gram)
         better = losses < least
         least, best = np.where(better, losses, least), np.where(better, limit, best)

@@ -23,7 +23,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
-from ptq_cli.numerics.rounding import ScaleOverflow, dequantized_nearest
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.
@@ -197,7 +197,7 @@ def _relative(
     change = total = 0.0
     for weight, product in zip(weights, products, strict=True):
         for rows in panels(weight, grid):
-            rounded = dequantized_nearest(weight[rows] * factors, grid)
+            rounded = round_to_nearest(weight[rows] * factors, grid).dequantized()
             change += _squares(product[:, rows] - smoothed @ rounded.T)
         total += _squares(product)
     return _ratio(change, total)

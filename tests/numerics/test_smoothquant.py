@@ -13,7 +13,7 @@ from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.methods.smoothquant import SMOOTHER, SmoothquantSettings
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.rounding import dequantized_nearest, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.smoothquant import (
     ALPHAS,
     EPSILON,
@@ -160,16 +160,6 @@ def test_the_search_takes_the_best_of_all_alphas(rng, how):
     final = smooth_factors(np.abs(inputs).max(0), heavy, choice.strength)
     np.testing.assert_array_equal(choice.factors, final)
     assert min(alpha_errors(inputs[:1], weights, W8, how).values()) > 0
-
-
-@pytest.mark.parametrize("group_size", [0, -1, 16, 20])
-@pytest.mark.parametrize("sym", [True, False])
-def test_nearest_is_what_the_codes_say(rng, group_size, sym):
-    weight = rng.standard_normal((7, 48)).astype(np.float32)
-    grid = Grid(4, group_size, sym)
-    expected = round_to_nearest(weight, grid).dequantized()
-    np.testing.assert_array_equal(dequantized_nearest(weight, grid), expected)
-    assert dequantized_nearest(weight[:0], grid).shape == (0, 48)
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):
