@@ -23,6 +23,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import ldl_upper
+from ptq_cli.numerics.parallel import pieces
 from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 from ptq_cli.numerics.smoothquant import Factors, panels
 
@@ -92,10 +93,9 @@ def search_clip(
     limits = np.zeros((weight.shape[0], grid.n_groups(weight.shape[1])), np.float32)
     for group, (start, stop) in enumerate(pairwise(starts)):
         gram = _gram(inputs[:, start:stop])
-        step = max(1, _ELEMENTS // (stop - start))
-        for top in range(0, weight.shape[0], step):
-            part = np.ascontiguousarray(weight[top : top + step, start:stop])
-            limits[top : top + step, group] = _clip_group(part, gram, row, ratios)
+        for rows in pieces(0, weight.shape[0], stop - start, _ELEMENTS):
+            part = np.ascontiguousarray(weight[rows, start:stop])
+            limits[rows, group] = _clip_group(part, gram, row, ratios)
     return limits
 
 

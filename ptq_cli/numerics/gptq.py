@@ -34,7 +34,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.numerics.ldl import ldl_upper
-from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.parallel import each, strips
 from ptq_cli.numerics.rounding import (
     SCALE_LIMITS,
     blank,
@@ -42,7 +42,6 @@ from ptq_cli.numerics.rounding import (
     round_centred,
     round_scales,
     round_to_nearest,
-    search_grid,
 )
 
 PANEL_ROWS = 2048
@@ -174,8 +173,7 @@ def solve(
     place = [group.number for group in feedback.groups]
     back = np.argsort(order)
 
-    def work(top: int) -> None:
-        rows = slice(top, min(out_features, top + PANEL_ROWS))
+    def work(rows: slice) -> None:
         panel = _Panel(transposed(weight[rows])[order], feedback, passes, fixed)
         if importance is not None:
             panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
@@ -185,7 +183,7 @@ def solve(
             result.scales[rows, place] = panel.scales.T
             result.zeros[rows, place] = panel.zeros.T
 
-    each(work, range(0, out_features, PANEL_ROWS))
+    each(work, strips(out_features, PANEL_ROWS))
     if feedback.act_order != "desc":
         return result
     g_idx = np.empty(n, np.int32)
@@ -294,9 +292,7 @@ class _Panel:
         target, inverse = self.weight[group], self.groups[index].inverse
         if inverse is not None:
             target = target + inverse @ self.error[group]
-        if not self.passes.mse:
-            return fit_grid(target, self.grid, 0)
-        return search_grid(target, self.importance[group], self.grid, 0)
+        return fit_grid(target, self.grid, 0, self.importance[group] if self.passes.mse else None)
 
     def _round_leaf(self, index: int, a: int, b: int, centred: FloatArray) -> None:
         """Round columns a … b−1 of a group one by one, each at its target."""
@@ -373,6 +369,6 @@ class _Panel:
 def transposed(matrix: Array) -> Array:
     """`matrix.T`, C-ordered. Copied in strips of rows: the caches hold a strip, not a matrix."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
-    for top in range(0, matrix.shape[0], 64):
-        result[:, top : top + 64] = matrix[top : top + 64].T
+    for rows in strips(matrix.shape[0], 64):
+        result[:, rows] = matrix[rows].T
     return result

@@ -29,6 +29,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
+from ptq_cli.numerics.parallel import strips
 
 _EXACT = 1 << 24  # float32 holds every integer up to here
 _INT32_MAX = (1 << 31) - 1
@@ -48,8 +49,7 @@ def integer_product(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[
         return total
     chunk = _EXACT // max(1, largest_left * largest_right)
     part = np.empty(total.shape, np.float32)
-    for start in range(0, left.shape[1], chunk):
-        columns = slice(start, start + chunk)
+    for columns in strips(left.shape[1], chunk):
         np.matmul(left[:, columns].astype(np.float32), right[:, columns].T.astype(np.float32), part)
         np.add(total, part, out=total, casting="unsafe")
     return total
@@ -80,8 +80,7 @@ def linear_w8a8(
     rows = _as_rows(inputs, weight, bias)
     rounded = quantize_activations(rows, settings)
     outputs = np.zeros((rows.shape[0], weight.codes.shape[0]), np.float32)
-    for top in range(0, len(outputs), _PANEL_ROWS):
-        panel = slice(top, top + _PANEL_ROWS)
+    for panel in strips(len(outputs), _PANEL_ROWS):
         for group, columns in _groups(weight):
             sums, scales = _group_product(rounded.codes[panel], weight, group, columns)
             part = sums.astype(np.float32)
@@ -101,8 +100,7 @@ def linear_dequantized(
     """
     rows = _as_rows(inputs, weight, bias).astype(np.float32, copy=False)
     outputs = np.empty((rows.shape[0], weight.codes.shape[0]), np.float32)
-    for top in range(0, outputs.shape[1], _PANEL_ROWS):
-        panel = slice(top, top + _PANEL_ROWS)
+    for panel in strips(outputs.shape[1], _PANEL_ROWS):
         outputs[:, panel] = rows @ weight.dequantized(panel).T
     return _with_bias(outputs, bias, inputs.shape)
 

@@ -31,7 +31,7 @@ from ptq_cli.core.report import OutputErrors
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.numerics.parallel import each, pieces, strips
 
 ROWS_AT_ONCE = 1024
 PANEL_ELEMENTS = 1 << 19  # weights whose codes stay in the cache
@@ -94,11 +94,11 @@ def measure_rows(
     seen, wanted = _columns(heldout), _columns(heldout_float)
     whole = hessian is not None or seen is not None  # products need many rows at once
     error = power = largest = loss = energy = heldout_loss = heldout_energy = 0.0
-    for top in range(0, shape[0], ROWS_AT_ONCE):
-        stop = min(top + ROWS_AT_ONCE, shape[0])
-        kept = np.empty((2, stop - top, shape[1]), np.float32) if whole else None
-        work = partial(_measure_panel, pieces_of, outputs, kept, top)
-        for lost, square, reach in each(work, pieces(top, stop, shape[1], PANEL_ELEMENTS)):
+    for rows in strips(shape[0], ROWS_AT_ONCE):
+        kept = np.empty((2, rows.stop - rows.start, shape[1]), np.float32) if whole else None
+        work = partial(_measure_panel, pieces_of, outputs, kept, rows.start)
+        panels = pieces(rows.start, rows.stop, shape[1], PANEL_ELEMENTS)
+        for lost, square, reach in each(work, panels):
             error += lost
             power += square
             largest = max(largest, reach)
@@ -176,8 +176,8 @@ def _heldout_squares(
     def energy(rows: slice) -> float:
         return _square(weight[rows] @ (seen if wanted is None else wanted))
 
-    strips = [slice(top, top + STRIP_ROWS) for top in range(0, len(weight), STRIP_ROWS)]
-    return sum(each(lost, strips)), sum(each(energy, strips))
+    rows = strips(len(weight), STRIP_ROWS)
+    return sum(each(lost, rows)), sum(each(energy, rows))
 
 
 def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
@@ -188,16 +188,15 @@ def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
 def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
     """tr(rows · H · rowsᵀ) as ⟨H, rowsᵀ rows⟩, of which only the lower triangle is computed."""
 
-    def block(start: int) -> float:
-        columns = slice(start, start + BLOCK_COLUMNS)
-        left = rows[:, columns].T
+    def block(columns: slice) -> float:
+        left, before = rows[:, columns].T, slice(0, columns.start)
         total = float(np.vdot(hessian[columns, columns], left @ left.T))
-        if start:
-            total += 2 * float(np.vdot(hessian[columns, :start], left @ rows[:, :start]))
+        if columns.start:
+            total += 2 * float(np.vdot(hessian[columns, before], left @ rows[:, before]))
         return total
 
     # The last blocks are the longest, so they come first.
-    return sum(each(block, reversed(range(0, len(hessian), BLOCK_COLUMNS))))
+    return sum(each(block, reversed(strips(len(hessian), BLOCK_COLUMNS))))
 
 
 def _square(values: NDArray[np.float32]) -> float:

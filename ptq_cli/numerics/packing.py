@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Codes
+from ptq_cli.numerics.parallel import pieces
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
 _WORDS_AT_ONCE = 1 << 16  # words of whole bytes' codes: they stay in the cache
@@ -30,12 +31,11 @@ def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
     if bits in (2, 4) and columns % (8 // bits) == 0:
         return _pack_whole_bytes(codes, bits)
     packed = np.empty((rows, packed_width(columns, bits)), np.uint8)
-    step = max(1, _ROWS_AT_ONCE // max(1, columns))
-    for top in range(0, rows, step):
-        part = codes[top : top + step]
+    for strip in pieces(0, rows, columns, _ROWS_AT_ONCE):
+        part = codes[strip]
         single = np.unpackbits(part[..., None], axis=-1, count=bits, bitorder="little")
         stream = single.reshape(len(part), columns * bits)
-        packed[top : top + step] = np.packbits(stream, axis=-1, bitorder="little")
+        packed[strip] = np.packbits(stream, axis=-1, bitorder="little")
     return packed
 
 

@@ -92,8 +92,13 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
     return scales, np.clip(np.rint(-low / scales), 0, grid.max_code)
 
 
-def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, FloatArray]:
-    """Scales and zeros of the whole range of each group, without a search."""
+def fit_grid(
+    weight: FloatArray, grid: Grid, axis: int, importance: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Scales and zeros of the whole range of each group; with `importance`, of the range that
+    `search_grid` finds."""
+    if importance is not None:
+        return search_grid(weight, importance, grid, axis)
     if weight.size and axis == -1 and weight.flags.c_contiguous:
         return range_grid(*_group_range(weight), grid)
     return range_grid(weight.min(axis), weight.max(axis), grid)
@@ -195,7 +200,7 @@ def round_to_nearest(
     if whole_tensor:
         if importance is not None:
             importance = np.broadcast_to(importance, weight.shape).reshape(1, -1)
-        scale, zero = _fit(weight.reshape(1, -1), importance, grid)
+        scale, zero = fit_grid(weight.reshape(1, -1), grid, -1, importance)
         into.scales[:, 0], into.zeros[:, 0] = scale, zero
 
     def work(rows: slice) -> None:
@@ -234,7 +239,7 @@ def round_rows(
         if importance is not None:
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
-        scale, zero = _fit(part, weights, grid)
+        scale, zero = fit_grid(part, grid, -1, weights)
         scales[:, groups], zeros[:, groups] = scale, zero
         _round_groups(
             part,
@@ -260,11 +265,3 @@ def _round_groups(
     np.add(centred, zero, out=codes, casting="unsafe")
     with np.errstate(over="ignore"):  # the ends of the widest range decode to infinity
         centred *= scale
-
-
-def _fit(
-    weight: FloatArray, importance: FloatArray | None, grid: Grid
-) -> tuple[FloatArray, FloatArray]:
-    if importance is None:
-        return fit_grid(weight, grid, -1)
-    return search_grid(weight, importance, grid, -1)

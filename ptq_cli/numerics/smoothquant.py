@@ -23,6 +23,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
+from ptq_cli.numerics.parallel import strips
 from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
@@ -57,9 +58,9 @@ def smooth_factors(input_absmax: Array, weight_absmax: Array, alpha: float) -> F
     """
     if not (np.isfinite(input_absmax).all() and np.isfinite(weight_absmax).all()):
         raise NumericalError("the channels' absolute maxima hold NaN or infinity")
-    inputs, weights = _floored(input_absmax), _floored(weight_absmax)
-    if inputs is None or weights is None:
+    if not (input_absmax.any() and weight_absmax.any()):
         return np.ones(input_absmax.shape, np.float32)
+    inputs, weights = _floored(input_absmax), _floored(weight_absmax)
     with np.errstate(over="ignore", under="ignore"):
         factors = (inputs**alpha / weights ** (1 - alpha)).astype(np.float32)
     check_factors(factors, len(factors))
@@ -148,8 +149,7 @@ def function_change(
     change = total = 0.0
     before, after = inputs.astype(np.float64), smoothed_inputs.astype(np.float64)
     for weight, smoothed in zip(weights, smoothed_weights, strict=True):
-        for top in range(0, weight.shape[0], _PANEL_ROWS):
-            rows = slice(top, top + _PANEL_ROWS)
+        for rows in strips(weight.shape[0], _PANEL_ROWS):
             product = before @ weight[rows].T.astype(np.float64)
             total += _squares(product)
             product -= after @ smoothed[rows].T.astype(np.float64)
@@ -168,18 +168,17 @@ def channel_importance(input_absmax: Array, weights: Sequence[Array]) -> NDArray
     return importance
 
 
-def _floored(absmax: Array) -> NDArray[np.float64] | None:
+def _floored(absmax: Array) -> NDArray[np.float64]:
     values = absmax.astype(np.float64)
-    greatest = float(values.max()) if values.size else 0.0
-    return np.maximum(values, EPSILON * greatest) if greatest > 0 else None
+    floored: NDArray[np.float64] = np.maximum(values, EPSILON * values.max())
+    return floored
 
 
 def panels(weight: FloatArray, grid: Grid) -> list[slice]:
     """Rows of a weight that are rounded at a time: as many as the caches hold; all, where one scale
     is theirs."""
     rows = weight.shape[0]
-    step = max(1, rows) if grid.group_size == 0 else _PANEL_ROWS
-    return [slice(top, top + step) for top in range(0, rows, step)]
+    return strips(rows, max(1, rows) if grid.group_size == 0 else _PANEL_ROWS)
 
 
 def _relative(

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.numerics.parallel import each, pieces, strips
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -180,16 +180,15 @@ class SiteAccumulator:
         if len(chunk) == 0:
             return
 
-        def add(start: int) -> None:
-            block = chunk[:, start : start + BLOCK_COLUMNS]
-            rows = slice(start, start + BLOCK_COLUMNS)
+        def add(rows: slice) -> None:
+            block, before = chunk[:, rows], slice(0, rows.start)
             with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
-                if start:
-                    self.hessian[rows, :start] += block.T @ chunk[:, :start]
+                if rows.start:
+                    self.hessian[rows, before] += block.T @ chunk[:, before]
                 self.hessian[rows, rows] += block.T @ block
 
         # The last blocks are the longest, so they come first.
-        each(add, reversed(range(0, self.in_features, BLOCK_COLUMNS)))
+        each(add, reversed(strips(self.in_features, BLOCK_COLUMNS)))
 
     def result(self, site: str, linears: tuple[str, ...]) -> SiteStatistics:
         """The statistics so far. The accumulator is used up: its Hessian is handed over.
@@ -254,9 +253,8 @@ def _trimmed(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
 
 def _mirror(matrix: NDArray[np.float32]) -> None:
     """Copy the lower triangle of blocks to the upper one, in place."""
-    for start in range(BLOCK_COLUMNS, len(matrix), BLOCK_COLUMNS):
-        rows = slice(start, start + BLOCK_COLUMNS)
-        matrix[:start, rows] = matrix[rows, :start].T
+    for rows in strips(len(matrix), BLOCK_COLUMNS):
+        matrix[: rows.start, rows] = matrix[rows, : rows.start].T
 
 
 def percentile(statistics: SiteStatistics, p: float) -> float:
@@ -321,8 +319,7 @@ def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     n = a.n_tokens + b.n_tokens
     of_a, of_b = a.n_tokens / n, b.n_tokens / n
     hessian = a.hessian * np.float32(of_a)
-    for start in range(0, len(hessian), BLOCK_COLUMNS):
-        rows = slice(start, start + BLOCK_COLUMNS)
+    for rows in strips(len(hessian), BLOCK_COLUMNS):
         hessian[rows] += b.hessian[rows] * np.float32(of_b)
     mean = of_a * a.mean + of_b * b.mean
     square = of_a * (a.std**2 + a.mean**2) + of_b * (b.std**2 + b.mean**2)
