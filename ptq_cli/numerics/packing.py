@@ -1,7 +1,7 @@
 """Codes as bits: least significant bit first, code i in bits [i·b, i·b + b) of one long
 little-endian number.
 
-`pack` writes bits; `unpack` reads through 16-bit windows. They are written apart on purpose: every
+`pack` writes bits; `unpack` cuts codes out of bytes. They are written apart on purpose: every
 output is unpacked and compared before it gets its name, and that proves nothing if both ways share
 a mistake. At 4 bits a byte is `low | high << 4`.
 """
@@ -57,19 +57,24 @@ def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
-    """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns]."""
-    if bits == 8:
-        return packed[:, :columns].copy()
+    """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns].
+
+    The layout repeats every 8 codes, which fill `bits` bytes exactly: each of the 8 places is cut
+    out of its byte, and of the next one where it straddles, for all periods at once.
+    """
     if bits == 4 and columns == 2 * packed.shape[1]:
         return _unpack_nibbles(packed)
-    first_bit = np.arange(columns) * bits
-    byte, shift = first_bit >> 3, (first_bit & 7).astype(np.uint8)
-    codes = packed[:, byte] >> shift
-    straddling = np.flatnonzero(shift + bits > 8)
-    high = packed[:, byte[straddling] + 1] << (8 - shift[straddling])
-    codes[:, straddling] |= high
-    codes &= np.uint8(2**bits - 1)
-    return codes
+    rows, periods, width = packed.shape[0], -(-columns // 8), packed_width(columns, bits)
+    cycles = np.zeros((rows, periods * bits), np.uint8)
+    cycles[:, :width] = packed[:, :width]
+    codes = np.empty((rows, periods * 8), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        cut = cycles[:, byte::bits] >> np.uint8(shift)
+        if shift + bits > 8:
+            cut |= cycles[:, byte + 1 :: bits] << np.uint8(8 - shift)
+        codes[:, place::8] = cut & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(codes[:, :columns])
 
 
 def _unpack_nibbles(packed: NDArray[np.uint8]) -> Codes:
