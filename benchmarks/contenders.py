@@ -29,16 +29,15 @@ Run = Callable[[Weights, Weights], Timed]
 def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
     """This engine, by the calls its gptq method makes."""
     from ptq_cli.core.grid import Grid
-    from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve, visited_starts
+    from ptq_cli.numerics.gptq import Passes, make_feedback, solve
 
     grid, passes = Grid(BITS, GROUP, sym=False), Passes(mse, refine, sweeps)
 
     def run(weight: Weights, hessian: Weights) -> Timed:
         start = time.perf_counter()
-        order = column_order(hessian, act_order, grid)
-        feedback = make_feedback(hessian, DAMP, order, visited_starts(order, act_order, grid))
+        feedback = make_feedback(hessian, DAMP, grid, act_order)
         middle = time.perf_counter()
-        result = solve(weight, feedback, grid, act_order, passes)
+        result = solve(weight, feedback, passes)
         end = time.perf_counter()
         return middle - start, end - middle, result.dequantized()
 

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 import ptq_cli
 from ptq_cli.core.grid import Grid
-from ptq_cli.numerics.activations import quantize_per_token
+from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
 from ptq_cli.numerics.integer_matmul import integer_product, linear_dequantized, linear_w8a8
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.run.schedule import Resources
@@ -46,7 +46,7 @@ def products(n: int, features: int, repeats: int) -> dict[str, float]:
     inputs = rng.standard_normal((n, features), np.float32)
     weight = rng.standard_normal((features, features), np.float32)
     rounded = round_to_nearest(weight, Grid(8, -1, narrow_range=True))
-    codes = quantize_per_token(inputs).codes
+    codes = quantize_activations(inputs, ActivationSettings()).codes
     centred = (rounded.codes.astype(np.int16) - 128).astype(np.int8)
     return {
         "float32 product": seconds(lambda: inputs @ weight.T, repeats),

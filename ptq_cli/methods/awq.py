@@ -23,7 +23,7 @@ from ptq_cli.core.plugins import (
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
+from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, scale_losses, search_clip
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.smoothquant import tied
 
@@ -53,28 +53,15 @@ class AwqSettings:
     )
 
 
-def _root(statistics: SiteStatistics) -> FloatArray:
-    """What stands for the inputs: `root.T @ root / len(root)` is their Hessian."""
-    return hessian_root(statistics.hessian.astype(np.float32))
-
-
 def _search(case: SmoothingCase, settings: AwqSettings) -> tuple[SmoothingChoice, ...]:
     """Ratios that lose less than none, the best first."""
-    absmean = case.statistics.absmean
+    absmean = tied(case.statistics.absmean, case.ties, "mean")
     if not absmean.any():
         return ()
-    found = search_scales(
-        _root(case.statistics),
-        case.weights,
-        case.grid,
-        n_grid=settings.n_grid,
-        input_absmean=absmean,
-        ties=case.ties,
-    )
-    shared = tied(absmean, case.ties, "mean")
-    order = np.argsort(found.losses, kind="stable")
-    ratios = [int(i) / settings.n_grid for i in order if found.losses[i] < found.plain_loss]
-    return tuple(SmoothingChoice(ratio, awq_factors(shared, ratio)) for ratio in ratios)
+    root = hessian_root(case.statistics.hessian)
+    losses = scale_losses(root, case.weights, case.grid, absmean, settings.n_grid)
+    better = sorted((loss, ratio) for ratio, loss in losses.items() if loss < losses[0.0])
+    return tuple(SmoothingChoice(ratio, awq_factors(absmean, ratio)) for _, ratio in better)
 
 
 def _prepare(
@@ -82,7 +69,7 @@ def _prepare(
 ) -> FloatArray | None:
     if statistics is None or not settings.clip or not statistics.absmean.any():
         return None
-    return _root(statistics)
+    return hessian_root(statistics.hessian)
 
 
 def _apply(
@@ -95,7 +82,7 @@ def _apply(
     """Round to nearest, each group within the range that the clip search gives it."""
     if root is None:
         return MethodResult(round_to_nearest(weight, grid))
-    limits = search_clip(root, weight.astype(np.float32), grid, n_grid=settings.n_grid)
+    limits = search_clip(root, weight.astype(np.float32), grid, settings.n_grid)
     return MethodResult(round_to_nearest(clip(weight, limits, grid), grid))
 
 

@@ -16,15 +16,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import corrected
-from ptq_cli.numerics.gptq import (
-    PANEL_ROWS,
-    Feedback,
-    Passes,
-    column_order,
-    make_feedback,
-    solve,
-    visited_starts,
-)
+from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, make_feedback, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite
 from ptq_cli.numerics.rounding import round_to_nearest
 
@@ -33,7 +25,6 @@ from ptq_cli.numerics.rounding import round_to_nearest
 FLOAT64_COLUMNS = 512
 
 DAMP_LADDER = (0.1, 1.0)
-
 
 UNSET = -1.0
 
@@ -130,13 +121,11 @@ def _prepare(
         hessian = hessian.copy()
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
-    order = column_order(hessian, settings.act_order, grid)
-    starts = visited_starts(order, settings.act_order, grid)
     drift = statistics.drift if settings.drift else None
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
-            feedback = make_feedback(hessian, damp, order, starts, settings.refine > 0)
+            feedback = make_feedback(hessian, damp, grid, settings.act_order, settings.refine > 0)
         except NotPositiveDefinite:
             tried.append(damp)
             continue
@@ -164,7 +153,7 @@ def _apply(
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
     if prepared.drift is not None:
         weight = corrected(weight, prepared.drift, prepared.feedback, settings.drift)
-    rounded = solve(weight, prepared.feedback, grid, settings.act_order, passes, importance)
+    rounded = solve(weight, prepared.feedback, passes, importance)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes)
 
 

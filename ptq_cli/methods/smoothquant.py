@@ -11,7 +11,7 @@ import numpy as np
 
 from ptq_cli.core.plugins import Smoother, SmoothingCase, SmoothingChoice
 from ptq_cli.numerics.activations import SCHEMES, ActivationSettings
-from ptq_cli.numerics.smoothquant import search_alpha, smooth_factors, tied, weights_absmax
+from ptq_cli.numerics.smoothquant import alpha_errors, smooth_factors, tied, weights_absmax
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,24 @@ class SmoothquantSettings:
 
 
 def _search(case: SmoothingCase, settings: SmoothquantSettings) -> tuple[SmoothingChoice, ...]:
-    absmax = case.statistics.absmax
-    if isinstance(settings.alpha, float):
-        loud, heavy = tied(absmax, case.ties), tied(weights_absmax(case.weights), case.ties)
-        return (SmoothingChoice(settings.alpha, smooth_factors(loud, heavy, settings.alpha)),)
+    loud = tied(case.statistics.absmax, case.ties)
+    heavy = tied(weights_absmax(case.weights), case.ties)
+    alpha = settings.alpha if isinstance(settings.alpha, float) else _best_alpha(case, settings)
+    if alpha is None:
+        return ()
+    return (SmoothingChoice(alpha, smooth_factors(loud, heavy, alpha)),)
+
+
+def _best_alpha(case: SmoothingCase, settings: SmoothquantSettings) -> float | None:
+    """The alpha with the least error on the sample, the lowest of equal ones; None where no
+    smoothing at all is as good."""
     # The sample's own range stands for a static one.
     static = settings.activation_scheme == "static"
     scheme = "dynamic-tensor" if static else settings.activation_scheme
-    found = search_alpha(
-        case.statistics.sample.astype(np.float32),
-        case.weights,
-        case.grid,
-        ActivationSettings(settings.activation_bits, scheme),
-        input_absmax=absmax,
-        ties=case.ties,
-    )
-    return () if found.alpha is None else (SmoothingChoice(found.alpha, found.factors),)
+    activations = ActivationSettings(settings.activation_bits, scheme)
+    sample = case.statistics.sample.astype(np.float32)
+    errors = alpha_errors(sample, case.weights, case.grid, activations, case.ties)
+    return min(errors, key=errors.__getitem__)
 
 
 def _inputs(settings: SmoothquantSettings) -> ActivationSettings | None:

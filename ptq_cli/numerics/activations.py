@@ -43,8 +43,10 @@ class ActivationSettings:
     static_scale: float | None = None
 
     def __post_init__(self) -> None:
-        _largest_code(self.bits)
-        _check_percentile(self.percentile)
+        if self.bits not in LARGEST_CODE:
+            raise InputError(f"activations of {self.bits} bits are not known; 8 and 4 are")
+        if not 0 < self.percentile <= 1:
+            raise InputError(f"percentile {self.percentile} is outside (0, 1]")
         if self.scheme not in SCHEMES:
             raise InputError(f"activation scheme {self.scheme!r} is none of {', '.join(SCHEMES)}")
         if self.scheme == "static":
@@ -61,7 +63,6 @@ class QuantizedActivations:
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
-    bits: int = 8
 
     def dequantized(self) -> NDArray[np.float32]:
         """float32 [n, in_features]."""
@@ -70,16 +71,14 @@ class QuantizedActivations:
 
 
 def activation_range(inputs: Array, percentile: float = 1.0, per_row: bool = False) -> FloatArray:
-    """The ceil(p · n)-th smallest of n absolute values (`math.ceil(p * n)` in float64).
+    """The ceil(p · n)-th smallest of n absolute values (`math.ceil(p * n)` in float64), 0 < p ≤ 1.
 
     inputs: float [n, in_features]; returns [n] with `per_row`, else [1]; 0 where there is no value.
     A percentile may be 0 where most inputs are: everything is then rounded to 0.
 
     Raises:
-        InputError: percentile outside (0, 1].
         NumericalError: inputs hold NaN or infinity.
     """
-    _check_percentile(percentile)
     magnitude = np.abs(_floats(inputs))
     magnitude = magnitude if per_row else magnitude.reshape(1, -1)
     if magnitude.shape[1] == 0:
@@ -94,24 +93,35 @@ def activation_range(inputs: Array, percentile: float = 1.0, per_row: bool = Fal
     return magnitude[:, rank - 1].copy()
 
 
-def quantize_per_token(
-    inputs: Array, bits: int = 8, percentile: float = 1.0
-) -> QuantizedActivations:
-    """Round inputs [n, in_features] with a scale for each row, `range / q`."""
-    scales = activation_range(inputs, percentile, per_row=True) / _largest_code(bits)
-    return _round(inputs, scales, bits)
+def quantize_activations(inputs: Array, settings: ActivationSettings) -> QuantizedActivations:
+    """Round inputs [n, in_features] as `settings` (any scheme but "none") say.
 
-
-def quantize_per_tensor(
-    inputs: Array, bits: int = 8, percentile: float = 1.0
-) -> QuantizedActivations:
-    """Round inputs [n, in_features] with one scale, `range / q`."""
-    return _round(inputs, activation_range(inputs, percentile) / _largest_code(bits), bits)
+    Raises:
+        NumericalError: inputs hold NaN or infinity, or a scale does not fit float32.
+    """
+    largest = LARGEST_CODE[settings.bits]
+    per_row = settings.scheme == "dynamic-token"
+    scales = activation_range(inputs, settings.percentile, per_row) / largest
+    if settings.scheme == "static":
+        scales = np.array([settings.static_scale])
+    with np.errstate(over="ignore", under="ignore"):
+        steps = scales.astype(np.float32)
+    if not np.isfinite(steps).all():
+        raise NumericalError(
+            f"an activation scale of {float(scales.max()):.4g} does not fit float32"
+        )
+    with np.errstate(over="ignore"):
+        quotient = _floats(inputs) / np.where(steps > 0, steps, np.float32(1))[:, None]
+    np.rint(quotient, out=quotient)
+    np.clip(quotient, -largest, largest, out=quotient)
+    codes = quotient.astype(np.int8)
+    codes[np.broadcast_to(steps == 0, codes.shape[:1])] = 0
+    return QuantizedActivations(codes, steps)
 
 
 def absmax_scale(absmax: Array, bits: int = 8) -> float:
     """The static scale that clips nothing of inputs whose channels reach absmax [in_features]."""
-    return float(absmax.max(initial=0)) / _largest_code(bits)
+    return float(absmax.max(initial=0)) / LARGEST_CODE[bits]
 
 
 def with_static_scale(settings: ActivationSettings, absmax: Array) -> ActivationSettings:
@@ -119,29 +129,6 @@ def with_static_scale(settings: ActivationSettings, absmax: Array) -> Activation
     if settings.scheme != "static":
         return settings
     return replace(settings, static_scale=absmax_scale(absmax, settings.bits))
-
-
-def quantize_static(inputs: Array, scale: float, bits: int = 8) -> QuantizedActivations:
-    """Round inputs [n, in_features] with a scale known beforehand; what lies beyond is clipped.
-
-    Raises:
-        InputError: the scale is negative, NaN or infinite.
-        NumericalError: inputs hold NaN or infinity.
-    """
-    _check_static(scale)
-    activation_range(inputs)  # refuses NaN and infinity
-    return _round(inputs, np.array([scale]), bits)
-
-
-def quantize_activations(inputs: Array, settings: ActivationSettings) -> QuantizedActivations:
-    """Round inputs [n, in_features] as `settings` (any scheme but "none") say."""
-    if settings.scheme == "dynamic-token":
-        return quantize_per_token(inputs, settings.bits, settings.percentile)
-    if settings.scheme == "dynamic-tensor":
-        return quantize_per_tensor(inputs, settings.bits, settings.percentile)
-    if settings.scheme == "static" and settings.static_scale is not None:
-        return quantize_static(inputs, settings.static_scale, settings.bits)
-    raise InputError(f"activation scheme {settings.scheme!r} does not round activations")
 
 
 def stated(activation: Activation, scale: float | None = None) -> ActivationSettings:
@@ -192,39 +179,9 @@ def rounded_inputs(
     return result
 
 
-def _round(inputs: Array, scales: FloatArray, bits: int) -> QuantizedActivations:
-    largest = _largest_code(bits)
-    values = _floats(inputs)
-    with np.errstate(over="ignore", under="ignore"):
-        steps = scales.astype(np.float32)
-    if not np.isfinite(steps).all():
-        raise NumericalError(
-            f"an activation scale of {float(scales.max()):.4g} does not fit float32"
-        )
-    divisor = np.where(steps > 0, steps, np.float32(1))[:, None]
-    with np.errstate(over="ignore"):
-        quotient = values / divisor
-    np.rint(quotient, out=quotient)
-    np.clip(quotient, -largest, largest, out=quotient)
-    codes = quotient.astype(np.int8)
-    codes[np.broadcast_to(steps == 0, codes.shape[:1])] = 0
-    return QuantizedActivations(codes, steps, bits)
-
-
 def _floats(inputs: Array) -> FloatArray:
     """The inputs as float32, or as float64 where they are."""
     return inputs if inputs.dtype == np.float64 else inputs.astype(np.float32, copy=False)
-
-
-def _largest_code(bits: int) -> int:
-    if bits not in LARGEST_CODE:
-        raise InputError(f"activations of {bits} bits are not known; 8 and 4 are")
-    return LARGEST_CODE[bits]
-
-
-def _check_percentile(percentile: float) -> None:
-    if not 0 < percentile <= 1:
-        raise InputError(f"percentile {percentile} is outside (0, 1]")
 
 
 def _check_static(scale: float | None) -> None:

@@ -34,7 +34,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.numerics.ldl import ldl_upper
-from ptq_cli.numerics.parallel import each
+from ptq_cli.numerics.parallel import each, strips
 from ptq_cli.numerics.rounding import (
     SCALE_LIMITS,
     blank,
@@ -42,7 +42,6 @@ from ptq_cli.numerics.rounding import (
     round_centred,
     round_scales,
     round_to_nearest,
-    search_grid,
 )
 
 PANEL_ROWS = 2048
@@ -51,32 +50,32 @@ LEAF_COLUMNS = 16
 
 @dataclass(frozen=True)
 class Group:
-    """Columns start … stop−1, in the order of visits, and what depends on the Hessian alone.
+    """Some of the columns, in the order of visits, and what depends on the Hessian alone.
 
+    columns: their places in that order; number: the group's in the rounded weight
     schur: `S = U_gg D_g U_ggᵀ`; empty where groups are not refined
     inverse: `U_gg⁻ᵀ`, or None for the first group, which no error reaches
     """
 
-    start: int
-    stop: int
+    columns: slice
+    number: int
     schur: FloatArray
     inverse: FloatArray | None
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Feedback:
     """All that the linears of one site share: the factored Hessian and the order of the columns.
 
+    grid, act_order: as `make_feedback` was given them
     order: column visited k-th, int [in_features]
     hessian, damping: H as it stands, and λ
     upper, pivots: `H + λI = upper · diag(pivots) · upperᵀ`, in that order
     groups: those of the grid, in that order
     """
 
+    grid: Grid
+    act_order: str
     order: NDArray[np.intp]
     hessian: FloatArray
     damping: np.floating[Any]
@@ -94,31 +93,32 @@ class Feedback:
 
 
 def make_feedback(
-    hessian: FloatArray,
-    damp: float,
-    order: NDArray[np.intp],
-    starts: Sequence[int],
-    refine: bool = True,
+    hessian: FloatArray, damp: float, grid: Grid, act_order: str, refine: bool = True
 ) -> Feedback:
-    """Factor `hessian + damp · mean(diagonal) · I` with columns in `order`.
+    """Factor `hessian + damp · mean(diagonal) · I` with columns in the order of visits.
 
-    starts: of the groups, as `visited_starts` gives them; refine: whether they will be refined
+    act_order: as `column_order` knows it; refine: whether groups will be refined
 
     Raises:
         NotPositiveDefinite: raise `damp` and try again.
     """
+    order, n = column_order(hessian, act_order, grid), len(hessian)
     damped = hessian[np.ix_(order, order)]
     damping = hessian.dtype.type(damp * hessian.diagonal().mean())
-    damped.flat[:: len(order) + 1] += damping
+    damped.flat[:: n + 1] += damping
     upper, pivots = ldl_upper(damped, in_place=True)
+    number = (np.arange(n) if act_order == "desc" else order) // grid.width(n)
+    starts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), n]
 
     def group(ends: tuple[int, int]) -> Group:
         own = slice(*ends)
         block = upper[own, own]
         schur = (block * pivots[own]) @ block.T if refine else block[:0]
-        return Group(*ends, schur, np.linalg.inv(block).T if own.start else None)
+        inverse = np.linalg.inv(block).T if own.start else None
+        return Group(own, int(number[own.start]), schur, inverse)
 
-    return Feedback(order, hessian, damping, upper, pivots, tuple(each(group, pairwise(starts))))
+    groups = tuple(each(group, pairwise(starts)))
+    return Feedback(grid, act_order, order, hessian, damping, upper, pivots, groups)
 
 
 def column_order(hessian: FloatArray, act_order: str, grid: Grid) -> NDArray[np.intp]:
@@ -153,8 +153,6 @@ class Passes:
 def solve(
     weight: FloatArray,
     feedback: Feedback,
-    grid: Grid,
-    act_order: str,
     passes: Passes,
     importance: FloatArray | None = None,
 ) -> QuantizedWeight:
@@ -166,20 +164,17 @@ def solve(
         InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
-    order, groups = feedback.order, feedback.groups
+    grid, order = feedback.grid, feedback.order
     result = blank((out_features, n), grid)
     fixed = None
     if grid.group_size == 0:
         fixed = _whole_tensor_grid(weight, grid, passes, importance)
         result.scales[0], result.zeros[0] = fixed
-    place = [int(order[group.start]) // grid.width(n) for group in groups]  # in the row
-    if act_order == "desc":
-        place = list(range(len(groups)))
+    place = [group.number for group in feedback.groups]
     back = np.argsort(order)
 
-    def work(top: int) -> None:
-        rows = slice(top, min(out_features, top + PANEL_ROWS))
-        panel = _Panel(transposed(weight[rows])[order], feedback, grid, passes, fixed)
+    def work(rows: slice) -> None:
+        panel = _Panel(transposed(weight[rows])[order], feedback, passes, fixed)
         if importance is not None:
             panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
         panel.run()
@@ -188,8 +183,8 @@ def solve(
             result.scales[rows, place] = panel.scales.T
             result.zeros[rows, place] = panel.zeros.T
 
-    each(work, range(0, out_features, PANEL_ROWS))
-    if act_order != "desc":
+    each(work, strips(out_features, PANEL_ROWS))
+    if feedback.act_order != "desc":
         return result
     g_idx = np.empty(n, np.int32)
     g_idx[order] = grid.g_idx(n)
@@ -204,16 +199,6 @@ def _whole_tensor_grid(
         importance = np.ones(weight.shape[1], weight.dtype)
     rounded = round_to_nearest(weight, grid, importance if passes.mse else None)
     return rounded.scales[0].astype(weight.dtype), rounded.zeros[0].astype(weight.dtype)
-
-
-def visited_starts(order: NDArray[np.intp], act_order: str, grid: Grid) -> list[int]:
-    """First position of each group in the visiting order, then n (a short group may come first)."""
-    n = len(order)
-    if act_order == "desc":
-        return grid.starts(n)
-    group = order // grid.width(n)
-    changes = np.flatnonzero(np.diff(group)) + 1
-    return [0, *changes.tolist(), n]
 
 
 def _leaves(start: int, stop: int) -> list[int]:
@@ -257,24 +242,21 @@ class _Panel:
         self,
         weight: FloatArray,
         feedback: Feedback,
-        grid: Grid,
         passes: Passes,
         fixed: tuple[FloatArray, FloatArray] | None,
     ) -> None:
         n, rows = weight.shape
-        self.weight, self.feedback, self.grid, self.passes = weight, feedback, grid, passes
-        self.groups, self.fixed = feedback.groups, fixed
+        self.weight, self.feedback, self.passes, self.fixed = weight, feedback, passes, fixed
+        self.grid, self.groups = feedback.grid, feedback.groups
         self.error = np.zeros_like(weight)
         self.codes = np.empty((n, rows), np.uint8)
         self.scales = np.empty((len(self.groups), rows), weight.dtype)
         self.zeros = np.empty_like(self.scales)
         self.importance = feedback.pivots[:, None]
-        self._index = {group.start: i for i, group in enumerate(self.groups)}
-        self._row = np.empty(rows, weight.dtype)
-        self._step = np.empty(rows, weight.dtype)
+        self._index = {group.columns.start: i for i, group in enumerate(self.groups)}
 
     def run(self) -> None:
-        starts = [0, *(group.stop for group in self.groups)]
+        starts = [0, *(group.columns.stop for group in self.groups)]
         _by_halves(starts, self.feedback.upper, self.error, self.error, self._round_group)
         for _ in range(self.passes.sweeps):
             for index in range(len(self.groups)):
@@ -286,11 +268,11 @@ class _Panel:
         upper = self.feedback.upper[group, group]
         refined = self.passes.refine > 0
         compensation = self.error[group].copy() if refined and index else None
-        scale, zero = self._group_grid(index, group)
+        self.scales[index], self.zeros[index] = self._group_grid(index, group)
         centred = np.empty((stop - start, self.weight.shape[1]), self.weight.dtype)
 
         def visit(a: int, b: int) -> None:
-            self._round_leaf(a, b, centred[a - start : b - start], scale, zero)
+            self._round_leaf(index, a, b, centred[a - start : b - start])
 
         _by_halves(_leaves(start, stop), upper, self.error, self.error, visit, base=start)
         if refined:
@@ -300,88 +282,68 @@ class _Panel:
             for _ in range(self.passes.refine):
                 gradient = schur @ self.error[group]
                 gradient += constant
-                scale = self._descend(group, schur, gradient, centred, scale, zero)
-        self._store(index, group, centred, scale, zero)
+                self._descend(index, schur, gradient, centred)
+        np.add(centred, self.zeros[index], out=self.codes[group], casting="unsafe")
 
     def _group_grid(self, index: int, group: slice) -> tuple[FloatArray, FloatArray]:
         """Scales and zeros [rows] for the compensated group, `weight_g + A · U_gg⁻¹`."""
         if self.fixed is not None:
-            rows = self.weight.shape[1]
-            return np.repeat(self.fixed[0], rows), np.repeat(self.fixed[1], rows)
+            return self.fixed
         target, inverse = self.weight[group], self.groups[index].inverse
         if inverse is not None:
             target = target + inverse @ self.error[group]
-        if not self.passes.mse:
-            return fit_grid(target, self.grid, 0)
-        return search_grid(target, self.importance[group], self.grid, 0)
+        return fit_grid(target, self.grid, 0, self.importance[group] if self.passes.mse else None)
 
-    def _round_leaf(
-        self, a: int, b: int, centred: FloatArray, scale: FloatArray, zero: FloatArray
-    ) -> None:
-        """Round columns a … b−1 one by one, each at its target."""
-        upper, step, row = self.feedback.upper[a:b, a:b], self._step, self._row
-        low, high = self.grid.min_code - zero, self.grid.max_code - zero
-        for k in range(b - a):
-            column = a + k
-            np.add(self.weight[column], self.error[column], out=step)
-            if k:
-                np.matmul(upper[:k, k], self.error[a:column], out=row)
-                step += row
-            step /= scale
-            round_centred(step, low, high, out=centred[k])
-            np.multiply(centred[k], scale, out=row)
-            np.subtract(self.weight[column], row, out=self.error[column])
+    def _round_leaf(self, index: int, a: int, b: int, centred: FloatArray) -> None:
+        """Round columns a … b−1 of a group one by one, each at its target."""
+        scale, low, high = self.scales[index], *self._code_range(index)
+        upper = self.feedback.upper[a:b, a:b]
+        for k, column in enumerate(range(a, b)):
+            target = self.weight[column] + self.error[column]
+            target += upper[:k, k] @ self.error[a:column]
+            target /= scale
+            round_centred(target, low, high, out=centred[k])
+            self.error[column] = self.weight[column] - centred[k] * scale
+
+    def _code_range(self, index: int) -> tuple[FloatArray, FloatArray]:
+        """The least and the greatest centred code of a group, [rows] each."""
+        zero = self.zeros[index]
+        return self.grid.min_code - zero, self.grid.max_code - zero
 
     def _descend(
-        self,
-        group: slice,
-        quadratic: FloatArray,
-        gradient: FloatArray,
-        centred: FloatArray,
-        scale: FloatArray,
-        zero: FloatArray,
-    ) -> FloatArray:
+        self, index: int, quadratic: FloatArray, gradient: FloatArray, centred: FloatArray
+    ) -> None:
         """One pass of coordinate descent on `tr(E S Eᵀ) + …` over the columns of a group.
 
         quadratic: S [columns, columns]; gradient: P [columns, rows], half the gradient in E, used
-        up. `centred` and `error` are changed in place; returns the scales [rows].
+        up. `centred` and the group's errors and scales are changed in place.
         """
-        error = self.error[group]
+        error = self.error[self.groups[index].columns]
         if self.fixed is None:
-            scale = self._refit(quadratic, gradient, centred, error, scale)
+            self._refit(index, quadratic, gradient, centred)
         # From here on in codes: column k goes to the code nearest to where its derivative is zero.
+        scale, low, high = self.scales[index], *self._code_range(index)
         diagonal = quadratic.diagonal()
         coupling, target, change = quadratic / diagonal, gradient, np.empty_like(error)
         target /= scale
         target /= diagonal[:, None]
         target += centred
-        low, high = self.grid.min_code - zero, self.grid.max_code - zero
-        step, row = self._step, self._row
 
         def visit(a: int, b: int) -> None:
-            block = coupling[a:b, a:b]
             for k in range(a, b):
-                if k > a:
-                    np.matmul(block[: k - a, k - a], change[a:k], out=row)
-                    target[k] += row
-                round_centred(target[k], low, high, out=step)
-                np.subtract(centred[k], step, out=change[k])
+                target[k] += coupling[a:k, k] @ change[a:k]
+                change[k] = centred[k] - round_centred(target[k], low, high)
 
         _by_halves(_leaves(0, len(error)), coupling, change, target, visit)
         centred -= change
         error += np.multiply(change, scale, out=change)
-        return scale
 
     def _refit(
-        self,
-        quadratic: FloatArray,
-        gradient: FloatArray,
-        centred: FloatArray,
-        error: FloatArray,
-        scale: FloatArray,
-    ) -> FloatArray:
+        self, index: int, quadratic: FloatArray, gradient: FloatArray, centred: FloatArray
+    ) -> None:
         """The best scales for the codes as they are: `Δs = Σ_k c_k P_k / (c S cᵀ)`, rounded to the
         stored dtype and kept only where the cost falls."""
+        scale, error = self.scales[index], self.error[self.groups[index].columns]
         spread = quadratic @ centred
         slope = np.einsum("kr,kr->r", centred, gradient)
         curvature = np.einsum("kr,kr->r", centred, spread)
@@ -393,27 +355,20 @@ class _Panel:
         delta = np.where(falls, delta, 0)
         gradient -= np.multiply(spread, delta, out=spread)
         error -= np.multiply(centred, delta, out=spread)
-        return np.where(falls, moved, scale)
+        self.scales[index] = np.where(falls, moved, scale)
 
     def _sweep_group(self, index: int) -> None:
         group = self.groups[index].columns
-        scale, zero = self.scales[index], self.zeros[index]
-        centred = self.codes[group] - zero
+        centred = self.codes[group] - self.zeros[index]
         hessian = self.feedback.rows(group.start, group.stop)
         gradient = hessian @ self.error
-        scale = self._descend(group, hessian[:, group], gradient, centred, scale, zero)
-        self._store(index, group, centred, scale, zero)
-
-    def _store(
-        self, index: int, group: slice, centred: FloatArray, scale: FloatArray, zero: FloatArray
-    ) -> None:
-        self.scales[index], self.zeros[index] = scale, zero
-        np.add(centred, zero, out=self.codes[group], casting="unsafe")
+        self._descend(index, hessian[:, group], gradient, centred)
+        np.add(centred, self.zeros[index], out=self.codes[group], casting="unsafe")
 
 
 def transposed(matrix: Array) -> Array:
     """`matrix.T`, C-ordered. Copied in strips of rows: the caches hold a strip, not a matrix."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
-    for top in range(0, matrix.shape[0], 64):
-        result[:, top : top + 64] = matrix[top : top + 64].T
+    for rows in strips(matrix.shape[0], 64):
+        result[:, rows] = matrix[rows].T
     return result

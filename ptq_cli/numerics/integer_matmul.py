@@ -14,7 +14,7 @@ for ±127 times −128 … 127, 16512 for W4A8, never less than 1024) and the ch
 Accelerate do at float32; a tensor-core TF32 product would not do.)
 
 int32 cannot overflow while `Σ_k |x_k| · max|c'| < 2³¹`, in any order of summation; that holds for
-every in_features up to 66,000 and is checked on the data beyond: an overflow is an error.
+every in_features below 65,536 and is checked on the data beyond: an overflow is an error.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
+from ptq_cli.numerics.parallel import strips
 
 _EXACT = 1 << 24  # float32 holds every integer up to here
 _INT32_MAX = (1 << 31) - 1
@@ -41,16 +42,14 @@ def integer_product(left: NDArray[np.int8], right: NDArray[np.int8]) -> NDArray[
     Raises:
         NumericalError: a sum might not fit int32, in some order of summation.
     """
-    n, k = left.shape
     largest_left, largest_right = _largest(left), _largest(right)
-    _check_int32(left, largest_left, largest_right)
-    total = np.zeros((n, right.shape[0]), np.int32)
+    _check_int32(left, largest_right)
+    total = np.zeros((left.shape[0], right.shape[0]), np.int32)
     if total.size == 0:
         return total
-    chunk = max(1, _EXACT // max(1, largest_left * largest_right))
+    chunk = _EXACT // max(1, largest_left * largest_right)
     part = np.empty(total.shape, np.float32)
-    for start in range(0, k, chunk):
-        columns = slice(start, start + chunk)
+    for columns in strips(left.shape[1], chunk):
         np.matmul(left[:, columns].astype(np.float32), right[:, columns].T.astype(np.float32), part)
         np.add(total, part, out=total, casting="unsafe")
     return total
@@ -81,15 +80,14 @@ def linear_w8a8(
     rows = _as_rows(inputs, weight, bias)
     rounded = quantize_activations(rows, settings)
     outputs = np.zeros((rows.shape[0], weight.codes.shape[0]), np.float32)
-    for top in range(0, len(outputs), _PANEL_ROWS):
-        panel = slice(top, top + _PANEL_ROWS)
+    for panel in strips(len(outputs), _PANEL_ROWS):
         for group, columns in _groups(weight):
             sums, scales = _group_product(rounded.codes[panel], weight, group, columns)
             part = sums.astype(np.float32)
             part *= scales
             outputs[panel] += part
     outputs *= rounded.scales[:, None]
-    return _with_bias(outputs, bias).reshape(*inputs.shape[:-1], outputs.shape[1])
+    return _with_bias(outputs, bias, inputs.shape)
 
 
 def linear_dequantized(
@@ -102,10 +100,9 @@ def linear_dequantized(
     """
     rows = _as_rows(inputs, weight, bias).astype(np.float32, copy=False)
     outputs = np.empty((rows.shape[0], weight.codes.shape[0]), np.float32)
-    for top in range(0, outputs.shape[1], _PANEL_ROWS):
-        panel = slice(top, top + _PANEL_ROWS)
+    for panel in strips(outputs.shape[1], _PANEL_ROWS):
         outputs[:, panel] = rows @ weight.dequantized(panel).T
-    return _with_bias(outputs, bias).reshape(*inputs.shape[:-1], outputs.shape[1])
+    return _with_bias(outputs, bias, inputs.shape)
 
 
 def _group_product(
@@ -113,7 +110,7 @@ def _group_product(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     middle = weight.grid.mid_code
     part = codes[:, columns]
-    _check_int32(part, _largest(part), 2 * middle)  # |c'| and |z'| together
+    _check_int32(part, 2 * middle)  # |c'| and |z'| together
     centred = (weight.codes[:, columns].astype(np.int16) - middle).astype(np.int8)
     sums = integer_product(part, centred)
     zeros = weight.zeros[:, group].astype(np.int32) - middle
@@ -142,22 +139,25 @@ def _as_rows(inputs: Array, weight: QuantizedWeight, bias: Array | None) -> Arra
     return inputs.reshape(int(np.prod(inputs.shape[:-1])), in_features)
 
 
-def _with_bias(outputs: NDArray[np.float32], bias: Array | None) -> NDArray[np.float32]:
+def _with_bias(
+    outputs: NDArray[np.float32], bias: Array | None, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Outputs + bias, with the leading dimensions of the inputs' shape."""
     if bias is not None:
         outputs += bias.astype(np.float32)
-    return outputs
+    return outputs.reshape(*shape[:-1], outputs.shape[1])
 
 
 def _largest(codes: NDArray[np.int8]) -> int:
     return max(-int(codes.min()), int(codes.max())) if codes.size else 0
 
 
-def _check_int32(left: NDArray[np.int8], largest_left: int, largest_right: int) -> None:
+def _check_int32(left: NDArray[np.int8], largest_right: int) -> None:
     n_columns = left.shape[1]
-    if n_columns * largest_left * largest_right <= _INT32_MAX or left.size == 0:
+    if n_columns * 128 * largest_right <= _INT32_MAX:
         return
     sums = np.abs(left.astype(np.int16)).sum(axis=1, dtype=np.int64)
-    if int(sums.max()) * largest_right > _INT32_MAX:
+    if int(sums.max(initial=0)) * largest_right > _INT32_MAX:
         raise NumericalError(
             f"a sum over {n_columns} columns may overflow int32", hint="use a smaller --group-size"
         )

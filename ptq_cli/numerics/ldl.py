@@ -8,20 +8,27 @@ own `cholesky` of a large matrix is several times slower.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
-from ptq_cli.numerics.parallel import each
+from ptq_cli.errors import NumericalError
+from ptq_cli.numerics.parallel import each, strips
 
 BLOCK = 128
 ROWS_AT_ONCE = 1024
 
 
-class NotPositiveDefinite(ArithmeticError):
+class NotPositiveDefinite(NumericalError):
     """The matrix has no such factorization."""
+
+    def __init__(
+        self,
+        message: str = "a Hessian is not positive definite",
+        *,
+        hint: str | None = "raise the damping",
+    ) -> None:
+        super().__init__(message, hint=hint)
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite shows in the pivots
@@ -70,13 +77,11 @@ def solve_right(
     `Z_J = (B_J − Z_{>J} · U[J, >J]ᵀ) · U_JJ⁻ᵀ`, and from the first on
     `X_J = (Z_J / D_J − X_{<J} · U[<J, J]) · U_JJ⁻¹`.
     """
-    n = len(pivots)
-    blocks = [slice(*ends) for ends in pairwise([*range(0, n, block), n])]
+    blocks = strips(len(pivots), block)
     inverses = [np.linalg.inv(upper[own, own]) for own in blocks]
     back = np.argsort(order)
 
-    def solve(top: int) -> None:
-        rows = slice(top, top + ROWS_AT_ONCE)
+    def solve(rows: slice) -> None:
         part = matrix[rows][:, order]
         for own, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
             part[:, own] -= part[:, own.stop :] @ upper[own, own.stop :].T
@@ -87,18 +92,17 @@ def solve_right(
             part[:, own] = part[:, own] @ inverse
         matrix[rows] = part[:, back]
 
-    each(solve, range(0, len(matrix), ROWS_AT_ONCE))
+    each(solve, strips(len(matrix), ROWS_AT_ONCE))
 
 
 def _subtract_later(factor: FloatArray, start: int, stop: int) -> None:
     """`F[:stop, J] −= F[:stop, >J] · F[J, >J]ᵀ`, J = start … stop−1."""
     later = factor[start:stop, stop:].T
 
-    def subtract(top: int) -> None:
-        rows = slice(top, min(stop, top + ROWS_AT_ONCE))
+    def subtract(rows: slice) -> None:
         factor[rows, start:stop] -= factor[rows, stop:] @ later
 
-    each(subtract, range(0, stop, ROWS_AT_ONCE))
+    each(subtract, strips(stop, ROWS_AT_ONCE))
 
 
 def _upper_cholesky(matrix: FloatArray) -> FloatArray:

@@ -19,8 +19,9 @@ the drift of the inputs included, while `loss` and `rel_err` are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, log10
 
 import numpy as np
@@ -30,13 +31,12 @@ from ptq_cli.core.report import OutputErrors
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.numerics.parallel import each, pieces, strips
 
 ROWS_AT_ONCE = 1024
 PANEL_ELEMENTS = 1 << 19  # weights whose codes stay in the cache
 STRIP_ROWS = 256
 BLOCK_COLUMNS = 1024  # of ⟨H, Eᵀ E⟩, computed at a time
-
 
 Piece = tuple[NDArray[np.float32], NDArray[np.float32]]  # a few rows of a weight and of its error
 
@@ -77,6 +77,7 @@ def measure(
     return measure_rows(weight.shape, pieces_of, hessian, heldout, outputs, heldout_float)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows shows in the sums
 def measure_rows(
     shape: tuple[int, ...],
     pieces_of: Callable[[slice], Iterator[Piece]],
@@ -90,113 +91,93 @@ def measure_rows(
     pieces_of: a few rows of both at a time, in order, of the rows it is asked for. Each row is
         asked for once, on any thread; a piece may be overwritten once the next is asked for
     """
-    sums = _Sums(hessian, heldout, outputs, heldout_float)
-    for top in range(0, shape[0], ROWS_AT_ONCE):
-        stop = min(top + ROWS_AT_ONCE, shape[0])
-        kept = np.empty((2, stop - top if sums.has_products else 0, shape[1]), np.float32)
-        sums.add(top, pieces(top, stop, shape[1], PANEL_ELEMENTS), pieces_of, kept)
-    return sums.result()
-
-
-class _Sums:
-    """Sums over rows of the weight and of its error."""
-
-    def __init__(
-        self,
-        hessian: NDArray[np.float32] | None,
-        heldout: Array | None,
-        outputs: FloatArray | None,
-        heldout_float: Array | None,
-    ) -> None:
-        self.hessian = hessian
-        self.outputs = outputs
-        self.heldout = _columns(heldout)
-        self.drifted = None if heldout_float is None else _columns(heldout_float)
-        self.error = self.power = self.loss = self.energy = 0.0
-        self.heldout_loss = self.heldout_energy = self.largest = 0.0
-
-    @property
-    def has_products(self) -> bool:
-        return self.hessian is not None or self.heldout is not None
-
-    def add(
-        self,
-        top: int,
-        panels: Sequence[slice],
-        pieces_of: Callable[[slice], Iterator[Piece]],
-        kept: NDArray[np.float32],
-    ) -> None:
-        """Take in rows from `top` on; `kept` has room for weight and error where products need
-        them whole."""
-
-        products = self.has_products
-
-        def work(panel: slice) -> tuple[float, float, float]:
-            lost = power = largest = 0.0
-            start = panel.start
-            # What is not finite shows in the scales, and what overflows in the sums.
-            with np.errstate(over="ignore", invalid="ignore"):
-                for weight, error in pieces_of(panel):
-                    rows = slice(start, start + len(weight))
-                    start = rows.stop
-                    if self.outputs is not None:
-                        scale = self.outputs[rows, None].astype(np.float32)
-                        weight, error = weight * scale, error * scale
-                    if products:
-                        place = slice(rows.start - top, rows.stop - top)
-                        kept[0, place], kept[1, place] = weight, error
-                    lost += _square(error)
-                    power += _square(weight)
-                    if error.size:
-                        high = np.maximum.reduce(error, axis=None)
-                        low = np.minimum.reduce(error, axis=None)
-                        largest = max(largest, float(high), -float(low))
-            return lost, power, largest
-
-        for error, power, largest in each(work, panels):
-            self.error += error
-            self.power += power
-            self.largest = max(self.largest, largest)
-        if self.has_products and kept.size:
-            self._add_products(*kept)
-
-    @np.errstate(over="ignore", invalid="ignore")
-    def _add_products(self, weight: NDArray[np.float32], error: NDArray[np.float32]) -> None:
-        if self.hessian is not None:
-            self.loss += _trace(self.hessian, error)
-            self.energy += _trace(self.hessian, weight)
-        if self.heldout is not None:
-            heldout, drifted = self.heldout, self.drifted
-            wanted = heldout if drifted is None else drifted
-
-            def lost(rows: slice) -> float:
-                outputs = error[rows] @ heldout
-                if drifted is not None:
-                    outputs += weight[rows] @ (drifted - heldout)
-                return _square(outputs)
-
-            strips = [slice(top, top + STRIP_ROWS) for top in range(0, len(weight), STRIP_ROWS)]
-            self.heldout_loss += sum(each(lost, strips))
-            self.heldout_energy += sum(each(lambda rows: _square(weight[rows] @ wanted), strips))
-
-    def result(self) -> Measures:
-        loss = self.error if self.hessian is None else max(0.0, self.loss)
-        energy = self.power if self.hessian is None else self.energy
-        sums = (self.loss, energy, self.error, self.power, self.heldout_loss, self.heldout_energy)
-        if not all(map(isfinite, sums)):
-            raise InputError(
-                "its values are too large: their squares do not fit float32",
-                hint="leave it out with --ignore",
-            )
-        return Measures(
-            loss=loss,
-            rel_err=_ratio(loss, energy),
-            heldout_rel_err=(
-                _ratio(self.heldout_loss, self.heldout_energy) if self.heldout is not None else None
-            ),
-            sqnr_db=-10 * log10(self.error / self.power) if self.error and self.power else None,
-            max_abs_err=self.largest,
+    seen, wanted = _columns(heldout), _columns(heldout_float)
+    whole = hessian is not None or seen is not None  # products need many rows at once
+    error = power = largest = loss = energy = heldout_loss = heldout_energy = 0.0
+    for rows in strips(shape[0], ROWS_AT_ONCE):
+        kept = np.empty((2, rows.stop - rows.start, shape[1]), np.float32) if whole else None
+        work = partial(_measure_panel, pieces_of, outputs, kept, rows.start)
+        panels = pieces(rows.start, rows.stop, shape[1], PANEL_ELEMENTS)
+        for lost, square, reach in each(work, panels):
+            error += lost
+            power += square
+            largest = max(largest, reach)
+        if kept is not None and hessian is not None:
+            loss += _trace(hessian, kept[1])
+            energy += _trace(hessian, kept[0])
+        if kept is not None and seen is not None:
+            lost, square = _heldout_squares(kept[0], kept[1], seen, wanted)
+            heldout_loss += lost
+            heldout_energy += square
+    if hessian is None:
+        loss, energy = error, power
+    if not all(map(isfinite, (loss, energy, error, power, heldout_loss, heldout_energy))):
+        raise InputError(
+            "its values are too large: their squares do not fit float32",
+            hint="leave it out with --ignore",
         )
+    loss = max(0.0, loss)
+    return Measures(
+        loss=loss,
+        rel_err=_ratio(loss, energy),
+        heldout_rel_err=None if seen is None else _ratio(heldout_loss, heldout_energy),
+        sqnr_db=_decibels(error, power),
+        max_abs_err=largest,
+    )
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite shows in the scales
+def _measure_panel(
+    pieces_of: Callable[[slice], Iterator[Piece]],
+    outputs: FloatArray | None,
+    kept: NDArray[np.float32] | None,
+    top: int,
+    panel: slice,
+) -> tuple[float, float, float]:
+    """Σ error², Σ weight² and max |error| of a few rows; `kept` receives weight and error, its
+    first row is row `top`."""
+    lost = power = largest = 0.0
+    start = panel.start
+    for weight, error in pieces_of(panel):
+        rows = slice(start, start + len(weight))
+        start = rows.stop
+        if outputs is not None:
+            scale = outputs[rows, None].astype(np.float32)
+            weight, error = weight * scale, error * scale
+        if kept is not None:
+            place = slice(rows.start - top, rows.stop - top)
+            kept[0, place], kept[1, place] = weight, error
+        lost += _square(error)
+        power += _square(weight)
+        if error.size:
+            high = np.maximum.reduce(error, axis=None)
+            low = np.minimum.reduce(error, axis=None)
+            largest = max(largest, float(high), -float(low))
+    return lost, power, largest
+
+
+def _heldout_squares(
+    weight: NDArray[np.float32],
+    error: NDArray[np.float32],
+    seen: NDArray[np.float32],
+    wanted: NDArray[np.float32] | None,
+) -> tuple[float, float]:
+    """`Σ |weight · x_fp − dequantized · x|²` and `Σ |weight · x_fp|²`.
+
+    seen, wanted: x and x_fp, [in_features, n]; None: x_fp is x
+    """
+
+    def lost(rows: slice) -> float:
+        outputs = error[rows] @ seen
+        if wanted is not None:
+            outputs += weight[rows] @ (wanted - seen)
+        return _square(outputs)
+
+    def energy(rows: slice) -> float:
+        return _square(weight[rows] @ (seen if wanted is None else wanted))
+
+    rows = strips(len(weight), STRIP_ROWS)
+    return sum(each(lost, rows)), sum(each(energy, rows))
 
 
 def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
@@ -207,21 +188,25 @@ def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
 def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
     """tr(rows · H · rowsᵀ) as ⟨H, rowsᵀ rows⟩, of which only the lower triangle is computed."""
 
-    def block(start: int) -> float:
-        columns = slice(start, start + BLOCK_COLUMNS)
-        left = rows[:, columns].T
+    def block(columns: slice) -> float:
+        left, before = rows[:, columns].T, slice(0, columns.start)
         total = float(np.vdot(hessian[columns, columns], left @ left.T))
-        if start:
-            total += 2 * float(np.vdot(hessian[columns, :start], left @ rows[:, :start]))
+        if columns.start:
+            total += 2 * float(np.vdot(hessian[columns, before], left @ rows[:, before]))
         return total
 
     # The last blocks are the longest, so they come first.
-    return sum(each(block, reversed(range(0, len(hessian), BLOCK_COLUMNS))))
+    return sum(each(block, reversed(strips(len(hessian), BLOCK_COLUMNS))))
 
 
 def _square(values: NDArray[np.float32]) -> float:
     """Σ values²: BLAS in float32 over a row, float64 over rows."""
     return float(np.add.reduce(np.vecdot(values, values), axis=None, dtype=np.float64))
+
+
+def _decibels(change: float, power: float) -> float | None:
+    """−10 log10(change / power); None where one of them is nothing."""
+    return -10 * log10(change / power) if change and power else None
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -248,5 +233,5 @@ def output_errors(
     return OutputErrors(
         mae=float(np.abs(error).mean(dtype=np.float64)) if error.size else 0.0,
         rel_err=_ratio(change, power),
-        sqnr_db=-10 * log10(change / power) if change and power else None,
+        sqnr_db=_decibels(change, power),
     )

@@ -1,7 +1,7 @@
 """Codes as bits: least significant bit first, code i in bits [i·b, i·b + b) of one long
 little-endian number.
 
-`pack` writes bits; `unpack` reads through 16-bit windows. They are written apart on purpose: every
+`pack` writes bits; `unpack` cuts codes out of bytes. They are written apart on purpose: every
 output is unpacked and compared before it gets its name, and that proves nothing if both ways share
 a mistake. At 4 bits a byte is `low | high << 4`.
 """
@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Codes
+from ptq_cli.numerics.parallel import pieces
 
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked to single bits at a time: eight bytes each
-
-
 _WORDS_AT_ONCE = 1 << 16  # words of whole bytes' codes: they stay in the cache
 
 
@@ -32,12 +31,11 @@ def pack(codes: Codes, bits: int) -> NDArray[np.uint8]:
     if bits in (2, 4) and columns % (8 // bits) == 0:
         return _pack_whole_bytes(codes, bits)
     packed = np.empty((rows, packed_width(columns, bits)), np.uint8)
-    step = max(1, _ROWS_AT_ONCE // max(1, columns))
-    for top in range(0, rows, step):
-        part = codes[top : top + step]
+    for strip in pieces(0, rows, columns, _ROWS_AT_ONCE):
+        part = codes[strip]
         single = np.unpackbits(part[..., None], axis=-1, count=bits, bitorder="little")
         stream = single.reshape(len(part), columns * bits)
-        packed[top : top + step] = np.packbits(stream, axis=-1, bitorder="little")
+        packed[strip] = np.packbits(stream, axis=-1, bitorder="little")
     return packed
 
 
@@ -59,17 +57,24 @@ def _pack_whole_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Codes:
-    """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns]."""
+    """Unpack rows packed by `pack`: uint8 [rows, bytes] → codes uint8 [rows, columns].
+
+    The layout repeats every 8 codes, which fill `bits` bytes exactly: each of the 8 places is cut
+    out of its byte, and of the next one where it straddles, for all periods at once.
+    """
     if bits == 4 and columns == 2 * packed.shape[1]:
         return _unpack_nibbles(packed)
-    first_bit = np.arange(columns) * bits
-    byte, shift = first_bit >> 3, (first_bit & 7).astype(np.uint8)
-    codes = packed[:, byte] >> shift
-    straddling = np.flatnonzero(shift + bits > 8)
-    high = packed[:, byte[straddling] + 1] << (8 - shift[straddling])
-    codes[:, straddling] |= high
-    codes &= np.uint8(2**bits - 1)
-    return codes
+    rows, periods, width = packed.shape[0], -(-columns // 8), packed_width(columns, bits)
+    cycles = np.zeros((rows, periods * bits), np.uint8)
+    cycles[:, :width] = packed[:, :width]
+    codes = np.empty((rows, periods * 8), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        cut = cycles[:, byte::bits] >> np.uint8(shift)
+        if shift + bits > 8:
+            cut |= cycles[:, byte + 1 :: bits] << np.uint8(8 - shift)
+        codes[:, place::8] = cut & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(codes[:, :columns])
 
 
 def _unpack_nibbles(packed: NDArray[np.uint8]) -> Codes:
@@ -127,27 +132,6 @@ def pack_words(codes: Codes, bits: int) -> NDArray[np.uint32]:
 
 
 def unpack_words(words: NDArray[np.uint32], bits: int, columns: int) -> Codes:
-    """Unpack rows packed by `pack_words`: uint32 [rows, words] → codes uint8 [rows, columns].
-
-    The layout repeats every 32 codes, which fill `bits` words exactly: each of the 32 places is
-    cut out of its word, and of the next one where it straddles, for all periods at once.
-    """
-    rows, periods = words.shape[0], -(-columns // 32)
-    cycles = np.zeros((rows, periods * bits), np.uint32)
-    cycles[:, : words_width(columns, bits)] = words[:, : words_width(columns, bits)]
-    codes = np.empty((rows, periods * 32), np.uint8)
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
-        cut = cycles[:, word::bits] >> np.uint32(shift)
-        if shift + bits > 32:
-            cut |= cycles[:, word + 1 :: bits] << np.uint32(32 - shift)
-        codes[:, place::32] = cut & np.uint32(2**bits - 1)
-    return codes if columns == periods * 32 else np.ascontiguousarray(codes[:, :columns])
-
-
-def same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    """`np.array_equal` of contiguous bytes of the same shape, eight at a time."""
-    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    whole = len(flat_a) // 8 * 8
-    words_a, words_b = flat_a[:whole].view(np.uint64), flat_b[:whole].view(np.uint64)
-    return np.array_equal(words_a, words_b) and np.array_equal(flat_a[whole:], flat_b[whole:])
+    """Unpack rows packed by `pack_words`: uint32 [rows, words] → codes uint8 [rows, columns]."""
+    packed = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    return unpack(packed, bits, columns)

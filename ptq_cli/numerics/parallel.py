@@ -46,5 +46,9 @@ def each(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
 
 def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) -> list[slice]:
     """Rows start … stop−1, a few at a time: what is done with them stays in the cache."""
-    step = max(1, elements // max(1, columns))
+    return strips(stop, max(1, elements // max(1, columns)), start)
+
+
+def strips(stop: int, step: int, start: int = 0) -> list[slice]:
+    """Rows or columns start … stop−1, `step` at a time."""
     return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]

@@ -92,8 +92,13 @@ def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArra
     return scales, np.clip(np.rint(-low / scales), 0, grid.max_code)
 
 
-def fit_grid(weight: FloatArray, grid: Grid, axis: int) -> tuple[FloatArray, FloatArray]:
-    """Scales and zeros of the whole range of each group, without a search."""
+def fit_grid(
+    weight: FloatArray, grid: Grid, axis: int, importance: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Scales and zeros of the whole range of each group; with `importance`, of the range that
+    `search_grid` finds."""
+    if importance is not None:
+        return search_grid(weight, importance, grid, axis)
     if weight.size and axis == -1 and weight.flags.c_contiguous:
         return range_grid(*_group_range(weight), grid)
     return range_grid(weight.min(axis), weight.max(axis), grid)
@@ -186,14 +191,29 @@ def round_to_nearest(
     importance: weights of a scale search, [in_features] or [out_features, in_features]; None for
         the plain range of each group
     """
-    return _round_all(weight, grid, importance, None)
+    into = blank((weight.shape[0], weight.shape[1]), grid)
+    if weight.size == 0:
+        into.scales.fill(1)
+        into.zeros.fill(grid.mid_code if grid.sym else 0)
+        return into
+    whole_tensor = grid.group_size == 0
+    if whole_tensor:
+        if importance is not None:
+            importance = np.broadcast_to(importance, weight.shape).reshape(1, -1)
+        scale, zero = fit_grid(weight.reshape(1, -1), grid, -1, importance)
+        into.scales[:, 0], into.zeros[:, 0] = scale, zero
 
+    def work(rows: slice) -> None:
+        part = weight[rows]
+        decoded = np.empty(part.shape, weight.dtype)
+        if whole_tensor:
+            _round_groups(part, scale, zeros_along(zero, grid, -1), grid, into.codes[rows], decoded)
+            return
+        own = importance if importance is None or importance.ndim == 1 else importance[rows]
+        round_rows(part, into, rows, decoded, own)
 
-def dequantized_nearest(weight: FloatArray, grid: Grid) -> FloatArray:
-    """`round_to_nearest(weight, grid).dequantized()`, in the dtype of the weight."""
-    decoded = np.empty(weight.shape, weight.dtype)
-    _round_all(weight, grid, None, decoded)
-    return decoded
+    each(work, pieces(0, weight.shape[0], weight.shape[1]))
+    return into
 
 
 def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
@@ -219,7 +239,7 @@ def round_rows(
         if importance is not None:
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
-        scale, zero = _fit(part, weights, grid)
+        scale, zero = fit_grid(part, grid, -1, weights)
         scales[:, groups], zeros[:, groups] = scale, zero
         _round_groups(
             part,
@@ -229,35 +249,6 @@ def round_rows(
             codes[:, columns].reshape(shape),
             decoded[:, columns].reshape(shape),
         )
-
-
-def _round_all(
-    weight: FloatArray, grid: Grid, importance: FloatArray | None, decoded: FloatArray | None
-) -> QuantizedWeight:
-    """`round_to_nearest`; `decoded` receives what it decodes to, unless it is None."""
-    into = blank((weight.shape[0], weight.shape[1]), grid)
-    if weight.size == 0:
-        into.scales.fill(1)
-        into.zeros.fill(grid.mid_code if grid.sym else 0)
-        return into
-    whole_tensor = grid.group_size == 0
-    if whole_tensor:
-        if importance is not None:
-            importance = np.broadcast_to(importance, weight.shape).reshape(1, -1)
-        scale, zero = _fit(weight.reshape(1, -1), importance, grid)
-        into.scales[:, 0], into.zeros[:, 0] = scale, zero
-
-    def work(rows: slice) -> None:
-        part = weight[rows]
-        out = np.empty(part.shape, weight.dtype) if decoded is None else decoded[rows]
-        if whole_tensor:
-            _round_groups(part, scale, zeros_along(zero, grid, -1), grid, into.codes[rows], out)
-            return
-        own = importance if importance is None or importance.ndim == 1 else importance[rows]
-        round_rows(part, into, rows, out, own)
-
-    each(work, pieces(0, weight.shape[0], weight.shape[1]))
-    return into
 
 
 def _round_groups(
@@ -274,11 +265,3 @@ def _round_groups(
     np.add(centred, zero, out=codes, casting="unsafe")
     with np.errstate(over="ignore"):  # the ends of the widest range decode to infinity
         centred *= scale
-
-
-def _fit(
-    weight: FloatArray, importance: FloatArray | None, grid: Grid
-) -> tuple[FloatArray, FloatArray]:
-    if importance is None:
-        return fit_grid(weight, grid, -1)
-    return search_grid(weight, importance, grid, -1)

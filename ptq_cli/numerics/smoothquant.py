@@ -15,7 +15,6 @@ in_features], one for each linear of the site; factors float32 [in_features].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,8 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
-from ptq_cli.numerics.rounding import ScaleOverflow, dequantized_nearest
+from ptq_cli.numerics.parallel import strips
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.
@@ -38,24 +38,6 @@ _PANEL_ROWS = 256  # rows of a weight rounded at a time: the caches hold them
 Factors = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class AlphaSearch:
-    """The best balance of a site.
-
-    alpha: None where no smoothing at all is best; factors are then ones
-    factors: float32 [in_features], made from all the inputs known
-    error: `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears of the site at `alpha`, as tried out
-    plain_error: the same without smoothing
-    errors: (alpha, error) of every candidate; infinite where a scale did not fit its dtype
-    """
-
-    alpha: float | None
-    factors: Factors
-    error: float
-    plain_error: float
-    errors: tuple[tuple[float, float], ...]
-
-
 def weights_absmax(weights: Sequence[Array]) -> NDArray[np.float32]:
     """`max_i |W_ij|` over the rows of all weights: float32 [in_features]."""
     columns = [np.abs(weight).max(axis=0, initial=0) for weight in weights]
@@ -66,25 +48,19 @@ def weights_absmax(weights: Sequence[Array]) -> NDArray[np.float32]:
 def smooth_factors(input_absmax: Array, weight_absmax: Array, alpha: float) -> Factors:
     """`s_j = max|X_j|^alpha / max|W_j|^(1 − alpha)`, float32 [in_features].
 
-    input_absmax, weight_absmax: [in_features], in the units of the inputs and of the weights
+    input_absmax, weight_absmax: [in_features], in the units of the inputs and of the weights;
+        alpha: 0 to 1
     Floors: each of the two is taken as at least 1e-5 times its own greatest value. A site whose
     inputs or weights are all zero has nothing to balance and gets ones.
 
     Raises:
-        InputError: alpha outside [0, 1], or lengths that differ.
         NumericalError: statistics that are not finite, or factors float32 cannot hold.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha {alpha} is outside [0, 1]")
-    if input_absmax.shape != weight_absmax.shape:
-        raise InputError(
-            f"{input_absmax.size} channels of inputs do not fit in_features {weight_absmax.size}"
-        )
     if not (np.isfinite(input_absmax).all() and np.isfinite(weight_absmax).all()):
         raise NumericalError("the channels' absolute maxima hold NaN or infinity")
-    inputs, weights = _floored(input_absmax), _floored(weight_absmax)
-    if inputs is None or weights is None:
+    if not (input_absmax.any() and weight_absmax.any()):
         return np.ones(input_absmax.shape, np.float32)
+    inputs, weights = _floored(input_absmax), _floored(weight_absmax)
     with np.errstate(over="ignore", under="ignore"):
         factors = (inputs**alpha / weights ** (1 - alpha)).astype(np.float32)
     check_factors(factors, len(factors))
@@ -123,55 +99,43 @@ def tied(values: Array, ties: NDArray[np.integer] | None, how: str = "max") -> A
     return shared
 
 
-def search_alpha(
+def alpha_errors(
     inputs: FloatArray,
     weights: Sequence[FloatArray],
     grid: Grid,
     activations: ActivationSettings,
-    *,
-    input_absmax: Array | None = None,
     ties: NDArray[np.integer] | None = None,
     alphas: Sequence[float] = ALPHAS,
-) -> AlphaSearch:
-    """The alpha with the least `Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears, `Y = inputs @ weight.T` and Ŷ
-    the product of `inputs / factors` and `weight · factors`, both rounded to nearest; no smoothing
-    is a candidate too.
+) -> dict[float | None, float]:
+    """`Σ‖Y − Ŷ‖² / Σ‖Y‖²` over the linears, `Y = inputs @ weight.T` and Ŷ the product of `inputs /
+    factors` and `weight · factors`, both rounded to nearest: without smoothing (None), then for
+    every alpha.
 
     Factors are tried out on inputs that they were not made from: maxima of the first half of the
     sample, errors on the second. Maxima fit their own inputs so well that on the same rows alpha
-    near 1 always looks best, and on others it is often worse than no smoothing. The factors that
-    come back are made from all of `input_absmax`.
+    near 1 always looks best, and on others it is often worse than no smoothing.
 
     inputs: float32 sample [n, in_features]; with a single row, it serves as both halves
-    input_absmax: [in_features] of all calibration tokens; the sample's own by default
     ties: channels that share a factor (see `tied`)
+    Returns the error of each candidate; infinite where a scale did not fit its dtype.
 
     Raises:
-        InputError: an alpha outside [0, 1], statistics of the wrong length.
         NumericalError: no candidate's scales fit their dtype, or inputs are not finite.
     """
-    absmax = np.abs(inputs).max(axis=0) if input_absmax is None else input_absmax
-    loud, heavy = tied(absmax, ties), tied(weights_absmax(weights), ties)
     half = len(inputs) // 2
     seen, tried = (inputs[:half], inputs[half:]) if half else (inputs, inputs)
-    trial = tied(np.abs(seen).max(axis=0), ties)
-    products = _products(tried, weights)
-
-    def error(factors: Factors | None) -> float:
+    loud, heavy = tied(np.abs(seen).max(axis=0), ties), tied(weights_absmax(weights), ties)
+    products = [tried @ weight.T for weight in weights]
+    errors: dict[float | None, float] = {}
+    for alpha in (None, *alphas):
+        factors = np.ones_like(loud) if alpha is None else smooth_factors(loud, heavy, alpha)
         try:
-            return _relative(tried, weights, products, grid, activations, factors)
+            errors[alpha] = _relative(tried, weights, products, grid, activations, factors)
         except ScaleOverflow:
-            return float("inf")
-
-    errors = tuple((alpha, error(smooth_factors(trial, heavy, alpha))) for alpha in alphas)
-    plain = error(None)
-    least = min((e for _, e in errors), default=plain)
-    if not min(plain, least) < float("inf"):
+            errors[alpha] = float("inf")
+    if not min(errors.values()) < float("inf"):
         raise NumericalError("no smoothing gives scales that fit", hint="--scale-dtype float32")
-    if plain <= least:
-        return AlphaSearch(None, np.ones(inputs.shape[1], np.float32), plain, plain, errors)
-    alpha = next(a for a, e in errors if e == least)
-    return AlphaSearch(alpha, smooth_factors(loud, heavy, alpha), least, plain, errors)
+    return errors
 
 
 def function_change(
@@ -185,8 +149,7 @@ def function_change(
     change = total = 0.0
     before, after = inputs.astype(np.float64), smoothed_inputs.astype(np.float64)
     for weight, smoothed in zip(weights, smoothed_weights, strict=True):
-        for top in range(0, weight.shape[0], _PANEL_ROWS):
-            rows = slice(top, top + _PANEL_ROWS)
+        for rows in strips(weight.shape[0], _PANEL_ROWS):
             product = before @ weight[rows].T.astype(np.float64)
             total += _squares(product)
             product -= after @ smoothed[rows].T.astype(np.float64)
@@ -205,14 +168,17 @@ def channel_importance(input_absmax: Array, weights: Sequence[Array]) -> NDArray
     return importance
 
 
-def _floored(absmax: Array) -> NDArray[np.float64] | None:
+def _floored(absmax: Array) -> NDArray[np.float64]:
     values = absmax.astype(np.float64)
-    greatest = float(values.max()) if values.size else 0.0
-    return np.maximum(values, EPSILON * greatest) if greatest > 0 else None
+    floored: NDArray[np.float64] = np.maximum(values, EPSILON * values.max())
+    return floored
 
 
-def _products(inputs: FloatArray, weights: Sequence[FloatArray]) -> list[FloatArray]:
-    return [inputs @ weight.T for weight in weights]
+def panels(weight: FloatArray, grid: Grid) -> list[slice]:
+    """Rows of a weight that are rounded at a time: as many as the caches hold; all, where one scale
+    is theirs."""
+    rows = weight.shape[0]
+    return strips(rows, max(1, rows) if grid.group_size == 0 else _PANEL_ROWS)
 
 
 def _relative(
@@ -221,21 +187,16 @@ def _relative(
     products: Sequence[FloatArray],
     grid: Grid,
     activations: ActivationSettings,
-    factors: Factors | None,
+    factors: Factors,
 ) -> float:
-    smoothed = inputs
-    if factors is not None:
-        check_factors(factors, inputs.shape[1])
-        smoothed = inputs / factors
+    """The error with these factors; products: the exact outputs of each linear."""
+    smoothed = inputs / factors
     if activations.scheme != "none":
         smoothed = quantize_activations(smoothed, activations).dequantized()
     change = total = 0.0
     for weight, product in zip(weights, products, strict=True):
-        step = weight.shape[0] if grid.group_size == 0 else _PANEL_ROWS
-        for top in range(0, weight.shape[0], step):
-            rows = slice(top, top + step)
-            part = weight[rows] if factors is None else weight[rows] * factors
-            rounded = dequantized_nearest(part, grid)
+        for rows in panels(weight, grid):
+            rounded = round_to_nearest(weight[rows] * factors, grid).dequantized()
             change += _squares(product[:, rows] - smoothed @ rounded.T)
         total += _squares(product)
     return _ratio(change, total)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.numerics.parallel import each, pieces, strips
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -70,9 +70,6 @@ class NonFiniteInput(InputError):
         super().__init__(f"inputs hold {value} at token {token}, channel {channel}")
         self.token, self.channel, self.value = token, channel, value
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.token, self.channel, self.value)
-
 
 class SiteAccumulator:
     """Sums over the inputs of one site. Feed it with `update`, a piece at a time, then `result`.
@@ -93,7 +90,7 @@ class SiteAccumulator:
         total: int | None = None,
     ) -> None:
         self.in_features, self._first = in_features, first
-        self.every, self.limit = heldout_every, heldout_limit
+        self._every = heldout_every
         self.hessian = np.zeros((in_features, in_features), np.float32)
         self.n_tokens, self.n_seen = 0, first
         self.low = np.full(in_features, np.inf, np.float32)
@@ -101,11 +98,12 @@ class SiteAccumulator:
         self.sum, self.sum_abs = np.zeros((2, in_features), np.float64)
         self.counts = np.zeros(_BINS, np.int64)
         self._heldout: list[Array] = []
-        self._before = first - self._held_out(first)  # tokens in the statistics of other parts
-        self._room = max(0, heldout_limit - self._held_out(first))
+        heldout = heldout_every, heldout_limit
+        self._before = calibration_tokens(first, heldout)  # in the statistics of other parts
+        self._room = heldout_limit - (first - self._before)
         self._sampled: list[Array] = []
         self._stride = 1
-        while total is not None and total - self._held_out(total) > SAMPLE_LIMIT * self._stride:
+        while calibration_tokens(total or 0, heldout) > SAMPLE_LIMIT * self._stride:
             self._stride *= 2
         rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
         self._chunk = np.empty((rows, in_features), np.float32)
@@ -117,7 +115,7 @@ class SiteAccumulator:
         Raises:
             NonFiniteInput: there is NaN or inf; the accumulator is then of no more use.
         """
-        rest = self._hold_out(inputs) if self._room > 0 and self.every > 0 else inputs
+        rest = self._hold_out(inputs) if self._room > 0 and self._every > 0 else inputs
         while len(rest):
             part = rest[: len(self._chunk) - self._filled]
             rest = rest[len(part) :]
@@ -134,14 +132,10 @@ class SiteAccumulator:
                 self._multiply()
         self.n_seen += len(inputs)
 
-    def _held_out(self, tokens: int) -> int:
-        """How many of the site's first tokens are held out."""
-        return min(self.limit, tokens // self.every) if self.every else 0
-
     def _hold_out(self, inputs: Array) -> Array:
         """Keep the held-out tokens; the others are given back."""
         token = np.arange(self.n_seen, self.n_seen + len(inputs))
-        chosen = np.flatnonzero(token % self.every == self.every - 1)[: self._room]
+        chosen = np.flatnonzero(token % self._every == self._every - 1)[: self._room]
         held = inputs[chosen]
         if not np.isfinite(held).all():
             self._locate(inputs)
@@ -173,8 +167,7 @@ class SiteAccumulator:
             self.sum += ones @ piece
             self.sum_abs += ones @ magnitude
         for rows in pieces(0, len(piece), self.in_features, PIECE_ELEMENTS):
-            bins = magnitude[rows].view(np.uint32) >> np.uint32(16)
-            self.counts += np.bincount(bins.ravel(), minlength=_BINS)
+            self.counts += _bin_counts(magnitude[rows])
 
     def _multiply(self) -> None:
         """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
@@ -182,16 +175,15 @@ class SiteAccumulator:
         if len(chunk) == 0:
             return
 
-        def add(start: int) -> None:
-            block = chunk[:, start : start + BLOCK_COLUMNS]
-            rows = slice(start, start + BLOCK_COLUMNS)
+        def add(rows: slice) -> None:
+            block, before = chunk[:, rows], slice(0, rows.start)
             with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
-                if start:
-                    self.hessian[rows, :start] += block.T @ chunk[:, :start]
+                if rows.start:
+                    self.hessian[rows, before] += block.T @ chunk[:, before]
                 self.hessian[rows, rows] += block.T @ block
 
         # The last blocks are the longest, so they come first.
-        each(add, reversed(range(0, self.in_features, BLOCK_COLUMNS)))
+        each(add, reversed(strips(self.in_features, BLOCK_COLUMNS)))
 
     def result(self, site: str, linears: tuple[str, ...]) -> SiteStatistics:
         """The statistics so far. The accumulator is used up: its Hessian is handed over.
@@ -215,9 +207,7 @@ class SiteAccumulator:
         self.hessian /= np.float32(self.n_tokens)
         n = self.n_tokens * self.in_features
         mean = float(self.sum.sum()) / n
-        filled = np.flatnonzero(self.counts)
-        first = int(filled[0]) if len(filled) else 0
-        last = int(filled[-1]) + 1 if len(filled) else 1
+        histogram, start = _trimmed(self.counts)
         return SiteStatistics(
             site=site,
             linears=linears,
@@ -230,8 +220,8 @@ class SiteAccumulator:
             maximum=float(self.high.max()),
             mean=mean,
             std=sqrt(max(0.0, squares / n - mean * mean)),
-            histogram=self.counts[first:last].copy(),
-            histogram_start=first,
+            histogram=histogram,
+            histogram_start=start,
             heldout=self._joined(self._heldout),
             sample=self._joined(self._sampled),
         )
@@ -243,11 +233,23 @@ class SiteAccumulator:
         return tokens.astype(np.float32) if tokens.dtype.itemsize > 4 else tokens
 
 
+def _bin_counts(magnitude: NDArray[np.float32]) -> NDArray[np.int64]:
+    """How many of the absolute values lie in each of the `_BINS` bins."""
+    bins = magnitude.view(np.uint32) >> np.uint32(16)
+    return np.bincount(bins.ravel(), minlength=_BINS)
+
+
+def _trimmed(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """The counts from the first bin that is not empty to the last, and the first."""
+    filled = np.flatnonzero(counts)
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
+    return counts[first : last + 1].copy(), first
+
+
 def _mirror(matrix: NDArray[np.float32]) -> None:
     """Copy the lower triangle of blocks to the upper one, in place."""
-    for start in range(BLOCK_COLUMNS, len(matrix), BLOCK_COLUMNS):
-        rows = slice(start, start + BLOCK_COLUMNS)
-        matrix[:start, rows] = matrix[rows, :start].T
+    for rows in strips(len(matrix), BLOCK_COLUMNS):
+        matrix[: rows.start, rows] = matrix[rows, : rows.start].T
 
 
 def percentile(statistics: SiteStatistics, p: float) -> float:
@@ -280,13 +282,13 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
             f" with {second.site} [{second.in_features}]"
         )
     room = max(0, limit - len(first.heldout))
-    surplus = second.heldout[room:]
+    surplus, second = second.heldout[room:], replace(second, heldout=second.heldout[:room])
     if len(surplus):
-        extra = SiteAccumulator(first.in_features, heldout_every=0)
-        extra.update(surplus)
-        second = _combine(second, extra.result(second.site, second.linears), second.heldout[:room])
-    heldout = _stacked(first.heldout, second.heldout[:room])
-    return _combine(first, second, heldout, first.n_seen + second.n_seen)
+        sums = SiteAccumulator(first.in_features, heldout_every=0)
+        sums.update(surplus)
+        extra = sums.result(second.site, second.linears)
+        second = _combine(second, replace(extra, n_seen=0, heldout=surplus[:0]))
+    return _combine(first, second)
 
 
 def _stacked(first: Array, second: Array) -> Array:
@@ -308,14 +310,11 @@ def _thinned(tokens: Array, count: int) -> Array:
     return tokens[np.arange(count) * len(tokens) // max(1, count)]
 
 
-def _combine(
-    a: SiteStatistics, b: SiteStatistics, heldout: Array, n_seen: int | None = None
-) -> SiteStatistics:
+def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     n = a.n_tokens + b.n_tokens
     of_a, of_b = a.n_tokens / n, b.n_tokens / n
     hessian = a.hessian * np.float32(of_a)
-    for start in range(0, len(hessian), BLOCK_COLUMNS):
-        rows = slice(start, start + BLOCK_COLUMNS)
+    for rows in strips(len(hessian), BLOCK_COLUMNS):
         hessian[rows] += b.hessian[rows] * np.float32(of_b)
     mean = of_a * a.mean + of_b * b.mean
     square = of_a * (a.std**2 + a.mean**2) + of_b * (b.std**2 + b.mean**2)
@@ -329,7 +328,7 @@ def _combine(
         linears=a.linears,
         hessian=hessian,
         n_tokens=n,
-        n_seen=a.n_seen if n_seen is None else n_seen,
+        n_seen=a.n_seen + b.n_seen,
         absmax=np.maximum(a.absmax, b.absmax),
         absmean=(of_a * a.absmean + of_b * b.absmean).astype(np.float32),
         minimum=min(a.minimum, b.minimum),
@@ -338,7 +337,7 @@ def _combine(
         std=sqrt(max(0.0, square - mean * mean)),
         histogram=histogram,
         histogram_start=start,
-        heldout=heldout,
+        heldout=_stacked(a.heldout, b.heldout),
         sample=_merged_sample(a, b),
     )
 
@@ -353,12 +352,13 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
     sample = statistics.sample.astype(np.float32) / divisor
     hessian = statistics.hessian / divisor
     hessian /= divisor[:, None]
-    bins = np.abs(sample).view(np.uint32) >> np.uint32(16)
-    counts = np.bincount(bins.ravel(), minlength=1)
-    first = int(np.flatnonzero(counts)[0]) if counts.any() else 0
-    drift = None if statistics.drift is None else statistics.drift / divisor
+    drift, heldout_float = statistics.drift, statistics.heldout_float
     if drift is not None:
+        drift = drift / divisor
         drift /= divisor[:, None]
+    if heldout_float is not None:
+        heldout_float = heldout_float / divisor
+    histogram, start = _trimmed(_bin_counts(np.abs(sample)))
     absmax = statistics.absmax / divisor
     mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
     power = float(hessian.diagonal().mean(dtype=np.float64))
@@ -371,16 +371,10 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
         maximum=float(absmax.max()),
         mean=mean,
         std=sqrt(max(0.0, power - mean * mean)),
-        histogram=counts[first:].astype(np.int64),
-        histogram_start=first,
+        histogram=histogram,
+        histogram_start=start,
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
         drift=drift,
-        heldout_float=_divided(statistics.heldout_float, divisor),
+        heldout_float=heldout_float,
     )
-
-
-def _divided(
-    inputs: NDArray[np.float32] | None, divisor: NDArray[np.float32]
-) -> NDArray[np.float32] | None:
-    return None if inputs is None else inputs / divisor

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.core.tensors import Array, Codes, FloatArray
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.output_errors import PANEL_ELEMENTS, Measures, Piece, measure, measure_rows
-from ptq_cli.numerics.packing import same_bytes
+from ptq_cli.numerics.output_errors import Measures, Piece, measure, measure_rows
 from ptq_cli.numerics.parallel import pieces
 from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
 
@@ -154,15 +153,8 @@ def as_stored(
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether codes, scales, zeros and groups of two rounded weights are equal."""
     return (
-        _equal(a.codes, b.codes)
+        np.array_equal(a.codes, b.codes)
         and np.array_equal(a.scales, b.scales)
         and np.array_equal(a.zeros, b.zeros)
         and np.array_equal(a.column_groups(), b.column_groups())
-    )
-
-
-def _equal(a: Codes, b: Codes) -> bool:
-    """`np.array_equal`, a piece at a time: the answers stay in the cache."""
-    return a.shape == b.shape and all(
-        same_bytes(a[rows], b[rows]) for rows in pieces(0, len(a), a.shape[1], PANEL_ELEMENTS)
     )

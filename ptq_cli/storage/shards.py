@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
-from ptq_cli.numerics.packing import same_bytes
 from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
 from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes
@@ -137,7 +136,7 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
             _write_all(descriptor, piece, place.offset + start)
             back = np.empty(len(piece), np.uint8)
             count = os.preadv(descriptor, [back.data], place.offset + start)
-            if count < len(piece) or not same_bytes(back, piece):
+            if count < len(piece) or not np.array_equal(back, piece):
                 raise FileError(f"{place.file}: tensor {tensor.spec.name!r} reads back different")
         if durable:
             os.fsync(descriptor)

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import SmoothingCase
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, search_clip, search_scales
+from ptq_cli.methods.awq import SMOOTHER, AwqSettings
+from ptq_cli.numerics.awq import awq_factors, clip, hessian_root, scale_losses, search_clip
 from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.smoothquant import tied
+from ptq_cli.numerics.statistics import SiteAccumulator
 
 ASYM = Grid(4, 16, sym=False, scale_dtype="float32")
 
@@ -60,8 +64,6 @@ def test_factors_are_normalised_as_in_the_paper_s_code():
     np.testing.assert_allclose(factors, raw / np.sqrt(raw.max() * raw.min()), rtol=1e-6)
     assert (awq_factors(absmean, 0.0) == 1).all()
     assert awq_factors(absmean[:0], 0.5).shape == (0,)
-    with pytest.raises(InputError, match="ratio"):
-        awq_factors(absmean, 1.5)
     with pytest.raises(NumericalError, match="NaN"):
         awq_factors(np.array([np.nan]), 0.5)
 
@@ -71,29 +73,36 @@ def test_factors_are_normalised_as_in_the_paper_s_code():
 def test_every_ratio_s_loss_equals_the_slow_twin(rng, n, group_size):
     inputs, weights = site(rng, n)
     grid = Grid(4, group_size, sym=False, scale_dtype="float32")
-    found = search_scales(inputs, weights, grid, n_grid=5)
     absmean = np.abs(inputs).mean(0)
-    expected = [slow_loss(inputs, weights, grid, awq_factors(absmean, i / 5)) for i in range(5)]
-    np.testing.assert_allclose(found.losses, expected, rtol=1e-4)
-    best = int(np.argmin(found.losses))
-    assert found.ratio == best / 5
-    assert found.loss == found.losses[best] <= found.plain_loss == found.losses[0]
-    np.testing.assert_array_equal(found.factors, awq_factors(absmean, best / 5))
+    losses = scale_losses(inputs, weights, grid, absmean, n_grid=5)
+    assert list(losses) == [0, 0.2, 0.4, 0.6, 0.8]
+    expected = [slow_loss(inputs, weights, grid, awq_factors(absmean, r)) for r in losses]
+    np.testing.assert_allclose(list(losses.values()), expected, rtol=1e-4)
 
 
 def test_scaling_spares_loud_channels(rng):
     inputs, weights = site(rng)
     inputs[:, 5] *= 40
-    found = search_scales(inputs, weights, ASYM)
-    assert len(found.losses) == 20
-    assert 0 < found.ratio < 1
-    assert found.loss < 0.5 * found.plain_loss
+    losses = scale_losses(inputs, weights, ASYM, np.abs(inputs).mean(0))
+    assert len(losses) == 20
+    assert min(losses.values()) < 0.5 * losses[0]
 
 
-def test_tied_channels_share_their_mean(rng):
+def test_the_search_gives_the_ratios_that_lose_less_than_none_the_best_first(rng):
     inputs, weights = site(rng)
-    found = search_scales(inputs, weights, ASYM, ties=np.tile(np.arange(24), 2))
-    np.testing.assert_array_equal(found.factors[:24], found.factors[24:])
+    inputs[:, 5] *= 40
+    sums = SiteAccumulator(48, heldout_every=0)
+    sums.update(inputs)
+    statistics = sums.result("site", ("a", "b"))
+    case = SmoothingCase(tuple(weights), statistics, np.tile(np.arange(24), 2), ASYM)
+    found = SMOOTHER.search(case, AwqSettings(n_grid=10))
+    absmean = tied(statistics.absmean, case.ties, "mean")
+    losses = scale_losses(hessian_root(statistics.hessian), weights, ASYM, absmean, 10)
+    better = [ratio for ratio, loss in losses.items() if loss < losses[0]]
+    assert [choice.strength for choice in found] == sorted(better, key=losses.__getitem__)
+    for choice in found:
+        np.testing.assert_array_equal(choice.factors, awq_factors(absmean, choice.strength))
+        np.testing.assert_array_equal(choice.factors[:24], choice.factors[24:])
 
 
 @pytest.mark.parametrize("n", [10, 90])
@@ -140,9 +149,9 @@ def test_the_hessian_s_root_stands_for_the_inputs(rng):
     root = hessian_root(hessian, damp=1e-6)
     np.testing.assert_allclose(root.T @ root / len(root), hessian, rtol=1e-3, atol=1e-3)
     absmean = np.abs(inputs).mean(0)
-    found = search_scales(root, weights, ASYM, n_grid=4, input_absmean=absmean)
-    direct = search_scales(inputs, weights, ASYM, n_grid=4)
-    np.testing.assert_allclose(found.losses, direct.losses, rtol=1e-3)
+    found = scale_losses(root, weights, ASYM, absmean, n_grid=4)
+    direct = scale_losses(inputs, weights, ASYM, absmean, n_grid=4)
+    np.testing.assert_allclose(list(found.values()), list(direct.values()), rtol=1e-3)
     with pytest.raises(NumericalError, match="positive definite"):
         hessian_root(-np.eye(3, dtype=np.float32))
 
@@ -151,14 +160,6 @@ def test_what_makes_no_sense_is_an_error(rng):
     inputs, weights = site(rng)
     with pytest.raises(InputError, match="per tensor"):
         search_clip(inputs, weights[0], Grid(4, 0))
-    with pytest.raises(InputError, match="max_shrink"):
-        search_clip(inputs, weights[0], ASYM, max_shrink=1.0)
-    with pytest.raises(InputError, match="n_grid"):
-        search_scales(inputs, weights, ASYM, n_grid=0)
-    with pytest.raises(InputError, match="in_features 48"):
-        search_scales(inputs[:, :47], weights, ASYM)
-    with pytest.raises(InputError, match="47 channel means"):
-        search_scales(inputs, weights, ASYM, input_absmean=np.ones(47))
     huge = [weight * np.float32(1e7) for weight in weights]
     with pytest.raises(NumericalError, match="no ratio"):
-        search_scales(inputs, huge, Grid(4, 16))
+        scale_losses(inputs, huge, Grid(4, 16), np.abs(inputs).mean(0))

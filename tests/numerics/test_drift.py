@@ -7,7 +7,7 @@ import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.numerics.drift import DriftSum, corrected
-from ptq_cli.numerics.gptq import column_order, make_feedback, visited_starts
+from ptq_cli.numerics.gptq import make_feedback
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import round_to_nearest
 
@@ -22,9 +22,7 @@ def drift_of(exact: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def target(damp: float, strength: float, act_order: str = "none") -> np.ndarray:
-    hessian, grid = INPUTS.T @ INPUTS / len(INPUTS), Grid(4, 4)
-    order = column_order(hessian, act_order, grid)
-    feedback = make_feedback(hessian, damp, order, visited_starts(order, act_order, grid))
+    feedback = make_feedback(INPUTS.T @ INPUTS / len(INPUTS), damp, Grid(4, 4), act_order)
     return corrected(WEIGHT, drift_of(EXACT, INPUTS), feedback, strength)
 
 

@@ -17,9 +17,6 @@ from ptq_cli.numerics.activations import (
     ActivationSettings,
     activation_range,
     quantize_activations,
-    quantize_per_tensor,
-    quantize_per_token,
-    quantize_static,
     rounded_inputs,
     stated,
 )
@@ -29,6 +26,18 @@ from ptq_cli.numerics.integer_matmul import (
     linear_w8a8,
 )
 from ptq_cli.numerics.rounding import round_to_nearest
+
+
+def per_token(inputs, bits=8, percentile=1.0):
+    return quantize_activations(inputs, ActivationSettings(bits, "dynamic-token", percentile))
+
+
+def per_tensor(inputs, bits=8, percentile=1.0):
+    return quantize_activations(inputs, ActivationSettings(bits, "dynamic-tensor", percentile))
+
+
+def static(inputs, scale, bits=8):
+    return quantize_activations(inputs, ActivationSettings(bits, "static", static_scale=scale))
 
 
 def slow_row_codes(row, bits, percentile=1.0):
@@ -64,7 +73,7 @@ def slow_linear(codes, scales, weight: QuantizedWeight, bias=None):
 def test_rows_equal_the_slow_twin(rng, bits, percentile):
     inputs = rng.standard_normal((9, 53)).astype(np.float32)
     inputs[3] = 0
-    rounded = quantize_per_token(inputs, bits, percentile)
+    rounded = per_token(inputs, bits, percentile)
     for row, codes, scale in zip(inputs, rounded.codes, rounded.scales, strict=True):
         expected, step = slow_row_codes(row, bits, percentile)
         assert codes.tolist() == expected
@@ -77,7 +86,7 @@ def test_rows_equal_the_slow_twin(rng, bits, percentile):
 @pytest.mark.parametrize("percentile", [1.0, 0.9])
 def test_a_tensor_is_one_row(rng, bits, percentile):
     inputs = rng.standard_normal((6, 11)).astype(np.float32)
-    rounded = quantize_per_tensor(inputs, bits, percentile)
+    rounded = per_tensor(inputs, bits, percentile)
     expected, step = slow_row_codes(inputs.ravel(), bits, percentile)
     assert rounded.codes.ravel().tolist() == expected
     assert rounded.scales.tolist() == [step]
@@ -98,11 +107,11 @@ def test_the_percentile_is_an_order_statistic(n, percentile, seed):
 
 def test_the_absolute_maximum_becomes_the_largest_code():
     inputs = np.array([[-3.0, 1.6, 0.1], [0.26, 0.5, -0.5]], np.float32)
-    assert quantize_per_token(inputs).codes.tolist() == [[-127, 68, 4], [66, 127, -127]]
-    assert quantize_per_token(inputs, 4).codes.tolist() == [[-7, 4, 0], [4, 7, -7]]
+    assert per_token(inputs).codes.tolist() == [[-127, 68, 4], [66, 127, -127]]
+    assert per_token(inputs, 4).codes.tolist() == [[-7, 4, 0], [4, 7, -7]]
 
 
-@pytest.mark.parametrize("quantize", [quantize_per_token, quantize_per_tensor])
+@pytest.mark.parametrize("quantize", [per_token, per_tensor])
 def test_all_zero_inputs_give_scale_zero_and_zeros(quantize):
     rounded = quantize(np.zeros((3, 5), np.float32))
     assert not rounded.codes.any()
@@ -111,31 +120,31 @@ def test_all_zero_inputs_give_scale_zero_and_zeros(quantize):
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (4, 0), (0, 0)])
-@pytest.mark.parametrize("quantize", [quantize_per_token, quantize_per_tensor])
+@pytest.mark.parametrize("quantize", [per_token, per_tensor])
 def test_empty_inputs_give_empty_codes(quantize, shape):
     assert quantize(np.zeros(shape, np.float32)).codes.shape == shape
 
 
 def test_inputs_too_small_for_a_float32_scale_are_zero():
     tiny = np.full((2, 3), 1e-45, np.float32)
-    rounded = quantize_per_token(tiny)
+    rounded = per_token(tiny)
     assert not rounded.codes.any()
     assert not rounded.scales.any()
 
 
 def test_a_static_scale_clips_and_zero_is_zero():
     inputs = np.array([[-1.0, 0.26, 1000.0, 1e38]], np.float32)
-    assert quantize_static(inputs, 0.5).codes.tolist() == [[-2, 1, 127, 127]]
-    assert quantize_static(inputs, 0.5, 4).codes.tolist() == [[-2, 1, 7, 7]]
-    assert quantize_static(inputs, 1e-30).codes.tolist() == [[-127, 127, 127, 127]]
-    assert quantize_static(inputs, 0.0).codes.tolist() == [[0, 0, 0, 0]]
+    assert static(inputs, 0.5).codes.tolist() == [[-2, 1, 127, 127]]
+    assert static(inputs, 0.5, 4).codes.tolist() == [[-2, 1, 7, 7]]
+    assert static(inputs, 1e-30).codes.tolist() == [[-127, 127, 127, 127]]
+    assert static(inputs, 0.0).codes.tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_dtypes_are_widened(rng, dtype):
     inputs = rng.standard_normal((4, 9)).astype(dtype)
-    wide = quantize_per_token(inputs.astype(np.float64))
-    rounded = quantize_per_token(inputs)
+    wide = per_token(inputs.astype(np.float64))
+    rounded = per_token(inputs)
     np.testing.assert_allclose(rounded.scales, wide.scales, rtol=1e-6)
     assert np.abs(rounded.codes.astype(int) - wide.codes).max() <= 1
 
@@ -185,14 +194,14 @@ def test_asymmetric_inputs_stand_for_what_their_codes_say(rng, per_token):
 
 def test_static_inputs_are_clipped_at_their_codes():
     inputs = np.array([[-3.0, -1.0, 0.0, 0.26, 300.0]])
-    static = Activation(8, sym=False, dynamic=False)
+    activation = Activation(8, sym=False, dynamic=False)
     np.testing.assert_allclose(
-        rounded_inputs(inputs, static, 0.5, 4), [[-2.0, -1.0, 0.0, 0.5, 125.5]]
+        rounded_inputs(inputs, activation, 0.5, 4), [[-2.0, -1.0, 0.0, 0.5, 125.5]]
     )
     with pytest.raises(InputError, match="static activation scale None"):
-        rounded_inputs(inputs, static)
+        rounded_inputs(inputs, activation)
     with pytest.raises(InputError, match="asymmetric"):
-        stated(static, 0.5)
+        stated(activation, 0.5)
 
 
 @pytest.mark.parametrize("k", [0, 1, 1032, 1033, 2500])
@@ -260,7 +269,7 @@ def test_groups_longer_than_a_chunk_equal_the_slow_twin(rng, sym):
     weight = round_to_nearest(
         (rng.standard_normal((3, 2600)) + 0.5).astype(np.float32), Grid(8, 1100, sym)
     )
-    rounded = quantize_per_token(inputs)
+    rounded = per_token(inputs)
     expected = slow_linear(rounded.codes, rounded.scales, weight, np.zeros(3))
     np.testing.assert_allclose(linear_w8a8(inputs, weight), expected, rtol=2e-5, atol=2e-5)
 

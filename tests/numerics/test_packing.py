@@ -12,7 +12,6 @@ from ptq_cli.numerics.packing import (
     pack,
     pack_groups,
     packed_width,
-    same_bytes,
     unpack,
     unpack_groups,
 )
@@ -155,13 +154,3 @@ def test_strips_of_rows_join_without_a_seam(monkeypatch, bits):
     for at_once in (1, 21, 50, 63):
         monkeypatch.setattr(packing, "_ROWS_AT_ONCE", at_once)
         np.testing.assert_array_equal(pack(codes, bits), whole)
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24, 1001])
-def test_bytes_are_compared_to_the_last(size):
-    a = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    assert same_bytes(a, a.copy())
-    for place in {0, size // 2, size - 1} if size else ():
-        b = a.copy()
-        b[place] ^= 1
-        assert not same_bytes(a, b)

@@ -8,21 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_cli.core.grid import Grid
+from ptq_cli.core.plugins import SmoothingCase
 from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.methods.smoothquant import SMOOTHER, SmoothquantSettings
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.rounding import dequantized_nearest, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.smoothquant import (
     ALPHAS,
     EPSILON,
+    alpha_errors,
     channel_importance,
     check_factors,
     function_change,
-    search_alpha,
     smooth_factors,
     tied,
     weights_absmax,
 )
+from ptq_cli.numerics.statistics import SiteAccumulator
 
 W8 = Grid(8, -1, narrow_range=True, scale_dtype="float32")
 TENSOR = ActivationSettings(scheme="dynamic-tensor")
@@ -66,15 +69,7 @@ def test_silent_channels_are_floored():
     assert smooth_factors(np.zeros(0), np.zeros(0), 0.5).shape == (0,)
 
 
-@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
-def test_alpha_out_of_range_is_an_error(alpha):
-    with pytest.raises(InputError, match="alpha"):
-        smooth_factors(np.ones(3), np.ones(3), alpha)
-
-
 def test_statistics_that_do_not_fit_are_errors():
-    with pytest.raises(InputError, match=r"3 channels .* in_features 4"):
-        smooth_factors(np.ones(3), np.ones(4), 0.5)
     with pytest.raises(NumericalError, match="NaN"):
         smooth_factors(np.array([1.0, np.nan]), np.ones(2), 0.5)
     with pytest.raises(InputError, match="in_features 4"):
@@ -120,6 +115,15 @@ def quantized_error(inputs, weights, how, factors=1):
     return change / total
 
 
+def searched(inputs, weights, scheme, ties=None):
+    """What `--alpha auto` chooses; None: no smoothing."""
+    sums = SiteAccumulator(inputs.shape[1], heldout_every=0)
+    sums.update(inputs)
+    case = SmoothingCase(tuple(weights), sums.result("site", ("a", "b")), ties, W8)
+    found = SMOOTHER.search(case, SmoothquantSettings("auto", scheme))
+    return found[0] if found else None
+
+
 def test_loud_channels_are_smoothed_a_hundredfold(rng):
     """The rescaling of the issue: 1 % of the channels 64 times louder, their columns 64 times
     smaller; per-tensor activations."""
@@ -128,9 +132,9 @@ def test_loud_channels_are_smoothed_a_hundredfold(rng):
     inputs, weights = site(rng, 128, 400, loud)
     rng.bit_generator.state = state
     calm_inputs, calm_weights = site(rng, 128, 400)
-    found = search_alpha(inputs[:96], weights, W8, TENSOR)
+    choice = searched(inputs[:96], weights, "dynamic-tensor")
     before = quantized_error(inputs[96:], weights, TENSOR)
-    after = quantized_error(inputs[96:], weights, TENSOR, found.factors)
+    after = quantized_error(inputs[96:], weights, TENSOR, choice.factors)
     calm = quantized_error(calm_inputs[96:], calm_weights, TENSOR)
     assert before > 100 * after
     assert after < 1.5 * calm
@@ -139,35 +143,23 @@ def test_loud_channels_are_smoothed_a_hundredfold(rng):
 @pytest.mark.parametrize("how", [TENSOR, TOKEN])
 def test_the_search_takes_the_best_of_all_alphas(rng, how):
     inputs, weights = site(rng, 32, 48, loud=(1, 30))
-    found = search_alpha(inputs, weights, W8, how)
-    assert [alpha for alpha, _ in found.errors] == list(ALPHAS)
+    errors = alpha_errors(inputs, weights, W8, how)
+    assert list(errors) == [None, *ALPHAS]
     assert ALPHAS[0] == 0
     assert ALPHAS[-1] == 1
     assert len(ALPHAS) == 21
-    assert found.error == min(error for _, error in found.errors) < found.plain_error
     heavy = weights_absmax(weights)
-    for alpha, error in found.errors[::5]:  # made from one half, tried on the other
+    for alpha in ALPHAS[::5]:  # made from one half, tried on the other
         factors = smooth_factors(np.abs(inputs[:16]).max(0), heavy, alpha)
         expected = quantized_error(inputs[16:], weights, how, factors)
-        assert error == pytest.approx(expected, rel=1e-3)
+        assert errors[alpha] == pytest.approx(expected, rel=1e-3)
     plain = quantized_error(inputs[16:], weights, how)
-    assert found.plain_error == pytest.approx(plain, rel=1e-3)
-    final = smooth_factors(np.abs(inputs).max(0), heavy, found.alpha)
-    np.testing.assert_array_equal(found.factors, final)
-    known = search_alpha(inputs, weights, W8, how, input_absmax=np.abs(inputs).max(0) * 2)
-    assert known.errors == found.errors
-    np.testing.assert_allclose(known.factors, final * 2**found.alpha, rtol=1e-6)
-    assert search_alpha(inputs[:1], weights, W8, how).error > 0
-
-
-@pytest.mark.parametrize("group_size", [0, -1, 16, 20])
-@pytest.mark.parametrize("sym", [True, False])
-def test_nearest_is_what_the_codes_say(rng, group_size, sym):
-    weight = rng.standard_normal((7, 48)).astype(np.float32)
-    grid = Grid(4, group_size, sym)
-    expected = round_to_nearest(weight, grid).dequantized()
-    np.testing.assert_array_equal(dequantized_nearest(weight, grid), expected)
-    assert dequantized_nearest(weight[:0], grid).shape == (0, 48)
+    assert errors[None] == pytest.approx(plain, rel=1e-3)
+    choice = searched(inputs, weights, how.scheme)
+    assert errors[choice.strength] == min(errors.values()) < errors[None]
+    final = smooth_factors(np.abs(inputs).max(0), heavy, choice.strength)
+    np.testing.assert_array_equal(choice.factors, final)
+    assert min(alpha_errors(inputs[:1], weights, W8, how).values()) > 0
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):
@@ -177,28 +169,26 @@ def test_no_smoothing_wins_where_it_is_best(rng):
     inputs = rng.integers(-127, 128, (50, 16)).astype(np.float32)
     inputs[:, 0] = 127
     inputs[:, 1:] *= rng.integers(0, 2, (50, 15))
-    found = search_alpha(inputs, weights, W8, TOKEN)
-    assert found.alpha is None
-    assert (found.factors == 1).all()
-    assert found.error == found.plain_error < 1e-12
+    errors = alpha_errors(inputs, weights, W8, TOKEN)
+    assert errors[None] == min(errors.values()) < 1e-12
+    assert searched(inputs, weights, "dynamic-token") is None
 
 
 def test_tied_channels_get_equal_factors(rng):
     inputs, weights = site(rng, 32, 48, loud=(1,))
     ties = np.tile(np.arange(24), 2)
-    found = search_alpha(inputs, weights, W8, TENSOR, ties=ties)
-    assert found.alpha is not None
-    np.testing.assert_array_equal(found.factors[:24], found.factors[24:])
+    choice = searched(inputs, weights, "dynamic-tensor", ties)
+    np.testing.assert_array_equal(choice.factors[:24], choice.factors[24:])
 
 
 def test_a_scale_that_does_not_fit_only_loses(rng):
     inputs, weights = site(rng, 16, 24)
     grid = Grid(8, -1, narrow_range=True)
-    found = search_alpha(inputs, [w * np.float32(2e6) for w in weights], grid, TENSOR)
-    assert np.isfinite(found.error)
-    assert not np.isfinite([error for _, error in found.errors]).all()
+    errors = alpha_errors(inputs, [w * np.float32(2e6) for w in weights], grid, TENSOR)
+    assert np.isfinite(errors[None])
+    assert not np.isfinite(list(errors.values())).all()
     with pytest.raises(NumericalError, match="no smoothing"):
-        search_alpha(inputs, [w * np.float32(1e9) for w in weights], grid, TENSOR, alphas=(1.0,))
+        alpha_errors(inputs, [w * np.float32(1e9) for w in weights], grid, TENSOR, alphas=(1.0,))
 
 
 def test_importance_is_the_loudest_input_times_the_mean_weight(rng):
