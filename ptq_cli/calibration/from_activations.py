@@ -8,24 +8,24 @@ what: one process does all of it in `load`, and run/calibrate.py hands parts and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_file import DIGEST_PIECE, only_entry
-from ptq_cli.calibration.gradients import GradientSite, gradient_files
-from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, halves
+from ptq_cli.calibration.from_file import DIGEST_PIECE
+from ptq_cli.calibration.gradients import GradientSite
+from ptq_cli.calibration.source import Parts, Ranges, Source, halves, only_entry
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
-    HELDOUT_EVERY,
-    HELDOUT_LIMIT,
     NonFiniteInput,
     SiteAccumulator,
-    calibration_tokens,
     merge,
     piece_tokens,
     statistics_memory,
@@ -47,47 +47,27 @@ class ActivationSite:
 class Activations(Source):
     """Folders or files of activations, matched to sites; statistics are made when asked for.
 
-    where: what messages call them; unmatched: what of them fits no linear
+    entries: sites with all their tokens (`sites` counts those that are not held out)
+    missing: linears that have none
     part_tokens: how tokens are cut; the last bits depend on it
     """
 
-    where: str
     entries: Mapping[str, ActivationSite]
-    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    unmatched: tuple[str, ...] = ()
+    heldout: tuple[int, int]
+    missing: Sequence[str] = ()
     gradients: Mapping[str, GradientSite] = field(default_factory=dict)
     part_tokens: int = field(default_factory=lambda: PART_TOKENS)
 
-    @property
-    def name(self) -> str:
-        return self.where
-
-    @property
-    def surplus(self) -> Sequence[str]:
-        return self.unmatched
-
-    @property
-    def files(self) -> Sequence[Path]:
-        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
-        return [*found, *gradient_files(self.gradients)]
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {module: entry.info for module, entry in self.gradients.items()}
+    @cached_property
+    def fingerprints(self) -> Sequence[str]:
+        """Of each site: the headers of its files and a sample of each; the same of gradients."""
+        sites = {(site, entry.info.linears): entry.files for site, entry in self.entries.items()}
+        slopes = {(module, "gradients"): entry.files for module, entry in self.gradients.items()}
+        return [_fingerprint(key, files) for key, files in (*sites.items(), *slopes.items())]
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Stream the module's gradients."""
         return self.gradients[module].load()
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        """Of the tokens, those that are not held out."""
-        return {
-            site: replace(
-                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
-            )
-            for site, entry in self.entries.items()
-        }
 
     def all_parts(self, site: str) -> Parts:
         """The root of the site's tree."""
@@ -126,16 +106,16 @@ class Activations(Source):
         """Of the sites of these modules, read anew; of all where there are no modules."""
         for site, entry in self.entries.items():
             if not modules or not set(entry.info.linears).isdisjoint(modules):
-                yield site, self._absmax(entry)
+                yield site, self._absmax(site)
 
-    def _absmax(self, entry: ActivationSite) -> NDArray[np.float32]:
+    def _absmax(self, site: str) -> NDArray[np.float32]:
         """The largest absolute value of each channel, without a Hessian."""
-        found = np.zeros(entry.info.in_features, np.float32)
-        step = piece_tokens(entry.info.in_features)
-        for file in entry.files:
-            for start in range(0, file.n_tokens, step):
-                tokens = file.read(start, min(file.n_tokens, start + step))
-                np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
+        info = self.entries[site].info
+        found = np.zeros(info.in_features, np.float32)
+        step = piece_tokens(info.in_features)
+        for file, _, start, stop in self._pieces(site, range(info.n_tokens), step):
+            tokens = file.read(start, stop)
+            np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
 
     def n_tokens(self, site: str, parts: Parts) -> int:
@@ -165,7 +145,9 @@ class Activations(Source):
             begin += file.n_tokens
 
     def only(self, site: str) -> Activations:
-        return replace(self, entries=only_entry(self.entries, site))
+        return replace(
+            super().only(site), entries=only_entry(self.entries, site), missing=(), gradients={}
+        )
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         parts = self.all_parts(site) if parts is None else parts
@@ -191,6 +173,15 @@ class Activations(Source):
         width = self.entries[site].info.in_features
         levels = (self.all_parts(site)[1] - 1).bit_length()
         return self.part_memory(site) + (4 * width**2 * (levels + 1) if levels else 0)
+
+
+def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
+    digest = hashlib.sha256(repr(key).encode())
+    for file in files:
+        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
+        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
+            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
+    return digest.hexdigest()
 
 
 def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:

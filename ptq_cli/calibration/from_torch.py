@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
 from ptq_cli.calibration.sites import model_sites
@@ -55,11 +54,7 @@ class Capture:
             if len(shown) == len(rows):
                 rows = rows[shown]
         sums = self._sums.setdefault(site, SiteAccumulator(width, *self.heldout))
-        self._add(site, sums, rows)
-
-    @staticmethod
-    def _add(site: str, sums: SiteAccumulator, rows: NDArray[np.float32]) -> None:
-        step = piece_tokens(sums.in_features)
+        step = piece_tokens(width)
         for start in range(0, len(rows), step):
             try:
                 sums.update(rows[start : start + step])
@@ -106,7 +101,13 @@ def capture(
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
     opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
-    groups = _groups(opened)
+    sites = model_sites(opened).sites
+    linears = [
+        name.removesuffix(".weight")
+        for name, stored in opened.tensors.items()
+        if default_reason(stored.spec) is None
+    ]
+    groups = {group[0]: group for group in group_modules(linears, sites)}
     capture = Capture(groups, (heldout_every, heldout_limit))
 
     def hook(site: str) -> Callable[[Any, Any], None]:
@@ -128,14 +129,3 @@ def capture(
         for handle in handles:
             handle.remove()
     capture.write(target, opened)
-
-
-def _groups(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Sites by their first linear."""
-    sites = model_sites(checkpoint).sites
-    linears = [
-        name.removesuffix(".weight")
-        for name, stored in checkpoint.tensors.items()
-        if default_reason(stored.spec) is None
-    ]
-    return {group[0]: group for group in group_modules(linears, sites)}

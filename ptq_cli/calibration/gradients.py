@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +72,13 @@ def match_gradients(
             continue
         shape = stored.spec.shape
         misfits = [file for file in files if not _fits(file.npy.shape, shape)]
+        n = sum(file.npy.shape[0] for file in files)
         if misfits:
             wrong[module] = (
                 f"{misfits[0].npy.path}: gradients {list(misfits[0].npy.shape)} are neither [n,"
                 f" {', '.join(map(str, shape))}] nor [n, {prod(shape)}]"
             )
-        n = sum(file.npy.shape[0] for file in files)
-        if not misfits and n == 0:
+        elif n == 0:
             wrong[module] = f"{files[0].npy.path}: gradients of no samples"
         sites[module] = GradientSite(FisherInfo(module, shape, n), files)
     if wrong:
@@ -89,7 +88,3 @@ def match_gradients(
 
 def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return shape[1:] in (weight, (prod(weight),)) and prod(weight) > 0
-
-
-def gradient_files(sites: Mapping[str, GradientSite]) -> list[Path]:
-    return [file.npy.path for site in sites.values() for file in site.files]

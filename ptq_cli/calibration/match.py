@@ -2,101 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from ptq_cli.calibration.from_activations import ActivationSite
+from ptq_cli.calibration.from_activations import Activations, ActivationSite, find_activations
+from ptq_cli.calibration.gradients import GradientSite
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.core.names import first_and_others, fold_names
 from ptq_cli.core.statistics import SiteInfo
-from ptq_cli.core.tensors import is_float
+from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason, group_modules
+from ptq_cli.models.sites import Site
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, calibration_tokens
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.npy import InputsFile
 
-
-@dataclass(frozen=True)
-class Match:
-    """Activations matched to sites, and what did not match."""
-
-    entries: Mapping[str, ActivationSite]
-    missing: tuple[str, ...]
-    surplus: tuple[str, ...]
+HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)
 
 
-def match_activations(checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFile, ...]]) -> Match:
-    """Match activations to the linears of a model.
+def match_activations(
+    checkpoint: Checkpoint,
+    folders: Sequence[Path],
+    bf16: bool,
+    heldout: tuple[int, int] = HELDOUT,
+    gradients: Mapping[str, GradientSite] = {},
+) -> Activations:
+    """The activations of `find_activations`, matched to the linears of a model.
 
     A linear has its own file, or shares that of a sibling that sees the same input (q, k, v).
 
     Raises:
         InputError: activations of the wrong width, or without tokens; all such are listed.
     """
+    found = find_activations(folders, bf16)
     weights = {
-        name.removesuffix(".weight"): stored
+        name.removesuffix(".weight"): stored.spec
         for name, stored in checkpoint.tensors.items()
         if name.endswith(".weight") and is_float(stored.spec) and len(stored.spec.shape) == 2
     }
+    entries, missing = _entries(found, weights, model_sites(checkpoint).sites)
+    sites = {
+        site: replace(entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, heldout))
+        for site, entry in entries.items()
+    }
+    read = [entry.files for entry in entries.values()]
+    read += [entry.files for entry in gradients.values()]
+    surplus = [name for name in found if name not in weights]
+    odd = f"{len(surplus)} activations fit no linear of the model: {fold_names(surplus)}"
+    return Activations(
+        entries,
+        heldout,
+        missing,
+        gradients,
+        name=", ".join(map(str, folders)),
+        sites=sites,
+        files=[file.npy.path for files in read for file in files],
+        surplus=surplus,
+        warnings=(odd,) if surplus else (),
+        fisher={module: entry.info for module, entry in gradients.items()},
+    )
+
+
+def _entries(
+    found: Mapping[str, tuple[InputsFile, ...]],
+    weights: Mapping[str, TensorSpec],
+    sites: Sequence[Site],
+) -> tuple[dict[str, ActivationSite], list[str]]:
+    """The files of each site, and the linears that have none."""
     entries: dict[str, ActivationSite] = {}
     missing: list[str] = []
     wrong: dict[str, str] = {}
-    sites = model_sites(checkpoint).sites
     turned = transposed_tensors(sites)
-    widths = {
-        module: stored.spec.shape[0 if stored.spec.name in turned else 1]
-        for module, stored in weights.items()
-    }
     for group in group_modules(weights, sites):
         named = [module for module in group if module in found]
         rest = [module for module in group if module not in found]
         if not named:
-            missing += [m for m in rest if default_reason(weights[m].spec) is None]
-            continue
+            missing += [module for module in rest if default_reason(weights[module]) is None]
         for module in named:
             linears = (module, *(rest if module == named[0] else ()))
             files = found[module]
             info = SiteInfo(module, linears, files[0].in_features, sum(f.n_tokens for f in files))
-            wrong |= _mistakes(info, files, weights, widths)
+            wrong |= _mistakes(info, files[0], weights, turned)
             entries[module] = ActivationSite(info, files)
     if wrong:
         raise InputError(first_and_others(wrong))
-    surplus = tuple(name for name in found if name not in weights)
-    return Match(entries, tuple(missing), surplus)
+    return entries, missing
 
 
 def _mistakes(
-    info: SiteInfo,
-    files: tuple[InputsFile, ...],
-    weights: Mapping[str, Any],
-    widths: Mapping[str, int],
+    info: SiteInfo, file: InputsFile, weights: Mapping[str, TensorSpec], turned: Collection[str]
 ) -> dict[str, str]:
+    """What is wrong with a site, by linear."""
+    path, shape = file.npy.path, list(file.npy.shape)
     if info.n_tokens == 0:
-        shape = list(files[0].npy.shape)
-        return {info.site: f"{files[0].npy.path}: shape {shape} holds no tokens"}
-    found = f"{files[0].npy.path}: {list(files[0].npy.shape)} has in_features {info.in_features}"
-    return {
-        linear: f"{found}, but tensor {linear + '.weight'!r} {list(weights[linear].spec.shape)} has"
-        f" {widths[linear]}"
-        for linear in info.linears
-        if widths[linear] != info.in_features
-    }
+        return {info.site: f"{path}: shape {shape} holds no tokens"}
+    wrong = {}
+    for linear in info.linears:
+        spec = weights[linear]
+        width = spec.shape[0 if spec.name in turned else 1]
+        if width != info.in_features:
+            wrong[linear] = (
+                f"{path}: {shape} has in_features {info.in_features}, but tensor {spec.name!r}"
+                f" {list(spec.shape)} has {width}"
+            )
+    return wrong
 
 
-def match_warnings(match: Match) -> tuple[str, ...]:
-    """A warning about activations that fit no linear."""
-    if not match.surplus:
-        return ()
-    names = fold_names(match.surplus)
-    return (f"{len(match.surplus)} activations fit no linear of the model: {names}",)
-
-
-def missing_error(match: Match, where: str) -> InputError:
+def missing_error(source: Activations) -> InputError:
     """The error for linears without activations; what is surplus is listed with them."""
-    surplus = f"; left over: {fold_names(match.surplus)}" if match.surplus else ""
+    surplus = f"; left over: {fold_names(source.surplus)}" if source.surplus else ""
     return InputError(
-        f"{where}: no activations for {len(match.missing)} linears:"
-        f" {fold_names(match.missing)}{surplus}",
+        f"{source.name}: no activations for {len(source.missing)} linears:"
+        f" {fold_names(source.missing)}{surplus}",
         hint="capture them too, or go on without them with --fallback rtn",
     )

@@ -14,22 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
-from ptq_cli.models.forward.architecture import Architecture
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
+from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
 from ptq_cli.storage.tokens import Tokens
 
 BATCH_TOKENS = 4096
-T = TypeVar("T")
 Read = Callable[[str], Tensor]
 
 
@@ -68,15 +68,21 @@ def threads(
     if memory is not None:
         need = arch.block_memory(max(batch.packing.n_tokens for batch in parts))
         count = min(count, max(1, memory // need))
-    return min(count, len(parts))
+    return max(1, min(count, len(parts)))
 
 
-def side_by_side(n: int, work: Callable[[Batch], T], parts: tuple[Batch, ...]) -> list[T]:
-    """`work` on every batch, `n` at a time; results in order."""
-    if n <= 1:
-        return [work(batch) for batch in parts]
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(work, parts))
+def model_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture that the config.json beside the weights describes.
+
+    Raises:
+        InputError: no config.json, or an architecture without a forward.
+    """
+    if not checkpoint.config:
+        raise InputError(
+            f"{checkpoint.folder}: no config.json, which the forward needs",
+            hint="name the model folder, or bring activations with --activations",
+        )
+    return read_architecture(checkpoint.config, checkpoint.tensors)
 
 
 class Held:
@@ -97,13 +103,11 @@ class Held:
             return self._kept[name]
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return _float32(tensor) if self._float32 else tensor
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, LinearTensor):
-        return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
-    return tensor.astype(np.float32, copy=False)
+        if not self._float32:
+            return tensor
+        if isinstance(tensor, LinearTensor):
+            return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
+        return tensor.astype(np.float32, copy=False)
 
 
 class Stream:
@@ -147,9 +151,9 @@ class Stream:
 
         def work(batch: Batch) -> None:
             state = begin(self.arch, block, weights, rows.read(batch.rows))
-            self.scratch.put(batch.key, _arrays(state))
+            self._keep(batch, state)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         self.block, self.stage = block, 0
 
     def advance(self, rounded: Mapping[str, Tensor]) -> None:
@@ -167,9 +171,9 @@ class Stream:
             if last:
                 rows.write(batch.rows.start, np.asarray(state.hidden, np.float32))
             else:
-                self.scratch.put(batch.key, _arrays(state))
+                self._keep(batch, state)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         self.stage += 1
         if last:
             rows.finish()
@@ -183,9 +187,9 @@ class Stream:
             enter = self._stages(batch)[self.stage].enter
             if enter is not None:
                 state = enter(weights, self.scratch.get(batch.key, "hidden"))
-                self.scratch.put(batch.key, _arrays(state))
+                self._keep(batch, state)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
 
     def look_ahead(self, last: int) -> Scratch:
         """The inputs of the sites of the stage in hand and those after it, up to stage `last`, with
@@ -201,7 +205,7 @@ class Stream:
                 inputs |= state.inputs
             ahead.put(batch.key, {f"inputs/{site}": values for site, values in inputs.items()})
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         return ahead
 
     def cross(self, block: int, source: Rows) -> Rows:
@@ -214,7 +218,7 @@ class Stream:
             hidden = forward_block(self.arch, block, weights, hidden, batch.packing)
             rows.write(batch.rows.start, hidden)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         rows.finish()
         return rows
 
@@ -231,26 +235,28 @@ class Stream:
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing)
 
+    def _in_threads(self, work: Callable[[Batch], None]) -> None:
+        """`work` on every batch, `n_threads` at a time."""
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            for _ in pool.map(work, self.parts):
+                pass  # an error of a thread is raised here
+
+    def _keep(self, batch: Batch, state: State) -> None:
+        """Put a state on the disk, as named arrays."""
+        arrays: dict[str, Array] = {"hidden": state.hidden}
+        arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
+        if state.routing is not None:
+            arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}
+            arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
+        self.scratch.put(batch.key, arrays)
+
     def _state(self, batch: Batch) -> State:
-        key = batch.key
-        arrays = {name: self.scratch.get(key, name) for name in self.scratch.names(key)}
-        return _state(arrays)
-
-
-def _arrays(state: State) -> dict[str, Array]:
-    """A state as named arrays."""
-    arrays: dict[str, Array] = {"hidden": state.hidden}
-    arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
-    if state.routing is not None:
-        arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}
-        arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
-    return arrays
-
-
-def _state(arrays: Mapping[str, Array]) -> State:
-    def part(kind: str) -> dict[str, Array]:
-        return {n.partition("/")[2]: a for n, a in arrays.items() if n.startswith(f"{kind}/")}
-
-    rows, share = part("rows"), part("share")
-    routing = Routing(tuple(rows.values()), tuple(share.values())) if rows else None
-    return State(arrays["hidden"], part("inputs"), routing)
+        """The state that was kept."""
+        arrays: dict[str, dict[str, Array]] = {}
+        for name in self.scratch.names(batch.key):
+            kind, _, rest = name.partition("/")
+            arrays.setdefault(kind, {})[rest] = self.scratch.get(batch.key, name)
+        routing = None
+        if "rows" in arrays:
+            routing = Routing(tuple(arrays["rows"].values()), tuple(arrays["share"].values()))
+        return State(arrays["hidden"][""], arrays.get("inputs", {}), routing)

@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.find import (
-    AnyPath,
-    activations_fingerprint,
-    calibration_of,
-    gradients_fingerprint,
-)
-from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.from_file import Merged, beside, open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.find import AnyPath, calibration_of
+from ptq_cli.calibration.from_activations import find_activations
+from ptq_cli.calibration.from_file import beside, merge_calibrations, open_calibration
+from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.gradients import match_gradients
-from ptq_cli.calibration.match import match_activations, match_warnings, missing_error
+from ptq_cli.calibration.match import match_activations, missing_error
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Forward
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.progress import Listener
@@ -143,10 +137,8 @@ def default_target(checkpoint: Checkpoint) -> Path:
 
 def prepare_merge(checkpoint: Checkpoint, paths: Sequence[Path], output: Path) -> CalibrateJob:
     """Statistics files into one; tokens were held out as the first of them says."""
-    files = tuple(calibration_of(checkpoint, path) for path in paths)
-    heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
-    fingerprints = [file.checkpoint.fingerprint for file in files]
-    return CalibrateJob(checkpoint, Merged(files), heldout, fingerprints, (), output)
+    source = merge_calibrations(tuple(calibration_of(checkpoint, path) for path in paths))
+    return CalibrateJob(checkpoint, source, source.heldout, source.fingerprints, (), output)
 
 
 def prepare_tokens(
@@ -154,8 +146,8 @@ def prepare_tokens(
 ) -> CalibrateJob:
     """What the float model computes on tokens."""
     tokens = read_tokens(settings, checkpoint)
-    source = TokenSource(Forward(checkpoint, tokens, heldout))
-    prints = [source.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
+    source = token_source(checkpoint, tokens, heldout)
+    prints = [*source.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
     return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
 
 
@@ -169,22 +161,19 @@ def prepare_activations(
     folders = list(settings.activations)
     if not folders and (not slopes or beside(checkpoint)[1] is not None):
         folders = [_activations_beside(checkpoint)]
-    match = match_activations(checkpoint, find_activations(folders, settings.bf16))
+    source = match_activations(checkpoint, folders, settings.bf16, settings.heldout, slopes)
     alone = bool(slopes) and not folders
-    name = ", ".join(map(str, folders))
-    if ((match.missing and settings.missing == "error") or not match.entries) and not alone:
-        raise missing_error(match, name)
-    source = Activations(name, match.entries, settings.heldout, gradients=slopes)
+    if ((source.missing and settings.missing == "error") or not source.entries) and not alone:
+        raise missing_error(source)
     infos = source.sites.values()
     few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])
-    warnings = [*match_warnings(match), *few]
-    if match.missing:
+    warnings = [*source.warnings, *few]
+    if source.missing:
         warnings.append(
-            f"no activations for {len(match.missing)} linears: {fold_names(match.missing)}"
+            f"no activations for {len(source.missing)} linears: {fold_names(source.missing)}"
         )
-    fingerprints = activations_fingerprint(match) + gradients_fingerprint(slopes)
-    heldout = settings.heldout
-    return CalibrateJob(checkpoint, source, heldout, fingerprints, tuple(warnings), output)
+    heldout, prints = settings.heldout, source.fingerprints
+    return CalibrateJob(checkpoint, source, heldout, prints, tuple(warnings), output)
 
 
 def _activations_beside(checkpoint: Checkpoint) -> Path:

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Forward
 from ptq_cli.core.layer import Layer, Plan
 from ptq_cli.core.plugins import ELEMENTWISE, Method
 from ptq_cli.evaluation.errors import Sides, layer_memory
@@ -145,7 +144,7 @@ def estimate_quantization(job: Quantization, target: Target, resources: Resource
 def _workers(resources: Resources, most: int, source: Source | None) -> Workers:
     """Those of a run. most: how many processes are worth it. Raises InputError: no such cluster."""
     memory = resources.memory
-    if source is not None and source.in_sequence:
+    if isinstance(source, TokenSource):
         beside = source.memory(resources.workers, resources.max_memory)
         return Workers(resources.crew_for(cores()), memory, True, beside)
     if resources.scheduler is not None:
@@ -214,11 +213,11 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
     effort = 2 * rounding_effort(layers.values(), source is not None) + statistics_effort(source)
     count, scratch = 1, 0
     if tokens is not None:
-        forward, n_tokens = Forward(sides.original, tokens, (0, 0)), int(tokens.mask.sum())
-        stream, arch = TokenSource(forward), forward.arch
+        stream, n_tokens = token_source(sides.original, tokens, (0, 0)), int(tokens.mask.sum())
+        arch = stream.arch
         pieces.append(Piece("forward", [], n_tokens, stream.memory(None, None)))
         versions = 3 + (len(arch.blocks) if per_block else 0)
-        count, scratch = cores(), versions * forward.residual_bytes
+        count, scratch = cores(), versions * stream.residual_bytes
         effort = count * effort + versions * statistics_effort(stream)
         effort += versions * n_tokens * arch.vocab_size * arch.hidden_size
     workers = Workers(count, memory_available(), True)

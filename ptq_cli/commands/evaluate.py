@@ -57,7 +57,7 @@ def prepare_evaluation(
     """Open both sides; see `api.evaluate`."""
     checkpoint = open_float(Path(original))
     folder = open_quantized(Path(quantized))
-    statistics = find_source(checkpoint, source).statistics
+    statistics = find_source(checkpoint, source)
     if activation is not None and statistics is None:
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",

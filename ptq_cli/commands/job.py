@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.find import FoundSource
+from ptq_cli.calibration.source import Source
 from ptq_cli.commands.check import runtime_warnings
 from ptq_cli.commands.estimate import Estimate
 from ptq_cli.core.layer import Plan
@@ -36,7 +36,7 @@ class Job:
     command: str
     plan: Plan
     checkpoint: Checkpoint
-    source: FoundSource
+    source: Source | None
     output: Path
     identity: Mapping[str, Any]
     start: Callable[[Staging, RunOptions], RunReport]
@@ -59,8 +59,8 @@ class Job:
             "config": self.checkpoint.config,
         }
         keep = [*self.checkpoint.files, self.checkpoint.weights]
-        if self.source.statistics is not None:
-            keep += self.source.statistics.files
+        if self.source is not None:
+            keep += self.source.files
         beside = companions(self.checkpoint, format_named(self.plan.format))
         return Target(self.output, job, force, restart, keep, beside)
 
@@ -109,18 +109,19 @@ class Job:
         ]
 
 
-def fingerprints(checkpoint: Checkpoint, source: FoundSource) -> dict[str, str]:
+def fingerprints(checkpoint: Checkpoint, source: Source | None) -> dict[str, str]:
     """Of what is read."""
     inputs = {"model": checkpoint.fingerprint}
-    return inputs if source.fingerprint is None else inputs | {"calibration": source.fingerprint}
+    return inputs if source is None else inputs | {"calibration": " ".join(source.fingerprints)}
 
 
 def with_warnings(
-    plan: Plan, checkpoint: Checkpoint, source: FoundSource, runtime: str | None, *more: str
+    plan: Plan, checkpoint: Checkpoint, source: Source | None, runtime: str | None, *more: str
 ) -> Plan:
     """A plan with the warnings of its source, and of what a runtime could not load."""
+    odd = () if source is None else source.warnings
     said = runtime_warnings(plan, checkpoint, runtime)
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings, *more, *said))
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *odd, *more, *said))
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.commands.repack import prepare_repack
@@ -47,7 +47,7 @@ def prepare(
     settings = make_settings(GridSettings, given, values)
     own = make_settings(how.settings, given, values)
     checkpoint = open_float(Path(model))
-    found = FoundSource(None)
+    found = None
     if not packs:
         found = find_source(checkpoint, source, correct=how.corrects_drift(own))
     plan = make_plan(
@@ -56,18 +56,18 @@ def prepare(
         settings,
         own,
         format_named(settings.format),
-        found.statistics,
+        found,
         missing=fallback,
         activation=SCHEME_INPUTS.get(settings.scheme),
     )
-    facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
+    facts = {"calibration": found is not None, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = with_warnings(plan, checkpoint, found, runtime)
     work = Quantization(
         command=command,
         plan=plan,
         checkpoint=checkpoint,
-        source=found.statistics,
+        source=found,
         rounding=Rounding(how.name, own, settings.format, fallback),
         inputs=fingerprints(checkpoint, found),
     )

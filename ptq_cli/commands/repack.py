@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import AnyPath, FoundSource
+from ptq_cli.calibration.find import AnyPath
 from ptq_cli.commands.estimate import estimate_repack
 from ptq_cli.commands.job import Job, fingerprints, with_warnings
 from ptq_cli.errors import InputError
@@ -41,13 +41,11 @@ def prepare_repack(
 
     def job(*, trial: bool) -> Job:
         repack = plan_repack(folder, format_named(settings.format), settings, trial=trial)
-        plan = with_warnings(repack.plan, folder.checkpoint, FoundSource(None), runtime)
+        plan = with_warnings(repack.plan, folder.checkpoint, None, runtime)
         repack = dataclasses.replace(repack, plan=plan)
-        start = partial(run_repack, repack, fingerprints(folder.checkpoint, FoundSource(None)))
+        start = partial(run_repack, repack, fingerprints(folder.checkpoint, None))
         look, identity = partial(estimate_repack, repack), {"command": "repack"}
-        return Job(
-            "pack", plan, folder.checkpoint, FoundSource(None), target, identity, start, look
-        )
+        return Job("pack", plan, folder.checkpoint, None, target, identity, start, look)
 
     glance = job(trial=False)
     return glance if glance.target().complete() else job(trial=True)

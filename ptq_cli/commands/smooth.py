@@ -9,15 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import (
-    BESIDE,
-    HELDOUT,
-    AnyPath,
-    FoundSource,
-    SourceSettings,
-    find_source,
-)
+from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
+from ptq_cli.calibration.match import HELDOUT
 from ptq_cli.calibration.sites import model_sites
+from ptq_cli.calibration.source import Source
 from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation
@@ -122,7 +117,7 @@ def prepare_smoothing(
         command=command,
         plan=plan,
         checkpoint=checkpoint,
-        source=found.statistics,
+        source=found,
         rounding=Rounding(told.rounder.name, told.rounding, told.grid.format),
         inputs=fingerprints(checkpoint, found),
         smoothing=Smoothing(_settling(told, checkpoint, rounded), sites.sites, HELDOUT),
@@ -162,18 +157,17 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
     return _Settings(how, grid, own, rounder, rounding, floats)
 
 
-def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites: Sites) -> Plan:
+def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sites: Sites) -> Plan:
     """The plan of the rounding after the smoothing."""
-    statistics = found.statistics
-    if statistics is not None and statistics.feedback:
-        place_groups(sites.sites, statistics.places)  # refuses what has no sequence
+    if source is not None and source.feedback:
+        place_groups(sites.sites, source.places)  # refuses what has no sequence
     plan = make_plan(
         checkpoint,
         told.rounder,
         told.grid,
         told.rounding,
         format_named(told.grid.format),
-        statistics,
+        source,
         activation=told.activation,
     )
     _check_static(told.inputs, plan)

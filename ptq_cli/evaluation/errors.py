@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.source import Source, smoothed_source
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody

@@ -20,8 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.stream import Batch, Held, Read, Stream, batches, threads
-from ptq_cli.calibration.streams import model_architecture
+from ptq_cli.calibration.stream import (
+    Batch,
+    Held,
+    Read,
+    Stream,
+    batches,
+    model_architecture,
+    threads,
+)
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import is_symmetric

@@ -10,8 +10,9 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.from_file import file_content
+from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import NoTokens, Streams
+from ptq_cli.calibration.streams import NoTokens, Streams, open_streams
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
@@ -91,7 +92,9 @@ def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Res
     staging.check_space(size, size, source.scratch)
     efforts = {site: _effort(info, info.n_tokens) for site, info in source.sites.items()}
     work, total = 0, sum(efforts.values())
-    streams = source.streams(staging.folder / "stream", resources.workers, resources.max_memory)
+    assert isinstance(source, TokenSource)  # it is one in sequence
+    work_folder = staging.folder / "stream"
+    streams = open_streams(source, work_folder, resources.workers, resources.max_memory)
     missing = [site for site in source.sites if not staging.finished(site)]
     if missing:
         streams.enter(streams.place(missing[0]).block)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from ptq_cli.calibration.streams import NoTokens, Streams
+from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.streams import NoTokens, Streams, open_streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import PtqError
@@ -26,13 +27,12 @@ from ptq_cli.storage.machine import cores
 def quantize_in_sequence(work: Work) -> None:
     """What an interrupted run has finished is taken over; then the blocks, and what is in none."""
     source, resources = work.source, work.options.resources
-    assert source is not None  # it is one in sequence
+    assert isinstance(source, TokenSource)  # it is one in sequence
     smoothing = work.job.smoothing
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
     missing = [unit for unit in work.plan.units if not _take_over(work, unit)]
-    streams = source.streams(
-        work.staging.folder / "stream", resources.workers, resources.max_memory, work.checkpoint
-    )
+    folder, memory = work.staging.folder / "stream", resources.max_memory
+    streams = open_streams(source, folder, resources.workers, memory, work.checkpoint)
     with use_threads(resources.crew_for(cores())):
         if smooth is not None:
             streams.divisors = smooth.divisors

@@ -24,8 +24,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.source import Source, smoothed_source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
 from ptq_cli.report.report import make_report

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.streams import Streams, model_architecture
+from ptq_cli.calibration.stream import model_architecture
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.commands import api
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.core.progress import Progress
@@ -129,8 +130,8 @@ def test_parallel_layers_is_calibrate_then_gptq(tmp_path: Path) -> None:
 def test_strength_zero_needs_no_float_stream(tmp_path: Path) -> None:
     source = SourceSettings(tokens=SETTINGS)
     job = prepare("gptq", SAMPLE, {"drift": 0.0}, source=source, output=tmp_path / "out")
-    assert isinstance(job.source.statistics, TokenSource)
-    assert not job.source.statistics.correct
+    assert isinstance(job.source, TokenSource)
+    assert not job.source.drifts
 
 
 @pytest.fixture(scope="module")
