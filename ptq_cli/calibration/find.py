@@ -11,7 +11,7 @@ from typing import Any
 
 from ptq_cli.calibration.from_file import CalibrationFile, beside, open_calibration
 from ptq_cli.calibration.from_tokens import token_source
-from ptq_cli.calibration.match import HELDOUT, match_activations
+from ptq_cli.calibration.sites import HELDOUT, match_activations
 from ptq_cli.calibration.source import Source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint

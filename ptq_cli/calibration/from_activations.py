@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import DIGEST_PIECE
-from ptq_cli.calibration.gradients import GradientSite
+from ptq_cli.calibration.gradients import InputsFiles, fisher_information
 from ptq_cli.calibration.source import Parts, Ranges, Source, halves, only_entry
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
     NonFiniteInput,
@@ -38,42 +38,40 @@ PART_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
-class ActivationSite:
-    info: SiteInfo
-    files: tuple[InputsFile, ...]
-
-
-@dataclass(frozen=True)
 class Activations(Source):
     """Folders or files of activations, matched to sites; statistics are made when asked for.
 
-    entries: sites with all their tokens (`sites` counts those that are not held out)
+    inputs: the files of each site (`sites` counts the tokens that are not held out)
     missing: linears that have none
+    gradients: the files of each module of `fisher`
     part_tokens: how tokens are cut; the last bits depend on it
     """
 
-    entries: Mapping[str, ActivationSite]
+    inputs: Mapping[str, InputsFiles]
     heldout: tuple[int, int]
     missing: Sequence[str] = ()
-    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
+    gradients: Mapping[str, InputsFiles] = field(default_factory=dict)
     part_tokens: int = field(default_factory=lambda: PART_TOKENS)
 
     @cached_property
     def fingerprints(self) -> Sequence[str]:
         """Of each site: the headers of its files and a sample of each; the same of gradients."""
-        sites = {(site, entry.info.linears): entry.files for site, entry in self.entries.items()}
-        slopes = {(module, "gradients"): entry.files for module, entry in self.gradients.items()}
-        return [_fingerprint(key, files) for key, files in (*sites.items(), *slopes.items())]
+        found = [
+            _fingerprint((site, self.sites[site].linears), files)
+            for site, files in self.inputs.items()
+        ]
+        slopes = self.gradients.items()
+        return found + [_fingerprint((module, "gradients"), files) for module, files in slopes]
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Stream the module's gradients."""
-        return self.gradients[module].load()
+        return fisher_information(self.fisher[module], self.gradients[module])
 
     def all_parts(self, site: str) -> Parts:
         """The root of the site's tree."""
         if self.heldout[0] == 1:  # a part could be held out as a whole
             return 0, 1
-        tokens = self.entries[site].info.n_tokens
+        tokens = self._n_seen(site)
         return 0, max(1, (tokens + self.part_tokens // 2) // self.part_tokens)
 
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
@@ -82,11 +80,11 @@ class Activations(Source):
         if parts[1] - parts[0] > 1:
             left, right = (self.load(site, half) for half in halves(parts))
             return self.merged(left, right)
-        info = self.entries[site].info
+        info, n_seen = self.sites[site], self._n_seen(site)
         part = self.tokens(site, parts)
-        whole = len(part) == info.n_tokens
+        whole = len(part) == n_seen
         sums = SiteAccumulator(
-            info.in_features, *self.heldout, part.start, None if whole else info.n_tokens
+            info.in_features, *self.heldout, part.start, None if whole else n_seen
         )
         for file, begin, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
             try:
@@ -104,22 +102,22 @@ class Activations(Source):
 
     def ranges(self, modules: Collection[str]) -> Ranges:
         """Of the sites of these modules, read anew; of all where there are no modules."""
-        for site, entry in self.entries.items():
-            if not modules or not set(entry.info.linears).isdisjoint(modules):
+        for site, info in self.sites.items():
+            if not modules or not set(info.linears).isdisjoint(modules):
                 yield site, self._absmax(site)
 
     def _absmax(self, site: str) -> NDArray[np.float32]:
         """The largest absolute value of each channel, without a Hessian."""
-        info = self.entries[site].info
-        found = np.zeros(info.in_features, np.float32)
-        step = piece_tokens(info.in_features)
-        for file, _, start, stop in self._pieces(site, range(info.n_tokens), step):
+        width = self.sites[site].in_features
+        found, everything = np.zeros(width, np.float32), range(self._n_seen(site))
+        for file, _, start, stop in self._pieces(site, everything, piece_tokens(width)):
             tokens = file.read(start, stop)
             np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
 
-    def n_tokens(self, site: str, parts: Parts) -> int:
-        return len(self.tokens(site, parts))
+    def _n_seen(self, site: str) -> int:
+        """All tokens, held out or not."""
+        return sum(file.n_tokens for file in self.inputs[site])
 
     def bytes_read(self, site: str) -> int:
         """The inputs, taken for two bytes each."""
@@ -128,8 +126,8 @@ class Activations(Source):
 
     def tokens(self, site: str, parts: Parts) -> range:
         """The tokens of a node."""
-        total, last = self.entries[site].info.n_tokens, self.all_parts(site)[1]
-        stop = total if parts[1] == last else parts[1] * self.part_tokens
+        last = parts[1] == self.all_parts(site)[1]
+        stop = self._n_seen(site) if last else parts[1] * self.part_tokens
         return range(parts[0] * self.part_tokens, stop)
 
     def _pieces(
@@ -137,7 +135,7 @@ class Activations(Source):
     ) -> Iterator[tuple[InputsFile, int, int, int]]:
         """(file, the site's token at its begin, first and last token to read of it), in order."""
         begin = 0
-        for file in self.entries[site].files:
+        for file in self.inputs[site]:
             first = max(0, tokens.start - begin)
             last = min(file.n_tokens, tokens.stop - begin)
             for start in range(first, last, step):
@@ -145,17 +143,16 @@ class Activations(Source):
             begin += file.n_tokens
 
     def only(self, site: str) -> Activations:
-        return replace(
-            super().only(site), entries=only_entry(self.entries, site), missing=(), gradients={}
-        )
+        own = only_entry(self.inputs, site)
+        return replace(super().only(site), inputs=own, missing=(), gradients={})
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         parts = self.all_parts(site) if parts is None else parts
         if parts[1] - parts[0] > 1:
             return digest_words(*(self.digest(site, half) for half in halves(parts)))
-        info, part = self.entries[site].info, self.tokens(site, parts)
-        digest = Digest(repr((info, self.heldout, part)))
-        itemsize = max(file.npy.dtype.itemsize for file in self.entries[site].files)
+        info, part = self.sites[site], self.tokens(site, parts)
+        digest = Digest(repr((info, self._n_seen(site), self.heldout, part)))
+        itemsize = max(file.npy.dtype.itemsize for file in self.inputs[site])
         step = DIGEST_PIECE // max(1, info.in_features * itemsize) or 1
         for file, _, start, stop in self._pieces(site, part, step):
             digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
@@ -166,11 +163,11 @@ class Activations(Source):
         ordered by it keep its parts together, and few sites are in parts at a time."""
         last = self.all_parts(site)[1]
         longest = max(len(self.tokens(site, part)) for part in ((0, 1), (last - 1, last)))
-        return statistics_memory(self.entries[site].info.in_features, longest)
+        return statistics_memory(self.sites[site].in_features, longest)
 
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""
-        width = self.entries[site].info.in_features
+        width = self.sites[site].in_features
         levels = (self.all_parts(site)[1] - 1).bit_length()
         return self.part_memory(site) + (4 * width**2 * (levels + 1) if levels else 0)
 
@@ -184,7 +181,7 @@ def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
     return digest.hexdigest()
 
 
-def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
+def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, InputsFiles]:
     """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
 
     paths: folders that hold those, or the files themselves; what several of them hold of one

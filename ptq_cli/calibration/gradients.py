@@ -8,7 +8,6 @@ counts as one file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -24,46 +23,44 @@ from ptq_cli.storage.npy import InputsFile
 _PIECE = 1 << 22  # gradients squared at a time
 
 
-@dataclass(frozen=True)
-class GradientSite:
-    info: FisherInfo
-    files: tuple[InputsFile, ...]
+InputsFiles = tuple[InputsFile, ...]
 
-    def load(self) -> NDArray[np.float32]:
-        """`mean_n g²`, float32 in the shape of the tensor, summed in float64.
 
-        Raises:
-            InputError: NaN or inf, with file and sample.
-        """
-        size = prod(self.info.shape)
-        total = np.zeros(size, np.float64)
-        for file in self.files:
-            rows = size // file.in_features  # of the file's rows, in one sample
-            step = max(1, min(rows, _PIECE // file.in_features))
-            for start in range(0, file.n_tokens, rows):
-                for row in range(0, rows, step):
-                    stop = min(rows, row + step)
-                    piece = file.read(start + row, start + stop).astype(np.float64).ravel()
-                    if not np.isfinite(piece).all():
-                        raise InputError(
-                            f"{file.npy.path}: NaN or inf in sample {start // rows}",
-                            hint="take the gradients again",
-                        )
-                    first = row * file.in_features
-                    total[first : first + len(piece)] += piece * piece
-        total /= self.info.n_samples
-        return total.astype(np.float32).reshape(self.info.shape)
+def fisher_information(info: FisherInfo, files: InputsFiles) -> NDArray[np.float32]:
+    """`mean_n g²`, float32 in the shape of the tensor, summed in float64.
+
+    Raises:
+        InputError: NaN or inf, with file and sample.
+    """
+    size = prod(info.shape)
+    total = np.zeros(size, np.float64)
+    for file in files:
+        rows = size // file.in_features  # of the file's rows, in one sample
+        step = max(1, min(rows, _PIECE // file.in_features))
+        for start in range(0, file.n_tokens, rows):
+            for row in range(0, rows, step):
+                stop = min(rows, row + step)
+                piece = file.read(start + row, start + stop).astype(np.float64).ravel()
+                if not np.isfinite(piece).all():
+                    raise InputError(
+                        f"{file.npy.path}: NaN or inf in sample {start // rows}",
+                        hint="take the gradients again",
+                    )
+                first = row * file.in_features
+                total[first : first + len(piece)] += piece * piece
+    total /= info.n_samples
+    return total.astype(np.float32).reshape(info.shape)
 
 
 def match_gradients(
-    checkpoint: Checkpoint, found: Mapping[str, tuple[InputsFile, ...]]
-) -> dict[str, GradientSite]:
-    """Gradients by module.
+    checkpoint: Checkpoint, found: Mapping[str, InputsFiles]
+) -> dict[str, FisherInfo]:
+    """What gradients tell, by module.
 
     Raises:
         InputError: gradients that fit no weight; all such are listed.
     """
-    sites: dict[str, GradientSite] = {}
+    result: dict[str, FisherInfo] = {}
     wrong: dict[str, str] = {}
     for module, files in found.items():
         stored = checkpoint.tensors.get(f"{module}.weight")
@@ -80,10 +77,10 @@ def match_gradients(
             )
         elif n == 0:
             wrong[module] = f"{files[0].npy.path}: gradients of no samples"
-        sites[module] = GradientSite(FisherInfo(module, shape, n), files)
+        result[module] = FisherInfo(module, shape, n)
     if wrong:
         raise InputError(first_and_others(wrong))
-    return sites
+    return result
 
 
 def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -110,10 +110,6 @@ class Source:
         """Statistics of two neighbouring parts as one."""
         raise NotImplementedError(f"{self.name}: has no parts")
 
-    def n_tokens(self, site: str, parts: Parts) -> int:
-        """Tokens of some of its parts."""
-        return self.sites[site].n_tokens
-
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most."""
         raise NotImplementedError
@@ -173,6 +169,9 @@ class SmoothedSource(Source):
     def load_memory(self, site: str) -> int:
         """Another Hessian to fold."""
         return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
+
+    def bytes_read(self, site: str) -> int:
+        return self.base.bytes_read(site)
 
     def only(self, site: str) -> SmoothedSource:
         linears = self.sites[site].linears if site in self.sites else ()

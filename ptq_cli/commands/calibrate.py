@@ -13,8 +13,7 @@ from ptq_cli.calibration.find import AnyPath, calibration_of
 from ptq_cli.calibration.from_activations import find_activations
 from ptq_cli.calibration.from_file import beside, merge_calibrations, open_calibration
 from ptq_cli.calibration.from_tokens import token_source
-from ptq_cli.calibration.gradients import match_gradients
-from ptq_cli.calibration.match import match_activations, missing_error
+from ptq_cli.calibration.sites import match_activations, missing_error
 from ptq_cli.calibration.source import Source
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
@@ -155,7 +154,7 @@ def prepare_activations(
     checkpoint: Checkpoint, settings: CalibrationSettings, output: Path
 ) -> CalibrateJob:
     """Activations, as named or beside the model, and gradients."""
-    slopes = match_gradients(checkpoint, find_activations(settings.gradients, settings.bf16))
+    slopes = find_activations(settings.gradients, settings.bf16)
     if settings.gradients and not slopes:
         raise InputError(f"{settings.gradients[0]}: no gradients <module>.npy in it")
     folders = list(settings.activations)
@@ -163,7 +162,7 @@ def prepare_activations(
         folders = [_activations_beside(checkpoint)]
     source = match_activations(checkpoint, folders, settings.bf16, settings.heldout, slopes)
     alone = bool(slopes) and not folders
-    if ((source.missing and settings.missing == "error") or not source.entries) and not alone:
+    if ((source.missing and settings.missing == "error") or not source.sites) and not alone:
         raise missing_error(source)
     infos = source.sites.values()
     few = few_tokens([(info.site, info.n_tokens, info.in_features) for info in infos])

@@ -14,22 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.source import Source, smoothed_source
+from ptq_cli.calibration.source import SmoothedSource, Source, smoothed_source
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
 from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
-from ptq_cli.numerics.output_errors import Measures, measure, output_errors
+from ptq_cli.numerics.output_errors import measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
+from ptq_cli.run.nearest import inputs_of
 from ptq_cli.run.quantize_unit import dead_columns, error_columns, layer_columns
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
@@ -38,18 +38,18 @@ from ptq_cli.storage.folder import QuantizedFolder, container_of
 
 @dataclass(frozen=True)
 class Sides:
-    """The original and what was quantized, with the statistics of each one's inputs.
+    """The original and what was quantized.
 
-    smoothed, smoothed_source: the original with the folds of the quantized folder, which are those
-        of `folds_between`; the same as original and source where it has none
+    smoothed: the original with the folds of the quantized folder, which are those of
+        `folds_between`
+    source: statistics of its inputs; their `base`, of the original's
     activations: how inputs are rounded to integers too, or None
     """
 
     original: Checkpoint
-    source: Source | None
     quantized: QuantizedFolder
     smoothed: Checkpoint
-    smoothed_source: Source | None
+    source: SmoothedSource | None
     activations: ActivationSettings | None = None
 
 
@@ -61,26 +61,20 @@ def open_sides(
 ) -> Sides:
     """Fold the original as the quantized folder says.
 
+    activations: of what has statistics
+
     Raises:
-        InputError: the two do not belong together; activations need statistics and there are none.
+        InputError: the two do not belong together.
     """
     check_same_model(original, quantized)
-    if activations is not None and source is None:
-        raise InputError(
-            f"{original.path}: --activation-scheme needs inputs, and there is no calibration",
-            hint="--calibration FILE or --activations DIR",
-        )
     folds = folds_between(original.folder, quantized.checkpoint.folder)
     for site, _ in folds:
         absent = [name for name in site.tensors if name not in original.tensors]
         if absent:
             raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
-    if not folds:
-        return Sides(original, source, quantized, original, source, activations)
+    smoothed = folded_checkpoint(original, folds)
     behind = None if source is None else smoothed_source(source, folds)
-    return Sides(
-        original, source, quantized, folded_checkpoint(original, folds), behind, activations
-    )
+    return Sides(original, quantized, smoothed, behind, activations)
 
 
 def layer_memory(layer: Layer, n_tokens: int) -> int:
@@ -105,10 +99,11 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     with threadpool_limits(1):
         for layer in quantized.layers.values():
             site = site_of.get(layer.module)
-            if site is None or source is None or sides.smoothed_source is None:
+            if site is None or source is None:
                 loaded = None
             elif loaded is None or loaded[0].site != site:
-                loaded = source.load(site), sides.smoothed_source.load(site)
+                before = source.base.load(site)
+                loaded = before, source.fold(before)
             rows.append(_row(layer, sides, loaded))
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
@@ -117,13 +112,13 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
         for name in quantized.untouched()
         for spec in (quantized.checkpoint.tensors[name].spec,)
     )
-    before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
-    after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
+    bytes_before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
+    bytes_after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
     return RunReport(
         command="eval",
         rows=tuple(rows),
         skipped=skipped,
-        totals=totals(rows, skipped, before, after, time.perf_counter() - begin),
+        totals=totals(rows, skipped, bytes_before, bytes_after, time.perf_counter() - begin),
         warnings=tuple(_warnings(different, missing, quantized, source, site_of)),
         settings={"format": quantized.fmt.name},
     )
@@ -180,11 +175,11 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     before, statistics = loaded or (None, None)
     rounded = sides.quantized.load(layer.module)
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
-    measures = _measure_on(folded, rounded, statistics, scale)
+    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
+    weight = sides.original.weight(layer)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
-    unsmoothed = sides.original.weight(layer)
-    plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
-    rtn = _measure_on(unsmoothed, plain, before)
+    plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
+    rtn = measure(weight, plain, **inputs_of(before))
     same = np.array_equal(plain.codes, rounded.codes)
     return LayerReport(
         sym=sym,
@@ -204,17 +199,6 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
 def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
     """Some layouts do not say that a grid is symmetric; its zeros do."""
     return bool((rounded.zeros == layer.grid.mid_code).all())
-
-
-def _measure_on(
-    weight: FloatArray,
-    rounded: QuantizedWeight,
-    statistics: SiteStatistics | None,
-    outputs: FloatArray | None = None,
-) -> Measures:
-    if statistics is None:
-        return measure(weight, rounded, None, None, outputs)
-    return measure(weight, rounded, statistics.hessian, statistics.heldout, outputs)
 
 
 def _activation_errors(

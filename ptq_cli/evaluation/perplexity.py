@@ -11,7 +11,7 @@ taken token by token, so what both versions find hard cancels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.stream import (
-    Batch,
-    Held,
-    Read,
-    Stream,
-    batches,
-    model_architecture,
-    threads,
-)
+from ptq_cli.calibration.from_tokens import TokenSource, token_source
+from ptq_cli.calibration.stream import Batch, Held, Read, Stream, threads
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import is_symmetric
-from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.models.forward.linear import as_tensor, rounding_tensor
@@ -69,44 +61,34 @@ def measure_quality(
     Raises:
         InputError: an architecture without a forward, or sequences without a next token.
     """
-    arch = model_architecture(original)
-    parts = batches(tokens)
+    source = token_source(original, tokens, (0, 0))
+    parts, n_blocks = source.batches, len(source.arch.blocks)
     if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in parts):
         raise InputError(f"{tokens.name}: no sequence has a token to predict")
-    needed = _scratch_bytes(arch, parts, 3 + (len(arch.blocks) if per_block else 0))
+    blocks = range(n_blocks if per_block else 0)
+    needed = (3 + len(blocks)) * source.residual_bytes
     check_free(temporary_place(), needed, free_space(temporary_place()))
     with temporary_folder() as work, threadpool_limits(1):
-        versions = _versions(original, quantized, arch, parts, work, per_block)
-        ends = _run(versions, len(arch.blocks), listen)
+        versions = _versions(source, quantized, work, blocks)
+        ends = _run(versions, n_blocks, listen)
         return _summary(versions, ends, parts, listen)
 
 
-def _scratch_bytes(arch: Architecture, parts: tuple[Batch, ...], versions: int) -> int:
-    """Of the residuals before and after a block."""
-    return versions * 2 * 4 * int(parts[-1].rows.stop) * arch.hidden_size
-
-
 def _versions(
-    original: Checkpoint,
-    quantized: QuantizedFolder,
-    arch: Architecture,
-    parts: tuple[Batch, ...],
-    work: Path,
-    per_block: bool,
+    source: TokenSource, quantized: QuantizedFolder, work: Path, blocks: Iterable[int]
 ) -> list[_Version]:
-    n_threads = threads(arch, parts)
+    original, n_threads = source.checkpoint, threads(source.arch, source.batches)
     rounded = quantized_tensors(original, quantized)
-
-    def version(name: str, read: Read, block: int | None = None) -> _Version:
-        return _Version(name, Stream(name, arch, read, parts, work, n_threads), block)
-
-    found = [
-        version("original", original.read),
-        version("quantized", rounded),
-        version("rtn", nearest_tensors(original, quantized)),
+    reads: list[tuple[str, Read, int | None]] = [
+        ("original", original.read, None),
+        ("quantized", rounded, None),
+        ("rtn", nearest_tensors(original, quantized), None),
     ]
-    blocks = range(len(arch.blocks)) if per_block else ()
-    return found + [version(f"block {block}", rounded, block) for block in blocks]
+    reads += [(f"block {block}", rounded, block) for block in blocks]
+    return [
+        _Version(name, Stream(name, source.arch, read, source.batches, work, n_threads), block)
+        for name, read, block in reads
+    ]
 
 
 def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
@@ -132,9 +114,8 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
-        weight = original.weight(layer)
         sym = layer.grid.sym or is_symmetric(layer, quantized.load(layer.module))
-        rounded = round_to_nearest(weight, replace(layer.grid, sym=sym))
+        rounded = round_to_nearest(original.weight(layer), replace(layer.grid, sym=sym))
         values, inputs = layer.as_stored(rounded.dequantized()), layer.activation
         if inputs is None:
             return values

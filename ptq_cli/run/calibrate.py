@@ -148,7 +148,10 @@ def _effort(info: SiteInfo, n_tokens: int) -> int:
 
 
 def _effort_of(job: SiteJob) -> int:
-    return _effort(job.source.sites[job.site], job.source.n_tokens(job.site, job.parts))
+    """Of a site, or of some of its parts, which are about equal."""
+    info, (first, stop) = job.source.sites[job.site], job.parts
+    share = info.n_tokens * (stop - first) // job.source.all_parts(job.site)[1]
+    return _effort(info, share)
 
 
 def workers_at_most(source: Source) -> int:

@@ -285,7 +285,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 
 
 def test_what_a_part_says_of_itself(folder, small_parts):
-    from ptq_cli.calibration.match import match_activations
+    from ptq_cli.calibration.sites import match_activations
     from ptq_cli.storage.checkpoint import open_checkpoint
     from ptq_cli.storage.units import UnitStore
 
