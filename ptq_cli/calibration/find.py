@@ -11,8 +11,8 @@ from typing import Any
 
 from ptq_cli.calibration.from_file import CalibrationFile, beside, open_calibration
 from ptq_cli.calibration.from_tokens import token_source
-from ptq_cli.calibration.sites import HELDOUT, match_activations
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.sites import match_activations
+from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.tokens import TokenSettings, read_tokens

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_file import DIGEST_PIECE
 from ptq_cli.calibration.gradients import InputsFiles, fisher_information
 from ptq_cli.calibration.source import Parts, Ranges, Source, halves, only_entry
 from ptq_cli.core.statistics import SiteStatistics
@@ -35,6 +34,7 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 
 PART_TOKENS = 1 << 18
+DIGEST_PIECE = 1 << 24  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,8 @@ class Activations(Source):
         if parts[1] - parts[0] > 1:
             left, right = (self.load(site, half) for half in halves(parts))
             return self.merged(left, right)
-        info, n_seen = self.sites[site], self._n_seen(site)
-        part = self.tokens(site, parts)
-        whole = len(part) == n_seen
-        sums = SiteAccumulator(
-            info.in_features, *self.heldout, part.start, None if whole else n_seen
-        )
+        info, part = self.sites[site], self.tokens(site, parts)
+        sums = SiteAccumulator(info.in_features, *self.heldout, part.start, self._n_seen(site))
         for file, begin, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
             try:
                 sums.update(file.read(start, stop))

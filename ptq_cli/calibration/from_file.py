@@ -39,11 +39,10 @@ from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
-from ptq_cli.storage.files import listing, read_into
+from ptq_cli.storage.files import listing
 from ptq_cli.storage.tensors import Bytes, as_bytes
 
 VERSION = 2
-DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
@@ -114,11 +113,7 @@ class CalibrationFile(Source):
     def digest(self, site: str, parts: Parts | None = None) -> str:
         digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
         for part in PARTS:
-            stored = self.checkpoint.tensors[f"{site}.{part}"]
-            for start in range(0, stored.spec.nbytes, DIGEST_PIECE):
-                piece = np.empty(min(DIGEST_PIECE, stored.spec.nbytes - start), np.uint8)
-                read_into(stored.file, stored.offset + start, piece)
-                digest.update(piece)
+            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
         return digest.hexdigest()
 
 

@@ -47,9 +47,6 @@ class TokenSource(Source):
         mode = "drift" if self.drifts else "sequential" if self.feedback else "float"
         return [f"{self.tokens.fingerprint} {mode}"]
 
-    def bytes_read(self, site: str) -> int:
-        return 0
-
     @property
     def _largest_batch(self) -> int:
         return max(batch.packing.n_tokens for batch in self.batches)

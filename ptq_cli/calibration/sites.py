@@ -9,6 +9,7 @@ from typing import Any
 
 from ptq_cli.calibration.from_activations import Activations, find_activations
 from ptq_cli.calibration.gradients import InputsFiles, match_gradients
+from ptq_cli.calibration.source import HELDOUT
 from ptq_cli.core.names import first_and_others, fold_names
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import TensorSpec, is_float
@@ -17,11 +18,9 @@ from ptq_cli.models.detect import Sites, find_sites
 from ptq_cli.models.linears import default_reason, group_modules
 from ptq_cli.models.recipe import merge_sites, recipe_sites
 from ptq_cli.models.sites import Site
-from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, calibration_tokens
+from ptq_cli.numerics.statistics import calibration_tokens
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.npy import InputsFile
-
-HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)
 
 
 def model_sites(

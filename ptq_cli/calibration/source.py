@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import smoothed
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, smoothed
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folded import Folds
 
+HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)  # every how many tokens, and how many at most
 Parts = tuple[int, int]  # a node of the tree of a site's parts: from the first to before the second
 Ranges = Iterable[tuple[str, NDArray[np.float32]]]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -147,11 +148,10 @@ class Stream:
 
     def enter(self, block: int) -> None:
         """Stand at the first stage of `block`, from the residual before it."""
-        weights, rows = Held(self.read), self.boundary(block)
+        rows = self.boundary(block)
 
-        def work(batch: Batch) -> None:
-            state = begin(self.arch, block, weights, rows.read(batch.rows))
-            self._keep(batch, state)
+        def work(weights: Held, batch: Batch) -> None:
+            self._keep(batch, begin(self.arch, block, weights, rows.read(batch.rows)))
 
         self._in_threads(work)
         self.block, self.stage = block, 0
@@ -160,20 +160,19 @@ class Stream:
         """Apply the stage in hand to every batch; after the last one the boundary is written (who
         drops the one before it knows whether another stream still needs it). rounded: tensors that
         are used in place of those that are read"""
-        weights = Held(self.read, instead=rounded)
         last = self.stage + 1 == len(self._stages(self.parts[0]))
         rows = self.boundary(self.block + 1)
         if last:
             rows.begin()
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             state = self._stages(batch)[self.stage].apply(weights, self._state(batch))
             if last:
                 rows.write(batch.rows.start, np.asarray(state.hidden, np.float32))
             else:
                 self._keep(batch, state)
 
-        self._in_threads(work)
+        self._in_threads(work, rounded)
         self.stage += 1
         if last:
             rows.finish()
@@ -181,13 +180,11 @@ class Stream:
 
     def refresh(self) -> None:
         """Make the inputs of the stage in hand anew, where a norm gives them that has changed."""
-        weights = Held(self.read)
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             enter = self._stages(batch)[self.stage].enter
             if enter is not None:
-                state = enter(weights, self.scratch.get(batch.key, "hidden"))
-                self._keep(batch, state)
+                self._keep(batch, enter(weights, self.scratch.get(batch.key, "hidden")))
 
         self._in_threads(work)
 
@@ -195,9 +192,9 @@ class Stream:
         """The inputs of the sites of the stage in hand and those after it, up to stage `last`, with
         the weights as they are now; batch by batch, `inputs/<site>`. The stream stays where it is.
         """
-        weights, ahead = Held(self.read), Scratch(self.work / f"{self.name}.ahead")
+        ahead = Scratch(self.work / f"{self.name}.ahead")
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             state = self._state(batch)
             inputs = dict(state.inputs)
             for stage in self._stages(batch)[self.stage : last]:
@@ -210,10 +207,10 @@ class Stream:
 
     def cross(self, block: int, source: Rows) -> Rows:
         """The residual after `block`, from that before it, without a stop at its stages."""
-        weights, rows = Held(self.read), self.boundary(block + 1)
+        rows = self.boundary(block + 1)
         rows.begin()
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             hidden = source.read(batch.rows)
             hidden = forward_block(self.arch, block, weights, hidden, batch.packing)
             rows.write(batch.rows.start, hidden)
@@ -235,10 +232,13 @@ class Stream:
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing)
 
-    def _in_threads(self, work: Callable[[Batch], None]) -> None:
-        """`work` on every batch, `n_threads` at a time."""
+    def _in_threads(
+        self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Tensor] = {}
+    ) -> None:
+        """`work` with the weights on every batch, `n_threads` at a time."""
+        weights = Held(self.read, instead=rounded)
         with ThreadPoolExecutor(self.n_threads) as pool:
-            for _ in pool.map(work, self.parts):
+            for _ in pool.map(partial(work, weights), self.parts):
                 pass  # an error of a thread is raised here
 
     def _keep(self, batch: Batch, state: State) -> None:

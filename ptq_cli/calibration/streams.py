@@ -29,10 +29,6 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.scratch import Scratch
 
 
-class NoTokens(InputError):
-    """No token reaches a site (an expert that is never chosen)."""
-
-
 class Streams:
     """The model in one version, or in two side by side, at the same stage of the same block.
 
@@ -85,16 +81,15 @@ class Streams:
                 stream.boundary(block).drop()
                 stream.enter(block + 1)
 
-    def statistics(self, site: str) -> SiteStatistics:
-        """Of a site of the stage in hand.
+    def statistics(self, site: str) -> SiteStatistics | None:
+        """Of a site of the stage in hand; None where no token reaches it, an expert.
 
         Raises:
-            NoTokens: no token reaches this expert.
             InputError: as `sums`.
         """
         place = self.source.places[site]
         if self.main.count(site) == 0:
-            raise NoTokens(f"{site}: no token of {self.source.name} is routed to it")
+            return None
         if len(self.streams) < 2 or place.expert:
             return self.sums(site)
         with ThreadPoolExecutor(1) as pool:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
-from ptq_cli.calibration.sites import HELDOUT, model_sites
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.sites import model_sites
+from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation

@@ -18,8 +18,9 @@ from ptq_cli.calibration.source import SmoothedSource, Source, smoothed_source
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
-from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
+from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
@@ -173,14 +174,22 @@ Loaded = tuple[SiteStatistics, SiteStatistics]  # of a site: the original's, and
 def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     begin = time.perf_counter()
     before, statistics = loaded or (None, None)
-    rounded = sides.quantized.load(layer.module)
+    weight, rounded = sides.original.weight(layer), sides.quantized.load(layer.module)
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
-    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
-    weight = sides.original.weight(layer)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
     plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
+    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
     rtn = measure(weight, plain, **inputs_of(before))
     same = np.array_equal(plain.codes, rounded.codes)
+    activations, settings = None, sides.activations
+    if settings is not None and before is not None and statistics is not None:
+        inputs = _inputs(statistics)
+        activations = ActivationErrors(
+            settings.scheme,
+            _integer_errors(settings, folded, rounded, statistics, scale),
+            output_errors(inputs, folded, linear_dequantized(inputs, rounded), scale),
+            _integer_errors(settings, weight, plain, before),
+        )
     return LayerReport(
         sym=sym,
         method=layer.method,
@@ -190,7 +199,7 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
         damp_percent=None,
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
-        activations=_activation_errors(layer, sides, loaded, rounded, plain),
+        activations=activations,
         **layer_columns(layer, sides.quantized.fmt),
         **error_columns(measures, rtn),
     )
@@ -201,28 +210,19 @@ def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
     return bool((rounded.zeros == layer.grid.mid_code).all())
 
 
-def _activation_errors(
-    layer: Layer,
-    sides: Sides,
-    loaded: Loaded | None,
+def _integer_errors(
+    settings: ActivationSettings,
+    weight: FloatArray,
     rounded: QuantizedWeight,
-    plain: QuantizedWeight,
-) -> ActivationErrors | None:
-    """Errors with integer inputs, against the float product of the original's own inputs."""
-    if sides.activations is None or loaded is None:
-        return None
-    inputs, smooth = map(_inputs, loaded)
-    before, own = (with_static_scale(sides.activations, s.absmax) for s in loaded)
-    weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
-    scale = sides.smoothed.output_scale(layer)
+    statistics: SiteStatistics,
+    scale: FloatArray | None = None,
+) -> OutputErrors:
+    """Errors with integer inputs, against the float product."""
+    inputs = _inputs(statistics)
+    own = with_static_scale(settings, statistics.absmax)
     if own.scheme == "static" and rounded.input_scale is not None:
         own = replace(own, static_scale=rounded.input_scale)
-    return ActivationErrors(
-        own.scheme,
-        output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
-        output_errors(smooth, folded, linear_dequantized(smooth, rounded), scale),
-        output_errors(inputs, weight, linear_w8a8(inputs, plain, None, before)),
-    )
+    return output_errors(inputs, weight, linear_w8a8(inputs, rounded, None, own), scale)
 
 
 def _inputs(statistics: SiteStatistics) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.from_file import file_content
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import NoTokens, Streams, open_streams
+from ptq_cli.calibration.streams import Streams, open_streams
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
@@ -111,9 +111,8 @@ def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Res
 
 def _stage(streams: Streams, site: str, staging: Staging) -> None:
     begin = time.perf_counter()
-    try:
-        statistics = streams.statistics(site)
-    except NoTokens:
+    statistics = streams.statistics(site)
+    if statistics is None:
         staging.put(site, [], None)
     else:
         keep(staging.store, site, statistics, {}, time.perf_counter() - begin)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.streams import NoTokens, Streams, open_streams
+from ptq_cli.calibration.streams import Streams, open_streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import PtqError
@@ -72,19 +72,12 @@ def _through_blocks(
             smooth.settle(order, streams)
         for unit in here:
             if unit.name in missing:
-                statistics = _statistics(streams, unit)
+                statistics = streams.statistics(str(unit.site))
                 if smooth is not None:
                     smooth.keep_plain(statistics)
                 work.add(unit.name, _round(work, unit, statistics), kept=False)
         if order < max(todo):
             streams.advance(_decoded(work, here))
-
-
-def _statistics(streams: Streams, unit: Unit) -> SiteStatistics | None:
-    try:
-        return streams.statistics(str(unit.site))
-    except NoTokens:
-        return None
 
 
 def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> Entries:
