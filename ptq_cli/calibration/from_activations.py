@@ -41,14 +41,13 @@ DIGEST_PIECE = 1 << 24  # bytes read at a time
 class Activations(Source):
     """Folders or files of activations, matched to sites; statistics are made when asked for.
 
-    inputs: the files of each site (`sites` counts the tokens that are not held out)
+    inputs: the files of each site
     missing: linears that have none
     gradients: the files of each module of `fisher`
     part_tokens: how tokens are cut; the last bits depend on it
     """
 
     inputs: Mapping[str, InputsFiles]
-    heldout: tuple[int, int]
     missing: Sequence[str] = ()
     gradients: Mapping[str, InputsFiles] = field(default_factory=dict)
     part_tokens: int = field(default_factory=lambda: PART_TOKENS)
@@ -56,12 +55,9 @@ class Activations(Source):
     @cached_property
     def fingerprints(self) -> Sequence[str]:
         """Of each site: the headers of its files and a sample of each; the same of gradients."""
-        found = [
-            _fingerprint((site, self.sites[site].linears), files)
-            for site, files in self.inputs.items()
-        ]
-        slopes = self.gradients.items()
-        return found + [_fingerprint((module, "gradients"), files) for module, files in slopes]
+        read = [((site, self.sites[site].linears), files) for site, files in self.inputs.items()]
+        slopes = [((module, "gradients"), files) for module, files in self.gradients.items()]
+        return [_fingerprint(key, files) for key, files in (*read, *slopes)]
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Stream the module's gradients."""
@@ -82,13 +78,14 @@ class Activations(Source):
             return self.merged(left, right)
         info, part = self.sites[site], self.tokens(site, parts)
         sums = SiteAccumulator(info.in_features, *self.heldout, part.start, self._n_seen(site))
-        for file, begin, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
+        for file, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
             try:
                 sums.update(file.read(start, stop))
             except NonFiniteInput as error:
+                token = start + error.token - sums.n_seen
                 raise InputError(
                     f"{file.npy.path}: {list(file.npy.shape)}: {error.value} at token"
-                    f" {error.token - begin}, channel {error.channel}",
+                    f" {token}, channel {error.channel}",
                     hint="capture the activations again",
                 ) from None
         return sums.result(site, info.linears)
@@ -106,7 +103,7 @@ class Activations(Source):
         """The largest absolute value of each channel, without a Hessian."""
         width = self.sites[site].in_features
         found, everything = np.zeros(width, np.float32), range(self._n_seen(site))
-        for file, _, start, stop in self._pieces(site, everything, piece_tokens(width)):
+        for file, start, stop in self._pieces(site, everything, piece_tokens(width)):
             tokens = file.read(start, stop)
             np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
@@ -126,16 +123,14 @@ class Activations(Source):
         stop = self._n_seen(site) if last else parts[1] * self.part_tokens
         return range(parts[0] * self.part_tokens, stop)
 
-    def _pieces(
-        self, site: str, tokens: range, step: int
-    ) -> Iterator[tuple[InputsFile, int, int, int]]:
-        """(file, the site's token at its begin, first and last token to read of it), in order."""
+    def _pieces(self, site: str, tokens: range, step: int) -> Iterator[tuple[InputsFile, int, int]]:
+        """Files in order, and which of their tokens to read at a time: from, to before."""
         begin = 0
         for file in self.inputs[site]:
             first = max(0, tokens.start - begin)
             last = min(file.n_tokens, tokens.stop - begin)
             for start in range(first, last, step):
-                yield file, begin, start, min(last, start + step)
+                yield file, start, min(last, start + step)
             begin += file.n_tokens
 
     def only(self, site: str) -> Activations:
@@ -150,7 +145,7 @@ class Activations(Source):
         digest = Digest(repr((info, self._n_seen(site), self.heldout, part)))
         itemsize = max(file.npy.dtype.itemsize for file in self.inputs[site])
         step = DIGEST_PIECE // max(1, info.in_features * itemsize) or 1
-        for file, _, start, stop in self._pieces(site, part, step):
+        for file, start, stop in self._pieces(site, part, step):
             digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 

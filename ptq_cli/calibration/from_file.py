@@ -49,20 +49,11 @@ PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
 @dataclass(frozen=True)
 class CalibrationFile(Source):
-    """An opened statistics file."""
+    """An opened statistics file. model: the fingerprint of the weights"""
 
     checkpoint: Checkpoint
     content: Mapping[str, Any]
-
-    @property
-    def model(self) -> str:
-        """The fingerprint of the weights."""
-        return str(self.content["model"])
-
-    @property
-    def heldout(self) -> tuple[int, int]:
-        """Every how many tokens one was held out, and how many at most."""
-        return int(self.content["heldout_every"]), int(self.content["heldout_limit"])
+    model: str
 
     @cached_property
     def fingerprints(self) -> Sequence[str]:
@@ -118,7 +109,7 @@ class CalibrationFile(Source):
 
 
 def open_calibration(path: Path) -> CalibrationFile:
-    """Open a statistics file that `write_calibration` wrote.
+    """Open a statistics file that this tool wrote.
 
     Raises:
         InputError: another kind of file, or one that contradicts itself.
@@ -136,7 +127,8 @@ def open_calibration(path: Path) -> CalibrationFile:
             site: _site_info(path, checkpoint, site, entry)
             for site, entry in sorted(content["sites"].items())
         }
-        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
+        model = str(content["model"])
+        heldout = int(content["heldout_every"]), int(content["heldout_limit"])
         fisher = {
             module: _fisher_info(checkpoint, module, n)
             for module, n in content.get("fisher", {}).items()
@@ -148,8 +140,10 @@ def open_calibration(path: Path) -> CalibrationFile:
     return CalibrationFile(
         checkpoint,
         content,
+        model,
         name=str(path),
         sites=sites,
+        heldout=heldout,
         files=(checkpoint.weights, *checkpoint.files),
         fisher=fisher,
     )
@@ -252,11 +246,6 @@ class Merged(Source):
 
     parts: tuple[CalibrationFile, ...]
 
-    @property
-    def heldout(self) -> tuple[int, int]:
-        """As the first of them says."""
-        return self.parts[0].heldout
-
     @cached_property
     def fingerprints(self) -> Sequence[str]:
         return [part.checkpoint.fingerprint for part in self.parts]
@@ -290,7 +279,7 @@ class Merged(Source):
 
 
 def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
-    """Several calibrations of one model as one."""
+    """Several calibrations of one model as one; tokens were held out as the first of them says."""
     fisher: dict[str, FisherInfo] = {}
     for part in parts:
         for module, info in part.fisher.items():
@@ -300,6 +289,7 @@ def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
         parts,
         name=", ".join(part.name for part in parts),
         sites={site: info for part in reversed(parts) for site, info in part.sites.items()},
+        heldout=parts[0].heldout,
         files=[path for part in parts for path in part.files],
         fisher=fisher,
     )

@@ -30,14 +30,12 @@ from ptq_cli.storage.tokens import Tokens
 class TokenSource(Source):
     """A model and the tokens that it runs on, in batches.
 
-    heldout: every how many tokens one is held out, how many at most
     residual_bytes: of a stream's residuals before and after a block
     """
 
     in_sequence: ClassVar[bool] = True
     checkpoint: Checkpoint
     tokens: Tokens
-    heldout: tuple[int, int]
     arch: Architecture
     batches: tuple[Batch, ...]
     residual_bytes: int
@@ -101,7 +99,6 @@ def token_source(
     return TokenSource(
         checkpoint,
         tokens,
-        heldout,
         arch,
         parts,
         residuals,
@@ -112,6 +109,7 @@ def token_source(
             )
             for site, place in places.items()
         },
+        heldout=heldout,
         files=tokens.files,
         warnings=tokens.warnings,
         feedback=feedback,

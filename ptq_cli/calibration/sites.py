@@ -72,7 +72,6 @@ def match_activations(
     odd = f"{len(surplus)} activations fit no linear of the model: {fold_names(surplus)}"
     return Activations(
         inputs,
-        heldout,
         missing,
         gradients,
         name=", ".join(map(str, folders)),
@@ -80,6 +79,7 @@ def match_activations(
             site: replace(info, n_tokens=calibration_tokens(info.n_tokens, heldout))
             for site, info in sites.items()
         },
+        heldout=heldout,
         files=[
             file.npy.path for files in (*inputs.values(), *gradients.values()) for file in files
         ],

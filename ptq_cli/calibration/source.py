@@ -22,7 +22,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, smoothed
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folded import Folds
 
-HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)  # every how many tokens, and how many at most
+HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)
 Parts = tuple[int, int]  # a node of the tree of a site's parts: from the first to before the second
 Ranges = Iterable[tuple[str, NDArray[np.float32]]]
 
@@ -66,7 +66,8 @@ class Place:
 class Source:
     """Statistics by the site's name.
 
-    name: what messages call it
+    name: what messages call it; sites: of them, the tokens that are not held out
+    heldout: every how many tokens one is held out, how many at most
     files: what it reads; surplus: what of it fits no linear; warnings: of what is odd about it
     fisher: modules whose Fisher information it has
 
@@ -79,6 +80,7 @@ class Source:
 
     name: str
     sites: Mapping[str, SiteInfo]
+    heldout: tuple[int, int] = HELDOUT
     files: Sequence[Path] = ()
     surplus: Sequence[str] = ()
     warnings: tuple[str, ...] = ()

@@ -6,18 +6,19 @@ than without; what a fold does to the float model's function is measured on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format, Smoother, SmoothingCase
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
@@ -76,19 +77,6 @@ def site_memory(job: Settling, site: Site) -> int:
     return most + 12 * weights + 16 * site.in_features**2
 
 
-class SiteSource(Protocol):
-    """What settling needs of statistics: those of a site, by its name."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]: ...
-
-    @property
-    def load(self) -> Callable[[str], SiteStatistics]: ...
-
-
 @dataclass(frozen=True)
 class SiteOutcome:
     """What became of a site.
@@ -113,7 +101,7 @@ class SiteOutcome:
 class Group:
     """The work on one group of sites: `folds` holds what has been decided so far."""
 
-    def __init__(self, job: Settling, sites: Sequence[Site], source: SiteSource) -> None:
+    def __init__(self, job: Settling, sites: Sequence[Site], source: Source) -> None:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
         self._statistics: dict[str, SiteStatistics] = {}

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.source import Source
 from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.report import LayerReport
 from ptq_cli.models.sites import Site
-from ptq_cli.run.settle import Group, Settling, SiteOutcome, SiteSource
+from ptq_cli.run.settle import Group, Settling, SiteOutcome
 from ptq_cli.storage.folded import FOLDS_FILE, FoldedCheckpoint, folded_checkpoint, write_folds
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes
@@ -46,7 +47,7 @@ def unit_of(group: Sequence[Site]) -> str:
 
 
 def settle_group(
-    settling: Settling, sites: Sequence[Site], source: SiteSource, staging: Staging
+    settling: Settling, sites: Sequence[Site], source: Source, staging: Staging
 ) -> None:
     """Find and judge the factors of a group of connected sites, on statistics of their inputs
     before anything of the group is folded or rounded; stage them."""
@@ -127,7 +128,7 @@ def _outcome(entry: Mapping[str, Any]) -> SiteOutcome:
 def smooth(
     settling: Settling,
     sites: Sequence[Site],
-    source: SiteSource,
+    source: Source,
     staging: Staging,
     listen: Listener,
 ) -> Smoothed:
