@@ -135,7 +135,7 @@ class Activations(Source):
 
     def only(self, site: str) -> Activations:
         own = only_entry(self.inputs, site)
-        return replace(super().only(site), inputs=own, missing=(), gradients={})
+        return replace(super().only(site), inputs=own, missing=())
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         parts = self.all_parts(site) if parts is None else parts

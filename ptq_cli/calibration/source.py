@@ -136,6 +136,7 @@ class Source:
             self,
             sites=only_entry(self.sites, site),
             files=(),
+            surplus=(),
             fisher={module: info for module, info in self.fisher.items() if module in own},
             places=only_entry(self.places, site),
         )

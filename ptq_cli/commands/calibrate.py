@@ -21,7 +21,7 @@ from ptq_cli.core.progress import Listener
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens
-from ptq_cli.run.calibrate import Calibration, calibrate_sites
+from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.schedule import Resources
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.digest import digest_words
@@ -35,13 +35,11 @@ from ptq_cli.storage.tokens import TokenSettings, read_tokens
 class CalibrateJob:
     """A calibration that is planned and ready to run.
 
-    heldout: every how many tokens one is held out, and how many at most
     fingerprints: of what the source reads
     """
 
     checkpoint: Checkpoint
     source: Source
-    heldout: tuple[int, int]
     fingerprints: Sequence[str]
     warnings: tuple[str, ...]
     output: Path
@@ -53,7 +51,7 @@ class CalibrateJob:
             "version": __version__,
             "model": self.checkpoint.fingerprint,
             "inputs": list(self.fingerprints),
-            "heldout": list(self.heldout),
+            "heldout": list(self.source.heldout),
         }
         keep = [*self.checkpoint.files, *self.source.files]
         return Target(self.output, job, force, restart, keep)
@@ -61,9 +59,7 @@ class CalibrateJob:
     def estimate(self, *, force: bool, restart: bool, resources: Resources) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
         target = self.target(force=force, restart=restart)
-        return estimate_calibration(
-            self.checkpoint, self.source, self.heldout, target, resources, self.warnings
-        )
+        return estimate_calibration(self.checkpoint, self.source, target, resources, self.warnings)
 
     def run(
         self,
@@ -82,9 +78,9 @@ class CalibrateJob:
             bare = [site for site in self.source.sites if site not in sites]
             result: dict[str, Any] = {"sites": sites, "without_tokens": bare, "seconds": 0.0}
         else:
-            job = Calibration(self.source, self.checkpoint.fingerprint, self.heldout)
+            model = self.checkpoint.fingerprint
             with Staging(target) as staging:
-                result = calibrate_sites(job, staging, listen, resources)
+                result = calibrate_sites(self.source, model, staging, listen, resources)
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
         warnings = list(self.warnings)
@@ -137,7 +133,7 @@ def default_target(checkpoint: Checkpoint) -> Path:
 def prepare_merge(checkpoint: Checkpoint, paths: Sequence[Path], output: Path) -> CalibrateJob:
     """Statistics files into one; tokens were held out as the first of them says."""
     source = merge_calibrations(tuple(calibration_of(checkpoint, path) for path in paths))
-    return CalibrateJob(checkpoint, source, source.heldout, source.fingerprints, (), output)
+    return CalibrateJob(checkpoint, source, source.fingerprints, (), output)
 
 
 def prepare_tokens(
@@ -147,7 +143,7 @@ def prepare_tokens(
     tokens = read_tokens(settings, checkpoint)
     source = token_source(checkpoint, tokens, heldout)
     prints = [*source.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
-    return CalibrateJob(checkpoint, source, heldout, prints, tokens.warnings, output)
+    return CalibrateJob(checkpoint, source, prints, tokens.warnings, output)
 
 
 def prepare_activations(
@@ -171,8 +167,7 @@ def prepare_activations(
         warnings.append(
             f"no activations for {len(source.missing)} linears: {fold_names(source.missing)}"
         )
-    heldout, prints = settings.heldout, source.fingerprints
-    return CalibrateJob(checkpoint, source, heldout, prints, tuple(warnings), output)
+    return CalibrateJob(checkpoint, source, source.fingerprints, tuple(warnings), output)
 
 
 def _activations_beside(checkpoint: Checkpoint) -> Path:

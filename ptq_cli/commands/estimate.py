@@ -184,7 +184,6 @@ def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estima
 def estimate_calibration(
     checkpoint: Checkpoint,
     source: Source,
-    heldout: tuple[int, int],
     target: Target,
     resources: Resources,
     warnings: Sequence[str],
@@ -195,8 +194,8 @@ def estimate_calibration(
         Piece(site, info.linears, info.n_tokens, source.part_memory(site))
         for site, info in source.sites.items()
     ]
-    size, effort = statistics_bytes(source, heldout), statistics_effort(source)
-    staged = size + parts_bytes(source, heldout, workers.count)
+    size, effort = statistics_bytes(source), statistics_effort(source)
+    staged = size + parts_bytes(source, workers.count)
     found = target.look(staged, size, source.scratch)
     return Estimate("calibrate", checkpoint, workers, pieces, effort, found, warnings=warnings)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.calibration.source import HELDOUT, Source
+from ptq_cli.calibration.source import Source
 from ptq_cli.commands.estimate import estimate_quantization
 from ptq_cli.commands.job import Job, default_output, fingerprints, with_scheme, with_warnings
 from ptq_cli.core.grid import Activation
@@ -119,7 +119,7 @@ def prepare_smoothing(
         source=found,
         rounding=Rounding(told.rounder.name, told.rounding, told.grid.format),
         inputs=fingerprints(checkpoint, found),
-        smoothing=Smoothing(_settling(told, checkpoint, rounded), sites.sites, HELDOUT),
+        smoothing=Smoothing(_settling(told, checkpoint, rounded), sites.sites),
     )
     if output is None:
         output = default_output(checkpoint, command, told.grid)

@@ -24,19 +24,6 @@ from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
 WORTH_A_PROCESS = 1 << 33  # multiplications
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A planned calibration.
-
-    model: fingerprint of the weights; heldout: every how many tokens one is held out, how many at
-        most
-    """
-
-    source: Source
-    model: str
-    heldout: tuple[int, int]
-
-
 @dataclass
 class _Made:
     """What there is to say of the sites so far; bare: those that no token reaches."""
@@ -58,25 +45,28 @@ class _Made:
 
 
 def calibrate_sites(
-    job: Calibration,
+    source: Source,
+    model: str,
     staging: Staging,
     listen: Listener = nobody,
     resources: Resources = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Make the statistics of every site of the source, stage them, write the file.
 
+    model: fingerprint of the weights
+
     Returns what the file's metadata says of each site, the sites that no token reaches, and the
     seconds it took.
     """
-    begin, source = time.perf_counter(), job.source
+    begin = time.perf_counter()
     made = _Made(len(source.sites), listen)
     with threadpool_limits(1):
         run = _in_sequence if source.in_sequence else _in_any_order
-        run(job, staging, made, resources)
+        run(source, staging, made, resources)
     fisher = _stage_fisher(source, staging)
     filled = [site for site in source.sites if site in made.entries]
     tensors = [tensor for unit in (*filled, *fisher) for tensor in staging.store.tensors(unit)]
-    content = file_content(job.model, job.heldout, made.entries, source.fisher)
+    content = file_content(model, source.heldout, made.entries, source.fisher)
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
     return {
@@ -86,9 +76,9 @@ def calibrate_sites(
     }
 
 
-def _in_sequence(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
+def _in_sequence(source: Source, staging: Staging, made: _Made, resources: Resources) -> None:
     """for block: for stage: for site: statistics → stage; the float model goes on."""
-    source, size = job.source, statistics_bytes(job.source, job.heldout)
+    size = statistics_bytes(source)
     staging.check_space(size, size, source.scratch)
     efforts = {site: _effort(info, info.n_tokens) for site, info in source.sites.items()}
     work, total = 0, sum(efforts.values())
@@ -118,9 +108,8 @@ def _stage(streams: Streams, site: str, staging: Staging) -> None:
         keep(staging.store, site, statistics, {}, time.perf_counter() - begin)
 
 
-def _in_any_order(job: Calibration, staging: Staging, made: _Made, resources: Resources) -> None:
+def _in_any_order(source: Source, staging: Staging, made: _Made, resources: Resources) -> None:
     """for site: statistics → stage, on workers, large sites in parts."""
-    source = job.source
     trees = {site: SiteTasks(site, source, staging.store) for site in source.sites}
     tasks = [task for tree in trees.values() for task in tree.first()]
     efforts = {task.name: _effort_of(task.argument) for task in tasks}
@@ -136,8 +125,8 @@ def _in_any_order(job: Calibration, staging: Staging, made: _Made, resources: Re
         return trees[part.site].after(part)
 
     with hire(resources.crew_for(workers_at_most(source)), resources.scheduler) as crew:
-        size = statistics_bytes(source, job.heldout)
-        staging.check_space(size + parts_bytes(source, job.heldout, crew.size), size)
+        size = statistics_bytes(source)
+        staging.check_space(size + parts_bytes(source, crew.size), size)
         run_tasks(tasks, crew, resources.memory_of(crew), done)
 
 
@@ -159,25 +148,21 @@ def workers_at_most(source: Source) -> int:
     return 1 + work // WORTH_A_PROCESS
 
 
-def statistics_bytes(source: Source, heldout: tuple[int, int]) -> int:
+def statistics_bytes(source: Source) -> int:
     """Of the file, about: Hessians and held-out inputs make it."""
-    return sum(_site_bytes(info, heldout) for info in source.sites.values())
+    return sum(_site_bytes(source, site) for site in source.sites)
 
 
-def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
-    n = info.in_features
-    return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
+def _site_bytes(source: Source, site: str) -> int:
+    info, limit = source.sites[site], source.heldout[1]
+    return 4 * info.in_features * (info.in_features + min(limit, info.n_tokens) + 8)
 
 
-def parts_bytes(source: Source, heldout: tuple[int, int], workers: int) -> int:
+def parts_bytes(source: Source, workers: int) -> int:
     """Bytes of what waits to be merged, at most: merges come first, so that hardly more sites than
     there are workers are in parts at any time."""
     counts = {site: source.all_parts(site)[1] for site in source.sites}
-    sizes = [
-        (count + 1) * _site_bytes(source.sites[site], heldout)
-        for site, count in counts.items()
-        if count > 1
-    ]
+    sizes = [(count + 1) * _site_bytes(source, site) for site, count in counts.items() if count > 1]
     return sum(sorted(sizes)[-workers - 1 :])
 
 

@@ -29,7 +29,7 @@ from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
 from ptq_cli.report.report import make_report
 from ptq_cli.run.background_copy import BackgroundCopy
-from ptq_cli.run.calibrate import Calibration, calibrate_sites
+from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
 from ptq_cli.run.schedule import RunOptions, Task, run_tasks
@@ -109,7 +109,7 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
     """for group of sites: statistics → factors → stage; from here on everything is folded."""
     source = work.source
     if source is not None and source.in_sequence:
-        source = _calibrated(source, work, smoothing)
+        source = _calibrated(source, work)
         units = tuple(_with_tokens(unit, source) for unit in work.plan.units)
         work.plan = replace(work.plan, units=units)
     assert source is not None  # the plan has seen to it
@@ -120,13 +120,13 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
     work.checkpoint = work.smoothed.checkpoint
 
 
-def _calibrated(source: Source, work: Work, smoothing: Smoothing) -> Source:
+def _calibrated(source: Source, work: Work) -> Source:
     """Statistics of the float model on its tokens: a file in the work folder."""
     path = work.staging.folder / STATISTICS
     if not path.exists():
-        job = Calibration(source, work.job.checkpoint.fingerprint, smoothing.heldout)
+        model, options = work.job.checkpoint.fingerprint, work.options
         with Staging(Target(path, {"command": "calibrate"})) as inner:
-            calibrate_sites(job, inner, work.options.listen, work.options.resources)
+            calibrate_sites(source, model, inner, options.listen, options.resources)
     return open_calibration(path)
 
 

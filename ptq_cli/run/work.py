@@ -24,12 +24,10 @@ from ptq_cli.storage.units import UnitStore
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The stage before rounding. sites: that may take factors; heldout: every how many tokens one
-    is held out, how many at most"""
+    """The stage before rounding. sites: that may take factors"""
 
     settling: Settling
     sites: tuple[Site, ...]
-    heldout: tuple[int, int]
 
     @property
     def tensors(self) -> set[str]:
