@@ -66,9 +66,9 @@ class Place:
 class Source:
     """Statistics by the site's name.
 
-    name: what messages call it; sites: of them, the tokens that are not held out
+    name: what messages call it; sites: with the tokens that are not held out
     heldout: every how many tokens one is held out, how many at most
-    files: what it reads; surplus: what of it fits no linear; warnings: of what is odd about it
+    files: what it reads; surplus: what of it fits no linear; warnings: what is odd about it
     fisher: modules whose Fisher information it has
 
     in_sequence: sites are made on the way, in their order; then

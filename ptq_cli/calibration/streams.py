@@ -30,7 +30,12 @@ from ptq_cli.storage.scratch import Scratch
 
 
 class Streams:
-    """The model in one version, or in two side by side, at the same stage of the same block.
+    """The model in one version, or in two side by side, at the same stage of the same block; at
+    first, about to enter a block.
+
+    work: a folder for scratch files that survives a kill
+    workers, memory: batches side by side, and the bytes they may take
+    checkpoint: of the model that is rounded, where it is not the float model's
 
     streams: the first one gives the sites their inputs; a second one is the float model, and what
         it sees beside the first is the drift
@@ -38,9 +43,24 @@ class Streams:
         model's inputs are divided by before they are compared
     """
 
-    def __init__(self, source: TokenSource, streams: list[Stream]) -> None:
-        self.source, self.streams = source, streams
-        self.main = streams[0]
+    def __init__(
+        self,
+        source: TokenSource,
+        work: Path,
+        workers: int | None,
+        memory: int | None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        arch, parts = source.arch, source.batches
+        reads = {"rounded": (checkpoint or source.checkpoint).read} if source.feedback else {}
+        if source.drifts or not source.feedback:
+            reads["float"] = source.checkpoint.read
+        n_threads = threads(arch, parts, workers, memory)
+        self.source = source
+        self.streams = [
+            Stream(name, arch, read, parts, work, n_threads) for name, read in reads.items()
+        ]
+        self.main = self.streams[0]
         self.divisors: dict[str, NDArray[np.float32]] = {}
 
     @property
@@ -153,25 +173,3 @@ class Ahead(Source):
         """They are no longer needed."""
         if self.inputs is not None:
             self.inputs.drop()
-
-
-def open_streams(
-    source: TokenSource,
-    work: Path,
-    workers: int | None,
-    memory: int | None,
-    checkpoint: Checkpoint | None = None,
-) -> Streams:
-    """Streams that are about to enter a block.
-
-    work: a folder for scratch files that survives a kill
-    workers, memory: batches side by side, and the bytes they may take
-    checkpoint: of the model that is rounded, where it is not the float model's
-    """
-    arch, batches = source.arch, source.batches
-    reads = {"rounded": (checkpoint or source.checkpoint).read} if source.feedback else {}
-    if source.drifts or not source.feedback:
-        reads["float"] = source.checkpoint.read
-    n_threads = threads(arch, batches, workers, memory)
-    streams = [Stream(name, arch, read, batches, work, n_threads) for name, read in reads.items()]
-    return Streams(source, streams)

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.from_file import file_content
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Streams, open_streams
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.run.schedule import THIS_PROCESS, Resources, Task, run_tasks
@@ -84,7 +84,7 @@ def _in_sequence(source: Source, staging: Staging, made: _Made, resources: Resou
     work, total = 0, sum(efforts.values())
     assert isinstance(source, TokenSource)  # it is one in sequence
     work_folder = staging.folder / "stream"
-    streams = open_streams(source, work_folder, resources.workers, resources.max_memory)
+    streams = Streams(source, work_folder, resources.workers, resources.max_memory)
     missing = [site for site in source.sites if not staging.finished(site)]
     if missing:
         streams.enter(streams.place(missing[0]).block)

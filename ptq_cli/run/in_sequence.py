@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.streams import Streams, open_streams
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import PtqError
@@ -32,7 +32,7 @@ def quantize_in_sequence(work: Work) -> None:
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
     missing = [unit for unit in work.plan.units if not _take_over(work, unit)]
     folder, memory = work.staging.folder / "stream", resources.max_memory
-    streams = open_streams(source, folder, resources.workers, memory, work.checkpoint)
+    streams = Streams(source, folder, resources.workers, memory, work.checkpoint)
     with use_threads(resources.crew_for(cores())):
         if smooth is not None:
             streams.divisors = smooth.divisors
