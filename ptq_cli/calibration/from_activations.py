@@ -4,6 +4,9 @@ A site's tokens are cut into parts of `PART_TOKENS`, whatever the number of work
 than half a part goes to the last one). Each part has an accumulator of its own; neighbours are
 merged two by two, then the results of that, level by level. So bytes do not depend on who sums
 what: one process does all of it in `load`, and run/calibrate.py hands parts and merges to workers.
+
+Gradients lie in such files too: `<module>.npy` holds the gradient of the loss at the module's
+weight for each of n samples, `[n, *the weight's shape]` or `[n, P]`, in any float dtype.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.gradients import InputsFiles, fisher_information
 from ptq_cli.calibration.source import Parts, Ranges, Source, halves, only_entry
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
@@ -35,6 +38,9 @@ from ptq_cli.storage.npy import InputsFile, open_inputs
 
 PART_TOKENS = 1 << 18
 DIGEST_PIECE = 1 << 24  # bytes read at a time
+_GRADIENTS = 1 << 22  # squared at a time
+
+InputsFiles = tuple[InputsFile, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,31 @@ class Activations(Source):
         return [_fingerprint(key, files) for key, files in (*read, *slopes)]
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
-        """Stream the module's gradients."""
-        return fisher_information(self.fisher[module], self.gradients[module])
+        """`mean_n g²` of the module's gradients, float32 in the shape of the tensor, summed in
+        float64.
+
+        Raises:
+            InputError: NaN or inf, with file and sample.
+        """
+        info = self.fisher[module]
+        size = prod(info.shape)
+        total = np.zeros(size, np.float64)
+        for file in self.gradients[module]:
+            rows = size // file.in_features  # of the file's rows, in one sample
+            step = max(1, min(rows, _GRADIENTS // file.in_features))
+            for start in range(0, file.n_tokens, rows):
+                for row in range(0, rows, step):
+                    stop = min(rows, row + step)
+                    piece = file.read(start + row, start + stop).astype(np.float64).ravel()
+                    if not np.isfinite(piece).all():
+                        raise InputError(
+                            f"{file.npy.path}: NaN or inf in sample {start // rows}",
+                            hint="take the gradients again",
+                        )
+                    first = row * file.in_features
+                    total[first : first + len(piece)] += piece * piece
+        total /= info.n_samples
+        return total.astype(np.float32).reshape(info.shape)
 
     def all_parts(self, site: str) -> Parts:
         """The root of the site's tree."""

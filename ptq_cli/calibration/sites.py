@@ -1,15 +1,15 @@
-"""The sites of a checkpoint, and which activations belong to which."""
+"""The sites of a checkpoint, and which activations and gradients belong to which."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.gradients import InputsFiles, match_gradients
-from ptq_cli.calibration.source import HELDOUT
+from ptq_cli.calibration.from_activations import Activations, InputsFiles, find_activations
+from ptq_cli.calibration.source import HELDOUT, FisherInfo
 from ptq_cli.core.names import first_and_others, fold_names
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import TensorSpec, is_float
@@ -57,9 +57,9 @@ def match_activations(
 
     Raises:
         InputError: activations of the wrong width, or without tokens; all such are listed; as
-            `match_gradients`.
+            for gradients that fit no weight.
     """
-    fisher = match_gradients(checkpoint, gradients)
+    fisher = _match_gradients(checkpoint, gradients)
     found = find_activations(folders, bf16)
     weights = {
         name.removesuffix(".weight"): stored.spec
@@ -140,3 +140,38 @@ def missing_error(source: Activations) -> InputError:
         f" {fold_names(source.missing)}{surplus}",
         hint="capture them too, or go on without them with --fallback rtn",
     )
+
+
+def _match_gradients(
+    checkpoint: Checkpoint, found: Mapping[str, InputsFiles]
+) -> dict[str, FisherInfo]:
+    """What gradients tell, by module.
+
+    Raises:
+        InputError: gradients that fit no weight; all such are listed.
+    """
+    result: dict[str, FisherInfo] = {}
+    wrong: dict[str, str] = {}
+    for module, files in found.items():
+        stored = checkpoint.tensors.get(f"{module}.weight")
+        if stored is None or not is_float(stored.spec):
+            wrong[module] = f"{files[0].npy.path}: the model has no weight {module + '.weight'!r}"
+            continue
+        shape = stored.spec.shape
+        misfits = [file for file in files if not _fits(file.npy.shape, shape)]
+        n = sum(file.npy.shape[0] for file in files)
+        if misfits:
+            wrong[module] = (
+                f"{misfits[0].npy.path}: gradients {list(misfits[0].npy.shape)} are neither [n,"
+                f" {', '.join(map(str, shape))}] nor [n, {prod(shape)}]"
+            )
+        elif n == 0:
+            wrong[module] = f"{files[0].npy.path}: gradients of no samples"
+        result[module] = FisherInfo(module, shape, n)
+    if wrong:
+        raise InputError(first_and_others(wrong))
+    return result
+
+
+def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return shape[1:] in (weight, (prod(weight),)) and prod(weight) > 0
