@@ -4,6 +4,9 @@ For `ptq calibrate` and `--parallel-layers` they are those of the float model; e
 model as it is rounded (`feedback`): by the turn of a site every layer before it is, and its inputs
 are what they will be. With `drifts` the float model runs beside it, and the two give
 `SiteStatistics.drift` and `heldout_float`. What runs is in streams.py.
+
+The sequences go in batches of a fixed composition, so that no byte depends on the number of threads
+or on the memory there is.
 """
 
 from __future__ import annotations
@@ -15,15 +18,43 @@ from math import prod
 from typing import ClassVar
 
 from ptq_cli.calibration.source import Place, Source
-from ptq_cli.calibration.stream import Batch, batches, model_architecture, threads
 from ptq_cli.core.statistics import SiteInfo
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.models.forward.architecture import Architecture
+from ptq_cli.models.forward.architecture import Architecture, read_architecture
+from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import drift_memory
 from ptq_cli.numerics.statistics import calibration_tokens, statistics_memory
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.machine import cores
 from ptq_cli.storage.tokens import Tokens
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that go together. rows: their place among all packed tokens."""
+
+    key: str
+    tokens: Array
+    packing: Packing
+    rows: slice
+
+
+def batches(tokens: Tokens) -> tuple[Batch, ...]:
+    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
+    step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
+    result, start = [], 0
+    for first in range(0, len(tokens.ids), step):
+        ids = tokens.ids[first : first + step]
+        packing = pack(ids.shape, tokens.mask[first : first + step])
+        rows = slice(start, start + packing.n_tokens)
+        if packing.n_tokens:
+            result.append(Batch(f"{first:08d}", ids, packing, rows))
+        start = rows.stop
+    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -49,11 +80,19 @@ class TokenSource(Source):
     def _largest_batch(self) -> int:
         return max(batch.packing.n_tokens for batch in self.batches)
 
+    def n_threads(self, workers: int | None = None, memory: int | None = None) -> int:
+        """How many batches run side by side: one a core, fewer where `memory` is short."""
+        count = cores() if workers is None else workers
+        if memory is not None:
+            need = self.arch.block_memory(self._largest_batch)
+            count = min(count, max(1, memory // need))
+        return max(1, min(count, len(self.batches)))
+
     def memory(self, workers: int | None, memory: int | None) -> int:
         """Bytes that running takes at most besides the statistics, on so many threads: what lies
         between the inputs and outputs of a block for each, and the weights of a stage, which all
         share."""
-        n_threads = threads(self.arch, self.batches, workers, memory)
+        n_threads = self.n_threads(workers, memory)
         weights = max(4 * self._size(place) for place in self.places.values())
         return n_threads * self.arch.block_memory(self._largest_batch) + weights
 
@@ -68,6 +107,20 @@ class TokenSource(Source):
         batch = min(info.n_tokens, self._largest_batch)
         sums = statistics_memory(info.in_features, info.n_tokens, batch)
         return sums + (drift_memory(info.in_features, batch) if self.drifts else 0)
+
+
+def model_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture that the config.json beside the weights describes.
+
+    Raises:
+        InputError: no config.json, or an architecture without a forward.
+    """
+    if not checkpoint.config:
+        raise InputError(
+            f"{checkpoint.folder}: no config.json, which the forward needs",
+            hint="name the model folder, or bring activations with --activations",
+        )
+    return read_architecture(checkpoint.config, checkpoint.tensors)
 
 
 def token_source(

@@ -1,17 +1,15 @@
 """A model run over many sequences, block by block and stage by stage, its states on the disk.
 
-The sequences go in batches of a fixed composition, so that no byte depends on the number of threads
-or on the memory there is; threads work on batches side by side, BLAS has one thread (the caller's
-business). A `Stream` is one version of the model, given by its weights: the float one, or one whose
-layers are rounded as the run goes on. Weights are read for a stage, shared by its batches, and
-dropped.
+Threads work on batches side by side, BLAS has one thread (the caller's business). A `Stream` is one
+version of the model, given by its weights: the float one, or one whose layers are rounded as the
+run goes on. Weights are read for a stage, shared by its batches, and dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -19,71 +17,13 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError
-from ptq_cli.models.forward.architecture import Architecture, read_architecture
-from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
-from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
-from ptq_cli.storage.tokens import Tokens
 
-BATCH_TOKENS = 4096
 Read = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences that go together. rows: their place among all packed tokens."""
-
-    key: str
-    tokens: Array
-    packing: Packing
-    rows: slice
-
-
-def batches(tokens: Tokens) -> tuple[Batch, ...]:
-    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
-    step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
-    result, start = [], 0
-    for first in range(0, len(tokens.ids), step):
-        ids = tokens.ids[first : first + step]
-        packing = pack(ids.shape, tokens.mask[first : first + step])
-        rows = slice(start, start + packing.n_tokens)
-        if packing.n_tokens:
-            result.append(Batch(f"{first:08d}", ids, packing, rows))
-        start = rows.stop
-    return tuple(result)
-
-
-def threads(
-    arch: Architecture,
-    parts: tuple[Batch, ...],
-    workers: int | None = None,
-    memory: int | None = None,
-) -> int:
-    """How many batches run side by side: one a core, fewer where `memory` is short."""
-    count = cores() if workers is None else workers
-    if memory is not None:
-        need = arch.block_memory(max(batch.packing.n_tokens for batch in parts))
-        count = min(count, max(1, memory // need))
-    return max(1, min(count, len(parts)))
-
-
-def model_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The architecture that the config.json beside the weights describes.
-
-    Raises:
-        InputError: no config.json, or an architecture without a forward.
-    """
-    if not checkpoint.config:
-        raise InputError(
-            f"{checkpoint.folder}: no config.json, which the forward needs",
-            hint="name the model folder, or bring activations with --activations",
-        )
-    return read_architecture(checkpoint.config, checkpoint.tensors)
 
 
 class Held:
@@ -119,22 +59,16 @@ class Stream:
     """
 
     def __init__(
-        self,
-        name: str,
-        arch: Architecture,
-        read: Read,
-        parts: tuple[Batch, ...],
-        work: Path,
-        n_threads: int,
+        self, name: str, read: Read, source: TokenSource, work: Path, n_threads: int
     ) -> None:
-        self.name, self.arch, self.read = name, arch, read
-        self.parts, self.work, self.n_threads = parts, work, n_threads
+        self.name, self.read, self.work, self.n_threads = name, read, work, n_threads
+        self.arch, self.batches = source.arch, source.batches
         self.scratch = Scratch(work / f"{name}.now")
         self.block = self.stage = -1
 
     def boundary(self, block: int) -> Rows:
         """The residual before `block`: what survives a kill."""
-        n = self.parts[-1].rows.stop
+        n = self.batches[-1].rows.stop
         return Rows(self.work / f"{self.name}.{block}", n, self.arch.hidden_size)
 
     def embed(self) -> None:
@@ -142,7 +76,7 @@ class Stream:
         weights = Held(self.read, float32=False)
         rows = self.boundary(0)
         rows.begin()
-        for batch in self.parts:
+        for batch in self.batches:
             rows.write(batch.rows.start, embed(self.arch, weights, batch.tokens, batch.packing))
         rows.finish()
 
@@ -160,7 +94,7 @@ class Stream:
         """Apply the stage in hand to every batch; after the last one the boundary is written (who
         drops the one before it knows whether another stream still needs it). rounded: tensors that
         are used in place of those that are read"""
-        last = self.stage + 1 == len(self._stages(self.parts[0]))
+        last = self.stage + 1 == len(self._stages(self.batches[0]))
         rows = self.boundary(self.block + 1)
         if last:
             rows.begin()
@@ -222,12 +156,12 @@ class Stream:
     def inputs(self, site: str, where: Scratch | None = None) -> Iterator[NDArray[np.float32]]:
         """The inputs of a site of the stage in hand, batch by batch. where: of `look_ahead`"""
         scratch = self.scratch if where is None else where
-        return (scratch.get(batch.key, f"inputs/{site}") for batch in self.parts)
+        return (scratch.get(batch.key, f"inputs/{site}") for batch in self.batches)
 
     def count(self, site: str, where: Scratch | None = None) -> int:
         """How many tokens reach the site."""
         scratch = self.scratch if where is None else where
-        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.parts)
+        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.batches)
 
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing)
@@ -238,7 +172,7 @@ class Stream:
         """`work` with the weights on every batch, `n_threads` at a time."""
         weights = Held(self.read, instead=rounded)
         with ThreadPoolExecutor(self.n_threads) as pool:
-            for _ in pool.map(partial(work, weights), self.parts):
+            for _ in pool.map(partial(work, weights), self.batches):
                 pass  # an error of a thread is raised here
 
     def _keep(self, batch: Batch, state: State) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
-from ptq_cli.calibration.stream import Stream, threads
+from ptq_cli.calibration.stream import Stream
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
@@ -51,15 +51,12 @@ class Streams:
         memory: int | None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        arch, parts = source.arch, source.batches
         reads = {"rounded": (checkpoint or source.checkpoint).read} if source.feedback else {}
         if source.drifts or not source.feedback:
             reads["float"] = source.checkpoint.read
-        n_threads = threads(arch, parts, workers, memory)
+        n_threads = source.n_threads(workers, memory)
         self.source = source
-        self.streams = [
-            Stream(name, arch, read, parts, work, n_threads) for name, read in reads.items()
-        ]
+        self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
         self.main = self.streams[0]
         self.divisors: dict[str, NDArray[np.float32]] = {}
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.from_tokens import TokenSource, token_source
-from ptq_cli.calibration.stream import Batch, Held, Read, Stream, threads
+from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import is_symmetric
@@ -62,8 +62,8 @@ def measure_quality(
         InputError: an architecture without a forward, or sequences without a next token.
     """
     source = token_source(original, tokens, (0, 0))
-    parts, n_blocks = source.batches, len(source.arch.blocks)
-    if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in parts):
+    n_blocks = len(source.arch.blocks)
+    if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in source.batches):
         raise InputError(f"{tokens.name}: no sequence has a token to predict")
     blocks = range(n_blocks if per_block else 0)
     needed = (3 + len(blocks)) * source.residual_bytes
@@ -71,13 +71,13 @@ def measure_quality(
     with temporary_folder() as work, threadpool_limits(1):
         versions = _versions(source, quantized, work, blocks)
         ends = _run(versions, n_blocks, listen)
-        return _summary(versions, ends, parts, listen)
+        return _summary(versions, ends, listen)
 
 
 def _versions(
     source: TokenSource, quantized: QuantizedFolder, work: Path, blocks: Iterable[int]
 ) -> list[_Version]:
-    original, n_threads = source.checkpoint, threads(source.arch, source.batches)
+    original, n_threads = source.checkpoint, source.n_threads()
     rounded = quantized_tensors(original, quantized)
     reads: list[tuple[str, Read, int | None]] = [
         ("original", original.read, None),
@@ -86,7 +86,7 @@ def _versions(
     ]
     reads += [(f"block {block}", rounded, block) for block in blocks]
     return [
-        _Version(name, Stream(name, source.arch, read, source.batches, work, n_threads), block)
+        _Version(name, Stream(name, read, source, work, n_threads), block)
         for name, read, block in reads
     ]
 
@@ -137,11 +137,12 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str,
     for block in range(n_blocks):
         before, exact = dict(at), versions[0].stream.read
         for version in versions:
-            if version.block is not None and version.block > block:
+            alone = block if version.block is None else version.block
+            if alone > block:
                 continue
-            source = before.get(version.name, before["original"])
-            if version.block is not None and version.block != block:
+            if alone < block:
                 version.stream.read = exact
+            source = before.get(version.name, before["original"])
             at[version.name] = version.stream.cross(block, source)
             done += 1
             listen(Progress("run", done, total, f"block {block}, {version.name}"))
@@ -151,12 +152,9 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str,
 
 
 def _summary(
-    versions: list[_Version],
-    ends: Mapping[str, Rows],
-    parts: tuple[Batch, ...],
-    listen: Listener,
+    versions: list[_Version], ends: Mapping[str, Rows], listen: Listener
 ) -> dict[str, Any]:
-    sequence, measures = _predictions(versions, ends, parts, listen)
+    sequence, measures = _predictions(versions, ends, listen)
     blocks = [version for version in versions if version.block is not None]
     own = {v.name: measures[v.name] for v in versions[1:] if v.block is None}
     nll = {"original": own["quantized"].reference_nll} | {name: m.nll for name, m in own.items()}
@@ -178,34 +176,27 @@ def _summary(
 
 
 def _predictions(
-    versions: list[_Version],
-    ends: Mapping[str, Rows],
-    parts: tuple[Batch, ...],
-    listen: Listener,
+    versions: list[_Version], ends: Mapping[str, Rows], listen: Listener
 ) -> tuple[NDArray[np.int64], dict[str, TokenMeasures]]:
     """Which sequence each predicted token is in, and the measures of each version but the first,
     per predicted token over all batches."""
-    arch = versions[0].stream.arch
-    heads = {v.name: Held(v.stream.read, float32=False) for v in versions}
-    for version in versions:
-        if version.block is not None:
-            heads[version.name] = heads["original"]
+    arch, batches = versions[0].stream.arch, versions[0].stream.batches
+    heads = {v.name: Held(v.stream.read, float32=False) for v in versions if v.block is None}
     found: dict[str, list[TokenMeasures]] = {version.name: [] for version in versions[1:]}
     sequences, first = [], 0
-    listen(Progress("predict", 0, len(parts)))
-    for number, batch in enumerate(parts, 1):
+    listen(Progress("predict", 0, len(batches)))
+    for number, batch in enumerate(batches, 1):
         rows, targets = next_tokens(batch.tokens, batch.packing)
-        predicted = {
-            name: Prediction(
-                arch, heads[name], finish(arch, heads[name], end.read(batch.rows))[rows]
-            )
-            for name, end in ends.items()
-        }
+        predicted = {}
+        for name, end in ends.items():
+            head = heads.get(name, heads["original"])
+            finished = finish(arch, head, end.read(batch.rows))
+            predicted[name] = Prediction(arch, head, finished[rows])
         for name, measures in found.items():
             measures.append(measure_tokens(predicted[name], targets, predicted["original"]))
         sequences.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
         first += len(batch.tokens)
-        listen(Progress("predict", number, len(parts), f"batch {number}"))
+        listen(Progress("predict", number, len(batches), f"batch {number}"))
     joined = {
         name: TokenMeasures(
             *(

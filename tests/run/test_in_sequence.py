@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.stream import model_architecture
+from ptq_cli.calibration.from_tokens import TokenSource, model_architecture
 from ptq_cli.calibration.streams import Streams
 from ptq_cli.commands import api
 from ptq_cli.commands.quantize import prepare
@@ -182,7 +181,7 @@ def test_a_finished_block_is_not_entered_again(
 def test_bytes_do_not_depend_on_threads(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptq_cli.calibration.stream.BATCH_TOKENS", 256)
+    monkeypatch.setattr("ptq_cli.calibration.from_tokens.BATCH_TOKENS", 256)
     for n in (1, 3):
         monkeypatch.setattr("ptq_cli.calibration.from_tokens.threads", lambda *_, n=n: n)
         api.gptq(SAMPLE, output=tmp_path / f"{n}", **TOKENS, **FAST)
