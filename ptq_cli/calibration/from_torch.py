@@ -22,15 +22,9 @@ import numpy as np
 
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.linears import default_reason, group_modules
-from ptq_cli.numerics.statistics import (
-    HELDOUT_EVERY,
-    HELDOUT_LIMIT,
-    NonFiniteInput,
-    SiteAccumulator,
-    piece_tokens,
-)
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SiteAccumulator
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.files import replacing
 from ptq_cli.storage.folder import open_float
@@ -53,13 +47,10 @@ class Capture:
             shown = np.asarray(self.mask).astype(np.bool_).reshape(-1)
             if len(shown) == len(rows):
                 rows = rows[shown]
-        sums = self._sums.setdefault(site, SiteAccumulator(width, *self.heldout))
-        step = piece_tokens(width)
-        for start in range(0, len(rows), step):
-            try:
-                sums.update(rows[start : start + step])
-            except NonFiniteInput as error:
-                raise InputError(f"{site}: {error.message}") from None
+        if site not in self._sums:
+            self._sums[site] = SiteAccumulator(width, *self.heldout)
+        with stated_in(site):
+            self._sums[site].update(rows)
 
     def write(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write the statistics file. Raises InputError where no linear was called."""
