@@ -28,7 +28,6 @@ from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
     NonFiniteInput,
     SiteAccumulator,
-    merge,
     piece_tokens,
     statistics_memory,
 )
@@ -37,7 +36,6 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 
 PART_TOKENS = 1 << 18
-DIGEST_PIECE = 1 << 24  # bytes read at a time
 _GRADIENTS = 1 << 22  # squared at a time
 
 InputsFiles = tuple[InputsFile, ...]
@@ -107,7 +105,7 @@ class Activations(Source):
             return self.merged(left, right)
         info, part = self.sites[site], self.tokens(site, parts)
         sums = SiteAccumulator(info.in_features, *self.heldout, part.start, self._n_seen(site))
-        for file, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
+        for file, start, stop in self._pieces(site, part):
             try:
                 sums.update(file.read(start, stop))
             except NonFiniteInput as error:
@@ -119,9 +117,6 @@ class Activations(Source):
                 ) from None
         return sums.result(site, info.linears)
 
-    def merged(self, left: SiteStatistics, right: SiteStatistics) -> SiteStatistics:
-        return merge(left, right, self.heldout[1])
-
     def ranges(self, modules: Collection[str]) -> Ranges:
         """Of the sites of these modules, read anew; of all where there are no modules."""
         for site, info in self.sites.items():
@@ -130,9 +125,8 @@ class Activations(Source):
 
     def _absmax(self, site: str) -> NDArray[np.float32]:
         """The largest absolute value of each channel, without a Hessian."""
-        width = self.sites[site].in_features
-        found, everything = np.zeros(width, np.float32), range(self._n_seen(site))
-        for file, start, stop in self._pieces(site, everything, piece_tokens(width)):
+        found = np.zeros(self.sites[site].in_features, np.float32)
+        for file, start, stop in self._pieces(site, range(self._n_seen(site))):
             tokens = file.read(start, stop)
             np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
@@ -152,9 +146,9 @@ class Activations(Source):
         stop = self._n_seen(site) if last else parts[1] * self.part_tokens
         return range(parts[0] * self.part_tokens, stop)
 
-    def _pieces(self, site: str, tokens: range, step: int) -> Iterator[tuple[InputsFile, int, int]]:
+    def _pieces(self, site: str, tokens: range) -> Iterator[tuple[InputsFile, int, int]]:
         """Files in order, and which of their tokens to read at a time: from, to before."""
-        begin = 0
+        begin, step = 0, piece_tokens(self.sites[site].in_features)
         for file in self.inputs[site]:
             first = max(0, tokens.start - begin)
             last = min(file.n_tokens, tokens.stop - begin)
@@ -172,9 +166,7 @@ class Activations(Source):
             return digest_words(*(self.digest(site, half) for half in halves(parts)))
         info, part = self.sites[site], self.tokens(site, parts)
         digest = Digest(repr((info, self._n_seen(site), self.heldout, part)))
-        itemsize = max(file.npy.dtype.itemsize for file in self.inputs[site])
-        step = DIGEST_PIECE // max(1, info.in_features * itemsize) or 1
-        for file, start, stop in self._pieces(site, part, step):
+        for file, start, stop in self._pieces(site, part):
             digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 

@@ -36,7 +36,7 @@ from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, only_e
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
+from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
@@ -251,8 +251,7 @@ class Merged(Source):
         return [part.checkpoint.fingerprint for part in self.parts]
 
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
-        statistics = [part.load(site) for part in self.parts if site in part.sites]
-        return reduce(lambda a, b: merge(a, b, self.heldout[1]), statistics)
+        return reduce(self.merged, [part.load(site) for part in self.parts if site in part.sites])
 
     def load_memory(self, site: str) -> int:
         """Two Hessians and their sum; that of tokens which one file alone would have held out."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, smoothed
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, merge, smoothed
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folded import Folds
 
@@ -111,7 +111,7 @@ class Source:
 
     def merged(self, left: SiteStatistics, right: SiteStatistics) -> SiteStatistics:
         """Statistics of two neighbouring parts as one."""
-        raise NotImplementedError(f"{self.name}: has no parts")
+        return merge(left, right, self.heldout[1])
 
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most."""
