@@ -191,4 +191,6 @@ class SmoothedSource(Source):
 def smoothed_source(base: Source, folds: Folds) -> SmoothedSource:
     """Statistics of `base` behind these folds."""
     factors = {linear.module: values for site, values in folds for linear in site.linears}
-    return SmoothedSource(base, factors, name=base.name, sites=base.sites, files=base.files)
+    return SmoothedSource(
+        base, factors, name=base.name, sites=base.sites, heldout=base.heldout, files=base.files
+    )

@@ -183,7 +183,7 @@ def test_bytes_do_not_depend_on_threads(
 ) -> None:
     monkeypatch.setattr("ptq_cli.calibration.from_tokens.BATCH_TOKENS", 256)
     for n in (1, 3):
-        monkeypatch.setattr("ptq_cli.calibration.from_tokens.threads", lambda *_, n=n: n)
+        monkeypatch.setattr(TokenSource, "n_threads", lambda *_, n=n: n)
         api.gptq(SAMPLE, output=tmp_path / f"{n}", **TOKENS, **FAST)
     assert same_bytes(tmp_path / "1", tmp_path / "3")
 
