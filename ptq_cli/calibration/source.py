@@ -174,9 +174,6 @@ class SmoothedSource(Source):
         """Another Hessian to fold."""
         return self.base.load_memory(site) + 4 * self.sites[site].in_features ** 2
 
-    def bytes_read(self, site: str) -> int:
-        return self.base.bytes_read(site)
-
     def only(self, site: str) -> SmoothedSource:
         linears = self.sites[site].linears if site in self.sites else ()
         own = {module: self.factors[module] for module in linears if module in self.factors}

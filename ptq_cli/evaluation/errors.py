@@ -43,14 +43,15 @@ class Sides:
 
     smoothed: the original with the folds of the quantized folder, which are those of
         `folds_between`
-    source: statistics of its inputs; their `base`, of the original's
+    source, smoothed_source: statistics of the inputs of the original, and of that
     activations: how inputs are rounded to integers too, or None
     """
 
     original: Checkpoint
     quantized: QuantizedFolder
     smoothed: Checkpoint
-    source: SmoothedSource | None
+    source: Source | None
+    smoothed_source: SmoothedSource | None
     activations: ActivationSettings | None = None
 
 
@@ -75,7 +76,7 @@ def open_sides(
             raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
     smoothed = folded_checkpoint(original, folds)
     behind = None if source is None else smoothed_source(source, folds)
-    return Sides(original, quantized, smoothed, behind, activations)
+    return Sides(original, quantized, smoothed, source, behind, activations)
 
 
 def layer_memory(layer: Layer, n_tokens: int) -> int:
@@ -100,11 +101,11 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     with threadpool_limits(1):
         for layer in quantized.layers.values():
             site = site_of.get(layer.module)
-            if site is None or source is None:
+            if site is None or source is None or sides.smoothed_source is None:
                 loaded = None
             elif loaded is None or loaded[0].site != site:
-                before = source.base.load(site)
-                loaded = before, source.fold(before)
+                before = source.load(site)
+                loaded = before, sides.smoothed_source.fold(before)
             rows.append(_row(layer, sides, loaded))
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
