@@ -27,8 +27,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import ptq_cli
-from ptq_cli.calibration.from_tokens import model_architecture
-from ptq_cli.calibration.stream import Held, Read, Stream, batches, threads
+from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.evaluation.perplexity import difference, quantized_tensors
 from ptq_cli.models.forward.likelihood import Prediction, measure_tokens, next_tokens
 from ptq_cli.models.forward.stages import finish
@@ -105,16 +105,17 @@ class Measured:
 
 def predict(setup: Setup, read: Read, original: Measured | None = None) -> Measured:
     """Run a model over the evaluation tokens."""
-    arch = model_architecture(setup.checkpoint)
-    parts = batches(read_tokens(TokenSettings(setup.evaluation), setup.checkpoint))
+    tokens = read_tokens(TokenSettings(setup.evaluation), setup.checkpoint)
+    source = token_source(setup.checkpoint, tokens, (0, 0))
+    arch = source.arch
     nll, sequence, kl, predictions, first = [], [], [], [], 0
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
-        stream = Stream("model", arch, read, parts, Path(folder), threads(arch, parts))
+        stream = Stream("model", read, source, Path(folder), source.n_threads())
         stream.embed()
         for block in range(len(arch.blocks)):
             stream.cross(block, stream.boundary(block))
         end, weights = stream.boundary(len(arch.blocks)), Held(read, float32=False)
-        for batch in parts:
+        for batch in source.batches:
             rows, targets = next_tokens(batch.tokens, batch.packing)
             finished = finish(arch, weights, end.read(batch.rows))[rows]
             ours = Prediction(arch, weights, finished)

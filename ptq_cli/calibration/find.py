@@ -4,28 +4,21 @@ itself, run on tokens."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.from_activations import Activations, find_activations
 from ptq_cli.calibration.from_file import CalibrationFile, beside, open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.gradients import GradientSite
-from ptq_cli.calibration.match import Match, match_activations, match_warnings
-from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Forward
+from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.sites import match_activations
+from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.npy import InputsFile
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
 AnyPath = str | PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
-HELDOUT = (HELDOUT_EVERY, HELDOUT_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +44,6 @@ class SourceSettings:
 
 
 BESIDE = SourceSettings()
-
-
-@dataclasses.dataclass(frozen=True)
-class FoundSource:
-    """Statistics for a command: where from, fingerprint, warnings of the matching."""
-
-    statistics: Source | None
-    warnings: tuple[str, ...] = ()
-    fingerprint: str | None = None
 
 
 def as_paths(paths: Paths) -> tuple[Path, ...]:
@@ -114,11 +98,11 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
 
 def find_source(
     checkpoint: Checkpoint, settings: SourceSettings, *, correct: bool = False
-) -> FoundSource:
+) -> Source | None:
     """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
 
     Linears that they lack are the plan's business: it knows which are quantized.
-    correct: with tokens, the drift is wanted too (`TokenSource`)
+    correct: with tokens, the drift is wanted too (`token_source`)
     """
     folders, path = list(settings.activations), settings.calibration
     if settings.bf16 and (settings.tokens.given or path is not None):
@@ -126,7 +110,8 @@ def find_source(
     if settings.tokens.given:
         if path is not None or folders:
             raise InputError("tokens exclude --calibration and --activations")
-        return _token_source(checkpoint, settings, correct)
+        tokens, feedback = read_tokens(settings.tokens, checkpoint), settings.in_sequence
+        return token_source(checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct)
     if path is not None and folders:
         raise InputError(
             f"both a calibration ({path}) and activations ({folders[0]}) are given",
@@ -136,27 +121,15 @@ def find_source(
         path, folder = beside(checkpoint)
         folders = [folder] if folder is not None and path is None else []
     if path is not None:
-        statistics = calibration_of(checkpoint, path)
-        return FoundSource(statistics, (), statistics.checkpoint.fingerprint)
-    if not folders and settings.required:
+        return calibration_of(checkpoint, path)
+    if folders:
+        return match_activations(checkpoint, folders, settings.bf16)
+    if settings.required:
         raise InputError(
             f"{checkpoint.path}: no calibration found",
             hint="--tokens FILE, --calibration FILE or --activations DIR",
         )
-    if not folders:
-        return FoundSource(None)
-    match = match_activations(checkpoint, find_activations(folders, settings.bf16))
-    name = ", ".join(map(str, folders))
-    fingerprint = " ".join(activations_fingerprint(match))
-    streamed = Activations(name, match.entries, HELDOUT, match.surplus)
-    return FoundSource(streamed, match_warnings(match), fingerprint)
-
-
-def _token_source(checkpoint: Checkpoint, settings: SourceSettings, correct: bool) -> FoundSource:
-    tokens = read_tokens(settings.tokens, checkpoint)
-    feedback = not settings.parallel_layers
-    statistics = TokenSource(Forward(checkpoint, tokens, HELDOUT), feedback, correct)
-    return FoundSource(statistics, tokens.warnings, statistics.fingerprint)
+    return None
 
 
 def calibration_of(checkpoint: Checkpoint, path: Path) -> CalibrationFile:
@@ -168,25 +141,3 @@ def calibration_of(checkpoint: Checkpoint, path: Path) -> CalibrationFile:
             hint="calibrate this one",
         )
     return statistics
-
-
-def activations_fingerprint(match: Match) -> list[str]:
-    """What tells one set of activations from another: their headers and a sample of each file."""
-    return [
-        _fingerprint((site, entry.info.linears), entry.files)
-        for site, entry in match.entries.items()
-    ]
-
-
-def gradients_fingerprint(gradients: Mapping[str, GradientSite]) -> list[str]:
-    """The same for gradients."""
-    return [_fingerprint((module, "gradients"), g.files) for module, g in gradients.items()]
-
-
-def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
-    digest = hashlib.sha256(repr(key).encode())
-    for file in files:
-        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
-        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
-            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
-    return digest.hexdigest()

@@ -4,29 +4,30 @@ A site's tokens are cut into parts of `PART_TOKENS`, whatever the number of work
 than half a part goes to the last one). Each part has an accumulator of its own; neighbours are
 merged two by two, then the results of that, level by level. So bytes do not depend on who sums
 what: one process does all of it in `load`, and run/calibrate.py hands parts and merges to workers.
+
+Gradients lie in such files too: `<module>.npy` holds the gradient of the loss at the module's
+weight for each of n samples, `[n, *the weight's shape]` or `[n, P]`, in any float dtype.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_file import DIGEST_PIECE, only_entry
-from ptq_cli.calibration.gradients import GradientSite, gradient_files
-from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, halves
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.calibration.source import Parts, Ranges, Source, halves, only_entry
+from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import (
-    HELDOUT_EVERY,
-    HELDOUT_LIMIT,
     NonFiniteInput,
     SiteAccumulator,
-    calibration_tokens,
-    merge,
     piece_tokens,
     statistics_memory,
 )
@@ -35,65 +36,65 @@ from ptq_cli.storage.files import listing
 from ptq_cli.storage.npy import InputsFile, open_inputs
 
 PART_TOKENS = 1 << 18
+_GRADIENTS = 1 << 22  # squared at a time
 
-
-@dataclass(frozen=True)
-class ActivationSite:
-    info: SiteInfo
-    files: tuple[InputsFile, ...]
+InputsFiles = tuple[InputsFile, ...]
 
 
 @dataclass(frozen=True)
 class Activations(Source):
     """Folders or files of activations, matched to sites; statistics are made when asked for.
 
-    where: what messages call them; unmatched: what of them fits no linear
+    inputs: the files of each site
+    missing: linears that have none
+    gradients: the files of each module of `fisher`
     part_tokens: how tokens are cut; the last bits depend on it
     """
 
-    where: str
-    entries: Mapping[str, ActivationSite]
-    heldout: tuple[int, int] = (HELDOUT_EVERY, HELDOUT_LIMIT)
-    unmatched: tuple[str, ...] = ()
-    gradients: Mapping[str, GradientSite] = field(default_factory=dict)
+    inputs: Mapping[str, InputsFiles]
+    missing: Sequence[str] = ()
+    gradients: Mapping[str, InputsFiles] = field(default_factory=dict)
     part_tokens: int = field(default_factory=lambda: PART_TOKENS)
 
-    @property
-    def name(self) -> str:
-        return self.where
-
-    @property
-    def surplus(self) -> Sequence[str]:
-        return self.unmatched
-
-    @property
-    def files(self) -> Sequence[Path]:
-        found = [file.npy.path for entry in self.entries.values() for file in entry.files]
-        return [*found, *gradient_files(self.gradients)]
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {module: entry.info for module, entry in self.gradients.items()}
+    @cached_property
+    def fingerprints(self) -> Sequence[str]:
+        """Of each site: the headers of its files and a sample of each; the same of gradients."""
+        read = [((site, self.sites[site].linears), files) for site, files in self.inputs.items()]
+        slopes = [((module, "gradients"), files) for module, files in self.gradients.items()]
+        return [_fingerprint(key, files) for key, files in (*read, *slopes)]
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
-        """Stream the module's gradients."""
-        return self.gradients[module].load()
+        """`mean_n g²` of the module's gradients, float32 in the shape of the tensor, summed in
+        float64.
 
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        """Of the tokens, those that are not held out."""
-        return {
-            site: replace(
-                entry.info, n_tokens=calibration_tokens(entry.info.n_tokens, self.heldout)
-            )
-            for site, entry in self.entries.items()
-        }
+        Raises:
+            InputError: NaN or inf, with file and sample.
+        """
+        info = self.fisher[module]
+        size = prod(info.shape)
+        total = np.zeros(size, np.float64)
+        for file in self.gradients[module]:
+            rows = size // file.in_features  # of the file's rows, in one sample
+            step = max(1, min(rows, _GRADIENTS // file.in_features))
+            for start in range(0, file.n_tokens, rows):
+                for row in range(0, rows, step):
+                    stop = min(rows, row + step)
+                    piece = file.read(start + row, start + stop).astype(np.float64).ravel()
+                    if not np.isfinite(piece).all():
+                        raise InputError(
+                            f"{file.npy.path}: NaN or inf in sample {start // rows}",
+                            hint="take the gradients again",
+                        )
+                    first = row * file.in_features
+                    total[first : first + len(piece)] += piece * piece
+        total /= info.n_samples
+        return total.astype(np.float32).reshape(info.shape)
 
     def all_parts(self, site: str) -> Parts:
         """The root of the site's tree."""
         if self.heldout[0] == 1:  # a part could be held out as a whole
             return 0, 1
-        tokens = self.entries[site].info.n_tokens
+        tokens = self._n_seen(site)
         return 0, max(1, (tokens + self.part_tokens // 2) // self.part_tokens)
 
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
@@ -102,44 +103,37 @@ class Activations(Source):
         if parts[1] - parts[0] > 1:
             left, right = (self.load(site, half) for half in halves(parts))
             return self.merged(left, right)
-        info = self.entries[site].info
-        part = self.tokens(site, parts)
-        whole = len(part) == info.n_tokens
-        sums = SiteAccumulator(
-            info.in_features, *self.heldout, part.start, None if whole else info.n_tokens
-        )
-        for file, begin, start, stop in self._pieces(site, part, piece_tokens(info.in_features)):
+        info, part = self.sites[site], self.tokens(site, parts)
+        sums = SiteAccumulator(info.in_features, *self.heldout, part.start, self._n_seen(site))
+        for file, start, stop in self._pieces(site, part):
             try:
                 sums.update(file.read(start, stop))
             except NonFiniteInput as error:
+                token = start + error.token - sums.n_seen
                 raise InputError(
                     f"{file.npy.path}: {list(file.npy.shape)}: {error.value} at token"
-                    f" {error.token - begin}, channel {error.channel}",
+                    f" {token}, channel {error.channel}",
                     hint="capture the activations again",
                 ) from None
         return sums.result(site, info.linears)
 
-    def merged(self, left: SiteStatistics, right: SiteStatistics) -> SiteStatistics:
-        return merge(left, right, self.heldout[1])
-
     def ranges(self, modules: Collection[str]) -> Ranges:
         """Of the sites of these modules, read anew; of all where there are no modules."""
-        for site, entry in self.entries.items():
-            if not modules or not set(entry.info.linears).isdisjoint(modules):
-                yield site, self._absmax(entry)
+        for site, info in self.sites.items():
+            if not modules or not set(info.linears).isdisjoint(modules):
+                yield site, self._absmax(site)
 
-    def _absmax(self, entry: ActivationSite) -> NDArray[np.float32]:
+    def _absmax(self, site: str) -> NDArray[np.float32]:
         """The largest absolute value of each channel, without a Hessian."""
-        found = np.zeros(entry.info.in_features, np.float32)
-        step = piece_tokens(entry.info.in_features)
-        for file in entry.files:
-            for start in range(0, file.n_tokens, step):
-                tokens = file.read(start, min(file.n_tokens, start + step))
-                np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
+        found = np.zeros(self.sites[site].in_features, np.float32)
+        for file, start, stop in self._pieces(site, range(self._n_seen(site))):
+            tokens = file.read(start, stop)
+            np.maximum(found, np.abs(tokens).max(axis=0).astype(np.float32), out=found)
         return found
 
-    def n_tokens(self, site: str, parts: Parts) -> int:
-        return len(self.tokens(site, parts))
+    def _n_seen(self, site: str) -> int:
+        """All tokens, held out or not."""
+        return sum(file.n_tokens for file in self.inputs[site])
 
     def bytes_read(self, site: str) -> int:
         """The inputs, taken for two bytes each."""
@@ -148,34 +142,31 @@ class Activations(Source):
 
     def tokens(self, site: str, parts: Parts) -> range:
         """The tokens of a node."""
-        total, last = self.entries[site].info.n_tokens, self.all_parts(site)[1]
-        stop = total if parts[1] == last else parts[1] * self.part_tokens
+        last = parts[1] == self.all_parts(site)[1]
+        stop = self._n_seen(site) if last else parts[1] * self.part_tokens
         return range(parts[0] * self.part_tokens, stop)
 
-    def _pieces(
-        self, site: str, tokens: range, step: int
-    ) -> Iterator[tuple[InputsFile, int, int, int]]:
-        """(file, the site's token at its begin, first and last token to read of it), in order."""
-        begin = 0
-        for file in self.entries[site].files:
+    def _pieces(self, site: str, tokens: range) -> Iterator[tuple[InputsFile, int, int]]:
+        """Files in order, and which of their tokens to read at a time: from, to before."""
+        begin, step = 0, piece_tokens(self.sites[site].in_features)
+        for file in self.inputs[site]:
             first = max(0, tokens.start - begin)
             last = min(file.n_tokens, tokens.stop - begin)
             for start in range(first, last, step):
-                yield file, begin, start, min(last, start + step)
+                yield file, start, min(last, start + step)
             begin += file.n_tokens
 
     def only(self, site: str) -> Activations:
-        return replace(self, entries=only_entry(self.entries, site))
+        own = only_entry(self.inputs, site)
+        return replace(super().only(site), inputs=own, missing=())
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         parts = self.all_parts(site) if parts is None else parts
         if parts[1] - parts[0] > 1:
             return digest_words(*(self.digest(site, half) for half in halves(parts)))
-        info, part = self.entries[site].info, self.tokens(site, parts)
-        digest = Digest(repr((info, self.heldout, part)))
-        itemsize = max(file.npy.dtype.itemsize for file in self.entries[site].files)
-        step = DIGEST_PIECE // max(1, info.in_features * itemsize) or 1
-        for file, _, start, stop in self._pieces(site, part, step):
+        info, part = self.sites[site], self.tokens(site, parts)
+        digest = Digest(repr((info, self._n_seen(site), self.heldout, part)))
+        for file, start, stop in self._pieces(site, part):
             digest.update(file.read(start, stop).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
@@ -184,16 +175,25 @@ class Activations(Source):
         ordered by it keep its parts together, and few sites are in parts at a time."""
         last = self.all_parts(site)[1]
         longest = max(len(self.tokens(site, part)) for part in ((0, 1), (last - 1, last)))
-        return statistics_memory(self.entries[site].info.in_features, longest)
+        return statistics_memory(self.sites[site].in_features, longest)
 
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""
-        width = self.entries[site].info.in_features
+        width = self.sites[site].in_features
         levels = (self.all_parts(site)[1] - 1).bit_length()
         return self.part_memory(site) + (4 * width**2 * (levels + 1) if levels else 0)
 
 
-def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, tuple[InputsFile, ...]]:
+def _fingerprint(key: Any, files: Iterable[InputsFile]) -> str:
+    digest = hashlib.sha256(repr(key).encode())
+    for file in files:
+        digest.update(repr((file.npy.shape, file.npy.dtype.str, file.npy.fortran)).encode())
+        for start in {0, file.n_tokens // 2, max(0, file.n_tokens - 1)}:
+            digest.update(file.read(start, min(start + 1, file.n_tokens)).tobytes())
+    return digest.hexdigest()
+
+
+def find_activations(paths: Iterable[Path], bf16: bool) -> dict[str, InputsFiles]:
     """Activations by module name: `<module>.npy`, or every `.npy` in a folder `<module>/`.
 
     paths: folders that hold those, or the files themselves; what several of them hold of one

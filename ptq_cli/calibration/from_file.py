@@ -1,4 +1,4 @@
-"""Where statistics come from: what sources are, and the statistics file.
+"""The statistics file.
 
 A statistics file is a safetensors file. Per site `<site>`:
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -32,78 +32,56 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source
+from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, only_entry
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import merge, percentile, static_scale, statistics_memory
+from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
-from ptq_cli.storage.files import listing, read_into
+from ptq_cli.storage.files import listing
 from ptq_cli.storage.tensors import Bytes, as_bytes
 
 VERSION = 2
-DIGEST_PIECE = 1 << 24
 
 PARTS = ("hessian", "absmax", "absmean", "histogram", "heldout", "sample")
 
 
 @dataclass(frozen=True)
 class CalibrationFile(Source):
-    """An opened statistics file."""
+    """An opened statistics file. model: the fingerprint of the weights"""
 
     checkpoint: Checkpoint
     content: Mapping[str, Any]
-    infos: Mapping[str, SiteInfo]
+    model: str
 
-    @property
-    def name(self) -> str:
-        return str(self.checkpoint.path)
+    @cached_property
+    def fingerprints(self) -> Sequence[str]:
+        return [self.checkpoint.fingerprint]
 
-    @property
-    def files(self) -> Sequence[Path]:
-        return (self.checkpoint.weights, *self.checkpoint.files)
+    def _read(self, name: str) -> Array:
+        """A tensor. Raises InputError where it holds NaN or inf, which no calibration writes."""
+        values = self.checkpoint.read(name)
+        if not np.isfinite(values.sum(dtype=np.float64)):
+            raise self._damaged(name)
+        return values
 
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        return self.infos
-
-    @property
-    def model(self) -> str:
-        return str(self.content["model"])
-
-    @property
-    def heldout_limit(self) -> int:
-        return int(self.content["heldout_limit"])
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        return {
-            module: FisherInfo(module, self.checkpoint.tensors[f"{module}.fisher"].spec.shape, n)
-            for module, n in self.content.get("fisher", {}).items()
-        }
+    def _damaged(self, tensor: str) -> InputError:
+        return InputError(f"{self.name}: {tensor} is damaged", hint="calibrate again")
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """Raises InputError where the file holds what no calibration writes."""
-        values = self.checkpoint.read(f"{module}.fisher").astype(np.float32)
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise InputError(f"{self.name}: {module}.fisher is damaged", hint="calibrate again")
+        values = self._read(f"{module}.fisher")
+        if (values < 0).any():
+            raise self._damaged(f"{module}.fisher")
         return values
 
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
         """Raises InputError where the file holds what no calibration writes."""
-        entry = self.content["sites"][site]
-
-        def read(part: str) -> Array:
-            return self.checkpoint.read(f"{site}.{part}")
-
-        arrays = {part: read(part) for part in PARTS}
-        for part, values in arrays.items():
-            if not np.isfinite(values.sum(dtype=np.float64)):
-                raise InputError(f"{self.name}: {site}.{part} is damaged", hint="calibrate again")
+        arrays = {part: self._read(f"{site}.{part}") for part in PARTS}
         if (arrays["hessian"].diagonal() < 0).any():
-            raise InputError(f"{self.name}: {site}.hessian is damaged", hint="calibrate again")
-        return site_statistics(site, self.sites[site].linears, entry, arrays)
+            raise self._damaged(f"{site}.hessian")
+        return site_statistics(site, self.sites[site].linears, self.content["sites"][site], arrays)
 
     def load_memory(self, site: str) -> int:
         return sum(self.checkpoint.tensors[f"{site}.{part}"].spec.nbytes for part in PARTS)
@@ -111,46 +89,27 @@ class CalibrationFile(Source):
     def ranges(self, modules: Collection[str]) -> Ranges:
         """Of every site, from its absmax alone. Raises InputError as `load` does."""
         for site in self.sites:
-            values = self.checkpoint.read(f"{site}.absmax").astype(np.float32)
-            if not np.isfinite(values).all():
-                raise InputError(f"{self.name}: {site}.absmax is damaged", hint="calibrate again")
-            yield site, values
+            yield site, self._read(f"{site}.absmax")
 
     def only(self, site: str) -> CalibrationFile:
-        fisher = self.content.get("fisher", {})
-        if site in self.sites:
-            fisher = {m: n for m, n in fisher.items() if m in self.sites[site].linears}
+        own = super().only(site)
         names = [f"{site}.{part}" for part in PARTS if site in self.sites]
-        names += [f"{module}.fisher" for module in fisher]
+        names += [f"{module}.fisher" for module in own.fisher]
         return replace(
-            self,
+            own,
             checkpoint=replace(self.checkpoint.part(names), metadata={}),
-            content={
-                **self.content,
-                "sites": only_entry(self.content["sites"], site),
-                "fisher": fisher,
-            },
-            infos=only_entry(self.sites, site),
+            content={**self.content, "sites": only_entry(self.content["sites"], site)},
         )
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         digest = Digest(json.dumps(self.content["sites"][site], sort_keys=True))
         for part in PARTS:
-            stored = self.checkpoint.tensors[f"{site}.{part}"]
-            for start in range(0, stored.spec.nbytes, DIGEST_PIECE):
-                piece = np.empty(min(DIGEST_PIECE, stored.spec.nbytes - start), np.uint8)
-                read_into(stored.file, stored.offset + start, piece)
-                digest.update(piece)
+            digest.update(self.checkpoint.read_bytes(f"{site}.{part}"))
         return digest.hexdigest()
 
 
-def only_entry(entries: Mapping[str, Any], site: str) -> dict[str, Any]:
-    """The entry of one site, or none."""
-    return {name: entry for name, entry in entries.items() if name == site}
-
-
 def open_calibration(path: Path) -> CalibrationFile:
-    """Open a statistics file that `write_calibration` wrote.
+    """Open a statistics file that this tool wrote.
 
     Raises:
         InputError: another kind of file, or one that contradicts itself.
@@ -168,15 +127,33 @@ def open_calibration(path: Path) -> CalibrationFile:
             site: _site_info(path, checkpoint, site, entry)
             for site, entry in sorted(content["sites"].items())
         }
-        str(content["model"]), int(content["heldout_every"]), int(content["heldout_limit"])
-        for module, n in content.get("fisher", {}).items():
-            if f"{module}.fisher" not in checkpoint.tensors or int(n) < 1:
-                raise KeyError(module)
+        model = str(content["model"])
+        heldout = int(content["heldout_every"]), int(content["heldout_limit"])
+        fisher = {
+            module: _fisher_info(checkpoint, module, n)
+            for module, n in content.get("fisher", {}).items()
+        }
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(
             f"{path}: not a statistics file", hint="make one with ptq calibrate"
         ) from None
-    return CalibrationFile(checkpoint, content, sites)
+    return CalibrationFile(
+        checkpoint,
+        content,
+        model,
+        name=str(path),
+        sites=sites,
+        heldout=heldout,
+        files=(checkpoint.weights, *checkpoint.files),
+        fisher=fisher,
+    )
+
+
+def _fisher_info(checkpoint: Checkpoint, module: str, n_samples: int) -> FisherInfo:
+    spec = checkpoint.tensors[f"{module}.fisher"].spec
+    if spec.dtype != "F32" or int(n_samples) < 1:
+        raise ValueError
+    return FisherInfo(module, spec.shape, n_samples)
 
 
 def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> SiteInfo:
@@ -269,52 +246,52 @@ class Merged(Source):
 
     parts: tuple[CalibrationFile, ...]
 
-    @property
-    def name(self) -> str:
-        return ", ".join(part.name for part in self.parts)
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [path for part in self.parts for path in part.files]
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        return {site: info for part in reversed(self.parts) for site, info in part.sites.items()}
+    @cached_property
+    def fingerprints(self) -> Sequence[str]:
+        return [part.checkpoint.fingerprint for part in self.parts]
 
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
-        statistics = [part.load(site) for part in self.parts if site in part.sites]
-        return reduce(lambda a, b: merge(a, b, self.parts[0].heldout_limit), statistics)
+        return reduce(self.merged, [part.load(site) for part in self.parts if site in part.sites])
 
     def load_memory(self, site: str) -> int:
         """Two Hessians and their sum; that of tokens which one file alone would have held out."""
-        width, tokens = self.sites[site].in_features, self.parts[0].heldout_limit
-        return statistics_memory(width, tokens) + 12 * width**2
+        width = self.sites[site].in_features
+        return statistics_memory(width, self.heldout[1]) + 12 * width**2
 
     def only(self, site: str) -> Merged:
-        return Merged(tuple(part.only(site) for part in self.parts))
+        return replace(super().only(site), parts=tuple(part.only(site) for part in self.parts))
 
     def digest(self, site: str, parts: Parts | None = None) -> str:
         digests = [part.digest(site) for part in self.parts if site in part.sites]
-        return digest_words(*digests, str(self.parts[0].heldout_limit))
-
-    @property
-    def fisher(self) -> Mapping[str, FisherInfo]:
-        found: dict[str, FisherInfo] = {}
-        for part in self.parts:
-            for module, info in part.fisher.items():
-                before = found[module].n_samples if module in found else 0
-                found[module] = FisherInfo(module, info.shape, before + info.n_samples)
-        return found
+        return digest_words(*digests, str(self.heldout[1]))
 
     def load_fisher(self, module: str) -> NDArray[np.float32]:
         """The mean over all samples."""
-        own = [part for part in self.parts if module in part.fisher]
-        total = sum(part.fisher[module].n_samples for part in own)
+        total = self.fisher[module].n_samples
         weighted = [
-            part.load_fisher(module) * (part.fisher[module].n_samples / total) for part in own
+            part.load_fisher(module) * (part.fisher[module].n_samples / total)
+            for part in self.parts
+            if module in part.fisher
         ]
         mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
         return mean
+
+
+def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
+    """Several calibrations of one model as one; tokens were held out as the first of them says."""
+    fisher: dict[str, FisherInfo] = {}
+    for part in parts:
+        for module, info in part.fisher.items():
+            before = fisher[module].n_samples if module in fisher else 0
+            fisher[module] = replace(info, n_samples=before + info.n_samples)
+    return Merged(
+        parts,
+        name=", ".join(part.name for part in parts),
+        sites={site: info for part in reversed(parts) for site, info in part.sites.items()},
+        heldout=parts[0].heldout,
+        files=[path for part in parts for path in part.files],
+        fisher=fisher,
+    )
 
 
 def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:

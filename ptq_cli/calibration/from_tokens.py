@@ -1,98 +1,193 @@
-"""Statistics of what a model sees on tokens, by its own forward.
+"""Statistics of what a model sees on tokens, by its own forward: what is known before it runs.
 
 For `ptq calibrate` and `--parallel-layers` they are those of the float model; else those of the
 model as it is rounded (`feedback`): by the turn of a site every layer before it is, and its inputs
-are what they will be. With `correct` the float model runs beside it, and the two give
-`SiteStatistics.drift` and `heldout_float`.
+are what they will be. With `drifts` the float model runs beside it, and the two give
+`SiteStatistics.drift` and `heldout_float`. What runs is in streams.py.
+
+The sequences go in batches of a fixed composition, so that no byte depends on the number of threads
+or on the memory there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from math import prod
 from typing import ClassVar
 
-from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.stream import Stream, threads
-from ptq_cli.calibration.streams import Forward, Place, Streams
+from ptq_cli.calibration.source import Place, Source
 from ptq_cli.core.statistics import SiteInfo
+from ptq_cli.core.tensors import Array
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.architecture import Architecture, read_architecture
+from ptq_cli.models.forward.attention import Packing, pack
+from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import drift_memory
-from ptq_cli.numerics.statistics import statistics_memory
+from ptq_cli.numerics.statistics import calibration_tokens, statistics_memory
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.machine import cores
+from ptq_cli.storage.tokens import Tokens
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that go together. rows: their place among all packed tokens."""
+
+    key: str
+    tokens: Array
+    packing: Packing
+    rows: slice
+
+
+def batches(tokens: Tokens) -> tuple[Batch, ...]:
+    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
+    step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
+    result, start = [], 0
+    for first in range(0, len(tokens.ids), step):
+        ids = tokens.ids[first : first + step]
+        packing = pack(ids.shape, tokens.mask[first : first + step])
+        rows = slice(start, start + packing.n_tokens)
+        if packing.n_tokens:
+            result.append(Batch(f"{first:08d}", ids, packing, rows))
+        start = rows.stop
+    return tuple(result)
 
 
 @dataclass(frozen=True)
 class TokenSource(Source):
-    """feedback: layers that are rounded already feed the layers after them; correct: the drift from
-    the float model is summed too"""
+    """A model and the tokens that it runs on, in batches.
 
-    forward: Forward
-    feedback: bool = False
-    correct: bool = False
+    residual_bytes: of a stream's residuals before and after a block
+    """
+
     in_sequence: ClassVar[bool] = True
+    checkpoint: Checkpoint
+    tokens: Tokens
+    arch: Architecture
+    batches: tuple[Batch, ...]
+    residual_bytes: int
+
+    @cached_property
+    def fingerprints(self) -> Sequence[str]:
+        mode = "drift" if self.drifts else "sequential" if self.feedback else "float"
+        return [f"{self.tokens.fingerprint} {mode}"]
 
     @property
-    def name(self) -> str:
-        return self.forward.tokens.name
+    def _largest_batch(self) -> int:
+        return max(batch.packing.n_tokens for batch in self.batches)
 
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.forward.tokens.files
-
-    @property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        return self.forward.sites
-
-    @property
-    def places(self) -> Mapping[str, Place]:
-        return self.forward.places
-
-    @property
-    def drifts(self) -> bool:
-        return self.feedback and self.correct
-
-    @property
-    def fingerprint(self) -> str:
-        mode = "float" if not self.feedback else "drift" if self.correct else "sequential"
-        return f"{self.forward.tokens.fingerprint} {mode}"
-
-    @property
-    def scratch(self) -> int:
-        """Of each stream: the states between two stages, the residual before the block in hand, and
-        the one after it."""
-        return (1 + self.drifts) * (self.forward.state_bytes + self.forward.residual_bytes)
-
-    def bytes_read(self, site: str) -> int:
-        return 0
+    def n_threads(self, workers: int | None = None, memory: int | None = None) -> int:
+        """How many batches run side by side: one a core, fewer where `memory` is short."""
+        count = cores() if workers is None else workers
+        if memory is not None:
+            need = self.arch.block_memory(self._largest_batch)
+            count = min(count, max(1, memory // need))
+        return max(1, min(count, len(self.batches)))
 
     def memory(self, workers: int | None, memory: int | None) -> int:
-        return self.forward.memory(workers, memory)
+        """Bytes that running takes at most besides the statistics, on so many threads: what lies
+        between the inputs and outputs of a block for each, and the weights of a stage, which all
+        share."""
+        n_threads = self.n_threads(workers, memory)
+        weights = max(4 * self._size(place) for place in self.places.values())
+        return n_threads * self.arch.block_memory(self._largest_batch) + weights
+
+    def _size(self, place: Place) -> int:
+        """Weights of a site's linears."""
+        tensors = (self.checkpoint.tensors.get(f"{linear}.weight") for linear in place.linears)
+        return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
 
     def load_memory(self, site: str) -> int:
         """Of the sums of the inputs and of the drift; the forward has a budget of its own."""
         info = self.sites[site]
-        batch = min(info.n_tokens, max(part.packing.n_tokens for part in self.forward.parts))
+        batch = min(info.n_tokens, self._largest_batch)
         sums = statistics_memory(info.in_features, info.n_tokens, batch)
         return sums + (drift_memory(info.in_features, batch) if self.drifts else 0)
 
-    def streams(
-        self,
-        work: Path,
-        workers: int | None,
-        memory: int | None,
-        checkpoint: Checkpoint | None = None,
-    ) -> Streams:
-        """Streams that are about to enter a block.
 
-        work: a folder for scratch files that survives a kill
-        workers, memory: batches side by side, and the bytes they may take
-        checkpoint: of the model that is rounded, where it is not the float model's
-        """
-        arch, parts = self.forward.arch, self.forward.parts
-        reads = {"rounded": (checkpoint or self.forward.checkpoint).read} if self.feedback else {}
-        if self.drifts or not self.feedback:
-            reads["float"] = self.forward.checkpoint.read
-        n_threads = threads(arch, parts, workers, memory)
-        streams = [Stream(name, arch, read, parts, work, n_threads) for name, read in reads.items()]
-        return Streams(self.forward, streams)
+def model_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture that the config.json beside the weights describes.
+
+    Raises:
+        InputError: no config.json, or an architecture without a forward.
+    """
+    if not checkpoint.config:
+        raise InputError(
+            f"{checkpoint.folder}: no config.json, which the forward needs",
+            hint="name the model folder, or bring activations with --activations",
+        )
+    return read_architecture(checkpoint.config, checkpoint.tensors)
+
+
+def token_source(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    heldout: tuple[int, int],
+    *,
+    feedback: bool = False,
+    correct: bool = False,
+) -> TokenSource:
+    """What a model sees on tokens; its sites are in the order of the forward.
+
+    feedback: layers that are rounded already feed the layers after them; correct: the drift from
+        the float model is then summed too
+
+    Raises:
+        InputError: no config.json, an architecture without a forward, a tensor that is missing.
+    """
+    arch, parts = model_architecture(checkpoint), batches(tokens)
+    places = {
+        site: Place(block, number, linears, len(stage.sites) > 1)
+        for block in range(len(arch.blocks))
+        for number, stage in enumerate(stages(arch, block, parts[0].packing))
+        for site, linears in stage.sites.items()
+    }
+    n_rows, drifts = int(parts[-1].rows.stop), feedback and correct
+    n_tokens = calibration_tokens(n_rows, heldout)
+    residuals = 2 * 4 * n_rows * arch.hidden_size
+    return TokenSource(
+        checkpoint,
+        tokens,
+        arch,
+        parts,
+        residuals,
+        name=tokens.name,
+        sites={
+            site: SiteInfo(
+                site, place.linears, _width(checkpoint, arch, place), _share(arch, place, n_tokens)
+            )
+            for site, place in places.items()
+        },
+        heldout=heldout,
+        files=tokens.files,
+        warnings=tokens.warnings,
+        feedback=feedback,
+        drifts=drifts,
+        places=places,
+        scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
+    )
+
+
+def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
+    name = f"{place.linears[0]}.weight"
+    stored = checkpoint.tensors.get(name)
+    if stored is None or len(stored.spec.shape) != 2:
+        raise InputError(
+            f"{checkpoint.path}: no tensor {name!r}, which config.json's model_type"
+            f" {arch.family!r} has",
+            hint="bring activations with --activations, which works for any model",
+        )
+    transposed = any(linear.transposed for linear in arch.blocks[place.block].qkv)
+    return stored.spec.shape[0 if transposed else 1]
+
+
+def _share(arch: Architecture, place: Place, n_tokens: int) -> int:
+    """Of the tokens, those that reach a site: of experts, what each would get."""
+    experts = arch.blocks[place.block].experts
+    if experts is None or not place.expert:
+        return n_tokens
+    return n_tokens * experts.top_k // len(experts.outputs)

@@ -19,19 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
 from ptq_cli.calibration.sites import model_sites
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.linears import default_reason, group_modules
-from ptq_cli.numerics.statistics import (
-    HELDOUT_EVERY,
-    HELDOUT_LIMIT,
-    NonFiniteInput,
-    SiteAccumulator,
-    piece_tokens,
-)
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SiteAccumulator
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.files import replacing
 from ptq_cli.storage.folder import open_float
@@ -54,17 +47,10 @@ class Capture:
             shown = np.asarray(self.mask).astype(np.bool_).reshape(-1)
             if len(shown) == len(rows):
                 rows = rows[shown]
-        sums = self._sums.setdefault(site, SiteAccumulator(width, *self.heldout))
-        self._add(site, sums, rows)
-
-    @staticmethod
-    def _add(site: str, sums: SiteAccumulator, rows: NDArray[np.float32]) -> None:
-        step = piece_tokens(sums.in_features)
-        for start in range(0, len(rows), step):
-            try:
-                sums.update(rows[start : start + step])
-            except NonFiniteInput as error:
-                raise InputError(f"{site}: {error.message}") from None
+        if site not in self._sums:
+            self._sums[site] = SiteAccumulator(width, *self.heldout)
+        with stated_in(site):
+            self._sums[site].update(rows)
 
     def write(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write the statistics file. Raises InputError where no linear was called."""
@@ -106,7 +92,13 @@ def capture(
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
     opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
-    groups = _groups(opened)
+    sites = model_sites(opened).sites
+    linears = [
+        name.removesuffix(".weight")
+        for name, stored in opened.tensors.items()
+        if default_reason(stored.spec) is None
+    ]
+    groups = {group[0]: group for group in group_modules(linears, sites)}
     capture = Capture(groups, (heldout_every, heldout_limit))
 
     def hook(site: str) -> Callable[[Any, Any], None]:
@@ -128,14 +120,3 @@ def capture(
         for handle in handles:
             handle.remove()
     capture.write(target, opened)
-
-
-def _groups(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Sites by their first linear."""
-    sites = model_sites(checkpoint).sites
-    linears = [
-        name.removesuffix(".weight")
-        for name, stored in checkpoint.tensors.items()
-        if default_reason(stored.spec) is None
-    ]
-    return {group[0]: group for group in group_modules(linears, sites)}

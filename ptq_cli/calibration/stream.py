@@ -1,82 +1,29 @@
 """A model run over many sequences, block by block and stage by stage, its states on the disk.
 
-The sequences go in batches of a fixed composition, so that no byte depends on the number of threads
-or on the memory there is; threads work on batches side by side, BLAS has one thread (the caller's
-business). A `Stream` is one version of the model, given by its weights: the float one, or one whose
-layers are rounded as the run goes on. Weights are read for a stage, shared by its batches, and
-dropped.
+Threads work on batches side by side, BLAS has one thread (the caller's business). A `Stream` is one
+version of the model, given by its weights: the float one, or one whose layers are rounded as the
+run goes on. Weights are read for a stage, shared by its batches, and dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
-from ptq_cli.models.forward.architecture import Architecture
-from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
-from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import Rows, Scratch
-from ptq_cli.storage.tokens import Tokens
 
-BATCH_TOKENS = 4096
-T = TypeVar("T")
 Read = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences that go together. rows: their place among all packed tokens."""
-
-    key: str
-    tokens: Array
-    packing: Packing
-    rows: slice
-
-
-def batches(tokens: Tokens) -> tuple[Batch, ...]:
-    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
-    step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
-    result, start = [], 0
-    for first in range(0, len(tokens.ids), step):
-        ids = tokens.ids[first : first + step]
-        packing = pack(ids.shape, tokens.mask[first : first + step])
-        rows = slice(start, start + packing.n_tokens)
-        if packing.n_tokens:
-            result.append(Batch(f"{first:08d}", ids, packing, rows))
-        start = rows.stop
-    return tuple(result)
-
-
-def threads(
-    arch: Architecture,
-    parts: tuple[Batch, ...],
-    workers: int | None = None,
-    memory: int | None = None,
-) -> int:
-    """How many batches run side by side: one a core, fewer where `memory` is short."""
-    count = cores() if workers is None else workers
-    if memory is not None:
-        need = arch.block_memory(max(batch.packing.n_tokens for batch in parts))
-        count = min(count, max(1, memory // need))
-    return min(count, len(parts))
-
-
-def side_by_side(n: int, work: Callable[[Batch], T], parts: tuple[Batch, ...]) -> list[T]:
-    """`work` on every batch, `n` at a time; results in order."""
-    if n <= 1:
-        return [work(batch) for batch in parts]
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(work, parts))
 
 
 class Held:
@@ -97,13 +44,11 @@ class Held:
             return self._kept[name]
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return _float32(tensor) if self._float32 else tensor
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, LinearTensor):
-        return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
-    return tensor.astype(np.float32, copy=False)
+        if not self._float32:
+            return tensor
+        if isinstance(tensor, LinearTensor):
+            return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
+        return tensor.astype(np.float32, copy=False)
 
 
 class Stream:
@@ -114,22 +59,16 @@ class Stream:
     """
 
     def __init__(
-        self,
-        name: str,
-        arch: Architecture,
-        read: Read,
-        parts: tuple[Batch, ...],
-        work: Path,
-        n_threads: int,
+        self, name: str, read: Read, source: TokenSource, work: Path, n_threads: int
     ) -> None:
-        self.name, self.arch, self.read = name, arch, read
-        self.parts, self.work, self.n_threads = parts, work, n_threads
+        self.name, self.read, self.work, self.n_threads = name, read, work, n_threads
+        self.arch, self.batches = source.arch, source.batches
         self.scratch = Scratch(work / f"{name}.now")
         self.block = self.stage = -1
 
     def boundary(self, block: int) -> Rows:
         """The residual before `block`: what survives a kill."""
-        n = self.parts[-1].rows.stop
+        n = self.batches[-1].rows.stop
         return Rows(self.work / f"{self.name}.{block}", n, self.arch.hidden_size)
 
     def embed(self) -> None:
@@ -137,39 +76,37 @@ class Stream:
         weights = Held(self.read, float32=False)
         rows = self.boundary(0)
         rows.begin()
-        for batch in self.parts:
+        for batch in self.batches:
             rows.write(batch.rows.start, embed(self.arch, weights, batch.tokens, batch.packing))
         rows.finish()
 
     def enter(self, block: int) -> None:
         """Stand at the first stage of `block`, from the residual before it."""
-        weights, rows = Held(self.read), self.boundary(block)
+        rows = self.boundary(block)
 
-        def work(batch: Batch) -> None:
-            state = begin(self.arch, block, weights, rows.read(batch.rows))
-            self.scratch.put(batch.key, _arrays(state))
+        def work(weights: Held, batch: Batch) -> None:
+            self._keep(batch, begin(self.arch, block, weights, rows.read(batch.rows)))
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         self.block, self.stage = block, 0
 
     def advance(self, rounded: Mapping[str, Tensor]) -> None:
         """Apply the stage in hand to every batch; after the last one the boundary is written (who
         drops the one before it knows whether another stream still needs it). rounded: tensors that
         are used in place of those that are read"""
-        weights = Held(self.read, instead=rounded)
-        last = self.stage + 1 == len(self._stages(self.parts[0]))
+        last = self.stage + 1 == len(self._stages(self.batches[0]))
         rows = self.boundary(self.block + 1)
         if last:
             rows.begin()
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             state = self._stages(batch)[self.stage].apply(weights, self._state(batch))
             if last:
                 rows.write(batch.rows.start, np.asarray(state.hidden, np.float32))
             else:
-                self.scratch.put(batch.key, _arrays(state))
+                self._keep(batch, state)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work, rounded)
         self.stage += 1
         if last:
             rows.finish()
@@ -177,23 +114,21 @@ class Stream:
 
     def refresh(self) -> None:
         """Make the inputs of the stage in hand anew, where a norm gives them that has changed."""
-        weights = Held(self.read)
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             enter = self._stages(batch)[self.stage].enter
             if enter is not None:
-                state = enter(weights, self.scratch.get(batch.key, "hidden"))
-                self.scratch.put(batch.key, _arrays(state))
+                self._keep(batch, enter(weights, self.scratch.get(batch.key, "hidden")))
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
 
     def look_ahead(self, last: int) -> Scratch:
         """The inputs of the sites of the stage in hand and those after it, up to stage `last`, with
         the weights as they are now; batch by batch, `inputs/<site>`. The stream stays where it is.
         """
-        weights, ahead = Held(self.read), Scratch(self.work / f"{self.name}.ahead")
+        ahead = Scratch(self.work / f"{self.name}.ahead")
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             state = self._state(batch)
             inputs = dict(state.inputs)
             for stage in self._stages(batch)[self.stage : last]:
@@ -201,56 +136,61 @@ class Stream:
                 inputs |= state.inputs
             ahead.put(batch.key, {f"inputs/{site}": values for site, values in inputs.items()})
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         return ahead
 
     def cross(self, block: int, source: Rows) -> Rows:
         """The residual after `block`, from that before it, without a stop at its stages."""
-        weights, rows = Held(self.read), self.boundary(block + 1)
+        rows = self.boundary(block + 1)
         rows.begin()
 
-        def work(batch: Batch) -> None:
+        def work(weights: Held, batch: Batch) -> None:
             hidden = source.read(batch.rows)
             hidden = forward_block(self.arch, block, weights, hidden, batch.packing)
             rows.write(batch.rows.start, hidden)
 
-        side_by_side(self.n_threads, work, self.parts)
+        self._in_threads(work)
         rows.finish()
         return rows
 
     def inputs(self, site: str, where: Scratch | None = None) -> Iterator[NDArray[np.float32]]:
         """The inputs of a site of the stage in hand, batch by batch. where: of `look_ahead`"""
         scratch = self.scratch if where is None else where
-        return (scratch.get(batch.key, f"inputs/{site}") for batch in self.parts)
+        return (scratch.get(batch.key, f"inputs/{site}") for batch in self.batches)
 
     def count(self, site: str, where: Scratch | None = None) -> int:
         """How many tokens reach the site."""
         scratch = self.scratch if where is None else where
-        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.parts)
+        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.batches)
 
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing)
 
+    def _in_threads(
+        self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Tensor] = {}
+    ) -> None:
+        """`work` with the weights on every batch, `n_threads` at a time."""
+        weights = Held(self.read, instead=rounded)
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            for _ in pool.map(partial(work, weights), self.batches):
+                pass  # an error of a thread is raised here
+
+    def _keep(self, batch: Batch, state: State) -> None:
+        """Put a state on the disk, as named arrays."""
+        arrays: dict[str, Array] = {"hidden": state.hidden}
+        arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
+        if state.routing is not None:
+            arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}
+            arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
+        self.scratch.put(batch.key, arrays)
+
     def _state(self, batch: Batch) -> State:
-        key = batch.key
-        arrays = {name: self.scratch.get(key, name) for name in self.scratch.names(key)}
-        return _state(arrays)
-
-
-def _arrays(state: State) -> dict[str, Array]:
-    """A state as named arrays."""
-    arrays: dict[str, Array] = {"hidden": state.hidden}
-    arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
-    if state.routing is not None:
-        arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}
-        arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
-    return arrays
-
-
-def _state(arrays: Mapping[str, Array]) -> State:
-    def part(kind: str) -> dict[str, Array]:
-        return {n.partition("/")[2]: a for n, a in arrays.items() if n.startswith(f"{kind}/")}
-
-    rows, share = part("rows"), part("share")
-    routing = Routing(tuple(rows.values()), tuple(share.values())) if rows else None
-    return State(arrays["hidden"], part("inputs"), routing)
+        """The state that was kept."""
+        arrays: dict[str, dict[str, Array]] = {}
+        for name in self.scratch.names(batch.key):
+            kind, _, rest = name.partition("/")
+            arrays.setdefault(kind, {})[rest] = self.scratch.get(batch.key, name)
+        routing = None
+        if "rows" in arrays:
+            routing = Routing(tuple(arrays["rows"].values()), tuple(arrays["share"].values()))
+        return State(arrays["hidden"][""], arrays.get("inputs", {}), routing)

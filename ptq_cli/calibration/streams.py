@@ -1,5 +1,5 @@
-"""The model's own forward gives each site its inputs: what is known before it runs (`Forward`), and
-the streams of states on their way through the blocks (`Streams`).
+"""The model's own forward gives each site its inputs: the streams of states on their way through
+the blocks.
 
 The states between two stages lie in the run's work folder, and so do the residuals before the block
 in hand: a run that was killed enters that block again. Experts see other tokens in the model that
@@ -9,159 +9,33 @@ is rounded than in the float one; for them no drift is summed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from math import prod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.stream import Batch, Stream, batches, threads
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.source import Parts, Place, Source
+from ptq_cli.calibration.stream import Stream
+from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
-from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.layers import Tensor
-from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.scratch import Scratch
-from ptq_cli.storage.tokens import Tokens
-
-
-class NoTokens(InputError):
-    """No token reaches a site (an expert that is never chosen)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a site is: its block and stage, and whether it belongs to an expert."""
-
-    block: int
-    stage: int
-    linears: tuple[str, ...]
-    expert: bool
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.block, self.stage
-
-
-def _nowhere(site: str) -> SiteStatistics:
-    raise KeyError(site)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ahead:
-    """Statistics of sites whose turn has not come: what they would see as things stand.
-
-    drop: called once they are no longer needed
-    """
-
-    name: str
-    sites: Mapping[str, SiteInfo] = dataclasses.field(default_factory=dict)
-    load: Callable[[str], SiteStatistics] = _nowhere
-    drop: Callable[[], None] = lambda: None
-
-
-def model_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The architecture that the config.json beside the weights describes.
-
-    Raises:
-        InputError: no config.json, or an architecture without a forward.
-    """
-    if not checkpoint.config:
-        raise InputError(
-            f"{checkpoint.folder}: no config.json, which the forward needs",
-            hint="name the model folder, or bring activations with --activations",
-        )
-    return read_architecture(checkpoint.config, checkpoint.tensors)
-
-
-@dataclasses.dataclass(frozen=True)
-class Forward:
-    """A model and the tokens that it runs on. heldout: every how many tokens, how many at most"""
-
-    checkpoint: Checkpoint
-    tokens: Tokens
-    heldout: tuple[int, int]
-
-    @cached_property
-    def arch(self) -> Architecture:
-        return model_architecture(self.checkpoint)
-
-    @cached_property
-    def parts(self) -> tuple[Batch, ...]:
-        return batches(self.tokens)
-
-    @property
-    def state_bytes(self) -> int:
-        """Of a stream's states between two stages, at most."""
-        return self.arch.state_memory(self.parts[-1].rows.stop)
-
-    @property
-    def residual_bytes(self) -> int:
-        """Of a stream's residuals before and after a block."""
-        return 2 * 4 * int(self.parts[-1].rows.stop) * self.arch.hidden_size
-
-    def memory(self, workers: int | None, memory: int | None) -> int:
-        """Bytes that running takes at most, on so many threads: what lies between the inputs and
-        outputs of a block for each, and the weights of a stage, which all share."""
-        n_threads = threads(self.arch, self.parts, workers, memory)
-        most = max(batch.packing.n_tokens for batch in self.parts)
-        weights = max(4 * self._size(place) for place in self.places.values())
-        return n_threads * self.arch.block_memory(most) + weights
-
-    def _size(self, place: Place) -> int:
-        """Weights of a site's linears."""
-        tensors = (self.checkpoint.tensors.get(f"{linear}.weight") for linear in place.linears)
-        return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
-
-    @cached_property
-    def places(self) -> dict[str, Place]:
-        """Where each site is, in the order of the forward."""
-        packing = self.parts[0].packing
-        return {
-            site: Place(block, number, linears, len(stage.sites) > 1)
-            for block in range(len(self.arch.blocks))
-            for number, stage in enumerate(stages(self.arch, block, packing))
-            for site, linears in stage.sites.items()
-        }
-
-    @cached_property
-    def sites(self) -> Mapping[str, SiteInfo]:
-        """The sites in the order of the forward. Of experts, the tokens are what each would get."""
-        every, limit = self.heldout
-        seen = self.parts[-1].rows.stop
-        n_tokens = seen - min(limit, seen // every if every else 0)
-        return {
-            site: SiteInfo(site, place.linears, self._width(place), self._share(place, n_tokens))
-            for site, place in self.places.items()
-        }
-
-    def _width(self, place: Place) -> int:
-        name = f"{place.linears[0]}.weight"
-        stored = self.checkpoint.tensors.get(name)
-        if stored is None or len(stored.spec.shape) != 2:
-            raise InputError(
-                f"{self.checkpoint.path}: no tensor {name!r}, which config.json's model_type"
-                f" {self.arch.family!r} has",
-                hint="bring activations with --activations, which works for any model",
-            )
-        transposed = any(linear.transposed for linear in self.arch.blocks[place.block].qkv)
-        return stored.spec.shape[0 if transposed else 1]
-
-    def _share(self, place: Place, n_tokens: int) -> int:
-        experts = self.arch.blocks[place.block].experts
-        if experts is None or not place.expert:
-            return n_tokens
-        return n_tokens * experts.top_k // len(experts.outputs)
 
 
 class Streams:
-    """The model in one version, or in two side by side, at the same stage of the same block.
+    """The model in one version, or in two side by side, at the same stage of the same block; at
+    first, about to enter a block.
+
+    work: a folder for scratch files that survives a kill
+    workers, memory: batches side by side, and the bytes they may take
+    checkpoint: of the model that is rounded, where it is not the float model's
 
     streams: the first one gives the sites their inputs; a second one is the float model, and what
         it sees beside the first is the drift
@@ -169,9 +43,21 @@ class Streams:
         model's inputs are divided by before they are compared
     """
 
-    def __init__(self, forward: Forward, streams: list[Stream]) -> None:
-        self.forward, self.streams = forward, streams
-        self.main = streams[0]
+    def __init__(
+        self,
+        source: TokenSource,
+        work: Path,
+        workers: int | None,
+        memory: int | None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        reads = {"rounded": (checkpoint or source.checkpoint).read} if source.feedback else {}
+        if source.drifts or not source.feedback:
+            reads["float"] = source.checkpoint.read
+        n_threads = source.n_threads(workers, memory)
+        self.source = source
+        self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
+        self.main = self.streams[0]
         self.divisors: dict[str, NDArray[np.float32]] = {}
 
     @property
@@ -180,11 +66,11 @@ class Streams:
         return self.main.block, self.main.stage
 
     def place(self, site: str) -> Place:
-        return self.forward.places[site]
+        return self.source.places[site]
 
     def orders(self, last: tuple[int, int]) -> list[tuple[int, int]]:
         """Blocks and stages from the one in hand to `last`."""
-        found = {place.order for place in self.forward.places.values()}
+        found = {place.order for place in self.source.places.values()}
         return sorted(order for order in found if self.order <= order <= last)
 
     def enter(self, block: int) -> None:
@@ -212,65 +98,75 @@ class Streams:
                 stream.boundary(block).drop()
                 stream.enter(block + 1)
 
-    def count(self, site: str) -> int:
-        """How many tokens reach a site of the stage in hand."""
-        return self.main.count(site)
-
-    def statistics(self, site: str) -> SiteStatistics:
-        """Of a site of the stage in hand.
+    def statistics(self, site: str) -> SiteStatistics | None:
+        """Of a site of the stage in hand; None where no token reaches it, an expert.
 
         Raises:
-            NoTokens: no token reaches this expert.
-            InputError: the forward leaves the range of float32.
+            InputError: as `sums`.
         """
-        place = self.forward.places[site]
-        if self.count(site) == 0:
-            raise NoTokens(f"{site}: no token of {self.forward.tokens.name} is routed to it")
+        place = self.source.places[site]
+        if self.main.count(site) == 0:
+            return None
         if len(self.streams) < 2 or place.expert:
-            return self._sums(site)
+            return self.sums(site)
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(self._drift, site)
-            statistics = self._sums(site)
+            statistics = self.sums(site)
             matrix, exact = drift.result()
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
 
-    def _sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
-        sums = SiteAccumulator(self.forward.sites[site].in_features, *self.forward.heldout)
+    def sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
+        """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw
+
+        Raises:
+            InputError: the forward leaves the range of float32.
+        """
+        sums = SiteAccumulator(self.source.sites[site].in_features, *self.source.heldout)
         for inputs in self.main.inputs(site, ahead):
             try:
                 sums.update(inputs)
             except NonFiniteInput as error:
                 raise InputError(
                     f"{site}: the model computes {error.value} on token {error.token} of"
-                    f" {self.forward.tokens.name}",
+                    f" {self.source.name}",
                     hint="is the checkpoint sound?",
                 ) from None
-        return sums.result(site, self.forward.places[site].linears)
+        return sums.result(site, self.source.places[site].linears)
 
     def _drift(self, site: str) -> tuple[FloatArray, FloatArray]:
-        sums = DriftSum(self.forward.sites[site].in_features, *self.forward.heldout)
+        sums = DriftSum(self.source.sites[site].in_features, *self.source.heldout)
         ours, exact = (stream.inputs(site) for stream in self.streams)
         divisor = self.divisors.get(site)
         for inputs, wanted in zip(ours, exact, strict=True):
             sums.update(wanted if divisor is None else wanted / divisor, inputs)
         return sums.result()
 
-    def look_ahead(self, last: Place) -> Ahead:
+    def look_ahead(self, last: Place | None) -> Ahead:
         """The sites from the stage in hand to `last`, in the same block, before anything in between
-        is changed."""
+        is changed; none where there is no `last`."""
+        if last is None:
+            return Ahead(self, None, name=self.source.name, sites={})
         inputs = self.main.look_ahead(last.stage)
         some = {
-            site: self.forward.sites[site]
-            for site, place in self.forward.places.items()
+            site: self.source.sites[site]
+            for site, place in self.source.places.items()
             if place.block == self.main.block and self.main.stage <= place.stage <= last.stage
             if self.main.count(site, inputs)
         }
+        return Ahead(self, inputs, name=self.source.name, sites=some)
 
-        def load(site: str) -> SiteStatistics:
-            return self._sums(site, inputs)
 
-        return Ahead(self.forward.tokens.name, some, load, inputs.drop)
+@dataclasses.dataclass(frozen=True)
+class Ahead(Source):
+    """Statistics of sites whose turn has not come: what they would see as things stand."""
 
-    def refresh(self) -> None:
-        """Make the inputs of the stage in hand anew, behind a norm that has changed."""
-        self.main.refresh()
+    streams: Streams
+    inputs: Scratch | None
+
+    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
+        return self.streams.sums(site, self.inputs)
+
+    def drop(self) -> None:
+        """They are no longer needed."""
+        if self.inputs is not None:
+            self.inputs.drop()

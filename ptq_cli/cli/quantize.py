@@ -174,7 +174,7 @@ def _run(name: str, /, model: Path, **options: Any) -> None:
         if warning not in job.plan.warnings:
             console.warn(warning)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
-    source = job.source.statistics
+    source = job.source
     finish(report, options, str(job.output), written=True, layers=layers, source=source)
 
 

@@ -238,7 +238,7 @@ def inspect(
     checkpoint = open_checkpoint(Path(path))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
-    return inspect_model(checkpoint, source.statistics)
+    return inspect_model(checkpoint, source)
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

@@ -5,26 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.find import (
-    HELDOUT,
-    AnyPath,
-    SourceSettings,
-    activations_fingerprint,
-    calibration_of,
-    gradients_fingerprint,
-)
-from ptq_cli.calibration.from_activations import Activations, find_activations
-from ptq_cli.calibration.from_file import Merged, beside, open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.gradients import match_gradients
-from ptq_cli.calibration.match import Match, match_activations, match_warnings, missing_error
-from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Forward
+from ptq_cli.calibration.find import AnyPath, SourceSettings, calibration_of
+from ptq_cli.calibration.from_activations import find_activations
+from ptq_cli.calibration.from_file import beside, merge_calibrations, open_calibration
+from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.sites import match_activations, missing_error
+from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.errors import InputError
@@ -43,13 +33,11 @@ from ptq_cli.storage.tokens import read_tokens
 class CalibrateJob:
     """A calibration that is planned and ready to run.
 
-    heldout: every how many tokens one is held out, and how many at most
     fingerprints: of what the source reads
     """
 
     checkpoint: Checkpoint
     source: Source
-    heldout: tuple[int, int]
     fingerprints: Sequence[str]
     warnings: tuple[str, ...]
     output: Path
@@ -61,7 +49,7 @@ class CalibrateJob:
             "version": __version__,
             "model": self.checkpoint.fingerprint,
             "inputs": list(self.fingerprints),
-            "heldout": list(self.heldout),
+            "heldout": list(self.source.heldout),
         }
         keep = [*self.checkpoint.files, *self.source.files]
         return Target(self.output, job, options.force, options.restart, keep)
@@ -69,9 +57,7 @@ class CalibrateJob:
     def estimate(self, options: RunOptions) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
         target, resources = self.target(options), options.resources
-        return estimate_calibration(
-            self.checkpoint, self.source, self.heldout, target, resources, self.warnings
-        )
+        return estimate_calibration(self.checkpoint, self.source, target, resources, self.warnings)
 
     def run(self, options: RunOptions, warn: Callable[[str], None]) -> dict[str, Any]:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
@@ -85,7 +71,7 @@ class CalibrateJob:
             model = self.checkpoint.fingerprint
             with Staging(target) as staging:
                 result = calibrate_sites(
-                    self.source, model, self.heldout, staging, options.listen, options.resources
+                    self.source, model, staging, options.listen, options.resources
                 )
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
@@ -116,17 +102,14 @@ def prepare_calibration(
     checkpoint = open_float(Path(model))
     target = default_target(checkpoint) if output is None else Path(output)
     if merge:
-        files = tuple(calibration_of(checkpoint, path) for path in merge)
-        heldout = (int(files[0].content["heldout_every"]), files[0].heldout_limit)
-        prints = [file.checkpoint.fingerprint for file in files]
-        return CalibrateJob(checkpoint, Merged(files), heldout, prints, (), target)
+        merged = merge_calibrations(tuple(calibration_of(checkpoint, path) for path in merge))
+        return CalibrateJob(checkpoint, merged, merged.fingerprints, (), target)
     if inputs.tokens.given:
         tokens = read_tokens(inputs.tokens, checkpoint)
-        stream = TokenSource(Forward(checkpoint, tokens, heldout))
-        prints = [stream.fingerprint, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
-        return CalibrateJob(checkpoint, stream, heldout, prints, tokens.warnings, target)
-    find = partial(find_activations, bf16=inputs.bf16)
-    slopes = match_gradients(checkpoint, find(gradients))
+        stream = token_source(checkpoint, tokens, heldout)
+        prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
+        return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)
+    slopes = find_activations(gradients, inputs.bf16)
     if gradients and not slopes:
         raise InputError(f"{gradients[0]}: no gradients <module>.npy in it")
     folders, (_, found) = list(inputs.activations), beside(checkpoint)
@@ -137,22 +120,15 @@ def prepare_calibration(
             f"{checkpoint.path}: no activations given, and no activations/ beside it",
             hint="--activations DIR",
         )
-    match, name = match_activations(checkpoint, find(folders)), ", ".join(map(str, folders))
-    lacking = not match.entries or (match.missing and missing == "error")
+    source = match_activations(checkpoint, folders, inputs.bf16, heldout, slopes)
+    lacking = not source.sites or (source.missing and missing == "error")
     if lacking and (folders or not slopes):
-        raise missing_error(match, name)
-    source = Activations(name, match.entries, heldout, gradients=slopes)
-    prints = activations_fingerprint(match) + gradients_fingerprint(slopes)
-    return CalibrateJob(checkpoint, source, heldout, prints, _doubts(source, match), target)
-
-
-def _doubts(source: Activations, match: Match) -> tuple[str, ...]:
-    """Warnings of what activations lack."""
-    warnings = [*match_warnings(match), *few_tokens(source.sites.values())]
-    if match.missing:
-        lost = fold_names(match.missing)
-        warnings.append(f"no activations for {len(match.missing)} linears: {lost}")
-    return tuple(warnings)
+        raise missing_error(source)
+    warnings = [*source.warnings, *few_tokens(source.sites.values())]
+    if source.missing:
+        lost = fold_names(source.missing)
+        warnings.append(f"no activations for {len(source.missing)} linears: {lost}")
+    return CalibrateJob(checkpoint, source, source.fingerprints, tuple(warnings), target)
 
 
 def default_target(checkpoint: Checkpoint) -> Path:

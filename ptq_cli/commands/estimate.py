@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Forward
 from ptq_cli.core.layer import Layer, Plan
 from ptq_cli.evaluation.errors import Sides, layer_memory
 from ptq_cli.plan.units import sites_of
@@ -133,7 +132,6 @@ def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estima
 def estimate_calibration(
     checkpoint: Checkpoint,
     source: Source,
-    heldout: tuple[int, int],
     target: Target,
     resources: Resources,
     warnings: Sequence[str],
@@ -144,8 +142,8 @@ def estimate_calibration(
         Piece(site, info.linears, info.n_tokens, source.part_memory(site))
         for site, info in source.sites.items()
     ]
-    size, effort = calibrate.statistics_bytes(source, heldout), _statistics_effort(source)
-    staged = size + calibrate.parts_bytes(source, heldout, workers.count)
+    size, effort = calibrate.statistics_bytes(source), _statistics_effort(source)
+    staged = size + calibrate.parts_bytes(source, workers.count)
     found = target.look(staged, size, source.scratch)
     return Estimate("calibrate", checkpoint, workers, pieces, effort, found, None, warnings)
 
@@ -162,12 +160,11 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
     effort = 2 * _rounding_effort(layers.values()) + _statistics_effort(source)
     count, scratch = 1, 0
     if tokens is not None:
-        forward = Forward(sides.original, tokens, (0, 0))
-        stream, blocks = TokenSource(forward), len(forward.arch.blocks)
+        stream = token_source(sides.original, tokens, (0, 0))
         memory = stream.memory(None, None)
         pieces.append(Piece("forward", [], int(tokens.mask.sum()), memory))
-        versions = 3 + (blocks if per_block else 0)
-        count, scratch = cores(), versions * forward.residual_bytes
+        versions = 3 + (len(stream.arch.blocks) if per_block else 0)
+        count, scratch = cores(), versions * stream.residual_bytes
         effort = count * effort + versions * _statistics_effort(stream)
     workers = Workers(count, memory_available(), True)
     found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
@@ -178,7 +175,7 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
 def _workers(resources: Resources, most: int, source: Source | None) -> Workers:
     """Those of a run. most: how many processes are worth it. Raises InputError: no such cluster."""
     memory = resources.memory
-    if source is not None and source.in_sequence:
+    if isinstance(source, TokenSource):
         beside = source.memory(resources.workers, resources.max_memory)
         return Workers(resources.crew_for(cores()), memory, True, beside)
     if resources.scheduler is not None:

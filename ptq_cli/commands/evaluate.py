@@ -60,8 +60,7 @@ def prepare_evaluation(
     activation = _rounded_inputs(scheme, bits, percentile)
     checkpoint = open_float(Path(original))
     folder = open_quantized(Path(quantized))
-    inputs = dataclasses.replace(source, tokens=TokenSettings())
-    statistics = find_source(checkpoint, inputs).statistics
+    statistics = find_source(checkpoint, dataclasses.replace(source, tokens=TokenSettings()))
     if activation is not None and statistics is None:
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
-from ptq_cli.calibration.find import AnyPath, FoundSource
+from ptq_cli.calibration.find import AnyPath
+from ptq_cli.calibration.source import Source
 from ptq_cli.commands.check import runtime_warnings
 from ptq_cli.commands.estimate import Estimate, estimate_quantization
 from ptq_cli.core.layer import Plan
@@ -40,7 +41,7 @@ class Job:
     command: str
     plan: Plan
     checkpoint: Checkpoint
-    source: FoundSource
+    source: Source | None
     output: Path
     identity: Mapping[str, Any]
     start: Callable[[Staging, RunOptions], RunReport]
@@ -58,8 +59,8 @@ class Job:
             job |= dataclasses.asdict(part)
         job |= {**fingerprints(self.checkpoint, self.source), "config": self.checkpoint.config}
         keep = [*self.checkpoint.files, self.checkpoint.weights]
-        if self.source.statistics is not None:
-            keep += self.source.statistics.files
+        if self.source is not None:
+            keep += self.source.files
         beside = companions(self.checkpoint, format_named(self.plan.format))
         return Target(self.output, job, options.force, options.restart, keep, beside)
 
@@ -91,13 +92,11 @@ class Job:
         ]
 
 
-def quantization_job(
-    work: Quantization, source: FoundSource, output: AnyPath, identity: Mapping[str, Any]
-) -> Job:
+def quantization_job(work: Quantization, output: AnyPath, identity: Mapping[str, Any]) -> Job:
     """A planned quantization as a job."""
     start, look = partial(quantize, work), partial(estimate_quantization, work)
     target = Path(output)
-    return Job(work.command, work.plan, work.checkpoint, source, target, identity, start, look)
+    return Job(work.command, work.plan, work.checkpoint, work.source, target, identity, start, look)
 
 
 def take_run_options(options: dict[str, Any]) -> RunOptions:
@@ -109,18 +108,19 @@ def take_run_options(options: dict[str, Any]) -> RunOptions:
     return RunOptions(take_resources(options), max_shard, **own)
 
 
-def fingerprints(checkpoint: Checkpoint, source: FoundSource) -> dict[str, str]:
+def fingerprints(checkpoint: Checkpoint, source: Source | None) -> dict[str, str]:
     """Of what is read."""
     inputs = {"model": checkpoint.fingerprint}
-    return inputs if source.fingerprint is None else inputs | {"calibration": source.fingerprint}
+    return inputs if source is None else inputs | {"calibration": " ".join(source.fingerprints)}
 
 
 def with_warnings(
-    plan: Plan, checkpoint: Checkpoint, source: FoundSource, runtime: str | None, *more: str
+    plan: Plan, checkpoint: Checkpoint, source: Source | None, runtime: str | None, *more: str
 ) -> Plan:
     """A plan with the warnings of its source, and of what a runtime could not load."""
+    odd = () if source is None else source.warnings
     said = runtime_warnings(plan, checkpoint, runtime)
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *source.warnings, *more, *said))
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *odd, *more, *said))
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

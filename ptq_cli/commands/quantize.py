@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import BESIDE, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
 from ptq_cli.commands import job as jobs
 from ptq_cli.commands.estimate import estimate_repack
 from ptq_cli.commands.smooth import prepare_smoothing
@@ -52,7 +52,7 @@ def prepare(
     settings = make_settings(GridSettings, given, values)
     own = make_settings(how.settings, given, values)
     checkpoint = open_float(Path(model))
-    found = FoundSource(None)
+    found = None
     if not packs:
         found = find_source(checkpoint, source, correct=how.corrects_drift(own))
     plan = make_plan(
@@ -61,18 +61,18 @@ def prepare(
         settings,
         own,
         format_named(settings.format),
-        found.statistics,
+        found,
         missing=fallback,
         activation=SCHEME_INPUTS.get(settings.scheme),
     )
-    facts = {"calibration": found.statistics is not None, "in_sequence": source.in_sequence}
+    facts = {"calibration": found is not None, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = jobs.with_warnings(plan, checkpoint, found, runtime)
     target = jobs.default_output(checkpoint, command, settings) if output is None else output
     rounding = Rounding(how.name, own, settings.format, fallback)
     inputs = jobs.fingerprints(checkpoint, found)
-    work = Quantization(command, plan, checkpoint, found.statistics, rounding, inputs)
-    return jobs.quantization_job(work, found, target, {"fallback": fallback})
+    work = Quantization(command, plan, checkpoint, found, rounding, inputs)
+    return jobs.quantization_job(work, target, {"fallback": fallback})
 
 
 def _prepare_repack(
@@ -96,15 +96,15 @@ def _prepare_repack(
     folder = open_quantized(path)
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
-    checkpoint, nothing, fmt = folder.checkpoint, FoundSource(None), format_named(settings.format)
+    checkpoint, fmt = folder.checkpoint, format_named(settings.format)
 
     def job(*, trial: bool) -> jobs.Job:
         repack = plan_repack(folder, fmt, settings, trial=trial)
-        plan = jobs.with_warnings(repack.plan, checkpoint, nothing, runtime)
+        plan = jobs.with_warnings(repack.plan, checkpoint, None, runtime)
         repack = dataclasses.replace(repack, plan=plan)
-        start = partial(run_repack, repack, jobs.fingerprints(checkpoint, nothing))
+        start = partial(run_repack, repack, jobs.fingerprints(checkpoint, None))
         look, identity = partial(estimate_repack, repack), {"command": "repack"}
-        return jobs.Job("pack", plan, checkpoint, nothing, target, identity, start, look)
+        return jobs.Job("pack", plan, checkpoint, None, target, identity, start, look)
 
     glance = job(trial=False)
     return glance if glance.target().complete() else job(trial=True)

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.calibration.find import HELDOUT, AnyPath, FoundSource, SourceSettings, find_source
+from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
 from ptq_cli.calibration.sites import model_sites
+from ptq_cli.calibration.source import Source
 from ptq_cli.commands import job as jobs
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
@@ -120,10 +121,8 @@ def prepare_smoothing(
     plan = jobs.with_warnings(plan, checkpoint, found, runtime, *sites.notes)
     smoothing = _smoothing(told, checkpoint, sites, rounded)
     inputs = jobs.fingerprints(checkpoint, found)
-    work = Quantization(
-        command, plan, checkpoint, found.statistics, told.rounding, inputs, smoothing
-    )
-    return jobs.quantization_job(work, found, target if output is None else output, identity)
+    work = Quantization(command, plan, checkpoint, found, told.rounding, inputs, smoothing)
+    return jobs.quantization_job(work, target if output is None else output, identity)
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
@@ -164,18 +163,18 @@ def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
     told.how.check(told.own, {told.grid.group_size, *groups})
 
 
-def _rounded(told: _Settings, checkpoint: Checkpoint, found: FoundSource, sites: Sites) -> Plan:
+def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sites: Sites) -> Plan:
     """The plan of the rounding after the smoothing."""
-    statistics, rounding = found.statistics, told.rounding
-    if statistics is not None and statistics.feedback:
-        place_groups(sites.sites, statistics.places)  # refuses what has no sequence
+    rounding = told.rounding
+    if source is not None and source.feedback:
+        place_groups(sites.sites, source.places)  # refuses what has no sequence
     plan = make_plan(
         checkpoint,
         rounding.how,
         told.grid,
         rounding.settings,
         rounding.fmt,
-        statistics,
+        source,
         activation=told.activation,
     )
     bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
@@ -196,7 +195,6 @@ def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan
         settings=told.own,
         rounding=told.rounding,
         activations=told.inputs,
-        heldout=HELDOUT,
         judged=not (told.floats and told.inputs.scheme == "none"),
         compare=told.rivals,
         stored=told.floats,

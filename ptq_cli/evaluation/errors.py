@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.source import SmoothedSource, Source, smoothed_source
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
-from ptq_cli.core.report import ActivationErrors, LayerReport, RunReport
+from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
-from ptq_cli.numerics.output_errors import Measures, measure, output_errors
+from ptq_cli.numerics.output_errors import measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
+from ptq_cli.run.nearest import inputs_of
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
@@ -39,18 +39,19 @@ from ptq_cli.storage.folder import QuantizedFolder, container_of
 
 @dataclass(frozen=True)
 class Sides:
-    """The original and what was quantized, with the statistics of each one's inputs.
+    """The original and what was quantized.
 
-    smoothed, smoothed_source: the original with the folds of the quantized folder, which are those
-        of `folds_between`; the same as original and source where it has none
+    smoothed: the original with the folds of the quantized folder, which are those of
+        `folds_between`
+    source, smoothed_source: statistics of the inputs of the original, and of that
     activations: how inputs are rounded to integers too, or None
     """
 
     original: Checkpoint
-    source: Source | None
     quantized: QuantizedFolder
     smoothed: Checkpoint
-    smoothed_source: Source | None
+    source: Source | None
+    smoothed_source: SmoothedSource | None
     activations: ActivationSettings | None = None
 
 
@@ -62,26 +63,20 @@ def open_sides(
 ) -> Sides:
     """Fold the original as the quantized folder says.
 
+    activations: of what has statistics
+
     Raises:
-        InputError: the two do not belong together; activations need statistics and there are none.
+        InputError: the two do not belong together.
     """
     check_same_model(original, quantized)
-    if activations is not None and source is None:
-        raise InputError(
-            f"{original.path}: --activation-scheme needs inputs, and there is no calibration",
-            hint="--calibration FILE or --activations DIR",
-        )
     folds = folds_between(original.folder, quantized.checkpoint.folder)
     for site, _ in folds:
         absent = [name for name in site.tensors if name not in original.tensors]
         if absent:
             raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
-    if not folds:
-        return Sides(original, source, quantized, original, source, activations)
+    smoothed = folded_checkpoint(original, folds)
     behind = None if source is None else smoothed_source(source, folds)
-    return Sides(
-        original, source, quantized, folded_checkpoint(original, folds), behind, activations
-    )
+    return Sides(original, quantized, smoothed, source, behind, activations)
 
 
 def layer_memory(layer: Layer, n_tokens: int) -> int:
@@ -109,7 +104,8 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
             if site is None or source is None or sides.smoothed_source is None:
                 loaded = None
             elif loaded is None or loaded[0].site != site:
-                loaded = source.load(site), sides.smoothed_source.load(site)
+                before = source.load(site)
+                loaded = before, sides.smoothed_source.fold(before)
             rows.append(_row(layer, sides, loaded))
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
@@ -118,13 +114,13 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
         for name in quantized.untouched()
         for spec in (quantized.checkpoint.tensors[name].spec,)
     )
-    before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
-    after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
+    bytes_before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
+    bytes_after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
     return RunReport(
         command="eval",
         rows=tuple(rows),
         skipped=skipped,
-        totals=totals(rows, skipped, before, after, time.perf_counter() - begin),
+        totals=totals(rows, skipped, bytes_before, bytes_after, time.perf_counter() - begin),
         warnings=tuple(_warnings(different, missing, quantized, source, site_of)),
         settings={"format": quantized.fmt.name},
     )
@@ -179,20 +175,28 @@ Loaded = tuple[SiteStatistics, SiteStatistics]  # of a site: the original's, and
 def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     begin = time.perf_counter()
     before, statistics = loaded or (None, None)
-    rounded = sides.quantized.load(layer.module)
+    weight, rounded = sides.original.weight(layer), sides.quantized.load(layer.module)
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
-    measures = _measure_on(folded, rounded, statistics, scale)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
-    unsmoothed = sides.original.weight(layer)
-    plain = round_to_nearest(unsmoothed, replace(layer.grid, sym=sym))
-    rtn = _measure_on(unsmoothed, plain, before)
+    plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
+    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
+    rtn = measure(weight, plain, **inputs_of(before))
     same = np.array_equal(plain.codes, rounded.codes)
+    activations, settings = None, sides.activations
+    if settings is not None and before is not None and statistics is not None:
+        inputs = _inputs(statistics)
+        activations = ActivationErrors(
+            settings.scheme,
+            _integer_errors(settings, folded, rounded, statistics, scale),
+            output_errors(inputs, folded, linear_dequantized(inputs, rounded), scale),
+            _integer_errors(settings, weight, plain, before),
+        )
     return replace(
         layer_row(layer, sides.quantized.fmt, measures, rtn, statistics),
         sym=sym,
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
-        activations=_activation_errors(layer, sides, loaded, rounded, plain),
+        activations=activations,
     )
 
 
@@ -201,39 +205,19 @@ def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
     return bool((rounded.zeros == layer.grid.mid_code).all())
 
 
-def _measure_on(
+def _integer_errors(
+    settings: ActivationSettings,
     weight: FloatArray,
     rounded: QuantizedWeight,
-    statistics: SiteStatistics | None,
-    outputs: FloatArray | None = None,
-) -> Measures:
-    if statistics is None:
-        return measure(weight, rounded, None, None, outputs)
-    return measure(weight, rounded, statistics.hessian, statistics.heldout, outputs)
-
-
-def _activation_errors(
-    layer: Layer,
-    sides: Sides,
-    loaded: Loaded | None,
-    rounded: QuantizedWeight,
-    plain: QuantizedWeight,
-) -> ActivationErrors | None:
-    """Errors with integer inputs, against the float product of the original's own inputs."""
-    if sides.activations is None or loaded is None:
-        return None
-    inputs, smooth = map(_inputs, loaded)
-    before, own = (with_static_scale(sides.activations, s.absmax) for s in loaded)
-    weight, folded = sides.original.weight(layer), sides.smoothed.weight(layer)
-    scale = sides.smoothed.output_scale(layer)
+    statistics: SiteStatistics,
+    scale: FloatArray | None = None,
+) -> OutputErrors:
+    """Errors with integer inputs, against the float product."""
+    inputs = _inputs(statistics)
+    own = with_static_scale(settings, statistics.absmax)
     if own.scheme == "static" and rounded.input_scale is not None:
         own = replace(own, static_scale=rounded.input_scale)
-    return ActivationErrors(
-        own.scheme,
-        output_errors(smooth, folded, linear_w8a8(smooth, rounded, None, own), scale),
-        output_errors(smooth, folded, linear_dequantized(smooth, rounded), scale),
-        output_errors(inputs, weight, linear_w8a8(inputs, plain, None, before)),
-    )
+    return output_errors(inputs, weight, linear_w8a8(inputs, rounded, None, own), scale)
 
 
 def _inputs(statistics: SiteStatistics) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import default_reason
-from ptq_cli.models.sites import Site
+from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.smoothquant import channel_importance
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.plan import make_plan
@@ -147,7 +147,9 @@ def _site(site: Site, checkpoint: Checkpoint, source: Source | None) -> dict[str
     if source is None or not known or site.missing:
         return entry
     statistics = source.load(known[0])
-    weights = [_matrix(checkpoint, x.tensor, x.transposed) for x in site.linears]
+    weights = [_weight(checkpoint, linear) for linear in site.linears]
+    importance = channel_importance(statistics.absmax, weights)
+    highest = np.argsort(-importance, kind="stable")[:TOP]
     median = float(np.median(statistics.absmax))
     loud = np.flatnonzero(statistics.absmax > LOUD * median)
     return entry | {
@@ -155,19 +157,17 @@ def _site(site: Site, checkpoint: Checkpoint, source: Source | None) -> dict[str
         "absmax": float(statistics.absmax.max()),
         "median_absmax": median,
         "loud_channels": [int(channel) for channel in loud],
-        "importance": _ranked(channel_importance(statistics.absmax, weights)),
+        "importance": [
+            {"channel": int(channel), "importance": float(importance[channel])}
+            for channel in highest
+        ],
     }
 
 
-def _matrix(checkpoint: Checkpoint, name: str, transposed: bool) -> Array:
-    shape = checkpoint.tensors[name].spec.shape
-    weight = checkpoint.matrix(name, (shape[0], shape[1]))
-    return weight.T if transposed else weight
-
-
-def _ranked(values: Array) -> list[dict[str, Any]]:
-    order = np.argsort(-values, kind="stable")[:TOP]
-    return [{"channel": int(channel), "importance": float(values[channel])} for channel in order]
+def _weight(checkpoint: Checkpoint, linear: SiteLinear) -> Array:
+    rows, columns = checkpoint.tensors[linear.tensor].spec.shape
+    weight = checkpoint.matrix(linear.tensor, (rows, columns))
+    return weight.T if linear.transposed else weight
 
 
 def _fisher(source: Source | None) -> list[dict[str, Any]]:

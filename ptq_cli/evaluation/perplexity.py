@@ -11,7 +11,7 @@ taken token by token, so what both versions find hard cancels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.stream import Batch, Held, Read, Stream, batches, threads
-from ptq_cli.calibration.streams import model_architecture
+from ptq_cli.calibration.from_tokens import TokenSource, token_source
+from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import is_symmetric
-from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.models.forward.linear import as_tensor
@@ -62,44 +61,34 @@ def measure_quality(
     Raises:
         InputError: an architecture without a forward, or sequences without a next token.
     """
-    arch = model_architecture(original)
-    parts = batches(tokens)
-    if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in parts):
+    source = token_source(original, tokens, (0, 0))
+    n_blocks = len(source.arch.blocks)
+    if not any(len(next_tokens(batch.tokens, batch.packing)[0]) for batch in source.batches):
         raise InputError(f"{tokens.name}: no sequence has a token to predict")
-    needed = _scratch_bytes(arch, parts, 3 + (len(arch.blocks) if per_block else 0))
+    blocks = range(n_blocks if per_block else 0)
+    needed = (3 + len(blocks)) * source.residual_bytes
     check_free(temporary_place(), needed, free_space(temporary_place()))
     with temporary_folder() as work, threadpool_limits(1):
-        versions = _versions(original, quantized, arch, parts, work, per_block)
-        ends = _run(versions, len(arch.blocks), listen)
-        return _summary(versions, ends, parts, listen)
-
-
-def _scratch_bytes(arch: Architecture, parts: tuple[Batch, ...], versions: int) -> int:
-    """Of the residuals before and after a block."""
-    return versions * 2 * 4 * int(parts[-1].rows.stop) * arch.hidden_size
+        versions = _versions(source, quantized, work, blocks)
+        ends = _run(versions, n_blocks, listen)
+        return _summary(versions, ends, listen)
 
 
 def _versions(
-    original: Checkpoint,
-    quantized: QuantizedFolder,
-    arch: Architecture,
-    parts: tuple[Batch, ...],
-    work: Path,
-    per_block: bool,
+    source: TokenSource, quantized: QuantizedFolder, work: Path, blocks: Iterable[int]
 ) -> list[_Version]:
-    n_threads = threads(arch, parts)
+    original, n_threads = source.checkpoint, source.n_threads()
     rounded = quantized_tensors(original, quantized)
-
-    def version(name: str, read: Read, block: int | None = None) -> _Version:
-        return _Version(name, Stream(name, arch, read, parts, work, n_threads), block)
-
-    found = [
-        version("original", original.read),
-        version("quantized", rounded),
-        version("rtn", nearest_tensors(original, quantized)),
+    reads: list[tuple[str, Read, int | None]] = [
+        ("original", original.read, None),
+        ("quantized", rounded, None),
+        ("rtn", nearest_tensors(original, quantized), None),
     ]
-    blocks = range(len(arch.blocks)) if per_block else ()
-    return found + [version(f"block {block}", rounded, block) for block in blocks]
+    reads += [(f"block {block}", rounded, block) for block in blocks]
+    return [
+        _Version(name, Stream(name, read, source, work, n_threads), block)
+        for name, read, block in reads
+    ]
 
 
 def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
@@ -125,9 +114,8 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
-        weight = original.weight(layer)
         sym = layer.grid.sym or is_symmetric(layer, quantized.load(layer.module))
-        rounded = round_to_nearest(weight, replace(layer.grid, sym=sym))
+        rounded = round_to_nearest(original.weight(layer), replace(layer.grid, sym=sym))
         inputs = layer.activation
         if inputs is not None and not inputs.dynamic:
             inputs = replace(inputs, dynamic=True, per_token=False)
@@ -148,11 +136,12 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str,
     for block in range(n_blocks):
         before, exact = dict(at), versions[0].stream.read
         for version in versions:
-            if version.block is not None and version.block > block:
+            alone = block if version.block is None else version.block
+            if alone > block:
                 continue
-            source = before.get(version.name, before["original"])
-            if version.block is not None and version.block != block:
+            if alone < block:
                 version.stream.read = exact
+            source = before.get(version.name, before["original"])
             at[version.name] = version.stream.cross(block, source)
             done += 1
             listen(Progress("run", done, total, f"block {block}, {version.name}"))
@@ -162,12 +151,9 @@ def _run(versions: list[_Version], n_blocks: int, listen: Listener) -> dict[str,
 
 
 def _summary(
-    versions: list[_Version],
-    ends: Mapping[str, Rows],
-    parts: tuple[Batch, ...],
-    listen: Listener,
+    versions: list[_Version], ends: Mapping[str, Rows], listen: Listener
 ) -> dict[str, Any]:
-    sequence, measures = _predictions(versions, ends, parts, listen)
+    sequence, measures = _predictions(versions, ends, listen)
     blocks = [version for version in versions if version.block is not None]
     own = {v.name: measures[v.name] for v in versions[1:] if v.block is None}
     nll = {"original": own["quantized"].reference_nll} | {name: m.nll for name, m in own.items()}
@@ -189,34 +175,27 @@ def _summary(
 
 
 def _predictions(
-    versions: list[_Version],
-    ends: Mapping[str, Rows],
-    parts: tuple[Batch, ...],
-    listen: Listener,
+    versions: list[_Version], ends: Mapping[str, Rows], listen: Listener
 ) -> tuple[NDArray[np.int64], dict[str, TokenMeasures]]:
     """Which sequence each predicted token is in, and the measures of each version but the first,
     per predicted token over all batches."""
-    arch = versions[0].stream.arch
-    heads = {v.name: Held(v.stream.read, float32=False) for v in versions}
-    for version in versions:
-        if version.block is not None:
-            heads[version.name] = heads["original"]
+    arch, batches = versions[0].stream.arch, versions[0].stream.batches
+    heads = {v.name: Held(v.stream.read, float32=False) for v in versions if v.block is None}
     found: dict[str, list[TokenMeasures]] = {version.name: [] for version in versions[1:]}
     sequences, first = [], 0
-    listen(Progress("predict", 0, len(parts)))
-    for number, batch in enumerate(parts, 1):
+    listen(Progress("predict", 0, len(batches)))
+    for number, batch in enumerate(batches, 1):
         rows, targets = next_tokens(batch.tokens, batch.packing)
-        predicted = {
-            name: Prediction(
-                arch, heads[name], finish(arch, heads[name], end.read(batch.rows))[rows]
-            )
-            for name, end in ends.items()
-        }
+        predicted = {}
+        for name, end in ends.items():
+            head = heads.get(name, heads["original"])
+            finished = finish(arch, head, end.read(batch.rows))
+            predicted[name] = Prediction(arch, head, finished[rows])
         for name, measures in found.items():
             measures.append(measure_tokens(predicted[name], targets, predicted["original"]))
         sequences.append(first + np.searchsorted(batch.packing.starts, rows, side="right"))
         first += len(batch.tokens)
-        listen(Progress("predict", number, len(parts), f"batch {number}"))
+        listen(Progress("predict", number, len(batches), f"batch {number}"))
     joined = {
         name: TokenMeasures(
             *(

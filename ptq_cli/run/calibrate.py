@@ -16,8 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli._version import __version__
 from ptq_cli.calibration.from_file import file_content, site_entry, site_statistics, site_tensors
+from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Source, halves
-from ptq_cli.calibration.streams import NoTokens
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.run.schedule import Resources, Task, run_tasks
@@ -31,17 +32,11 @@ WORTH_A_PROCESS = 1 << 33  # multiplications
 
 
 def calibrate_sites(
-    source: Source,
-    model: str,
-    heldout: tuple[int, int],
-    staging: Staging,
-    listen: Listener,
-    resources: Resources,
+    source: Source, model: str, staging: Staging, listen: Listener, resources: Resources
 ) -> dict[str, Any]:
     """Make the statistics of every site of the source, stage them, write the file.
 
-    model: fingerprint of the weights; heldout: every how many tokens one is held out, how many at
-        most
+    model: fingerprint of the weights
 
     Returns what the file's metadata says of each site, the sites that no token reaches, and the
     seconds it took.
@@ -49,12 +44,12 @@ def calibrate_sites(
     begin = time.perf_counter()
     with threadpool_limits(1):
         run = _in_sequence if source.in_sequence else _in_any_order
-        run(source, heldout, staging, listen, resources)
+        run(source, staging, listen, resources)
     results = {site: staging.store.result(site) for site in source.sites}
     entries = {site: entry for site, entry in results.items() if entry is not None}
     units = [*entries, *_stage_fisher(source, staging)]
     tensors = [tensor for unit in units for tensor in staging.store.tensors(unit)]
-    content = file_content(model, heldout, entries, source.fisher)
+    content = file_content(model, source.heldout, entries, source.fisher)
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
     return {
@@ -67,19 +62,15 @@ def calibrate_sites(
 # ---- in sequence ----
 
 
-def _in_sequence(
-    source: Source,
-    heldout: tuple[int, int],
-    staging: Staging,
-    listen: Listener,
-    resources: Resources,
-) -> None:
+def _in_sequence(source: Source, staging: Staging, listen: Listener, resources: Resources) -> None:
     """for block: for stage: for site: statistics → stage; the float model goes on."""
-    size = statistics_bytes(source, heldout)
+    size = statistics_bytes(source)
     staging.check_space(size, size, source.scratch)
-    efforts = {site: _effort(info, info.n_tokens) for site, info in source.sites.items()}
+    efforts = {site: _effort(info) for site, info in source.sites.items()}
     work, total = 0, sum(efforts.values())
-    streams = source.streams(staging.folder / "stream", resources.workers, resources.max_memory)
+    assert isinstance(source, TokenSource)  # it is one in sequence
+    work_folder = staging.folder / "stream"
+    streams = Streams(source, work_folder, resources.workers, resources.max_memory)
     missing = [site for site in source.sites if not staging.finished(site)]
     if missing:
         streams.enter(streams.place(missing[0]).block)
@@ -89,9 +80,8 @@ def _in_sequence(
             while streams.order < streams.place(site).order:
                 streams.advance({})
             begin = time.perf_counter()
-            try:
-                statistics = streams.statistics(site)
-            except NoTokens:
+            statistics = streams.statistics(site)
+            if statistics is None:
                 staging.put(site, [], None)
             else:
                 _keep(staging.store, site, statistics, {}, time.perf_counter() - begin)
@@ -140,13 +130,7 @@ def first_tasks(site: SiteJob) -> list[Task]:
     return [job.task() for job in parts or [site]]
 
 
-def _in_any_order(
-    source: Source,
-    heldout: tuple[int, int],
-    staging: Staging,
-    listen: Listener,
-    resources: Resources,
-) -> None:
+def _in_any_order(source: Source, staging: Staging, listen: Listener, resources: Resources) -> None:
     """for site: statistics → stage, on workers, large sites in parts that are merged."""
     sites = {
         site: SiteJob(site, source.only(site), staging.store, source.all_parts(site))
@@ -155,10 +139,11 @@ def _in_any_order(
     first = {site: first_tasks(job) for site, job in sites.items()}
     waiting = {site: len(tasks) for site, tasks in first.items()}
     tasks = [task for own in first.values() for task in own]
-    efforts = {}
-    for task in tasks:
-        site, parts = task.argument.site, task.argument.parts
-        efforts[task.name] = _effort(source.sites[site], source.n_tokens(site, parts))
+    efforts = {  # parts are about equal
+        task.name: _effort(source.sites[site]) // len(own)
+        for site, own in first.items()
+        for task in own
+    }
     total, work, finished = sum(efforts.values()), 0, 0
 
     def done(task: Task, kept: bool) -> list[Task]:
@@ -172,8 +157,8 @@ def _in_any_order(
         return [sites[job.site].task()] if merges else []
 
     with hire(resources.crew_for(workers_at_most(source)), resources.scheduler) as crew:
-        size = statistics_bytes(source, heldout)
-        staging.check_space(size + parts_bytes(source, heldout, crew.size), size)
+        size = statistics_bytes(source)
+        staging.check_space(size + parts_bytes(source, crew.size), size)
         run_tasks(tasks, crew, resources.memory_of(crew), done)
 
 
@@ -230,36 +215,32 @@ def _merged(job: SiteJob) -> tuple[str, SiteStatistics]:
 # ---- how much it is ----
 
 
-def _effort(info: SiteInfo, n_tokens: int) -> int:
+def _effort(info: SiteInfo) -> int:
     """Multiplications of its Hessian."""
-    return n_tokens * info.in_features**2
+    return info.n_tokens * info.in_features**2
 
 
 def workers_at_most(source: Source) -> int:
     """How many processes are worth their start."""
-    work = sum(_effort(info, info.n_tokens) for info in source.sites.values())
+    work = sum(_effort(info) for info in source.sites.values())
     return 1 + work // WORTH_A_PROCESS
 
 
-def statistics_bytes(source: Source, heldout: tuple[int, int]) -> int:
+def statistics_bytes(source: Source) -> int:
     """Of the file, about: Hessians and held-out inputs make it."""
-    return sum(_site_bytes(info, heldout) for info in source.sites.values())
+    return sum(_site_bytes(source, site) for site in source.sites)
 
 
-def _site_bytes(info: SiteInfo, heldout: tuple[int, int]) -> int:
-    n = info.in_features
-    return 4 * n * (n + min(heldout[1], info.n_tokens) + 8)
+def _site_bytes(source: Source, site: str) -> int:
+    info, limit = source.sites[site], source.heldout[1]
+    return 4 * info.in_features * (info.in_features + min(limit, info.n_tokens) + 8)
 
 
-def parts_bytes(source: Source, heldout: tuple[int, int], workers: int) -> int:
+def parts_bytes(source: Source, workers: int) -> int:
     """Bytes of what waits to be merged, at most: merges come first, so that hardly more sites than
     there are workers are in parts at any time."""
     counts = {site: source.all_parts(site)[1] for site in source.sites}
-    sizes = [
-        (count + 1) * _site_bytes(source.sites[site], heldout)
-        for site, count in counts.items()
-        if count > 1
-    ]
+    sizes = [(count + 1) * _site_bytes(source, site) for site, count in counts.items() if count > 1]
     return sum(sorted(sizes)[-workers - 1 :])
 
 

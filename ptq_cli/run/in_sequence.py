@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from ptq_cli.calibration.streams import NoTokens, Streams
+from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
@@ -27,7 +28,7 @@ from ptq_cli.storage.machine import cores
 def quantize_in_sequence(work: Work) -> None:
     """What an interrupted run has finished is taken over; then the blocks, and what is in none."""
     source, resources = work.source, work.options.resources
-    assert source is not None  # it is one in sequence
+    assert isinstance(source, TokenSource)  # it is one in sequence
     smoothing = work.job.smoothing
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
     missing = []
@@ -37,9 +38,8 @@ def quantize_in_sequence(work: Work) -> None:
             missing.append(unit)
         else:
             work.add(unit.name, rows, kept=True)
-    streams = source.streams(
-        work.staging.folder / "stream", resources.workers, resources.max_memory, work.checkpoint
-    )
+    folder, memory = work.staging.folder / "stream", resources.max_memory
+    streams = Streams(source, folder, resources.workers, memory, work.checkpoint)
     with use_threads(resources.crew_for(cores())):
         if smooth is not None:
             streams.divisors = smooth.divisors
@@ -71,19 +71,12 @@ def _through_blocks(
             smooth.settle(order, streams)
         for unit in here:
             if unit.name in missing:
-                statistics = _statistics(streams, unit)
+                statistics = streams.statistics(str(unit.site))
                 if smooth is not None:
                     smooth.keep_plain(statistics)
                 work.add(unit.name, _round(work, unit, statistics), kept=False)
         if order < max(todo):
             streams.advance(_decoded(work, here))
-
-
-def _statistics(streams: Streams, unit: Unit) -> SiteStatistics | None:
-    try:
-        return streams.statistics(str(unit.site))
-    except NoTokens:
-        return None
 
 
 def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> list[LayerReport]:

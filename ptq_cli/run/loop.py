@@ -24,8 +24,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.smoothed import smoothed_source
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.source import Source, smoothed_source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
 from ptq_cli.report.report import make_report
@@ -109,7 +108,7 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
     """for group of sites: statistics → factors → stage; from here on everything is folded."""
     source = work.source
     if source is not None and source.in_sequence:
-        source = _calibrated(source, work, smoothing)
+        source = _calibrated(source, work)
         units = tuple(_with_tokens(unit, source) for unit in work.plan.units)
         work.plan = replace(work.plan, units=units)
     assert source is not None  # the plan has seen to it
@@ -118,15 +117,13 @@ def smooth_in_any_order(work: Work, smoothing: Smoothing) -> None:
     work.checkpoint = work.smoothed.checkpoint
 
 
-def _calibrated(source: Source, work: Work, smoothing: Smoothing) -> Source:
+def _calibrated(source: Source, work: Work) -> Source:
     """Statistics of the float model on its tokens: a file in the work folder."""
     path = work.staging.folder / STATISTICS
     if not path.exists():
         model, options = work.job.checkpoint.fingerprint, work.options
         with Staging(Target(path, {"command": "calibrate"})) as inner:
-            calibrate_sites(
-                source, model, smoothing.heldout, inner, options.listen, options.resources
-            )
+            calibrate_sites(source, model, inner, options.listen, options.resources)
     return open_calibration(path)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Ahead
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Smoother, SmoothingCase
@@ -52,7 +51,6 @@ class Smoothing:
     sites: that may take factors
     layers: those that will be rounded, by tensor; rounding: what will round them
     activations: how inputs are rounded at run time; "none": only weights are
-    heldout: every how many tokens one is held out, how many at most
     judged: whether factors have to prove themselves (not where nothing will be rounded)
     compare: further methods to try on every layer, with their settings
     stored: whether weights are written in the checkpoint's dtype, not rounded to a grid
@@ -65,7 +63,6 @@ class Smoothing:
     settings: Any
     rounding: Rounding
     activations: ActivationSettings
-    heldout: tuple[int, int]
     judged: bool = True
     compare: Mapping[str, Any] = field(default_factory=dict)
     stored: bool = False
@@ -110,7 +107,7 @@ class SiteOutcome:
 class Group:
     """The work on one group of sites: `folds` holds what has been decided so far."""
 
-    def __init__(self, job: Smoothing, sites: Sequence[Site], source: Source | Ahead) -> None:
+    def __init__(self, job: Smoothing, sites: Sequence[Site], source: Source) -> None:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
         self._statistics: dict[str, SiteStatistics] = {}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Ahead
 from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.report import LayerReport
 from ptq_cli.models.sites import Site
@@ -45,7 +44,7 @@ def unit_of(group: Sequence[Site]) -> str:
 
 
 def settle_group(
-    smoothing: Smoothing, sites: Sequence[Site], source: Source | Ahead, staging: Staging
+    smoothing: Smoothing, sites: Sequence[Site], source: Source, staging: Staging
 ) -> None:
     """Find and judge the factors of a group of connected sites, on statistics of their inputs
     before anything of the group is folded or rounded; stage them."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.streams import Ahead, Place, Streams
+from ptq_cli.calibration.source import Place
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.sites import Site
@@ -94,15 +95,12 @@ class SmoothInSequence:
         leave."""
         while self._pending and self._pending[0].order <= order:
             group = self._pending.pop(0)
-            if group.last is None:
-                ahead = Ahead(streams.forward.tokens.name)
-            else:
-                ahead = streams.look_ahead(group.last)
+            ahead = streams.look_ahead(group.last)
             settle_group(self.smoothing, group.sites, ahead, self.work.staging)
             ahead.drop()
             self._take(group)
             if group.last is not None:
-                streams.refresh()
+                streams.main.refresh()
 
     def _take(self, group: Group) -> None:
         folds = Smoothed(self.smoothing).take(group.sites, self.work.staging)

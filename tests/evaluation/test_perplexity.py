@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli.calibration.streams import model_architecture
+from ptq_cli.calibration.from_tokens import model_architecture
 from ptq_cli.commands import api
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed

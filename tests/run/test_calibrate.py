@@ -284,16 +284,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert calibrate(folder, target) == whole
 
 
-def test_what_a_part_says_of_itself(folder):
-    from ptq_cli.calibration.match import match_activations
+def test_what_a_part_says_of_itself(folder, small_parts):
+    from ptq_cli.calibration.sites import match_activations
     from ptq_cli.storage.checkpoint import open_checkpoint
     from ptq_cli.storage.units import UnitStore
 
-    match = match_activations(
-        open_checkpoint(folder / "model.safetensors"),
-        A.find_activations([folder / "acts"], bf16=False),
-    )
-    source = A.Activations("acts", match.entries, part_tokens=PART)
+    checkpoint = open_checkpoint(folder / "model.safetensors")
+    source = match_activations(checkpoint, [folder / "acts"], bf16=False)
     site = "layers.0.q_proj"
     job = SiteJob(site, source, UnitStore(folder / "none"), source.all_parts(site))
     first = first_tasks(job)

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.from_tokens import TokenSource
-from ptq_cli.calibration.streams import Streams, model_architecture
+from ptq_cli.calibration.from_tokens import TokenSource, model_architecture
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.commands import api
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.core.progress import Progress
@@ -129,8 +129,8 @@ def test_parallel_layers_is_calibrate_then_gptq(tmp_path: Path) -> None:
 def test_strength_zero_needs_no_float_stream(tmp_path: Path) -> None:
     source = SourceSettings(tokens=SETTINGS)
     job = prepare("gptq", SAMPLE, {"drift": 0.0}, source=source, output=tmp_path / "out")
-    assert isinstance(job.source.statistics, TokenSource)
-    assert not job.source.statistics.correct
+    assert isinstance(job.source, TokenSource)
+    assert not job.source.drifts
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def test_a_finished_block_is_not_entered_again(
 def test_bytes_do_not_depend_on_threads(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptq_cli.calibration.stream.BATCH_TOKENS", 256)
+    monkeypatch.setattr("ptq_cli.calibration.from_tokens.BATCH_TOKENS", 256)
     for n in (1, 3):
-        monkeypatch.setattr("ptq_cli.calibration.from_tokens.threads", lambda *_, n=n: n)
+        monkeypatch.setattr(TokenSource, "n_threads", lambda *_, n=n: n)
         api.gptq(SAMPLE, output=tmp_path / f"{n}", **TOKENS, **FAST)
     assert same_bytes(tmp_path / "1", tmp_path / "3")
 

@@ -284,7 +284,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
 def test_bytes_do_not_depend_on_workers(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptq_cli.calibration.stream.BATCH_TOKENS", 256)
+    monkeypatch.setattr("ptq_cli.calibration.from_tokens.BATCH_TOKENS", 256)
     for workers in (1, 3):
         quantize(loud, "awq gptq", tmp_path / f"{workers}", workers=workers)
     assert same_bytes(tmp_path / "1", tmp_path / "3")
