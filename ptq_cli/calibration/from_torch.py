@@ -23,7 +23,7 @@ import numpy as np
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
 from ptq_cli.calibration.sites import model_sites
 from ptq_cli.errors import InputError, stated_in
-from ptq_cli.models.linears import default_reason, group_modules
+from ptq_cli.models.linears import group_modules, left_alone
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SiteAccumulator
 from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
 from ptq_cli.storage.files import replacing
@@ -93,11 +93,8 @@ def capture(
     opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
     sites = model_sites(opened).sites
-    linears = [
-        name.removesuffix(".weight")
-        for name, stored in opened.tensors.items()
-        if default_reason(stored.spec) is None
-    ]
+    reasons = left_alone(opened.specs, opened.config)
+    linears = [name.removesuffix(".weight") for name in opened.specs if name not in reasons]
     groups = {group[0]: group for group in group_modules(linears, sites)}
     capture = Capture(groups, (heldout_every, heldout_limit))
 

@@ -15,7 +15,7 @@ from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites, find_sites
-from ptq_cli.models.linears import default_reason, group_modules
+from ptq_cli.models.linears import group_modules, left_alone
 from ptq_cli.models.recipe import merge_sites, recipe_sites
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import calibration_tokens
@@ -31,11 +31,10 @@ def model_sites(
     Raises:
         InputError: a recipe's family or sites do not fit the checkpoint.
     """
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    found = find_sites(specs, checkpoint.config or None, family or None)
+    found = find_sites(checkpoint.specs, checkpoint.config or None, family or None)
     if not named:
         return found
-    return replace(found, sites=merge_sites(found.sites, recipe_sites(named, specs)))
+    return replace(found, sites=merge_sites(found.sites, recipe_sites(named, checkpoint.specs)))
 
 
 def transposed_tensors(sites: Sequence[Site]) -> frozenset[str]:
@@ -62,11 +61,13 @@ def match_activations(
     fisher = _match_gradients(checkpoint, gradients)
     found = find_activations(folders, bf16)
     weights = {
-        name.removesuffix(".weight"): stored.spec
-        for name, stored in checkpoint.tensors.items()
-        if name.endswith(".weight") and is_float(stored.spec) and len(stored.spec.shape) == 2
+        name.removesuffix(".weight"): spec
+        for name, spec in checkpoint.specs.items()
+        if name.endswith(".weight") and is_float(spec) and len(spec.shape) == 2
     }
-    sites, missing = _match(found, weights, model_sites(checkpoint).sites)
+    sites, bare = _match(found, weights, model_sites(checkpoint).sites)
+    reasons = left_alone(checkpoint.specs, checkpoint.config)
+    missing = [module for module in bare if weights[module].name not in reasons]
     inputs = {site: found[site] for site in sites}
     surplus = [name for name in found if name not in weights]
     odd = f"{len(surplus)} activations fit no linear of the model: {fold_names(surplus)}"
@@ -101,7 +102,7 @@ def _match(
         named = [module for module in group if module in found]
         rest = [module for module in group if module not in found]
         if not named:
-            missing += [module for module in rest if default_reason(weights[module]) is None]
+            missing += rest
         for module in named:
             linears = (module, *(rest if module == named[0] else ()))
             files = found[module]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.formats.runtimes import NOTE, Artifact, Fact, facts
-from ptq_cli.models.linears import dense_modules
+from ptq_cli.models.linears import dense_modules, module_tree
 from ptq_cli.registry import format_named
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing
@@ -36,7 +36,7 @@ def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) ->
     if runtime is None:
         return ()
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    declared = fmt.config(plan.layers, dense)
+    declared = fmt.config(plan.layers, dense, module_tree(checkpoint.config))
     config = dict(checkpoint.config)
     if declared is not None:
         config |= {**fmt.model_config(config), **dict.fromkeys(fmt.config_keys, declared)}

@@ -132,13 +132,37 @@ class Contents:
 
 
 @dataclass(frozen=True)
+class ModuleTree:
+    """What transformers' modules are, where that is not what the checkpoint's names say.
+
+    renames: beginnings of names in the checkpoint and in the tree; the first that fits counts
+    own_class: its linears are of a class that computes with `weight` itself
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    own_class: bool = False
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """Names to declare a module by: the checkpoint's, and the tree's if it is another."""
+        for stored, inside in self.renames:
+            if f"{module}.".startswith(stored):
+                renamed = f"{inside}{module.removeprefix(stored)}"
+                return (module,) if renamed == module else (module, renamed)
+        return (module,)
+
+
+AS_NAMED = ModuleTree()
+
+
+@dataclass(frozen=True)
 class Format:
     """A layout of quantized weights in safetensors files: a plug-in record (formats/).
 
     misfit: why a layer cannot be held and what would help, or None
     specs: names, dtypes and shapes of the tensors a layer becomes
     encode, decode: a rounded weight to those tensors and back; written apart from each other
-    config: config.json's `quantization_config`, from the layers and the modules left dense
+    config: config.json's `quantization_config`, from the layers, the modules left dense and the
+        module tree of the runtimes
     metadata: what the file's own metadata says of its layers
     layers: the layers of a checkpoint in this layout; empty where it is another. Every tensor of
         `specs` is then there. Raises InputError where the parts contradict one another or cannot
@@ -161,7 +185,9 @@ class Format:
     encode: Callable[[Layer, QuantizedWeight], dict[str, Array]]
     decode: Callable[[Layer, Mapping[str, Array]], QuantizedWeight]
     layers: Callable[[Contents], tuple[Layer, ...]]
-    config: Callable[[Sequence[Layer], Sequence[str]], Mapping[str, Any] | None] = lambda *_: None
+    config: Callable[[Sequence[Layer], Sequence[str], ModuleTree], Mapping[str, Any] | None] = (
+        lambda *_: None
+    )
     metadata: Callable[[Sequence[Layer]], Mapping[str, Any]] = lambda layers: {}
     scale_dtype: Callable[[str], str] = lambda model: "float16"
     config_keys: tuple[str, ...] = ("quantization_config",)

@@ -13,7 +13,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.models.linears import default_reason
+from ptq_cli.models.linears import left_alone
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.smoothquant import channel_importance
 from ptq_cli.plan.grid_settings import GridSettings
@@ -113,13 +113,14 @@ def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tensors(checkpoint: Checkpoint, packed: Collection[str] = ()) -> list[dict[str, Any]]:
+    reasons = left_alone(checkpoint.specs, checkpoint.config)
     return [
         {
             "tensor": stored.spec.name,
             "dtype": stored.spec.dtype,
             "shape": list(stored.spec.shape),
             "bytes": stored.spec.nbytes,
-            "left_alone": None if stored.spec.name in packed else default_reason(stored.spec),
+            "left_alone": None if stored.spec.name in packed else reasons.get(stored.spec.name),
         }
         for stored in (checkpoint.tensors[name] for name in by_number(checkpoint.tensors))
     ]

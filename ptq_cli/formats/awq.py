@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.patterns import ForeignPatterns
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -96,8 +96,11 @@ def _unpack(words: Array) -> Codes:
     return codes
 
 
-def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+def _config(
+    layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
+) -> dict[str, Any]:
     common.check_fused(layers, dense)
+    dense = [name for module in dense for name in tree.names(module)]
     sizes = {layer.grid.group_size for layer in layers}
     if len(sizes) > 1:
         raise InputError(

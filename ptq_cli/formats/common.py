@@ -28,7 +28,11 @@ SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
 _KERNEL_GROUPS = (32, 64, 128, 256)
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 
 
 @dataclass(frozen=True)

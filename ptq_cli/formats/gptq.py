@@ -26,7 +26,7 @@ import numpy as np
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.patterns import ForeignPatterns
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -136,7 +136,9 @@ def _order(layer: Layer, g_idx: Array) -> Array | None:
     return g_idx.astype(np.int32)
 
 
-def _config(name: str, layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+def _config(
+    name: str, layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
+) -> dict[str, Any]:
     common.check_fused(layers, dense)
     base = common.commonest(layers)
     config: dict[str, Any] = {
@@ -149,15 +151,18 @@ def _config(name: str, layers: Sequence[Layer], dense: Sequence[str]) -> dict[st
         "lm_head": any(layer.module.endswith("lm_head") for layer in layers),
     }
     left = [module for module in dense if _in_block(module) != module]
-    dynamic: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in left}
+    dynamic: dict[str, Any] = {
+        f"-:^{re.escape(name)}$": {} for module in left for name in tree.names(module)
+    }
     for layer in layers:
         if common.scheme(layer) != common.scheme(base):
             settings = {key: getattr(layer.grid, key) for key in ("bits", "group_size", "sym")}
-            dynamic[f"+:^{re.escape(layer.module)}$"] = settings
+            for name in tree.names(layer.module):
+                dynamic[f"+:^{re.escape(name)}$"] = settings
     if dynamic:
         config["dynamic"] = dynamic
     if left:
-        config["modules_in_block_to_quantize"] = [_quantized_suffixes(layers, left)]
+        config["modules_in_block_to_quantize"] = [_quantized_suffixes(layers, left, tree)]
     if any(common.outside_cpu_kernel(layer) for layer in layers):
         config["backend"] = "gptq_torch"
     return config
@@ -168,14 +173,17 @@ def _in_block(module: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", module, count=1)
 
 
-def _quantized_suffixes(layers: Sequence[Layer], dense: Sequence[str]) -> list[str]:
+def _quantized_suffixes(
+    layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree
+) -> list[str]:
     """Names for transformers, which quantizes what ends in one of them: those inside a block where
     no dense module ends so too, else whole ones."""
     named: dict[str, None] = {}
     for layer in layers:
         suffix = _in_block(layer.module)
         shared = any(module.endswith(suffix) for module in dense)
-        named[layer.module if shared else suffix] = None
+        for name in tree.names(layer.module) if shared else (suffix,):
+            named[name] = None
     return list(named)
 
 

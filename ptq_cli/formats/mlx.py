@@ -23,7 +23,7 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -81,12 +81,15 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     )
 
 
-def _config(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+def _config(
+    layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
+) -> dict[str, Any]:
     base = common.commonest(layers).grid
     config: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits, "mode": "affine"}
     for layer in layers:
         if (layer.grid.group_size, layer.grid.bits) != (base.group_size, base.bits):
-            config[layer.module] = {"group_size": layer.grid.group_size, "bits": layer.grid.bits}
+            own = {"group_size": layer.grid.group_size, "bits": layer.grid.bits}
+            config |= dict.fromkeys(tree.names(layer.module), own)
     return config
 
 

@@ -49,6 +49,9 @@ class Names:
     blocks, embedding, final_norm, positions, projections: after the prefix; learned positions, and
         the linears before and behind the blocks where the embedding is narrower
     head: the output's linear, from the root
+    alike: further linears of a block that share an input, one tuple each
+    dense: further modules of a block that stay in floating point: no Linear of the runtimes
+        (routers, gates of shared experts), or too narrow to be worth it
     buffers: tensors that may lie in a block and are no weights
     marks: tensors that tell the family from others by names alone, beside its norms
     """
@@ -66,13 +69,21 @@ class Names:
     head: str = "lm_head"
     positions: str | None = None
     projections: tuple[str, ...] = ()
+    alike: tuple[tuple[str, ...], ...] = ()
+    dense: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     marks: tuple[str, ...] = ()
 
     @property
     def sharing(self) -> tuple[tuple[str, ...], ...]:
         """Linears of a block that share an input; runtimes join them into one matrix."""
-        return (self.qkv, self.mlp_in, self.experts.inputs if self.experts else ())
+        experts = self.experts.inputs if self.experts else ()
+        return (self.qkv, self.mlp_in, experts, *self.alike)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Modules of a block that are never quantized unless asked for."""
+        return (*((self.experts.router,) if self.experts else ()), *self.dense)
 
     @property
     def other_norms(self) -> tuple[str, ...]:
@@ -159,11 +170,28 @@ class FamilySite(SitePattern):
 
 
 @dataclass(frozen=True)
+class Multimodal:
+    """Models with towers for images or sound beside a text model, whose family its own
+    `model_type` in config.json's `text_config` tells.
+
+    model_types: config.json's own `model_type`
+    towers: modules that are no part of the text model, projectors included; dense unless asked for
+    renames: beginnings of the checkpoint's names and of the modules' in transformers, where these
+        differ; the first that fits counts
+    """
+
+    model_types: tuple[str, ...]
+    towers: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models.
 
     other_types: what config.json's `model_type` may be beside the name
     transposed: linears are stored [in_features, out_features]
+    own_class: transformers has a class of its own for them, which computes with `weight` itself
     plus_one: norms store gain − 1
     vocabularies: without config.json, sizes of the vocabulary that tell this family from another
         with the same names; none where names suffice
@@ -183,6 +211,7 @@ class Family:
     names: Names
     other_types: tuple[str, ...] = ()
     transposed: bool = False
+    own_class: bool = False
     plus_one: bool = False
     vocabularies: tuple[int, ...] = ()
     defaults: Config = field(default_factory=dict)

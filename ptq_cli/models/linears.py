@@ -4,20 +4,31 @@ share an input where its sites are not known."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from ptq_cli.core.layer import Skipped
+from ptq_cli.core.plugins import ModuleTree
 from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec, is_float
-from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
+from ptq_cli.models.family import Config
 from ptq_cli.models.sites import Site
 
 _LEFT_ALONE = (
-    ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)", re.IGNORECASE)),
+    ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)", re.IGNORECASE)),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
+    ("router", re.compile(r"(^|\.)\w*router\w*(\.|$)")),
+    (
+        "not of the text model",
+        re.compile(
+            r"(^|\.)(visual|vit|(vision|image|audio|speech|sound)_\w+|\w*projector\w*"
+            r"|connector|resampler|perceiver\w*|abstractor)(\.|$)"
+        ),
+    ),
 )
 _EMBEDDING = _LEFT_ALONE[0][1]
+_GATE = re.compile(r"^(.*\.|)(\w+_)?gate(\.\w+)?$")
 
 # Own names of linears that share an input, in their order; and the same for each of the names.
 _ROWS = [("query", "key", "value"), ("q", "k", "v"), ("wi_0", "wi_1")]  # of no family here
@@ -29,8 +40,32 @@ _ROWS += [
 _ROW = {name: row for row in _ROWS if len(row) > 1 for name in row}
 
 
-def default_reason(spec: TensorSpec) -> str | None:
-    """Why a tensor is left alone unless asked for, or None where it is quantized."""
+def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str]:
+    """Tensors that are left alone unless asked for, and why; all others are quantized.
+
+    What no runtime has as a Linear must stay as it is: routers above all. The family says what
+    that is; names say it of families that are not known.
+    """
+    family, multimodal = family_of(config), multimodal_of(config)
+    routers = tuple(f".{name}" for name in family.names.routers) if family else ()
+    towers = multimodal.towers if multimodal else ()
+    reasons = {}
+    for name, spec in specs.items():
+        module = name.removesuffix(".weight")
+        reason = _by_kind(spec)
+        if reason is None and module.endswith(routers):
+            reason = "router"
+        if reason is None and any(tower in module.split(".") for tower in towers):
+            reason = "not of the text model"
+        if reason is None and family is None and _is_router(module, specs):
+            reason = "router"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _by_kind(spec: TensorSpec) -> str | None:
+    """Why a tensor is left alone by its kind and its name."""
     if not is_float(spec):
         return f"dtype {spec.dtype}"
     if prod(spec.shape) == 0:
@@ -41,6 +76,21 @@ def default_reason(spec: TensorSpec) -> str | None:
         if pattern.search(spec.name.removesuffix(".weight")):
             return kind
     return None if spec.name.endswith(".weight") else "not a .weight"
+
+
+def _is_router(module: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether it is a gate that weighs whole branches: no up or down stands beside it."""
+    gate = _GATE.match(module)
+    return gate is not None and not any(
+        name.startswith((f"{gate[1]}up", f"{gate[1]}down")) for name in specs
+    )
+
+
+def module_tree(config: Config) -> ModuleTree:
+    """What the modules are called in the runtimes, and whether they are Linears there."""
+    family, multimodal = family_of(config), multimodal_of(config)
+    renames = () if multimodal is None else multimodal.renames
+    return ModuleTree(renames, family is not None and family.own_class)
 
 
 def dense_modules(skipped: Sequence[Skipped]) -> list[str]:

@@ -13,7 +13,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.plugins import Format, Method
-from ptq_cli.models.linears import default_reason, dense_modules
+from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
 from ptq_cli.plan.select_tensors import choose_tensors
@@ -52,10 +52,11 @@ def make_plan(
     kept = check_layers(wanted, fmt, settings.on_misfit, sites)
     layers = [layer for layer in wanted if layer.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
-    fmt.config(layers, dense_modules(skipped))  # refuses what cannot be declared
+    tree = module_tree(checkpoint.config)
+    fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
     container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
     check_names(checkpoint, layers, skipped, fmt)
-    included = {t.spec.name for t in chosen if default_reason(t.spec) is not None}
+    included = left_alone(checkpoint.specs, checkpoint.config).keys()
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     units = plan_units(layers, method, source, missing, included, sites)

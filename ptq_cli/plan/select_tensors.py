@@ -11,7 +11,7 @@ from ptq_cli.core.layer import Skipped
 from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
-from ptq_cli.models.linears import default_reason
+from ptq_cli.models.linears import left_alone
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
@@ -25,10 +25,11 @@ def choose_tensors(
     rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
     pairs = zip(rules, settings.layers, strict=True)
     ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
+    reasons = left_alone(checkpoint.specs, checkpoint.config)
     chosen, skipped = [], []
     for name in by_number(checkpoint.tensors):
         tensor = checkpoint.tensors[name]
-        spec, reason = tensor.spec, default_reason(tensor.spec)
+        spec, reason = tensor.spec, reasons.get(name)
         possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
         if reason and possible and any(p.search(spec.name) for p in include):
             reason = None

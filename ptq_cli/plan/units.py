@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.source import Source
@@ -25,13 +25,13 @@ def plan_units(
     method: Method,
     source: Source | None,
     missing: str,
-    included: set[str],
+    included: Collection[str],
     sites: Sequence[Site],
 ) -> tuple[Unit, ...]:
     """The units of a run: linears that share their input, with one site's statistics, together.
 
     missing: what a layer without statistics gets: "error" or "rtn"
-    included: tensors that were asked for by name, which may lack statistics
+    included: tensors that are left alone unless asked for, which may lack statistics
 
     Raises:
         InputError: layers without statistics, or with those of another width.

@@ -24,7 +24,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
-from ptq_cli.models.linears import dense_modules, group_modules
+from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
@@ -95,7 +95,7 @@ def plan_repack(
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
     if trial:
-        fmt.config(packed, dense_modules(skipped))
+        fmt.config(packed, dense_modules(skipped), module_tree(folder.checkpoint.config))
         container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
     plan = Plan(
         method="repack",

@@ -77,6 +77,11 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors' headers."""
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    @cached_property
     def config(self) -> Mapping[str, Any]:
         """config.json of the model folder, or of the folder a bare file lies in; {} without one."""
         if "config.json" not in listing(self.folder):

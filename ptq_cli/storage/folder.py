@@ -24,6 +24,7 @@ from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
+from ptq_cli.models.linears import module_tree
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import (
@@ -175,10 +176,10 @@ def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) ->
 def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     """config.json with what the runtime must know, and the file that repeats it."""
     fmt = assembly.fmt
-    declared = fmt.config(list(assembly.layers.values()), assembly.dense)
+    own = source.config if assembly.config is None else assembly.config
+    declared = fmt.config(list(assembly.layers.values()), assembly.dense, module_tree(own))
     if declared is None:
         return {}
-    own = source.config if assembly.config is None else assembly.config
     config = {**own, **fmt.model_config(own), **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
@@ -255,8 +256,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
     names = [name for name in FORMATS if name != "ptq"] if own is None else [own[0]]
     config = declared_config(checkpoint)
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    contents = Contents({} if own is None else own[1], config, specs, checkpoint.read)
+    contents = Contents({} if own is None else own[1], config, checkpoint.specs, checkpoint.read)
     for name in names:
         with stated_in(checkpoint.weights):
             fmt = format_named(name)

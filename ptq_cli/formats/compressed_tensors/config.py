@@ -16,7 +16,7 @@ import numpy as np
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.patterns import ForeignPatterns
-from ptq_cli.core.plugins import Contents
+from ptq_cli.core.plugins import AS_NAMED, Contents, ModuleTree
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.numerics.packing import words_width
@@ -35,7 +35,9 @@ _OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
 _Scheme = tuple[Grid, Activation | None]
 
 
-def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
+def declare(
+    layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
+) -> dict[str, Any]:
     """`quantization_config`: one group per scheme. The commonest aims at the class Linear, the
     others, which win over it, at modules by name."""
     common.check_fused(layers, dense)
@@ -45,26 +47,29 @@ def declare(layers: Sequence[Layer], dense: Sequence[str]) -> dict[str, Any]:
         members.setdefault(common.scheme(layer), []).append(layer)
     groups = {}
     for number, (scheme, own) in enumerate(members.items()):
-        targets = ["Linear"] if scheme == base else [layer.module for layer in own]
+        named = [name for layer in own for name in tree.names(layer.module)]
+        targets = ["Linear"] if scheme == base else named
         groups[f"group_{number}"] = {"targets": targets, **_group(own[0])}
     formats = {group["format"] for group in groups.values()}
+    left = [name for module in dense for name in tree.names(module)]
     # a head that is tied has no tensor of its own, but has to be named
-    named = [*dense, *(layer.module for layer in layers)]
-    tied = not any(module.endswith("lm_head") for module in named)
+    heads = [*dense, *(layer.module for layer in layers)]
+    tied = not any(module.endswith("lm_head") for module in heads)
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*dense, "lm_head"] if tied else list(dense),
+        "ignore": [*left, "lm_head"] if tied else left,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
     }
     only = layers[0]
-    if len(members) == 1 and not only.grid.sym and only.activation is None:
-        # transformers with compressed-tensors 0.18 to 0.20 loads packed zeros only in this way
+    if len(members) == 1 and only.activation is None and (tree.own_class or not only.grid.sym):
+        # transformers with compressed-tensors 0.18 to 0.20 loads packed zeros, and linears of a
+        # class that has no use for packed weights, only in this way
         config["dequantize"] = True
     return config
 

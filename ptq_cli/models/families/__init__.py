@@ -8,10 +8,29 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ptq_cli.models.family import Family
+from ptq_cli.models.families import llava, qwen2_vl
+from ptq_cli.models.family import Config, Family, Multimodal
 
-_ORDER = "gemma3 gemma2 gemma qwen3 qwen3_moe qwen2 llama mistral mixtral phi3 opt gpt2 bloom"
+_ORDER = """
+gemma3 gemma2 gemma qwen3 qwen3_moe qwen2 llama mistral mixtral phi3 opt gpt2 bloom
+bamba cohere deepseek_v3 falcon gemma3n glm4 gpt_neox gpt_oss granite llama4 olmo2 qwen2_moe
+qwen2_vl qwen3_next smollm3 starcoder2
+"""
 
 FAMILIES: tuple[Family, ...] = tuple(
     import_module(f"{__name__}.{name}").FAMILY for name in _ORDER.split()
 )
+MULTIMODALS = (llava.MULTIMODAL, qwen2_vl.MULTIMODAL)
+
+
+def family_of(config: Config) -> Family | None:
+    """The family that config.json names, for a multimodal model that of its text."""
+    text = config.get("text_config")
+    kinds = [part.get("model_type") for part in (text, config) if isinstance(part, dict)]
+    return next((f for kind in kinds for f in FAMILIES if kind in f.model_types), None)
+
+
+def multimodal_of(config: Config) -> Multimodal | None:
+    """What is known of a model with towers, by its config.json."""
+    kind = config.get("model_type")
+    return next((row for row in MULTIMODALS if kind in row.model_types), None)

@@ -1,0 +1,20 @@
+"""GPT-NeoX and Pythia: q, k and v interleaved by head in one linear; attention and MLP side by side
+or one after the other."""
+
+from ptq_cli.models.family import Family, Names
+
+FAMILY = Family(
+    name="gpt_neox",
+    names=Names(
+        prefixes=("gpt_neox.",),
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        head="embed_out",
+        qkv=("attention.query_key_value",),
+        output="attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+        norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+        buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    ),
+)

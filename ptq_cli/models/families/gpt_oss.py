@@ -1,0 +1,21 @@
+"""gpt-oss: attention with sinks, and experts stored as one tensor of all."""
+
+from dataclasses import replace
+
+from ptq_cli.models.families import llama
+from ptq_cli.models.family import ExpertNames, Family
+
+FAMILY = Family(
+    name="gpt_oss",
+    names=replace(
+        llama.FAMILY.names,
+        mlp_in=(),
+        mlp_out="",
+        experts=ExpertNames(
+            router="mlp.router",
+            expert="mlp.experts.{}",
+            inputs=("gate_proj", "up_proj"),
+            output="down_proj",
+        ),
+    ),
+)
