@@ -1,0 +1,113 @@
+"""Every architecture, quantized without a word about its layers and loaded by transformers: no key is
+missing or left over, and logits are the twin's. `python -m tests.interop.test_architectures` writes
+the results into docs/models.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import ROOT, ptq
+from tests.interop.tiny_models import MODELS
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        not all(map(find_spec, ("torch", "transformers", "compressed_tensors"))),
+        reason="needs the extra interop",
+    ),
+]
+
+PAGE = ROOT / "docs" / "models.md"
+COMMANDS = ("pack", "rtn")
+TOLERANCE = 1e-3
+# Why a model is refused before any work.
+REFUSED = {
+    "gemma3n_text": "group_size 32 does not divide in_features 8",
+    "gpt2": "compressed-tensors holds weights stored [out, in], not [in, out]",
+}
+CASES = [(command, name) for command in COMMANDS for name in MODELS]
+
+
+def _run(module: str, *words: object) -> None:
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"tests.interop.{module}", *map(str, words)]
+    ended = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tried(tmp_path_factory.mktemp("architectures"))
+
+
+def tried(folder: Path) -> dict[str, Any]:
+    """What became of each case: the error that refused it, or what `compare` found."""
+    _run("tiny_models", folder / "float")
+    found: dict[str, Any] = {}
+    jobs = []
+    for command, name in CASES:
+        source, out = folder / "float" / name, folder / f"{command}-{name}"
+        outcome = ptq(
+            command, source, "-o", out, "--format", "compressed-tensors", "--group-size", 32
+        )
+        if outcome.code == 0:
+            jobs.append({"name": out.name, "float": str(source), "folder": str(out)})
+        else:
+            assert outcome.code == 1
+            assert not list(folder.glob(f"{command}-{name}*"))
+            found[out.name] = {"refused": outcome.errors[0]}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    _run("compare", folder / "jobs.json", folder / "out.json")
+    return found | json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_transformers_computes_what_was_written(
+    results: dict[str, Any], command: str, name: str
+) -> None:
+    result = results[f"{command}-{name}"]
+    if name in REFUSED:
+        assert REFUSED[name] in result["refused"]
+        return
+    assert "refused" not in result, result
+    assert "raised" not in result, result
+    assert (result["missing"], result["unexpected"]) == ([], [])
+    assert result["error"] <= TOLERANCE
+
+
+def test_the_page_says_so(results: dict[str, Any]) -> None:
+    assert table(results) in PAGE.read_text("utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of docs/models.md."""
+    rows = ["| model | `ptq pack` | `ptq rtn` |", "|---|---|---|"]
+    for name in sorted(MODELS):
+        cells = [_said(results[f"{command}-{name}"]) for command in COMMANDS]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _said(result: dict[str, Any]) -> str:
+    if "refused" in result:
+        reason = result["refused"].removeprefix("ptq: error: ").split("; ")[0]
+        return f"refused: {reason.split(': ', 1)[1]}"
+    if "raised" in result or result["missing"] or result["unexpected"]:
+        return "does not load"
+    return "loads, equal" if result["error"] == 0 else f"loads, within {result['error']:.0e}"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        made = table(tried(Path(place)))
+    before, _, after = PAGE.read_text("utf-8").partition("| model |")
+    PAGE.write_text(before + made + "\n\n" + after.partition("\n\n")[2], "utf-8")
