@@ -31,6 +31,7 @@ from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -235,7 +236,7 @@ def inspect(
         if calibration is not None or as_paths(activations) or bf16:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
         return inspect_quantized(open_quantized(Path(path)))
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = one_by_one(open_checkpoint(Path(path)))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

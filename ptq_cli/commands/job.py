@@ -17,6 +17,7 @@ from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.plan.left_dense import dense_warnings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
@@ -117,10 +118,11 @@ def fingerprints(checkpoint: Checkpoint, source: Source | None) -> dict[str, str
 def with_warnings(
     plan: Plan, checkpoint: Checkpoint, source: Source | None, runtime: str | None, *more: str
 ) -> Plan:
-    """A plan with the warnings of its source, and of what a runtime could not load."""
+    """A plan with the warnings of its source, of what it leaves dense, and of what a runtime could
+    not load."""
     odd = () if source is None else source.warnings
-    said = runtime_warnings(plan, checkpoint, runtime)
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *odd, *more, *said))
+    said = (*dense_warnings(plan), *odd, *more, *runtime_warnings(plan, checkpoint, runtime))
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *said))
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def make_layer(
     """
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
-    values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
+    values |= {key: own for key, own in rule_of(settings, tensor).items() if key in values}
     if values["scale_dtype"] == "auto":
         computes_in = common.model_dtype(checkpoint.config, unstated=spec.dtype)
         values["scale_dtype"] = fmt.scale_dtype(computes_in)
@@ -113,20 +113,31 @@ def check_misfits(fmt: Format, misfits: Mapping[str, Misfit], total: int, on_mis
 
 def unheld(layer: Layer, fmt: Format) -> Skipped:
     """A layer that is kept as it is."""
-    reason = f"format {fmt.name} cannot hold it"
-    return Skipped(layer.tensor, layer.full_shape, layer.dtype, reason)
+    return Skipped(layer.tensor, layer.full_shape, layer.dtype, cannot_hold(fmt.name))
+
+
+def cannot_hold(fmt: str) -> str:
+    """Why a layer that does not fit is kept as it is."""
+    return f"format {fmt} cannot hold it"
 
 
 def check_layers(
-    layers: Sequence[Layer], fmt: Format, on_misfit: str, sites: Sequence[Site] = ()
+    layers: Sequence[Layer],
+    fmt: Format,
+    on_misfit: str,
+    sites: Sequence[Site],
+    unread: Mapping[str, Misfit],
 ) -> set[str]:
     """The modules to keep as they are, with those that share their input: runtimes fuse them.
+
+    unread: modules that the format could hold, but that no runtime reads from it
 
     Raises:
         InputError: layers that the format cannot hold, all of them listed, or two tensors that
             would become one module.
     """
     misfits = {layer.module: misfit for layer in layers if (misfit := fmt.misfit(layer))}
+    misfits = {**unread, **misfits}
     check_misfits(fmt, misfits, len(layers), on_misfit)
     modules = [layer.module for layer in layers]
     twice = Counter(modules) - Counter(set(modules))

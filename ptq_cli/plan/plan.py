@@ -14,6 +14,7 @@ from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
+from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
 from ptq_cli.plan.select_tensors import choose_tensors
@@ -49,7 +50,9 @@ def make_plan(
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
-    kept = check_layers(wanted, fmt, settings.on_misfit, sites)
+    fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
+    unread = expert_misfits(wanted, fmt, checkpoint.config, fused)
+    kept = check_layers(wanted, fmt, settings.on_misfit, sites, unread)
     layers = [layer for layer in wanted if layer.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)

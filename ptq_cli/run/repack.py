@@ -17,6 +17,7 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
@@ -24,9 +25,12 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
+from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
+from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
@@ -35,6 +39,7 @@ from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
@@ -73,6 +78,8 @@ def plan_repack(
     """
     symmetric = trial and _all_symmetric(folder)
     config = folder.checkpoint.config
+    if every_expert_is_linear(config, fmt.name):
+        folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
     stated = config.get("dtype") or config.get("torch_dtype")
     dtype = common.model_dtype(config) if stated else None
     wanted, misfits = {}, {}
@@ -89,6 +96,7 @@ def plan_repack(
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
+    misfits = {**_unread_experts(list(wanted.values()), fmt, config), **misfits}
     if trial:
         check_misfits(fmt, misfits, len(wanted), settings.on_misfit)
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
@@ -110,6 +118,19 @@ def plan_repack(
         + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched()),
     )
     return Repack(folder, fmt, plan, wanted, kept)
+
+
+def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dict[str, Misfit]:
+    """Experts that no runtime reads from this format. Raises InputError where none reads them dense
+    either: they came as one tensor of all."""
+    unread = expert_misfits(layers, fmt, config)
+    if unread and not experts_load_alone(config):
+        (reason,) = {misfit.reason for misfit in unread.values()}
+        raise InputError(
+            f"{reason}: {fold_names(unread)}",
+            hint="--format ptq, or start from the float model with --on-misfit keep",
+        )
+    return unread
 
 
 def _repack_hint(hint: str | None, layer: Layer) -> str | None:

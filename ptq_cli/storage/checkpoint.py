@@ -36,11 +36,27 @@ CALIBRATION_SUFFIX = ".calibration.safetensors"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and the place of its bytes."""
+    """A tensor and the place of its bytes.
+
+    strides: bytes from one index of each axis to the next, where the tensor does not lie there as
+        it is seen; None: in C order, without gaps
+    part_of: the tensor in the file that it is a part of (one of several experts), or None
+    """
 
     spec: TensorSpec
     file: Path
     offset: int
+    strides: tuple[int, ...] | None = None
+    part_of: StoredTensor | None = None
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first to the last one of the tensor in its file."""
+        if self.strides is None:
+            return self.spec.nbytes
+        steps = zip(self.spec.shape, self.strides, strict=True)
+        itemsize = DTYPE_BITS[self.spec.dtype] // 8
+        return sum((count - 1) * stride for count, stride in steps) + itemsize
 
 
 @dataclass(frozen=True)
@@ -102,12 +118,16 @@ class Checkpoint:
         stored = self.tensors[name]
         if stored.spec.dtype not in NUMPY_DTYPES:
             raise InputError(f"{stored.file}: tensor {name!r}: cannot read {stored.spec.dtype}")
+        if stored.strides is not None:
+            return read_strided(stored)
         values = self.read_bytes(name).view(NUMPY_DTYPES[stored.spec.dtype])
         return values.reshape(stored.spec.shape)
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, uint8 [nbytes]."""
         stored = self.tensors[name]
+        if stored.strides is not None:
+            return np.ascontiguousarray(read_strided(stored)).reshape(-1).view(np.uint8)
         buffer = np.empty(stored.spec.nbytes, np.uint8)
         read_into(stored.file, stored.offset, buffer)
         return buffer
@@ -151,6 +171,10 @@ class Checkpoint:
         """Some of its tensors alone: all that a worker needs, and quickly sent."""
         return replace(self, tensors={name: self.tensors[name] for name in names})
 
+    def holding(self, tensors: Mapping[str, StoredTensor]) -> Checkpoint:
+        """The same checkpoint, seen as these tensors."""
+        return replace(self, tensors=tensors)
+
     def weight(self, layer: Layer) -> NDArray[np.float32]:
         """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
         if not layer.transposed:
@@ -160,7 +184,8 @@ class Checkpoint:
     def streams(self, layer: Layer) -> bool:
         """Whether the layer's rows lie in the file one after the other, as they are, and are looked
         at a few at a time."""
-        return not layer.transposed and layer.grid.group_size != 0
+        lies_so = self.tensors[layer.tensor].strides is None
+        return lies_so and not layer.transposed and layer.grid.group_size != 0
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
@@ -176,12 +201,25 @@ class Checkpoint:
             stored = self.tensors[name]
             spec = stored.spec
             digest.update(repr((spec.name, spec.dtype, spec.shape)).encode())
-            size = min(4096, spec.nbytes)
-            for offset in (0, spec.nbytes - size):
+            size = min(4096, stored.extent)
+            for offset in (0, stored.extent - size):
                 sample = np.empty(size, np.uint8)
                 read_into(stored.file, stored.offset + offset, sample)
                 digest.update(sample.data)
         return digest.hexdigest()
+
+
+def read_strided(stored: StoredTensor) -> Array:
+    """A tensor that lies in its file with strides, in the dtype and the order it is stored in.
+
+    Raises:
+        FileError: the file cannot be read, or ends early.
+    """
+    assert stored.strides is not None
+    buffer = np.empty(stored.extent, np.uint8)
+    read_into(stored.file, stored.offset, buffer)
+    values = buffer.view(NUMPY_DTYPES[stored.spec.dtype])
+    return np.lib.stride_tricks.as_strided(values, stored.spec.shape, stored.strides)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -34,6 +34,7 @@ from ptq_cli.storage.checkpoint import (
     StoredTensor,
     open_checkpoint,
 )
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.made import JOB
 from ptq_cli.storage.onnx_file import library as onnx_library
@@ -353,10 +354,11 @@ def _packed(checkpoint: Checkpoint) -> list[str]:
 
 
 def open_float(path: Path) -> Checkpoint:
-    """Open a model that is to be quantized. Raises InputError, FileError, as `check_float`."""
+    """Open a model that is to be quantized, its experts one by one. Raises InputError, FileError, as
+    `check_float`."""
     checkpoint = open_checkpoint(path)
     check_float(checkpoint)
-    return checkpoint
+    return one_by_one(checkpoint)
 
 
 def check_float(checkpoint: Checkpoint) -> None:
