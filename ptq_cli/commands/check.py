@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.formats.runtimes import NOTE, Artifact, Fact, facts
+from ptq_cli.models.experts import experts_to_fuse
 from ptq_cli.models.linears import dense_modules, module_tree
 from ptq_cli.registry import format_named
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -21,12 +22,14 @@ def check(quantized: str | Path, runtime: str) -> tuple[str, list[Fact]]:
         for name in folder.untouched()
         for spec in (folder.checkpoint.tensors[name].spec,)
     ]
+    config, dense = declared_config(folder.checkpoint), dense_modules(untouched)
     artifact = Artifact(
         folder.fmt.name,
         list(folder.layers.values()),
-        dense_modules(untouched),
-        declared_config(folder.checkpoint),
+        dense,
+        config,
         listing(folder.checkpoint.folder),
+        experts_to_fuse(config, (*folder.layers, *dense)),
     )
     return folder.fmt.name, facts(artifact, runtime)
 
@@ -41,6 +44,8 @@ def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) ->
     if declared is not None:
         config |= {**fmt.model_config(config), **dict.fromkeys(fmt.config_keys, declared)}
     files = [] if checkpoint.root is None else listing(checkpoint.root)
-    artifact = Artifact(plan.format, plan.layers, dense, config, files)
+    modules = (*(layer.module for layer in plan.layers), *dense)
+    fused = experts_to_fuse(config, modules)
+    artifact = Artifact(plan.format, plan.layers, dense, config, files, fused)
     found = [fact for fact in facts(artifact, runtime) if fact.level != NOTE]
     return tuple(f"{runtime}: {fact}" for fact in found)

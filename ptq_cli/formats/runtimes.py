@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.names import fold_names
+from ptq_cli.core.names import fold_names, natural
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
@@ -41,13 +41,14 @@ class Fact:
 @dataclass(frozen=True)
 class Artifact:
     """What is known of an output from its files. `dense`: linears left in floating point;
-    `files`: names in its folder."""
+    `files`: names in its folder; `fused`: experts that runtimes fuse when they load them."""
 
     format: str
     layers: Sequence[Layer]
     dense: Sequence[str]
     config: Mapping[str, Any]
     files: Sequence[str]
+    fused: Sequence[str] = ()
 
     @property
     def declared(self) -> Mapping[str, Any]:
@@ -157,6 +158,7 @@ def _transformers_awq(artifact: Artifact) -> Facts:
 def _transformers_compressed(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs compressed-tensors 0.18 or later (proven: 0.20) beside transformers")
     yield from _undeclared(artifact)
+    yield from _fused_experts(artifact)
     yield from _undivided(artifact.layers)
     layers = artifact.layers
     narrow = [
@@ -175,6 +177,28 @@ def _transformers_compressed(artifact: Artifact) -> Facts:
             ' "dequantize": true and one scheme for all layers'
         )
         yield from _about(asymmetric, FAILS, text, "--sym")
+
+
+def _fused_experts(artifact: Artifact) -> Facts:
+    """transformers fuses experts in floating point, from packed symmetric weights of one scheme."""
+    fused, layers = set(artifact.fused), artifact.layers
+    dense = fused.intersection(artifact.dense)
+    text = "is dense, an expert that transformers fuses: it raises"
+    yield from _about(sorted(dense, key=natural), FAILS, text, "quantize every expert")
+    text = "has another grid than most layers, which transformers takes for all experts"
+    yield from _about((m for m in _mixed(layers) if m in fused), FAILS, text)
+    experts = [layer for layer in layers if layer.module in fused]
+    plain = [x.module for x in experts if x.activation is not None and x.grid.bits == 8]
+    text = "is an expert of plain int8, which transformers cannot fuse: it raises"
+    yield from _about(plain, FAILS, text, "vLLM reads it")
+    yield from _asymmetric_experts(artifact)
+
+
+def _asymmetric_experts(artifact: Artifact) -> Facts:
+    fused = set(artifact.fused)
+    asymmetric = [x.module for x in artifact.layers if x.module in fused and not x.grid.sym]
+    text = "is an asymmetric expert, which is fused without its zero points: it would be noise"
+    yield from _about(asymmetric, FAILS, text, "--sym")
 
 
 def _undeclared(artifact: Artifact) -> Facts:
@@ -199,6 +223,7 @@ def _vllm(artifact: Artifact) -> Facts:
         yield from _about(_heads(layers), LIMIT, "only some versions read a quantized lm_head")
         return
     yield from _undeclared(artifact)
+    yield from _asymmetric_experts(artifact)
     rounded = [layer for layer in layers if layer.activation is not None]
     asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
     yield from _about(asymmetric, FAILS, "W8A8 weights must be symmetric")

@@ -14,7 +14,7 @@ output_linear.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ptq_cli.core.tensors import TensorSpec, is_float
@@ -149,6 +149,14 @@ def experts_load_alone(config: Config) -> bool:
     """Whether runtimes load the family's experts from tensors of each; true where it has none."""
     experts = _experts(config)
     return experts is None or experts.fused_by_loaders
+
+
+def experts_to_fuse(config: Config, modules: Iterable[str]) -> list[str]:
+    """Of these modules the experts that runtimes fuse when they load them."""
+    experts = _experts(config)
+    if experts is None or not experts.fused_by_loaders:
+        return []
+    return [module for module in modules if is_expert(module)]
 
 
 def _experts(config: Config) -> ExpertNames | None:
