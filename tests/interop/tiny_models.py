@@ -154,6 +154,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": _causal(
         "Qwen3Moe", **HEADS, **EXPERTS, moe_intermediate_size=64, norm_topk_prob=True
     ),
+    "qwen3_moe_stacked": _causal(
+        "Qwen3Moe", **HEADS, **EXPERTS, moe_intermediate_size=64, norm_topk_prob=True
+    ),
     "qwen3_next": _causal(
         "Qwen3Next", num_hidden_layers=4, **HEADS, **EXPERTS, **_DELTA, moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
@@ -164,6 +167,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "starcoder2": _causal("Starcoder2"),
     "tied_llama": _causal("Llama", tie_word_embeddings=True),
 }  # fmt: skip
+
+AS_IN_MEMORY = ("qwen3_moe_stacked",)  # saved with all experts of a block in one tensor
 
 
 def _fill(model: Any) -> None:
@@ -189,7 +194,9 @@ def write_models(folder: Path, names: list[str]) -> None:
         torch.manual_seed(0)
         model = MODELS[name]()
         _fill(model)
-        model.to(torch.bfloat16).save_pretrained(folder / name)
+        model.to(torch.bfloat16).save_pretrained(
+            folder / name, save_original_format=name not in AS_IN_MEMORY
+        )
 
 
 if __name__ == "__main__":
