@@ -97,7 +97,9 @@ def _transposed(specs: list[TensorSpec | None], config: Config) -> bool | None:
         return None
     *inputs, (experts, a, b) = (spec.shape for spec in present)
     if len(inputs) == 1 and experts * a * b:
-        ways = {(experts, 2 * b, a): False, (experts, b, 2 * a): True}
+        ways: dict[tuple[int, ...], bool] = {
+            (experts, 2 * b, a): False, (experts, b, 2 * a): True
+        }  # fmt: skip
         return ways.get(inputs[0])
     if a == b or any(shape != (experts, b, a) for shape in inputs):
         return None

@@ -1,5 +1,5 @@
-"""Experts that are stored as one tensor of all, seen one by one; and written as they were where none
-of them is quantized."""
+"""Experts that are stored as one tensor of all: seen one by one, and written as they were where
+none of them is quantized."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fused_again(
 
 
 def left_fused(tensors: Mapping[str, StoredTensor], changed: Collection[str]) -> set[str]:
-    """Stored tensors of several experts of which no part changes. Biases stay with their weights."""
+    """Stored tensors of all experts of which no part changes. Biases stay with their weights."""
     parts = {name: t.part_of.spec.name for name, t in tensors.items() if t.part_of is not None}
     split = {_weight_of(fused) for name, fused in parts.items() if name in changed}
     return {fused for fused in parts.values() if _weight_of(fused) not in split}

@@ -354,8 +354,10 @@ def _packed(checkpoint: Checkpoint) -> list[str]:
 
 
 def open_float(path: Path) -> Checkpoint:
-    """Open a model that is to be quantized, its experts one by one. Raises InputError, FileError, as
-    `check_float`."""
+    """Open a model that is to be quantized, its experts one by one.
+
+    Raises InputError, FileError, as `check_float`.
+    """
     checkpoint = open_checkpoint(path)
     check_float(checkpoint)
     return one_by_one(checkpoint)

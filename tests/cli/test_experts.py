@@ -1,5 +1,4 @@
-"""Experts that a checkpoint stores as one tensor of all: quantized one by one, or kept as they are;
-and what is said where much of a model stays dense."""
+"""Experts that a checkpoint stores as one tensor of all: quantized one by one, or kept so."""
 
 from __future__ import annotations
 
@@ -282,33 +281,6 @@ def test_check_knows_what_fused_experts_must_share(tmp_path, recipe, words, said
     outcome = ptq("check", out, "--runtime", "transformers")
     assert outcome.code == 3
     assert said in outcome.out
-
-
-def unknown_layout(folder: Path) -> Path:
-    """Experts in a tensor that nothing is known of."""
-    own = {f"{MLP}experts.w123": random_weight(EXPERTS, 3 * INNER, HIDDEN)}
-    return model(folder, "brand_new_moe", own)
-
-
-def test_much_that_stays_dense_is_said_and_strict_makes_it_an_error(tmp_path):
-    """Most of a model stayed as it was: 503 -> 469 KiB, exit 0, no word."""
-    source, out = unknown_layout(tmp_path / "model"), tmp_path / "out"
-    outcome = ptq("pack", source, "-o", out)
-    assert outcome.code == 0
-    (warning,) = outcome.warnings
-    assert "53% of the bytes in the blocks stay in floating point" in warning
-    assert f"rank 3: {MLP}experts.w123. --include REGEX takes them in." in warning
-    assert ptq("pack", source, "-o", tmp_path / "x", "--strict").code == 1
-    assert not (tmp_path / "x").exists()
-    assert "--include REGEX --format ptq" in ptq("pack", source, "--dry-run", *COMPRESSED).err
-    taken = ptq("pack", source, "-o", tmp_path / "x", "--strict", "--include", "w123")
-    assert (taken.code, taken.warnings) == (0, [])
-
-
-def test_what_was_left_out_on_purpose_is_not_held_against_it(tmp_path):
-    source = unknown_layout(tmp_path / "model")
-    outcome = ptq("pack", source, "-o", tmp_path / "out", "--strict", "--ignore", "w123")
-    assert (outcome.code, outcome.warnings) == (0, [])
 
 
 def test_a_second_run_finds_the_first_and_an_interrupted_one_its_units(tmp_path):

@@ -129,6 +129,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         image_token_index=250,
     ),
     "mixtral": _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "mixtral_stacked": _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     "olmo2": _causal("Olmo2"),
     "opt": _causal("OPT", ffn_dim=128, word_embed_proj_dim=64),
     "phi3": _causal(
@@ -168,7 +169,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "tied_llama": _causal("Llama", tie_word_embeddings=True),
 }  # fmt: skip
 
-AS_IN_MEMORY = ("qwen3_moe_stacked",)  # saved with all experts of a block in one tensor
+# Saved with all experts of a block in one tensor.
+AS_IN_MEMORY = ("mixtral_stacked", "qwen3_moe_stacked")
 
 
 def _fill(model: Any) -> None:

@@ -135,8 +135,8 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
     assert groups == set(_FUSED)
 
 
-# What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how experts
-# are stored as one tensor, in any model.
+# What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
+# experts are stored as one tensor, in any model.
 ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py", "models/experts.py"}
 
 
