@@ -174,12 +174,15 @@ def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> Sit
         and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
         and type(entry["histogram_start"]) is int
         and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry.get("own_tokens", 0), int)
         and isinstance(entry["linears"], list)
         and all(isinstance(linear, str) for linear in entry["linears"])
     )
     if not good:
         raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
-    return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
+    return SiteInfo(
+        site, tuple(entry["linears"]), n, int(entry["n_tokens"]), entry.get("own_tokens")
+    )
 
 
 def site_tensors(s: SiteStatistics) -> list[Bytes]:
@@ -189,7 +192,8 @@ def site_tensors(s: SiteStatistics) -> list[Bytes]:
 
 def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
-    return {
+    shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
+    return shared | {
         "linears": list(s.linears),
         "n_tokens": s.n_tokens,
         "n_seen": s.n_seen,
@@ -217,6 +221,7 @@ def site_statistics(
         mean=float(entry["mean"]),
         std=float(entry["std"]),
         histogram_start=int(entry["histogram_start"]),
+        own_tokens=entry.get("own_tokens"),
         **parts,
     )
 
