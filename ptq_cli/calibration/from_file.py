@@ -37,10 +37,11 @@ from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
-from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.weights import SUFFIX
 
 VERSION = 2
 

@@ -24,7 +24,9 @@ from ptq_cli.run.loop import quantize
 from ptq_cli.run.schedule import Resources, RunOptions, take_resources
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, companions
+from ptq_cli.storage.companions import companions
+from ptq_cli.storage.files import without_constants
+from ptq_cli.storage.folder import MAX_SHARD
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
@@ -58,12 +60,13 @@ class Job:
         }
         for part in self.plan.settings:
             job |= dataclasses.asdict(part)
-        job |= {**fingerprints(self.checkpoint, self.source), "config": self.checkpoint.config}
+        job |= fingerprints(self.checkpoint, self.source)
+        job["config"] = without_constants(self.checkpoint.config)
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source is not None:
             keep += self.source.files
         beside = companions(self.checkpoint, format_named(self.plan.format))
-        return Target(self.output, job, options.force, options.restart, keep, beside)
+        return Target(self.output, job, options.force, options.restart, keep, beside.files)
 
     def run(self, options: RunOptions = DEFAULTS) -> RunReport:
         """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
@@ -118,10 +121,11 @@ def fingerprints(checkpoint: Checkpoint, source: Source | None) -> dict[str, str
 def with_warnings(
     plan: Plan, checkpoint: Checkpoint, source: Source | None, runtime: str | None, *more: str
 ) -> Plan:
-    """A plan with the warnings of its source, of what it leaves dense, and of what a runtime could
-    not load."""
+    """A plan with the warnings of its source, of what it leaves dense, of what stays behind in the
+    model folder, and of what a runtime could not load."""
     odd = () if source is None else source.warnings
-    said = (*dense_warnings(plan), *odd, *more, *runtime_warnings(plan, checkpoint, runtime))
+    left = (*dense_warnings(plan), *companions(checkpoint, format_named(plan.format)).warnings)
+    said = (*left, *odd, *more, *runtime_warnings(plan, checkpoint, runtime))
     return dataclasses.replace(plan, warnings=(*plan.warnings, *said))
 
 

@@ -267,6 +267,12 @@ class Family:
         return (*self.names.other_norms, *self.names.marks)
 
 
+def model_type(config: Config) -> str | None:
+    """config.json's `model_type`; None where it is no word."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
 def text_config(config: Config) -> Config:
     """The part of config.json that tells of the language model; a multimodal model has others."""
     text = config.get("text_config")

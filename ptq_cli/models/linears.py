@@ -28,6 +28,10 @@ _LEFT_ALONE = (
         ),
     ),
 )
+_ADAPTER = re.compile(
+    r"(^|[._])(lora_(A|B|up|down|mid|embedding_A|embedding_B|magnitude_vector)|ia3_l"
+    r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_[rR]|vera_lambda_[bd]|base_layer)(\.|$)"
+)
 _EMBEDDING, _HEAD = _LEFT_ALONE[0][1], _LEFT_ALONE[2][1]
 _GATE = re.compile(r"^(.*\.|)(\w+_)?gate(\.\w+)?$")
 
@@ -63,6 +67,12 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
         if reason is not None:
             reasons[name] = reason
     return reasons
+
+
+def adapter_tensors(specs: Iterable[str]) -> list[str]:
+    """Tensors of an adapter (LoRA and its kin), which change what the linears beside them compute,
+    or another model's altogether."""
+    return [name for name in specs if _ADAPTER.search(name)]
 
 
 def _by_kind(spec: TensorSpec) -> str | None:

@@ -25,13 +25,18 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces
-from ptq_cli.storage.files import listing, parse_json, read_into, read_json, regular_file
+from ptq_cli.storage.files import (
+    listing,
+    parse_json,
+    read_document,
+    read_into,
+    read_json,
+    regular_file,
+)
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
+from ptq_cli.storage.weights import INDEX_SUFFIX, SUFFIX, lone_shard, weights_of
 
 MAX_HEADER = 25 << 20
-INDEX_SUFFIX = ".safetensors.index.json"
-SUFFIX = ".safetensors"
-CALIBRATION_SUFFIX = ".calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Checkpoint:
         if "config.json" not in listing(self.folder):
             return {}
         path = self.folder / "config.json"
-        config = read_json(path)
+        config = read_document(path)
         if not isinstance(config, dict):
             raise InputError(f"{path}: not a JSON object")
         return config
@@ -229,30 +234,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: nothing of the kind, or a header or index that lies.
         FileError: the file system's own word.
     """
-    root, weights = (path, _weights_of(path)) if path.is_dir() else (None, path)
+    root, weights = (path, weights_of(path)) if path.is_dir() else (None, path)
     if weights.name.endswith(INDEX_SUFFIX):
         return _open_index(path, root or path.parent, weights)
     header = read_header(weights)
     tensors = {tensor.spec.name: tensor for tensor in header.tensors}
-    return Checkpoint(path, root, weights, tensors, header.metadata)
-
-
-def _weights_of(folder: Path) -> Path:
-    names = listing(folder)
-    index = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    single = [n for n in names if n.endswith(SUFFIX) and not n.endswith(CALIBRATION_SUFFIX)]
-    for preferred, found in (("model" + INDEX_SUFFIX, index), ("model" + SUFFIX, single)):
-        if preferred in found:
-            return folder / preferred
-    for found in (index, single):
-        if len(found) == 1:
-            return folder / found[0]
-    if index or single:
-        raise InputError(
-            f"{folder}: several candidates: {', '.join(index or single)}",
-            hint="name the file itself, or its index",
-        )
-    raise InputError(f"{folder}: no .safetensors file in this folder")
+    alone = lone_shard(weights)
+    warnings = () if alone is None else (alone,)
+    return Checkpoint(path, root, weights, tensors, header.metadata, warnings)
 
 
 def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:

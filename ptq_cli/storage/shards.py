@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
-from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header, read_strided
+from ptq_cli.storage.checkpoint import StoredTensor, read_header, read_strided
 from ptq_cli.storage.files import named, read_exactly, regular_file
 from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.weights import SUFFIX
 
 Part = tuple[str, Sequence[TensorSpec]]  # a module or tensor, and what is stored of it
 Metadata = Callable[[Sequence[str]], Mapping[str, str]]
