@@ -15,7 +15,7 @@ _METHODS = {  # config.json's `quant_method`, where people know it by another na
     "quanto": "Quanto", "auto-round": "AutoRound", "aqlm": "AQLM", "vptq": "VPTQ", "spqr": "SpQR",
     "eetq": "EETQ", "bitnet": "BitNet", "higgs": "HIGGS", "quark": "Quark", "exl2": "EXL2",
 }  # fmt: skip
-_DETAILS = ("format", "quant_algo", "fmt", "bnb_4bit_quant_type")  # what else config.json says
+_DETAILS = ("format", "quant_algo", "bnb_4bit_quant_type")  # what else config.json says
 _DECLARATIONS = ("quantization_config", "quantization", "compression_config")
 
 # Endings of names that only quantized weights have; the first that fits says what they are.
@@ -63,9 +63,9 @@ def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
     ]
 
 
-def foreign_floats(specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether there are floats of 8 bits or less, in which no layout here stores anything."""
-    return any(spec.dtype.startswith(("F4", "F6", "F8")) for spec in specs.values())
+def small_floats(specs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+    """Tensors of floats of 8 bits or less, in which no layout here stores anything."""
+    return [spec for spec in specs.values() if spec.dtype.startswith(("F4", "F6", "F8"))]
 
 
 def _declared(config: Mapping[str, Any]) -> str | None:
@@ -96,10 +96,9 @@ def _without_method(settings: Mapping[str, Any]) -> str:
 
 def _seen(specs: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
     """What the tensors are, and one that shows it."""
-    for spec in specs.values():
-        if DTYPE_BITS[spec.dtype] <= 8 and spec.dtype.startswith("F"):
-            what = "MX" if spec.dtype == "F8_E8M0" else f"FP{DTYPE_BITS[spec.dtype]}"
-            return what, f"tensor {spec.name!r} is {spec.dtype}"
+    for spec in small_floats(specs):
+        what = "MX" if spec.dtype == "F8_E8M0" else f"FP{DTYPE_BITS[spec.dtype]}"
+        return what, f"tensor {spec.name!r} is {spec.dtype}"
     for name, spec in specs.items():
         if _BLOCKS.search(name) and spec.dtype == "U8" and _BLOCKS.sub("_scales", name) in specs:
             return "MXFP4", f"tensor {name!r}"

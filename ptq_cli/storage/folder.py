@@ -23,8 +23,8 @@ from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError, stated_in
-from ptq_cli.formats.sources import mlx_weights, quantized_as
+from ptq_cli.errors import InputError, NotRead, stated_in
+from ptq_cli.formats.sources import mlx_weights, quantized_as, small_floats
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage import files
@@ -234,12 +234,12 @@ def open_quantized(path: Path) -> QuantizedFolder:
             f"{path}: nothing in it is quantized, these are smoothed float weights",
             hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
         )
-    already = _already(checkpoint)
+    already = already_quantized(checkpoint)
     known = f"it knows {', '.join(FORMATS)}"
     if mlx_weights(checkpoint.specs):
         known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
     elif already is not None:
-        raise _no_source(path, *already)
+        raise _not_read(path, *already)
     raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
 
 
@@ -255,9 +255,14 @@ def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
     config = declared_config(checkpoint)
     contents = Contents({} if own is None else own[1], config, checkpoint.specs, checkpoint.read)
     for name in names:
-        with stated_in(checkpoint.weights):
-            fmt = format_named(name)
-            layers = fmt.layers(contents)
+        try:
+            with stated_in(checkpoint.weights):
+                fmt = format_named(name)
+                layers = fmt.layers(contents)
+        except InputError:
+            if small_floats(checkpoint.specs):  # FP8 in a layout that has integers too
+                return None
+            raise
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     return None
@@ -278,7 +283,7 @@ def holds_quantized(path: Path) -> bool:
         return True
     checkpoint = open_checkpoint(path)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
-    return own not in (None, _SMOOTHED) or _already(checkpoint) is not None
+    return own not in (None, _SMOOTHED) or already_quantized(checkpoint) is not None
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -319,7 +324,7 @@ def _gguf_of(path: Path) -> Path | None:
     return path / found[0]
 
 
-def _already(checkpoint: Checkpoint) -> tuple[str, str] | None:
+def already_quantized(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """How a checkpoint is quantized, as `quantized_as`. Of a bare file the tensors alone say it."""
     config = declared_config(checkpoint) if checkpoint.root is not None else {}
     found = quantized_as(checkpoint.specs, config)
@@ -327,14 +332,14 @@ def _already(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return found if found is None or own is None else (f"ptq's format {own[0]}", found[1])
 
 
-def _no_source(path: Path, what: str, shown: str) -> InputError:
+def _not_read(path: Path, what: str, shown: str) -> NotRead:
     """The error of a model that is quantized already, in a layout that is not read here."""
     if not shown:
-        return InputError(
+        return NotRead(
             f"{path}: config.json says that it is quantized ({what}), but no tensor is",
             hint="take quantization_config out of config.json if all weights are float",
         )
-    return InputError(
+    return NotRead(
         f"{path}: quantized already: {what} ({shown}), which is not read as a source yet",
         hint="start from the float model",
     )
@@ -359,9 +364,9 @@ def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is no whole float model: quantized already, an adapter, a shard; and dtypes that
     could not be copied."""
     check_whole(checkpoint.weights)
-    found = _already(checkpoint)
+    found = already_quantized(checkpoint)
     if found is not None:
-        raise _no_source(checkpoint.path, *found)
+        raise _not_read(checkpoint.path, *found)
     if names := adapter_tensors(checkpoint.specs):
         message = f"{checkpoint.path}: an adapter (LoRA) that is not merged into its model"
         raise InputError(f"{message}: {fold_names(names)}", hint=MERGE_FIRST)
