@@ -49,7 +49,9 @@ def quantized_as(
     declared, seen = _declared(config), _seen(specs)
     if declared is None:
         return seen
-    return declared, "" if seen is None else seen[1]
+    integers = (spec for spec in specs.values() if _is_integer_weight(spec))
+    shown = next((f"tensor {spec.name!r} is {spec.dtype}" for spec in integers), "")
+    return declared, shown if seen is None else seen[1]
 
 
 def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -65,7 +67,8 @@ def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 def small_floats(specs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
     """Tensors of floats of 8 bits or less, in which no layout here stores anything."""
-    return [spec for spec in specs.values() if spec.dtype.startswith(("F4", "F6", "F8"))]
+    floats = (spec for spec in specs.values() if spec.dtype.startswith("F"))
+    return [spec for spec in floats if DTYPE_BITS[spec.dtype] <= 8]
 
 
 def _declared(config: Mapping[str, Any]) -> str | None:
@@ -108,7 +111,12 @@ def _seen(specs: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
             return what, f"tensor {found!r}"
     for name in mlx_weights(specs):
         return "MLX", f"tensor {name!r}"
+    scaled = {name.rpartition(".")[0] for name in specs if "scale" in name.rpartition(".")[2]}
     for name, spec in specs.items():
-        if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype not in FLOAT_DTYPES:
-            return "integers", f"tensor {name!r} is {spec.dtype}"
+        if name.removesuffix(".weight") in scaled and _is_integer_weight(spec):
+            return "integers with scales", f"tensor {name!r} is {spec.dtype}"
     return None
+
+
+def _is_integer_weight(spec: TensorSpec) -> bool:
+    return spec.name.endswith(".weight") and spec.dtype not in FLOAT_DTYPES

@@ -87,6 +87,11 @@ SOURCES = {
         None,
         "GPTQ or AWQ",
     ),
+    "int8 with scales": (
+        {f"{Q}.weight": words(12, 32, dtype=np.int8), f"{Q}.weight_scales": SCALES},
+        None,
+        "integers with scales",
+    ),
     "somebody's": (
         {f"{Q}.weight": words(12, 32, dtype=np.int8)},
         {"quant_method": "nobody_knows"},
@@ -131,6 +136,13 @@ def test_the_tensors_alone_say_it(name):
     for model in ("m", "m/model.safetensors"):
         for command in COMMANDS:
             refused(*command.split()[:1], model, *command.split()[1:], words=("not read as",))
+
+
+def test_floats_of_every_width_and_other_integers_are_no_quantized_weights(job):
+    tensors = {**small_tensors(), "wide.weight": random_weight(4, 32, dtype=np.float64)}
+    tensors |= {"bytes.weight": words(3, 3), "norm.scale": ONE, "logit_scale": ONE}
+    write_model(job, tensors)
+    assert ptq("rtn", job, "-o", "out").code == 0
 
 
 def test_inspect_shows_it(here):
