@@ -234,13 +234,14 @@ def open_quantized(path: Path) -> QuantizedFolder:
             f"{path}: nothing in it is quantized, these are smoothed float weights",
             hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
         )
+    unknown = "not a quantized checkpoint in a layout this tool knows"
     already = already_quantized(checkpoint)
-    known = f"it knows {', '.join(FORMATS)}"
     if mlx_weights(checkpoint.specs):
-        known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
-    elif already is not None:
-        raise _not_read(path, *already)
-    raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
+        hint = "this looks like MLX's, whose bits and groups stand in config.json beside it"
+        raise InputError(f"{path}: {unknown}", hint=hint)
+    if already is not None:
+        raise _not_read(path, *already, lead=unknown)
+    raise InputError(f"{path}: {unknown}", hint=f"it knows {', '.join(FORMATS)}")
 
 
 def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
@@ -332,7 +333,7 @@ def already_quantized(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return found if found is None or own is None else (f"ptq's format {own[0]}", found[1])
 
 
-def _not_read(path: Path, what: str, shown: str) -> NotRead:
+def _not_read(path: Path, what: str, shown: str, lead: str = "quantized already") -> NotRead:
     """The error of a model that is quantized already, in a layout that is not read here."""
     if not shown:
         return NotRead(
@@ -340,7 +341,7 @@ def _not_read(path: Path, what: str, shown: str) -> NotRead:
             hint="take quantization_config out of config.json if all weights are float",
         )
     return NotRead(
-        f"{path}: quantized already: {what} ({shown}), which is not read as a source yet",
+        f"{path}: {lead}: {what} ({shown}), which is not read as a source yet",
         hint="start from the float model",
     )
 
