@@ -121,14 +121,19 @@ def model_architecture(checkpoint: Checkpoint) -> Architecture:
     """The architecture that the config.json beside the weights describes.
 
     Raises:
-        InputError: no config.json, or an architecture without a forward.
+        InputError: no config.json, an architecture without a forward, or a garbled setting.
     """
     if not checkpoint.config:
         raise InputError(
             f"{checkpoint.folder}: no config.json, which the forward needs",
             hint="name the model folder, or bring activations with --activations",
         )
-    return read_architecture(checkpoint.config, checkpoint.tensors)
+    try:
+        return read_architecture(checkpoint.config, checkpoint.tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{checkpoint.folder}: config.json lacks or garbles a setting of the forward: {error}"
+        ) from None
 
 
 def token_source(

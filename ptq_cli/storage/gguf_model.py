@@ -141,7 +141,7 @@ def _metadata(
     try:
         model = model_metadata(source.config, architecture, name, kind)
         words = tokenizer_metadata(source.config, tokenizer, settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None

@@ -127,6 +127,18 @@ def test_a_model_type_that_is_no_word(kind, nested, model):
         assert "internal error" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"head_dim": math.inf}, {"hidden_act": {}}, {"rope_parameters": "x"}, {"rms_norm_eps": []}],
+)
+def test_settings_that_are_no_numbers(change, model):
+    own = json.loads((SAMPLE / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(own | change))
+    refused("gptq", model, *TOKENS, "-o", "out", words=("config.json",))
+    outcome = ptq("rtn", model, "--format", "gguf", "-o", "out", "--dry-run")
+    assert "internal error" not in outcome.err
+
+
 def test_the_public_functions_take_it(model):
     assert ptq_cli.inspect(model)["family"] == "llama"
     assert ptq_cli.rtn(model, output="out").rows
