@@ -18,6 +18,7 @@ from tests.builders import ROOT, random_weight, write_model
 CHILD = """
 import ctypes, gc, json, sys
 from pathlib import Path
+from ptq_cli.calibration.streams import Streams
 from ptq_cli.run import calibrate, in_sequence, loop
 from ptq_cli.cli.main import run
 
@@ -51,19 +52,19 @@ def noting(tasks, *rest, **options):
 
 calibrate.run_tasks = noting
 calibrate.make = watched(lambda job: job.unit, lambda job: stated.get(job.unit), calibrate.make)
-statistics_of, round_unit = in_sequence._statistics, in_sequence._round
+statistics_of, round_unit = Streams.statistics, in_sequence._round
 began = {}
 
-def statistics(streams, unit):
-    began[unit.name] = begin()
-    return statistics_of(streams, unit)
+def statistics(streams, site):
+    began[site] = begin()
+    return statistics_of(streams, site)
 
 def rounded(work, unit, of_site):
     result = round_unit(work, unit, of_site)
-    end(began[unit.name], unit.name, unit.memory)
+    end(began[unit.site], unit.name, unit.memory)
     return result
 
-in_sequence._statistics, in_sequence._round = statistics, rounded
+Streams.statistics, in_sequence._round = statistics, rounded
 loop.work_on = watched(lambda job: job.unit.name, lambda job: job.unit.memory, loop.work_on)
 sys.exit(run(sys.argv[1:]))
 """
