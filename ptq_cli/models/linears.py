@@ -18,7 +18,7 @@ OTHER_TOWER = "not of the text model"
 _LEFT_ALONE = (
     (
         "embedding",  # of tokens, of places, and T5's relative_attention_bias
-        re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|\w+_bias)(\.|$)", re.IGNORECASE),
+        re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|rel\w*_bias)(\.|$)", re.IGNORECASE),
     ),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),

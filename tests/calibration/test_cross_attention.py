@@ -82,3 +82,17 @@ def test_names_of_cross_attentions(module, crosses):
 def test_a_table_of_biases_is_an_embedding():
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert left_alone({name: TensorSpec(name, "F32", (32, 8))}, {}) == {name: "embedding"}
+
+
+def test_statistics_that_share_otherwise_do_not_merge(block):
+    (_q, k, _v), crosses = block
+    for seed, name in enumerate(crosses, 1):
+        save(name, seed)
+    arguments = ("calibrate", "model.safetensors", "--activations", "acts", "-o")
+    assert ptq(*arguments, "a.safetensors").code == 0
+    save(k, 0)
+    assert ptq(*arguments, "b.safetensors").code == 0
+    parts = ("--merge", "a.safetensors", "--merge", "b.safetensors")
+    words = ("b.safetensors", "shares its inputs with other linears than in a.safetensors")
+    refused("calibrate", "model.safetensors", *parts, "-o", "both.safetensors", words=words)
+    assert ptq("calibrate", "model.safetensors", *parts[:2], *parts[:2], "-o", "twice.st").code == 0

@@ -136,8 +136,11 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
 
 
 # What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
-# experts are stored as one tensor, in any model.
-ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py", "models/experts.py"}
+# experts are stored as one tensor, in any model; parameters of transformers' modules.
+ELSEWHERE = {
+    "formats/gguf/metadata.py", "formats/common.py", "models/experts.py",
+    "calibration/torch_experts.py",
+}  # fmt: skip
 
 
 def test_nothing_of_a_family_stands_outside_its_file():
