@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 OUT = "out.safetensors"
+FUSED = ["deepseek_v3", "gpt_oss", "llama4_text", "mixtral_stacked", "qwen3_moe_stacked"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    names = ["bart", "t5", "mixtral", "qwen3_moe", "deepseek_v3", "qwen2_5_vl", "gemma3", "llava"]
-    write_models(folder, names)
+    names = ["bart", "t5", "mixtral", "qwen3_moe", "qwen2_5_vl", "gemma3", "llava"]
+    write_models(folder, [*names, *FUSED])
     return folder
 
 
@@ -133,6 +134,21 @@ def test_modules_have_their_names_in_transformers(name: str, folder: Path) -> No
         warnings.simplefilter("error")
         model(ids())
     report = ptq_cli.gptq(folder / name, calibration=OUT, output="out", group_size=32)
+    assert report.totals["calibrated"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_experts_have_their_own_statistics(name: str, folder: Path) -> None:
+    """However the checkpoint stores them, and however they are run."""
+    model = load(folder / name)
+    with ptq_cli.capture(model, folder / name, OUT):
+        model(ids(16, 32))
+    sites = {s: info for s, info in statistics().sites.items() if ".experts." in s}
+    inputs = [info.n_tokens for info in sites.values() if len(info.linears) == 2]
+    assert len(inputs) * 2 == len(sites) > 0
+    assert len(set(inputs)) > 1
+    options = {"format": "ptq", "group_size": 32, "fallback": "rtn"}
+    report = ptq_cli.gptq(folder / name, calibration=OUT, output="out", **options)
     assert report.totals["calibrated"]
 
 
