@@ -6,66 +6,188 @@
     # model/model.calibration.safetensors is there; ptq gptq model/ finds it
 
 Every linear's inputs go into Hessians as they are computed; nothing of the size of the activations
-touches the disk. torch is the caller's; it is imported late. Linears that share an input by their
-names (q, k and v) are seen once.
+touches the disk. torch is the caller's; it is imported late. Linears whose inputs are the same in
+every call (q, k and v) are summed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import file_content, site_entry, site_tensors
-from ptq_cli.calibration.sites import model_sites
-from ptq_cli.errors import InputError, stated_in
-from ptq_cli.models.linears import group_modules, left_alone
-from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SiteAccumulator
+from ptq_cli.calibration.shared_inputs import SharedInputs
+from ptq_cli.calibration.sites import model_sites, transposed_tensors
+from ptq_cli.calibration.torch_experts import routed_inputs
+from ptq_cli.calibration.torch_modules import Found, FusedExperts, find_modules
+from ptq_cli.core.names import fold_names
+from ptq_cli.errors import InputError
+from ptq_cli.models.linears import group_modules, left_alone, module_tree
+from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import replacing
 from ptq_cli.storage.folder import open_float
+from ptq_cli.storage.output import check_place
 from ptq_cli.storage.tensors import own_metadata, serialize
 from ptq_cli.storage.weights import CALIBRATION_SUFFIX
 
 
 class Capture:
-    """What the hooks fill. `mask` may be set before a call: [n, length], 0 at padding."""
+    """What the hooks fill. `mask` may be set before a call: [n, length], 0 at padding.
 
-    def __init__(self, groups: Mapping[str, tuple[str, ...]], heldout: tuple[int, int]) -> None:
-        self.groups, self.heldout = groups, heldout
+    widths: in_features of every linear
+    groups: linears that may share their inputs
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        groups: Iterable[tuple[str, ...]],
+        heldout: tuple[int, int],
+    ) -> None:
         self.mask: Any = None
-        self._sums: dict[str, SiteAccumulator] = {}
+        self.unmasked: dict[str, None] = {}  # linears that saw other tokens than the mask's
+        self._widths, self._heldout = widths, heldout
+        self._of_linear: dict[str, SharedInputs] = {}
+        for group in groups:
+            self._of_linear |= dict.fromkeys(group, SharedInputs(group, heldout))
+        self._called: dict[SharedInputs, None] = {}  # in this order
+        self._calls: Counter[str] = Counter()
+        self._error: InputError | None = None
 
-    def see(self, site: str, inputs: Any) -> None:
+    def see(self, linear: str, inputs: Any) -> None:
         """Take in a linear's inputs, a tensor [..., in_features]."""
-        width = inputs.shape[-1]
-        rows = inputs.detach().reshape(-1, width).float().cpu().numpy()
-        if self.mask is not None:
-            shown = np.asarray(self.mask).astype(np.bool_).reshape(-1)
-            if len(shown) == len(rows):
-                rows = rows[shown]
-        if site not in self._sums:
-            self._sums[site] = SiteAccumulator(width, *self.heldout)
-        with stated_in(site):
-            self._sums[site].update(rows)
+        self._calls[linear] += 1
+        self._take(linear, inputs, self._shown(linear, inputs.shape[:-1].numel()))
 
-    def write(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Write the statistics file. Raises InputError where no linear was called."""
-        seen = [site for site, sums in self._sums.items() if sums.n_tokens]
-        if not seen:
-            raise InputError("no linear of the model was called", hint="run it inside the capture")
+    def see_experts(self, experts: FusedExperts, arguments: Sequence[Any]) -> None:
+        """Take in what each expert sees in one call of the module that holds them."""
+        linears = [linear for group in experts.groups for linear in group]
+        self._calls.update(linears)
+        mask = partial(self._shown, linears[0])
+        for expert, before, behind in routed_inputs(experts.module, arguments, mask):
+            for linear in experts.before.get(expert, ()):
+                self._take(linear, before)
+            for linear in experts.behind.get(expert, ()):
+                self._take(linear, behind)
+
+    def _shown(self, linear: str, tokens: int) -> NDArray[np.bool_] | None:
+        """Which tokens are no padding, bool [tokens]; None: no mask says it."""
+        if self.mask is None:
+            return None
+        mask = self.mask.cpu() if hasattr(self.mask, "cpu") else self.mask
+        shown = np.asarray(mask).astype(np.bool_).reshape(-1)
+        if len(shown) == tokens:
+            return shown
+        self.unmasked[linear] = None
+        return None
+
+    def _take(self, linear: str, inputs: Any, shown: NDArray[np.bool_] | None = None) -> None:
+        def rows() -> NDArray[np.float32]:
+            flat = inputs.detach().reshape(-1, inputs.shape[-1])
+            values: NDArray[np.float32] = flat.float().cpu().numpy()
+            values = values.copy() if shown is None else values[shown]  # the model may write to its
+            self._check(linear, values)
+            return values
+
+        shared = self._of_linear[linear]
+        self._called.setdefault(shared)
+        shared.take(linear, rows, _identity(inputs), inputs)
+
+    def _check(self, linear: str, rows: NDArray[np.float32]) -> None:
+        """Raise an error, now and at the end, where inputs are of no use."""
+        width, where = self._widths[linear], f"{linear}, call {self._calls[linear]}"
+        if rows.shape[1] != width:
+            self._error = InputError(
+                f"{where}: inputs have {rows.shape[1]} features, its weight in the checkpoint"
+                f" {width}",
+                hint="capture the model that the checkpoint holds",
+            )
+        elif not np.isfinite(rows.sum(dtype=np.float64)):
+            token, channel = np.argwhere(~np.isfinite(rows))[0]
+            self._error = InputError(
+                f"{where}: inputs hold {rows[token, channel]} at token {token}, channel {channel}",
+                hint="run the model in a wider dtype, or set the mask where there is padding",
+            )
+        if self._error is not None:
+            raise self._error
+
+    def write(
+        self, path: Path, checkpoint: Checkpoint, names: Mapping[str, Sequence[str]]
+    ) -> list[str]:
+        """Write the statistics file; the linears that have none.
+
+        names: all names of the modules that were hooked, by the one that they were hooked by
+
+        Raises:
+            InputError: no linear was called, or one with inputs that are of no use.
+        """
+        if self._error is not None:
+            raise self._error
         tensors, entries = [], {}
-        for site in seen:
-            statistics = self._sums.pop(site).result(site, self.groups[site])
-            tensors += site_tensors(statistics)
-            entries[site] = site_entry(statistics)
-        content = file_content(checkpoint.fingerprint, self.heldout, entries, {})
-        with replacing(path) as partial:
-            serialize(partial, tensors, own_metadata(content))
+        left = dict.fromkeys(self._of_linear)
+        for shared in self._called:
+            for statistics in shared.results():
+                tensors += site_tensors(statistics)
+                linears = [name for linear in statistics.linears for name in names[linear]]
+                entries[statistics.site] = site_entry(statistics) | {"linears": linears}
+                for linear in statistics.linears:
+                    del left[linear]
+        if not entries:
+            raise InputError("no linear of the model was called", hint="run it inside the capture")
+        content = file_content(checkpoint.fingerprint, self._heldout, entries, {})
+        with replacing(path) as partly:
+            serialize(partly, tensors, own_metadata(content))
+        return [name for linear in left for name in names[linear]]
+
+
+def _identity(tensor: Any) -> Hashable | None:
+    """What tells that two tensors are the same, while one of them is kept; None: nothing does."""
+    if tensor.is_inference():  # these do not count how often they were written to
+        return None
+    place = tensor.data_ptr(), tensor.device, tensor.dtype, tensor._version
+    return (*place, tuple(tensor.shape), tensor.stride())
+
+
+def _hook(capture: Capture, found: Found) -> list[Any]:
+    """Hook all modules that were found; the handles."""
+
+    def linear(name: str) -> Callable[[Any, Any, Any], None]:
+        return lambda module, args, named: capture.see(name, (*args, *named.values())[0])
+
+    def experts(own: FusedExperts) -> Callable[[Any, Any, Any], None]:
+        return lambda module, args, named: capture.see_experts(own, (*args, *named.values()))
+
+    hooks = [(module, linear(name)) for name, module in found.modules.items()]
+    hooks += [(own.module, experts(own)) for own in found.experts.values()]
+    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        warnings.warn(message, stacklevel=4)
+
+
+def _end_warnings(capture: Capture, bare: Sequence[str]) -> Iterator[str]:
+    if bare:
+        yield (
+            f"no token reached {len(bare)} linears, which have no statistics: {fold_names(bare)};"
+            " ptq gptq rounds them to nearest with --fallback rtn"
+        )
+    if capture.unmasked:
+        yield (
+            f"the mask was of another size than the inputs of {len(capture.unmasked)} modules,"
+            f" whose padding was counted: {fold_names(capture.unmasked)}"
+        )
 
 
 @contextmanager
@@ -80,12 +202,17 @@ def capture(
 ) -> Iterator[Capture]:
     """Hook the linears of a torch model; at the end write `<model>.calibration.safetensors`.
 
+    Linears that have no module in the model, or that nothing called, are warned of. Where an
+    exception leaves the block nothing is written.
+
     model: a torch.nn.Module
     checkpoint: the weights that ptq will quantize; output: default beside them
-    named: from a module's name in `model` to the one in the checkpoint, where they differ
+    named: from a module's name in `model` to the one in the checkpoint, where they differ; names
+        that transformers gives to modules of the checkpoint's family are known
 
     Raises:
-        InputError: torch is missing; no module has the name of a linear of the checkpoint.
+        InputError: torch is missing; no module has the name of a linear of the checkpoint; none was
+            called; a linear's inputs hold NaN or inf, or are of another width than its weight.
     """
     try:
         torch = import_module("torch")
@@ -93,28 +220,36 @@ def capture(
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
     opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
-    sites = model_sites(opened).sites
-    reasons = left_alone(opened.specs, opened.config)
-    linears = [name.removesuffix(".weight") for name in opened.specs if name not in reasons]
-    groups = {group[0]: group for group in group_modules(linears, sites)}
-    capture = Capture(groups, (heldout_every, heldout_limit))
-
-    def hook(site: str) -> Callable[[Any, Any], None]:
-        return lambda module, inputs: capture.see(site, inputs[0])
-
-    modules = {named(name): module for name, module in model.named_modules()}
-    handles = [
-        modules[site].register_forward_pre_hook(hook(site)) for site in groups if site in modules
-    ]
-    if not handles:
+    check_place(target)
+    widths = _widths(opened)
+    named_modules = model.named_modules(remove_duplicate=False)
+    modules = {named(name): module for name, module in named_modules}
+    found = find_modules(widths, modules, module_tree(opened.config))
+    if not found.names:
         raise InputError(
             f"{opened.path}: no module of the model has the name of a linear there",
-            hint=f"named= maps names; there is {next(iter(groups), 'none')!r}, for instance",
+            hint=f"named= maps names; there is {next(iter(widths), 'none')!r}, for instance",
         )
+    groups = group_modules(found.modules, model_sites(opened).sites)
+    groups += [group for own in found.experts.values() for group in own.groups]
+    capture = Capture(widths, groups, (heldout_every, heldout_limit))
+    _warn(found.warnings())
+    handles = _hook(capture, found)
     try:
         with torch.no_grad():
             yield capture
     finally:
         for handle in handles:
             handle.remove()
-    capture.write(target, opened)
+    _warn(_end_warnings(capture, capture.write(target, opened, found.names)))
+
+
+def _widths(checkpoint: Checkpoint) -> dict[str, int]:
+    """in_features of the linears that are quantized unless one says otherwise."""
+    reasons = left_alone(checkpoint.specs, checkpoint.config)
+    turned = transposed_tensors(model_sites(checkpoint).sites)
+    return {
+        name.removesuffix(".weight"): spec.shape[0 if name in turned else 1]
+        for name, spec in checkpoint.specs.items()
+        if name not in reasons
+    }

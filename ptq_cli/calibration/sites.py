@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites, find_sites
-from ptq_cli.models.linears import group_modules, left_alone
+from ptq_cli.models.linears import group_modules, is_cross_attention, left_alone
 from ptq_cli.models.recipe import merge_sites, recipe_sites
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.statistics import calibration_tokens
@@ -52,7 +52,8 @@ def match_activations(
 ) -> Activations:
     """The activations of `find_activations`, matched to the linears of a model, and gradients.
 
-    A linear has its own file, or shares that of a sibling that sees the same input (q, k, v).
+    A linear has its own file, or shares that of a sibling that sees the same input (q, k, v); in a
+    cross attention each has its own.
 
     Raises:
         InputError: activations of the wrong width, or without tokens; all such are listed; as
@@ -98,7 +99,7 @@ def _match(
     missing: list[str] = []
     wrong: dict[str, str] = {}
     turned = transposed_tensors(sites)
-    for group in group_modules(weights, sites):
+    for group in _alike(weights, sites):
         named = [module for module in group if module in found]
         rest = [module for module in group if module not in found]
         if not named:
@@ -112,6 +113,15 @@ def _match(
     if wrong:
         raise InputError(first_and_others(wrong))
     return result, missing
+
+
+def _alike(weights: Iterable[str], sites: Sequence[Site]) -> Iterator[tuple[str, ...]]:
+    """Linears that see the same inputs, as far as their names can tell."""
+    for group in group_modules(weights, sites):
+        if is_cross_attention(group[0]):
+            yield from ((module,) for module in group)
+        else:
+            yield group
 
 
 def _mistakes(
@@ -139,8 +149,15 @@ def missing_error(source: Activations) -> InputError:
     return InputError(
         f"{source.name}: no activations for {len(source.missing)} linears:"
         f" {fold_names(source.missing)}{surplus}",
-        hint="capture them too, or go on without them with --fallback rtn",
+        hint="capture them too, or go on without them with --fallback rtn"
+        + files_needed(source.missing),
     )
+
+
+def files_needed(missing: Iterable[str]) -> str:
+    """What to add to a hint where linears without activations might be thought to share some."""
+    crosses = any(map(is_cross_attention, missing))
+    return "; in a cross attention q, k and v need a file each" if crosses else ""
 
 
 def _match_gradients(

@@ -16,7 +16,10 @@ from ptq_cli.models.sites import Site
 
 OTHER_TOWER = "not of the text model"
 _LEFT_ALONE = (
-    ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)", re.IGNORECASE)),
+    (
+        "embedding",  # of tokens, of places, and T5's relative_attention_bias
+        re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|rel\w*_bias)(\.|$)", re.IGNORECASE),
+    ),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
     ("router", re.compile(r"(^|\.)\w*router\w*(\.|$)")),
@@ -43,6 +46,10 @@ _ROWS += [
     for names in family.names.sharing
 ]
 _ROW = {name: row for row in _ROWS if len(row) > 1 for name in row}
+_ATTENDING = {name for row in _ROW.values() if row[0].startswith("q") for name in row}
+# Attention to an encoder's states or another model's: its queries see other inputs than its keys
+# and values, and these may differ too, by what is added to one of them for the places.
+_CROSS = re.compile(r"cross|^(x|inter|src)_?att|enc(oder)?_?(dec(oder)?_?)?att")
 
 
 def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str]:
@@ -120,9 +127,18 @@ def dense_modules(skipped: Sequence[Skipped]) -> list[str]:
     ]
 
 
+def is_cross_attention(module: str) -> bool:
+    """Whether its name says that it makes queries, keys or values of an attention to another
+    sequence: what tells is the last of its parents that says what kind of attention it is."""
+    *parents, own = module.lower().split(".")
+    plain = ("attn", "attention", "att")
+    kinds = [part for part in parents if "att" in part and part not in plain]
+    return own in _ATTENDING and bool(kinds) and _CROSS.search(kinds[-1]) is not None
+
+
 def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tuple[str, ...]]:
     """Group modules that share an input; groups keep the order in which their first member came,
-    members the order of their site.
+    members the order of their site. (In a cross attention, q has other inputs than k and v.)
 
     sites: the model's, as far as they are known; modules in none of them go by their names
     """

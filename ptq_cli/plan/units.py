@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ptq_cli.calibration.sites import files_needed
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Unit
 from ptq_cli.core.names import fold_names
@@ -47,7 +48,8 @@ def plan_units(
         surplus = f"; left over: {fold_names(source.surplus)}" if source.surplus else ""
         raise InputError(
             f"{source.name}: no statistics for {len(lost)} layers: {fold_names(lost)}{surplus}",
-            hint="calibrate them, leave them out with --ignore, or allow --fallback rtn",
+            hint="calibrate them, leave them out with --ignore, or allow --fallback rtn"
+            + files_needed(lost),
         )
     units = []
     for group in group_modules(by_module, sites):

@@ -48,14 +48,22 @@ def _twin(job: dict[str, str], folder: Path) -> Any:
     return _load(folder)[0]
 
 
+def _given(model: Any, tokens: Any) -> dict[str, Any]:
+    """What the model is called with: an encoder–decoder model sees two different halves."""
+    if model.config.is_encoder_decoder:
+        return {"input_ids": tokens[:, ::2], "decoder_input_ids": tokens[:, 1::2]}
+    return {"input_ids": tokens}
+
+
 def compare(job: dict[str, str]) -> dict[str, Any]:
     import torch
 
     tokens = torch.randint(0, 240, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         model, found = _load(Path(job["folder"]))
-        logits = model(input_ids=tokens).logits.float()
-        wanted = _twin(job, Path(folder))(input_ids=tokens).logits.float()
+        given = _given(model, tokens)
+        logits = model(**given).logits.float()
+        wanted = _twin(job, Path(folder))(**given).logits.float()
     return {
         "missing": sorted(found["missing_keys"]),
         "unexpected": sorted(found["unexpected_keys"]),

@@ -39,6 +39,18 @@ def _causal(family: str, **settings: Any) -> Callable[[], Any]:
     return make
 
 
+def _encoder_decoder(family: str, **settings: Any) -> Callable[[], Any]:
+    """`<family>ForConditionalGeneration`: an encoder and a decoder of text."""
+
+    def make() -> Any:
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(vocab_size=256, d_model=64, **settings)
+        return getattr(transformers, f"{family}ForConditionalGeneration")(config)
+
+    return make
+
+
 def _with_images(
     family: str, text: dict[str, Any], vision: dict[str, Any], **settings: Any
 ) -> Callable[[], Any]:
@@ -77,12 +89,19 @@ _STREAMS = {
     "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.0] * 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+_HALVES = {
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+_T5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "bamba": _causal(
         "Bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16,
         mamba_expand=2,
     ),
+    "bart": _encoder_decoder("Bart", **ENDS, **_HALVES),
     "bloom": _causal("Bloom", n_layer=2, n_head=4),
     "cohere": _causal("Cohere", use_qk_norm=True, **ENDS),
     "deepseek_v3": _causal(
@@ -166,6 +185,10 @@ MODELS: dict[str, Callable[[], Any]] = {
         "SmolLM3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], **ENDS
     ),
     "starcoder2": _causal("Starcoder2"),
+    "t5": _encoder_decoder("T5", **_T5),
+    "t5_v1_1": _encoder_decoder(
+        "T5", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **_T5
+    ),
     "tied_llama": _causal("Llama", tie_word_embeddings=True),
 }  # fmt: skip
 

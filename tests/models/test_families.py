@@ -15,7 +15,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import write_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from blocks import FAMILIES, HIDDEN, block, config, tensors
+from tests.models.blocks import FAMILIES, HIDDEN, block, config, tensors
 
 KV_HEADS = {family: 2 for family in FAMILIES if family not in ("opt", "gpt2", "bloom")}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from blocks import FAMILIES, HEAD_DIM, HIDDEN, block, config, tensors
 
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError, NumericalError
@@ -19,6 +18,7 @@ from ptq_cli.models.folding import (
 from ptq_cli.models.sites import Norm, Preceding, Rows
 from ptq_cli.numerics.smoothquant import function_change, tied
 from tests.folds import fold_site
+from tests.models.blocks import FAMILIES, HEAD_DIM, HIDDEN, block, config, tensors
 
 UNGROUPED = ("opt", "gpt2", "bloom")
 GROUPED = [(f, kv) for f in FAMILIES for kv in (4, 2, 1) if kv == 4 or f not in UNGROUPED]

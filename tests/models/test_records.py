@@ -6,7 +6,6 @@ import ast
 from pathlib import Path
 
 import pytest
-from blocks import FAMILIES as FOLDED
 
 import ptq_cli
 from ptq_cli.core.tensors import TensorSpec
@@ -16,6 +15,7 @@ from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.models.linears import group_modules, left_alone
+from tests.models.blocks import FAMILIES as FOLDED
 
 PACKAGE = Path(ptq_cli.__file__).parent
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -136,8 +136,11 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
 
 
 # What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
-# experts are stored as one tensor, in any model.
-ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py", "models/experts.py"}
+# experts are stored as one tensor, in any model; parameters of transformers' modules.
+ELSEWHERE = {
+    "formats/gguf/metadata.py", "formats/common.py", "models/experts.py",
+    "calibration/torch_experts.py",
+}  # fmt: skip
 
 
 def test_nothing_of_a_family_stands_outside_its_file():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from blocks import FAMILIES, HEAD_DIM, HIDDEN, MLP, config, tensors
 
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import find_sites
 from ptq_cli.models.recipe import merge_sites, read_entry, recipe_sites
 from ptq_cli.models.sites import Norm, Preceding, Rows, require_whole, rows_of
+from tests.models.blocks import FAMILIES, HEAD_DIM, HIDDEN, MLP, config, tensors
 
 
 def specs_of(family, kv_heads=4, n_blocks=2, drop=(), **more):

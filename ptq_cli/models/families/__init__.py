@@ -14,7 +14,7 @@ from ptq_cli.models.family import Config, Family, Multimodal
 _ORDER = """
 gemma3 gemma2 gemma qwen3 qwen3_moe qwen2 llama mistral mixtral phi3 opt gpt2 bloom
 bamba cohere deepseek_v3 falcon gemma3n glm4 gpt_neox gpt_oss granite llama4 olmo2 qwen2_moe
-qwen2_vl qwen3_next smollm3 starcoder2
+qwen2_vl qwen3_next smollm3 starcoder2 t5
 """
 
 FAMILIES: tuple[Family, ...] = tuple(
