@@ -23,14 +23,14 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
+from ptq_cli.numerics.activations import ActivationSettings, absmax_scale, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
-from ptq_cli.numerics.output_errors import measure, output_errors
+from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import totals
-from ptq_cli.run.nearest import inputs_of
+from ptq_cli.run.nearest import as_run, inputs_of
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.experts import fused_again
@@ -182,8 +182,9 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
     plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
-    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
-    rtn = measure(weight, plain, **inputs_of(before))
+    alone = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
+    measures = as_run(alone, folded, layer, rounded, statistics, scale)
+    rtn = _plainly(layer, weight, plain, before)
     same = np.array_equal(plain.codes, rounded.codes)
     activations, settings = None, sides.activations
     if settings is not None and before is not None and statistics is not None:
@@ -201,6 +202,22 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
         seconds=time.perf_counter() - begin,
         activations=activations,
     )
+
+
+def _plainly(
+    layer: Layer, weight: FloatArray, plain: QuantizedWeight, statistics: SiteStatistics | None
+) -> Measures:
+    """Of the original weight rounded to nearest, its inputs rounded as the layer's are. A static
+    scale is found anew: the one that is stored belongs to what was quantized."""
+    inputs = layer.activation
+    if inputs is not None and not inputs.dynamic and statistics is not None:
+        if inputs.sym:
+            own = absmax_scale(statistics.absmax, inputs.bits)
+            plain = replace(plain, input_scale=own)
+        else:
+            layer = replace(layer, activation=replace(inputs, dynamic=True, per_token=False))
+    alone = measure(weight, plain, **inputs_of(statistics))
+    return as_run(alone, weight, layer, plain, statistics)
 
 
 def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:

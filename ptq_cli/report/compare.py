@@ -94,7 +94,12 @@ def _measured(before: JsonObject, after: JsonObject) -> Iterator[str]:
     """What keeps errors from being comparable."""
     if not (before["layers"] and after["layers"]):
         return
-    for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
+    kinds = {
+        "calibrated": "of outputs",
+        "heldout": "on held-out inputs",
+        "rounded_inputs": "of outputs with rounded inputs",
+    }
+    for key, text in kinds.items():
         sides = [bool(document["totals"].get(key)) for document in (before, after)]
         if sides[0] != sides[1]:
             yield f"only the errors {'before' if sides[0] else 'after'} are those {text}"

@@ -21,7 +21,8 @@ from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, Run
 from ptq_cli.errors import GateMissed
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
-_OF_COMMANDS = ("compared", "best", "activations")  # away from a row where none asked for them
+# Away from a row that has none.
+_OF_SOME = ("compared", "best", "activations", "input_bits", "weight_rel_err", "weak")
 
 
 def totals(
@@ -36,6 +37,7 @@ def totals(
     rtn_errors = [row_rtn_error(row) for row in rows]
     mean, rtn_mean = _mean(errors), _mean(rtn_errors)
     worst = max(rows, key=row_error, default=None)
+    rounded = [row.weight_rel_err is not None for row in rows if row.input_bits is not None]
     return {
         "layers": len(rows),
         "left_alone": len(skipped),
@@ -50,6 +52,7 @@ def totals(
         "gain_vs_rtn": rtn_mean / mean if mean and rtn_mean is not None else None,
         "heldout": any(row.heldout_rel_err is not None for row in rows),
         "calibrated": bool(rows) and all(row.calibrated for row in rows),
+        **({"rounded_inputs": all(rounded)} if rounded else {}),
         "fallbacks": sum(row.fallback is not None for row in rows),
         "seconds": seconds,
     }
@@ -123,7 +126,7 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         "settings": _jsonable(report.settings),
         "totals": _jsonable(report.totals),
         "layers": [
-            {k: v for k, v in row.items() if v is not None or k not in _OF_COMMANDS} for row in rows
+            {k: v for k, v in row.items() if v is not None or k not in _OF_SOME} for row in rows
         ],
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
