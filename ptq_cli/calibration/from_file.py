@@ -16,7 +16,8 @@ Per module whose gradients were given:
 Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
 fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
 `linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
-`histogram_start`; under `fisher` the samples behind each module's.
+`histogram_start`; under `fisher` the samples behind each module's. Where errors measured on the
+inputs say little, `weak` says why, and so it does for a site (numerics/weak_inputs.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
+from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
@@ -129,6 +131,9 @@ def open_calibration(path: Path) -> CalibrationFile:
         }
         model = str(content["model"])
         heldout = int(content["heldout_every"]), int(content["heldout_limit"])
+        weak = tuple(content.get("weak", ()))
+        if not all(isinstance(reason, str) for reason in weak):
+            raise ValueError
         fisher = {
             module: _fisher_info(checkpoint, module, n)
             for module, n in content.get("fisher", {}).items()
@@ -145,6 +150,8 @@ def open_calibration(path: Path) -> CalibrationFile:
         sites=sites,
         heldout=heldout,
         files=(checkpoint.weights, *checkpoint.files),
+        warnings=tuple(f"{path}: {reason}" for reason in weak),
+        weak=weak,
         fisher=fisher,
     )
 
@@ -192,8 +199,9 @@ def site_tensors(s: SiteStatistics) -> list[Bytes]:
 
 def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
+    weak = weak_inputs(s)
     shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
-    return shared | {
+    return ({"weak": weak} if weak else {}) | shared | {
         "linears": list(s.linears),
         "n_tokens": s.n_tokens,
         "n_seen": s.n_seen,
@@ -231,9 +239,13 @@ def file_content(
     heldout: tuple[int, int],
     sites: Mapping[str, Any],
     fisher: Mapping[str, FisherInfo],
+    weak: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The metadata of a statistics file."""
-    more = {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
+    more: dict[str, Any] = (
+        {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
+    )
+    more |= {"weak": list(weak)} if weak else {}
     return more | {
         "kind": "calibration",
         "version": VERSION,
@@ -289,12 +301,17 @@ def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
         for module, info in part.fisher.items():
             before = fisher[module].n_samples if module in fisher else 0
             fisher[module] = replace(info, n_samples=before + info.n_samples)
+    weak = [reason for part in parts for reason in part.weak]
+    if len({part.checkpoint.fingerprint for part in parts}) < len(parts):
+        weak.append("the same statistics are merged more than once")
     return Merged(
         parts,
         name=", ".join(part.name for part in parts),
         sites={site: info for part in reversed(parts) for site, info in part.sites.items()},
         heldout=parts[0].heldout,
         files=[path for part in parts for path in part.files],
+        warnings=tuple(dict.fromkeys(weak)),
+        weak=tuple(dict.fromkeys(weak)),
         fisher=fisher,
     )
 

@@ -13,7 +13,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import printable
-from ptq_cli.report.report import Gate, row_error
+from ptq_cli.report.gates import Gate
+from ptq_cli.report.report import row_error
 
 MAX_REL_ERR = "--max-rel-err"
 _NUMBERS = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
 UNKNOWN_INPUTS = "inputs are rounded too, and there are none to measure that on"
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format

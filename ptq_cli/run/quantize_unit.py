@@ -18,6 +18,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.numerics.output_errors import Measures, Rows, measure
+from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.nearest import as_run, as_stored, input_scale, inputs_of, round_layer
@@ -75,6 +76,7 @@ def quantize_unit(
     shared, failure = _prepare(unit, statistics, rounding)
     preparing = (time.perf_counter() - begin) / len(unit.layers)
     few = [] if statistics is None else few_tokens_note(statistics)
+    weak = None if statistics is None else weak_inputs(statistics) or None
     tensors: dict[str, Array] = {}
     rows = []
     for layer in unit.layers:
@@ -83,7 +85,7 @@ def quantize_unit(
             own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
         tensors |= own
         seconds = preparing + time.perf_counter() - begin
-        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few)))
+        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few), weak=weak))
     return tensors, rows
 
 
