@@ -1,4 +1,4 @@
-"""Gates that bad calibration would pass: they fail with the reason, and a warning says it before."""
+"""Gates that bad calibration would pass: they fail with the reason, and a warning says it."""
 
 from __future__ import annotations
 
