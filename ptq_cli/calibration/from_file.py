@@ -38,7 +38,7 @@ from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
-from ptq_cli.numerics.weak_inputs import weak_inputs
+from ptq_cli.numerics.weak_inputs import weak_inputs, without_natural_repeats
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
@@ -241,19 +241,25 @@ def file_content(
     fisher: Mapping[str, FisherInfo],
     weak: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The metadata of a statistics file."""
-    more: dict[str, Any] = (
-        {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
-    )
-    more |= {"weak": list(weak)} if weak else {}
-    return more | {
+    """The metadata of a statistics file. weak: why errors measured on its inputs say little"""
+    found = without_natural_repeats({site: entry.get("weak", {}) for site, entry in sites.items()})
+    entries = {site: {**entry, "weak": found[site]} for site, entry in sites.items()}
+    for entry in entries.values():
+        if not entry["weak"]:
+            del entry["weak"]
+    content: dict[str, Any] = {
         "kind": "calibration",
         "version": VERSION,
         "model": model,
         "heldout_every": heldout[0],
         "heldout_limit": heldout[1],
-        "sites": dict(sites),
+        "sites": entries,
     }
+    if fisher:
+        content["fisher"] = {module: info.n_samples for module, info in fisher.items()}
+    if weak:
+        content["weak"] = list(weak)
+    return content
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens, sites_of
 from ptq_cli.report.report import dead_inputs, totals
-from ptq_cli.report.weak import weaknesses
+from ptq_cli.report.weak import weaknesses, with_weakness
 from ptq_cli.run.nearest import as_run, inputs_of
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.storage.folder import QuantizedFolder
@@ -69,7 +69,7 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
             row = rows[layer.module] = _row(layer, sides, loaded)
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, row))
-    ordered = [rows[module] for module in quantized.layers]
+    ordered = with_weakness([rows[module] for module in quantized.layers])
     skipped = tuple(
         Skipped(name, spec.shape, spec.dtype, "different" if name in different else "")
         for name in quantized.untouched()

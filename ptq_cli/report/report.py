@@ -18,7 +18,7 @@ from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
-from ptq_cli.report.weak import weaknesses
+from ptq_cli.report.weak import weaknesses, with_weakness
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
 # Away from a row that has none.
@@ -102,6 +102,7 @@ def make_report(
     weak: Sequence[str] = (),
 ) -> RunReport:
     """The report of a run. weak: what is wrong with what its statistics were made from"""
+    rows = with_weakness(rows)
     of_rows = weaknesses(rows)
     settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
     return RunReport(

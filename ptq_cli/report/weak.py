@@ -8,11 +8,16 @@ was calibrated on, and on one input again and again, a rounding is nearly exact.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import LayerReport
-from ptq_cli.numerics.weak_inputs import FEWEST_HELDOUT
+from ptq_cli.numerics.weak_inputs import (
+    FEWEST_HELDOUT,
+    apart_from_experts,
+    without_natural_repeats,
+)
 
 Row = LayerReport | Mapping[str, Any]
 FEW = 0.1  # of the layers may lack held-out inputs: the totals hardly change
@@ -24,8 +29,10 @@ def weaknesses(rows: Sequence[Row], what: str = "layers") -> tuple[str, ...]:
 
     rows: `module`, `calibrated`, `weak`, `heldout_rel_err` of each; what: what they are
     """
-    weak = {str(row["module"]): _weak(row) for row in map(_values, rows) if row["calibrated"]}
-    plain = {name: found for name, found in weak.items() if "expert" not in name} or weak
+    weak = without_natural_repeats(
+        {str(row["module"]): _weak(row) for row in map(_values, rows) if row["calibrated"]}
+    )
+    plain = apart_from_experts(weak)
     seen = [n for n, found in weak.items() if found.get("heldout") == 0 and "zero" not in found]
     few = [name for name, found in plain.items() if found.get("heldout", 0) > 0]
     zero = [name for name, found in weak.items() if "zero" in found]
@@ -45,7 +52,7 @@ def weaknesses(rows: Sequence[Row], what: str = "layers") -> tuple[str, ...]:
     if one:
         share = max(plain[name]["most_frequent"] for name in one)
         reasons.append(f"one input makes up {100 * share:.0f} % of all: {_of(one, weak, what)}")
-    elif len(again) > len(plain) / 2:
+    elif again:
         share = max(plain[name]["repeated"] for name in again)
         reasons.append(
             f"{100 * share:.0f} % of the inputs repeat earlier ones: {_of(again, weak, what)}"
@@ -53,6 +60,12 @@ def weaknesses(rows: Sequence[Row], what: str = "layers") -> tuple[str, ...]:
     if zero:
         reasons.append(f"every input is zero: {_of(zero, weak, what)}")
     return tuple(reasons)
+
+
+def with_weakness(rows: Sequence[LayerReport]) -> list[LayerReport]:
+    """Rows whose `weak` is what matters among all of them."""
+    found = without_natural_repeats({row.module: row.weak or {} for row in rows})
+    return [replace(row, weak=found[row.module] or None) for row in rows]
 
 
 def _values(row: Row) -> Mapping[str, Any]:

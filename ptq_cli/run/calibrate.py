@@ -53,7 +53,7 @@ def calibrate_sites(
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
     return {
-        "sites": entries,
+        "sites": content["sites"],
         "without_tokens": [site for site in results if site not in entries],
         "seconds": time.perf_counter() - begin,
     }

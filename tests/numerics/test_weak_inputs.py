@@ -22,7 +22,8 @@ def found(rows, every=8):
     ("rows", "every", "wanted"),
     [
         (ROWS, 8, {}),
-        (np.concatenate([ROWS[:200], ROWS[:200]]), 8, {}),  # half of them
+        (np.concatenate([ROWS[:200], ROWS[:200]]), 8, {"repeated": 0.5}),
+        (np.concatenate([ROWS[:280], ROWS[:120]]), 8, {}),
         (np.zeros((400, 8), np.float16), 8, {"zero": 1}),
         (ROWS, 0, {"heldout": 0}),
         (ROWS[:79], 8, {"heldout": 9}),
