@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, only_e
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
+from ptq_cli.numerics.statistics import percentile, static_scale
 from ptq_cli.numerics.weak_inputs import weak_inputs, without_natural_repeats
 from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
-from ptq_cli.storage.digest import Digest, digest_words
+from ptq_cli.storage.digest import Digest
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.tensors import Bytes, as_bytes
 
@@ -260,66 +260,6 @@ def file_content(
     if weak:
         content["weak"] = list(weak)
     return content
-
-
-@dataclass(frozen=True)
-class Merged(Source):
-    """Several calibrations of one model, as one source: the union of their sites, each site merged
-    from every file that has it."""
-
-    parts: tuple[CalibrationFile, ...]
-
-    @cached_property
-    def fingerprints(self) -> Sequence[str]:
-        return [part.checkpoint.fingerprint for part in self.parts]
-
-    def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
-        return reduce(self.merged, [part.load(site) for part in self.parts if site in part.sites])
-
-    def load_memory(self, site: str) -> int:
-        """Two Hessians and their sum; that of tokens which one file alone would have held out."""
-        width = self.sites[site].in_features
-        return statistics_memory(width, self.heldout[1]) + 12 * width**2
-
-    def only(self, site: str) -> Merged:
-        return replace(super().only(site), parts=tuple(part.only(site) for part in self.parts))
-
-    def digest(self, site: str, parts: Parts | None = None) -> str:
-        digests = [part.digest(site) for part in self.parts if site in part.sites]
-        return digest_words(*digests, str(self.heldout[1]))
-
-    def load_fisher(self, module: str) -> NDArray[np.float32]:
-        """The mean over all samples."""
-        total = self.fisher[module].n_samples
-        weighted = [
-            part.load_fisher(module) * (part.fisher[module].n_samples / total)
-            for part in self.parts
-            if module in part.fisher
-        ]
-        mean: NDArray[np.float32] = np.sum(np.stack(weighted), axis=0)
-        return mean
-
-
-def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
-    """Several calibrations of one model as one; tokens were held out as the first of them says."""
-    fisher: dict[str, FisherInfo] = {}
-    for part in parts:
-        for module, info in part.fisher.items():
-            before = fisher[module].n_samples if module in fisher else 0
-            fisher[module] = replace(info, n_samples=before + info.n_samples)
-    weak = [reason for part in parts for reason in part.weak]
-    if len({part.checkpoint.fingerprint for part in parts}) < len(parts):
-        weak.append("the same statistics are merged more than once")
-    return Merged(
-        parts,
-        name=", ".join(part.name for part in parts),
-        sites={site: info for part in reversed(parts) for site, info in part.sites.items()},
-        heldout=parts[0].heldout,
-        files=[path for part in parts for path in part.files],
-        warnings=tuple(dict.fromkeys(weak)),
-        weak=tuple(dict.fromkeys(weak)),
-        fisher=fisher,
-    )
 
 
 def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:

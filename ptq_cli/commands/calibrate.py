@@ -11,8 +11,9 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.calibration.find import AnyPath, SourceSettings, calibration_of
 from ptq_cli.calibration.from_activations import find_activations
-from ptq_cli.calibration.from_file import beside, merge_calibrations, open_calibration
+from ptq_cli.calibration.from_file import beside, open_calibration
 from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.merged import merge_calibrations
 from ptq_cli.calibration.sites import match_activations, missing_error
 from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
