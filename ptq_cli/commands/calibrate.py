@@ -92,7 +92,6 @@ class CalibrateJob:
         counts = {
             site: (int((absmax == 0).sum()), len(absmax))
             for site, absmax in open_calibration(self.output).ranges(())
-            if "zero" not in sites[site].get("weak", {})
         }
         found = weaknesses([_as_row(*site) for site in sites.items()], "sites")
         return [*dead_channels(counts, "sites"), *found]

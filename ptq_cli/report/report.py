@@ -118,8 +118,7 @@ def make_report(
 
 def dead_inputs(rows: Sequence[LayerReport]) -> list[str]:
     """A warning where more than 1 % of a layer's input channels were zero for every token."""
-    some = [row for row in rows if "zero" not in (row.weak or {})]
-    return dead_channels({row.module: (row.dead_columns, prod(row.shape[1:])) for row in some})
+    return dead_channels({row.module: (row.dead_columns, prod(row.shape[1:])) for row in rows})
 
 
 def dead_channels(counts: Mapping[str, tuple[int, int]], what: str = "layers") -> list[str]:

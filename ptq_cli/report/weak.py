@@ -43,7 +43,7 @@ def weaknesses(rows: Sequence[Row], what: str = "layers") -> tuple[str, ...]:
         reasons.append(
             f"no inputs are held out, errors are on those calibrated on: {_of(seen, weak, what)}"
         )
-    if len(few) > FEW * len(plain):
+    if len(few) > len(plain) / 2:
         most = max(int(plain[name]["heldout"]) for name in few)
         reasons.append(
             f"only {most} inputs are held out, at least {FEWEST_HELDOUT} are needed:"
