@@ -201,18 +201,22 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
     weak = weak_inputs(s)
     shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
-    return ({"weak": weak} if weak else {}) | shared | {
-        "linears": list(s.linears),
-        "n_tokens": s.n_tokens,
-        "n_seen": s.n_seen,
-        "min": s.minimum,
-        "max": s.maximum,
-        "mean": s.mean,
-        "std": s.std,
-        "p99": percentile(s, 0.99),
-        "static_scale": static_scale(s),
-        "histogram_start": s.histogram_start,
-    }
+    return (
+        ({"weak": weak} if weak else {})
+        | shared
+        | {
+            "linears": list(s.linears),
+            "n_tokens": s.n_tokens,
+            "n_seen": s.n_seen,
+            "min": s.minimum,
+            "max": s.maximum,
+            "mean": s.mean,
+            "std": s.std,
+            "p99": percentile(s, 0.99),
+            "static_scale": static_scale(s),
+            "histogram_start": s.histogram_start,
+        }
+    )
 
 
 def site_statistics(
