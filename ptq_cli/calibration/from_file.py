@@ -16,7 +16,8 @@ Per module whose gradients were given:
 Scalars stand in the metadata, one key `ptq`, sorted JSON: `kind`, `version`, `model` (the
 fingerprint of the weights), `heldout_every`, `heldout_limit`, and under `sites` for each site
 `linears`, `n_tokens`, `n_seen`, `min`, `max`, `mean`, `std`, `p99`, `static_scale`,
-`histogram_start`; under `fisher` the samples behind each module's.
+`histogram_start`; under `fisher` the samples behind each module's. Where errors measured on the
+inputs say little, `weak` says why, and so it does for a site (numerics/weak_inputs.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import percentile, static_scale
+from ptq_cli.numerics.weak_inputs import weak_inputs, without_natural_repeats
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest
 from ptq_cli.storage.files import listing
@@ -130,6 +132,9 @@ def open_calibration(path: Path) -> CalibrationFile:
         }
         model = str(content["model"])
         heldout = int(content["heldout_every"]), int(content["heldout_limit"])
+        weak = tuple(content.get("weak", ()))
+        if not all(isinstance(reason, str) for reason in weak):
+            raise ValueError
         fisher = {
             module: _fisher_info(checkpoint, module, n)
             for module, n in content.get("fisher", {}).items()
@@ -146,6 +151,8 @@ def open_calibration(path: Path) -> CalibrationFile:
         sites=sites,
         heldout=heldout,
         files=(checkpoint.weights, *checkpoint.files),
+        warnings=tuple(f"{path}: {reason}" for reason in weak),
+        weak=weak,
         fisher=fisher,
     )
 
@@ -193,19 +200,24 @@ def site_tensors(s: SiteStatistics) -> list[Bytes]:
 
 def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
+    weak = weak_inputs(s)
     shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
-    return shared | {
-        "linears": list(s.linears),
-        "n_tokens": s.n_tokens,
-        "n_seen": s.n_seen,
-        "min": s.minimum,
-        "max": s.maximum,
-        "mean": s.mean,
-        "std": s.std,
-        "p99": percentile(s, 0.99),
-        "static_scale": static_scale(s),
-        "histogram_start": s.histogram_start,
-    }
+    return (
+        ({"weak": weak} if weak else {})
+        | shared
+        | {
+            "linears": list(s.linears),
+            "n_tokens": s.n_tokens,
+            "n_seen": s.n_seen,
+            "min": s.minimum,
+            "max": s.maximum,
+            "mean": s.mean,
+            "std": s.std,
+            "p99": percentile(s, 0.99),
+            "static_scale": static_scale(s),
+            "histogram_start": s.histogram_start,
+        }
+    )
 
 
 def site_statistics(
@@ -232,17 +244,27 @@ def file_content(
     heldout: tuple[int, int],
     sites: Mapping[str, Any],
     fisher: Mapping[str, FisherInfo],
+    weak: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The metadata of a statistics file."""
-    more = {"fisher": {m: info.n_samples for m, info in fisher.items()}} if fisher else {}
-    return more | {
+    """The metadata of a statistics file. weak: why errors measured on its inputs say little"""
+    found = without_natural_repeats({site: entry.get("weak", {}) for site, entry in sites.items()})
+    entries = {site: {**entry, "weak": found[site]} for site, entry in sites.items()}
+    for entry in entries.values():
+        if not entry["weak"]:
+            del entry["weak"]
+    content: dict[str, Any] = {
         "kind": "calibration",
         "version": VERSION,
         "model": model,
         "heldout_every": heldout[0],
         "heldout_limit": heldout[1],
-        "sites": dict(sites),
+        "sites": entries,
     }
+    if fisher:
+        content["fisher"] = {module: info.n_samples for module, info in fisher.items()}
+    if weak:
+        content["weak"] = list(weak)
+    return content
 
 
 def beside(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:

@@ -176,6 +176,7 @@ def token_source(
         heldout=heldout,
         files=tokens.files,
         warnings=tokens.warnings,
+        weak=tokens.weak,
         feedback=feedback,
         drifts=drifts,
         places=places,

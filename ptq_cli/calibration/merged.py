@@ -67,12 +67,17 @@ def merge_calibrations(parts: tuple[CalibrationFile, ...]) -> Merged:
         for module, info in part.fisher.items():
             before = fisher[module].n_samples if module in fisher else 0
             fisher[module] = replace(info, n_samples=before + info.n_samples)
+    weak = [reason for part in parts for reason in part.weak]
+    if len({part.checkpoint.fingerprint for part in parts}) < len(parts):
+        weak.append("the same statistics are merged more than once")
     return Merged(
         parts,
         name=", ".join(part.name for part in parts),
         sites={site: info for part in reversed(parts) for site, info in part.sites.items()},
         heldout=parts[0].heldout,
         files=[path for part in parts for path in part.files],
+        warnings=tuple(dict.fromkeys(weak)),
+        weak=tuple(dict.fromkeys(weak)),
         fisher=fisher,
     )
 

@@ -69,6 +69,7 @@ class Source:
     name: what messages call it; sites: with the tokens that are not held out
     heldout: every how many tokens one is held out, how many at most
     files: what it reads; surplus: what of it fits no linear; warnings: what is odd about it
+    weak: why errors measured on it say little (these stand among `warnings`, too)
     fisher: modules whose Fisher information it has
 
     in_sequence: sites are made on the way, in their order; then
@@ -84,6 +85,7 @@ class Source:
     files: Sequence[Path] = ()
     surplus: Sequence[str] = ()
     warnings: tuple[str, ...] = ()
+    weak: tuple[str, ...] = ()
     fisher: Mapping[str, FisherInfo] = field(default_factory=dict)
 
     in_sequence: ClassVar[bool] = False

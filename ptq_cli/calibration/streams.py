@@ -9,7 +9,7 @@ is rounded than in the float one; for them no drift is summed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -187,3 +187,18 @@ class Ahead(Source):
         """They are no longer needed."""
         if self.inputs is not None:
             self.inputs.drop()
+
+
+def through_sites(source: Source, work: Path) -> Iterator[tuple[str, SiteStatistics | None]]:
+    """for block: for stage: for site: statistics; None where no token reaches it, an expert. The
+    float model goes on when the next site is asked for.
+
+    source: one in sequence, without feedback; work: a folder for scratch files
+    """
+    assert isinstance(source, TokenSource)  # it is one in sequence
+    streams = Streams(source, work, None, None)
+    streams.enter(0)
+    for site in source.sites:
+        while streams.order < streams.place(site).order:
+            streams.advance({})
+        yield site, streams.statistics(site)

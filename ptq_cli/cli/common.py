@@ -15,8 +15,9 @@ from ptq_cli.cli.shared_options import gates_set
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError, import_extra
+from ptq_cli.report.gates import check_gates, gates_of
 from ptq_cli.report.junit import as_junit
-from ptq_cli.report.report import as_csv, as_document, check_gates, gates_of
+from ptq_cli.report.report import as_csv, as_document
 from ptq_cli.storage.files import to_json, write_whole
 
 
@@ -76,7 +77,8 @@ def finish(
     Raises:
         GateMissed: after everything was written.
     """
-    gates, fresh = gates_of(report, **gates_set(options)), written and not report.earlier
+    gates = gates_of(report, options["allow_weak_calibration"], **gates_set(options))
+    fresh = written and not report.earlier
     document = as_document(report, times=True) | ({"output": output} if written else {})
     if options["junit"] is not None:
         write_whole(options["junit"], as_junit(report, gates, output))
@@ -98,7 +100,8 @@ def finish(
     try:
         check_gates(gates)
     except GateMissed as error:
-        error.hint = f"{output} was written all the same" if fresh else None
+        written_too = f"{output} was written all the same" if fresh else None
+        error.hint = "; ".join(filter(None, (error.hint, written_too))) or None
         raise
     if not options["as_json"]:
         show_next(after(report, click.get_current_context().params, output, layers))

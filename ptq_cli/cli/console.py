@@ -154,8 +154,10 @@ def is_repack(report: RunReport) -> bool:
 
 
 def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
-    titles = (_under("layer", common), "method", "bits/w", "rel err", "rtn", "gain")
+    titles = (_under("layer", common), "method", "bits/w", "rel err", "rtn", "gain", "weight only")
     left_out = set(titles[3:]) if repacked else set()
+    if all(row.weight_rel_err is None for row in rows):
+        left_out |= {"weight only"}
     if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
         left_out |= {"bits/w"}  # which the totals tell, too
     keep = [i for i, title in enumerate(titles) if title not in left_out]
@@ -167,6 +169,7 @@ def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> No
             number(row_error(row)),
             number(row_rtn_error(row)),
             times(row.gain_vs_rtn),
+            "-" if row.weight_rel_err is None else number(row.weight_rel_err),
         ]
         for row in rows
     ]

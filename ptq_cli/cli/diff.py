@@ -37,11 +37,21 @@ _SHOWN = 5
     help="Layers in the table, those that became worst first; 0 shows all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def diff(before: Path, after: Path, tolerance: float, top: int, as_json: bool) -> None:
+@click.option(
+    "--allow-weak-calibration",
+    "allow_weak",
+    is_flag=True,
+    help="Do not fail where errors were measured on what was calibrated on, on very few inputs, or"
+    " on the same again and again.",
+)
+def diff(
+    before: Path, after: Path, tolerance: float, top: int, as_json: bool, allow_weak: bool
+) -> None:
     """Say what changed from the report BEFORE to AFTER: settings, layers, errors, size, perplexity.
 
     Each is an output folder, its report.json, or a file of --report. Exits 3 where something
-    became worse by more than --tolerance.
+    became worse by more than --tolerance, or where the errors of one were measured on inputs that
+    say little.
 
     \b
     ptq diff model-gptq-w4g128 candidate --tolerance 0.02
@@ -58,6 +68,11 @@ def diff(before: Path, after: Path, tolerance: float, top: int, as_json: bool) -
         named = ", ".join(f"{c.name} {_moved(c)}" for c in worse[:_SHOWN])
         more = f" and {len(worse) - _SHOWN} more" if len(worse) > _SHOWN else ""
         raise GateMissed(f"worse by more than {100 * tolerance:g} %: {named}{more}")
+    if found.weak and not found.same and not allow_weak:
+        raise GateMissed(
+            f"not comparable, on weak calibration: {'; '.join(found.weak)}",
+            hint="--allow-weak-calibration",
+        )
 
 
 def _document(found: Difference, tolerance: float, worse: list[Change]) -> dict[str, Any]:
@@ -76,6 +91,7 @@ def _document(found: Difference, tolerance: float, worse: list[Change]) -> dict[
         "added": list(found.added),
         "removed": list(found.removed),
         "measured": list(found.measured),
+        "weak": list(found.weak),
     }
 
 
@@ -87,6 +103,8 @@ def _show(found: Difference, top: int) -> None:
         console.line(f"{key}: {_word(before)} -> {_word(after)}")
     for words in found.measured:
         console.line(f"not comparable: {words}")
+    for words in found.weak:
+        console.line(f"weak calibration: {words}")
     for title, modules in (("added", found.added), ("removed", found.removed)):
         if modules:
             console.line(f"{len(modules)} layers {title}: {fold_names(modules)}")

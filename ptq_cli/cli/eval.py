@@ -55,6 +55,7 @@ _PARAMETERS = (
         ),
     ),
     *shared.GATE_OPTIONS,
+    shared.ALLOW_WEAK,
     *shared.GATES_OF_PREDICTIONS,
 )
 
@@ -78,6 +79,7 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     ptq eval model.safetensors model-gptq-w4g128 --min-gain 1.5 --max-rel-err 0.05
     """
     check_report_paths(options)
+    shared.refuse_idle_allowance(options)
     job = _job(original, quantized, options)
     if options["dry_run"]:
         emit_estimate(job.estimate(), options["as_json"], (), options["strict"])

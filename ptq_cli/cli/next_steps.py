@@ -103,7 +103,7 @@ def _source(given: Mapping[str, Any]) -> list[object]:
 def _after_eval(report: RunReport, given: Mapping[str, Any]) -> Iterator[Step]:
     """The same evaluation with gates that it passes, if none were set."""
     gain, worst = report.totals["gain_vs_rtn"], report.totals["worst_rel_err"]
-    if gates_set(given) or not gain or not worst:
+    if gates_set(given) or not gain or not worst or report.weak:
         return
     sides = (path(given["original"]), path(given["quantized"]))
     words: list[object] = ["ptq", "eval", *sides, *_source(given)]

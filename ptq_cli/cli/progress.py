@@ -191,6 +191,8 @@ def _result(row: LayerReport) -> str:
     words = ""
     if row.fallback is not None:
         words = f" ({row.fallback})"
+    elif not row.calibrated:
+        words = " (of the weights)"
     elif gain is not None and row.method != "rtn":
         words = f" ({gain:.2f}x {'better than rtn' if gain >= 1 else 'rtn: worse'})"
     return f"{row.method} {number(row_error(row))}{printable(words)}"

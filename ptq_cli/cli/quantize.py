@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from ptq_cli.calibration.find import take_source
-from ptq_cli.cli import console
 from ptq_cli.cli import shared_options as shared
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_estimate
@@ -125,6 +124,8 @@ _WRITING = in_section(
     ),
 )
 
+_GATES = (*shared.GATE_OPTIONS, shared.ALLOW_WEAK)
+
 
 def _parameters(name: str) -> list[click.Parameter]:
     """What a command takes."""
@@ -147,7 +148,7 @@ def _parameters(name: str) -> list[click.Parameter]:
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
     own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *shared.REPLACING]
-    return [shared.path_argument("model"), *own, *run, *shared.REPORT, *shared.GATE_OPTIONS]
+    return [shared.path_argument("model"), *own, *run, *shared.REPORT, *_GATES]
 
 
 def _command(name: str) -> click.Command:
@@ -158,6 +159,7 @@ def _command(name: str) -> click.Command:
 def _run(name: str, /, model: Path, **options: Any) -> None:
     """Plan, warn, run with progress, report, and see to the gates."""
     check_report_paths(options)
+    shared.refuse_idle_allowance(options)
     job = _job(name, model, options)
     _refuse_unread(job, options)
     how = take_run_options(options)
@@ -170,12 +172,12 @@ def _run(name: str, /, model: Path, **options: Any) -> None:
         report = job.run(replace(how, listen=listen))
     if report.earlier:
         finished_already(job.output)
-    for warning in report.warnings:
-        if warning not in job.plan.warnings:
-            console.warn(warning)
+    late = [warning for warning in report.warnings if warning not in job.plan.warnings]
+    emit_warnings(late, strict=False)
     layers = job.plan.layers if job.checkpoint.root and job.checkpoint.config else ()
     source = job.source
     finish(report, options, str(job.output), written=True, layers=layers, source=source)
+    emit_warnings(late if options["strict"] else (), options["strict"])
 
 
 def _job(name: str, model: Path, options: dict[str, Any]) -> Job:

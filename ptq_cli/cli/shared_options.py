@@ -181,6 +181,15 @@ GATE_OPTIONS = in_section(
         help="Fail where more than N layers fell back to plain rounding (eval: have its codes).",
     ),
 )
+(ALLOW_WEAK,) = in_section(
+    "Gates",
+    option(
+        "--allow-weak-calibration",
+        is_flag=True,
+        help="Let gates pass on errors that were measured on what was calibrated on, on very few"
+        " inputs, or on the same again and again.",
+    ),
+)
 GATES_OF_PREDICTIONS = in_section(
     "Gates",
     option(
@@ -197,6 +206,12 @@ GATES_OF_PREDICTIONS = in_section(
     ),
 )
 GATES = tuple(str(gate.name) for gate in (*GATE_OPTIONS, *GATES_OF_PREDICTIONS))
+
+
+def refuse_idle_allowance(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for --allow-weak-calibration where there is no gate."""
+    if given["allow_weak_calibration"] and not gates_set(given):
+        raise click.UsageError("--allow-weak-calibration does nothing without a gate")
 
 
 def gates_set(given: Mapping[str, Any]) -> dict[str, Any]:

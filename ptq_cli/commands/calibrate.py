@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.errors import InputError
 from ptq_cli.plan.units import few_tokens
+from ptq_cli.report.report import dead_channels
+from ptq_cli.report.weak import weaknesses
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -77,11 +79,28 @@ class CalibrateJob:
                 )
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
-        warnings = list(self.warnings)
+        late = []
         if bare := result.pop("without_tokens"):
-            warnings.append(f"no token reaches {len(bare)} sites: {fold_names(bare)}")
-            warn(warnings[-1])
+            late.append(f"no token reaches {len(bare)} sites: {fold_names(bare)}")
+        late += self._weak_inputs(result["sites"])
+        for warning in late:
+            warn(warning)
+        warnings = [*self.warnings, *late]
         return {"output": str(self.output), "warnings": warnings, "earlier": earlier, **result}
+
+    def _weak_inputs(self, sites: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the inputs in the file. sites: what its metadata says of them"""
+        counts = {
+            site: (int((absmax == 0).sum()), len(absmax))
+            for site, absmax in open_calibration(self.output).ranges(())
+        }
+        found = weaknesses([_as_row(*site) for site in sites.items()], "sites")
+        return [*dead_channels(counts, "sites"), *found]
+
+
+def _as_row(site: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata says of a site, as a row of a report."""
+    return {"module": site, "calibrated": True, "weak": entry.get("weak", {})}
 
 
 def prepare_calibration(
@@ -105,7 +124,7 @@ def prepare_calibration(
     target = default_target(checkpoint) if output is None else Path(output)
     if merge:
         merged = merge_calibrations(tuple(calibration_of(checkpoint, path) for path in merge))
-        return CalibrateJob(checkpoint, merged, merged.fingerprints, (), target)
+        return CalibrateJob(checkpoint, merged, merged.fingerprints, merged.warnings, target)
     if inputs.tokens.given:
         tokens = read_tokens(inputs.tokens, checkpoint)
         stream = token_source(checkpoint, tokens, heldout)

@@ -14,7 +14,8 @@ from typing import Any
 from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Plan
-from ptq_cli.evaluation.errors import Sides, layer_memory
+from ptq_cli.evaluation.errors import layer_memory, statistics_bytes
+from ptq_cli.evaluation.sides import Sides
 from ptq_cli.plan.units import sites_of
 from ptq_cli.registry import format_named, method
 from ptq_cli.run import calibrate, loop
@@ -152,23 +153,30 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
     """Of an evaluation: each layer and its plain rounding measured; then the models on the tokens,
     the original beside two versions of it, or one more for each block."""
     source, layers = sides.source, sides.quantized.layers
-    site_of, pieces = sites_of(layers, source), []
+    site_of, pieces, held = sites_of(layers, source), [], 0
     for module, layer in layers.items():
         site = site_of.get(module)
         n_tokens = source.sites[site].n_tokens if source and site else 0
-        pieces.append(Piece(module, [module], n_tokens, layer_memory(layer, n_tokens)))
+        memory = layer_memory(layer, n_tokens)
+        if source and site and source.in_sequence:  # made beside those of the site before it
+            held = max(held, statistics_bytes(layer.shape[1], n_tokens))
+            memory = max(memory, source.load_memory(site) + held)
+        pieces.append(Piece(module, [module], n_tokens, memory))
     effort = 2 * _rounding_effort(layers.values()) + _statistics_effort(source)
     count, scratch = 1, 0
     if tokens is not None:
         stream = token_source(sides.original, tokens, (0, 0))
-        memory = stream.memory(None, None)
+        memory = stream.memory(None, None) + held
         pieces.append(Piece("forward", [], int(tokens.mask.sum()), memory))
         versions = 3 + (len(stream.arch.blocks) if per_block else 0)
         count, scratch = cores(), versions * stream.residual_bytes
+        if source is not None and source.in_sequence:
+            scratch = max(scratch, source.scratch)
         effort = count * effort + versions * _statistics_effort(stream)
     workers = Workers(count, memory_available(), True)
     found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
-    warnings = () if tokens is None else tokens.warnings
+    weak = () if source is None else (f"{source.name}: {reason}" for reason in source.weak)
+    warnings = list(dict.fromkeys([*weak, *(() if tokens is None else tokens.warnings)]))
     return Estimate("eval", sides.original, workers, pieces, effort, found, None, warnings)
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
+from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.source import HELDOUT
 from ptq_cli.commands.estimate import Estimate, estimate_evaluation
 from ptq_cli.core.progress import Listener
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import InputError
-from ptq_cli.evaluation.errors import Sides, open_sides
 from ptq_cli.evaluation.errors import evaluate as run_evaluation
+from ptq_cli.evaluation.sides import Sides, open_sides
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.storage.folder import open_float, open_quantized
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
@@ -37,7 +39,7 @@ class EvalJob:
         quality = measure_quality(
             original, quantized, self.tokens, per_block=self.per_block, listen=listen
         )
-        warnings = (*report.warnings, *self.tokens.warnings)
+        warnings = tuple(dict.fromkeys((*report.warnings, *self.tokens.warnings)))
         return dataclasses.replace(report, quality=quality, warnings=warnings)
 
     def estimate(self) -> Estimate:
@@ -55,19 +57,21 @@ def prepare_evaluation(
     bits: int | None = None,
     percentile: float | None = None,
 ) -> EvalJob:
-    """Open both sides; see `api.evaluate`. (Tokens measure predictions here, and calibrate
-    nothing.)"""
+    """Open both sides; see `api.evaluate`. Tokens measure predictions, and the errors of layers
+    where there are no other statistics of their inputs."""
     activation = _rounded_inputs(scheme, bits, percentile)
     checkpoint = open_float(Path(original))
     folder = open_quantized(Path(quantized))
     statistics = find_source(checkpoint, dataclasses.replace(source, tokens=TokenSettings()))
+    tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
+    if statistics is None and tokens is not None:
+        statistics = token_source(checkpoint, tokens, HELDOUT)
     if activation is not None and statistics is None:
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",
-            hint="it needs --calibration or --activations",
+            hint="it needs --tokens, --calibration or --activations",
         )
     sides = open_sides(checkpoint, folder, statistics, activation)
-    tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
     return EvalJob(sides, tokens, per_block)
 
 

@@ -61,7 +61,7 @@ class _Settings:
     def activation(self) -> Activation | None:
         """The same as layers state it."""
         scheme = self.inputs.scheme
-        if self.floats or scheme == "none":
+        if scheme == "none":
             return None
         dynamic, per_token = scheme != "static", scheme != "dynamic-tensor"
         return Activation(self.inputs.bits, True, dynamic, per_token)
@@ -175,7 +175,7 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sit
         rounding.settings,
         rounding.fmt,
         source,
-        activation=told.activation,
+        activation=None if told.floats else told.activation,
     )
     bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
     if told.inputs.scheme == "static" and bare:
@@ -187,14 +187,14 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sit
 
 
 def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
+    as_run = [dataclasses.replace(layer, activation=told.activation) for layer in plan.layers]
     return Smoothing(
         checkpoint=checkpoint,
         sites=sites.sites,
-        layers={layer.tensor: layer for layer in plan.layers},
+        layers={layer.tensor: layer for layer in as_run},
         smoother=told.how,
         settings=told.own,
         rounding=told.rounding,
-        activations=told.inputs,
         judged=not (told.floats and told.inputs.scheme == "none"),
         compare=told.rivals,
         stored=told.floats,

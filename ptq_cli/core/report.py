@@ -15,6 +15,10 @@ class LayerReport:
 
     compared, best: the error of every method that was tried on the layer, and the least one's name
     activations: of `ptq eval --activation-scheme`
+    input_bits: what the layer's inputs are rounded to when it runs, or None
+    weight_rel_err: where that was measured, the errors are those of the outputs with rounded
+        inputs, and this is that of the weight alone, with float inputs
+    weak: why errors on these inputs say little (numerics/weak_inputs.py), or None
     """
 
     layer: str
@@ -44,6 +48,9 @@ class LayerReport:
     compared: Mapping[str, float] | None = None
     best: str | None = None
     activations: ActivationErrors | None = None
+    input_bits: int | None = None
+    weight_rel_err: float | None = None
+    weak: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class RunReport:
     quality: what `ptq eval --tokens` measured of the model's predictions (evaluation/perplexity.py)
     sites: what smoothing made of each site (run/settle.SiteOutcome)
     earlier: whether an earlier run had made the output already, and this is its report
+    weak: why its errors say little of the model (report/weak.py); they stand among `warnings`, too
     """
 
     command: str
@@ -84,3 +92,4 @@ class RunReport:
     quality: Mapping[str, Any] | None = None
     sites: tuple[Mapping[str, Any], ...] = ()
     earlier: bool = False
+    weak: tuple[str, ...] = ()

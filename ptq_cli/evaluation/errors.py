@@ -7,14 +7,15 @@ the same grid, to compare with. A layer whose codes are those of plain rounding 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.source import SmoothedSource, Source, smoothed_source
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.streams import through_sites
 from ptq_cli.core.layer import Layer, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener, Progress, nobody
@@ -22,68 +23,33 @@ from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, Run
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError
-from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
+from ptq_cli.evaluation.sides import Sides, compare_untouched
+from ptq_cli.numerics.activations import ActivationSettings, absmax_scale, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
-from ptq_cli.numerics.output_errors import measure, output_errors
+from ptq_cli.numerics.output_errors import Measures, measure, output_errors
+from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
+from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens, sites_of
-from ptq_cli.report.report import totals
-from ptq_cli.run.nearest import inputs_of
+from ptq_cli.report.report import dead_inputs, totals
+from ptq_cli.report.weak import weaknesses, with_weakness
+from ptq_cli.run.nearest import as_run, inputs_of
 from ptq_cli.run.quantize_unit import layer_row
-from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.experts import fused_again
-from ptq_cli.storage.folded import folded_checkpoint, folds_between
-from ptq_cli.storage.folder import QuantizedFolder, container_of
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The original and what was quantized.
-
-    smoothed: the original with the folds of the quantized folder, which are those of
-        `folds_between`
-    source, smoothed_source: statistics of the inputs of the original, and of that
-    activations: how inputs are rounded to integers too, or None
-    """
-
-    original: Checkpoint
-    quantized: QuantizedFolder
-    smoothed: Checkpoint
-    source: Source | None
-    smoothed_source: SmoothedSource | None
-    activations: ActivationSettings | None = None
-
-
-def open_sides(
-    original: Checkpoint,
-    quantized: QuantizedFolder,
-    source: Source | None,
-    activations: ActivationSettings | None = None,
-) -> Sides:
-    """Fold the original as the quantized folder says.
-
-    activations: of what has statistics
-
-    Raises:
-        InputError: the two do not belong together.
-    """
-    check_same_model(original, quantized)
-    folds = folds_between(original.folder, quantized.checkpoint.folder)
-    for site, _ in folds:
-        absent = [name for name in site.tensors if name not in original.tensors]
-        if absent:
-            raise InputError(f"{original.path}: no tensor {absent[0]!r}, which was smoothed")
-    smoothed = folded_checkpoint(original, folds)
-    behind = None if source is None else smoothed_source(source, folds)
-    return Sides(original, quantized, smoothed, source, behind, activations)
+from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.machine import cores
+from ptq_cli.storage.output import check_free, free_space
+from ptq_cli.storage.scratch import temporary_folder, temporary_place
 
 
 def layer_memory(layer: Layer, n_tokens: int) -> int:
     """Bytes that measuring one layer takes, with statistics of so many tokens (0: without)."""
-    inputs = 0 if n_tokens == 0 else 8 * layer.shape[1] + 12 * min(HELDOUT_LIMIT, n_tokens)
-    return 24 * layer.size + inputs * layer.shape[1]
+    return 24 * layer.size + (statistics_bytes(layer.shape[1], n_tokens) if n_tokens else 0)
+
+
+def statistics_bytes(in_features: int, n_tokens: int) -> int:
+    """Bytes of the statistics of a site, and of the same behind the folds."""
+    return in_features * (8 * in_features + 12 * min(HELDOUT_LIMIT, n_tokens))
 
 
 def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
@@ -96,94 +62,98 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     original, quantized, source = sides.original, sides.quantized, sides.source
     different, missing = compare_untouched(sides.smoothed, quantized)
     site_of = sites_of(quantized.layers, source)
-    rows: list[LayerReport] = []
-    loaded: Loaded | None = None
+    rows: dict[str, LayerReport] = {}
     weights, work = sum(layer.size for layer in quantized.layers.values()), 0
-    with threadpool_limits(1):
-        for layer in quantized.layers.values():
-            site = site_of.get(layer.module)
-            if site is None or source is None or sides.smoothed_source is None:
-                loaded = None
-            elif loaded is None or loaded[0].site != site:
-                before = source.load(site)
-                loaded = before, sides.smoothed_source.fold(before)
-            rows.append(_row(layer, sides, loaded))
+    with threadpool_limits(1), use_threads(cores()):
+        for layer, loaded in _with_statistics(sides, site_of):
+            row = rows[layer.module] = _row(layer, sides, loaded)
             count, total, work = len(rows), len(quantized.layers), work + layer.size
-            listen(Progress("measure", count, total, layer.module, work, weights, rows[-1]))
+            listen(Progress("measure", count, total, layer.module, work, weights, row))
+    ordered = with_weakness([rows[module] for module in quantized.layers])
     skipped = tuple(
         Skipped(name, spec.shape, spec.dtype, "different" if name in different else "")
         for name in quantized.untouched()
         for spec in (quantized.checkpoint.tensors[name].spec,)
     )
+    of_rows = weaknesses(ordered)
     bytes_before = sum(tensor.spec.nbytes for tensor in original.tensors.values())
     bytes_after = sum(tensor.spec.nbytes for tensor in quantized.checkpoint.tensors.values())
     return RunReport(
         command="eval",
-        rows=tuple(rows),
+        rows=tuple(ordered),
         skipped=skipped,
-        totals=totals(rows, skipped, bytes_before, bytes_after, time.perf_counter() - begin),
-        warnings=tuple(_warnings(different, missing, quantized, source, site_of)),
+        totals=totals(ordered, skipped, bytes_before, bytes_after, time.perf_counter() - begin),
+        warnings=(
+            *_warnings(different, missing, quantized, source, site_of),
+            *dead_inputs(ordered),
+            *of_rows,
+        ),
         settings={"format": quantized.fmt.name},
+        weak=(*(() if source is None else source.weak), *of_rows),
     )
 
 
-def check_same_model(original: Checkpoint, quantized: QuantizedFolder) -> None:
-    """Raises InputError where a layer's tensor is missing in the original, or has another shape."""
-    for layer in quantized.layers.values():
-        stored = original.tensors.get(layer.tensor)
-        if stored is None:
-            raise InputError(
-                f"{original.path}: no tensor {layer.tensor!r}, which"
-                f" {quantized.checkpoint.path} was quantized from"
-            )
-        if stored.spec.shape != layer.full_shape:
-            raise InputError(
-                f"{original.path}: tensor {layer.tensor!r} is {list(stored.spec.shape)}, in"
-                f" {quantized.checkpoint.path} it is {list(layer.full_shape)}"
-            )
+@dataclass(frozen=True)
+class Loaded:
+    """Statistics of a site's inputs: the original's, and behind the folds; and what is wrong with
+    them (numerics/weak_inputs.py)."""
+
+    before: SiteStatistics
+    behind: SiteStatistics
+    weak: Mapping[str, float]
 
 
-def _same_tensor(name: str, original: Checkpoint, quantized: QuantizedFolder) -> bool:
-    """Byte for byte, or after the cast that the container made."""
-    first, second = original.tensors[name].spec, quantized.checkpoint.tensors[name].spec
-    if container_of(quantized.fmt).filled or first.dtype == second.dtype:
-        return first == second and np.array_equal(
-            original.read_bytes(name), quantized.checkpoint.read_bytes(name)
-        )
-    ours, theirs = original.read(name), quantized.checkpoint.read(name)
-    with np.errstate(over="ignore"):
-        return np.array_equal(ours.astype(theirs.dtype), theirs)
+def _with_statistics(
+    sides: Sides, site_of: Mapping[str, str]
+) -> Iterator[tuple[Layer, Loaded | None]]:
+    """Every layer, with the statistics of its inputs where there are any."""
+    source = sides.source
+    if source is not None and source.in_sequence:
+        yield from _in_sequence(sides, source, site_of)
+        return
+    loaded: Loaded | None = None
+    for module, layer in sides.quantized.layers.items():
+        site = site_of.get(module)
+        if site is None or source is None:
+            loaded = None
+        elif loaded is None or loaded.before.site != site:
+            loaded = _loaded(sides, source.load(site))
+        yield layer, loaded
 
 
-def compare_untouched(
-    original: Checkpoint, quantized: QuantizedFolder
-) -> tuple[list[str], list[str]]:
-    """Of the tensors that are no part of a quantized layer: with other bytes than the original,
-    and the original's that are missing."""
-    taken = {layer.tensor for layer in quantized.layers.values()}
-    untouched = sorted(quantized.untouched())
-    # experts that came as one tensor of all are there so, or one by one
-    original = original.holding(fused_again(original.tensors, untouched))
-    different = [
-        name
-        for name in untouched
-        if name not in original.tensors or not _same_tensor(name, original, quantized)
-    ]
-    return different, sorted(original.tensors.keys() - taken - set(untouched))
+def _in_sequence(
+    sides: Sides, source: Source, site_of: Mapping[str, str]
+) -> Iterator[tuple[Layer, Loaded | None]]:
+    """The same where statistics are made on the way: in the order of the forward."""
+    of_site: dict[str | None, list[Layer]] = {}
+    for module, layer in sides.quantized.layers.items():
+        of_site.setdefault(site_of.get(module), []).append(layer)
+    check_free(temporary_place(), source.scratch, free_space(temporary_place()))
+    with temporary_folder() as work:
+        for site, statistics in through_sites(source, work):
+            loaded = _loaded(sides, statistics)
+            for layer in of_site.get(site, ()):
+                yield layer, loaded
+    for layer in of_site.get(None, ()):
+        yield layer, None
 
 
-Loaded = tuple[SiteStatistics, SiteStatistics]  # of a site: the original's, and behind the folds
+def _loaded(sides: Sides, statistics: SiteStatistics | None) -> Loaded | None:
+    if statistics is None or sides.smoothed_source is None:
+        return None
+    return Loaded(statistics, sides.smoothed_source.fold(statistics), weak_inputs(statistics))
 
 
 def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     begin = time.perf_counter()
-    before, statistics = loaded or (None, None)
+    before, statistics = (None, None) if loaded is None else (loaded.before, loaded.behind)
     weight, rounded = sides.original.weight(layer), sides.quantized.load(layer.module)
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
     sym = layer.grid.sym or is_symmetric(layer, rounded)
     plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
-    measures = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
-    rtn = measure(weight, plain, **inputs_of(before))
+    alone = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
+    measures = as_run(alone, folded, layer, rounded, statistics, scale)
+    rtn = _plainly(layer, weight, plain, before)
     same = np.array_equal(plain.codes, rounded.codes)
     activations, settings = None, sides.activations
     if settings is not None and before is not None and statistics is not None:
@@ -200,7 +170,24 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
         activations=activations,
+        weak=None if loaded is None else loaded.weak or None,
     )
+
+
+def _plainly(
+    layer: Layer, weight: FloatArray, plain: QuantizedWeight, statistics: SiteStatistics | None
+) -> Measures:
+    """Of the original weight rounded to nearest, its inputs rounded as the layer's are. A static
+    scale is found anew: the one that is stored belongs to what was quantized."""
+    inputs = layer.activation
+    if inputs is not None and not inputs.dynamic and statistics is not None:
+        if inputs.sym:
+            own = absmax_scale(statistics.absmax, inputs.bits)
+            plain = replace(plain, input_scale=own)
+        else:
+            layer = replace(layer, activation=replace(inputs, dynamic=True, per_token=False))
+    alone = measure(weight, plain, **inputs_of(statistics))
+    return as_run(alone, weight, layer, plain, statistics)
 
 
 def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
@@ -245,6 +232,7 @@ def _warnings(
     if source is None:
         warnings.append("no calibration: errors are those of the weights, not of the outputs")
         return warnings
+    warnings += [f"{source.name}: {reason}" for reason in source.weak]
     bare = [module for module in quantized.layers if module not in site_of]
     if bare:
         warnings.append(

@@ -30,6 +30,7 @@ from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.models.forward.stages import finish
 from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.weak_inputs import FEWEST_HELDOUT
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.storage.output import check_free, free_space
@@ -71,7 +72,11 @@ def measure_quality(
     with temporary_folder() as work, threadpool_limits(1):
         versions = _versions(source, quantized, work, blocks)
         ends = _run(versions, n_blocks, listen)
-        return _summary(versions, ends, listen)
+        quality = _summary(versions, ends, listen)
+    weak = list(tokens.weak)
+    if quality["tokens"] < FEWEST_HELDOUT:
+        weak.append(f"only {quality['tokens']} tokens are predicted")
+    return quality | ({"weak": weak} if weak else {})
 
 
 def _versions(

@@ -15,6 +15,9 @@ x_fp and what the rounded layers make of it, x; then
     heldout_rel_err  Σ |weight · x_fp − dequantized · x|² / Σ |weight · x_fp|²,
 
 the drift of the inputs included, while `loss` and `rel_err` are those of the weight alone, at x.
+
+Where a layer's inputs are rounded when it runs (W8A8), `dequantized · Q(x)` is what it computes:
+`error_with_rounded_inputs`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite, log10
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,18 +42,39 @@ PANEL_ELEMENTS = 1 << 19  # weights whose codes stay in the cache
 STRIP_ROWS = 256
 BLOCK_COLUMNS = 1024  # of ⟨H, Eᵀ E⟩, computed at a time
 
+
+class Rows(Protocol):
+    """A weight [out_features, in_features] whose rows are float32: an array, or something that
+    reads like one (`rows[:]` is all of it)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
+
+
 Piece = tuple[NDArray[np.float32], NDArray[np.float32]]  # a few rows of a weight and of its error
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Errors of one rounded weight; `heldout_rel_err` is None where nothing was held out."""
+    """Errors of one rounded weight; `heldout_rel_err` is None where nothing was held out.
+
+    weight_rel_err: where `rel_err` and `heldout_rel_err` are those of the outputs with rounded
+        inputs, the error that counts of the weight alone; else None
+    """
 
     loss: float
     rel_err: float
     heldout_rel_err: float | None
     sqnr_db: float | None
     max_abs_err: float
+    weight_rel_err: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The error that counts: on held-out inputs where there are any."""
+        return self.rel_err if self.heldout_rel_err is None else self.heldout_rel_err
 
 
 def measure(
@@ -235,3 +260,35 @@ def output_errors(
         rel_err=_ratio(change, power),
         sqnr_db=_decibels(change, power),
     )
+
+
+def error_with_rounded_inputs(
+    weight: Rows,
+    rounded: QuantizedWeight,
+    inputs: NDArray[np.float32],
+    seen: NDArray[np.float32],
+    outputs: FloatArray | None = None,
+) -> float:
+    """`Σ |weight · x_fp − dequantized · Q(x)|² / Σ |weight · x_fp|²`.
+
+    weight: [out_features, in_features]
+    inputs: x_fp, [n, in_features]; seen: Q(x), what the rounded inputs stand for, the same shape
+    outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
+    """
+
+    def squares(rows: slice) -> tuple[float, float]:
+        exact = weight[rows] @ inputs.T
+        error = exact - rounded.dequantized(rows) @ seen.T
+        if outputs is not None:
+            scale = outputs[rows, None].astype(np.float32)
+            exact, error = exact * scale, error * scale
+        return _square(error), _square(exact)
+
+    pairs = list(each(squares, strips(weight.shape[0], STRIP_ROWS)))
+    lost, power = (float(sum(side)) for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    if not isfinite(lost + power):
+        raise InputError(
+            "its outputs are too large: their squares do not fit float32",
+            hint="leave it out with --ignore",
+        )
+    return _ratio(lost, power)

@@ -12,6 +12,7 @@ from math import copysign, inf
 from typing import Any
 
 from ptq_cli.report.report import JsonObject, row_error, value_at
+from ptq_cli.report.weak import weaknesses
 
 # what it is called -> (what reads it from a report, whether larger is better)
 _TOTALS: Mapping[str, tuple[Callable[[JsonObject], Any], bool]] = {
@@ -49,6 +50,7 @@ class Difference:
     settings: what was set otherwise, name -> (before, after); `command` and `ptq` stand among them
     totals, layers: measures that changed at all, the worst first; layers are errors by module
     added, removed: modules that only one report has; measured: why the errors may not be compared
+    weak: why the errors of a side say little
     """
 
     settings: Mapping[str, tuple[Any, Any]]
@@ -57,6 +59,7 @@ class Difference:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     measured: tuple[str, ...] = ()
+    weak: tuple[str, ...] = ()
 
     def worse(self, tolerance: float) -> list[Change]:
         """What became worse by more than the tolerance."""
@@ -80,7 +83,18 @@ def difference(before: JsonObject, after: JsonObject) -> Difference:
         added=tuple(module for module in rows[1] if module not in rows[0]),
         removed=tuple(module for module in rows[0] if module not in rows[1]),
         measured=tuple(_measured(before, after)),
+        weak=tuple(
+            f"{side}: {reason}"
+            for side, document in (("before", before), ("after", after))
+            for reason in _weak(document)
+        ),
     )
+
+
+def _weak(document: JsonObject) -> Iterable[str]:
+    """What a report says of its inputs; what its rows tell, where it was made before it did."""
+    said = [*document.get("weak", ()), *(document.get("quality") or {}).get("weak", ())]
+    return dict.fromkeys(said or weaknesses(document["layers"]))
 
 
 def _settings(before: JsonObject, after: JsonObject) -> dict[str, tuple[Any, Any]]:
@@ -94,7 +108,12 @@ def _measured(before: JsonObject, after: JsonObject) -> Iterator[str]:
     """What keeps errors from being comparable."""
     if not (before["layers"] and after["layers"]):
         return
-    for key, text in (("calibrated", "of outputs"), ("heldout", "on held-out inputs")):
+    kinds = {
+        "calibrated": "of outputs",
+        "heldout": "on held-out inputs",
+        "rounded_inputs": "of outputs with rounded inputs",
+    }
+    for key, text in kinds.items():
         sides = [bool(document["totals"].get(key)) for document in (before, after)]
         if sides[0] != sides[1]:
             yield f"only the errors {'before' if sides[0] else 'after'} are those {text}"

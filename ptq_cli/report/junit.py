@@ -13,12 +13,13 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import printable
-from ptq_cli.report.report import Gate, row_error
+from ptq_cli.report.gates import Gate
+from ptq_cli.report.report import row_error
 
 MAX_REL_ERR = "--max-rel-err"
 _NUMBERS = (
     *("bits", "group_size", "rel_err", "heldout_rel_err", "rtn_rel_err", "rtn_heldout_rel_err"),
-    *("gain_vs_rtn", "sqnr_db", "max_abs_err", "tokens", "bits_per_weight"),
+    *("weight_rel_err", "gain_vs_rtn", "sqnr_db", "max_abs_err", "tokens", "bits_per_weight"),
 )
 _SITE_NUMBERS = ("strength", "error", "plain_error", "function_change")
 _TOTALS = ("bits_per_weight", "mean_rel_err", "worst_rel_err", "rtn_mean_rel_err", "gain_vs_rtn")

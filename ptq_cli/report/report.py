@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from math import isfinite, prod
 from typing import Any
 
@@ -18,10 +18,11 @@ from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
-from ptq_cli.errors import GateMissed
+from ptq_cli.report.weak import weaknesses, with_weakness
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
-_OF_COMMANDS = ("compared", "best", "activations")  # away from a row where none asked for them
+# Away from a row that has none.
+_OF_SOME = ("compared", "best", "activations", "input_bits", "weight_rel_err", "weak")
 
 
 def totals(
@@ -36,6 +37,7 @@ def totals(
     rtn_errors = [row_rtn_error(row) for row in rows]
     mean, rtn_mean = _mean(errors), _mean(rtn_errors)
     worst = max(rows, key=row_error, default=None)
+    rounded = [row.weight_rel_err is not None for row in rows if row.input_bits is not None]
     return {
         "layers": len(rows),
         "left_alone": len(skipped),
@@ -50,6 +52,7 @@ def totals(
         "gain_vs_rtn": rtn_mean / mean if mean and rtn_mean is not None else None,
         "heldout": any(row.heldout_rel_err is not None for row in rows),
         "calibrated": bool(rows) and all(row.calibrated for row in rows),
+        **({"rounded_inputs": all(rounded)} if rounded else {}),
         "fallbacks": sum(row.fallback is not None for row in rows),
         "seconds": seconds,
     }
@@ -91,27 +94,43 @@ def _bits_per_weight(rows: Sequence[LayerReport]) -> float | None:
     return 8 * sum(row.bytes for row in rows) / weights if weights else None
 
 
-def make_report(command: str, plan: Plan, rows: Sequence[LayerReport], seconds: float) -> RunReport:
+def make_report(
+    command: str,
+    plan: Plan,
+    rows: Sequence[LayerReport],
+    seconds: float,
+    weak: Sequence[str] = (),
+) -> RunReport:
+    """The report of a run. weak: what is wrong with what its statistics were made from"""
+    rows = with_weakness(rows)
+    of_rows = weaknesses(rows)
     settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
     return RunReport(
         command=command,
         rows=tuple(rows),
         skipped=plan.skipped,
         totals=totals(rows, plan.skipped, plan.bytes_before, plan.bytes_after, seconds),
-        warnings=(*plan.warnings, *_dead_warnings(rows)),
+        warnings=(*plan.warnings, *dead_inputs(rows), *of_rows),
         settings=settings | {"method": plan.method, "format": plan.format},
+        weak=(*weak, *of_rows),
     )
 
 
-def _dead_warnings(rows: Sequence[LayerReport]) -> list[str]:
+def dead_inputs(rows: Sequence[LayerReport]) -> list[str]:
     """A warning where more than 1 % of a layer's input channels were zero for every token."""
-    dead = [row for row in rows if row.dead_columns > 0.01 * prod(row.shape[1:])]
+    return dead_channels({row.module: (row.dead_columns, prod(row.shape[1:])) for row in rows})
+
+
+def dead_channels(counts: Mapping[str, tuple[int, int]], what: str = "layers") -> list[str]:
+    """The same. counts: channels that are always zero, and all, by name; what: what they are of"""
+    dead = {name: n for name, n in counts.items() if n[0] > 0.01 * n[1]}
     if not dead:
         return []
-    most = max(dead, key=lambda row: row.dead_columns / prod(row.shape[1:]))
-    columns = f"{most.dead_columns} of {prod(most.shape[1:])}"
-    names = fold_names([row.module for row in dead])
-    return [f"{len(dead)} layers have inputs that are always zero, up to {columns}: {names}"]
+    most, width = max(dead.values(), key=lambda n: n[0] / n[1])
+    return [
+        f"{len(dead)} {what} have inputs that are always zero, up to {most} of {width}:"
+        f" {fold_names(dead)}"
+    ]
 
 
 def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
@@ -123,7 +142,7 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         "settings": _jsonable(report.settings),
         "totals": _jsonable(report.totals),
         "layers": [
-            {k: v for k, v in row.items() if v is not None or k not in _OF_COMMANDS} for row in rows
+            {k: v for k, v in row.items() if v is not None or k not in _OF_SOME} for row in rows
         ],
         "left_alone": [_jsonable(asdict(entry)) for entry in report.skipped],
         "warnings": list(report.warnings),
@@ -132,6 +151,8 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         document["quality"] = _jsonable(report.quality)
     if report.sites:
         document["sites"] = _jsonable(report.sites)
+    if report.weak:
+        document["weak"] = list(report.weak)
     if not times:
         for part in (document["totals"], *document["layers"]):
             del part["seconds"]
@@ -200,71 +221,5 @@ def report_from_document(document: JsonObject) -> RunReport:
         settings=document["settings"],
         quality=document.get("quality"),
         sites=tuple(document.get("sites", ())),
+        weak=tuple(document.get("weak", ())),
     )
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A quality gate, and how a report stands to it.
-
-    option: "--max-rel-err"; value: what was measured, None where nothing could be
-    said: what there is to say where it was missed
-    """
-
-    option: str
-    limit: float
-    value: float | None
-    passed: bool
-    said: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.option} {self.limit:g}"
-
-
-def check_gates(gates: Iterable[Gate]) -> None:
-    """Raises GateMissed with every gate that was missed."""
-    missed = [f"{gate.name}: {gate.said}" for gate in gates if not gate.passed]
-    if missed:
-        raise GateMissed("quality gate missed: " + "; ".join(missed))
-
-
-def gates_of(report: RunReport, **limits: float) -> tuple[Gate, ...]:
-    """The gates that were set, passed or missed.
-
-    limits: max_rel_err: no layer's error may be above it; min_gain: nor the gain of the means below
-        it; max_fallbacks: nor more layers than this rounded to nearest where something better was
-        asked; max_perplexity_increase, max_kl: nor may perplexity rise by more, or the mean KL be
-        above it
-    """
-    gain, fallbacks = report.totals["gain_vs_rtn"], report.totals["fallbacks"]
-    shown = "not measurable" if gain is None else f"{gain:.4g}"
-    measured = {
-        "min_gain": (gain, f"gain_vs_rtn is {shown}"),
-        "max_fallbacks": (fallbacks, f"{fallbacks} layers were rounded to nearest"),
-    }
-    if report.quality is not None:
-        rise = report.quality["increase"]["quantized"]["perplexity"]
-        kl = report.quality["kl"]["quantized"]["mean"]
-        measured["max_perplexity_increase"] = rise, f"it rises by {rise:.4g}"
-        measured["max_kl"] = kl, f"the mean KL divergence is {kl:.4g}"
-    found = []
-    for name, limit in limits.items():
-        if name == "max_rel_err":
-            found.append(_gate_of_rows(report.rows, limit))
-        elif name in measured:
-            value, said = measured[name]
-            low, high = (value, limit) if name.startswith("max") else (limit, value)
-            passed = value is not None and low <= high
-            found.append(Gate(f"--{name.replace('_', '-')}", limit, value, passed, said))
-    return tuple(found)
-
-
-def _gate_of_rows(rows: Sequence[LayerReport], limit: float) -> Gate:
-    over = [row for row in rows if not row_error(row) <= limit]
-    worst = max(over or rows, key=row_error, default=None)
-    if worst is None:
-        return Gate("--max-rel-err", limit, None, True, "")
-    error = row_error(worst)
-    said = f"{len(over)} layers are above it, the worst {worst.module} with {error:.4g}"
-    return Gate("--max-rel-err", limit, error, not over, said)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+UNKNOWN_INPUTS = "inputs are rounded too, and there are none to measure that on"
+
 
 def measured_on(totals: Mapping[str, Any]) -> str:
     """What the errors were measured on."""
     if totals.get("heldout"):
-        return "held-out inputs"
-    return "calibration inputs" if totals.get("calibrated") else "the weights"
+        where = "held-out inputs"
+    else:
+        where = "calibration inputs" if totals.get("calibrated") else "the weights"
+    rounded = totals.get("rounded_inputs")
+    if rounded is None:
+        return where
+    return f"{where}, rounded as they run" if rounded else f"{where} ({UNKNOWN_INPUTS})"
 
 
 def times(gain: float | None) -> str:

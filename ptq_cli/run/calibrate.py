@@ -49,11 +49,11 @@ def calibrate_sites(
     entries = {site: entry for site, entry in results.items() if entry is not None}
     units = [*entries, *_stage_fisher(source, staging)]
     tensors = [tensor for unit in units for tensor in staging.store.tensors(unit)]
-    content = file_content(model, source.heldout, entries, source.fisher)
+    content = file_content(model, source.heldout, entries, source.fisher, source.weak)
     serialize(staging.out, tensors, own_metadata({**content, "job": dict(staging.job)}))
     staging.publish()
     return {
-        "sites": entries,
+        "sites": content["sites"],
         "without_tokens": [site for site in results if site not in entries],
         "seconds": time.perf_counter() - begin,
     }

@@ -135,8 +135,9 @@ def _with_tokens(unit: Unit, statistics: Source) -> Unit:
 
 def _report(work: Work, seconds: float) -> RunReport:
     rows = [work.rows[layer.module] for layer in work.plan.layers]
+    weak = () if work.job.source is None else work.job.source.weak
     if work.smoothed is None:
-        return make_report(work.job.command, work.plan, rows, seconds)
+        return make_report(work.job.command, work.plan, rows, seconds, weak)
     rows = [work.smoothed.annotate(row) for row in rows]
-    report = make_report(work.job.command, work.plan, rows, seconds)
+    report = make_report(work.job.command, work.plan, rows, seconds, weak)
     return replace(report, sites=tuple(work.smoothed.outcomes))

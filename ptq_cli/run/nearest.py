@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
@@ -20,20 +19,17 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.activations import absmax_scale
-from ptq_cli.numerics.output_errors import Measures, Piece, measure, measure_rows
+from ptq_cli.numerics.activations import absmax_scale, rounded_inputs
+from ptq_cli.numerics.output_errors import (
+    Measures,
+    Piece,
+    Rows,
+    error_with_rounded_inputs,
+    measure,
+    measure_rows,
+)
 from ptq_cli.numerics.parallel import pieces
 from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
-
-
-class Rows(Protocol):
-    """A weight [out_features, in_features] whose rows are float32: an array, or something that
-    reads like one (`rows[:]` is all of it)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice) -> NDArray[np.float32]: ...
 
 
 def round_layer(
@@ -52,14 +48,48 @@ def round_layer(
     if layer.grid.group_size == 0:
         plain, measures = round_to_nearest(weight[:], layer.grid), None
     elif fmt.by_rows(layer):
-        return _row_by_row(weight, layer, fmt, known)
+        tensors, measures = _row_by_row(weight, layer, fmt, known)
+        if layer.activation is None or statistics is None:
+            return tensors, measures
+        unpacked = fmt.decode(layer, tensors)
+        return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
     else:
         plain = blank(layer.shape, layer.grid)
         measures = _measured(weight, known, plain.panel)
     tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
     if measures is None or unpacked.offsets is not None:  # offsets decode to something else
         measures = measure(weight[:], unpacked, **known)
-    return tensors, measures
+    return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
+
+
+def as_run(
+    measures: Measures,
+    weight: Rows,
+    layer: Layer,
+    rounded: QuantizedWeight,
+    statistics: SiteStatistics | None,
+    outputs: FloatArray | None = None,
+) -> Measures:
+    """The measures of a weight alone, made those of the layer as it runs: where its inputs are
+    rounded, too, errors are those of the outputs with rounded inputs. On held-out inputs, and on
+    the sample of those that were calibrated on."""
+    activation = layer.activation
+    if activation is None or statistics is None:
+        return measures
+
+    def error(inputs: Array, exact: Array | None) -> float:
+        values = inputs.astype(np.float32, copy=False)
+        seen = rounded_inputs(values, activation, rounded.input_scale, rounded.input_zero)
+        wanted = values if exact is None else exact.astype(np.float32, copy=False)
+        return error_with_rounded_inputs(weight, rounded, wanted, seen, outputs)
+
+    held = statistics.heldout
+    return replace(
+        measures,
+        rel_err=error(statistics.sample if len(statistics.sample) else held, None),
+        heldout_rel_err=error(held, statistics.heldout_float) if len(held) else None,
+        weight_rel_err=measures.error,
+    )
 
 
 def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:

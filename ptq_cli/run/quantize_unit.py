@@ -17,10 +17,11 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
-from ptq_cli.numerics.output_errors import Measures, measure
+from ptq_cli.numerics.output_errors import Measures, Rows, measure
+from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
-from ptq_cli.run.nearest import Rows, as_stored, input_scale, inputs_of, round_layer
+from ptq_cli.run.nearest import as_run, as_stored, input_scale, inputs_of, round_layer
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def quantize_unit(
     shared, failure = _prepare(unit, statistics, rounding)
     preparing = (time.perf_counter() - begin) / len(unit.layers)
     few = [] if statistics is None else few_tokens_note(statistics)
+    weak = None if statistics is None else weak_inputs(statistics) or None
     tensors: dict[str, Array] = {}
     rows = []
     for layer in unit.layers:
@@ -83,7 +85,7 @@ def quantize_unit(
             own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
         tensors |= own
         seconds = preparing + time.perf_counter() - begin
-        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few)))
+        rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few), weak=weak))
     return tensors, rows
 
 
@@ -130,8 +132,9 @@ def choose(
     scale = input_scale(layer, statistics)
     tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
+    measures = as_run(measures, weight, layer, unpacked, statistics, given.outputs)
     damp, notes = result.damp_percent, result.notes
-    if error_of(measures) <= error_of(rtn):
+    if measures.error <= rtn.error:
         row = layer_row(layer, fmt, measures, rtn, statistics)
         return tensors, replace(row, method=how.name, damp_percent=damp, notes=notes)
     nearest = replace(nearest, damp_percent=damp, notes=notes)
@@ -140,11 +143,6 @@ def choose(
         return plain, replace(nearest, notes=(*notes, note))
     where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
     return plain, replace(nearest, fallback=f"rtn is better on {where}")
-
-
-def error_of(measures: Measures) -> float:
-    """The error that counts: on held-out inputs where there are any."""
-    return measures.rel_err if measures.heldout_rel_err is None else measures.heldout_rel_err
 
 
 def _dead_columns(statistics: SiteStatistics | None) -> int:
@@ -170,7 +168,7 @@ def layer_row(
     layer: Layer, fmt: Format, measures: Measures, rtn: Measures, statistics: SiteStatistics | None
 ) -> LayerReport:
     """A layer's row of the report: what it is, and how wrong the result and plain rounding are."""
-    ours, plain = error_of(measures), error_of(rtn)
+    ours, plain = measures.error, rtn.error
     return LayerReport(
         **layer_columns(layer, fmt),
         sym=layer.grid.sym,
@@ -189,4 +187,6 @@ def layer_row(
         damp_percent=None,
         fallback=None,
         seconds=0.0,
+        input_bits=None if layer.activation is None else layer.activation.bits,
+        weight_rel_err=measures.weight_rel_err,
     )

@@ -24,14 +24,12 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
-from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
-from ptq_cli.numerics.integer_matmul import linear_w8a8
-from ptq_cli.numerics.output_errors import Measures, output_errors
+from ptq_cli.numerics.output_errors import Measures
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer
-from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose, error_of
+from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
 
@@ -49,8 +47,8 @@ class Smoothing:
     """The stage before rounding: how factors are found and judged.
 
     sites: that may take factors
-    layers: those that will be rounded, by tensor; rounding: what will round them
-    activations: how inputs are rounded at run time; "none": only weights are
+    layers: those that will be rounded, by tensor, with how their inputs are rounded when they run;
+        rounding: what will round them
     judged: whether factors have to prove themselves (not where nothing will be rounded)
     compare: further methods to try on every layer, with their settings
     stored: whether weights are written in the checkpoint's dtype, not rounded to a grid
@@ -62,7 +60,6 @@ class Smoothing:
     smoother: Smoother
     settings: Any
     rounding: Rounding
-    activations: ActivationSettings
     judged: bool = True
     compare: Mapping[str, Any] = field(default_factory=dict)
     stored: bool = False
@@ -239,25 +236,13 @@ class Group:
         return {linear.module: self._error(owner, linear, folds) for owner, linear in touched}
 
     def _error(self, owner: Site, linear: SiteLinear, folds: Sequence[Fold]) -> float:
-        """Of the layer as it would be written, with integer inputs where they are rounded."""
-        tensors, row, outputs = self._rounded(owner, linear, folds, self.job.rounding)
-        if self.job.activations.scheme == "none":
-            return row_error(row)
-        statistics = self.statistics(owner, folds)
-        assert statistics is not None
-        inputs = statistics.heldout if len(statistics.heldout) else statistics.sample
-        inputs = inputs.astype(np.float32)
-        scheme = with_static_scale(self.job.activations, statistics.absmax)
-        layer = self.job.layers[linear.tensor]
-        decoded = self.job.rounding.fmt.decode(layer, tensors)
-        product = linear_w8a8(inputs, decoded, None, scheme)
-        return output_errors(inputs, self.weight(linear, folds), product, outputs).rel_err
+        """Of the layer as it would be written, with rounded inputs where they are."""
+        return row_error(self._rounded(owner, linear, folds, self.job.rounding))
 
     def _rounded(
         self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], rounding: Rounding
-    ) -> tuple[Mapping[str, Array], LayerReport, Array | None]:
-        """The layer as it would be written under `folds`, what is told of it, and the scale of its
-        outputs."""
+    ) -> LayerReport:
+        """What would be told of the layer as it would be written under `folds`."""
         statistics = self.statistics(owner, folds)
         layer = self.job.layers[linear.tensor]
         own = [factors.tobytes() for site, factors in folds if site is owner]
@@ -267,7 +252,7 @@ class Group:
             self._prepared = (key, shared)
         outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
         given = LayerWeight(self.weight(linear, folds), outputs=outputs)
-        return *choose(given, layer, statistics, rounding, self._prepared[1]), outputs
+        return choose(given, layer, statistics, rounding, self._prepared[1])[1]
 
     def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
         """Better on average; where only weights are rounded, no layer worse than plain rounding."""
@@ -275,20 +260,20 @@ class Group:
             return True
         if not before or not _mean(after) < _mean(before):
             return False
-        if self.job.activations.scheme != "none":
+        if any(layer.activation is not None for layer in self.job.layers.values()):
             return True
-        return all(error <= error_of(self.rtn[module]) for module, error in after.items())
+        return all(error <= self.rtn[module].error for module, error in after.items())
 
     def _compared(self, site: Site, linear: SiteLinear) -> dict[str, float]:
         """The error of every method on a layer, on the weight as it was and as folded."""
         own = self.job.smoother.name
-        errors = {"rtn": error_of(self.rtn[linear.module])}
+        errors = {"rtn": self.rtn[linear.module].error}
         for name, settings in self.job.compare.items():
             rounding = Rounding(name, settings, self.job.rounding.format)
             if name != own:
-                errors[name] = row_error(self._rounded(site, linear, (), rounding)[1])
+                errors[name] = row_error(self._rounded(site, linear, (), rounding))
             label = name if name == own else f"{own}+{name}"
-            errors[label] = row_error(self._rounded(site, linear, self.folds, rounding)[1])
+            errors[label] = row_error(self._rounded(site, linear, self.folds, rounding))
         return errors
 
 

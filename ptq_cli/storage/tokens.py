@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError, import_extra
 from ptq_cli.models.family import text_config
+from ptq_cli.numerics.weak_tokens import repeated_sequences, weak_tokens
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
@@ -54,6 +55,7 @@ class Tokens:
     """Sequences of token ids.
 
     ids: int64 [n, length]; mask: bool [n, length], false at padding
+    weak: why errors measured on them say little; these stand among `warnings`, too
     """
 
     name: str
@@ -61,6 +63,7 @@ class Tokens:
     mask: NDArray[np.bool_]
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    weak: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -89,10 +92,11 @@ def read_tokens(settings: TokenSettings, checkpoint: Checkpoint) -> Tokens:
         mask = _mask_file(settings.mask, ids.shape)
     ids, mask = _draw(path, ids, mask, settings)
     _check_ids(path, ids[mask], checkpoint)
-    repeated = len(ids) - len(np.unique(ids, axis=0))
-    warned = f"{path}: {repeated} of {len(ids)} sequences repeat an earlier one"
-    warnings = (warned,) if repeated else ()
-    return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files)
+    weak, repeated = weak_tokens(ids, mask), repeated_sequences(ids, mask)
+    said = f"{repeated} of {len(ids)} sequences repeat an earlier one"
+    odd = dict.fromkeys([*weak, said] if repeated else weak)
+    warnings = tuple(f"{path}: {words}" for words in odd)
+    return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files, weak)
 
 
 def _integers(path: Path) -> Array:

@@ -39,7 +39,8 @@ def test_every_column() -> None:
 
 
 def test_every_total() -> None:
-    assert explained("`totals`") == set(report.totals([], [], 0, 0, 0.0))
+    of_some = {"rounded_inputs"}  # there where inputs are rounded
+    assert explained("`totals`") == set(report.totals([], [], 0, 0, 0.0)) | of_some
 
 
 def test_the_schema_has_the_same() -> None:

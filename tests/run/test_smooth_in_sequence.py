@@ -16,6 +16,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.sites import Preceding
+from ptq_cli.numerics.activations import rounded_inputs
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.run import smooth_in_sequence
 from ptq_cli.storage.checkpoint import open_checkpoint
@@ -153,6 +154,11 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
             assert np.abs(found - value).max() < 2e-3 * scale, site
 
 
+def as_run(inputs: Any, layer: Any) -> Any:
+    """Inputs as the layer rounds them."""
+    return inputs if layer.activation is None else rounded_inputs(inputs, layer.activation)
+
+
 @pytest.mark.parametrize("case", ["awq gptq", "int8"])
 def test_errors_of_the_report_are_those_of_the_float_models_outputs(
     loud: Path, whole: Path, reports: dict[str, Any], case: str
@@ -180,7 +186,8 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
         layer, site = folder.layers[row.module], site_of[row.module]
         weight = checkpoint.read(layer.tensor).astype(np.float32)
         outputs = exact[site][HELD] @ weight.T
-        made = ours[site][HELD] @ folder.load(row.module).dequantized().T
+        inputs = ours[site][HELD]
+        made = as_run(inputs, layer) @ folder.load(row.module).dequantized().T
         if layer.tensor in feeders:
             rows, values = feeders[layer.tensor]
             scale = np.ones(len(weight), np.float32)
@@ -189,8 +196,8 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
         error = ((outputs - made) ** 2).sum() / (outputs**2).sum()
         assert row.heldout_rel_err == pytest.approx(error, rel=0.02), row.module
         plain = round_to_nearest(weight, layer.grid).dequantized()
-        given = ours[site][HELD] * factors.get(row.module, np.float32(1))
-        nearest = ((outputs - given @ plain.T) ** 2).sum() / (outputs**2).sum()
+        given = inputs * factors.get(row.module, np.float32(1))
+        nearest = ((outputs - as_run(given, layer) @ plain.T) ** 2).sum() / (outputs**2).sum()
         assert row.rtn_heldout_rel_err == pytest.approx(nearest, rel=0.02), row.module
         assert row.gain_vs_rtn == pytest.approx(nearest / error, rel=0.04)
 

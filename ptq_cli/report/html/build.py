@@ -53,7 +53,7 @@ def _charts(figures: Sequence[str]) -> str:
 
 def _measured_on(totals: JsonObject) -> str:
     where = measured_on(totals)
-    return f"of {where}" if where == "the weights" else f"of outputs, on {where}"
+    return f"of {where}" if where.startswith("the weights") else f"of outputs, on {where}"
 
 
 # ---- one run ----

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.report.report import Gate, JsonObject, row_error
+from ptq_cli.report.gates import Gate
+from ptq_cli.report.report import JsonObject, row_error
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import REPORT, read_report

@@ -114,6 +114,8 @@ def layers_table(rows: Sequence[JsonObject]) -> str:
         Column("RTN error", row_rtn_error),
         Column("Gain", itemgetter("gain_vs_rtn"), form=times),
     ]
+    if any(row.get("weight_rel_err") is not None for row in rows):
+        columns.append(Column("Weight only", value_at("weight_rel_err")))
     if any(row.get("activations") for row in rows):
         for title, part in (("Integer error", "integer"), ("Plain integer", "plain")):
             columns.append(Column(title, value_at("activations", part, "rel_err")))
@@ -243,7 +245,9 @@ READING = details(
     "How to read this page",
     "<p><b>Error</b>: what the outputs of a layer lose, squared, relative to the outputs"
     " themselves (0.01 is 1 %); on held-out inputs, which calibration has not seen, where there are"
-    " any, else on calibration inputs; without calibration it is the error of the weights."
+    " any, else on calibration inputs; without calibration it is the error of the weights. Where"
+    " inputs are rounded too (W8A8), errors and RTN are those of outputs with rounded inputs;"
+    " <b>Weight only</b> is with float inputs."
     "</p><p><b>RTN</b>: plain rounding to nearest at the same bits, groups and symmetry."
     " <b>Gain</b>: its error over this one; above 1 is better.</p><p><b>SQNR</b>: the error in"
     " decibels, higher is better. <b>Max |error|</b>: the largest change of a single weight.</p>",

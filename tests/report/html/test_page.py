@@ -8,11 +8,11 @@ import matplotlib
 import numpy as np
 import pytest
 
+from ptq_cli.report.gates import Gate
 from ptq_cli.report.html.build import page
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Channels, Distribution, Subject
 from ptq_cli.report.html.text import depth_of, kind_of, kinds_of
-from ptq_cli.report.report import Gate
 from tests.report.html import documents
 from tests.report.html.reading import cells, read
 
