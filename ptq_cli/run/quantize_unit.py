@@ -20,7 +20,14 @@ from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.numerics.output_errors import Measures, measure
 from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
-from ptq_cli.run.nearest import Rows, as_stored, input_scale, inputs_of, round_layer
+from ptq_cli.run.nearest import (
+    Rows,
+    as_stored,
+    input_scale,
+    inputs_of,
+    misfits_of,
+    round_layer,
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,10 @@ def choose(
     if failure is not None or how.is_nearest(settings):
         return plain, replace(nearest, fallback=failure)
     weight = given.rows[:]
-    result = how.apply(weight, shared, layer.grid, settings, given.importance)
     scale = input_scale(layer, statistics)
-    tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
+    with misfits_of(layer):
+        result = how.apply(weight, shared, layer.grid, settings, given.importance)
+        tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
     damp, notes = result.damp_percent, result.notes
     if error_of(measures) <= error_of(rtn):

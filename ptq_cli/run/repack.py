@@ -21,7 +21,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
-from ptq_cli.core.tensors import Array
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
@@ -32,6 +32,7 @@ from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
+from ptq_cli.plan.scale_dtypes import fitting, model_dtypes, with_scales
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.output import run_documents
@@ -80,11 +81,9 @@ def plan_repack(
     config = folder.checkpoint.config
     if every_expert_is_linear(config, fmt.name):
         folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
-    stated = config.get("dtype") or config.get("torch_dtype")
-    dtype = common.model_dtype(config) if stated else None
     wanted, misfits = {}, {}
-    for layer in folder.layers.values():
-        target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
+    for layer in _source_layers(folder):
+        target = _target(layer, fmt, settings, symmetric)
         misfit = fmt.misfit(target)
         if misfit is not None:
             misfit = replace(misfit, hint=_repack_hint(misfit.hint, layer))
@@ -133,6 +132,22 @@ def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dic
     return unread
 
 
+def _source_layers(folder: QuantizedFolder) -> list[Layer]:
+    """The layers of what is read, in the dtype of their model where that is known."""
+    config, specs = folder.checkpoint.config, folder.checkpoint.specs
+    layers, stated = folder.layers.values(), common.stated_dtype(config)
+    dense = [specs[name] for name in folder.untouched()]
+    known = model_dtypes(layers, config, [*dense, *(_unpacked(layer) for layer in layers)])
+    return [
+        replace(layer, dtype=stated or layer.dtype, model_dtype=known[layer.module])
+        for layer in layers
+    ]
+
+
+def _unpacked(layer: Layer) -> TensorSpec:
+    return TensorSpec(layer.tensor, layer.dtype, layer.full_shape)
+
+
 def _repack_hint(hint: str | None, layer: Layer) -> str | None:
     """What helps a repacking: what it cannot change is chosen when the float model is quantized."""
     if hint is None or hint.startswith(("--format", "--scale-dtype")):
@@ -172,8 +187,7 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     if settings.scale_dtype != "auto":
         return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
     if fmt.misfit(target) is not None:
-        other = replace(target, grid=replace(grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
-        return other if fmt.misfit(other) is None else target
+        return fitting(with_scales(target, fmt.scale_dtype(layer.dtype)), fmt, otherwise=target)
     return target
 
 

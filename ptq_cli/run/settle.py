@@ -27,6 +27,7 @@ from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.activations import ActivationSettings, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, output_errors
+from ptq_cli.numerics.rounding import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.report.report import row_error
@@ -193,7 +194,11 @@ class Group:
             if change > limit:
                 outcome = replace(tried, reason=f"the fold changes its outputs by {change:.2g}")
                 continue
-            after = self._errors(site, trial)
+            try:
+                after = self._errors(site, trial)
+            except ScaleMisfit:
+                outcome = replace(tried, reason="its scales do not fit with factors")
+                continue
             if self._accepted(before, after):
                 self.folds = trial
                 return replace(

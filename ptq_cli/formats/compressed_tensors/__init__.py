@@ -46,7 +46,7 @@ _NAME = "compressed-tensors"
 _LIMITS = common.Limits(
     bits=(2, 3, 4, 5, 6, 7, 8), scale_dtypes=tuple(common.SCALE_WORDS), activations=True
 )
-_HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every scale
+_HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # models of other dtypes hold every scale
 
 
 def _misfit(layer: Layer) -> Misfit | None:
@@ -62,10 +62,11 @@ def _misfit(layer: Layer) -> Misfit | None:
     if plain and grid.group_size > 0:
         reason = f"{_NAME} W8A8 has no groups of {grid.group_size} columns"
         return Misfit(reason, "--group-size -1")
-    held = _HELD.get(layer.dtype, _LIMITS.scale_dtypes)
+    model = layer.model_dtype or layer.dtype
+    held = _HELD.get(model, _LIMITS.scale_dtypes)
     if grid.scale_dtype not in held:
         return Misfit(
-            f"{_NAME} loaders cast scales to the model's {layer.dtype}, which cannot hold"
+            f"{_NAME} loaders cast scales to the model's {model}, which cannot hold"
             f" {grid.scale_dtype}",
             f"--scale-dtype {held[0]}",
         )
