@@ -11,7 +11,6 @@ a weight becomes a code, `clip(round(weight / scale) + zero)`, it goes through `
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -99,7 +98,8 @@ def first_small_scale(rounded: QuantizedWeight) -> tuple[int, int] | None:
 
 def too_small(group: FloatArray, grid: Grid) -> str:
     """What is to be said of a group of weights whose scale is too small."""
-    (needed,), _ = fit_grid(group.reshape(1, -1), replace(grid, scale_dtype="float32"), -1)
+    low, high = (float(end) for end in (group.min(initial=0), group.max(initial=0)))
+    needed = max(-low, high) * 2 / grid.max_code if grid.sym else (high - low) / grid.max_code
     least = LEAST_SCALES[grid.scale_dtype]
     return f"a scale of {needed:.2g} is too small for {grid.scale_dtype} (at least {least:.2g})"
 

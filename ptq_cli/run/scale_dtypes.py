@@ -45,18 +45,27 @@ def find_scale_dtypes(
     Raises:
         InputError: nothing holds the scales of a layer, or what was asked for does not.
     """
-    dtypes, refused = {}, {}
+    if error.module not in job.layers:
+        raise error
+    dtypes: dict[str, str] = {}
+    refused: dict[str, tuple[ScaleMisfit, Layer]] = {}
     for layer in job.layers.values():
         misfit = error if layer.module == error.module else _misfit(job, layer)
         if misfit is None:
             continue
-        wider = next((w for w in _wider(job, layer) if _misfit(job, w) is None), None)
-        if wider is not None and is_auto(job.grid, layer.tensor):
+        auto, wider = is_auto(job.grid, layer.tensor), None
+        for other in _wider(job, layer):
+            still = _misfit(job, other)
+            if still is None:
+                wider = other
+                break
+            misfit = still if auto else misfit
+        if wider is not None and auto:
             dtypes[layer.module] = wider.grid.scale_dtype
         elif job.grid.on_misfit == "keep":
             dtypes[layer.module] = DENSE
         else:
-            refused[layer.module] = misfit, wider
+            refused[layer.module] = misfit, layer if wider is None else wider
     if refused or not dtypes:
         raise _refusal(job, error, refused)
     found = {**before, **_with_those_beside(job, dtypes)}
@@ -105,22 +114,26 @@ def _with_those_beside(job: Quantization, dtypes: Found) -> Found:
 def _refusal(
     job: Quantization,
     error: ScaleMisfit,
-    refused: Mapping[str, tuple[ScaleMisfit, Layer | None]],
+    refused: Mapping[str, tuple[ScaleMisfit, Layer]],
 ) -> InputError:
-    """The error of a run that cannot go on, with what would help."""
-    first, wider = refused.get(error.module) or next(iter(refused.values()), (error, None))
-    hints = [] if wider is None else [f"--scale-dtype {wider.grid.scale_dtype}"]
-    hints += [first.hint] if first.hint and wider is None else []
-    fmt, alone = job.rounding.fmt, len(refused) in (0, len(job.layers))
-    if fmt.name != "ptq" and wider is None:
+    """The error of a run that cannot go on, with what would help.
+
+    refused: why a layer's scales do not fit, and the layer with such as would, or as it is
+    """
+    layers, fmt = job.layers, job.rounding.fmt
+    first, fitting = refused.get(error.module) or next(iter(refused.values()), (error, None))
+    asked = layers[first.module].grid.scale_dtype
+    hints = [] if first.hint is None or first.hint.startswith("--scale-dtype") else [first.hint]
+    if fitting is not None and fitting.grid.scale_dtype != asked:
+        hints.append(f"--scale-dtype {fitting.grid.scale_dtype}")
+    elif fmt.name != "ptq" and asked == "float16":
         hints.append("--format ptq")
-    if not alone:
+    if 0 < len(refused) < len(layers):
         hints.append("--on-misfit keep, which leaves such layers dense")
-    elif not hints:
-        hints.append("--ignore leaves a tensor dense")
     more = len(refused) - 1
     others = f" (and {more} layers more: {fold_names(list(refused))})" if more > 0 else ""
-    return InputError(first.message + others, hint=", or ".join(hints))
+    hint = ", or ".join(hints) or "--ignore leaves a tensor dense"
+    return InputError(first.message + others, hint=hint)
 
 
 def with_scale_dtypes(job: Quantization, found: Found) -> Quantization:

@@ -40,7 +40,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.config import declare, is_plain, recognise
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
 
 _NAME = "compressed-tensors"
 _LIMITS = common.Limits(
@@ -132,8 +132,16 @@ def _inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
             f"{layer.module}: static inputs want a scale from calibration, and there is none",
             hint="ptq calibrate, or dynamic inputs",
         )
-    dtype = SCALE_DTYPES[layer.grid.scale_dtype]
-    tensors: dict[str, Array] = {"input_scale": np.array([rounded.input_scale]).astype(dtype)}
+    dtype, least = SCALE_DTYPES[layer.grid.scale_dtype], LEAST_SCALES[layer.grid.scale_dtype]
+    with np.errstate(over="ignore"):
+        scale = np.array([rounded.input_scale]).astype(dtype)
+    if not least <= scale[0].astype(np.float64) < np.inf:
+        raise ScaleMisfit(
+            f"the scale of its inputs, {rounded.input_scale:.2g}, does not fit"
+            f" {layer.grid.scale_dtype}",
+            hint="--activation-scheme dynamic-token",
+        )
+    tensors: dict[str, Array] = {"input_scale": scale}
     if not layer.activation.sym:
         tensors["input_zero_point"] = _signed(np.array([rounded.input_zero], np.uint8))
     return tensors
