@@ -171,8 +171,9 @@ def _changed_plan(job: Quantization, found: Found, layers: Mapping[str, Layer]) 
     for sign, several in ((-1, plan.layers), (1, layers.values())):
         size += sign * sum(spec.nbytes for layer in several for spec in fmt.specs(layer))
     by_dtype = defaultdict(list)
-    for module in found:
-        by_dtype[found[module]].append(module)
+    for layer in plan.layers:
+        if layer.module in found:
+            by_dtype[found[layer.module]].append(layer.module)
     said = [f"{_said(dtype)}: {fold_names(names)}" for dtype, names in by_dtype.items()]
     return replace(
         plan,
