@@ -229,8 +229,8 @@ def with_partial_factor(config: dict[str, Any], where: str) -> dict[str, Any]:
 @pytest.mark.parametrize("where", ["config.json", "rope_parameters"])
 @pytest.mark.parametrize(
     "case",
-    ["llama", "mistral window", "qwen2", "qwen3", "gemma2", "gemma3 types, cap", "phi3 window", "mixtral",
-     "qwen3_moe"],
+    ["llama", "mistral window", "qwen2", "qwen3", "gemma2", "gemma3 types, cap", "phi3 window",
+     "mixtral", "qwen3_moe"],
 )  # fmt: skip
 def test_a_partial_factor_counts_where_transformers_reads_it(
     case: str, where: str, tmp_path: Any
