@@ -16,6 +16,7 @@ from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.folder import QuantizedFolder
 
 # Each has a wider range than those before it.
 BY_RANGE = ("float16", "bfloat16", "float32")
@@ -74,3 +75,16 @@ def fitting(layer: Layer, fmt: Format, otherwise: Layer) -> Layer:
 def with_scales(layer: Layer, dtype: str) -> Layer:
     """The layer with scales in another dtype."""
     return replace(layer, grid=replace(layer.grid, scale_dtype=dtype))
+
+
+def layers_to_repack(folder: QuantizedFolder) -> list[Layer]:
+    """The layers of what is quantized already, with the dtype of their model."""
+    config, specs = folder.checkpoint.config, folder.checkpoint.specs
+    layers, stated = folder.layers.values(), common.stated_dtype(config)
+    dense = [specs[name] for name in folder.untouched()]
+    packed = [TensorSpec(layer.tensor, layer.dtype, layer.full_shape) for layer in layers]
+    known = model_dtypes(layers, config, [*dense, *packed])
+    return [
+        replace(layer, dtype=stated or layer.dtype, model_dtype=known[layer.module])
+        for layer in layers
+    ]

@@ -21,10 +21,9 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
-from ptq_cli.core.tensors import Array, TensorSpec
+from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
 from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
 from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
@@ -32,7 +31,7 @@ from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
-from ptq_cli.plan.scale_dtypes import fitting, model_dtypes, with_scales
+from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.output import run_documents
@@ -82,7 +81,7 @@ def plan_repack(
     if every_expert_is_linear(config, fmt.name):
         folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
     wanted, misfits = {}, {}
-    for layer in _source_layers(folder):
+    for layer in layers_to_repack(folder):
         target = _target(layer, fmt, settings, symmetric)
         misfit = fmt.misfit(target)
         if misfit is not None:
@@ -130,22 +129,6 @@ def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dic
             hint="--format ptq, or start from the float model with --on-misfit keep",
         )
     return unread
-
-
-def _source_layers(folder: QuantizedFolder) -> list[Layer]:
-    """The layers of what is read, in the dtype of their model where that is known."""
-    config, specs = folder.checkpoint.config, folder.checkpoint.specs
-    layers, stated = folder.layers.values(), common.stated_dtype(config)
-    dense = [specs[name] for name in folder.untouched()]
-    known = model_dtypes(layers, config, [*dense, *(_unpacked(layer) for layer in layers)])
-    return [
-        replace(layer, dtype=stated or layer.dtype, model_dtype=known[layer.module])
-        for layer in layers
-    ]
-
-
-def _unpacked(layer: Layer) -> TensorSpec:
-    return TensorSpec(layer.tensor, layer.dtype, layer.full_shape)
 
 
 def _repack_hint(hint: str | None, layer: Layer) -> str | None:

@@ -69,7 +69,7 @@ def find_scale_dtypes(
     if refused or not dtypes:
         raise _refusal(job, error, refused)
     found = {**before, **_with_those_beside(job, dtypes)}
-    if set(job.layers) == {module for module in found if found[module] == DENSE}:
+    if all(found.get(module) == DENSE for module in job.layers):
         raise _refusal(job, error, {})
     for unit in job.plan.units:
         if any(layer.module in found for layer in unit.layers):
@@ -105,9 +105,9 @@ def _with_those_beside(job: Quantization, dtypes: Found) -> Found:
         if DENSE in own:
             found |= dict.fromkeys(group, DENSE)
         elif own:
-            widest = max(own, key=BY_RANGE.index)
-            free = [m for m in group if is_auto(job.grid, job.layers[m].tensor)]
-            found |= dict.fromkeys(free, widest)
+            for layer in (job.layers[module] for module in group):
+                if is_auto(job.grid, layer.tensor):
+                    found[layer.module] = max(*own, layer.grid.scale_dtype, key=BY_RANGE.index)
     return found
 
 
