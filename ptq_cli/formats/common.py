@@ -19,7 +19,7 @@ from ptq_cli.core.names import natural
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleMisfit
+from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 
@@ -290,7 +290,7 @@ def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
     """`−zeros · scales`, or the offsets it came with, in the dtype of the grid's scales.
 
     Raises:
-        ScaleMisfit: an offset is too large for the dtype.
+        ScaleOverflow: an offset is too large for the dtype.
         InputError: it loses digits in it.
     """
     dtype, own = SCALE_DTYPES[layer.grid.scale_dtype], rounded.offsets
@@ -300,7 +300,7 @@ def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
         integer_zeros(layer, rounded)
         result = _offsets_of_zeros(rounded, dtype)
     if not np.isfinite(result.astype(np.float32)).all():
-        raise ScaleMisfit(
+        raise ScaleOverflow(
             f"an offset (−zero · scale) does not fit {layer.grid.scale_dtype}", hint="--sym"
         )
     return result

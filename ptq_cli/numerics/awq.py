@@ -24,7 +24,7 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import ldl_upper
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.numerics.rounding import ScaleMisfit, round_to_nearest
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 from ptq_cli.numerics.smoothquant import Factors, panels
 
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
@@ -142,7 +142,7 @@ def _scaled_loss(
             part = weight[rows]
             try:
                 error = round_to_nearest(part * factors, grid).dequantized()
-            except ScaleMisfit:
+            except ScaleOverflow:
                 return float("inf")
             error /= factors
             total += float(_losses(np.subtract(part, error), gram).sum(dtype=np.float64))

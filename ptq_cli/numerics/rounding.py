@@ -61,6 +61,10 @@ class ScaleMisfit(InputError):
         return (*super().__reduce__(), {"module": self.module})
 
 
+class ScaleOverflow(ScaleMisfit):
+    """It is too large."""
+
+
 def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     """Scales as they are stored, in the dtype they came in.
 
@@ -68,7 +72,7 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     coarser than asked, and every result stays finite. Zero (an all-zero group) becomes 1.
 
     Raises:
-        ScaleMisfit: a scale is too large for the stored dtype.
+        ScaleOverflow: a scale is too large for the stored dtype.
     """
     stored = SCALE_DTYPES[grid.scale_dtype]
     smallest, largest = SCALE_LIMITS[grid.scale_dtype]
@@ -76,7 +80,7 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
         return scales
     greatest = float(np.maximum.reduce(scales, axis=None))
     if not greatest <= largest:
-        raise ScaleMisfit(
+        raise ScaleOverflow(
             f"a scale of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",
             hint="--scale-dtype float32",
         )

@@ -24,7 +24,7 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
 from ptq_cli.numerics.parallel import strips
-from ptq_cli.numerics.rounding import ScaleMisfit, round_to_nearest
+from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.
@@ -131,7 +131,7 @@ def alpha_errors(
         factors = np.ones_like(loud) if alpha is None else smooth_factors(loud, heavy, alpha)
         try:
             errors[alpha] = _relative(tried, weights, products, grid, activations, factors)
-        except ScaleMisfit:
+        except ScaleOverflow:
             errors[alpha] = float("inf")
     if not min(errors.values()) < float("inf"):
         raise NumericalError("no smoothing gives scales that fit", hint="--scale-dtype float32")

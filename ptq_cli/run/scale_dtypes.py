@@ -1,8 +1,8 @@
 """Scales that do not fit the dtype they are stored in: that shows only when weights are read.
 
-Such a layer gets the next dtype of a wider range that its format holds, and with it those that
-share its input. Where there is none, or another was asked for, the run is refused or the layer is
-left dense (`on_misfit`). The run then begins anew with what is finished; what was found is kept in
+A layer whose scales are too small gets the next dtype of a wider range that its format holds, and
+with it those that share its input. Where there is none or another was asked for, or where scales
+are too large, the run is refused or the layer is left dense (`on_misfit`). The run then begins anew with what is finished; what was found is kept in
 the work folder, so that a run that goes on after a kill plans as this one did.
 """
 
@@ -17,7 +17,7 @@ from ptq_cli.core.layer import Layer, Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.rounding import ScaleMisfit, ScaleOverflow
 from ptq_cli.plan.layers import unheld
 from ptq_cli.plan.scale_dtypes import BY_RANGE, is_auto, with_scales
 from ptq_cli.run.nearest import round_layer
@@ -48,24 +48,21 @@ def find_scale_dtypes(
     if error.module not in job.layers:
         raise error
     dtypes: dict[str, str] = {}
-    refused: dict[str, tuple[ScaleMisfit, Layer]] = {}
+    refused: dict[str, tuple[ScaleMisfit, Layer | None]] = {}
     for layer in job.layers.values():
         misfit = error if layer.module == error.module else _misfit(job, layer)
         if misfit is None:
             continue
-        auto, wider = is_auto(job.grid, layer.tensor), None
-        for other in _wider(job, layer):
-            still = _misfit(job, other)
-            if still is None:
-                wider = other
-                break
-            misfit = still if auto else misfit
-        if wider is not None and auto:
-            dtypes[layer.module] = wider.grid.scale_dtype
+        free = is_auto(job.grid, layer.tensor) and not isinstance(misfit, ScaleOverflow)
+        tried = {other: _misfit(job, other) for other in _wider(job, layer)}
+        fitting = [other for other, still in tried.items() if still is None]
+        if fitting and free:
+            dtypes[layer.module] = fitting[0].grid.scale_dtype
         elif job.grid.on_misfit == "keep":
             dtypes[layer.module] = DENSE
         else:
-            refused[layer.module] = misfit, layer if wider is None else wider
+            widest = [still for still in tried.values() if still is not None and free][-1:]
+            refused[layer.module] = (widest or [misfit])[0], fitting[-1] if fitting else None
     if refused or not dtypes:
         raise _refusal(job, error, refused)
     found = {**before, **_with_those_beside(job, dtypes)}
@@ -114,20 +111,20 @@ def _with_those_beside(job: Quantization, dtypes: Found) -> Found:
 def _refusal(
     job: Quantization,
     error: ScaleMisfit,
-    refused: Mapping[str, tuple[ScaleMisfit, Layer]],
+    refused: Mapping[str, tuple[ScaleMisfit, Layer | None]],
 ) -> InputError:
     """The error of a run that cannot go on, with what would help.
 
-    refused: why a layer's scales do not fit, and the layer with such as would, or as it is
+    refused: why a layer's scales do not fit, and the layer with such as would, if there are any
     """
     layers, fmt = job.layers, job.rounding.fmt
     first, fitting = refused.get(error.module) or next(iter(refused.values()), (error, None))
-    asked = layers[first.module].grid.scale_dtype
+    large = isinstance(first, ScaleOverflow)
     hints = [] if first.hint is None or first.hint.startswith("--scale-dtype") else [first.hint]
-    if fitting is not None and fitting.grid.scale_dtype != asked:
+    if fitting is not None:
         hints.append(f"--scale-dtype {fitting.grid.scale_dtype}")
-    elif fmt.name != "ptq" and asked == "float16":
-        hints.append("--format ptq")
+    elif fmt.name != "ptq" and layers[first.module].grid.scale_dtype == "float16":
+        hints.append("--format ptq" + (" --scale-dtype float32" if large else ""))
     if 0 < len(refused) < len(layers):
         hints.append("--on-misfit keep, which leaves such layers dense")
     more = len(refused) - 1

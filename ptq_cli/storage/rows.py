@@ -22,7 +22,7 @@ from ptq_cli.storage.tensors import NUMPY_DTYPES
 
 class FileRows:
     """A layer's weight, [out_features, in_features]: `rows[a:b]` is float32. NaN and inf are
-    not looked for here: every method rounds to nearest too, no scale fits them (ScaleMisfit), and
+    not looked for here: every method rounds to nearest too, no scale fits them (ScaleOverflow), and
     who meets that has `check` name them.
 
     The layer is stored as it is seen, row by row, in a file of its own checkpoint, which is open
