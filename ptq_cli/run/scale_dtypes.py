@@ -2,8 +2,9 @@
 
 A layer whose scales are too small gets the next dtype of a wider range that its format holds, and
 with it those that share its input. Where there is none or another was asked for, or where scales
-are too large, the run is refused or the layer is left dense (`on_misfit`). The run then begins anew with what is finished; what was found is kept in
-the work folder, so that a run that goes on after a kill plans as this one did.
+are too large, the run is refused or the layer is left dense (`on_misfit`). The run then begins anew
+with what is finished; what was found is kept in the work folder, so that a run that goes on after a
+kill plans as this one did.
 """
 
 from __future__ import annotations
