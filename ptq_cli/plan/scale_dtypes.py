@@ -15,14 +15,14 @@ from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.select_tensors import rule_of
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.folder import QuantizedFolder
 
 # Each has a wider range than those before it.
 BY_RANGE = ("float16", "bfloat16", "float32")
 
 
-def is_auto(settings: GridSettings, tensor: str) -> bool:
+def is_auto(settings: GridSettings, tensor: StoredTensor) -> bool:
     """Whether the scales of a tensor are left to the tool."""
     return bool(rule_of(settings, tensor).get("scale_dtype", settings.scale_dtype) == "auto")
 
@@ -39,7 +39,8 @@ def with_scale_dtypes(
     known = model_dtypes(layers, checkpoint.config, checkpoint.specs.values(), sites)
     layers = [replace(layer, model_dtype=known[layer.module]) for layer in layers]
     return [
-        fitting(layer, fmt, layer) if is_auto(settings, layer.tensor) else layer for layer in layers
+        fitting(layer, fmt, layer) if is_auto(settings, checkpoint.tensors[layer.tensor]) else layer
+        for layer in layers
     ]
 
 

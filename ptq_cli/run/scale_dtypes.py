@@ -54,7 +54,9 @@ def find_scale_dtypes(
         misfit = error if layer.module == error.module else _misfit(job, layer)
         if misfit is None:
             continue
-        free = is_auto(job.grid, layer.tensor) and not isinstance(misfit, ScaleOverflow)
+        free = is_auto(job.grid, job.checkpoint.tensors[layer.tensor]) and not isinstance(
+            misfit, ScaleOverflow
+        )
         tried = {other: _misfit(job, other) for other in _wider(job, layer)}
         fitting = [other for other, still in tried.items() if still is None]
         if fitting and free:
@@ -104,7 +106,7 @@ def _with_those_beside(job: Quantization, dtypes: Found) -> Found:
             found |= dict.fromkeys(group, DENSE)
         elif own:
             for layer in (job.layers[module] for module in group):
-                if is_auto(job.grid, layer.tensor):
+                if is_auto(job.grid, job.checkpoint.tensors[layer.tensor]):
                     found[layer.module] = max(*own, layer.grid.scale_dtype, key=BY_RANGE.index)
     return found
 
