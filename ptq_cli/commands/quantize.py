@@ -71,7 +71,7 @@ def prepare(
     target = jobs.default_output(checkpoint, command, settings) if output is None else output
     rounding = Rounding(how.name, own, settings.format, fallback)
     inputs = jobs.fingerprints(checkpoint, found)
-    work = Quantization(command, plan, checkpoint, found, rounding, inputs)
+    work = Quantization(command, plan, checkpoint, found, rounding, settings, inputs)
     return jobs.quantization_job(work, target, {"fallback": fallback})
 
 

@@ -121,7 +121,9 @@ def prepare_smoothing(
     plan = jobs.with_warnings(plan, checkpoint, found, runtime, *sites.notes)
     smoothing = _smoothing(told, checkpoint, sites, rounded)
     inputs = jobs.fingerprints(checkpoint, found)
-    work = Quantization(command, plan, checkpoint, found, told.rounding, inputs, smoothing)
+    work = Quantization(
+        command, plan, checkpoint, found, told.rounding, told.grid, inputs, smoothing
+    )
     return jobs.quantization_job(work, target if output is None else output, identity)
 
 

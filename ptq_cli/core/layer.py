@@ -20,6 +20,7 @@ class Layer:
     shape: (out_features, in_features); a tensor of higher rank is [first, all others]
     full_shape: the shape in the checkpoint
     dtype: safetensors' word for the float dtype in the checkpoint
+    model_dtype: that in which loaders hold the whole model; "" is the same
     reordered: whether the groups follow a g_idx of their own (act_order desc)
     method: what rounded it, once that is known
     activation: how the layer's inputs are rounded too, or None
@@ -36,6 +37,7 @@ class Layer:
     method: str = ""
     activation: Activation | None = None
     transposed: bool = False
+    model_dtype: str = ""
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from ptq_cli.core.names import natural
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 
 SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
+_STATED = {**SCALE_WORDS, "half": "F16", "float": "F32", "float64": "F32", "double": "F32"}
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
 _KERNEL_GROUPS = (32, 64, 128, 256)
@@ -180,11 +181,28 @@ def scale_name(spec: TensorSpec) -> str:
     return SCALE_NAMES[spec.dtype]
 
 
-def model_dtype(config: Mapping[str, Any], unstated: str = "F32") -> str:
-    """The model's dtype as config.json states it, in safetensors' word, or what it is where it
-    does not."""
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The model's dtype as config.json states it, in safetensors' word ("F32" for wider ones), or
+    None where it does not. What stands inside `text_config` is not looked at."""
     word = config.get("dtype") or config.get("torch_dtype")
-    return SCALE_WORDS.get(str(word).removeprefix("torch."), "F32") if word else unstated
+    return _STATED.get(str(word).removeprefix("torch."))
+
+
+def model_dtype(config: Mapping[str, Any], dtypes: Collection[str] = ()) -> str:
+    """The one dtype in which loaders hold the model, scales included, in safetensors' word.
+
+    transformers takes what config.json states, else that of the first tensor in the file; vLLM
+    looks into `text_config` before that. Where these may differ it is the narrowest of them: its
+    values lose nothing in the others (of bfloat16 in float16, but at the ends of the range).
+
+    dtypes: of tensors in the checkpoint
+    """
+    stated = stated_dtype(config)
+    if stated is not None:
+        return stated
+    text = config.get("text_config")
+    inside = stated_dtype(text) if isinstance(text, Mapping) else None
+    return next((word for word in ("BF16", "F16") if word in {*dtypes, inside}), "F32")
 
 
 def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str, Any]) -> Layer:
@@ -272,7 +290,8 @@ def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
     """`−zeros · scales`, or the offsets it came with, in the dtype of the grid's scales.
 
     Raises:
-        InputError: an offset is too large for the dtype, or loses digits in it.
+        ScaleOverflow: an offset is too large for the dtype.
+        InputError: it loses digits in it.
     """
     dtype, own = SCALE_DTYPES[layer.grid.scale_dtype], rounded.offsets
     if own is not None and np.array_equal(own.astype(dtype).astype(own.dtype), own):
@@ -281,9 +300,8 @@ def offsets(layer: Layer, rounded: QuantizedWeight) -> Array:
         integer_zeros(layer, rounded)
         result = _offsets_of_zeros(rounded, dtype)
     if not np.isfinite(result.astype(np.float32)).all():
-        raise InputError(
-            f"{layer.module}: an offset (−zero · scale) does not fit {layer.grid.scale_dtype}",
-            hint="--scale-dtype float32, or --sym",
+        raise ScaleOverflow(
+            f"an offset (−zero · scale) does not fit {layer.grid.scale_dtype}", hint="--sym"
         )
     return result
 

@@ -211,6 +211,10 @@ def _undeclared(artifact: Artifact) -> Facts:
 def _transformers_gguf(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs gguf and accelerate; from_pretrained(folder, gguf_file='model.gguf')")
     yield Fact(LIMIT, "transformers dequantizes a GGUF file when it loads it: no memory is saved")
+    biases = [key for key in ("attention_bias", "mlp_bias") if artifact.config.get(key)]
+    if biases:
+        text = f"GGUF does not tell transformers of {' and '.join(biases)}: it drops the biases"
+        yield Fact(FAILS, text, hint="pass config=AutoConfig.from_pretrained(folder) as well")
 
 
 def _vllm(artifact: Artifact) -> Facts:

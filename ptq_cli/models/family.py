@@ -147,6 +147,8 @@ class Forward:
     gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
     centred: norms are LayerNorms, else RMSNorms
     rotary: queries and keys are turned by their positions
+    partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
+        families leave that key unread, as transformers does
     embedding_scaled: embeddings are multiplied by √hidden_size
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
@@ -158,6 +160,7 @@ class Forward:
     gated: bool = True
     centred: bool = False
     rotary: bool = True
+    partly: bool = False
     embedding_scaled: bool = False
     position_offset: int = 0
     position_counts: bool = False

@@ -43,8 +43,26 @@ SCALE_LIMITS = {
 SEARCH_RATIOS = tuple(float(ratio) for ratio in np.linspace(1.0, 0.35, 14))
 
 
-class ScaleOverflow(InputError):
-    """A scale is too large for the dtype it is stored in."""
+# The least scales that say enough: float16 has eight steps of its subnormals up to there.
+LEAST_SCALES = {"float16": 8 * 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+# What scales below that are stored as is not greater; `round_scales` lifts the least to it.
+TOO_SMALL = {**LEAST_SCALES, "float16": 7 * 2.0**-24}
+
+
+class ScaleMisfit(InputError):
+    """A scale, or an offset, is too large or too small for the dtype it is stored in.
+
+    module: the layer, as soon as that is known
+    """
+
+    module = ""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"module": self.module})
+
+
+class ScaleOverflow(ScaleMisfit):
+    """It is too large."""
 
 
 def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
@@ -70,6 +88,24 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     if np.minimum.reduce(scales, axis=None) == 0:
         rounded[scales == 0] = 1
     return rounded
+
+
+def first_small_scale(rounded: QuantizedWeight) -> tuple[int, int] | None:
+    """Row and group of the first scale that is too small for its dtype (what it decodes to are
+    zeros, or hardly a bit), or None. Groups of nothing but zeros have a scale of 1."""
+    small = rounded.scales.astype(np.float32) <= TOO_SMALL[rounded.grid.scale_dtype]
+    if not small.any():
+        return None
+    row, group = np.argwhere(small)[0]
+    return int(row), int(group)
+
+
+def too_small(group: FloatArray, grid: Grid) -> str:
+    """What is to be said of a group of weights whose scale is too small."""
+    low, high = (float(end) for end in (group.min(initial=0), group.max(initial=0)))
+    needed = max(-low, high) * 2 / grid.max_code if grid.sym else (high - low) / grid.max_code
+    least = LEAST_SCALES[grid.scale_dtype]
+    return f"a scale of {needed:.2g} is too small for {grid.scale_dtype} (at least {least:.2g})"
 
 
 def range_grid(low: FloatArray, high: FloatArray, grid: Grid) -> tuple[FloatArray, FloatArray]:

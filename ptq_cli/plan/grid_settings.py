@@ -55,7 +55,8 @@ class GridSettings:
     scale_dtype: str = field(
         default="auto",
         metadata={
-            "help": "What scales are stored in; auto: what the format wants, else float16.",
+            "help": "What scales are stored in; auto: what the format and loaders want, and a wider"
+            " range where a weight needs it.",
             "choices": ("auto", "float16", "bfloat16", "float32"),
         },
     )

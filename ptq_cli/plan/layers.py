@@ -42,8 +42,8 @@ def make_layer(
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
     values |= {key: own for key, own in rule_of(settings, tensor).items() if key in values}
     if values["scale_dtype"] == "auto":
-        computes_in = common.model_dtype(checkpoint.config, unstated=spec.dtype)
-        values["scale_dtype"] = fmt.scale_dtype(computes_in)
+        stated = common.stated_dtype(checkpoint.config)
+        values["scale_dtype"] = fmt.scale_dtype(stated or spec.dtype)
     grid = Grid(**values)
     if grid.narrow_range and not grid.sym:
         hint = "--no-narrow-range"

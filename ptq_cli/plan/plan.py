@@ -17,6 +17,7 @@ from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
+from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ def make_plan(
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
+    wanted = with_scale_dtypes(wanted, settings, fmt, checkpoint, sites)
     fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
     unread = expert_misfits(wanted, fmt, checkpoint.config, fused)
     kept = check_layers(wanted, fmt, settings.on_misfit, sites, unread)

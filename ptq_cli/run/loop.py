@@ -27,10 +27,12 @@ from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.calibration.source import Source, smoothed_source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
+from ptq_cli.numerics.rounding import ScaleMisfit
 from ptq_cli.report.report import make_report
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence
 from ptq_cli.run.output import is_placing, lay_out, staged_bytes, write_output
+from ptq_cli.run.scale_dtypes import find_scale_dtypes, found_before, with_scale_dtypes
 from ptq_cli.run.schedule import RunOptions, Task, run_tasks
 from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import smooth
@@ -39,6 +41,7 @@ from ptq_cli.run.work import BackgroundCopy, Quantization, Work
 from ptq_cli.run.workers import hire
 from ptq_cli.storage.folded import stage_folded
 from ptq_cli.storage.output import STATISTICS, Target
+from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
 
 WORTH_A_PROCESS = 1 << 22  # weights
@@ -51,20 +54,40 @@ def quantize(job: Quantization, staging: Staging, options: RunOptions) -> RunRep
         PtqError: what a unit met; those that are finished stay in `staging`.
     """
     begin = time.perf_counter()
-    plan, resources = job.plan, options.resources
     with threadpool_limits(1):
-        staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
-        shards = lay_out(staging, job, options.max_shard)
-        places = {} if shards is None else shards.places
-        store = replace(staging.store, places=places, placing=is_placing(plan, resources))
-        with BackgroundCopy(shards) as copy:
-            work = Work(job, staging, store, copy, options, job.checkpoint, job.source, job.plan)
-            _work_through(work)
+        work, shards = _finished_work(job, staging, options)
         report = _report(work, time.perf_counter() - begin)
         write_output(work, report, shards)
     staging.publish()
     seconds = time.perf_counter() - begin
     return replace(report, totals={**report.totals, "seconds": seconds})
+
+
+def _finished_work(
+    job: Quantization, staging: Staging, options: RunOptions
+) -> tuple[Work, Shards | None]:
+    """All units, done; begun anew where scales turn out not to fit the dtype they are stored in."""
+    found = found_before(staging)
+    while True:
+        planned = with_scale_dtypes(job, found)
+        try:
+            return _worked_through(planned, staging, options)
+        except ScaleMisfit as error:
+            found = find_scale_dtypes(planned, error, staging, found)
+
+
+def _worked_through(
+    job: Quantization, staging: Staging, options: RunOptions
+) -> tuple[Work, Shards | None]:
+    plan, resources = job.plan, options.resources
+    staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
+    shards = lay_out(staging, job, options.max_shard)
+    places = {} if shards is None else shards.places
+    store = replace(staging.store, places=places, placing=is_placing(plan, resources))
+    with BackgroundCopy(shards) as copy:
+        work = Work(job, staging, store, copy, options, job.checkpoint, job.source, plan)
+        _work_through(work)
+    return work, shards
 
 
 def _work_through(work: Work) -> None:

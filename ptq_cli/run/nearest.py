@@ -8,6 +8,7 @@ memory: a few rows at a time go from the file to the packed bytes while they are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.numerics.activations import absmax_scale, rounded_inputs
 from ptq_cli.numerics.output_errors import (
     Measures,
@@ -29,7 +30,14 @@ from ptq_cli.numerics.output_errors import (
     measure_rows,
 )
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
+from ptq_cli.numerics.rounding import (
+    ScaleMisfit,
+    blank,
+    first_small_scale,
+    round_rows,
+    round_to_nearest,
+    too_small,
+)
 
 
 def round_layer(
@@ -42,24 +50,29 @@ def round_layer(
     """The layer plainly rounded to nearest: the format's tensors, and its errors.
 
     outputs: [out_features], what the outputs are multiplied by before they are measured, or None
+
+    Raises:
+        ScaleMisfit: a scale is too large or too small for its dtype.
     """
     known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
-    if layer.grid.group_size == 0:
-        plain, measures = round_to_nearest(weight[:], layer.grid), None
-    elif fmt.by_rows(layer):
-        tensors, measures = _row_by_row(weight, layer, fmt, known)
-        if layer.activation is None or statistics is None:
-            return tensors, measures
-        unpacked = fmt.decode(layer, tensors)
+    with misfits_of(layer):
+        if layer.grid.group_size == 0:
+            plain, measures = round_to_nearest(weight[:], layer.grid), None
+        elif fmt.by_rows(layer):
+            tensors, measures = _row_by_row(weight, layer, fmt, known)
+            if layer.activation is None or statistics is None:
+                return tensors, measures
+            unpacked = fmt.decode(layer, tensors)
+            return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
+        else:
+            plain = blank(layer.shape, layer.grid)
+            measures = _measured(weight, known, plain.panel)
+        _refuse_small_scales(weight, plain)
+        tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
+        if measures is None or unpacked.offsets is not None:  # offsets decode to something else
+            measures = measure(weight[:], unpacked, **known)
         return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
-    else:
-        plain = blank(layer.shape, layer.grid)
-        measures = _measured(weight, known, plain.panel)
-    tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
-    if measures is None or unpacked.offsets is not None:  # offsets decode to something else
-        measures = measure(weight[:], unpacked, **known)
-    return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
 
 
 def as_run(
@@ -90,6 +103,29 @@ def as_run(
         heldout_rel_err=error(held, statistics.heldout_float) if len(held) else None,
         weight_rel_err=measures.error,
     )
+
+
+@contextmanager
+def misfits_of(layer: Layer) -> Iterator[None]:
+    """Let scales that do not fit say whose they are."""
+    try:
+        with stated_in(f"tensor {layer.tensor!r} {list(layer.full_shape)}"):
+            yield
+    except ScaleMisfit as error:
+        error.module = layer.module
+        raise
+
+
+def _refuse_small_scales(weight: Rows, rounded: QuantizedWeight, top: int = 0) -> None:
+    """Raises ScaleMisfit. rounded: of rows from `top` on"""
+    found = first_small_scale(rounded)
+    if found is None:
+        return
+    (row, group), grid = found, rounded.grid
+    if grid.group_size == 0:
+        raise ScaleMisfit(too_small(weight[:], grid))
+    own = weight[top + row : top + row + 1][:, grid.g_idx(weight.shape[1]) == group]
+    raise ScaleMisfit(f"row {top + row}: {too_small(own, grid)}")
 
 
 def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
@@ -127,6 +163,7 @@ def _row_by_row(
         return blank((panel.stop - panel.start, columns), layer.grid)
 
     def finish(panel: slice, rounded: QuantizedWeight) -> None:
+        _refuse_small_scales(weight, rounded, panel.start)
         part, _ = as_stored(_panel_of(layer, len(rounded.codes)), rounded, fmt)
         for name, values in part.items():
             tensors[name][panel] = values

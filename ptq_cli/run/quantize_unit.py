@@ -21,7 +21,14 @@ from ptq_cli.numerics.output_errors import Measures, Rows, measure
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
-from ptq_cli.run.nearest import as_run, as_stored, input_scale, inputs_of, round_layer
+from ptq_cli.run.nearest import (
+    as_run,
+    as_stored,
+    input_scale,
+    inputs_of,
+    misfits_of,
+    round_layer,
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,10 @@ def choose(
     if failure is not None or how.is_nearest(settings):
         return plain, replace(nearest, fallback=failure)
     weight = given.rows[:]
-    result = how.apply(weight, shared, layer.grid, settings, given.importance)
     scale = input_scale(layer, statistics)
-    tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
+    with misfits_of(layer):
+        result = how.apply(weight, shared, layer.grid, settings, given.importance)
+        tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
     measures = as_run(measures, weight, layer, unpacked, statistics, given.outputs)
     damp, notes = result.damp_percent, result.notes

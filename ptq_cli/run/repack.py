@@ -24,7 +24,6 @@ from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
 from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
 from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
@@ -32,6 +31,7 @@ from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
+from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.nearest import same_weight
 from ptq_cli.run.output import run_documents
@@ -80,11 +80,9 @@ def plan_repack(
     config = folder.checkpoint.config
     if every_expert_is_linear(config, fmt.name):
         folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
-    stated = config.get("dtype") or config.get("torch_dtype")
-    dtype = common.model_dtype(config) if stated else None
     wanted, misfits = {}, {}
-    for layer in folder.layers.values():
-        target = _target(replace(layer, dtype=dtype or layer.dtype), fmt, settings, symmetric)
+    for layer in layers_to_repack(folder):
+        target = _target(layer, fmt, settings, symmetric)
         misfit = fmt.misfit(target)
         if misfit is not None:
             misfit = replace(misfit, hint=_repack_hint(misfit.hint, layer))
@@ -172,8 +170,7 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     if settings.scale_dtype != "auto":
         return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
     if fmt.misfit(target) is not None:
-        other = replace(target, grid=replace(grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
-        return other if fmt.misfit(other) is None else target
+        return fitting(with_scales(target, fmt.scale_dtype(layer.dtype)), fmt, otherwise=target)
     return target
 
 

@@ -25,6 +25,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.output_errors import Measures
+from ptq_cli.numerics.rounding import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.report.report import row_error
@@ -190,7 +191,11 @@ class Group:
             if change > limit:
                 outcome = replace(tried, reason=f"the fold changes its outputs by {change:.2g}")
                 continue
-            after = self._errors(site, trial)
+            try:
+                after = self._errors(site, trial)
+            except ScaleMisfit:
+                outcome = replace(tried, reason="its scales do not fit with factors")
+                continue
             if self._accepted(before, after):
                 self.folds = trial
                 return replace(

@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Self
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.core.layer import Plan, Unit
+from ptq_cli.core.layer import Layer, Plan, Unit
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport
 from ptq_cli.models.experts import every_expert_is_linear
+from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.run.settle import Smoothing
@@ -30,6 +31,7 @@ from ptq_cli.storage.units import UnitStore
 class Quantization:
     """A planned quantization. (A plan without units is smoothed only.)
 
+    grid: its settings of the grid
     inputs: fingerprints of what is read, for quantization.json
     smoothing: the stage before the rounding, or None
     """
@@ -39,8 +41,15 @@ class Quantization:
     checkpoint: Checkpoint
     source: Source | None
     rounding: Rounding
+    grid: GridSettings
     inputs: Mapping[str, str]
     smoothing: Smoothing | None = None
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Those that are rounded, if only to judge a smoothing, by module."""
+        smoothed = () if self.smoothing is None else self.smoothing.layers.values()
+        return {layer.module: layer for layer in (*self.plan.layers, *smoothed)}
 
     @property
     def in_sequence(self) -> bool:

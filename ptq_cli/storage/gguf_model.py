@@ -1,8 +1,8 @@
 """A model as one GGUF file: names, types and row order on the way out and back.
 
-Matrices that are not quantized become F16, vectors F32; q and k of some families have their rows
-reordered inside each head, weights and biases alike. What is read back has the checkpoint's names
-and order.
+Matrices that are not quantized become F16 (F32 where that cannot hold them), vectors F32; q and k
+of some families have their rows reordered inside each head, weights and biases alike. What is read
+back has the checkpoint's names and order.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
+from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_LIMITS
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_document
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
@@ -149,13 +150,26 @@ def _metadata(
 
 
 def _dense(name: str, values: Array) -> Array:
-    """Matrices as F16, vectors as F32. Raises InputError where a value does not fit."""
-    dtype = np.float16 if values.ndim == 2 else np.float32
+    """A tensor in the type that it gets. Raises InputError where a value does not fit."""
+    kind = _dense_type(values)
     with np.errstate(over="ignore"):
-        result: Array = values.astype(dtype)
+        result: Array = values.astype(NUMPY_DTYPES[kind])
     if not np.isfinite(result).all():
-        raise InputError(f"tensor {name!r} holds values that float16 cannot", hint="--include it")
+        raise InputError(f"tensor {name!r} holds values that {kind} cannot", hint="--include it")
     return result
+
+
+def _dense_type(values: Array) -> str:
+    """F16 for a matrix, but F32 where float16 has no digits for one of its rows; F32 for vectors.
+
+    values: the tensor as it is stored
+    """
+    if values.ndim != 2 or values.dtype == np.float16:
+        return "F16" if values.ndim == 2 else "F32"
+    with np.errstate(over="ignore"):
+        largest = np.abs(values).max(axis=1, initial=0).astype(np.float32)
+    small = (largest > 0) & (largest < LEAST_SCALES["float16"])
+    return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
 
 
 def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
@@ -167,8 +181,7 @@ def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[Tenso
                 kind = block_type(layers[name].grid).name
                 yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
             elif not name.endswith(_DROPPED):
-                kind = "F16" if len(tensor.spec.shape) == 2 else "F32"
-                yield replace(tensor.spec, dtype=kind), tensor
+                yield replace(tensor.spec, dtype=_dense_type(_stored_values(tensor))), tensor
 
 
 def write_gguf_model(
@@ -200,8 +213,12 @@ def write_gguf_model(
 
 def _values(name: str, tensor: Bytes) -> Array:
     """Packed rows as bytes, dense tensors in the type they get."""
-    values = tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
+    values = _stored_values(tensor)
     return values if tensor.spec.dtype == "U8" else _dense(name, values)
+
+
+def _stored_values(tensor: Bytes) -> Array:
+    return tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
 
 
 def _verify(

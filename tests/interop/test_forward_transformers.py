@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
@@ -211,6 +212,46 @@ def test_the_keys_of_config_json_before_transformers_5(case: str, tmp_path: Any)
         config.pop(key, None)
     path.write_text(json.dumps({**config, **OLD_KEYS[case]}))
     assert relative_error(tmp_path) < 1e-4
+
+
+def with_partial_factor(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """config.json that asks for half of each head's channels, itself or in its `rope_parameters`
+    (Gemma 3 has some for each type of block)."""
+    if where == "config.json":
+        return {**config, "partial_rotary_factor": 0.5}
+    given = config["rope_parameters"]
+    if "rope_theta" in given:
+        return {**config, "rope_parameters": {**given, "partial_rotary_factor": 0.5}}
+    each = {kind: {**own, "partial_rotary_factor": 0.5} for kind, own in given.items()}
+    return {**config, "rope_parameters": each}
+
+
+@pytest.mark.parametrize("where", ["config.json", "rope_parameters"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "mistral window", "qwen2", "qwen3", "gemma2", "gemma3 types, cap", "phi3 window",
+     "mixtral", "qwen3_moe"],
+)  # fmt: skip
+def test_a_partial_factor_counts_where_transformers_reads_it(
+    case: str, where: str, tmp_path: Any
+) -> None:
+    random_model(tmp_path, *CASES[case])
+    path = tmp_path / "config.json"
+    changed = with_partial_factor(json.loads(path.read_text()), where)
+    path.write_text(json.dumps(changed))
+    assert relative_error(tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["llama linear", "llama dynamic", "llama llama3", "qwen2 yarn"])
+def test_a_partial_factor_that_transformers_cannot_run(case: str, tmp_path: Any) -> None:
+    random_model(tmp_path, *CASES[case])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "partial_rotary_factor": 0.5}))
+    tokens, mask = padded_batch()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        theirs(tmp_path, tokens, mask)
+    with pytest.raises(InputError, match="partial_rotary_factor"):
+        ours(tmp_path, tokens, mask)
 
 
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

@@ -250,12 +250,35 @@ def test_windows_fall_on_the_blocks_that_config_json_says() -> None:
         ({"rope_scaling": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["linear", "factor"]),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor", "4"]),
+        (
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            ["partial_rotary_factor", "0.5", "linear"],
+        ),
     ],
 )
 def test_what_is_not_known_is_said(change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         read_architecture({**LLAMA, **change})
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ],
+)
+@pytest.mark.parametrize(("kind", "turned"), [("llama", 8), ("qwen3_moe", 8), ("phi3", 4)])
+def test_only_phi3_turns_a_part_of_a_head(kind: str, turned: int, stray: Any) -> None:
+    experts = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 8}
+    config = {**LLAMA, "model_type": kind, "head_dim": 8, **experts, **stray}
+    (rope, *_) = (block.rope for block in read_architecture(config).blocks)
+    assert rope is not None
+    assert rope.dims == turned
 
 
 def test_tokens_out_of_range_are_said() -> None:

@@ -40,13 +40,13 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.config import declare, is_plain, recognise
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
 
 _NAME = "compressed-tensors"
 _LIMITS = common.Limits(
     bits=(2, 3, 4, 5, 6, 7, 8), scale_dtypes=tuple(common.SCALE_WORDS), activations=True
 )
-_HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # other dtypes hold every scale
+_HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # models of other dtypes hold every scale
 
 
 def _misfit(layer: Layer) -> Misfit | None:
@@ -62,10 +62,11 @@ def _misfit(layer: Layer) -> Misfit | None:
     if plain and grid.group_size > 0:
         reason = f"{_NAME} W8A8 has no groups of {grid.group_size} columns"
         return Misfit(reason, "--group-size -1")
-    held = _HELD.get(layer.dtype, _LIMITS.scale_dtypes)
+    model = layer.model_dtype or layer.dtype
+    held = _HELD.get(model, _LIMITS.scale_dtypes)
     if grid.scale_dtype not in held:
         return Misfit(
-            f"{_NAME} loaders cast scales to the model's {layer.dtype}, which cannot hold"
+            f"{_NAME} loaders cast scales to the model's {model}, which cannot hold"
             f" {grid.scale_dtype}",
             f"--scale-dtype {held[0]}",
         )
@@ -131,8 +132,16 @@ def _inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
             f"{layer.module}: static inputs want a scale from calibration, and there is none",
             hint="ptq calibrate, or dynamic inputs",
         )
-    dtype = SCALE_DTYPES[layer.grid.scale_dtype]
-    tensors: dict[str, Array] = {"input_scale": np.array([rounded.input_scale]).astype(dtype)}
+    dtype, least = SCALE_DTYPES[layer.grid.scale_dtype], LEAST_SCALES[layer.grid.scale_dtype]
+    with np.errstate(over="ignore"):
+        scale = np.array([rounded.input_scale]).astype(dtype)
+    if not least <= scale[0].astype(np.float64) < np.inf:
+        raise ScaleMisfit(
+            f"the scale of its inputs, {rounded.input_scale:.2g}, does not fit"
+            f" {layer.grid.scale_dtype}",
+            hint="--activation-scheme dynamic-token",
+        )
+    tensors: dict[str, Array] = {"input_scale": scale}
     if not layer.activation.sym:
         tensors["input_zero_point"] = _signed(np.array([rounded.input_zero], np.uint8))
     return tensors

@@ -16,5 +16,5 @@ FAMILY = Family(
         "original_max_position_embeddings": 4096, "sliding_window": None,
     },
     folds=Folds(values="q k v", inner="second half"),
-    forward=Forward(slides=lambda config, index: True),
+    forward=Forward(partly=True, slides=lambda config, index: True),
 )  # fmt: skip

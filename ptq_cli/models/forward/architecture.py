@@ -200,7 +200,7 @@ def _block(config: Config, family: Family, forward: Forward, prefix: str, index:
             role if before else role.replace("_in", "_sum"): _norm(config, family, base + name)
             for role, name in names.norms.items()
         },
-        rope=_rope(config, slides) if forward.rotary else None,
+        rope=_rope(config, forward, slides) if forward.rotary else None,
         window=_number(config, "sliding_window") if slides else None,
         scale=_scale(config, index),
     )
@@ -225,7 +225,7 @@ def _slides(config: Config, forward: Forward, index: int) -> bool:
     return bool(types[index] == "sliding_attention")
 
 
-def _rope(config: Config, slides: bool) -> Rope:
+def _rope(config: Config, forward: Forward, slides: bool) -> Rope:
     """transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
     `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only."""
     local = config.get("local_rope_theta") if slides else None
@@ -237,12 +237,31 @@ def _rope(config: Config, slides: bool) -> Rope:
     if parameters.get("rope_theta") is None:
         parameters["rope_theta"] = local or config["rope_theta"]
     parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    if not forward.partly:
+        _leave_unread(parameters)
     return read_rope(
         parameters,
         config["head_dim"],
         _number(config, "max_position_embeddings"),
         config.get("original_max_position_embeddings"),
     )
+
+
+def _leave_unread(parameters: dict[str, Any]) -> None:
+    """Drop the partial factor, which the family does not know: transformers reads it only where
+    frequencies are stretched, and its forward then fails, as they are fewer than a head has.
+
+    Raises:
+        InputError: such a stretching.
+    """
+    factor = parameters.pop("partial_rotary_factor")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if factor != 1 and kind != "default":
+        raise InputError(
+            f"config.json's partial_rotary_factor {factor} has no meaning with rotary embeddings of"
+            f" type {kind!r} in this family; transformers cannot run it either",
+            hint="remove partial_rotary_factor from config.json",
+        )
 
 
 def _experts(config: Config, names: ExpertNames | None, base: str, index: int) -> Experts | None:
