@@ -61,12 +61,13 @@ def block_sites(family: Family, tensors: Specs) -> BlockSites:
 
 
 def kinds(family: Family) -> tuple[Kind, ...]:
-    """The sites of each kind of block, by inner names; none where the family has no folds."""
-    if (folds := family.folds) is None:
-        return ()
-    own = {"plus_one": family.plus_one, "transposed": family.transposed}
+    """The sites of each kind of block, by inner names."""
+    folds = family.folds
     return tuple(
-        tuple(replace(site, **own) for site in _merged((*attention, *mlp)))
+        tuple(
+            replace(site, plus_one=family.plus_one, transposed=family.transposed)
+            for site in _merged((*attention, *mlp))
+        )
         for norms in (family.names.norms, *folds.norms)
         for names in (replace(family.names, norms=norms),)
         for attention in folds.attentions or (attention_sites(names, folds),)
@@ -84,7 +85,8 @@ def attention_sites(names: Names, folds: Folds) -> Kind:
 
 def _mlps(names: Names, folds: Folds) -> list[Kind]:
     """The MLP, and the experts that stand in its place."""
-    norm, found = names.norms.get("mlp_in"), []
+    norm = names.norms.get("mlp_in")
+    found: list[Kind] = []
     if names.mlp_in:
         behind = _behind_linear(names.mlp_out, names.mlp_in[-1], folds)
         found.append((_behind_norm(names.mlp_in, norm, folds), behind))

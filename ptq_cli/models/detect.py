@@ -19,9 +19,8 @@ from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
 from ptq_cli.models.family import Condition, Config, Family, FamilySite, model_type, text_config
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
 
-_KNOWN = [family for family in FAMILIES if family.folds is not None]
-_BY_NAME = {family.name: family for family in _KNOWN}
-_BY_MODEL_TYPE = {kind: family for family in _KNOWN for kind in family.model_types}
+_BY_NAME = {family.name: family for family in FAMILIES}
+_BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,8 @@ def _choose(specs: Specs, kind: str | None) -> tuple[Family | None, tuple[str, .
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind], ()
     if kind is not None:
-        known = any(kind in family.model_types for family in FAMILIES)
-        what = f"the sites of model_type {kind!r} are" if known else f"model_type {kind!r} is"
-        return None, (f"{what} not known; [[sites]] in a recipe name its sites",)
+        message = f"model_type {kind!r} is not known; [[sites]] in a recipe name its sites"
+        return None, (message,)
     for family in TOLD_BY_NAMES:
         if _has_vocabulary(specs, family) and any(_fits(b, specs) for b in _blocks(specs, family)):
             return family, (_doubt(family),)

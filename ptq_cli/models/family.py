@@ -1,8 +1,8 @@
 """What is known of a family of models, as one record: names, folds, the forward, names in GGUF.
 
 A family is one file of models/families/, which holds one `Family`. Shared code reads its fields and
-never asks which family it is. What a family lacks is None: without `folds` its sites are not found,
-without `forward` there are no `--tokens`, without `gguf` it has no place in a GGUF file.
+never asks which family it is. What a family lacks is None: without `forward` there are no
+`--tokens`, without `gguf` it has no place in a GGUF file.
 
 Names are as in transformers' modeling files, checked against them in tests/interop.
 """
@@ -230,6 +230,7 @@ class Family:
 
     name: str
     names: Names
+    folds: Folds
     other_types: tuple[str, ...] = ()
     transposed: bool = False
     own_class: bool = False
@@ -237,7 +238,6 @@ class Family:
     vocabularies: tuple[int, ...] = ()
     defaults: Config = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
-    folds: Folds | None = None
     forward: Forward | None = None
     gguf: str | None = None
     gguf_permuted: bool = False
