@@ -108,7 +108,7 @@ class Group:
     def __init__(self, job: Smoothing, sites: Sequence[Site], source: Source) -> None:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
-        self.inputs = SiteInputs(source, job.heldout[1])
+        self.inputs = SiteInputs(source)
         self._prepared: tuple[Any, Any] = (None, None)
         self.rtn: dict[str, Measures] = {}
 

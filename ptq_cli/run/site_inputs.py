@@ -10,10 +10,9 @@ from numpy import float32
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.calibration.streams import Ahead
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.models.sites import Site, SiteLinear
-from ptq_cli.numerics.statistics import merge, smoothed
+from ptq_cli.numerics.statistics import smoothed
 
 KEPT = 4  # statistics held at a time: the experts of a mixture have too many
 
@@ -21,13 +20,10 @@ Fold = tuple[Site, NDArray[float32]]
 
 
 class SiteInputs:
-    """An expert sees the tokens routed to it, every other linear of a site all of them.
+    """An expert sees the tokens routed to it, every other linear of a site all of them."""
 
-    heldout_limit: how many tokens are held out at most
-    """
-
-    def __init__(self, source: Source | Ahead, heldout_limit: int) -> None:
-        self.source, self.heldout_limit = source, heldout_limit
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self._names = {x: name for name, info in source.sites.items() for x in info.linears}
         self._loaded: dict[tuple[str, ...], SiteStatistics] = {}
 
@@ -59,4 +55,4 @@ class SiteInputs:
 
     def _load(self, names: tuple[str, ...]) -> SiteStatistics:
         parts = (replace(self.source.load(name), site=names[0]) for name in names)
-        return reduce(lambda a, b: merge(a, b, self.heldout_limit), parts)
+        return reduce(self.source.merged, parts)
