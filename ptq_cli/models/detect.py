@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.core.text import nearest_or_all
@@ -49,11 +50,11 @@ class _Block:
         """The family's sites with full names."""
         return [site.named(lambda module: self.path + module) for site in self.inner.sites]
 
-    @property
+    @cached_property
     def experts(self) -> frozenset[str]:
         return frozenset(self.path + expert for expert in self.inner.experts)
 
-    @property
+    @cached_property
     def strangers(self) -> list[str]:
         """Tensors of the block that the family does not know."""
         names = self.family.names
