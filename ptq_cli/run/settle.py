@@ -68,7 +68,8 @@ class Smoothing:
     @property
     def tensors(self) -> set[str]:
         """What a fold may change."""
-        return {tensor for site in self.sites for tensor in site.tensors}
+        fed = (site for site in self.sites if site.feeder is not None)
+        return {tensor for site in fed for tensor in site.tensors}
 
 
 def site_memory(job: Smoothing, site: Site) -> int:
