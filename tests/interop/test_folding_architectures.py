@@ -13,7 +13,7 @@ import pytest
 
 from ptq_cli.calibration.sites import model_sites
 from ptq_cli.numerics.smoothquant import tied
-from ptq_cli.storage.folder import open_float
+from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import write_model
 from tests.folds import fold_site
 from tests.interop.tiny_models import _DELTA, _LATENT, ENDS, EXPERTS, HEADS, MODELS, _causal
@@ -61,6 +61,7 @@ LEFT = {
     "falcon_one_norm": (6, 2), "falcon_relu": (6, 0), "falcon_two_norms": (8, 2),
     "gemma3": (24, 0), "gemma3n_text": (28, 16), "gpt2": (8, 2), "gpt_neox": (8, 2),
     "gpt_neox_in_sequence": (8, 0), "gpt_oss": (6, 2), "llama4_text": (8, 1), "mixtral": (14, 0),
+    "mixtral_stacked": (14, 0), "qwen3_moe_stacked": (14, 0),
     "olmo2": (8, 4), "olmo3": (8, 4), "opt": (8, 0), "qwen2_moe": (16, 0),
     "qwen2_moe_some_dense": (12, 0), "qwen3_moe": (14, 0), "qwen3_next": (32, 3),
     "qwen3_next_some_dense": (24, 3), "smollm3": (16, 0), "starcoder2": (8, 2),
@@ -103,7 +104,7 @@ def test_a_folded_checkpoint_computes_the_same(tmp_path: Path, wide: None, name:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "before")
-    checkpoint = open_float(tmp_path / "before")
+    checkpoint = open_checkpoint(tmp_path / "before")
     tensors = {tensor: checkpoint.read(tensor) for tensor in checkpoint.tensors}
     sites = model_sites(checkpoint).sites
     left = sum(site.feeder is None for site in sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import ptq_cli
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import folded_checkpoint, read_folds
 from ptq_cli.storage.tokens import TokenSettings
-from tests.builders import ptq
+from tests.builders import ptq, write_model
 from tests.run.test_in_sequence import moe_folder
 
 MOE = "model.layers.{}.block_sparse_moe."
@@ -114,3 +115,44 @@ def test_float_weights_of_a_mixture_are_smoothed(tmp_path: Path, model: Path) ->
     assert {site["reason"] for site in left} == {"no statistics of its inputs"}
     assert all(site["site"].endswith("w2") for site in left)
     assert max(site["function_change"] or 0 for site in report.sites) < 1e-6
+
+
+def test_experts_that_stay_one_tensor_are_not_folded(tmp_path: Path) -> None:
+    """The norm before them stays too; the rest of the block is smoothed."""
+    rng, base = np.random.default_rng(6), "model.layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        **{f"{base}self_attn.{n}_proj.weight": (32, 32) for n in "qkvo"},
+        **{f"{base}{n}_layernorm.weight": (32,) for n in ("input", "post_attention")},
+        f"{base}mlp.router.weight": (2, 32), f"{base}mlp.router.bias": (2,),
+        f"{base}mlp.experts.gate_up_proj": (2, 32, 96), f"{base}mlp.experts.down_proj": (2, 48, 32),
+        f"{base}mlp.experts.gate_up_proj_bias": (2, 96),
+        f"{base}mlp.experts.down_proj_bias": (2, 32),
+        f"{base}self_attn.sinks": (4,),
+    }  # fmt: skip
+    model = tmp_path / "model"
+    model.mkdir()
+    tensors = {n: rng.uniform(0.5, 1.5, shape).astype(np.float32) for n, shape in shapes.items()}
+    write_model(model / "model.safetensors", tensors)
+    config = {"model_type": "gpt_oss", "num_attention_heads": 4, "num_local_experts": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    inputs = tmp_path / "activations"
+    inputs.mkdir()
+    names = [f"{base}self_attn.q_proj", f"{base}self_attn.o_proj", f"{base}mlp.router"]
+    names += [f"{base}mlp.experts.{e}.{n}_proj" for e in (0, 1) for n in ("gate", "down")]
+    for name in names:
+        width = 48 if name.endswith("down_proj") else 32
+        np.save(inputs / f"{name}.npy", rng.standard_normal((90, width)).astype(np.float32))
+    words = ("--bits", 16, "--activation-scheme", "none", "--activations", inputs, "--json")
+    outcome = ptq("smoothquant", model, *words, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert folded_sites(outcome.document) == [f"{base}self_attn.q_proj", f"{base}self_attn.o_proj"]
+    reasons = {site["site"]: site["reason"] for site in outcome.document["sites"]}
+    assert "one tensor of all experts" in reasons[f"{base}mlp.router"]
+    written = open_checkpoint(tmp_path / "out")
+    assert written.tensors.keys() == tensors.keys()
+    for name in (
+        "post_attention_layernorm.weight",
+        "mlp.router.weight",
+        "mlp.experts.gate_up_proj",
+    ):
+        np.testing.assert_array_equal(written.read(base + name), tensors[base + name])
