@@ -26,6 +26,7 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats import ptq
 from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
+from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
@@ -303,13 +304,18 @@ def families() -> str:
     return _table(head, rows) + "\n"
 
 
+def _counted(counts: Iterable[int]) -> str:
+    """Of each kind of block."""
+    return " or ".join(map(str, sorted(set(counts))))
+
+
 def _family(family: Family) -> list[str]:
-    folds = [pattern for pattern in family.sites if pattern.reason is None]
+    blocks = kinds(family)
     return [
         family.name,
         ", ".join(f"`{kind}`" for kind in family.model_types),
-        str(len(family.sites) or "with `[[sites]]`"),
-        str(len(folds) or "with `[[sites]]`"),
+        _counted(len(kind) for kind in blocks),
+        _counted(sum(site.reason is None for site in kind) for kind in blocks),
         "yes" if family.forward else "no",
         f"`{family.gguf}`" if family.gguf else "no",
     ]

@@ -4,7 +4,7 @@ smoothed float weights themselves."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ptq_cli.core.plugins import Smoother
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
-from ptq_cli.models.sites import require_whole
+from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
@@ -189,11 +189,15 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sit
 
 
 def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
-    as_run = [dataclasses.replace(layer, activation=told.activation) for layer in plan.layers]
+    layers = {
+        layer.tensor: dataclasses.replace(layer, activation=told.activation)
+        for layer in plan.layers
+    }
+    written = set() if told.floats else layers.keys()
     return Smoothing(
         checkpoint=checkpoint,
-        sites=sites.sites,
-        layers={layer.tensor: layer for layer in as_run},
+        sites=tuple(_left_fused(site, checkpoint, written) for site in sites.sites),
+        layers=layers,
         smoother=told.how,
         settings=told.own,
         rounding=told.rounding,
@@ -201,3 +205,14 @@ def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan
         compare=told.rivals,
         stored=told.floats,
     )
+
+
+def _left_fused(site: Site, checkpoint: Checkpoint, rounded: Collection[str]) -> Site:
+    """The site without a feeder where a fold would change experts that are written as they are
+    stored, in one tensor of all."""
+    for name in site.tensors if site.feeder is not None else ():
+        stored = checkpoint.tensors[name].part_of
+        if stored is not None and f"{name.rpartition('.')[0]}.weight" not in rounded:
+            reason = f"{stored.spec.name} stays as it is, one tensor of all experts"
+            return dataclasses.replace(site, feeder=None, reason=reason)
+    return site

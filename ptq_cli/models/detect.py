@@ -10,16 +10,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Config, Family, FamilySite, model_type, text_config
+from ptq_cli.models.block_sites import BlockSites, block_sites, kinds
+from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
+from ptq_cli.models.family import Condition, Config, Family, FamilySite, model_type, text_config
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
 
-_KNOWN = [family for family in FAMILIES if family.folds is not None]
-_BY_NAME = {family.name: family for family in _KNOWN}
-_BY_MODEL_TYPE = {kind: family for family in _KNOWN for kind in family.model_types}
+_BY_NAME = {family.name: family for family in FAMILIES}
+_BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,37 @@ class Sites:
 @dataclass(frozen=True)
 class _Block:
     """A decoder block of a family: `path` with its dot ("model.layers.3."), `beside`, the prefix of
-    what stands beside the blocks ("model."), and the inner names of its tensors."""
+    what stands beside the blocks ("model."), the inner names of its tensors, and its sites by inner
+    names."""
 
     family: Family
     path: str
     beside: str
     tensors: frozenset[str]
+    inner: BlockSites
 
     @property
     def patterns(self) -> list[FamilySite]:
         """The family's sites with full names."""
-        return [site.named(lambda module: self.path + module) for site in self.family.sites]
+        return [site.named(lambda module: self.path + module) for site in self.inner.sites]
 
-    @property
+    @cached_property
+    def experts(self) -> frozenset[str]:
+        return frozenset(self.path + expert for expert in self.inner.experts)
+
+    @cached_property
     def strangers(self) -> list[str]:
         """Tensors of the block that the family does not know."""
-        sites, names = self.family.sites, self.family.names
-        modules = [module for site in sites for module in (*site.linears, site.norm)]
+        names = self.family.names
+        modules = (*self.inner.modules, *names.dense)
         known = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
-        return sorted(self.tensors - known - {*names.other_norms, *names.buffers})
+        known |= {*names.other_norms, *names.buffers, *self.inner.stacked}
+        return sorted(self.tensors - known)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all linears of its kind."""
+        return self.tensors.issuperset(f"{linear}.weight" for linear in self.inner.linears)
 
 
 def find_sites(specs: Specs, config: Config | None = None, family: str | None = None) -> Sites:
@@ -100,10 +114,9 @@ def _choose(specs: Specs, kind: str | None) -> tuple[Family | None, tuple[str, .
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind], ()
     if kind is not None:
-        known = any(kind in family.model_types for family in FAMILIES)
-        what = f"the sites of model_type {kind!r} are" if known else f"model_type {kind!r} is"
-        return None, (f"{what} not known; [[sites]] in a recipe name its sites",)
-    for family in _KNOWN:
+        message = f"model_type {kind!r} is not known; [[sites]] in a recipe name its sites"
+        return None, (message,)
+    for family in TOLD_BY_NAMES:
         if _has_vocabulary(specs, family) and any(_fits(b, specs) for b in _blocks(specs, family)):
             return family, (_doubt(family),)
     return None, ("the tensors' names fit no family; [[sites]] in a recipe name the sites",)
@@ -111,7 +124,7 @@ def _choose(specs: Specs, kind: str | None) -> tuple[Family | None, tuple[str, .
 
 def _doubt(family: Family) -> str:
     """What is said of a family that was told by names alone."""
-    alike = [other for other in _KNOWN if other.names == family.names]
+    alike = [other for other in TOLD_BY_NAMES if other.names == family.names]
     if len(alike) == 1:
         return f"without config.json, taken for {family.name} by its tensors' names"
     *names, last = (other.name for other in sorted(alike, key=lambda other: other.plus_one))
@@ -139,23 +152,31 @@ def _fits(block: _Block, specs: Specs) -> bool:
 def _blocks(specs: Specs, family: Family) -> list[_Block]:
     """Blocks under every prefix where at least one has all linears of the family."""
     inside = re.compile(rf"(|.*?\.){re.escape(family.names.blocks)}\.(\d+)\.(.+)")
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for match in map(inside.fullmatch, specs):
+    found: dict[str, dict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+    for name, match in ((name, inside.fullmatch(name)) for name in specs):
         if match:
-            found[match[1]][int(match[2])].add(match[3])
-    linears = {f"{linear}.weight" for site in family.sites for linear in site.linears}
-    return [
-        _Block(family, f"{prefix}{family.names.blocks}.{number}.", prefix, frozenset(tensors))
-        for prefix, numbered in sorted(found.items())
-        if any(tensors >= linears for tensors in numbered.values())
-        for number, tensors in sorted(numbered.items())
-    ]
+            found[match[1]][int(match[2])][match[3]] = specs[name]
+    blocks = []
+    for prefix, numbered in sorted(found.items()):
+        own = [
+            _Block(family, path, prefix, frozenset(tensors), block_sites(family, tensors))
+            for number, tensors in sorted(numbered.items())
+            for path in (f"{prefix}{family.names.blocks}.{number}.",)
+        ]
+        if any(block.whole for block in own):
+            blocks += own
+    return blocks
 
 
 def _sites(block: _Block, settings: Config | None, specs: Specs) -> list[Site]:
     heads = _heads(block, settings, specs)
     return [
-        make_site(replace(pattern, heads=heads), specs, _obstacle(block, pattern, settings, specs))
+        make_site(
+            replace(pattern, heads=heads),
+            specs,
+            _obstacle(block, pattern, settings, specs),
+            block.experts,
+        )
         for pattern in block.patterns
     ]
 
@@ -188,13 +209,13 @@ def _heads(block: _Block, settings: Config | None, specs: Specs) -> int:
     names, transposed = block.family.names, block.family.transposed
     norm = specs.get(f"{block.path}{names.norms.get('q')}.weight")
     output = specs.get(f"{block.path}{names.output}.weight")
-    if norm is None or output is None or not norm.shape[0]:
+    if norm is None or output is None or not norm.shape[-1]:
         return 0
-    return output.shape[0 if transposed else -1] // norm.shape[0]
+    return output.shape[0 if transposed else -1] // norm.shape[-1]
 
 
 def _assumed(family: Family) -> tuple[str, ...]:
     """What conditions were taken for granted, once each, without config.json."""
-    conditions = (pattern.condition for pattern in family.sites)
+    conditions: list[Condition | None] = [site.condition for kind in kinds(family) for site in kind]
     taken = {c.key: c.value for c in conditions if c is not None and c.published}
     return tuple(f"{key} is taken for {value}: no config.json" for key, value in taken.items())

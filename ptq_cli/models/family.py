@@ -1,8 +1,8 @@
 """What is known of a family of models, as one record: names, folds, the forward, names in GGUF.
 
 A family is one file of models/families/, which holds one `Family`. Shared code reads its fields and
-never asks which family it is. What a family lacks is None: without `folds` its sites are not found,
-without `forward` there are no `--tokens`, without `gguf` it has no place in a GGUF file.
+never asks which family it is. What a family lacks is None: without `forward` there are no
+`--tokens`, without `gguf` it has no place in a GGUF file.
 
 Names are as in transformers' modeling files, checked against them in tests/interop.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from ptq_cli.models.sites import Layout, SitePattern
@@ -32,6 +31,8 @@ class ExpertNames:
     fused_by_loaders: runtimes take the experts one by one and fuse them when they load them; else
         only those that read the formats of `linears_in` take them one by one, and every expert is
         then a Linear of theirs, also where it is left dense
+    shared: an expert that every token goes through, with the same linears inside
+    shared_gate: weighs it, and is as little a Linear
     """
 
     router: str
@@ -41,6 +42,13 @@ class ExpertNames:
     interleaved: bool = False
     fused_by_loaders: bool = True
     linears_in: tuple[str, ...] = ()
+    shared: str = ""
+    shared_gate: str = ""
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The modules that weigh experts, and see what they see."""
+        return (self.router, self.shared_gate) if self.shared_gate else (self.router,)
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,9 @@ class Names:
         the linears before and behind the blocks where the embedding is narrower
     head: the output's linear, from the root
     alike: further linears of a block that share an input, one tuple each
-    dense: further modules of a block that stay in floating point: no Linear of the runtimes
-        (routers, gates of shared experts), or too narrow to be worth it
-    buffers: tensors that may lie in a block and are no weights
+    dense: further modules of a block that stay in floating point: no Linear of the runtimes, or too
+        narrow to be worth it
+    buffers: further tensors that may lie in a block and read the inputs of none of its linears
     marks: tensors that tell the family from others by names alone, beside its norms
     """
 
@@ -91,7 +99,7 @@ class Names:
     @property
     def routers(self) -> tuple[str, ...]:
         """Modules of a block that are never quantized unless asked for."""
-        return (*((self.experts.router,) if self.experts else ()), *self.dense)
+        return (*(self.experts.routers if self.experts else ()), *self.dense)
 
     @property
     def other_norms(self) -> tuple[str, ...]:
@@ -119,13 +127,27 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class FamilySite(SitePattern):
+    """A site by the names that its modules have inside a block, "{}" for the number of an expert.
+
+    condition: when it may take factors; reason: why nothing takes them
+    """
+
+    condition: Condition | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Folds:
     """Where a block takes the factors of smoothing: the norms before qkv and mlp_in, the last of
-    qkv for `output`, the last of mlp_in for `mlp_out`.
+    qkv for `output`, the last of mlp_in for `mlp_out` (models/block_sites.py).
 
     values, inner: how the outputs of these two linears are laid out; see models/sites.py
     norm_if, inner_if: when the norms, and the last of mlp_in, may take factors
     inner_reason: why mlp_out can have none
+    attentions: the sites of each kind of attention, of which a block has one; none: only that of
+        qkv and output
+    norms: the norms of further kinds of blocks, by role
     """
 
     values: Layout = "heads"
@@ -133,6 +155,8 @@ class Folds:
     norm_if: Condition | None = None
     inner_if: Condition | None = None
     inner_reason: str | None = None
+    attentions: tuple[tuple[FamilySite, ...], ...] = ()
+    norms: tuple[Mapping[str, str], ...] = ()
 
 
 def behind(activation: str) -> str:
@@ -167,17 +191,6 @@ class Forward:
     biases: Mapping[str, bool | str] = field(default_factory=dict)
     slides: Callable[[Config, int], bool] = lambda config, index: False
     by_type: bool = False
-
-
-@dataclass(frozen=True)
-class FamilySite(SitePattern):
-    """A site by the names that its modules have inside a block.
-
-    condition: when it may take factors; reason: why nothing takes them
-    """
-
-    condition: Condition | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,7 @@ class Family:
 
     name: str
     names: Names
+    folds: Folds
     other_types: tuple[str, ...] = ()
     transposed: bool = False
     own_class: bool = False
@@ -227,7 +241,6 @@ class Family:
     vocabularies: tuple[int, ...] = ()
     defaults: Config = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
-    folds: Folds | None = None
     forward: Forward | None = None
     gguf: str | None = None
     gguf_permuted: bool = False
@@ -243,26 +256,6 @@ class Family:
             if settings.get(word) is None:
                 settings[word] = settings.get(key)
         return settings
-
-    @property
-    def sites(self) -> tuple[FamilySite, ...]:
-        """The sites of a block in the order they are computed; none without `folds`."""
-        names, folds = self.names, self.folds
-        if folds is None:
-            return ()
-        site = partial(FamilySite, plus_one=self.plus_one, transposed=self.transposed)
-        return (
-            site(names.qkv, norm=names.norms["attention_in"], condition=folds.norm_if),
-            site((names.output,), after=names.qkv[-1], layout=folds.values),
-            site(names.mlp_in, norm=names.norms["mlp_in"], condition=folds.norm_if),
-            site(
-                (names.mlp_out,),
-                after="" if folds.inner_reason else names.mlp_in[-1],
-                layout=folds.inner,
-                condition=folds.inner_if,
-                reason=folds.inner_reason,
-            ),
-        )
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -143,7 +143,7 @@ def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tu
     sites: the model's, as far as they are known; modules in none of them go by their names
     """
     places: dict[str, tuple[object, int]] = {
-        linear.module: (site.name, place)
+        linear.module: ((site.name, linear.expert), place)
         for site in sites
         for place, linear in enumerate(site.linears)
     }

@@ -20,7 +20,7 @@ only an activation with `act(z / s) = act(z) / s` will do: relu.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 
-Layout = Literal["all", "second half", "heads", "q k v", "q k v per head"]
+Layout = Literal["all", "second half", "heads", "q k v", "q k v per head", "k v per head"]
 Specs = Mapping[str, TensorSpec]
 
 
@@ -52,11 +52,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class SiteLinear:
-    """A linear of a site. transposed: stored [in_features, out_features] (GPT-2's Conv1D)."""
+    """A linear of a site.
+
+    transposed: stored [in_features, out_features] (GPT-2's Conv1D)
+    expert: the expert that it is in, which sees some of the site's tokens only
+    """
 
     module: str
     tensor: str
     transposed: bool = False
+    expert: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,23 @@ def require_whole(sites: tuple[Site, ...]) -> None:
             raise InputError(f"site {site.name}: {site.reason}", hint=hint)
 
 
-def make_site(pattern: SitePattern, specs: Specs, obstacle: str | None = None) -> Site:
+def make_site(
+    pattern: SitePattern,
+    specs: Specs,
+    obstacle: str | None = None,
+    experts: Collection[str] = (),
+) -> Site:
     """The site of a pattern of full names; without a feeder where its tensors do not fit.
 
     obstacle: why nothing takes factors, where that is known beforehand
+    experts: modules that see the tokens routed to them only
     """
-    linears = tuple(SiteLinear(m, f"{m}.weight", pattern.transposed) for m in pattern.linears)
+    linears = tuple(
+        SiteLinear(module, f"{module}.weight", pattern.transposed, inside if among else "")
+        for module in pattern.linears
+        for inside in (module.rpartition(".")[0],)
+        for among in (inside in experts,)
+    )
     present = [linear.module for linear in linears if linear.tensor in specs]
     width = pattern.shape(present[0], specs)[-1] if present else 0
     feeder = misfit(pattern, specs) or obstacle or _feeder(pattern, specs, width)
@@ -213,11 +229,12 @@ def rows_of(layout: Layout, outputs: int, in_features: int, heads: int | None) -
 
     layout: "all" output j feeds input j; "second half" of [gate | up]; "heads" value heads, each
         read by as many heads as there are more of them; "q k v" the last part of [q | k | v];
-        "q k v per head" [head, 3, head_dim] (BLOOM)
+        "q k v per head" [value head, its queries + 2, head_dim] (BLOOM, Falcon); "k v per head"
+        [head, key size + value size], the sizes differ (DeepSeek)
     heads: attention heads; needed where value heads are fewer, and per head
     """
     mismatch = f"{outputs} outputs of the linear before it do not map onto {in_features} inputs"
-    times = {"all": 1, "second half": 2, "q k v per head": 3}  # outputs for each input
+    times = {"all": 1, "second half": 2}  # outputs for each input
     if layout in times and outputs != times[layout] * in_features:
         return mismatch
     if layout == "all":
@@ -225,20 +242,24 @@ def rows_of(layout: Layout, outputs: int, in_features: int, heads: int | None) -
     if layout == "second half":
         return Rows(in_features, in_features, in_features)
     values, odd, offset = outputs, 0, 0
-    if layout == "q k v":
+    if layout in ("q k v", "q k v per head"):
         values, odd = divmod(outputs - in_features, 2)
         offset = in_features + values
     if values <= 0 or odd:
         return mismatch
-    if values == in_features:
+    if values == in_features and layout in ("heads", "q k v"):
         return Rows(offset, in_features, in_features)
     if heads is None:
         return "the number of attention heads is not known without config.json"
     if heads < 1 or in_features % heads:
         return f"{heads} attention heads do not divide {in_features} inputs"
     width = in_features // heads
-    if layout == "q k v per head":
-        return Rows(2 * width, width, 3 * width)
+    if layout == "k v per head":
+        both, rest = divmod(outputs, heads)
+        return mismatch if rest or both < width else Rows(both - width, width, both)
     if values % width or heads % (values // width):
         return mismatch
-    return Rows(offset, width, width, repeat=in_features // values)
+    repeat = in_features // values
+    if layout == "q k v per head":
+        return Rows((repeat + 1) * width, width, (repeat + 2) * width, repeat)
+    return Rows(offset, width, width, repeat)

@@ -6,6 +6,7 @@ than without; what a fold does to the float model's function is measured on the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -19,7 +20,6 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Smoother, SmoothingCase
 from ptq_cli.core.report import LayerReport
-from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
@@ -27,14 +27,12 @@ from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.output_errors import Measures
 from ptq_cli.numerics.rounding import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
-from ptq_cli.numerics.statistics import smoothed
 from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer
 from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose
+from ptq_cli.run.site_inputs import Fold, SiteInputs
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
-
-Fold = tuple[Site, NDArray[np.float32]]
 
 TRIES = 4  # proposals of a search that are tried before a site is left alone
 
@@ -68,7 +66,8 @@ class Smoothing:
     @property
     def tensors(self) -> set[str]:
         """What a fold may change."""
-        return {tensor for site in self.sites for tensor in site.tensors}
+        fed = (site for site in self.sites if site.feeder is not None)
+        return {tensor for site in fed for tensor in site.tensors}
 
 
 def site_memory(job: Smoothing, site: Site) -> int:
@@ -108,7 +107,7 @@ class Group:
     def __init__(self, job: Smoothing, sites: Sequence[Site], source: Source) -> None:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
-        self._statistics: dict[str, SiteStatistics] = {}
+        self.inputs = SiteInputs(source)
         self._prepared: tuple[Any, Any] = (None, None)
         self.rtn: dict[str, Measures] = {}
 
@@ -116,7 +115,8 @@ class Group:
         """Find the factors; what there is to say about the group, as JSON."""
         fmt = self.job.rounding.fmt
         for site, linear in self._linears():
-            layer, statistics = self.job.layers[linear.tensor], self.statistics(site, ())
+            layer = self.job.layers[linear.tensor]
+            statistics = self.inputs.statistics(site, (), linear)
             _, self.rtn[linear.module] = round_layer(
                 self.weight(linear, ()), layer, fmt, statistics
             )
@@ -134,21 +134,10 @@ class Group:
             (site, linear)
             for site in self.sites
             for linear in site.linears
-            if linear.tensor in self.job.layers and self.statistics(site, ()) is not None
+            if linear.tensor in self.job.layers and self.inputs.known(linear, site)
         ]
 
     # ---- what is read, with the folds made so far ----
-
-    def statistics(self, site: Site, folds: Sequence[Fold]) -> SiteStatistics | None:
-        """Of the site's inputs behind its own fold, if there is one."""
-        if site.name not in self._statistics:
-            of_linear = {x: s for s, i in self.source.sites.items() for x in i.linears}
-            name = next((of_linear[x.module] for x in site.linears if x.module in of_linear), None)
-            if name is None:
-                return None
-            self._statistics[site.name] = self.source.load(name)
-        own = [factors for other, factors in folds if other is site]
-        return smoothed(self._statistics[site.name], own[0]) if own else self._statistics[site.name]
 
     def weight(
         self, linear: SiteLinear, folds: Sequence[Fold], stored: bool = False
@@ -167,7 +156,7 @@ class Group:
     def _site(self, site: Site) -> SiteOutcome:
         """Search, settle, try, and keep the fold where it pays."""
         outcome = SiteOutcome(site.name, tuple(linear.module for linear in site.linears))
-        statistics = self.statistics(site, ())
+        statistics = self.inputs.statistics(site, ())
         if site.feeder is None or statistics is None:
             return replace(outcome, reason=site.reason or "no statistics of its inputs")
         if statistics.in_features != site.in_features:
@@ -178,7 +167,9 @@ class Group:
             )
         before = self._errors(site, self.folds)
         weights = tuple(self.weight(linear, self.folds) for linear in site.linears)
-        case = SmoothingCase(weights, statistics, site.ties, self._grid(site))
+        pairs = zip(site.linears, weights, strict=True)
+        rounded = tuple(weight for x, weight in pairs if x.tensor in self.job.layers)
+        case = SmoothingCase(rounded or weights, statistics, site.ties, self._grid(site))
         choices = self.job.smoother.search(case, self.job.settings)
         outcome = replace(outcome, plain_error=_mean(before), reason="no factors are better")
         feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
@@ -223,7 +214,9 @@ class Group:
         trial: Sequence[Fold],
     ) -> float:
         """Of the site's float outputs on calibration inputs, between before and after its fold."""
-        inputs = self._statistics[site.name].sample.astype(np.float32)
+        statistics = self.inputs.statistics(site, ())
+        assert statistics is not None
+        inputs = statistics.sample.astype(np.float32)
         checkpoint = folded_checkpoint(self.job.checkpoint, trial)
         folded = {name: checkpoint.read(name) for name in feeder}
         seen = inputs_after(site, feeder, folded, inputs, trial[-1][1])
@@ -248,10 +241,10 @@ class Group:
         self, owner: Site, linear: SiteLinear, folds: Sequence[Fold], rounding: Rounding
     ) -> LayerReport:
         """What would be told of the layer as it would be written under `folds`."""
-        statistics = self.statistics(owner, folds)
+        statistics = self.inputs.statistics(owner, folds, linear)
         layer = self.job.layers[linear.tensor]
         own = [factors.tobytes() for site, factors in folds if site is owner]
-        key = (owner.name, own, rounding.method, layer.grid)
+        key = (owner.name, linear.expert, own, rounding.method, layer.grid)
         if self._prepared[0] != key:
             shared = rounding.how.prepare(statistics, layer.grid, rounding.settings)
             self._prepared = (key, shared)
@@ -260,14 +253,20 @@ class Group:
         return choose(given, layer, statistics, rounding, self._prepared[1])[1]
 
     def _accepted(self, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-        """Better on average; where only weights are rounded, no layer worse than plain rounding."""
+        """Better on average; where only weights are rounded, no layer worse than plain rounding,
+        the same linear of all experts taken together."""
         if not self.job.judged:
             return True
         if not before or not _mean(after) < _mean(before):
             return False
         if any(layer.activation is not None for layer in self.job.layers.values()):
             return True
-        return all(error <= self.rtn[module].error for module, error in after.items())
+        sums: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(2))
+        for _, linear in self._linears():
+            if (module := linear.module) in after:
+                same = module.rpartition(".")[2] if linear.expert else module
+                sums[same] += after[module], self.rtn[module].error
+        return all(own <= plain for own, plain in sums.values())
 
     def _compared(self, site: Site, linear: SiteLinear) -> dict[str, float]:
         """The error of every method on a layer, on the weight as it was and as folded."""

@@ -18,7 +18,8 @@ from ptq_cli.core.progress import Listener, Progress
 from ptq_cli.core.report import LayerReport
 from ptq_cli.models.sites import Site
 from ptq_cli.report.report import row_error, row_rtn_error
-from ptq_cli.run.settle import Fold, Group, Smoothing
+from ptq_cli.run.settle import Group, Smoothing
+from ptq_cli.run.site_inputs import Fold
 from ptq_cli.storage.folded import FoldedCheckpoint, folded_checkpoint
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes

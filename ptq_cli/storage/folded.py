@@ -115,7 +115,7 @@ def write_folds(path: Path, folds: Folds) -> None:
     `<site>` F32 [in_features] for each folded site; the metadata states the sites.
     """
     tensors = [as_bytes(site.name, factors) for site, factors in folds]
-    content = {"kind": "smoothing", "version": 1, "sites": [asdict(site) for site, _ in folds]}
+    content = {"kind": "smoothing", "version": 1, "sites": [_entry(site) for site, _ in folds]}
     serialize(path, tensors, own_metadata(content))
 
 
@@ -156,6 +156,14 @@ def folds_between(before: Path, after: Path) -> Folds:
     with named(before / FOLDS_FILE):
         same = filecmp.cmp(before / FOLDS_FILE, after / FOLDS_FILE, shallow=False)
     return () if same else folds
+
+
+def _entry(site: Site) -> dict[str, Any]:
+    entry = asdict(site)
+    for linear in entry["linears"]:
+        if not linear["expert"]:
+            del linear["expert"]
+    return entry
 
 
 def _site(entry: Mapping[str, Any]) -> Site:

@@ -3,7 +3,8 @@ OUT.json`.
 
 JOBS is a list of `{"name", "float", "folder"}`. For each OUT has `missing` and `unexpected` keys,
 and `error`, the largest difference of the logits from those of the twin, over the largest of them.
-The twin is the float model with what this tool's decoder gives, in the model's own dtype.
+The twin is the float model with what this tool's decoder gives, in the model's own dtype, and with
+the folder's own dense tensors.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def _twin(job: dict[str, str], folder: Path) -> Any:
     state = load_file(source / "model.safetensors")
     tensors = open_float(source).tensors
     quantized = open_quantized(Path(job["folder"]))
+    dense = load_file(Path(job["folder"]) / "model.safetensors")
+    state |= {name: dense[name] for name in quantized.untouched()}  # smoothing folds into these
     for module in quantized.layers:
         weight = torch.from_numpy(quantized.load(module).dequantized())
         stored = tensors[f"{module}.weight"]

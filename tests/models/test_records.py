@@ -11,7 +11,8 @@ import ptq_cli
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.common import _FUSED
-from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.block_sites import kinds
+from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.models.linears import group_modules, left_alone
@@ -46,18 +47,22 @@ def test_every_file_is_one_family_of_its_name():
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     kinds = [kind for family in FAMILIES for kind in family.model_types]
     assert len(kinds) == len(set(kinds))
-    assert sorted(FOLDED) == sorted(family.name for family in FAMILIES if family.folds)
+    assert sorted(FOLDED) == sorted(family.name for family in TOLD_BY_NAMES)
 
 
 @EACH
 def test_sites_are_all_linears_of_a_block_behind_its_norms(family):
-    if family.folds is None:
-        assert family.sites == ()
-        return
-    assert [pattern.linears for pattern in family.sites] == inner_names(family)
-    for pattern in family.sites:
-        ways = (pattern.norm, pattern.after, pattern.reason)
-        assert len([way for way in ways if way]) == 1
+    for kind in kinds(family):
+        linears = [linear for pattern in kind for linear in pattern.linears]
+        assert len(linears) == len(set(linears))
+        for pattern in kind:
+            assert not (pattern.norm and pattern.after)
+            assert pattern.norm or pattern.after or pattern.reason
+            assert (pattern.plus_one, pattern.transposed) == (family.plus_one, family.transposed)
+    found = {
+        linear.replace("{}", "0") for kind in kinds(family) for p in kind for linear in p.linears
+    }
+    assert found >= {name for group in inner_names(family) for name in group}
 
 
 @EACH
@@ -111,6 +116,7 @@ def test_linears_are_quantized_and_the_rest_is_left_alone(family):
     others += [path_of(family, name) for name in names.norms.values()]
 
     others += [path_of(family, name) for name in names.routers]
+    others = list(dict.fromkeys(others))  # one norm may have two roles
     specs = {f"{m}.weight": TensorSpec(f"{m}.weight", "F32", (8, 8)) for m in linears + others}
     found = left_alone(specs, {"model_type": family.model_types[0]})
     assert sorted(found) == sorted(f"{module}.weight" for module in others)

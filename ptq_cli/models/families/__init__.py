@@ -1,7 +1,7 @@
 """The families of models, one file each: a new one is a file and a word here.
 
 Without config.json the first family that fits a checkpoint's names is taken, so those with more
-marks come first.
+marks come first. Many have the names of others: they are told by config.json only.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from importlib import import_module
 from ptq_cli.models.families import llava, qwen2_vl
 from ptq_cli.models.family import Config, Family, Multimodal
 
-_ORDER = """
-gemma3 gemma2 gemma qwen3 qwen3_moe qwen2 llama mistral mixtral phi3 opt gpt2 bloom
-bamba cohere deepseek_v3 falcon gemma3n glm4 gpt_neox gpt_oss granite llama4 olmo2 qwen2_moe
-qwen2_vl qwen3_next smollm3 starcoder2 t5
+_TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
+_OTHERS = """
+bamba cohere deepseek_v3 falcon gemma3n glm4 gpt_neox gpt_oss granite llama4 mixtral olmo2
+qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3 starcoder2 t5
 """
 
-FAMILIES: tuple[Family, ...] = tuple(
-    import_module(f"{__name__}.{name}").FAMILY for name in _ORDER.split()
-)
+
+def _families(names: str) -> tuple[Family, ...]:
+    return tuple(import_module(f"{__name__}.{name}").FAMILY for name in names.split())
+
+
+TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
+FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
 MULTIMODALS = (llava.MULTIMODAL, qwen2_vl.MULTIMODAL)
 
 

@@ -1,12 +1,21 @@
-"""Command-R: one LayerNorm without bias feeds attention and MLP, which stand side by side."""
+"""Command-R: one LayerNorm without bias feeds attention and MLP, which stand side by side; some
+have norms on the heads of q and k."""
 
 from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Family, Folds
 
 FAMILY = Family(
     name="cohere",
     other_types=("cohere2",),
-    names=replace(llama.FAMILY.names, norms={**qwen3.NORMS, "attention_in": "input_layernorm"}),
+    names=replace(
+        llama.FAMILY.names,
+        norms={"attention_in": "input_layernorm", "mlp_in": "input_layernorm"},
+        buffers=(
+            *llama.FAMILY.names.buffers,
+            *(f"{norm}.weight" for norm in qwen3.NORMS.values()),
+        ),
+    ),
+    folds=Folds(),
 )

@@ -1,6 +1,20 @@
-"""Falcon: q, k and v in one linear; attention and MLP side by side."""
+"""Falcon: q, k and v in one linear; attention and MLP one after the other (Falcon-RW), or side by
+side behind one norm (7B, 11B) or two (40B, 180B)."""
 
 from ptq_cli.models.families import bloom
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Condition, Family, Folds, behind
 
-FAMILY = Family(name="falcon", names=bloom.FAMILY.names, own_class=True)
+FAMILY = Family(
+    name="falcon",
+    names=bloom.FAMILY.names,
+    own_class=True,
+    defaults={"activation": "gelu"},
+    folds=Folds(
+        values="q k v per head",
+        inner_if=Condition("activation", "relu", behind("an activation other than relu")),
+        norms=(
+            {"attention_in": "input_layernorm", "mlp_in": "input_layernorm"},
+            {"attention_in": "ln_attn", "mlp_in": "ln_mlp"},
+        ),
+    ),
+)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Family, Folds
 
 FAMILY = Family(
     name="glm4",
@@ -15,4 +15,5 @@ FAMILY = Family(
             "mlp_in": "post_attention_layernorm", "mlp_out": "post_mlp_layernorm",
         },
     ),
+    folds=Folds(inner="second half"),
 )  # fmt: skip

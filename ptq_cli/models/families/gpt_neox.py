@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: q, k and v interleaved by head in one linear; attention and MLP side by side
-or one after the other."""
+or one after the other, each behind a norm of its own."""
 
-from ptq_cli.models.family import Family, Names
+from ptq_cli.models.family import Condition, Family, Folds, Names, behind
 
 FAMILY = Family(
     name="gpt_neox",
@@ -16,5 +16,10 @@ FAMILY = Family(
         mlp_out="mlp.dense_4h_to_h",
         norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
         buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    ),
+    defaults={"hidden_act": "gelu"},
+    folds=Folds(
+        values="q k v per head",
+        inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),
     ),
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family
+from ptq_cli.models.family import ExpertNames, Family, Folds, behind
 
 FAMILY = Family(
     name="gpt_oss",
@@ -19,5 +19,7 @@ FAMILY = Family(
             interleaved=True,
             fused_by_loaders=False,
         ),
+        buffers=(*llama.FAMILY.names.buffers, "self_attn.sinks"),
     ),
+    folds=Folds(inner_reason=behind("a clamped swiglu")),
 )

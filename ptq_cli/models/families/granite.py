@@ -2,6 +2,6 @@
 config.json."""
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Family, Folds
 
-FAMILY = Family(name="granite", names=llama.FAMILY.names)
+FAMILY = Family(name="granite", names=llama.FAMILY.names, folds=Folds())

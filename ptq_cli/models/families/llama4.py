@@ -1,9 +1,10 @@
-"""Llama 4 (text): experts in every other block, stored as one tensor of all, and one shared."""
+"""Llama 4 (text): experts in every other block, stored as one tensor of all, and one shared. The
+shares of the experts are taken of their inputs."""
 
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family
+from ptq_cli.models.family import ExpertNames, Family, Folds
 
 FAMILY = Family(
     name="llama4",
@@ -19,6 +20,8 @@ FAMILY = Family(
             output="down_proj",
             fused_by_loaders=False,
             linears_in=("compressed-tensors",),
+            shared="feed_forward.shared_expert",
         ),
     ),
+    folds=Folds(),
 )

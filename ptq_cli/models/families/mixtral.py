@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Forward
+from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
 
 FAMILY = Family(
     name="mixtral",
@@ -25,5 +25,6 @@ FAMILY = Family(
         "norm_topk_prob": True,
     },
     keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
 )  # fmt: skip

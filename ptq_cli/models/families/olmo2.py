@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Family, Folds
 
 FAMILY = Family(
     name="olmo2",
@@ -16,4 +16,5 @@ FAMILY = Family(
             "mlp_out": "post_feedforward_layernorm",
         },
     ),
+    folds=Folds(),
 )

@@ -3,19 +3,18 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3
-from ptq_cli.models.family import ExpertNames, Family, Forward
+from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
+
+EXPERTS = ExpertNames(
+    router="mlp.gate",
+    expert="mlp.experts.{}",
+    inputs=("gate_proj", "up_proj"),
+    output="down_proj",
+)
 
 FAMILY = Family(
     name="qwen3_moe",
-    names=replace(
-        qwen3.FAMILY.names,
-        experts=ExpertNames(
-            router="mlp.gate",
-            expert="mlp.experts.{}",
-            inputs=("gate_proj", "up_proj"),
-            output="down_proj",
-        ),
-    ),
+    names=replace(qwen3.FAMILY.names, experts=EXPERTS),
     defaults={
         **qwen2.FAMILY.defaults,
         "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": False,
@@ -25,5 +24,6 @@ FAMILY = Family(
         "dense_blocks": "mlp_only_layers", "sparse_step": "decoder_sparse_step",
         "use_windows": "use_sliding_window",
     },
+    folds=Folds(),
     forward=Forward(biases=qwen3.BIASES, slides=lambda config, index: True),
 )  # fmt: skip

@@ -3,9 +3,13 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family
+from ptq_cli.models.family import Condition, Family, Folds, behind
 
 FAMILY = Family(
     name="starcoder2",
     names=replace(llama.FAMILY.names, mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj"),
+    defaults={"hidden_act": "gelu_pytorch_tanh"},
+    folds=Folds(
+        inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),
+    ),
 )
