@@ -26,7 +26,11 @@ T = TypeVar("T", int, bool)
 SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
+HEADS = ("lm_head", "embed_out")  # transformers calls the latter lm_head, too
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens\w*|embed_positions|embed_in|wte|wpe|word_embeddings|tok_embeddings|shared"
+    r"|(position|token|patch)_embeddings?)$"
+)
 _KERNEL_GROUPS = (32, 64, 128, 256)
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -193,7 +197,7 @@ def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str,
 
 
 def is_head(layer: Layer) -> bool:
-    return layer.module == "lm_head" or layer.module.endswith(".lm_head")
+    return layer.module.rpartition(".")[2] in HEADS
 
 
 def outside_cpu_kernel(layer: Layer) -> bool:

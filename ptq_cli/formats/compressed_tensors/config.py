@@ -53,8 +53,8 @@ def declare(
     formats = {group["format"] for group in groups.values()}
     left = [name for module in dense for name in tree.names(module)]
     # a head that is tied has no tensor of its own, but has to be named
-    heads = [*dense, *(layer.module for layer in layers)]
-    tied = not any(module.endswith("lm_head") for module in heads)
+    tied = not any(module.endswith("lm_head") for module in dense)
+    tied = tied and not any(map(common.is_head, layers))
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

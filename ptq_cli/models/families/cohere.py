@@ -9,4 +9,5 @@ FAMILY = Family(
     name="cohere",
     other_types=("cohere2",),
     names=replace(llama.FAMILY.names, norms={**qwen3.NORMS, "attention_in": "input_layernorm"}),
+    defaults={"tie_word_embeddings": True},
 )

@@ -8,4 +8,5 @@ from ptq_cli.models.family import Family
 FAMILY = Family(
     name="starcoder2",
     names=replace(llama.FAMILY.names, mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj"),
+    defaults={"tie_word_embeddings": True},
 )
