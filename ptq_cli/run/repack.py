@@ -36,6 +36,7 @@ from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
+from ptq_cli.storage.gguf_model import check_model
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
@@ -110,6 +111,19 @@ def plan_repack(
         + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched()),
     )
     return Repack(folder, fmt, plan, wanted, kept)
+
+
+def may_become(folder: QuantizedFolder, fmt: Format) -> bool:
+    """Whether headers and config.json say nothing against repacking it into a format."""
+    plan = plan_repack(folder, fmt, RepackSettings(fmt.name), trial=False).plan
+    if len(plan.layers) < len(folder.layers):
+        return False
+    try:
+        if fmt.container == "gguf":
+            check_model(folder.checkpoint, plan.layers, [entry.tensor for entry in plan.skipped])
+    except InputError:
+        return False
+    return True
 
 
 def _repack_hint(hint: str | None, layer: Layer) -> str | None:

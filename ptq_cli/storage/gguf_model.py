@@ -95,6 +95,17 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
 def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
+    check_model(source, layers, dense)
+    for name in dense:
+        if name in source.tensors and not name.endswith(_DROPPED):
+            spec = source.tensors[name].spec
+            if len(spec.shape) == 2 and spec.dtype != "F16":
+                _dense(name, source.read(name))
+
+
+def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
+    """What has no place in a GGUF file by config.json, the tokenizer, names and headers. Raises
+    InputError."""
     _metadata(source, layers, {})
     names = names_of_model(source.config)
     for layer in layers:
@@ -108,8 +119,6 @@ def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
         spec = source.tensors[name].spec
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
-        if len(spec.shape) == 2 and spec.dtype != "F16":
-            _dense(name, source.read(name))
 
 
 def _metadata(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.formats.runtimes import Fact
+from ptq_cli.formats.runtimes.artifact import Fact
 from tests.builders import ptq, random_weight, write_model
 
 KINDS = {

@@ -1,6 +1,6 @@
-"""Every architecture, quantized without a word about its layers and loaded by transformers: no key is
-missing or left over, and logits are the twin's. `python -m tests.interop.test_architectures` writes
-the results into docs/models.md."""
+"""Every architecture, quantized without a word about its layers and loaded by transformers: no key
+is missing or left over, and logits are the twin's. `python -m tests.interop.test_architectures`
+writes the results into docs/models.md."""
 
 from __future__ import annotations
 

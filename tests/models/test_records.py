@@ -136,7 +136,7 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
 
 
 # What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, in any model.
-ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py"}
+ELSEWHERE = {"formats/gguf/metadata.py", "formats/common.py", "formats/runtimes/proven.py"}
 
 
 def test_nothing_of_a_family_stands_outside_its_file():

@@ -3,6 +3,4 @@
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family
 
-FAMILY = Family(
-    name="smollm3", names=llama.FAMILY.names, defaults={"tie_word_embeddings": True}
-)
+FAMILY = Family(name="smollm3", names=llama.FAMILY.names, defaults={"tie_word_embeddings": True})
