@@ -24,8 +24,8 @@ def entries(
 
 
 def left_dense(modules: Iterable[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """AWQ: modules with the entry of `modules_to_not_convert` that transformers finds to match, as a
-    regex from the start up to a dot, or as a suffix."""
+    """AWQ: modules with the entry of `modules_to_not_convert` that transformers finds to match: as
+    a regex from the start up to a dot, or as a suffix."""
     patterns = [rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries]
     regex = ForeignPatterns(patterns, "modules_to_not_convert")
     for module in modules:

@@ -72,6 +72,10 @@ class Artifact:
         return [layer for layer in self.layers if _EXPERT.match(layer.module)]
 
     @property
+    def dense_experts(self) -> list[str]:
+        return [module for module in self.dense if _EXPERT.match(module)]
+
+    @property
     def dense_linears(self) -> list[str]:
         """Dense modules that are Linears of the runtimes too: no routers."""
         return [module for module in self.dense if self.kinds.get(module) != "router"]

@@ -6,8 +6,9 @@ cases of tests/interop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
@@ -73,10 +74,13 @@ def untried(artifact: Artifact, runtime: str) -> str | None:
     rows = PROVEN.get((runtime, artifact.format), ())
     if not rows:
         return f"no test loads {artifact.format} in {runtime}"
-    kind = artifact.config.get("model_type")
-    rows = tuple(row for row in rows if kind in row.model_types)
+    kinds = _model_types(artifact.config)
+    rows = tuple(row for row in rows if kinds.issubset(row.model_types))
+    kind = " with ".join(sorted(kinds))
     if not rows:
         return f"no test loads a model of type {kind} in {artifact.format} there"
+    if dense := artifact.dense_experts:
+        return f"no test loads a {kind} with dense experts: {fold_names(dense)}"
     of_rows = [
         [layer.module for layer in artifact.layers if not _is_in(layer, row, artifact)]
         for row in rows
@@ -88,6 +92,13 @@ def untried(artifact: Artifact, runtime: str) -> str | None:
     kind_of_layer = artifact.kind(first)
     what = f"{kind_of_layer}, quantized" if kind_of_layer else said(layout(first))
     return f"no test loads a {kind} with such layers ({what}): {fold_names(fewest)}"
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """The model's, and its text model's where that is of a type of its own."""
+    own, text = str(config.get("model_type")), config.get("text_config")
+    inside = str(text.get("model_type", own)) if isinstance(text, Mapping) else own
+    return {own} if inside.startswith(own) else {own, inside}
 
 
 def _is_in(layer: Layer, row: Loaded, artifact: Artifact) -> bool:
