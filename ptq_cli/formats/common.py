@@ -268,7 +268,7 @@ def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:
     raise InputError(
         f"{layer.module}: its offsets are no whole multiples of its scales, so whole zeros"
         " cannot say them",
-        hint="quantize the float model again, or --format mlx or gguf",
+        hint="quantize the float model again, or --format mlx or --format gguf",
     )
 
 

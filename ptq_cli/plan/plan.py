@@ -49,17 +49,17 @@ def make_plan(
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
-    kept = check_layers(wanted, fmt, settings.on_misfit, sites)
+    included = left_alone(checkpoint.specs, checkpoint.config)
+    kept = check_layers(wanted, fmt, settings, sites, included)
     layers = [layer for layer in wanted if layer.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
     container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
     check_names(checkpoint, layers, skipped, fmt)
-    included = left_alone(checkpoint.specs, checkpoint.config).keys()
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
-    units = plan_units(layers, method, source, missing, included, sites)
+    units = plan_units(layers, method, source, missing, included.keys(), sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
     packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))

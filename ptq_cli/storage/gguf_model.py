@@ -163,7 +163,9 @@ def _dense(name: str, values: Array) -> Array:
     with np.errstate(over="ignore"):
         result: Array = values.astype(dtype)
     if not np.isfinite(result).all():
-        raise InputError(f"tensor {name!r} holds values that float16 cannot", hint="--include it")
+        raise InputError(
+            f"tensor {name!r} holds values that float16 cannot", hint=f"--include {name}"
+        )
     return result
 
 
