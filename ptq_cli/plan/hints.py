@@ -18,7 +18,9 @@ from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.registry import FORMATS, format_named
 
 _SIZES = (128, 64, 32)
+_ROW = "--group-size -1"
 _SHOWN = 2
+_ALTERNATIVES = 3  # that a regular expression may have
 
 
 def helping(
@@ -33,38 +35,64 @@ def helping(
     kinds: tensors that stay dense unless asked for, and why
     """
     lost = [layer for layer in layers if layer.module in misfits]
-    asked = all(layer.tensor in kinds for layer in lost)
-    towers = all(kinds.get(layer.tensor) == "not of the text model" for layer in lost)
-    leaving = leave_out(layers, lost, settings)
-    if asked and not (towers and leaving and leaving.startswith("--ignore")):
-        leaving = f"leave {fold_names((layer.module for layer in lost), 60)} out of --include"
-    said = [option for misfit in misfits.values() for option in (misfit.hint or "").split(" or ")]
-    sizes = [f"--group-size {size}" for size in _SIZES if "--group-size" in " ".join(said)]
-    row = "--group-size -1"
-    others = [option for option in said if option not in (*sizes, row)]
-    tried = dict.fromkeys([*sizes, *others, row])
-    found = [option for option in tried if option and _helps(option, layers, fmt, settings)]
-    if leaving and asked:
-        found.insert(0, leaving)
-    elif leaving:
-        found.insert(len(found) - (row in found), leaving)
-    return found[:_SHOWN]
+    own = {option for misfit in misfits.values() for option in (misfit.hint or "").split(" or ")}
+    found = _options(layers, sorted(own - {""}), fmt, settings)
+    leaving = _leave_out(layers, lost, fmt, settings)
+    asked = [layer for layer in lost if layer.tensor in kinds]
+    if leaving:
+        first = len(asked) == len(lost)
+        found.insert(0 if first else len(found) - (_ROW in found), leaving)
+    elif asked:
+        others = [layer for layer in layers if layer not in asked]
+        more = [""] if len(asked) == len(lost) else _options(others, sorted(own), fmt, settings)
+        out = f"leave {fold_names((layer.module for layer in asked), 60)} out of --include"
+        found = [f"{out}{' and ' if option else ''}{option}" for option in more[:1]] + found
+    return found[:_SHOWN] or _in_other_formats(layers, fmt, settings)
 
 
-def _helps(option: str, layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> bool:
-    word, _, value = option.partition(" ")
-    if word == "--format":
-        return value in FORMATS and _is_held(layers, format_named(value), settings)
-    change = _CHANGES.get(word)
-    if change is None:
+def _options(
+    layers: Sequence[Layer], own: Sequence[str], fmt: Format, settings: GridSettings
+) -> list[str]:
+    """Single options that help, or else pairs of them; whole rows as groups come last.
+
+    own: what the format says of layers one by one
+    """
+    sizes = [f"--group-size {size}" for size in _SIZES]
+    single = [option for option in own if option not in (*sizes, _ROW)]
+    if any(option.startswith("--group-size") for option in own):
+        single = [*sizes, *single, _ROW]
+    found = [option for option in single if _helps((option,), layers, fmt, settings)]
+    if found:
+        return found
+    pairs = combinations([option for option in single if not option.startswith("--format")], 2)
+    return [" ".join(pair) for pair in pairs if _helps(pair, layers, fmt, settings)]
+
+
+def _helps(
+    options: Sequence[str], layers: Sequence[Layer], fmt: Format, settings: GridSettings
+) -> bool:
+    words = [option.partition(" ") for option in options]
+    if len({word for word, _, _ in words}) < len(words):
+        return False  # one option twice
+    if words[0][0] == "--format":
+        return words[0][2] in FORMATS and _is_held(layers, format_named(words[0][2]), settings)
+    if not all(word in _CHANGES for word, _, _ in words):
         return False
-    changed = []
     for layer in layers:
-        own = change(layer, value)
+        changed = layer
+        for word, _, value in words:
+            changed = _CHANGES[word](changed, value)
         rule = rule_of(settings, layer.tensor)  # of a recipe, which is stronger than options
         fixed = {key: getattr(layer.grid, key) for key in rule if hasattr(layer.grid, key)}
-        changed.append(replace(own, grid=replace(own.grid, **fixed)))
-    return not any(map(fmt.misfit, changed))
+        if fmt.misfit(replace(changed, grid=replace(changed.grid, **fixed))):
+            return False
+    return True
+
+
+def _in_other_formats(layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> list[str]:
+    name = "compressed-tensors"
+    held = fmt.name != name and _is_held(layers, format_named(name), settings)
+    return [f"--format {name}"] if held else []
 
 
 def _is_held(layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> bool:
@@ -74,13 +102,47 @@ def _is_held(layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> bo
             replace(layer, grid=replace(layer.grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
             for layer in layers
         ]
-    if any(map(fmt.misfit, layers)):
-        return False
+    return not any(map(fmt.misfit, layers)) and _can_declare(layers, (), fmt)
+
+
+def _can_declare(layers: Sequence[Layer], dense: Sequence[str], fmt: Format) -> bool:
     try:
-        fmt.config(layers, [], AS_NAMED)
+        fmt.config(layers, dense, AS_NAMED)
     except InputError:
         return False
     return True
+
+
+def _leave_out(
+    layers: Sequence[Layer], lost: Sequence[Layer], fmt: Format, settings: GridSettings
+) -> str | None:
+    """`--ignore REGEX` that takes out just the lost layers, and leaves each --include something."""
+    unwanted = {layer.tensor for layer in lost}
+    kept = [layer for layer in layers if layer.tensor not in unwanted]
+    names = [layer.tensor for layer in kept]
+    if not kept or not all(any(re.search(p, n) for n in names) for p in settings.include):
+        return None
+    if not _can_declare(kept, [layer.module for layer in lost], fmt):
+        return None
+    found: list[str] = []
+    for layer in lost:
+        if not any(re.search(pattern, layer.tensor) for pattern in found):
+            patterns = _patterns(layer.module)
+            found.append(next(p for p in patterns if not any(re.search(p, n) for n in names)))
+    return f"--ignore {_quoted('|'.join(found))}" if len(found) <= _ALTERNATIVES else None
+
+
+def _patterns(module: str) -> Iterator[str]:
+    """Parts of a module's name, the first ones first, then pairs of them, then all of it."""
+    parts = [part for part in module.split(".") if not part.isdecimal()]
+    yield from map(re.escape, parts)
+    for before, after in combinations(map(re.escape, parts), 2):
+        yield f"{before}.*{after}"
+    yield f"^{re.escape(module)}(\\.weight)?$"
+
+
+def _quoted(pattern: str) -> str:
+    return pattern if re.fullmatch(r"[\w.-]+", pattern) else f"'{pattern}'"
 
 
 def _grid(key: str, kind: Callable[[str], Any] = str) -> Callable[[Layer, str], Layer]:
@@ -101,29 +163,3 @@ _CHANGES: dict[str, Callable[[Layer, str], Layer]] = {
     "--activation-scheme": lambda layer, _: replace(layer, activation=Activation()),
     "--scheme": _scheme,
 }
-
-
-def leave_out(layers: Sequence[Layer], lost: Sequence[Layer], settings: GridSettings) -> str | None:
-    """`--ignore REGEX` that takes out just the lost layers, and leaves each --include something."""
-    names = {layer.tensor for layer in layers}
-    unwanted = {layer.tensor for layer in lost}
-    kept = names - unwanted
-    if not kept or not all(any(re.search(p, n) for n in kept) for p in settings.include):
-        return None
-    for pattern in _patterns(lost[0].module):
-        if {name for name in names if re.search(pattern, name)} == unwanted:
-            return f"--ignore {_quoted(pattern)}"
-    return None
-
-
-def _patterns(module: str) -> Iterator[str]:
-    """Parts of a module's name, the first ones first, then pairs of them, then all of it."""
-    parts = [part for part in module.split(".") if not part.isdecimal()]
-    yield from map(re.escape, parts)
-    for before, after in combinations(map(re.escape, parts), 2):
-        yield f"{before}.*{after}"
-    yield re.escape(module)
-
-
-def _quoted(pattern: str) -> str:
-    return pattern if re.fullmatch(r"[\w.-]+", pattern) else f"'{pattern}'"
