@@ -39,9 +39,9 @@ def helping(
     found = _options(layers, sorted(own - {""}), fmt, settings)
     leaving = _leave_out(layers, lost, fmt, settings)
     asked = [layer for layer in lost if layer.tensor in kinds]
-    if leaving:
-        first = len(asked) == len(lost)
-        found.insert(0 if first else len(found) - (_ROW in found), leaving)
+    if leaving:  # rather than whole rows as groups everywhere
+        found = [option for option in found if option != _ROW]
+        found.insert(0 if len(asked) == len(lost) else len(found), leaving)
     elif asked:
         others = [layer for layer in layers if layer not in asked]
         more = [""] if len(asked) == len(lost) else _options(others, sorted(own), fmt, settings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.names import fold_names
+from ptq_cli.core.names import fold_names, natural
 from ptq_cli.formats.runtimes.artifact import Artifact
 
 BOTH = (True, False)
@@ -91,7 +91,8 @@ def untried(artifact: Artifact, runtime: str) -> str | None:
     first = next(layer for layer in artifact.layers if layer.module == fewest[0])
     kind_of_layer = artifact.kind(first)
     what = f"{kind_of_layer}, quantized" if kind_of_layer else said(layout(first))
-    return f"no test loads a {kind} with such layers ({what}): {fold_names(fewest)}"
+    names = fold_names(sorted(fewest, key=natural))
+    return f"no test loads a {kind} with such layers ({what}): {names}"
 
 
 def _model_types(config: Mapping[str, Any]) -> set[str]:
