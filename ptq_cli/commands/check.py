@@ -104,10 +104,12 @@ def _readable(
     return [name for name in FORMATS if name != artifact.format and may_hold(format_named(name))]
 
 
-def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) -> tuple[str, ...]:
-    """What `check` would say of the output of a plan, but for mere notes."""
+def runtime_warnings(
+    plan: Plan, checkpoint: Checkpoint, runtime: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `check` would say of the output of a plan, but for mere notes; and that nobody tried."""
     if runtime is None:
-        return ()
+        return (), ()
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
     config = dict(untied(checkpoint.config, [layer.module for layer in plan.layers], dense))
     declared = fmt.config(plan.layers, dense, module_tree(config))
@@ -124,10 +126,9 @@ def runtime_warnings(plan: Plan, checkpoint: Checkpoint, runtime: str | None) ->
 
     other = _readable(artifact, runtime, may_hold)
     found = _checked(replace(artifact, repack=other), runtime)
-    said = [str(fact) for fact in found.facts if fact.level != NOTE]
-    if found.verdict == UNTRIED:
-        said.insert(0, f"{UNTRIED}: {found.why}")
-    return tuple(f"{runtime}: {words}" for words in said)
+    said = tuple(f"{runtime}: {fact}" for fact in found.facts if fact.level != NOTE)
+    untried = (f"{runtime}: {UNTRIED}: {found.why}",) if found.verdict == UNTRIED else ()
+    return said, untried
 
 
 def _with_scales_of(layer: Layer, fmt: Format) -> Layer:

@@ -119,8 +119,9 @@ def with_warnings(
 ) -> Plan:
     """A plan with the warnings of its source, and of what a runtime could not load."""
     odd = () if source is None else source.warnings
-    said = runtime_warnings(plan, checkpoint, runtime)
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *odd, *more, *said))
+    said, untried = runtime_warnings(plan, checkpoint, runtime)
+    warnings = (*plan.warnings, *odd, *more, *said, *untried)
+    return dataclasses.replace(plan, warnings=warnings, untried=untried)
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
