@@ -4,7 +4,8 @@
 
     PtqError                    base class; never raised itself
     ├── InputError         (1)  a file, tensor, shape or setting does not fit
-    │   └── FileError      (1)  the file system said no (missing, full, not permitted)
+    │   ├── FileError      (1)  the file system said no (missing, full, not permitted)
+    │   └── NotRead        (1)  weights that are quantized already, in a layout that is not read
     ├── GateMissed         (3)  the result is worse than a quality gate allows
     └── NumericalError     (4)  the arithmetic failed (a factorization, an overflow)
 
@@ -43,6 +44,10 @@ class InputError(PtqError):
 
 class FileError(InputError):
     """An operation on the file system failed: not found, no space, no permission."""
+
+
+class NotRead(InputError):
+    """Weights that are quantized already, in a layout that is not read here."""
 
 
 def import_extra(module: str, what: str, extra: str, package: str | None = None) -> Any:

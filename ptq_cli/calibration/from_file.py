@@ -37,10 +37,11 @@ from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.statistics import percentile, static_scale, statistics_memory
-from ptq_cli.storage.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest, digest_words
 from ptq_cli.storage.files import listing
 from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.weights import SUFFIX
 
 VERSION = 2
 
@@ -174,12 +175,15 @@ def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> Sit
         and min(entry["n_tokens"], entry["n_seen"] - entry["n_tokens"] + 1) >= 1
         and type(entry["histogram_start"]) is int
         and all(isfinite(entry[key]) for key in ("n_seen", "min", "max", "mean", "std"))
+        and isinstance(entry.get("own_tokens", 0), int)
         and isinstance(entry["linears"], list)
         and all(isinstance(linear, str) for linear in entry["linears"])
     )
     if not good:
         raise InputError(f"{path}: site {site!r} is damaged", hint="calibrate again")
-    return SiteInfo(site, tuple(entry["linears"]), n, int(entry["n_tokens"]))
+    return SiteInfo(
+        site, tuple(entry["linears"]), n, int(entry["n_tokens"]), entry.get("own_tokens")
+    )
 
 
 def site_tensors(s: SiteStatistics) -> list[Bytes]:
@@ -189,7 +193,8 @@ def site_tensors(s: SiteStatistics) -> list[Bytes]:
 
 def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
-    return {
+    shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
+    return shared | {
         "linears": list(s.linears),
         "n_tokens": s.n_tokens,
         "n_seen": s.n_seen,
@@ -217,6 +222,7 @@ def site_statistics(
         mean=float(entry["mean"]),
         std=float(entry["std"]),
         histogram_start=int(entry["histogram_start"]),
+        own_tokens=entry.get("own_tokens"),
         **parts,
     )
 

@@ -25,7 +25,12 @@ from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import drift_memory
-from ptq_cli.numerics.statistics import calibration_tokens, statistics_memory
+from ptq_cli.numerics.statistics import (
+    HELDOUT_LIMIT,
+    SAMPLE_LIMIT,
+    calibration_tokens,
+    statistics_memory,
+)
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.tokens import Tokens
@@ -102,10 +107,13 @@ class TokenSource(Source):
         return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
 
     def load_memory(self, site: str) -> int:
-        """Of the sums of the inputs and of the drift; the forward has a budget of its own."""
+        """Of the sums of the inputs and of the drift; the forward has a budget of its own. Of an
+        expert that shares, of those of all experts too, which are kept for the next one."""
         info = self.sites[site]
         batch = min(info.n_tokens, self._largest_batch)
         sums = statistics_memory(info.in_features, info.n_tokens, batch)
+        if info.own_tokens is not None:
+            sums += 4 * info.in_features * (info.in_features + HELDOUT_LIMIT + SAMPLE_LIMIT)
         return sums + (drift_memory(info.in_features, batch) if self.drifts else 0)
 
 
@@ -113,14 +121,19 @@ def model_architecture(checkpoint: Checkpoint) -> Architecture:
     """The architecture that the config.json beside the weights describes.
 
     Raises:
-        InputError: no config.json, or an architecture without a forward.
+        InputError: no config.json, an architecture without a forward, or a garbled setting.
     """
     if not checkpoint.config:
         raise InputError(
             f"{checkpoint.folder}: no config.json, which the forward needs",
             hint="name the model folder, or bring activations with --activations",
         )
-    return read_architecture(checkpoint.config, checkpoint.tensors)
+    try:
+        return read_architecture(checkpoint.config, checkpoint.tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{checkpoint.folder}: config.json lacks or garbles a setting of the forward: {error}"
+        ) from None
 
 
 def token_source(
@@ -157,9 +170,7 @@ def token_source(
         residuals,
         name=tokens.name,
         sites={
-            site: SiteInfo(
-                site, place.linears, _width(checkpoint, arch, place), _share(arch, place, n_tokens)
-            )
+            site: _site(site, place, arch, _width(checkpoint, arch, place), n_tokens)
             for site, place in places.items()
         },
         heldout=heldout,
@@ -185,9 +196,14 @@ def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
     return stored.spec.shape[0 if transposed else 1]
 
 
-def _share(arch: Architecture, place: Place, n_tokens: int) -> int:
-    """Of the tokens, those that reach a site: of experts, what each would get."""
+def _site(site: str, place: Place, arch: Architecture, in_features: int, n_tokens: int) -> SiteInfo:
+    """What is known of a site. Experts get an equal share of the tokens, as far as one can say
+    beforehand; where that is too few, they share the statistics of all."""
     experts = arch.blocks[place.block].experts
     if experts is None or not place.expert:
-        return n_tokens
-    return n_tokens * experts.top_k // len(experts.outputs)
+        return SiteInfo(site, place.linears, in_features, n_tokens)
+    routed = n_tokens * experts.top_k
+    own = routed // len(experts.outputs)
+    if own < in_features:
+        return SiteInfo(site, place.linears, in_features, routed, own)
+    return SiteInfo(site, place.linears, in_features, own)

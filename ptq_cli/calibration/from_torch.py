@@ -25,10 +25,11 @@ from ptq_cli.calibration.sites import model_sites
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.linears import group_modules, left_alone
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT, SiteAccumulator
-from ptq_cli.storage.checkpoint import CALIBRATION_SUFFIX, Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import replacing
 from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.tensors import own_metadata, serialize
+from ptq_cli.storage.weights import CALIBRATION_SUFFIX
 
 
 class Capture:

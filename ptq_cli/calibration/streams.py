@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ class Streams:
         self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
         self.main = self.streams[0]
         self.divisors: dict[str, NDArray[np.float32]] = {}
+        self._shared: SiteStatistics | None = None  # of all experts at the stage in hand
 
     @property
     def order(self) -> tuple[int, int]:
@@ -89,7 +91,7 @@ class Streams:
     def advance(self, rounded: Mapping[str, Tensor]) -> None:
         """Put every batch of every stream through the stage in hand; from a block's last stage on
         to the next block. rounded: tensors of the stage that are rounded in the first stream"""
-        block = self.main.block
+        block, self._shared = self.main.block, None
         self.main.advance(rounded)
         for other in self.streams[1:]:
             other.advance({})
@@ -116,13 +118,28 @@ class Streams:
         return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
 
     def sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
-        """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw
+        """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw.
+        An expert that fewer tokens reach than it has columns shares those of all experts.
 
         Raises:
             InputError: the forward leaves the range of float32.
         """
+        place, own = self.source.places[site], self.main.count(site, ahead)
+        if not place.expert or own >= self.source.sites[site].in_features:
+            return self._summed(site, [site], ahead)
+        shared = self._shared if ahead is None else None
+        if shared is None:
+            places = self.source.places.items()
+            beside = [other for other, where in places if where.order == place.order]
+            shared = self._summed(site, beside, ahead)
+        if ahead is None:
+            self._shared = shared
+        return dataclasses.replace(shared, site=site, linears=place.linears, own_tokens=own)
+
+    def _summed(self, site: str, sites: list[str], ahead: Scratch | None) -> SiteStatistics:
+        """Of all inputs of some sites, as those of one."""
         sums = SiteAccumulator(self.source.sites[site].in_features, *self.source.heldout)
-        for inputs in self.main.inputs(site, ahead):
+        for inputs in chain.from_iterable(self.main.inputs(other, ahead) for other in sites):
             try:
                 sums.update(inputs)
             except NonFiniteInput as error:

@@ -7,6 +7,7 @@ one alone will do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -23,7 +24,7 @@ from ptq_cli.commands.quantize import prepare
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
 from ptq_cli.core.settings import settings_fields
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, NotRead
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
@@ -31,6 +32,7 @@ from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -234,8 +236,9 @@ def inspect(
     if holds_quantized(Path(path)):
         if calibration is not None or as_paths(activations) or bf16:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
-        return inspect_quantized(open_quantized(Path(path)))
-    checkpoint = open_checkpoint(Path(path))
+        with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
+            return inspect_quantized(open_quantized(Path(path)))
+    checkpoint = one_by_one(open_checkpoint(Path(path)))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

@@ -13,6 +13,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.runtimes import LOADED, UNTRIED, facts, verdict
 from ptq_cli.formats.runtimes.artifact import NOTE, Artifact, Fact
+from ptq_cli.models.experts import experts_to_fuse
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.models.ties import ties, untied
 from ptq_cli.registry import FORMATS, format_named
@@ -82,13 +83,15 @@ def _artifact(
         layer.tensor: TensorSpec(layer.tensor, layer.dtype, layer.full_shape) for layer in layers
     }
     specs |= {entry.tensor: TensorSpec(entry.tensor, entry.dtype, entry.shape) for entry in skipped}
-    reasons = left_alone(specs, config)
+    reasons, dense = left_alone(specs, config), dense_modules(skipped)
+    modules = (*(layer.module for layer in layers), *dense)
     return Artifact(
         fmt.name,
         layers,
-        dense_modules(skipped),
+        dense,
         config,
         files,
+        experts_to_fuse(config, modules),
         kinds={name.removesuffix(".weight"): why for name, why in reasons.items()},
         tree=module_tree(config),
         tied=ties(config) if config else False,

@@ -17,13 +17,16 @@ from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.plan.left_dense import dense_warnings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.schedule import Resources, RunOptions, take_resources
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import MAX_SHARD, companions
+from ptq_cli.storage.companions import companions
+from ptq_cli.storage.files import without_constants
+from ptq_cli.storage.folder import MAX_SHARD
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
@@ -57,12 +60,13 @@ class Job:
         }
         for part in self.plan.settings:
             job |= dataclasses.asdict(part)
-        job |= {**fingerprints(self.checkpoint, self.source), "config": self.checkpoint.config}
+        job |= fingerprints(self.checkpoint, self.source)
+        job["config"] = without_constants(self.checkpoint.config)
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source is not None:
             keep += self.source.files
         beside = companions(self.checkpoint, format_named(self.plan.format))
-        return Target(self.output, job, options.force, options.restart, keep, beside)
+        return Target(self.output, job, options.force, options.restart, keep, beside.files)
 
     def run(self, options: RunOptions = DEFAULTS) -> RunReport:
         """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
@@ -117,10 +121,12 @@ def fingerprints(checkpoint: Checkpoint, source: Source | None) -> dict[str, str
 def with_warnings(
     plan: Plan, checkpoint: Checkpoint, source: Source | None, runtime: str | None, *more: str
 ) -> Plan:
-    """A plan with the warnings of its source, and of what a runtime could not load."""
+    """A plan with the warnings of its source, of what it leaves dense, of what stays behind in the
+    model folder, and of what a runtime could not load."""
     odd = () if source is None else source.warnings
+    left = (*dense_warnings(plan), *companions(checkpoint, format_named(plan.format)).warnings)
     said, untried = runtime_warnings(plan, checkpoint, runtime)
-    warnings = (*plan.warnings, *odd, *more, *said, *untried)
+    warnings = (*plan.warnings, *left, *odd, *more, *said, *untried)
     return dataclasses.replace(plan, warnings=warnings, untried=untried)
 
 

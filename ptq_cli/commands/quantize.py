@@ -21,7 +21,7 @@ from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.work import Quantization
-from ptq_cli.storage.folder import holds_quantized, open_float, open_quantized
+from ptq_cli.storage.folder import QuantizedFolder, holds_quantized, open_float, open_quantized
 
 
 def prepare(
@@ -75,6 +75,16 @@ def prepare(
     return jobs.quantization_job(work, target, {"fallback": fallback})
 
 
+def _kept(folder: QuantizedFolder, words: str) -> str:
+    """Why options that would change codes cannot be had; words: their names."""
+    if "ptq" in folder.checkpoint.metadata:  # this tool's own output
+        return f"quantized already, so its codes stay as they are: {words} has no effect"
+    return (
+        f"quantized already, in format {folder.fmt.name}, which pack repacks as it is, without"
+        f" {words}; it is not read as a source yet"
+    )
+
+
 def _prepare_repack(
     path: Path,
     given: Mapping[str, Any],
@@ -83,17 +93,14 @@ def _prepare_repack(
     runtime: str | None,
 ) -> jobs.Job:
     """Plan a repacking: the codes stay, so bits, zeros and methods cannot be chosen."""
+    folder = open_quantized(path)
     known = {field.name for field in dataclasses.fields(RepackSettings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
     other = sorted(own.keys() - known)
     if other:
         words = ", ".join("--" + key.replace("_", "-") for key in other)
-        raise InputError(
-            f"{path}: quantized already, so its codes stay as they are: {words} has no effect",
-            hint="start from the float model",
-        )
+        raise InputError(f"{path}: {_kept(folder, words)}", hint="start from the float model")
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
-    folder = open_quantized(path)
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
     checkpoint, fmt = folder.checkpoint, format_named(settings.format)

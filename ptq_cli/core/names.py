@@ -44,11 +44,11 @@ def fold_names(names: Iterable[str], width: int = _SHOWN) -> str:
     return _some(names, low)
 
 
-def fold_reasons(reasons: Mapping[str, Sequence[str]], shown: int = 3) -> str:
+def fold_reasons(reasons: Mapping[str, Sequence[str]], what: str = "layers", shown: int = 3) -> str:
     """`210 layers: reason: names`, the reason of most layers first, and so many reasons."""
     most = sorted(reasons.items(), key=lambda entry: -len(entry[1]))[:shown]
     width = _SHOWN // max(1, len(most))
-    said = [f"{len(names)} layers: {why}: {fold_names(names, width)}" for why, names in most]
+    said = [f"{len(names)} {what}: {why}: {fold_names(names, width)}" for why, names in most]
     more = len(reasons) - len(most)
     return "; ".join([*said, *([f"and {more} more reasons"] if more else [])])
 

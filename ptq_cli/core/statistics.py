@@ -12,12 +12,13 @@ from ptq_cli.core.tensors import Array
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """What is known of a site before its statistics are read or made."""
+    """What is known of a site before its statistics are read or made. own_tokens: as there"""
 
     site: str
     linears: tuple[str, ...]
     in_features: int
     n_tokens: int
+    own_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SiteStatistics:
     drift: where layers before the site are rounded: float32 [in_features, in_features],
         `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
     heldout_float: what the float model gives the site at the held-out tokens, beside `drift`
+    own_tokens: of an expert that too few tokens reach, how many; all else here is then of the
+        tokens of all experts beside it. None: everything is the site's own
     """
 
     site: str
@@ -56,6 +59,7 @@ class SiteStatistics:
     sample: Array
     drift: NDArray[np.float32] | None = None
     heldout_float: NDArray[np.float32] | None = None
+    own_tokens: int | None = None
 
     @property
     def in_features(self) -> int:

@@ -33,6 +33,7 @@ from ptq_cli.report.report import totals
 from ptq_cli.run.nearest import inputs_of
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.experts import fused_again
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
 from ptq_cli.storage.folder import QuantizedFolder, container_of
 
@@ -161,6 +162,8 @@ def compare_untouched(
     and the original's that are missing."""
     taken = {layer.tensor for layer in quantized.layers.values()}
     untouched = sorted(quantized.untouched())
+    # experts that came as one tensor of all are there so, or one by one
+    original = original.holding(fused_again(original.tensors, untouched))
     different = [
         name
         for name in untouched

@@ -21,15 +21,15 @@ from ptq_cli.plan.plan import make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, read_json
-from ptq_cli.storage.folder import QuantizedFolder, check_float
+from ptq_cli.storage.folder import QuantizedFolder, already_quantized, check_float
 
 LOUD = 10.0  # a channel is an outlier from this many times the median channel's absmax on
 TOP = 5
 
 
 def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, Any]:
-    """Of a float checkpoint: `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`,
-    `totals`.
+    """Of a float checkpoint, or of a quantized one that is not read (`kind` is "foreign"):
+    `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`, `totals`.
 
     `quantizing` says what the default grid would make of it: `layers`, `bits`, `group_size`,
     `bytes_before` and `bytes_after` of the whole checkpoint, or `refused`, why it cannot be.
@@ -41,7 +41,7 @@ def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, An
     found = model_sites(checkpoint)
     return {
         "path": str(checkpoint.path),
-        "kind": "float",
+        "kind": "float" if already_quantized(checkpoint) is None else "foreign",
         "family": found.family,
         "notes": list(found.notes),
         "tensors": _tensors(checkpoint),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Config, Family, FamilySite, text_config
+from ptq_cli.models.family import Config, Family, FamilySite, model_type, text_config
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
 
 _KNOWN = [family for family in FAMILIES if family.folds is not None]
@@ -67,7 +67,7 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
     """
     kind = None
     if config is not None:
-        kind = text_config(config).get("model_type", config.get("model_type"))
+        kind = model_type(text_config(config)) or model_type(config)
     row, notes = (_named(family, kind), ()) if family is not None else _choose(specs, kind)
     if row is None:
         return Sites(None, (), notes)

@@ -27,12 +27,20 @@ class ExpertNames:
 
     router: weighs the experts; runtimes keep it in floating point, it is no Linear of theirs
     expert: one expert, "{}" is its number; `inputs` (gate, up) and `output` are inside it
+    interleaved: where all experts are stored as one tensor (models/experts.py), gate and up take
+        turns in it; else they are its halves
+    fused_by_loaders: runtimes take the experts one by one and fuse them when they load them; else
+        only those that read the formats of `linears_in` take them one by one, and every expert is
+        then a Linear of theirs, also where it is left dense
     """
 
     router: str
     expert: str
     inputs: tuple[str, ...]
     output: str
+    interleaved: bool = False
+    fused_by_loaders: bool = True
+    linears_in: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,6 +265,12 @@ class Family:
     def marks(self) -> tuple[str, ...]:
         """Tensors without which a block is not of this family."""
         return (*self.names.other_norms, *self.names.marks)
+
+
+def model_type(config: Config) -> str | None:
+    """config.json's `model_type`; None where it is no word."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def text_config(config: Config) -> Config:

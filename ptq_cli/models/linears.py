@@ -9,25 +9,30 @@ from math import prod
 
 from ptq_cli.core.layer import Skipped
 from ptq_cli.core.plugins import ModuleTree
-from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec, is_float
+from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
 from ptq_cli.models.family import Config
 from ptq_cli.models.sites import Site
 
+OTHER_TOWER = "not of the text model"
 _LEFT_ALONE = (
     ("embedding", re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)", re.IGNORECASE)),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)", re.IGNORECASE)),
     ("output head", re.compile(r"(^|\.)lm_head(\.|$)|^(output|embed_out|score)(\.|$)")),
     ("router", re.compile(r"(^|\.)\w*router\w*(\.|$)")),
     (
-        "not of the text model",
+        OTHER_TOWER,
         re.compile(
             r"(^|\.)(visual|vit|(vision|image|audio|speech|sound)_\w+|\w*projector\w*"
             r"|connector|resampler|perceiver\w*|abstractor)(\.|$)"
         ),
     ),
 )
-_EMBEDDING = _LEFT_ALONE[0][1]
+_ADAPTER = re.compile(
+    r"(^|[._])(lora_(A|B|up|down|mid|embedding_A|embedding_B|magnitude_vector)|ia3_l"
+    r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_[rR]|vera_lambda_[bd]|base_layer)(\.|$)"
+)
+_EMBEDDING, _HEAD = _LEFT_ALONE[0][1], _LEFT_ALONE[2][1]
 _GATE = re.compile(r"^(.*\.|)(\w+_)?gate(\.\w+)?$")
 
 # Own names of linears that share an input, in their order; and the same for each of the names.
@@ -56,12 +61,18 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
         if reason is None and module.endswith(routers):
             reason = "router"
         if reason is None and any(tower in module.split(".") for tower in towers):
-            reason = "not of the text model"
+            reason = OTHER_TOWER
         if reason is None and family is None and _is_router(module, specs):
             reason = "router"
         if reason is not None:
             reasons[name] = reason
     return reasons
+
+
+def adapter_tensors(specs: Iterable[str]) -> list[str]:
+    """Tensors of an adapter (LoRA and its kin), which change what the linears beside them compute,
+    or another model's altogether."""
+    return [name for name in specs if _ADAPTER.search(name)]
 
 
 def _by_kind(spec: TensorSpec) -> str | None:
@@ -94,14 +105,18 @@ def module_tree(config: Config) -> ModuleTree:
 
 
 def dense_modules(skipped: Sequence[Skipped]) -> list[str]:
-    """Linears that are left in floating point: runtimes want them declared."""
+    """Linears that are left in floating point, 8 bits of it included: runtimes want them declared.
+
+    An embedding is none, but a projection inside a module of embeddings is.
+    """
     return [
-        entry.tensor.removesuffix(".weight")
+        module
         for entry in skipped
+        for module in (entry.tensor.removesuffix(".weight"),)
         if entry.tensor.endswith(".weight")
         and len(entry.shape) == 2
-        and entry.dtype in FLOAT_DTYPES
-        and not _EMBEDDING.search(entry.tensor.removesuffix(".weight"))
+        and entry.dtype.startswith(("F", "BF"))
+        and (_HEAD.search(module) or not _EMBEDDING.search(module.rpartition(".")[2]))
     ]
 
 

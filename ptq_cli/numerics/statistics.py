@@ -339,7 +339,15 @@ def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
         histogram_start=start,
         heldout=_stacked(a.heldout, b.heldout),
         sample=_merged_sample(a, b),
+        own_tokens=_own_tokens(a, b),
     )
+
+
+def _own_tokens(a: SiteStatistics, b: SiteStatistics) -> int | None:
+    """Of the merged statistics; None where both are the site's own."""
+    if a.own_tokens is None and b.own_tokens is None:
+        return None
+    return sum(s.n_seen if s.own_tokens is None else s.own_tokens for s in (a, b))
 
 
 def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:

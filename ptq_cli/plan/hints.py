@@ -14,9 +14,10 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import AS_NAMED, Format
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import SCHEME_INPUTS, SCHEMES, GridSettings
-from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.registry import FORMATS, format_named
 
+Unread = Callable[[Sequence[Layer], Format], Mapping[str, Misfit]]
+Fits = Callable[[Sequence[Layer], Format], bool]
 _SIZES = (128, 64, 32)
 _ROW = "--group-size -1"
 _SHOWN = 2
@@ -29,14 +30,21 @@ def helping(
     fmt: Format,
     settings: GridSettings,
     kinds: Mapping[str, str],
+    unread: Unread,
 ) -> list[str]:
     """Options after any of which the format holds every layer, the best first.
 
     kinds: tensors that stay dense unless asked for, and why
+    unread: gives modules that a format could hold, but that no runtime reads from it
     """
+
+    def fits(own: Sequence[Layer], form: Format) -> bool:
+        return not any(map(form.misfit, own)) and not unread(own, form)
+
     lost = [layer for layer in layers if layer.module in misfits]
     own = {option for misfit in misfits.values() for option in (misfit.hint or "").split(" or ")}
-    found = _options(layers, sorted(own - {""}), fmt, settings)
+    options = sorted(own - {""})
+    found = _options(layers, options, fmt, settings, fits)
     leaving = _leave_out(layers, lost, fmt, settings)
     asked = [layer for layer in lost if layer.tensor in kinds]
     if leaving:  # rather than whole rows as groups everywhere
@@ -44,14 +52,14 @@ def helping(
         found.insert(0 if len(asked) == len(lost) else len(found), leaving)
     elif asked:
         others = [layer for layer in layers if layer not in asked]
-        more = [""] if len(asked) == len(lost) else _options(others, sorted(own), fmt, settings)
+        more = [""] if len(asked) == len(lost) else _options(others, options, fmt, settings, fits)
         out = f"leave {fold_names((layer.module for layer in asked), 60)} out of --include"
         found = [f"{out}{' and ' if option else ''}{option}" for option in more[:1]] + found
-    return found[:_SHOWN] or _in_other_formats(layers, fmt, settings)
+    return found[:_SHOWN] or _in_other_formats(layers, fmt, settings, fits)
 
 
 def _options(
-    layers: Sequence[Layer], own: Sequence[str], fmt: Format, settings: GridSettings
+    layers: Sequence[Layer], own: Sequence[str], fmt: Format, settings: GridSettings, fits: Fits
 ) -> list[str]:
     """Single options that help, or else pairs of them; whole rows as groups come last.
 
@@ -61,48 +69,53 @@ def _options(
     single = [option for option in own if option not in (*sizes, _ROW)]
     if any(option.startswith("--group-size") for option in own):
         single = [*sizes, *single, _ROW]
-    found = [option for option in single if _helps((option,), layers, fmt, settings)]
+    found = [option for option in single if _helps((option,), layers, fmt, settings, fits)]
     if found:
         return found
     pairs = combinations([option for option in single if not option.startswith("--format")], 2)
-    return [" ".join(pair) for pair in pairs if _helps(pair, layers, fmt, settings)]
+    return [" ".join(pair) for pair in pairs if _helps(pair, layers, fmt, settings, fits)]
 
 
 def _helps(
-    options: Sequence[str], layers: Sequence[Layer], fmt: Format, settings: GridSettings
+    options: Sequence[str], layers: Sequence[Layer], fmt: Format, settings: GridSettings, fits: Fits
 ) -> bool:
     words = [option.partition(" ") for option in options]
     if len({word for word, _, _ in words}) < len(words):
         return False  # one option twice
     if words[0][0] == "--format":
-        return words[0][2] in FORMATS and _is_held(layers, format_named(words[0][2]), settings)
+        return words[0][2] in FORMATS and _is_held(
+            layers, format_named(words[0][2]), settings, fits
+        )
     if not all(word in _CHANGES for word, _, _ in words):
         return False
+    found = []
     for layer in layers:
         changed = layer
         for word, _, value in words:
             changed = _CHANGES[word](changed, value)
-        rule = rule_of(settings, layer.tensor)  # of a recipe, which is stronger than options
-        fixed = {key: getattr(layer.grid, key) for key in rule if hasattr(layer.grid, key)}
-        if fmt.misfit(replace(changed, grid=replace(changed.grid, **fixed))):
-            return False
-    return True
+        rules = [rule for rule in settings.layers if re.search(rule["match"], layer.tensor)]
+        keys = {key for rule in rules for key in rule}  # which are stronger than options
+        fixed = {key: getattr(layer.grid, key) for key in keys if hasattr(layer.grid, key)}
+        found.append(replace(changed, grid=replace(changed.grid, **fixed)))
+    return fits(found, fmt)
 
 
-def _in_other_formats(layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> list[str]:
+def _in_other_formats(
+    layers: Sequence[Layer], fmt: Format, settings: GridSettings, fits: Fits
+) -> list[str]:
     name = "compressed-tensors"
-    held = fmt.name != name and _is_held(layers, format_named(name), settings)
+    held = fmt.name != name and _is_held(layers, format_named(name), settings, fits)
     return [f"--format {name}"] if held else []
 
 
-def _is_held(layers: Sequence[Layer], fmt: Format, settings: GridSettings) -> bool:
+def _is_held(layers: Sequence[Layer], fmt: Format, settings: GridSettings, fits: Fits) -> bool:
     """Whether a format holds the layers, with the scales that it wants."""
     if settings.scale_dtype == "auto":
         layers = [
             replace(layer, grid=replace(layer.grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
             for layer in layers
         ]
-    return not any(map(fmt.misfit, layers)) and _can_declare(layers, (), fmt)
+    return fits(layers, fmt) and _can_declare(layers, (), fmt)
 
 
 def _can_declare(layers: Sequence[Layer], dense: Sequence[str], fmt: Format) -> bool:

@@ -17,7 +17,7 @@ from ptq_cli.formats import common
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
-from ptq_cli.plan.hints import helping
+from ptq_cli.plan.hints import Unread, helping
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
@@ -42,7 +42,7 @@ def make_layer(
     """
     spec = tensor.spec
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
-    values |= {key: own for key, own in rule_of(settings, spec.name).items() if key in values}
+    values |= {key: own for key, own in rule_of(settings, tensor).items() if key in values}
     if values["scale_dtype"] == "auto":
         computes_in = common.model_dtype(checkpoint.config, unstated=spec.dtype)
         values["scale_dtype"] = fmt.scale_dtype(computes_in)
@@ -123,8 +123,12 @@ def check_misfits(
 
 def unheld(layer: Layer, fmt: Format) -> Skipped:
     """A layer that is kept as it is."""
-    reason = f"format {fmt.name} cannot hold it"
-    return Skipped(layer.tensor, layer.full_shape, layer.dtype, reason)
+    return Skipped(layer.tensor, layer.full_shape, layer.dtype, cannot_hold(fmt.name))
+
+
+def cannot_hold(fmt: str) -> str:
+    """Why a layer that does not fit is kept as it is."""
+    return f"format {fmt} cannot hold it"
 
 
 def check_layers(
@@ -133,17 +137,20 @@ def check_layers(
     settings: GridSettings,
     sites: Sequence[Site],
     kinds: Mapping[str, str],
+    unread: Unread,
 ) -> set[str]:
     """The modules to keep as they are, with those that share their input: runtimes fuse them.
 
     kinds: tensors that stay dense unless asked for, and why
+    unread: gives modules that the format could hold, but that no runtime reads from it
 
     Raises:
         InputError: layers that the format cannot hold, all of them listed, or two tensors that
             would become one module.
     """
     misfits = {layer.module: misfit for layer in layers if (misfit := fmt.misfit(layer))}
-    options = partial(helping, layers, misfits, fmt, settings, kinds)
+    misfits = {**unread(layers, fmt), **misfits}
+    options = partial(helping, layers, misfits, fmt, settings, kinds, unread)
     check_misfits(fmt, misfits, len(layers), settings.on_misfit, options)
     modules = [layer.module for layer in layers]
     twice = Counter(modules) - Counter(set(modules))

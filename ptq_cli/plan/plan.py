@@ -6,14 +6,16 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
-from ptq_cli.core.layer import Plan
+from ptq_cli.core.layer import Layer, Misfit, Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
+from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
 from ptq_cli.plan.select_tensors import choose_tensors
@@ -49,8 +51,13 @@ def make_plan(
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
+    fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
     included = left_alone(checkpoint.specs, checkpoint.config)
-    kept = check_layers(wanted, fmt, settings, sites, included)
+
+    def unread(layers: Sequence[Layer], other: Format) -> Mapping[str, Misfit]:
+        return expert_misfits(layers, other, checkpoint.config, fused)
+
+    kept = check_layers(wanted, fmt, settings, sites, included, unread)
     layers = [layer for layer in wanted if layer.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)

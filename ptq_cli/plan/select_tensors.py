@@ -16,6 +16,8 @@ from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.tied_heads import refuse_lone_head, refuse_missing_head
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
+IGNORED, KEPT_FLOAT = "ignored", f"bits = {FLOAT_BITS}"  # as the user wished
+
 
 def choose_tensors(
     checkpoint: Checkpoint, settings: GridSettings
@@ -33,12 +35,12 @@ def choose_tensors(
         tensor = checkpoint.tensors[name]
         spec, reason = tensor.spec, reasons.get(name)
         possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
-        if reason and possible and any(p.search(spec.name) for p in include):
+        if reason and possible and any(_matches(p, tensor) for p in include):
             reason = None
-        if any(p.search(spec.name) for p in ignore):
-            reason = "ignored"
-        if not reason and rule_of(settings, spec.name).get("bits") == FLOAT_BITS:
-            reason = f"bits = {FLOAT_BITS}"
+        if any(_matches(p, tensor) for p in ignore):
+            reason = IGNORED
+        if not reason and rule_of(settings, tensor).get("bits") == FLOAT_BITS:
+            reason = KEPT_FLOAT
         if reason:
             skipped.append(Skipped(spec.name, spec.shape, spec.dtype, reason))
         else:
@@ -49,7 +51,7 @@ def choose_tensors(
             hint="--include REGEX takes tensors in",
         )
     for pattern in include:
-        if not any(pattern.search(tensor.spec.name) for tensor in chosen):
+        if not any(_matches(pattern, tensor) for tensor in chosen):
             raise InputError(
                 f"--include {pattern.pattern!r} matches no tensor that could be quantized in"
                 f" {checkpoint.path}"
@@ -58,10 +60,16 @@ def choose_tensors(
     return chosen, skipped
 
 
-def rule_of(settings: GridSettings, tensor: str) -> dict[str, Any]:
+def rule_of(settings: GridSettings, tensor: StoredTensor) -> dict[str, Any]:
     """What the recipe's rules say of a tensor; a later rule wins over an earlier one."""
-    matching = [rule for rule in settings.layers if re.search(rule["match"], tensor)]
+    matching = [rule for rule in settings.layers if _matches(re.compile(rule["match"]), tensor)]
     return {key: value for rule in matching for key, value in rule.items()}
+
+
+def _matches(pattern: re.Pattern[str], tensor: StoredTensor) -> bool:
+    """Whether a pattern names it, or the tensor of all experts that it is stored in."""
+    whole = tensor.part_of
+    return bool(pattern.search(tensor.spec.name) or (whole and pattern.search(whole.spec.name)))
 
 
 def compiled(where: str, word: str) -> re.Pattern[str]:
@@ -76,7 +84,7 @@ def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> lis
     patterns = []
     for word in words:
         pattern = compiled(setting, word)
-        if not any(pattern.search(name) for name in checkpoint.tensors):
+        if not any(_matches(pattern, tensor) for tensor in checkpoint.tensors.values()):
             raise InputError(
                 f"{setting} {word!r} matches no tensor of {checkpoint.path}",
                 hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",

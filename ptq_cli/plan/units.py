@@ -149,7 +149,12 @@ def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:
 
 
 def few_tokens_note(site: SiteInfo | SiteStatistics) -> list[str]:
-    """A note where a site saw fewer tokens than it has columns (an expert seldom chosen, say)."""
-    if site.n_tokens >= site.in_features:
-        return []
-    return [f"calibrated on {site.n_tokens} tokens, fewer than its {site.in_features} columns"]
+    """Notes where fewer tokens reach a site than it has columns (an expert seldom chosen, say), or
+    stand behind its statistics."""
+    columns, notes = f"fewer than its {site.in_features} columns", []
+    if site.own_tokens is not None:
+        own = f"{site.own_tokens} tokens reach it, {columns}"
+        notes.append(f"{own}: it shares the statistics of all experts of its block")
+    if site.n_tokens < site.in_features:
+        notes.append(f"calibrated on {site.n_tokens} tokens, {columns}")
+    return notes

@@ -54,7 +54,7 @@ def quantize(job: Quantization, staging: Staging, options: RunOptions) -> RunRep
     plan, resources = job.plan, options.resources
     with threadpool_limits(1):
         staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
-        shards = lay_out(staging, plan, job.checkpoint, options.max_shard)
+        shards = lay_out(staging, job, options.max_shard)
         places = {} if shards is None else shards.places
         store = replace(staging.store, places=places, placing=is_placing(plan, resources))
         with BackgroundCopy(shards) as copy:
@@ -71,7 +71,7 @@ def _work_through(work: Work) -> None:
     """Smooth and round; beside that, tensors are copied as soon as they are what they will be."""
     smoothing = work.job.smoothing
     later = set() if smoothing is None else smoothing.tensors
-    names = work.checkpoint.tensors
+    names = work.job.written
     work.copy_untouched(name for name in names if name not in later)
     if work.job.in_sequence:
         quantize_in_sequence(work)

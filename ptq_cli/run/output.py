@@ -13,8 +13,8 @@ from ptq_cli.models.linears import dense_modules
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import as_document
 from ptq_cli.run.schedule import Resources
-from ptq_cli.run.work import Work
-from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.run.work import Quantization, Work
+from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.folded import FOLDS_FILE, write_folds
 from ptq_cli.storage.folder import Assembly, begin_weights, container_of, write_folder
 from ptq_cli.storage.shards import Part, Shards
@@ -36,20 +36,20 @@ def staged_bytes(plan: Plan, resources: Resources) -> int:
     return sum(spec.nbytes for layer in plan.layers for spec in specs(layer))
 
 
-def lay_out(staging: Staging, plan: Plan, checkpoint: Checkpoint, max_shard: int) -> Shards | None:
+def lay_out(staging: Staging, job: Quantization, max_shard: int) -> Shards | None:
     """The weights files, to be filled while units are worked on; None where the container is
     written whole."""
-    layers, parts = {layer.module: layer for layer in plan.layers}, _parts(plan, checkpoint)
-    return begin_weights(staging.out, parts, layers, format_named(plan.format), max_shard)
+    layers, fmt = {layer.module: layer for layer in job.plan.layers}, format_named(job.plan.format)
+    return begin_weights(staging.out, _parts(job.plan, job.written), layers, fmt, max_shard)
 
 
-def _parts(plan: Plan, checkpoint: Checkpoint) -> list[Part]:
+def _parts(plan: Plan, written: Mapping[str, StoredTensor]) -> list[Part]:
     """Modules that are quantized and tensors that are not, in the order of the checkpoint."""
     specs = format_named(plan.format).specs
     layers = {layer.tensor: layer for layer in plan.layers}
     return [
         (layers[name].module, specs(layers[name])) if name in layers else (name, [own.spec])
-        for name, own in checkpoint.tensors.items()
+        for name, own in written.items()
     ]
 
 
@@ -58,7 +58,7 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     plan, staging = work.plan, work.staging
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
-    tensors: dict[str, Bytes | StoredTensor] = {**work.checkpoint.tensors}
+    tensors: dict[str, Bytes | StoredTensor] = {**work.job.written, **work.checkpoint.tensors}
     if shards is not None:
         tensors |= shards.places  # where all is by now
     else:
@@ -66,7 +66,7 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
             tensors |= {tensor.spec.name: tensor for tensor in work.store.tensors(unit.name)}
     parts = [
         (name, [tensors[spec.name] for spec in specs])
-        for name, specs in _parts(plan, work.checkpoint)
+        for name, specs in _parts(plan, work.job.written)
     ]
     documents = run_documents(plan, report, work.job.inputs, layers.values())
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)

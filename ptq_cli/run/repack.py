@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport, RunReport
@@ -22,8 +23,11 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
+from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
+from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
+from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import make_report, row_from_json
@@ -33,6 +37,7 @@ from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
 from ptq_cli.storage.gguf_model import check_model
 from ptq_cli.storage.staging import Staging
@@ -72,6 +77,8 @@ def plan_repack(
     """
     symmetric = trial and _all_symmetric(folder)
     config = folder.checkpoint.config
+    if every_expert_is_linear(config, fmt.name):
+        folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
     stated = config.get("dtype") or config.get("torch_dtype")
     dtype = common.model_dtype(config) if stated else None
     wanted, misfits = {}, {}
@@ -86,6 +93,7 @@ def plan_repack(
         if misfit is not None:
             misfits[layer.module] = misfit
         wanted[layer.module] = target
+    misfits = {**_unread_experts(list(wanted.values()), fmt, config), **misfits}
     if trial:
         options = partial(_helping, folder, misfits)
         check_misfits(fmt, misfits, len(wanted), settings.on_misfit, options)
@@ -110,9 +118,25 @@ def plan_repack(
     return Repack(folder, fmt, plan, wanted, kept)
 
 
+def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dict[str, Misfit]:
+    """Experts that no runtime reads from this format. Raises InputError where none reads them dense
+    either: they came as one tensor of all."""
+    unread = expert_misfits(layers, fmt, config)
+    if unread and not experts_load_alone(config):
+        (reason,) = {misfit.reason for misfit in unread.values()}
+        raise InputError(
+            f"{reason}: {fold_names(unread)}",
+            hint="--format ptq, or start from the float model with --on-misfit keep",
+        )
+    return unread
+
+
 def may_become(folder: QuantizedFolder, fmt: Format) -> bool:
     """Whether headers and config.json say that it can be repacked into a format."""
-    plan = plan_repack(folder, fmt, RepackSettings(fmt.name), trial=False).plan
+    try:
+        plan = plan_repack(folder, fmt, RepackSettings(fmt.name), trial=False).plan
+    except InputError:
+        return False
     scales = ((layer, folder.layers[layer.module].grid.scale_dtype) for layer in plan.layers)
     same = all(layer.grid.scale_dtype in (own, "float32") for layer, own in scales)
     if len(plan.layers) < len(folder.layers) or not same:

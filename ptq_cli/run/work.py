@@ -13,12 +13,14 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.report import LayerReport
+from ptq_cli.models.experts import every_expert_is_linear
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth import Smoothed
 from ptq_cli.run.unit_job import UnitJob
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.storage.experts import fused_again, left_fused
 from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.units import UnitStore
@@ -48,6 +50,18 @@ class Quantization:
         if source is None or not source.in_sequence:
             return False
         return source.feedback or self.smoothing is None
+
+    @cached_property
+    def written(self) -> Mapping[str, StoredTensor]:
+        """The checkpoint's tensors in the order of the output, rounded ones under their own names.
+        Experts that came as one tensor of all stay so where none of them changes and the format's
+        runtimes read them so."""
+        tensors, changed = self.checkpoint.tensors, {layer.tensor for layer in self.plan.layers}
+        if self.smoothing is not None:
+            changed |= self.smoothing.tensors
+        if every_expert_is_linear(self.checkpoint.config, self.plan.format):
+            changed |= tensors.keys()
+        return fused_again(tensors, left_fused(tensors, changed))
 
     @property
     def scratch(self) -> int:
@@ -157,5 +171,5 @@ class Work:
     def copy_untouched(self, names: Iterable[str]) -> None:
         """Have tensors copied that are not quantized."""
         rounded = {layer.tensor for layer in self.plan.layers}
-        tensors = self.checkpoint.tensors
+        tensors = {**self.job.written, **self.checkpoint.tensors}
         self.copy.put(tensors[name] for name in names if name not in rounded)

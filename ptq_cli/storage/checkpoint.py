@@ -25,22 +25,43 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces
-from ptq_cli.storage.files import listing, parse_json, read_into, read_json, regular_file
+from ptq_cli.storage.files import (
+    listing,
+    parse_json,
+    read_document,
+    read_into,
+    read_json,
+    regular_file,
+)
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
+from ptq_cli.storage.weights import INDEX_SUFFIX, SUFFIX, lone_shard, weights_of
 
 MAX_HEADER = 25 << 20
-INDEX_SUFFIX = ".safetensors.index.json"
-SUFFIX = ".safetensors"
-CALIBRATION_SUFFIX = ".calibration.safetensors"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and the place of its bytes."""
+    """A tensor and the place of its bytes.
+
+    strides: bytes from one index of each axis to the next, where the tensor does not lie there as
+        it is seen; None: in C order, without gaps
+    part_of: the tensor in the file that it is a part of (one of several experts), or None
+    """
 
     spec: TensorSpec
     file: Path
     offset: int
+    strides: tuple[int, ...] | None = None
+    part_of: StoredTensor | None = None
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first to the last one of the tensor in its file."""
+        if self.strides is None:
+            return self.spec.nbytes
+        steps = zip(self.spec.shape, self.strides, strict=True)
+        itemsize = DTYPE_BITS[self.spec.dtype] // 8
+        return sum((count - 1) * stride for count, stride in steps) + itemsize
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,7 @@ class Checkpoint:
         if "config.json" not in listing(self.folder):
             return {}
         path = self.folder / "config.json"
-        config = read_json(path)
+        config = read_document(path)
         if not isinstance(config, dict):
             raise InputError(f"{path}: not a JSON object")
         return config
@@ -102,12 +123,16 @@ class Checkpoint:
         stored = self.tensors[name]
         if stored.spec.dtype not in NUMPY_DTYPES:
             raise InputError(f"{stored.file}: tensor {name!r}: cannot read {stored.spec.dtype}")
+        if stored.strides is not None:
+            return read_strided(stored)
         values = self.read_bytes(name).view(NUMPY_DTYPES[stored.spec.dtype])
         return values.reshape(stored.spec.shape)
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, uint8 [nbytes]."""
         stored = self.tensors[name]
+        if stored.strides is not None:
+            return np.ascontiguousarray(read_strided(stored)).reshape(-1).view(np.uint8)
         buffer = np.empty(stored.spec.nbytes, np.uint8)
         read_into(stored.file, stored.offset, buffer)
         return buffer
@@ -151,6 +176,10 @@ class Checkpoint:
         """Some of its tensors alone: all that a worker needs, and quickly sent."""
         return replace(self, tensors={name: self.tensors[name] for name in names})
 
+    def holding(self, tensors: Mapping[str, StoredTensor]) -> Checkpoint:
+        """The same checkpoint, seen as these tensors."""
+        return replace(self, tensors=tensors)
+
     def weight(self, layer: Layer) -> NDArray[np.float32]:
         """A layer's weight, float32 [out_features, in_features], whichever way it is stored."""
         if not layer.transposed:
@@ -160,7 +189,8 @@ class Checkpoint:
     def streams(self, layer: Layer) -> bool:
         """Whether the layer's rows lie in the file one after the other, as they are, and are looked
         at a few at a time."""
-        return not layer.transposed and layer.grid.group_size != 0
+        lies_so = self.tensors[layer.tensor].strides is None
+        return lies_so and not layer.transposed and layer.grid.group_size != 0
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the
@@ -176,12 +206,25 @@ class Checkpoint:
             stored = self.tensors[name]
             spec = stored.spec
             digest.update(repr((spec.name, spec.dtype, spec.shape)).encode())
-            size = min(4096, spec.nbytes)
-            for offset in (0, spec.nbytes - size):
+            size = min(4096, stored.extent)
+            for offset in (0, stored.extent - size):
                 sample = np.empty(size, np.uint8)
                 read_into(stored.file, stored.offset + offset, sample)
                 digest.update(sample.data)
         return digest.hexdigest()
+
+
+def read_strided(stored: StoredTensor) -> Array:
+    """A tensor that lies in its file with strides, in the dtype and the order it is stored in.
+
+    Raises:
+        FileError: the file cannot be read, or ends early.
+    """
+    assert stored.strides is not None
+    buffer = np.empty(stored.extent, np.uint8)
+    read_into(stored.file, stored.offset, buffer)
+    values = buffer.view(NUMPY_DTYPES[stored.spec.dtype])
+    return np.lib.stride_tricks.as_strided(values, stored.spec.shape, stored.strides)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -191,30 +234,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: nothing of the kind, or a header or index that lies.
         FileError: the file system's own word.
     """
-    root, weights = (path, _weights_of(path)) if path.is_dir() else (None, path)
+    root, weights = (path, weights_of(path)) if path.is_dir() else (None, path)
     if weights.name.endswith(INDEX_SUFFIX):
         return _open_index(path, root or path.parent, weights)
     header = read_header(weights)
     tensors = {tensor.spec.name: tensor for tensor in header.tensors}
-    return Checkpoint(path, root, weights, tensors, header.metadata)
-
-
-def _weights_of(folder: Path) -> Path:
-    names = listing(folder)
-    index = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    single = [n for n in names if n.endswith(SUFFIX) and not n.endswith(CALIBRATION_SUFFIX)]
-    for preferred, found in (("model" + INDEX_SUFFIX, index), ("model" + SUFFIX, single)):
-        if preferred in found:
-            return folder / preferred
-    for found in (index, single):
-        if len(found) == 1:
-            return folder / found[0]
-    if index or single:
-        raise InputError(
-            f"{folder}: several candidates: {', '.join(index or single)}",
-            hint="name the file itself, or its index",
-        )
-    raise InputError(f"{folder}: no .safetensors file in this folder")
+    alone = lone_shard(weights)
+    warnings = () if alone is None else (alone,)
+    return Checkpoint(path, root, weights, tensors, header.metadata, warnings)
 
 
 def _open_index(path: Path, root: Path, index: Path) -> Checkpoint:

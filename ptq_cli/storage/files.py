@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import math
 import os
 import shutil
 import stat
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -86,6 +87,12 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     return parse_json(read_small(path, limit), path)
 
 
+def read_document(path: Path, limit: int = MAX_JSON) -> Any:
+    """A JSON document of a model, with `Infinity` and `NaN`, which Python's json knows and
+    transformers before 5 writes into config.json. Raises InputError, duplicate keys included."""
+    return parse_json(read_small(path, limit), path, constants=float)
+
+
 def read_small(path: Path, limit: int = MAX_JSON) -> bytes:
     """The whole of a file that a person could have written. Raises InputError beyond `limit`."""
     size = regular_file(path)
@@ -95,11 +102,15 @@ def read_small(path: Path, limit: int = MAX_JSON) -> bytes:
         return path.read_bytes()
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises InputError naming `path`."""
+def parse_json(text: bytes, path: Path, constants: Callable[[str], Any] | None = None) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises InputError naming `path`.
+
+    constants: what `NaN`, `Infinity` and `-Infinity` are read as; None: they are refused
+    """
+    constants = constants or _no_constants
     try:
         return json.loads(
-            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=constants
         )
     except RecursionError:
         raise InputError(f"{path}: JSON is nested too deeply") from None
@@ -122,6 +133,25 @@ def _no_constants(word: str) -> Any:
 def to_json(value: Any) -> str:
     """Sorted, strict, readable JSON with a final newline: the same bytes for the same value."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def like_document(value: Any, source: Any) -> str:
+    """A model's document as readable JSON, made from one that was read: its keys in the order they
+    stand in, sorted where they were sorted there; `Infinity` and `NaN` as they are."""
+    is_sorted = json.dumps(source) == json.dumps(source, sort_keys=True)
+    return json.dumps(value, indent=1, sort_keys=is_sorted) + "\n"
+
+
+def without_constants(value: Any) -> Any:
+    """A document with infinities and NaN in words that strict JSON has, transformers 5's:
+    `{"__float__": "NaN"}`."""
+    if isinstance(value, Mapping):
+        return {key: without_constants(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_constants(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": json.dumps(value)}
+    return value
 
 
 def write_file(path: Path, *pieces: bytes | str | memoryview, durable: bool = True) -> None:

@@ -19,7 +19,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import as_stored, fold_tensor, row_divisor
 from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothquant import check_factors
-from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
@@ -60,6 +60,9 @@ class FoldedCheckpoint(Checkpoint):
         if name not in self.folds:
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def holding(self, tensors: Mapping[str, StoredTensor]) -> FoldedCheckpoint:
+        return replace(self, tensors=tensors, base=self.base.holding(tensors))
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         scale = np.ones(layer.shape[0], np.float32)
@@ -102,8 +105,8 @@ def stage_folded(
             staging.put(unit, [as_bytes(name, checkpoint.read(name))], None)
         places[name] = staging.store.stored(unit)[0]
     folds = {name: folds for name, folds in checkpoint.folds.items() if name not in places}
-    base = replace(checkpoint.base, tensors={**checkpoint.base.tensors, **places})
-    return replace(checkpoint, tensors=base.tensors, base=base, folds=folds)
+    held = checkpoint.holding({**checkpoint.base.tensors, **places})
+    return replace(held, folds=folds)
 
 
 def write_folds(path: Path, folds: Folds) -> None:

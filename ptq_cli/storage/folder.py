@@ -3,7 +3,7 @@
     model.safetensors (or shards with model.safetensors.index.json)
     quantization.json   what was done: method, settings, version, fingerprints of the inputs
     report.json         the error report
-    config.json, tokenizer …   copied, where the input was a model folder
+    config.json, tokenizer …   copied, where the input was a model folder (storage/companions.py)
 
 Tensors that were not quantized are copied byte for byte. The metadata of each weights file states
 the layers in it.
@@ -19,40 +19,26 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.names import by_number
+from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.errors import InputError, stated_in
-from ptq_cli.models.linears import module_tree
+from ptq_cli.errors import InputError, NotRead, stated_in
+from ptq_cli.formats.sources import mlx_weights, quantized_as, small_floats
+from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage import files
-from ptq_cli.storage.checkpoint import (
-    INDEX_SUFFIX,
-    SUFFIX,
-    Checkpoint,
-    StoredTensor,
-    open_checkpoint,
-)
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
+from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
-from ptq_cli.storage.made import JOB
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
 from ptq_cli.storage.tensors import WRITABLE, Bytes, quantized_entry, quantized_metadata
+from ptq_cli.storage.weights import INDEX_SUFFIX, MERGE_FIRST, SUFFIX, check_whole
 
-GGUF_SUFFIX = ".gguf"
-_WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
-    *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
-    *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
-)
-_PACKED = (  # endings of the names that quantized weights have in whatever layout
-    *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
-    *(".weight_zero_point", ".SCB"),
-)
-_DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
-_MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 MAX_SHARD = 4 * 10**9
 _SMOOTHED: tuple[str, dict[str, Any]] = (
     "ptq",
@@ -142,11 +128,11 @@ def write_folder(
     else:
         _write_weights(out, assembly, shards, listen)
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
-        files.write_file(out / name, files.to_json(document))
-    taken = set(files.listing(out))
-    for path in companions(source, assembly.fmt):
-        if path.name not in taken:
-            files.copy_file(path, out / path.name)
+        if name == "config.json":
+            files.write_file(out / name, files.like_document(document, source.config))
+        else:
+            files.write_file(out / name, files.to_json(document))
+    copy_companions(companions(source, assembly.fmt), out)
     files.sync_folder(out)
 
 
@@ -187,19 +173,6 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     if fmt.config_file is not None:
         documents[fmt.config_file] = declared
     return documents
-
-
-def companions(source: Checkpoint, fmt: Format) -> list[Path]:
-    """What a model folder holds beside its weights, to be copied: config, tokenizer, licence, code.
-
-    A config.json that declares the quantization takes the place of the one here.
-    """
-    root = source.root or (source.folder if fmt.file_metadata and source.config else None)
-    if root is None:
-        return []
-    names = [name for name in files.listing(root) if name not in (*_DECLARED, *_MADE)]
-    paths = [root / name for name in names if not name.lower().endswith(_WEIGHTS)]
-    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 @dataclass(frozen=True)
@@ -255,25 +228,47 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
+    folder = find_quantized(checkpoint)
+    if folder is not None:
+        return folder
+    if quantized_entry(checkpoint.path, checkpoint.metadata) == _SMOOTHED:
+        raise InputError(
+            f"{path}: nothing in it is quantized, these are smoothed float weights",
+            hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
+        )
+    unknown = "not a quantized checkpoint in a layout this tool knows"
+    already = already_quantized(checkpoint)
+    if mlx_weights(checkpoint.specs):
+        hint = "this looks like MLX's, whose bits and groups stand in config.json beside it"
+        raise InputError(f"{path}: {unknown}", hint=hint)
+    if already is not None:
+        raise _not_read(path, *already, lead=unknown)
+    raise InputError(f"{path}: {unknown}", hint=f"it knows {', '.join(FORMATS)}")
+
+
+def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
+    """The layers of a checkpoint in whatever layout this tool knows; None where it is in none.
+
+    Raises:
+        InputError: layers that contradict the tensors; one shard of several.
+    """
+    check_whole(checkpoint.weights)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
     names = [name for name in FORMATS if name != "ptq"] if own is None else [own[0]]
     config = declared_config(checkpoint)
     contents = Contents({} if own is None else own[1], config, checkpoint.specs, checkpoint.read)
     for name in names:
-        with stated_in(checkpoint.weights):
-            fmt = format_named(name)
-            layers = fmt.layers(contents)
+        try:
+            with stated_in(checkpoint.weights):
+                fmt = format_named(name)
+                layers = fmt.layers(contents)
+        except InputError:
+            if small_floats(checkpoint.specs):  # FP8 in a layout that has integers too
+                return None
+            raise
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
-    if own == _SMOOTHED:
-        raise InputError(
-            f"{path}: nothing in it is quantized, these are smoothed float weights",
-            hint="quantize them, and take what that writes: ptq rtn, gptq or pack",
-        )
-    known = f"it knows {', '.join(FORMATS)}"
-    if mlx_weights(checkpoint):
-        known = "this looks like MLX's, whose bits and groups stand in config.json beside it"
-    raise InputError(f"{path}: not a quantized checkpoint in a layout this tool knows", hint=known)
+    return None
 
 
 def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
@@ -290,24 +285,8 @@ def holds_quantized(path: Path) -> bool:
     if _gguf_of(path) is not None:
         return True
     checkpoint = open_checkpoint(path)
-    config = declared_config(checkpoint) if checkpoint.root is not None else {}
-    return (
-        quantized_entry(checkpoint.path, checkpoint.metadata) not in (None, _SMOOTHED)
-        or bool(_packed(checkpoint))
-        or any(config.get(key) for key in ("quantization_config", "quantization"))
-    )
-
-
-def mlx_weights(checkpoint: Checkpoint) -> list[str]:
-    """Weights packed as MLX does: they keep their name, and are words beside `.scales`."""
-    tensors = checkpoint.tensors
-    return [
-        name
-        for name, stored in tensors.items()
-        if stored.spec.dtype == "U32"
-        and name.endswith(".weight")
-        and name.removesuffix("weight") + "scales" in tensors
-    ]
+    own = quantized_entry(checkpoint.path, checkpoint.metadata)
+    return own not in (None, _SMOOTHED) or already_quantized(checkpoint) is not None
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -319,7 +298,7 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     config, name = checkpoint.config, "quantize_config.json"
     if name not in files.listing(checkpoint.folder):
         return config
-    beside = files.read_json(checkpoint.folder / name)
+    beside = files.read_document(checkpoint.folder / name)
     if not isinstance(beside, dict):
         raise InputError(f"{checkpoint.folder / name}: not a JSON object")
     stated = config.get("quantization_config")
@@ -348,27 +327,52 @@ def _gguf_of(path: Path) -> Path | None:
     return path / found[0]
 
 
-def _packed(checkpoint: Checkpoint) -> list[str]:
-    """Tensors of a checkpoint that only quantized weights have."""
-    packed = [name for name in checkpoint.tensors if name.endswith(_PACKED)]
-    return packed + mlx_weights(checkpoint)
+def already_quantized(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """How a checkpoint is quantized, as `quantized_as`. Of a bare file the tensors alone say it."""
+    config = declared_config(checkpoint) if checkpoint.root is not None else {}
+    found = quantized_as(checkpoint.specs, config)
+    own = None if found is None else quantized_entry(checkpoint.path, checkpoint.metadata)
+    return found if found is None or own is None else (f"ptq's format {own[0]}", found[1])
+
+
+def _not_read(path: Path, what: str, shown: str, lead: str = "quantized already") -> NotRead:
+    """The error of a model that is quantized already, in a layout that is not read here."""
+    if not shown:
+        return NotRead(
+            f"{path}: config.json says that it is quantized ({what}), but no tensor is",
+            hint="take quantization_config out of config.json if all weights are float",
+        )
+    return NotRead(
+        f"{path}: {lead}: {what} ({shown}), which is not read as a source yet",
+        hint="start from the float model",
+    )
 
 
 def open_float(path: Path) -> Checkpoint:
-    """Open a model that is to be quantized. Raises InputError, FileError, as `check_float`."""
+    """Open a model that is to be quantized, its experts one by one.
+
+    Raises InputError, FileError, as `check_float`.
+    """
+    gguf = _gguf_of(path)
+    if gguf is not None:
+        files.regular_file(gguf)
+        message = f"{gguf}: a GGUF file, which is not read as a source yet"
+        raise InputError(message, hint="start from the float model, in safetensors")
     checkpoint = open_checkpoint(path)
     check_float(checkpoint)
-    return checkpoint
+    return one_by_one(checkpoint)
 
 
 def check_float(checkpoint: Checkpoint) -> None:
-    """Refuse what is quantized already, and dtypes that could not be copied."""
-    packed = _packed(checkpoint)
-    if packed or (checkpoint.root and checkpoint.config.get("quantization_config")):
-        what = f"tensor {packed[0]!r}" if packed else "config.json has a quantization_config"
-        raise InputError(
-            f"{checkpoint.path}: quantized already ({what})", hint="start from the float model"
-        )
+    """Refuse what is no whole float model: quantized already, an adapter, a shard; and dtypes that
+    could not be copied."""
+    check_whole(checkpoint.weights)
+    found = already_quantized(checkpoint)
+    if found is not None:
+        raise _not_read(checkpoint.path, *found)
+    if names := adapter_tensors(checkpoint.specs):
+        message = f"{checkpoint.path}: an adapter (LoRA) that is not merged into its model"
+        raise InputError(f"{message}: {fold_names(names)}", hint=MERGE_FIRST)
     for stored in checkpoint.tensors.values():
         if stored.spec.dtype not in WRITABLE:
             raise InputError(

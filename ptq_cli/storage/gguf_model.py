@@ -24,7 +24,7 @@ from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
-from ptq_cli.storage.files import listing, named, read_json
+from ptq_cli.storage.files import listing, named, read_document
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
@@ -132,14 +132,14 @@ def _metadata(
     names = listing(source.folder)
     tokenizer, settings = None, {}
     if "tokenizer.json" in names:
-        tokenizer = read_json(source.folder / "tokenizer.json", _MAX_TOKENIZER)
+        tokenizer = read_document(source.folder / "tokenizer.json", _MAX_TOKENIZER)
     elif "tokenizer.model" in names:
         raise InputError(
             f"{source.folder}: gguf takes the tokenizer from tokenizer.json, not tokenizer.model",
             hint="save the tokenizer with transformers once",
         )
     if "tokenizer_config.json" in names:
-        settings = dict(read_json(source.folder / "tokenizer_config.json"))
+        settings = dict(read_document(source.folder / "tokenizer_config.json"))
     if "chat_template.jinja" in names:
         with named(source.folder / "chat_template.jinja"):
             template = (source.folder / "chat_template.jinja").read_text("utf-8")
@@ -150,7 +150,7 @@ def _metadata(
     try:
         model = model_metadata(source.config, architecture, name, kind)
         words = tokenizer_metadata(source.config, tokenizer, settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptq_cli.errors import PtqError
 from ptq_cli.storage.checkpoint import read_header
-from ptq_cli.storage.files import listing, named, read_json
+from ptq_cli.storage.files import named, read_json
 
 JOB = "ptq_job.json"  # in an output folder: the run that made it
 
@@ -33,12 +33,15 @@ def files_of(folder: Path, names: Collection[str] | None = None) -> dict[str, di
     """By which the files of an output (all, or those of these names) are known again: `files`, the
     bytes of each, and `sha256`, of each that is JSON."""
     sizes, sums = {}, {}
-    for path in (folder / name for name in listing(folder)):
-        if path.is_file() and path.name != JOB and (names is None or path.name in names):
+    with named(folder):
+        paths = sorted(Path(top, name) for top, _, files in os.walk(folder) for name in files)
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != JOB and (names is None or name in names):
             with named(path), open(path, "rb") as file:
-                sizes[path.name] = os.fstat(file.fileno()).st_size
+                sizes[name] = os.fstat(file.fileno()).st_size
                 if path.suffix == ".json":
-                    sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                    sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"files": sizes, "sha256": sums}
 
 

@@ -9,7 +9,7 @@ import filecmp
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ class Target:
 
     job: what makes two runs the same
     keep: what is read, and may not be replaced
-    companions: files that are copied along with the weights, byte for byte
+    companions: files that are copied along with the weights, byte for byte, by their names there
     """
 
     output: Path
@@ -193,7 +193,7 @@ class Target:
     force: bool = False
     restart: bool = False
     keep: Sequence[Path] = ()
-    companions: Sequence[Path] = ()
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
     def complete(self) -> bool:
         """Whether the same run has made the output already, and it is not to be made anew."""
@@ -210,13 +210,13 @@ class Target:
         damage = damage_of(self.output, made) if self.output.is_dir() else ""
         if damage:
             return f"but {damage}"
-        for path in self.companions:
-            copy = self.output / path.name
+        for name, path in self.companions.items():
+            copy = self.output / name
             if not copy.is_file():
-                return f"without {path.name}"
+                return f"without {name}"
             with named(path):  # config.json the job knows; the output's may say more
-                if path.name != "config.json" and not filecmp.cmp(path, copy, shallow=False):
-                    return f"made with another {path.name}"
+                if name != "config.json" and not filecmp.cmp(path, copy, shallow=False):
+                    return f"made with another {name}"
         return ""
 
     def check_output(self) -> None:
@@ -279,4 +279,4 @@ class Target:
     def beside(self) -> int:
         """Bytes of the files that are copied along."""
         with named(self.output):
-            return sum(path.stat().st_size for path in self.companions)
+            return sum(path.stat().st_size for path in self.companions.values())

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import DTYPE_BITS, TensorSpec
 from ptq_cli.errors import FileError
-from ptq_cli.storage.checkpoint import SUFFIX, StoredTensor, read_header
+from ptq_cli.storage.checkpoint import StoredTensor, read_header, read_strided
 from ptq_cli.storage.files import named, read_exactly, regular_file
-from ptq_cli.storage.tensors import Bytes
+from ptq_cli.storage.tensors import Bytes, as_bytes
+from ptq_cli.storage.weights import SUFFIX
 
 Part = tuple[str, Sequence[TensorSpec]]  # a module or tensor, and what is stored of it
 Metadata = Callable[[Sequence[str]], Mapping[str, str]]
@@ -148,6 +149,8 @@ def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bo
 def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """A tensor's bytes, a piece that fits the cache at a time, each with its place."""
     starts = range(0, tensor.spec.nbytes, _PIECE)
+    if isinstance(tensor, StoredTensor) and tensor.strides is not None:
+        tensor = mapped(tensor)
     if isinstance(tensor, Bytes):
         yield from ((start, tensor.data[start : start + _PIECE]) for start in starts)
         return
@@ -160,9 +163,11 @@ def _pieces(tensor: Bytes | StoredTensor) -> Iterator[tuple[int, NDArray[np.uint
 
 
 def mapped(stored: Bytes | StoredTensor) -> Bytes:
-    """A tensor as bytes, memory-mapped where it lies in a file."""
+    """A tensor as bytes, memory-mapped where it lies in a file as it is."""
     if isinstance(stored, Bytes):
         return stored
+    if stored.strides is not None:
+        return as_bytes(stored.spec.name, read_strided(stored))
     if stored.spec.nbytes == 0:
         return Bytes(stored.spec, np.empty(0, np.uint8))
     if regular_file(stored.file) < stored.offset + stored.spec.nbytes:

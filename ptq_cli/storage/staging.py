@@ -24,7 +24,6 @@ from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
 from ptq_cli.storage import files, interruption
-from ptq_cli.storage.checkpoint import SUFFIX
 from ptq_cli.storage.made import JOB, files_of
 from ptq_cli.storage.output import (
     Target,
@@ -39,6 +38,7 @@ from ptq_cli.storage.output import (
 )
 from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import ChangedInput, UnitStore
+from ptq_cli.storage.weights import SUFFIX
 
 
 class Staging:

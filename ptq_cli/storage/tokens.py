@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError, import_extra
+from ptq_cli.models.family import text_config
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
@@ -148,8 +149,7 @@ def _draw(
 
 
 def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    size = (config.get("text_config") or config).get("vocab_size")
+    size = text_config(checkpoint.config).get("vocab_size")
     if not isinstance(size, int):
         return
     for worst in (int(ids.min()), int(ids.max())):

@@ -28,15 +28,21 @@ def _twin(job: dict[str, str], folder: Path) -> Any:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from ptq_cli.storage.folder import open_quantized
+    from ptq_cli.storage.folder import open_float, open_quantized
 
     source = Path(job["float"])
     state = load_file(source / "model.safetensors")
+    tensors = open_float(source).tensors
     quantized = open_quantized(Path(job["folder"]))
     for module in quantized.layers:
         weight = torch.from_numpy(quantized.load(module).dequantized())
-        stored = state[f"{module}.weight"]
-        state[f"{module}.weight"] = weight.to(stored.dtype).contiguous()
+        stored = tensors[f"{module}.weight"]
+        whole = stored.part_of or stored  # of all experts
+        values, itemsize = state[whole.spec.name], state[whole.spec.name].element_size()
+        strides = stored.strides or (weight.shape[1] * itemsize, itemsize)
+        place = (stored.offset - whole.offset) // itemsize
+        own = torch.as_strided(values, weight.shape, [n // itemsize for n in strides], place)
+        own.copy_(weight)  # rounded to the model's dtype
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text((source / "config.json").read_text())
     return _load(folder)[0]

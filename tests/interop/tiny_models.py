@@ -129,6 +129,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         image_token_index=250,
     ),
     "mixtral": _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "mixtral_stacked": _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     "olmo2": _causal("Olmo2"),
     "opt": _causal("OPT", ffn_dim=128, word_embed_proj_dim=64),
     "phi3": _causal(
@@ -154,6 +155,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": _causal(
         "Qwen3Moe", **HEADS, **EXPERTS, moe_intermediate_size=64, norm_topk_prob=True
     ),
+    "qwen3_moe_stacked": _causal(
+        "Qwen3Moe", **HEADS, **EXPERTS, moe_intermediate_size=64, norm_topk_prob=True
+    ),
     "qwen3_next": _causal(
         "Qwen3Next", num_hidden_layers=4, **HEADS, **EXPERTS, **_DELTA, moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
@@ -164,6 +168,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "starcoder2": _causal("Starcoder2"),
     "tied_llama": _causal("Llama", tie_word_embeddings=True),
 }  # fmt: skip
+
+# Saved with all experts of a block in one tensor.
+AS_IN_MEMORY = ("mixtral_stacked", "qwen3_moe_stacked")
 
 
 def _fill(model: Any) -> None:
@@ -189,7 +196,9 @@ def write_models(folder: Path, names: list[str]) -> None:
         torch.manual_seed(0)
         model = MODELS[name]()
         _fill(model)
-        model.to(torch.bfloat16).save_pretrained(folder / name)
+        model.to(torch.bfloat16).save_pretrained(
+            folder / name, save_original_format=name not in AS_IN_MEMORY
+        )
 
 
 if __name__ == "__main__":

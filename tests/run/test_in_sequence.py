@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
@@ -259,6 +259,33 @@ def test_experts_without_tokens_are_named(tmp_path: Path) -> None:
     few = [row for row in report.rows if any("fewer than" in note for note in row.notes)]
     assert not rows["model.layers.0.block_sparse_moe.experts.0.w1"].fallback
     assert all("experts" in row.module for row in few)
+
+
+def test_experts_with_few_tokens_share_those_of_all_and_say_so(tmp_path: Path) -> None:
+    """Every token goes to two of the experts: all of their inputs together are the router's."""
+    model, file = moe_folder(tmp_path / "moe"), tmp_path / "stats.safetensors"
+    tensors, random = load_file(model / "model.safetensors"), np.random.default_rng(6)
+    for name in ("model.embed_tokens", "model.layers.1.block_sparse_moe.gate"):
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = random.standard_normal(weight.shape).astype(np.float32)
+    save_file(tensors, model / "model.safetensors")
+    np.save(model / "tokens.npy", np.load(model / "tokens.npy")[:4])
+    settings = TokenSettings(model / "tokens.npy")
+    sites = api.calibrate(model, output=file, tokens=settings, heldout_every=0)["sites"]
+    base = "model.layers.1.block_sparse_moe."
+    shared = {site: own for site, own in sites.items() if "own_tokens" in own}
+    few = [site for site in shared if site.startswith(base) and site.endswith("w1")]
+    assert few
+    assert not any("own_tokens" in own for site, own in sites.items() if "experts" not in site)
+    found, router = open_calibration(file), open_calibration(file).load(f"{base}gate")
+    for site in few:
+        assert 0 < shared[site]["own_tokens"] < 32
+        assert shared[site]["n_tokens"] == 2 * router.n_tokens
+        np.testing.assert_allclose(found.load(site).hessian, router.hessian, rtol=1e-5, atol=1e-6)
+    report = api.gptq(model, tokens=model / "tokens.npy", output=tmp_path / "out", group_size=16)
+    rows = {row.module: row for row in report.rows}
+    said = [note for note in rows[few[0]].notes if "shares the statistics of all experts" in note]
+    assert said[0].startswith(f"{shared[few[0]]['own_tokens']} tokens reach it, fewer than its 32")
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def _scheme(group: Mapping[str, Any], stored: str | None, where: str) -> _Scheme
     common.refuse_unknown(weights, _SCHEME_KEYS, f"{where}, weights")
     bits = common.setting(weights, "num_bits", int, where)
     if weights.get("type", "int") != "int" or not 2 <= bits <= 8 or weights.get("dynamic"):
-        raise InputError(f"{where}: weights of type {weights.get('type')!r}, {bits} bits")
+        kind = f"weights of type {weights.get('type')!r} with {bits} bits"
+        raise InputError(f"{where}: {kind} are not read yet, only integers of 2 to 8 bits")
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise InputError(
             f"{where}: actorder {weights['actorder']!r} is not understood: no current loader reads"

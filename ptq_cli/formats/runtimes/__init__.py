@@ -20,6 +20,7 @@ from ptq_cli.formats.runtimes.artifact import (
     Fact,
     Facts,
     about,
+    asymmetric_experts,
     routers,
     tied_heads,
     undivided,
@@ -87,6 +88,7 @@ def _vllm(artifact: Artifact) -> Facts:
         yield from about(artifact.heads, LIMIT, "only some versions read a quantized lm_head")
         return
     yield from undeclared(artifact)
+    yield from asymmetric_experts(artifact)
     rounded = [layer for layer in layers if layer.activation is not None]
     asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
     yield from about(asymmetric, FAILS, "W8A8 weights must be symmetric")

@@ -41,6 +41,7 @@ class Artifact:
 
     dense: linears left in floating point
     files: names in its folder
+    fused: experts that runtimes fuse when they load them
     kinds: modules that stay dense unless asked for, and why
     tree: what its modules are in the runtimes
     tied: whether config.json says that the head is the embedding
@@ -52,6 +53,7 @@ class Artifact:
     dense: Sequence[str]
     config: Mapping[str, Any]
     files: Sequence[str]
+    fused: Sequence[str] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
     tree: ModuleTree = AS_NAMED
     tied: bool = False
@@ -132,3 +134,10 @@ def tied_heads(artifact: Artifact, level: str, then: str) -> Facts:
         text = f"is quantized, but config.json ties it to the embedding: {then}"
         hint = "tie_word_embeddings: false in config.json"
         yield from about(artifact.heads, level, text, hint)
+
+
+def asymmetric_experts(artifact: Artifact) -> Facts:
+    fused = set(artifact.fused)
+    found = [x.module for x in artifact.layers if x.module in fused and not x.grid.sym]
+    text = "is an asymmetric expert, which is fused without its zero points: it would be noise"
+    yield from about(found, FAILS, text, "--sym")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import natural
 from ptq_cli.formats import common
 from ptq_cli.formats.declared import entries, left_dense
 from ptq_cli.formats.runtimes.artifact import (
@@ -16,6 +17,7 @@ from ptq_cli.formats.runtimes.artifact import (
     Fact,
     Facts,
     about,
+    asymmetric_experts,
     routers,
     tied_heads,
     undivided,
@@ -111,7 +113,7 @@ def compressed(artifact: Artifact) -> Facts:
     yield from routers(artifact)
     yield from undeclared(artifact)
     yield from tied_heads(artifact, FAILS, "transformers raises")
-    yield from _experts(artifact)
+    yield from _fused_experts(artifact)
     yield from undivided(artifact.layers)
     layers = artifact.layers
     narrow = [
@@ -138,17 +140,19 @@ def compressed(artifact: Artifact) -> Facts:
         yield from about((layer.module for layer in layers), FAILS, text)
 
 
-def _experts(artifact: Artifact) -> Facts:
-    """Transformers joins the experts of a mixture into one tensor when it loads them."""
-    experts = artifact.experts
-    rounded = [layer.module for layer in experts if layer.activation is not None]
-    text = "is an expert with rounded inputs (int-quantized), which transformers 5 drops"
-    yield from about(rounded, FAILS, text)
-    zeros = [layer.module for layer in experts if not layer.grid.sym]
-    text = "is an expert with zero points, which transformers 5 does not read"
-    yield from about(zeros, FAILS, text, "--sym")
-    text = "is an expert beside others that are dense or have another grid, which cannot be joined"
-    yield from about(artifact.mixed_experts(), FAILS, text)
+def _fused_experts(artifact: Artifact) -> Facts:
+    """transformers fuses experts in floating point, from packed symmetric weights of one scheme."""
+    fused, layers = set(artifact.fused), artifact.layers
+    dense = fused.intersection(artifact.dense)
+    text = "is dense, an expert that transformers fuses: it raises"
+    yield from about(sorted(dense, key=natural), FAILS, text, "quantize every expert")
+    text = "has another grid than most layers, which transformers takes for all experts"
+    yield from about((m for m in _mixed(layers) if m in fused), FAILS, text)
+    experts = [layer for layer in layers if layer.module in fused]
+    plain = [x.module for x in experts if x.activation is not None and x.grid.bits == 8]
+    text = "is an expert of plain int8, which transformers cannot fuse: it raises"
+    yield from about(plain, FAILS, text, "vLLM reads it")
+    yield from asymmetric_experts(artifact)
 
 
 def undeclared(artifact: Artifact) -> Facts:

@@ -47,7 +47,7 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(
             (
                 "bamba", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3", "glm4",
-                "gpt_neox", "gpt_oss", "granite", "llama", "llama4_text", "llava", "mistral",
+                "gpt_neox", "granite", "llama", "llama4_text", "llava", "mistral",
                 "mistral3", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen2_5_vl", "qwen2_moe",
                 "qwen3", "qwen3_moe", "qwen3_next", "smollm3", "starcoder2",
             ),

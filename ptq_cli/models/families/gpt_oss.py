@@ -16,6 +16,8 @@ FAMILY = Family(
             expert="mlp.experts.{}",
             inputs=("gate_proj", "up_proj"),
             output="down_proj",
+            interleaved=True,
+            fused_by_loaders=False,
         ),
     ),
 )

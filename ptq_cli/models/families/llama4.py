@@ -17,6 +17,8 @@ FAMILY = Family(
             expert="feed_forward.experts.{}",
             inputs=("gate_proj", "up_proj"),
             output="down_proj",
+            fused_by_loaders=False,
+            linears_in=("compressed-tensors",),
         ),
     ),
 )

@@ -17,6 +17,7 @@ FAMILY = Family(
             inputs=("w1", "w3"),
             output="w2",
         ),
+        dense=("mlp.gate",),  # the router, where transformers 5 saved its own names
     ),
     defaults={
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6,
