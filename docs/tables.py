@@ -25,7 +25,8 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats import ptq
-from ptq_cli.formats.runtimes import FAILS, LIMIT, NOTE, RUNTIMES, Artifact, Fact, facts, loads
+from ptq_cli.formats.runtimes import RUNTIMES, facts, loads
+from ptq_cli.formats.runtimes.artifact import FAILS, LIMIT, NOTE, Artifact, Fact
 from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family

@@ -21,14 +21,15 @@ from ptq_cli.report.report import as_csv, as_document
 from ptq_cli.storage.files import to_json, write_whole
 
 
-def emit_warnings(warnings: tuple[str, ...] | list[str], strict: bool) -> None:
-    """Print warnings; with --strict the first one is an error instead.
+def emit_warnings(warnings: Sequence[str], strict: bool, untried: Sequence[str] = ()) -> None:
+    """Print warnings; with --strict the first one is an error instead, but for those of `untried`.
 
     Raises:
         InputError: --strict, and there is a warning.
     """
-    if warnings and strict:
-        raise InputError(f"{warnings[0]} (--strict)")
+    wrong = [warning for warning in warnings if warning not in untried]
+    if wrong and strict:
+        raise InputError(f"{wrong[0]} (--strict)")
     for warning in warnings:
         console.warn(warning)
 

@@ -74,6 +74,11 @@ def _console() -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal or None, width=width)
 
 
+def text_width() -> int:
+    """Columns that text is wrapped to: the terminal's, or 80 where there is none."""
+    return _console().width if sys.stdout.isatty() else 80
+
+
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
     """A table on stdout. Nothing in it is ever cut: the first column folds where it is too long,
     and where that is not enough each row is a name with its values under it.

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.options import Command
+from ptq_cli.cli.inspect_summary import grids, quantizing, summary, totals
+from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.shared_options import JSON, SOURCES, path_argument
 from ptq_cli.commands import api
 from ptq_cli.core.text import number, size
 
+_TENSORS = option("--tensors", is_flag=True, help="Tensors, layers and sites one by one.")
 
-@click.command("inspect", cls=Command, params=[path_argument("path"), *SOURCES, JSON])
-def inspect(path: Path, as_json: bool, **source: Any) -> None:
-    """Show tensors, dtypes and shapes of PATH; of a float model its sites, too, and what quantizing
-    it would give; of a quantized one grid, method and size of each layer.
 
-    With calibration: outlier channels, the channels that can move a site's outputs most
-    (max|x| · mean|W|), and, where gradients were given to ptq calibrate, layers ranked by Fisher
-    information.
+@click.command(
+    "inspect",
+    cls=Command,
+    params=[path_argument("path"), *SOURCES, *in_section("Report", _TENSORS), JSON],
+)
+def inspect(path: Path, tensors: bool, as_json: bool, **source: Any) -> None:
+    """Show what of PATH is quantized, or would be, and what stays dense and why; of a float model
+    its sites, too, and what quantizing it would give. --tensors and --json show each tensor.
+
+    With calibration: outlier channels, with --tensors the channels that can move a site's outputs
+    most (max|x| · mean|W|), and, where gradients were given to ptq calibrate, layers ranked by
+    Fisher information.
 
     \b
     ptq inspect model/ --calibration stats.safetensors
@@ -31,8 +37,11 @@ def inspect(path: Path, as_json: bool, **source: Any) -> None:
     document = api.inspect(path, **source)
     if as_json:
         console.print_json(document)
-    else:
+    elif tensors:
         _show(document)
+    else:
+        for line in summary(document, console.text_width()):
+            console.line(line)
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -52,10 +61,8 @@ def _show(document: dict[str, Any]) -> None:
     for note in document.get("notes", []):
         console.line(note)
     if not quantized:
-        _show_quantizing(document["quantizing"])
-    totals = document["totals"]
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in totals["dtypes"].items())
-    console.line(f"{totals['tensors']} tensors ({dtypes}), {size(totals['bytes'])}")
+        console.line(quantizing(document["quantizing"]))
+    console.line(totals(document["totals"]))
 
 
 def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
@@ -75,21 +82,7 @@ def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
         for layer in layers
     ]
     console.table(titles, rows, words=len(titles))
-    grids = Counter((layer["bits"], layer["group_size"]) for layer in layers)
-    said = ", ".join(f"{n} with {b} bits in groups of {g}" for (b, g), n in grids.most_common())
-    said = said.replace("in groups of -1", "per row").replace("in groups of 0", "per tensor")
-    console.line(f"{name}: {len(layers)} layers, {said}")
-
-
-def _show_quantizing(entry: dict[str, Any]) -> None:
-    if "refused" in entry:
-        console.line(f"cannot be quantized: {entry['refused']}")
-        return
-    before, after = (size(entry[key]) for key in ("bytes_before", "bytes_after"))
-    console.line(
-        f"{entry['bits']} bits in groups of {entry['group_size']} would take {entry['layers']}"
-        f" tensors, and {before} to {after}; ptq gptq --dry-run says more"
-    )
+    console.line(grids(name, layers))
 
 
 def _show_sites(sites: list[dict[str, Any]]) -> None:

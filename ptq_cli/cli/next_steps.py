@@ -16,6 +16,8 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import format_named
+from ptq_cli.run.repack import may_become
+from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 # The runtime that most people load a format with.
@@ -76,9 +78,10 @@ def after(
     if not layers:
         return
     if fmt == "ptq":
-        fitting = [name for name in _RUNTIME if not any(map(format_named(name).misfit, layers))]
-        if fitting:
-            yield "for a runtime", ("ptq", "pack", path(output), "--format", fitting[0])
+        folder = open_quantized(Path(output))
+        fitting = (name for name in _RUNTIME if may_become(folder, format_named(name)))
+        if name := next(fitting, None):
+            yield "for a runtime", ("ptq", "pack", path(output), "--format", name)
     elif runtime := given.get("runtime") or _RUNTIME.get(fmt):
         yield "before loading it", ("ptq", "check", path(output), "--runtime", runtime)
 

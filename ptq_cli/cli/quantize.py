@@ -164,7 +164,7 @@ def _run(name: str, /, model: Path, **options: Any) -> None:
     _refuse_unread(job, options)
     how = take_run_options(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(how.resources))
-    emit_warnings(warnings, options["strict"])
+    emit_warnings(warnings, options["strict"], job.plan.untried)
     if options["dry_run"]:
         emit_estimate(job.estimate(how), options["as_json"], warnings)
         return

@@ -125,8 +125,9 @@ def with_warnings(
     model folder, and of what a runtime could not load."""
     odd = () if source is None else source.warnings
     left = (*dense_warnings(plan), *companions(checkpoint, format_named(plan.format)).warnings)
-    said = (*left, *odd, *more, *runtime_warnings(plan, checkpoint, runtime))
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *said))
+    said, untried = runtime_warnings(plan, checkpoint, runtime)
+    warnings = (*plan.warnings, *left, *odd, *more, *said, *untried)
+    return dataclasses.replace(plan, warnings=warnings, untried=untried)
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first weight is read."""
+    """Everything that is known before the first weight is read.
+
+    untried: warnings that say no more than that nobody tried: no error with --strict
+    """
 
     method: str
     settings: Any
@@ -93,6 +96,7 @@ class Plan:
     units: tuple[Unit, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
 

@@ -113,14 +113,17 @@ def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tensors(checkpoint: Checkpoint, packed: Collection[str] = ()) -> list[dict[str, Any]]:
-    reasons = left_alone(checkpoint.specs, checkpoint.config)
+    otherwise = "not quantized" if packed else None
+    reasons: dict[str, str | None] = dict.fromkeys(checkpoint.specs, otherwise)
+    reasons |= left_alone(checkpoint.specs, checkpoint.config)
+    reasons |= dict.fromkeys(packed)
     return [
         {
             "tensor": stored.spec.name,
             "dtype": stored.spec.dtype,
             "shape": list(stored.spec.shape),
             "bytes": stored.spec.nbytes,
-            "left_alone": None if stored.spec.name in packed else reasons.get(stored.spec.name),
+            "left_alone": reasons[stored.spec.name],
         }
         for stored in (checkpoint.tensors[name] for name in by_number(checkpoint.tensors))
     ]

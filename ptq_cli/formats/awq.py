@@ -12,7 +12,7 @@ Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit
-from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
+from ptq_cli.formats.declared import left_dense
 from ptq_cli.numerics.packing import pack_words
 
 _LIMITS = common.Limits(bits=(4,))
@@ -107,7 +107,7 @@ def _config(
             f"awq has one group size for all layers, not {sorted(sizes)}",
             hint="--format compressed-tensors",
         )
-    for module, entry in _left_dense((layer.module for layer in layers), dense):
+    for module, entry in left_dense((layer.module for layer in layers), dense):
         raise InputError(f"awq cannot leave {entry} dense without {module} too")
     return {
         "quant_method": "awq",
@@ -117,18 +117,6 @@ def _config(
         "version": "gemm",
         "modules_to_not_convert": list(dense) or None,
     }
-
-
-def _left_dense(modules: Iterable[str], entries: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Modules with the entry of `modules_to_not_convert` that transformers finds to match: as a
-    regex from the start up to a dot, or as a suffix."""
-    patterns = [rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries]
-    regex = ForeignPatterns(patterns, "modules_to_not_convert")
-    for module in modules:
-        place = regex.first(module)
-        suffixes = [entry for entry in entries if module.endswith(entry)]
-        for entry in suffixes[:1] if place is None else [entries[place]]:
-            yield module, entry
 
 
 def _layers(contents: Contents) -> tuple[Layer, ...]:
@@ -148,7 +136,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
         contents.specs, ".qweight", ".qzeros", declared=f"{where} says awq"
     )
     entries = common.strings(settings, "modules_to_not_convert", where)
-    for module, entry in _left_dense(modules, entries):
+    for module, entry in left_dense(modules, entries):
         raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     return tuple(_layer(module, contents) for module in modules)
 

@@ -27,7 +27,11 @@ SCALE_WORDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAMES = {word: name for name, word in SCALE_WORDS.items()}
 _STATED = {**SCALE_WORDS, "half": "F16", "float": "F32", "float64": "F32", "double": "F32"}
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
+HEADS = ("lm_head", "embed_out")  # transformers calls the latter lm_head, too
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens\w*|embed_positions|embed_in|wte|wpe|word_embeddings|tok_embeddings|shared"
+    r"|(position|token|patch)_embeddings?)$"
+)
 _KERNEL_GROUPS = (32, 64, 128, 256)
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -211,7 +215,7 @@ def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str,
 
 
 def is_head(layer: Layer) -> bool:
-    return layer.module == "lm_head" or layer.module.endswith(".lm_head")
+    return layer.module.rpartition(".")[2] in HEADS
 
 
 def outside_cpu_kernel(layer: Layer) -> bool:
@@ -282,7 +286,7 @@ def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:
     raise InputError(
         f"{layer.module}: its offsets are no whole multiples of its scales, so whole zeros"
         " cannot say them",
-        hint="quantize the float model again, or --format mlx or gguf",
+        hint="quantize the float model again, or --format mlx or --format gguf",
     )
 
 

@@ -61,7 +61,7 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     known = {kind: family for family in FAMILIES if family.gguf for kind in family.model_types}
     if kind not in known:
         message = f"gguf: model_type {kind!r} is not known, only {', '.join(sorted(known))}"
-        raise InputError(message, hint="another --format")
+        raise InputError(message, hint="--format ptq, which holds every model")
     return _names(known[kind])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 
 from ptq_cli.calibration.source import Source
@@ -16,6 +17,7 @@ from ptq_cli.formats import common
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
+from ptq_cli.plan.hints import Unread, helping
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
@@ -86,8 +88,16 @@ def keep_together(groups: Iterable[Sequence[str]], misfits: Mapping[str, Misfit]
     return {module for group in together for module in group}
 
 
-def check_misfits(fmt: Format, misfits: Mapping[str, Misfit], total: int, on_misfit: str) -> None:
+def check_misfits(
+    fmt: Format,
+    misfits: Mapping[str, Misfit],
+    total: int,
+    on_misfit: str,
+    options_of: Callable[[], list[str]],
+) -> None:
     """Refuse layers that a format cannot hold, unless they may be kept and are not all there are.
+
+    options_of: gives the options that would get past it
 
     Raises:
         InputError: all of them, by reason, with the options that would help.
@@ -97,7 +107,7 @@ def check_misfits(fmt: Format, misfits: Mapping[str, Misfit], total: int, on_mis
     reasons: dict[str, list[str]] = {}
     for module, misfit in misfits.items():
         reasons.setdefault(misfit.reason, []).append(module)
-    options = list(dict.fromkeys(misfit.hint for misfit in misfits.values() if misfit.hint))[:2]
+    options = options_of()
     if len(misfits) < total:
         options.append("--on-misfit keep, which leaves such layers dense")
     counted = f"format {fmt.name} cannot hold {len(misfits)} of {total} layers"
@@ -124,21 +134,24 @@ def cannot_hold(fmt: str) -> str:
 def check_layers(
     layers: Sequence[Layer],
     fmt: Format,
-    on_misfit: str,
+    settings: GridSettings,
     sites: Sequence[Site],
-    unread: Mapping[str, Misfit],
+    kinds: Mapping[str, str],
+    unread: Unread,
 ) -> set[str]:
     """The modules to keep as they are, with those that share their input: runtimes fuse them.
 
-    unread: modules that the format could hold, but that no runtime reads from it
+    kinds: tensors that stay dense unless asked for, and why
+    unread: gives modules that the format could hold, but that no runtime reads from it
 
     Raises:
         InputError: layers that the format cannot hold, all of them listed, or two tensors that
             would become one module.
     """
     misfits = {layer.module: misfit for layer in layers if (misfit := fmt.misfit(layer))}
-    misfits = {**unread, **misfits}
-    check_misfits(fmt, misfits, len(layers), on_misfit)
+    misfits = {**unread(layers, fmt), **misfits}
+    options = partial(helping, layers, misfits, fmt, settings, kinds, unread)
+    check_misfits(fmt, misfits, len(layers), settings.on_misfit, options)
     modules = [layer.module for layer in layers]
     twice = Counter(modules) - Counter(set(modules))
     if twice:

@@ -6,12 +6,13 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
-from ptq_cli.core.layer import Plan
+from ptq_cli.core.layer import Layer, Misfit, Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
@@ -53,18 +54,21 @@ def make_plan(
     ]
     wanted = with_scale_dtypes(wanted, settings, fmt, checkpoint, sites)
     fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
-    unread = expert_misfits(wanted, fmt, checkpoint.config, fused)
-    kept = check_layers(wanted, fmt, settings.on_misfit, sites, unread)
+    included = left_alone(checkpoint.specs, checkpoint.config)
+
+    def unread(layers: Sequence[Layer], other: Format) -> Mapping[str, Misfit]:
+        return expert_misfits(layers, other, checkpoint.config, fused)
+
+    kept = check_layers(wanted, fmt, settings, sites, included, unread)
     layers = [layer for layer in wanted if layer.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
     container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
     check_names(checkpoint, layers, skipped, fmt)
-    included = left_alone(checkpoint.specs, checkpoint.config).keys()
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
-    units = plan_units(layers, method, source, missing, included, sites)
+    units = plan_units(layers, method, source, missing, included.keys(), sites)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
     packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))

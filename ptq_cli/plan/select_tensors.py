@@ -13,6 +13,7 @@ from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import left_alone
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
+from ptq_cli.plan.tied_heads import refuse_lone_head, refuse_missing_head
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
 IGNORED, KEPT_FLOAT = "ignored", f"bits = {FLOAT_BITS}"  # as the user wished
@@ -23,6 +24,7 @@ def choose_tensors(
 ) -> tuple[list[StoredTensor], list[Skipped]]:
     """The tensors to quantize and those that are copied, layer 10 after layer 9."""
     ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    refuse_missing_head(checkpoint, settings.include)
     include = _patterns("--include", settings.include, checkpoint)
     rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
     pairs = zip(rules, settings.layers, strict=True)
@@ -54,6 +56,7 @@ def choose_tensors(
                 f"--include {pattern.pattern!r} matches no tensor that could be quantized in"
                 f" {checkpoint.path}"
             )
+    refuse_lone_head(checkpoint, [tensor.spec.name for tensor in chosen])
     return chosen, skipped
 
 

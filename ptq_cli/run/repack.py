@@ -8,14 +8,12 @@ or (`on_misfit` "keep") becomes a dense tensor in the model's dtype and is decla
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
 
-import numpy as np
-
-from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
@@ -28,12 +26,12 @@ from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
 from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
-from ptq_cli.numerics.rounding import SCALE_DTYPES
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
+from ptq_cli.registry import format_named
 from ptq_cli.report.report import make_report, row_from_json
-from ptq_cli.run.nearest import same_weight
+from ptq_cli.run.convert import convert
 from ptq_cli.run.output import run_documents
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
@@ -41,6 +39,7 @@ from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
+from ptq_cli.storage.gguf_model import check_model
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
@@ -84,9 +83,7 @@ def plan_repack(
     for layer in layers_to_repack(folder):
         target = _target(layer, fmt, settings, symmetric)
         misfit = fmt.misfit(target)
-        if misfit is not None:
-            misfit = replace(misfit, hint=_repack_hint(misfit.hint, layer))
-        elif trial:
+        if misfit is None and trial:
             try:
                 convert(folder.load(layer.module), target, fmt)
             except InputError as error:
@@ -96,7 +93,8 @@ def plan_repack(
         wanted[layer.module] = target
     misfits = {**_unread_experts(list(wanted.values()), fmt, config), **misfits}
     if trial:
-        check_misfits(fmt, misfits, len(wanted), settings.on_misfit)
+        options = partial(_helping, folder, misfits)
+        check_misfits(fmt, misfits, len(wanted), settings.on_misfit, options)
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
@@ -131,16 +129,53 @@ def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dic
     return unread
 
 
-def _repack_hint(hint: str | None, layer: Layer) -> str | None:
+def may_become(folder: QuantizedFolder, fmt: Format) -> bool:
+    """Whether headers and config.json say that it can be repacked into a format."""
+    try:
+        plan = plan_repack(folder, fmt, RepackSettings(fmt.name), trial=False).plan
+    except InputError:
+        return False
+    scales = ((layer, folder.layers[layer.module].grid.scale_dtype) for layer in plan.layers)
+    same = all(layer.grid.scale_dtype in (own, "float32") for layer, own in scales)
+    if len(plan.layers) < len(folder.layers) or not same:
+        return False
+    try:
+        if fmt.container == "gguf":
+            check_model(folder.checkpoint, plan.layers, [entry.tensor for entry in plan.skipped])
+    except InputError:
+        return False
+    return True
+
+
+def _helping(folder: QuantizedFolder, misfits: Mapping[str, Misfit]) -> list[str]:
+    """What helps, a format only if it could hold the folder."""
+    found: dict[str, None] = {}
+    holding: dict[str, bool] = {}
+    for module, misfit in misfits.items():
+        for option in re.split(r",? or (?=--|quantize)", misfit.hint or ""):
+            if name := re.match(r"--format ([\w-]+)", option):
+                if name[1] not in holding:
+                    holding[name[1]] = may_become(folder, format_named(name[1]))
+                if holding[name[1]]:
+                    found[option] = None
+            elif option:
+                found[_repack_hint(option, folder.layers[module])] = None
+    return list(found)[:2]
+
+
+def _repack_hint(option: str, layer: Layer) -> str:
     """What helps a repacking: what it cannot change is chosen when the float model is quantized."""
-    if hint is None or hint.startswith(("--format", "--scale-dtype")):
-        return hint
-    if hint.startswith("--group-size"):
-        sizes = (layer.grid.group_size, int(hint.split()[1]))
+    word, _, value = option.partition(" ")
+    if word == "--ignore":
+        option = f"leave {value} out of --include"
+    if word == "--group-size" and value.lstrip("-").isdecimal():
+        sizes = (layer.grid.group_size, int(value))
         own, asked = (size if size > 0 else layer.shape[1] for size in sizes)
         if own % asked == 0:  # groups are split without loss, and seldom joined
-            return hint
-    return f"{hint} when the float model is quantized"
+            return option
+    possible = word == "--scale-dtype" or not word.startswith(("--", "leave"))
+    late = "when the float model is quantized"
+    return option if possible or option.endswith(late) else f"{option} {late}"
 
 
 def _skipped(
@@ -172,72 +207,6 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool
     if fmt.misfit(target) is not None:
         return fitting(with_scales(target, fmt.scale_dtype(layer.dtype)), fmt, otherwise=target)
     return target
-
-
-def convert(
-    weight: QuantizedWeight, target: Layer, fmt: Format
-) -> tuple[dict[str, Array], QuantizedWeight]:
-    """The target's tensors of a weight, and what they unpack to. Raises InputError where they would
-    not say the same."""
-    moved = _regrouped(weight, target.grid)
-    tensors = fmt.encode(target, moved)
-    back = fmt.decode(target, tensors)
-    inputs = (back.input_scale, back.input_zero) == (moved.input_scale, moved.input_zero)
-    if not (same_weight(back, moved) and inputs):
-        raise InputError(f"{fmt.name} would not give back the same values")
-    if back.offsets is not None and moved.offsets is None:
-        raise InputError(
-            f"{fmt.name} would round −zero · scale to {back.offsets.dtype}",
-            hint="--scale-dtype float32 where the format has it, or quantize the float model",
-        )
-    return tensors, back
-
-
-def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
-    """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
-    dtype = SCALE_DTYPES[grid.scale_dtype]
-    scales = _cast(weight.scales, dtype)
-    if grid.group_size == weight.grid.group_size:
-        return replace(weight, scales=scales, grid=grid)
-    if weight.g_idx is not None:
-        raise InputError(
-            "columns were reordered (act_order desc), so groups cannot change",
-            hint="leave --group-size out",
-        )
-    columns = weight.codes.shape[1]
-    group, starts = grid.g_idx(columns), grid.starts(columns)[:-1]
-
-    def of_groups(values: Array) -> Array:
-        wide = np.broadcast_to(values, (len(weight.codes), values.shape[1]))
-        wide = wide[:, weight.column_groups()]
-        own = np.ascontiguousarray(wide[:1, :1] if grid.group_size == 0 else wide[:, starts])
-        full = np.broadcast_to(own, (len(wide), own.shape[1]))[:, group]
-        if not np.array_equal(full, wide):
-            raise InputError(
-                f"its groups of {weight.grid.group_size} columns do not fit into groups of"
-                f" {grid.group_size}",
-                hint=f"--group-size {grid.group_size} when the float model is quantized",
-            )
-        return own
-
-    return replace(
-        weight,
-        scales=of_groups(scales),
-        zeros=of_groups(weight.zeros),
-        offsets=None if weight.offsets is None else of_groups(weight.offsets),
-        grid=grid,
-    )
-
-
-def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore"):
-        result: Array = scales.astype(dtype)
-    if (result.astype(np.float64) != scales.astype(np.float64)).any():
-        raise InputError(
-            f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly",
-            hint=f"--scale-dtype {dtype} when the float model is quantized",
-        )
-    return result
 
 
 def run_repack(

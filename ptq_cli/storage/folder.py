@@ -26,6 +26,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
 from ptq_cli.formats.sources import mlx_weights, quantized_as, small_floats
 from ptq_cli.models.linears import adapter_tensors, module_tree
+from ptq_cli.models.ties import untied
 from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
@@ -162,10 +163,11 @@ def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) ->
 def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     """config.json with what the runtime must know, and the file that repeats it."""
     fmt = assembly.fmt
-    own = source.config if assembly.config is None else assembly.config
+    source_config = source.config if assembly.config is None else assembly.config
+    own = untied(source_config, assembly.layers, assembly.dense)
     declared = fmt.config(list(assembly.layers.values()), assembly.dense, module_tree(own))
     if declared is None:
-        return {}
+        return {} if own is source_config else {"config.json": own}
     config = {**own, **fmt.model_config(own), **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:

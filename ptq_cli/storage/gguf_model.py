@@ -96,6 +96,17 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
 def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
+    check_model(source, layers, dense)
+    for name in dense:
+        if name in source.tensors and not name.endswith(_DROPPED):
+            spec = source.tensors[name].spec
+            if len(spec.shape) == 2 and spec.dtype != "F16":
+                _dense(name, source.read(name))
+
+
+def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
+    """What has no place in a GGUF file by config.json, the tokenizer, names and headers. Raises
+    InputError."""
     _metadata(source, layers, {})
     names = names_of_model(source.config)
     for layer in layers:
@@ -109,8 +120,6 @@ def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
         spec = source.tensors[name].spec
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
-        if len(spec.shape) == 2 and spec.dtype != "F16":
-            _dense(name, source.read(name))
 
 
 def _metadata(
@@ -155,7 +164,9 @@ def _dense(name: str, values: Array) -> Array:
     with np.errstate(over="ignore"):
         result: Array = values.astype(NUMPY_DTYPES[kind])
     if not np.isfinite(result).all():
-        raise InputError(f"tensor {name!r} holds values that {kind} cannot", hint="--include it")
+        raise InputError(
+            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
+        )
     return result
 
 

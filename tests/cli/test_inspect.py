@@ -10,6 +10,7 @@ import pytest
 
 from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import ptq, write_model
+from tests.cli.tiny_folders import llama, llava, mixtral
 from tests.methods.rescaled import rescaled_sample
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -122,3 +123,40 @@ def test_an_mlx_file_is_never_taken_for_a_float_model(sample):
         assert (outcome.code, len(outcome.errors)) == (1, 1), outcome
         assert "quantized" in outcome.err
     assert "config.json" in ptq("inspect", alone).err
+
+
+@pytest.mark.parametrize("source", [llama, llava, mixtral])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_screen_says_what_is_quantized_and_what_stays_dense_and_why(tmp_path, source, packed):
+    path = source(tmp_path / "m")
+    if packed:
+        assert ptq("rtn", path, "-g", 32, "--ignore", "layers.1.mlp|w2", "-o", "out").code == 0
+        path = "out"
+    document, lines = ptq("inspect", path, "--json").document, ptq("inspect", path).out.splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    text = " ".join(line.strip() for line in lines)
+    reasons = {entry["left_alone"] for entry in document["tensors"]} - {None}
+    assert "embedding (" in text
+    assert ("not of the text model (" in text) == (source is llava)
+    assert ("router (" in text) == (source is mixtral)
+    assert ("not quantized (" in text) == ("not quantized" in reasons) == packed
+    assert len(lines) < len(ptq("inspect", path, "--tensors").out.splitlines())
+
+
+def test_every_tensor_only_with_an_option(sample):
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert name not in ptq("inspect", sample).out
+    assert name in ptq("inspect", sample, "--tensors").out
+    assert name in ptq("inspect", sample, "--json").out
+
+
+def test_many_names_are_cut_to_one_screen(tmp_path):
+    rng = np.random.default_rng(3)
+    names = {"".join(rng.choice(list("abcdefgh"), 40)) for _ in range(300)}
+    tensors = {f"{name}.weight": np.ones((2, 2), np.float32) for name in names}
+    tensors |= {f"{name}.bias": np.ones(2, np.float32) for name in names}
+    lines = ptq("inspect", write_model(tmp_path / "m.safetensors", tensors)).out.splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    assert any(" more" in line for line in lines)

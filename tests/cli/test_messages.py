@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.formats.runtimes import Fact
+from ptq_cli.formats.runtimes.artifact import Fact
 from tests.builders import ptq, random_weight, write_model
 
 KINDS = {
@@ -61,7 +61,7 @@ def test_a_group_size_that_does_not_divide():
     error(
         *("rtn", model("m.safetensors", 100), "-g", 8, "--format", "gptq", "-o", "out"),
         words=[f"700 layers: group_size 8 does not divide in_features 12, as gptq needs: {ALL}"],
-        hint="--group-size -1",
+        hint="--format ptq, which holds every layer",  # 12 columns fill no whole words in any group
     )
 
 
@@ -74,7 +74,7 @@ def test_each_reason_has_its_count():
             "; 100 layers: group_size 8 does not divide in_features 20, as gptq needs:"
             " model.layers.{0-99}.mlp.down_proj",
         ],
-        hint="--group-size -1",
+        hint="--format ptq, which holds every layer",
     )
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from ptq_cli.formats.runtimes import Artifact, facts, loads
+from ptq_cli.formats.runtimes import facts, loads
+from ptq_cli.formats.runtimes.artifact import Artifact
 from ptq_cli.registry import FORMATS, format_named
 from tests.formats.cases import layer
 from tests.interop import test_onnx, test_runtimes

@@ -35,6 +35,8 @@ REFUSED = {
     "gemma3n_text": "group_size 32 does not divide in_features 8",
     "gpt2": "compressed-tensors holds weights stored [out, in], not [in, out]",
 }
+# Whose heads are quantized, too → model_type.
+WITH_HEADS = {"tied_llama": "llama", "llama": "llama", "gpt_neox": "gpt_neox"}
 CASES = [(command, name) for command in COMMANDS for name in MODELS]
 
 
@@ -80,6 +82,30 @@ def test_transformers_computes_what_was_written(
         assert REFUSED[name] in result["refused"]
         return
     assert "refused" not in result, result
+    assert "raised" not in result, result
+    assert (result["missing"], result["unexpected"]) == ([], [])
+    assert result["error"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_heads_that_are_quantized(tmp_path: Path, name: str) -> None:
+    """A head that was tied has a tensor of its own first, equal to the embedding."""
+    from safetensors.numpy import load_file, save_file
+
+    _run("tiny_models", tmp_path / "float", name)
+    source, out = tmp_path / "float" / name, tmp_path / "out"
+    if name.startswith("tied"):
+        weights = source / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    options = ["--format", "compressed-tensors", "--group-size", 32]
+    head = "embed_out" if name == "gpt_neox" else "lm_head"
+    assert ptq("pack", source, "-o", out, *options, "--include", head).code == 0
+    jobs = [{"name": "out", "float": str(source), "folder": str(out)}]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    _run("compare", tmp_path / "jobs.json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())["out"]
     assert "raised" not in result, result
     assert (result["missing"], result["unexpected"]) == ([], [])
     assert result["error"] <= TOLERANCE

@@ -142,11 +142,12 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
 
 
 # What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
-# experts are stored as one tensor, in any model; parameters of transformers' modules.
+# experts are stored as one tensor, in any model; parameters of transformers' modules; what tests
+# load.
 ELSEWHERE = {
-    "formats/gguf/metadata.py", "formats/common.py", "models/experts.py",
-    "calibration/torch_experts.py",
-}  # fmt: skip
+    *("formats/gguf/metadata.py", "formats/common.py", "models/experts.py"),
+    *("calibration/torch_experts.py", "formats/runtimes/proven.py"),
+}
 
 
 def test_nothing_of_a_family_stands_outside_its_file():

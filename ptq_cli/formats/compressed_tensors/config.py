@@ -15,10 +15,10 @@ import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.patterns import ForeignPatterns
 from ptq_cli.core.plugins import AS_NAMED, Contents, ModuleTree
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
+from ptq_cli.formats.declared import entries
 from ptq_cli.numerics.packing import words_width
 
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
@@ -53,8 +53,8 @@ def declare(
     formats = {group["format"] for group in groups.values()}
     left = [name for module in dense for name in tree.names(module)]
     # a head that is tied has no tensor of its own, but has to be named
-    heads = [*dense, *(layer.module for layer in layers)]
-    tied = not any(module.endswith("lm_head") for module in heads)
+    tied = not any(module.endswith("lm_head") for module in dense)
+    tied = tied and not any(map(common.is_head, layers))
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -129,9 +129,9 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
         declared=f"{_WHERE} says compressed-tensors",
     )  # fmt: skip
     ignore = dict.fromkeys(common.strings(settings, "ignore", _WHERE))
-    ignored = _entries(modules, ignore, f"{_WHERE}: ignore")
+    ignored = entries(modules, ignore, f"{_WHERE}: ignore")
     layers = []
-    for module, named in _entries(modules, targets, f"{_WHERE}: targets").items():
+    for module, named in entries(modules, targets, f"{_WHERE}: targets").items():
         left = ignored[module]
         if left is not None:
             raise InputError(f"module {module!r} is packed, but {left!r} in ignore leaves it dense")
@@ -194,20 +194,6 @@ def _activation(inputs: Mapping[str, Any], where: str) -> Activation | None:
             f" {strategy!r}, dynamic {dynamic} are not understood"
         )
     return Activation(bits, common.setting(inputs, "symmetric", bool, where, True), dynamic)
-
-
-def _entries(
-    modules: Sequence[str], entries: Mapping[str, Any], where: str
-) -> dict[str, str | None]:
-    """The entry that names each module: exactly, else as a regex, else by its class, else None."""
-    patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
-    regex = ForeignPatterns(patterns, where)
-    found: dict[str, str | None] = {}
-    for module in modules:
-        place = None if module in entries else regex.first(module)
-        own = module if place is None else f"re:{patterns[place]}"
-        found[module] = next((entry for entry in (own, "Linear") if entry in entries), None)
-    return found
 
 
 def _layer(module: str, grid: Grid, activation: Activation | None, contents: Contents) -> Layer:

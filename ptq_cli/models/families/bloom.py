@@ -16,7 +16,7 @@ FAMILY = Family(
         norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
         buffers=(),
     ),
-    defaults={"apply_residual_connection_post_layernorm": False},
+    defaults={"apply_residual_connection_post_layernorm": False, "tie_word_embeddings": True},
     keys={"num_attention_heads": "n_head"},
     folds=Folds(
         values="q k v per head",

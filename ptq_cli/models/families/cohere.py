@@ -17,5 +17,6 @@ FAMILY = Family(
             *(f"{norm}.weight" for norm in qwen3.NORMS.values()),
         ),
     ),
+    defaults={"tie_word_embeddings": True},
     folds=Folds(),
 )

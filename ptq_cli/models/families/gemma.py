@@ -8,5 +8,6 @@ FAMILY = Family(
     names=llama.FAMILY.names,
     plus_one=True,
     vocabularies=(256000, 256128),
+    defaults={"tie_word_embeddings": True},
     folds=Folds(),
 )

@@ -35,6 +35,7 @@ FAMILY = Family(
     name="gemma3n",
     other_types=("gemma3n_text",),
     names=_NAMES,
+    defaults={"tie_word_embeddings": True},
     folds=Folds(
         attentions=(
             (FamilySite((*_NAMES.qkv, _NARROW[0]), reason=_ALSO_OUTPUT), *_OTHERS),

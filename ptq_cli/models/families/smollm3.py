@@ -3,4 +3,9 @@
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
 
-FAMILY = Family(name="smollm3", names=llama.FAMILY.names, folds=Folds())
+FAMILY = Family(
+    name="smollm3",
+    names=llama.FAMILY.names,
+    defaults={"tie_word_embeddings": True},
+    folds=Folds(),
+)

@@ -8,7 +8,7 @@ from ptq_cli.models.family import Condition, Family, Folds, behind
 FAMILY = Family(
     name="starcoder2",
     names=replace(llama.FAMILY.names, mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj"),
-    defaults={"hidden_act": "gelu_pytorch_tanh"},
+    defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     folds=Folds(
         inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),
     ),

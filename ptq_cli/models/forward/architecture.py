@@ -114,6 +114,9 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
     prefix = next(found, names.prefixes[0])
     embedding = f"{prefix}{names.embedding}.weight"
+    head = f"{names.head}.weight"
+    # a head that is stored beside its embedding may be another, whatever config.json says
+    tied = bool(config.get("tie_word_embeddings")) and head not in tensors
     narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
     bare = config.get("no_final_norm") or not config.get("norm_first", True)
     return Architecture(
@@ -131,7 +134,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
             for index in range(config["num_hidden_layers"])
         ),
         embedding=embedding,
-        head=embedding if config.get("tie_word_embeddings") else f"{names.head}.weight",
+        head=embedding if tied else head,
         final_norm=None if bare else _norm(config, family, f"{prefix}{names.final_norm}"),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
         projections=tuple(Linear(prefix + name) for name in names.projections if narrow),

@@ -1,0 +1,165 @@
+"""What `ptq inspect` says of a checkpoint, folded to one screen."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ptq_cli.core.names import fold_names
+from ptq_cli.core.text import number, printable, size
+
+_LINES = 25
+_WIDTHS = (
+    640,
+    480,
+    320,
+    240,
+    160,
+    110,
+    70,
+    40,
+)  # characters of a folded list, the first that fits the screen
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+_RANKS = {"rank 0": "scalar", "rank 1": "vector"}
+
+
+def summary(document: Mapping[str, Any], columns: int) -> list[str]:
+    """Lines of at most so many columns; no more than a screen's where folding can do it."""
+    lines: list[str] = []
+    for width in _WIDTHS:
+        lines = [line for text in _paragraphs(document, width) for line in _wrapped(text, columns)]
+        if len(lines) <= _LINES:
+            break
+    return lines
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(
+        printable(text),
+        columns,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+
+
+def _paragraphs(document: Mapping[str, Any], width: int) -> list[str]:
+    found = []
+    tensors = document["tensors"]
+    if document["kind"] == "quantized":
+        found += [grids(document["format"], document["layers"])]
+        found += _layers(document["layers"], width)
+    else:
+        chosen = [entry["tensor"] for entry in tensors if not entry["left_alone"]]
+        found += [f"family: {document['family']}"] if document["family"] else []
+        found.append(f"is quantized ({len(chosen)}): {_folded(chosen, width)}")
+    found += _dense(tensors, width)
+    found += _sites(document.get("sites") or [], width)
+    found += _fisher(document.get("fisher") or [])
+    found += document.get("notes", [])
+    if "quantizing" in document:
+        found.append(quantizing(document["quantizing"]))
+    return [*found, f"{totals(document['totals'])}; --tensors and --json show each"]
+
+
+def _folded(tensors: Iterable[str], width: int) -> str:
+    return fold_names((name.removesuffix(".weight") for name in tensors), width) or "nothing"
+
+
+def _dense(tensors: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Reason after reason, with its tensors."""
+    reasons: dict[str, list[str]] = {}
+    for entry in tensors:
+        if why := entry["left_alone"]:
+            reasons.setdefault(_RANKS.get(why, why), []).append(entry["tensor"])
+    if not reasons:
+        return []
+    said = [f"  {why} ({len(own)}): {_folded(own, width)}" for why, own in reasons.items()]
+    return ["stays dense:", *said]
+
+
+def _layers(layers: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Layers with one grid, method and rounding of inputs together."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        key = (*_grid(layer), layer["sym"], layer["method"], layer["inputs"])
+        groups.setdefault(key, []).append(layer)
+    found = []
+    for (bits, group, sym, method, inputs), own in groups.items():
+        words = [_said(bits, group), "symmetric" if sym else "asymmetric"]
+        words += [method] if method else []
+        words += [f"inputs of {inputs}"] if inputs else []
+        names = _folded((layer["module"] for layer in own), width)
+        found.append(f"  {', '.join(words)}, {size(sum(x['bytes'] for x in own))}: {names}")
+    return found
+
+
+def _sites(sites: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """Sites that differ in the number of their block only together."""
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for site in sites:
+        linears = tuple(_BLOCK.sub("{}", name) for name in site["linears"])
+        fed_by = _BLOCK.sub("{}", site["fed_by"] or "")
+        kinds.setdefault((linears, site["in_features"], fed_by, site["reason"]), []).append(site)
+    found = []
+    for (_, inputs, _, reason), own in kinds.items():
+        names = _folded((name for site in own for name in site["linears"]), width)
+        fed = [site["fed_by"] for site in own if site["fed_by"]]
+        fed_by = (
+            f"fed by {_folded(map(_inside, fed), 60)}" if fed else f"nothing feeds it: {reason}"
+        )
+        found.append(f"  {names}: {inputs} inputs, {fed_by}{_seen(own)}")
+    return ["sites:", *found] if found else []
+
+
+def _inside(name: str) -> str:
+    """A name inside its block."""
+    return re.sub(r"^.*?\.\d+\.", "", name, count=1)
+
+
+def _seen(sites: Sequence[Mapping[str, Any]]) -> str:
+    """What calibration saw there."""
+    own = [site for site in sites if "absmax" in site]
+    if not own:
+        return ""
+    outliers = sum(len(site["loud_channels"]) for site in own)
+    return f", absmax {number(max(site['absmax'] for site in own))}, outliers {outliers}"
+
+
+def _fisher(rows: Sequence[Mapping[str, Any]], shown: int = 5) -> list[str]:
+    first = ", ".join(f"{row['module']} {row['share']:.1%}" for row in rows[:shown])
+    return [f"most Fisher information: {first}"] if rows else []
+
+
+def grids(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many layers have which grid."""
+    counted = Counter(map(_grid, layers)).most_common()
+    said = ", ".join(f"{n} with {_said(bits, group)}" for (bits, group), n in counted)
+    return f"{name}: {len(layers)} layers, {said}"
+
+
+def _grid(layer: Mapping[str, Any]) -> tuple[int, int]:
+    return layer["bits"], layer["group_size"]
+
+
+def _said(bits: int, group: int) -> str:
+    return f"{bits} bits " + {-1: "per row", 0: "per tensor"}.get(group, f"in groups of {group}")
+
+
+def quantizing(entry: Mapping[str, Any]) -> str:
+    """What the default grid would make of a float model."""
+    if "refused" in entry:
+        return f"cannot be quantized: {entry['refused']}"
+    before, after = (size(entry[key]) for key in ("bytes_before", "bytes_after"))
+    return (
+        f"{entry['bits']} bits in groups of {entry['group_size']} would take {entry['layers']}"
+        f" tensors, and {before} to {after}; ptq gptq --dry-run says more"
+    )
+
+
+def totals(found: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
+    return f"{found['tensors']} tensors ({dtypes}), {size(found['bytes'])}"
