@@ -65,11 +65,12 @@ def _checked(artifact: Artifact, runtime: str) -> Checked:
 
 
 def _config(folder: QuantizedFolder) -> Mapping[str, Any]:
-    """config.json, or for a GGUF file the architecture that it names."""
+    """config.json; of a GGUF file, the architecture that it names goes before."""
+    config = declared_config(folder.checkpoint)
     if folder.fmt.container != "gguf":
-        return declared_config(folder.checkpoint)
+        return config
     metadata = read_gguf_header(folder.checkpoint.path).metadata
-    return {"model_type": metadata.get("general.architecture")}
+    return {**config, "model_type": metadata.get("general.architecture")}
 
 
 def _artifact(

@@ -69,7 +69,15 @@ def test_small_weights_and_groups_wider_than_they(symmetry, shape, group):
     assert row["rel_err"] < 1e-3
 
 
-@pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-9, 6e-8])
+@SYMMETRY
+def test_weights_too_small_for_any_scale_are_refused(symmetry):
+    write_model(Path("one.safetensors"), {"w.weight": np.full((2, 4), 1e-40, np.float32)})
+    outcome = ptq("pack", "one.safetensors", symmetry, "-o", "one")
+    assert outcome.code == 1
+    assert "'w.weight' [2, 4]: row 0: a scale of 1.3e-41 is too small for float32" in outcome.err
+
+
+@pytest.mark.parametrize("tiny", [1e-45, 1e-9, 6e-8])
 @SYMMETRY
 def test_tiny_weights_stay_finite(tiny, symmetry):
     weight = np.array([[tiny, -tiny, 0, tiny]] * 2, np.float32)

@@ -46,10 +46,10 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(("llama", "gpt_neox"), _layouts((4,), True), ("output head",)),
         Loaded(
             (
-                "bamba", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3", "glm4",
-                "gpt_neox", "granite", "llama", "llama4_text", "llava", "mistral",
+                "bamba", "bart", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3",
+                "glm4", "gpt_neox", "granite", "llama", "llama4_text", "llava", "mistral",
                 "mistral3", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen2_5_vl", "qwen2_moe",
-                "qwen3", "qwen3_moe", "qwen3_next", "smollm3", "starcoder2",
+                "qwen3", "qwen3_moe", "qwen3_next", "smollm3", "starcoder2", "t5",
             ),
             _layouts((4,), True),
         ),
