@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 PAGE = ROOT / "docs" / "models.md"
-TOLERANCES = {"transformers": 1e-3, "gptqmodel": 1e-3, "GPTQModel": 1e-2, "mlx": 1e-3}  # float16
+TOLERANCES = {"transformers": 1e-3, "gptqmodel": 2e-3, "GPTQModel": 1e-2, "mlx": 1e-3}  # float16
 COMMANDS = (("pack", "compressed-tensors"), ("rtn", "compressed-tensors"))
 # A dense model, a mixture and one with images in the other formats, each by a client that reads it.
 OTHERS = (
