@@ -228,6 +228,7 @@ def test_a_full_disk_is_found_by_every_command_before_it_works(sample, monkeypat
         assert not Path("out.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["gptq"], ["calibrate"], ["gptq", "--drift", 0], ["awq", "--no-compare"]]
 )

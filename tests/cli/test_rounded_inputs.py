@@ -74,6 +74,7 @@ def test_smoothing_that_is_kept_is_a_gain(words, sample):
             assert sum(own) / len(own) == pytest.approx(site["error"], rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["rtn", "gptq", "smoothquant"])
 def test_an_evaluation_measures_the_same(command, sample):
     scheme = () if command == "smoothquant" else ("--scheme", "W8A8")

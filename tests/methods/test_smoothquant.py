@@ -326,6 +326,7 @@ def test_the_help_of_pack_tells_its_own_default():
     assert "[default: no-mse]" in " ".join(ptq("pack", "--help").out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 16])
 def test_shards_and_what_a_runtime_could_not_load(sample, bits):
     small = ("--max-shard-size", "500KB", "--alpha", 0.5)

@@ -160,8 +160,8 @@ def other_command(name, folder):
     [
         ("calibrate", ()),
         ("repack", ()),
-        ("smoothquant", ()),
-        ("awq", ("--parallel-layers", "--no-compare")),
+        pytest.param("smoothquant", (), marks=pytest.mark.slow),
+        pytest.param("awq", ("--parallel-layers", "--no-compare"), marks=pytest.mark.slow),
         ("smoothquant", ("--bits", 16)),
     ],
 )

@@ -159,6 +159,7 @@ def as_run(inputs: Any, layer: Any) -> Any:
     return inputs if layer.activation is None else rounded_inputs(inputs, layer.activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["awq gptq", "int8"])
 def test_errors_of_the_report_are_those_of_the_float_models_outputs(
     loud: Path, whole: Path, reports: dict[str, Any], case: str
@@ -202,6 +203,7 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
         assert row.gain_vs_rtn == pytest.approx(nearest / error, rel=0.04)
 
 
+@pytest.mark.slow
 def test_factors_are_found_on_what_the_quantized_blocks_before_give(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +238,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
 
 
 @pytest.mark.parametrize(
-    ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 7), ("int8", 14)]
+    ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 14)]
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, case: str, after: int
@@ -288,6 +290,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert same_bytes(out, whole / "int8")
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +304,7 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["awq", "smoothquant"])
 def test_parallel_layers_is_calibrate_and_then_the_command(
     tmp_path: Path, loud: Path, command: str
@@ -322,6 +326,7 @@ def test_parallel_layers_is_calibrate_and_then_the_command(
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_float_weights_are_smoothed_on_the_float_model(tmp_path: Path, loud: Path) -> None:
     statistics = tmp_path / "stats.safetensors"
     ptq_cli.calibrate(loud, output=statistics, tokens=SETTINGS)
@@ -338,6 +343,7 @@ def test_a_fold_changes_nothing_where_nothing_is_better_folded(tmp_path: Path) -
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_layers_that_are_left_alone_are_folded_on_the_way(tmp_path: Path, loud: Path) -> None:
     out, ignore = tmp_path / "out", ("self_attn.q_proj", "k_proj", "v_proj", "1.mlp")
     report = quantize(loud, "awq gptq", out, ignore=ignore)
