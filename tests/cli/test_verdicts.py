@@ -49,6 +49,15 @@ def test_what_is_proven_is_what_the_interop_tests_load():
     own = {variant.sub("", name) for name in test_architectures.MODELS}
     assert set(row.model_types) == own - set(test_architectures.REFUSED)
     assert set(row.layouts) == {(4, True, None)}
+    others = defaultdict(set)
+    for _, name, fmt, client in test_architectures.OTHERS:
+        runtime = {"gptqmodel": "transformers", "GPTQModel": "gptqmodel"}.get(client, client)
+        others[runtime, fmt] |= {name, "llama"} if name == "llava" else {name}
+    for key, types in others.items():
+        assert (set(PROVEN[key][-1].model_types), PROVEN[key][-1].layouts) == (
+            types,
+            {(4, True, None)},
+        )
     (heads,) = (row for row in PROVEN["transformers", "compressed-tensors"] if row.kinds)
     assert set(heads.model_types) == set(test_architectures.WITH_HEADS.values())
     assert PROVEN.keys() - of_cases.keys() == {("llama.cpp", "gguf")}
@@ -130,7 +139,7 @@ def test_a_tower_that_is_dense_and_not_declared_by_its_name_in_the_runtime(
     tmp_path, form, settings
 ):
     quantize(llava(tmp_path / "m"), "--format", form, "--group-size", 32)
-    assert verdict()[0] == (LOADED if form == "compressed-tensors" else UNTRIED)
+    assert verdict() == (LOADED, None)
     declare(**settings)
     found, why = verdict()
     assert (found, "vision_tower" in why or "packed" in why) == (UNLOADED, True)

@@ -37,6 +37,8 @@ def _layouts(widths: Iterable[int], *symmetries: bool) -> frozenset[Layout]:
 
 
 _DENSE = ("llama", "qwen2")
+_WITH_IMAGES = ("qwen3", "llava", "llama")  # LLaVA with a Llama
+_FOUR = _layouts((4,), True)
 _LEGACY_BLOCKS = _layouts((4, 5), *BOTH) | _layouts((8,), True)
 
 PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
@@ -54,17 +56,26 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
             _layouts((4,), True),
         ),
     ),
-    ("transformers", "gptq"): (Loaded(_DENSE, _layouts((2, 3, 4, 8), True)),),
+    ("transformers", "gptq"): (
+        Loaded(_DENSE, _layouts((2, 3, 4, 8), True)),
+        Loaded(_WITH_IMAGES, _FOUR),
+    ),
     ("transformers", "gptq_v2"): (
         Loaded(_DENSE, _layouts((2, 3, 4, 8), False) | _layouts((4,), True)),
     ),
-    ("transformers", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)),),
+    ("transformers", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)), Loaded(_WITH_IMAGES, _FOUR)),
     ("transformers", "gguf"): (Loaded(_DENSE, _LEGACY_BLOCKS),),
-    ("gptqmodel", "gptq"): (Loaded(_DENSE, _layouts((2, 3, 4, 8), True), ("output head",)),),
+    ("gptqmodel", "gptq"): (
+        Loaded(_DENSE, _layouts((2, 3, 4, 8), True), ("output head",)),
+        Loaded(("qwen3_moe",), _FOUR),
+    ),
     ("gptqmodel", "gptq_v2"): (Loaded(_DENSE, _layouts((2, 3, 4, 8), False)),),
-    ("gptqmodel", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)),),
+    ("gptqmodel", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)), Loaded(("qwen3_moe",), _FOUR)),
     ("mlx", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)),),
-    ("mlx", "mlx"): (Loaded(_DENSE, _layouts((2, 3, 4, 5, 6, 8), *BOTH), ("embedding",)),),
+    ("mlx", "mlx"): (
+        Loaded(_DENSE, _layouts((2, 3, 4, 5, 6, 8), *BOTH), ("embedding",)),
+        Loaded((*_WITH_IMAGES, "mixtral"), _FOUR),
+    ),
     ("llama.cpp", "gguf"): (Loaded(("llama",), _LEGACY_BLOCKS),),
 }  # fmt: skip
 
