@@ -12,25 +12,20 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.text import number, printable, size
 
 _LINES = 25
-_WIDTHS = (
-    640,
-    480,
-    320,
-    240,
-    160,
-    110,
-    70,
-    40,
-)  # characters of a folded list, the first that fits the screen
+# Characters of a folded list, the first that fits the screen; with less than `_FEW` sites are
+# counted rather than named.
+_WIDTHS, _FEW = (640, 480, 320, 240, 160, 110, 70, 40), 160
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 _RANKS = {"rank 0": "scalar", "rank 1": "vector"}
 
 
 def summary(document: Mapping[str, Any], columns: int) -> list[str]:
     """Lines of at most so many columns; no more than a screen's where folding can do it."""
+    named = [(width, True) for width in _WIDTHS if width >= _FEW]
     lines: list[str] = []
-    for width in _WIDTHS:
-        lines = [line for text in _paragraphs(document, width) for line in _wrapped(text, columns)]
+    for width, sites in (*named, *((width, False) for width in _WIDTHS)):
+        texts = _paragraphs(document, width, sites)
+        lines = [line for text in texts for line in _wrapped(text, columns)]
         if len(lines) <= _LINES:
             break
     return lines
@@ -46,7 +41,7 @@ def _wrapped(text: str, columns: int) -> list[str]:
     )
 
 
-def _paragraphs(document: Mapping[str, Any], width: int) -> list[str]:
+def _paragraphs(document: Mapping[str, Any], width: int, sites: bool) -> list[str]:
     found = []
     tensors = document["tensors"]
     if document["kind"] == "quantized":
@@ -57,7 +52,8 @@ def _paragraphs(document: Mapping[str, Any], width: int) -> list[str]:
         found += [f"family: {document['family']}"] if document["family"] else []
         found.append(f"is quantized ({len(chosen)}): {_folded(chosen, width)}")
     found += _dense(tensors, width)
-    found += _sites(document.get("sites") or [], width)
+    own = document.get("sites") or []
+    found += _sites(own, width) if sites else _counted(own)
     found += _fisher(document.get("fisher") or [])
     found += document.get("notes", [])
     if "quantizing" in document:
@@ -113,6 +109,11 @@ def _sites(sites: Sequence[Mapping[str, Any]], width: int) -> list[str]:
         )
         found.append(f"  {names}: {inputs} inputs, {fed_by}{_seen(own)}")
     return ["sites:", *found] if found else []
+
+
+def _counted(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    taking = sum(site["fed_by"] is not None for site in sites)
+    return [f"sites: {len(sites)}, of which {taking} can be smoothed{_seen(sites)}"]
 
 
 def _inside(name: str) -> str:

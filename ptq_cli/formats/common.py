@@ -61,6 +61,10 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     grid = layer.grid
     if len(layer.full_shape) != 2:
         return Misfit(f"{name} holds matrices, not tensors of {len(layer.full_shape)} dimensions")
+    if not layer.tensor.endswith(".weight"):
+        return Misfit(
+            f"{name} holds weights of Linears, not bare parameters", f"--ignore {layer.tensor}"
+        )
     if layer.transposed:
         return Misfit(f"{name} holds weights stored [out, in], not [in, out]", "--format ptq")
     if not limits.embeddings and _EMBEDDING.search(layer.module):

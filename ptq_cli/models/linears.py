@@ -97,11 +97,13 @@ def _by_kind(spec: TensorSpec) -> str | None:
 
 
 def _is_router(module: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether it is a gate that weighs whole branches: no up or down stands beside it."""
-    gate = _GATE.match(module)
-    return gate is not None and not any(
-        name.startswith((f"{gate[1]}up", f"{gate[1]}down")) for name in specs
-    )
+    """Whether it weighs whole branches: a gate, or a linear of whatever name right beside experts;
+    no up or down stands beside it."""
+    gate, parent = _GATE.match(module), module.rpartition(".")[0]
+    beside = f"{parent}." if gate is None else gate[1]
+    if gate is None and not any(name.startswith(f"{parent}.experts.") for name in specs):
+        return False
+    return not any(name.startswith((f"{beside}up", f"{beside}down")) for name in specs)
 
 
 def module_tree(config: Config) -> ModuleTree:

@@ -52,7 +52,9 @@ def open_npy(path: Path) -> NpyFile:
         magic = file.read(6)
         if magic != b"\x93NUMPY":
             what = "an .npz archive" if magic[:2] == b"PK" else "not a .npy file"
-            raise InputError(f"{path}: {what}")
+            statistics = path.suffix == ".safetensors"
+            hint = "--calibration takes statistics files" if statistics else None
+            raise InputError(f"{path}: {what}", hint=hint)
         file.seek(0)
         shape, fortran, dtype = _read_header(path, file)
         offset = file.tell()

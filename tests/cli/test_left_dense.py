@@ -79,3 +79,11 @@ def test_every_dense_linear_is_declared(tmp_path):
     ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     wanted = {name.removesuffix(".weight") for name in more} - {"model.embed_tokens"}
     assert {*ignore} == {*wanted, "lm_head"}
+
+
+def test_a_bare_parameter_is_no_weight_of_a_linear(tmp_path):
+    bare = "multi_modal_projector.mm_input_projection_weight"
+    source = model(tmp_path / "model", **{bare: random_weight(64, 64)})
+    words = ("pack", source, "-o", tmp_path / "out", *COMPRESSED, "--include", "multi_modal")
+    assert "not bare parameters" in ptq(*words).err
+    assert not (tmp_path / "out").exists()
