@@ -161,8 +161,8 @@ def is_repack(report: RunReport) -> bool:
 def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
     titles = (_under("layer", common), "method", "bits/w", "rel err", "rtn", "gain", "weight only")
     left_out = set(titles[3:]) if repacked else set()
-    if all(row.weight_rel_err is None for row in rows):
-        left_out |= {"weight only"}
+    if _console().width < 100 or all(row.weight_rel_err is None for row in rows):
+        left_out |= {"weight only"}  # reports and pages have it
     if _console().width < 72 and len({row.bits_per_weight for row in rows}) == 1:
         left_out |= {"bits/w"}  # which the totals tell, too
     keep = [i for i, title in enumerate(titles) if title not in left_out]

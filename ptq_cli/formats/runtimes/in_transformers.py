@@ -137,7 +137,8 @@ def compressed(artifact: Artifact) -> Facts:
             "is of a class that computes with `weight` itself, which loads only with"
             ' "dequantize": true and one scheme for all layers'
         )
-        yield from about((layer.module for layer in layers), FAILS, text)
+        packed = (layer.module for layer in layers if layer.activation is None)
+        yield from about(packed, FAILS, text)
 
 
 def _fused_experts(artifact: Artifact) -> Facts:
