@@ -76,6 +76,7 @@ def test_float_weights_have_a_page_without_layers(sample):
     assert "No layer was quantized." in shown("page.html").text
 
 
+@pytest.mark.slow
 def test_perplexity_and_integer_inputs_stand_on_the_page_of_eval(sample):
     assert ptq("gptq", sample, "-o", "out").code == 0
     tokens = np.load(sample / "eval_tokens.npy")[:2, :64]
@@ -153,6 +154,7 @@ def test_a_missed_gate_is_on_the_page_that_is_written_all_the_same(folders):
     assert "1 missed" in [tile.text for tile in root.all("strong")]
 
 
+@pytest.mark.slow
 def test_the_same_run_is_the_same_page(folders):
     for name in ("a", "b"):
         outcome = ptq("rtn", folders / "model.safetensors", *SMALL, "-o", "out", "--force",

@@ -21,6 +21,7 @@ def test_the_recipes_are_all_there():
     assert {path.stem for path in RECIPES} == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_on_the_sample(sample, path):
     recipe = tomllib.loads(path.read_text())

@@ -50,6 +50,7 @@ def failures(path):
     return {case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None}
 
 
+@pytest.mark.slow
 def test_the_script_passes(place):
     done = bash(place, "docs/ci/quantize.sh", "sample_data", "out")
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_the_script_fails_where_a_gate_is_missed(place):
     assert "in vllm: not tried" in done.stdout  # what comes after is still done
 
 
+@pytest.mark.slow
 def test_the_script_fails_where_the_runtime_does_not_load_it(place):
     done = bash(place, "docs/ci/quantize.sh", "sample_data", "out", RUNTIME="llama.cpp")
     assert done.returncode == 3, done.stderr

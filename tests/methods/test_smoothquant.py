@@ -173,6 +173,7 @@ def test_eval_proves_the_folds_and_agrees_with_the_report(loud):
         assert row.rtn_rel_err == pytest.approx(by_module[row.module].rtn_rel_err, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bytes(loud, monkeypatch):
     ptq_cli.smoothquant(loud, output="whole")
     calls = []

@@ -178,6 +178,7 @@ def test_a_finished_block_is_not_entered_again(
     assert min(entered) == 2
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_threads(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
                 assert seen[site].drift is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 14)]
 )

@@ -121,6 +121,7 @@ def test_predictions_gates_and_the_rest_stand_there(pages):
     )[0].items()
 
 
+@pytest.mark.slow
 def test_300_layers_are_less_than_a_megabyte():
     assert len(page([whole(documents.rows(300))]).encode()) < 1_000_000
 
