@@ -67,7 +67,9 @@ LEFT = {
     "qwen3_next_some_dense": (24, 3), "smollm3": (16, 0), "starcoder2": (8, 2),
     "starcoder2_relu": (8, 0),
 }  # fmt: skip
+# Encoders with decoders have no sites that are known.
 ALL = {**MODELS, **_KINDS}
+ALL = {name: make for name, make in ALL.items() if name not in ("bart", "t5", "t5_v1_1")}
 
 
 @pytest.fixture
