@@ -36,7 +36,7 @@ COMMANDS = {
     "rtn": ("rtn", "model"),
     "rtn gptq": ("rtn", "model", "--format", "gptq"),
     "rtn gguf": ("rtn", "model", "--format", "gguf", "-g", 32),
-    "awq": ("awq", "model", "--no-compare"),
+    "awq": ("awq", "model"),
     "smoothquant": ("smoothquant", "model", *TOKENS),
     "floats": ("smoothquant", "model", "--bits", 16),
     "pack": ("pack", "model/model.safetensors"),
