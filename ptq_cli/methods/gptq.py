@@ -164,7 +164,7 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
     group = width * (9 * rows + 3 * width + n)
     corrected = out_features * n if drift else 0
-    return item * (site + 3 * n * rows + group + corrected) + 2 * out_features * n
+    return item * (site + 3 * n * rows + group + corrected)
 
 
 METHOD = Method(

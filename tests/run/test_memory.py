@@ -87,7 +87,7 @@ def measured(*words):
 
 def check(stated, real):
     assert real <= 1.02 * stated, f"takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
-    assert stated <= 2.1 * real, f"takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
+    assert stated <= 2 * real, f"takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
 
 
 def job(folder, shape, dtype=ml_dtypes.bfloat16):
@@ -140,7 +140,7 @@ TOKEN_CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hidden", "inner"), [(256, 704), (512, 1408)])
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 704), (512, 1408), (640, 2048)])
 @pytest.mark.parametrize("words", TOKEN_CASES, ids=" ".join)
 def test_units_in_sequence_take_what_they_state(tmp_path, words, hidden, inner):
     """From the sums of inputs and drift to the staged bytes; the largest decides how many bytes a
