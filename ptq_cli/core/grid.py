@@ -21,6 +21,8 @@ class Grid:
     narrow_range: symmetric only; codes stay within ±(2^(bits−1) − 1) of zero (±127, ±7).
     scale_dtype: "float16", "bfloat16" or "float32"; scales are rounded to it before codes are
         chosen.
+    mirrored: symmetric only, without narrow_range; a group may have the longer side of its codes
+        above zero: its zero is then `2^(bits−1) − 1`.
     """
 
     bits: int
@@ -28,6 +30,7 @@ class Grid:
     sym: bool = True
     narrow_range: bool = False
     scale_dtype: str = "float16"
+    mirrored: bool = False
 
     @cached_property
     def max_code(self) -> int:

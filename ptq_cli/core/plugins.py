@@ -176,6 +176,8 @@ class Format:
     file_metadata: the metadata of the weights file where its readers want just that; None: this
         tool's own entry, which holds `metadata`
     by_rows: whether row n of the weight is row n of every tensor of a layer, whatever the others
+    mirrored: whether it holds the mirrored groups of a layer's symmetric grid (`Grid.mirrored`), as
+        zeros or as negative scales, and its runtimes compute with them
     """
 
     name: str
@@ -196,3 +198,4 @@ class Format:
     model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     container: str = "safetensors"
     by_rows: Callable[[Layer], bool] = lambda layer: False
+    mirrored: Callable[[Layer], bool] = lambda layer: False
