@@ -221,7 +221,7 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
 
 
 def site_statistics(
-    site: str, linears: tuple[str, ...], entry: Mapping[str, Any], parts: Mapping[str, Array]
+    site: str, linears: tuple[str, ...], entry: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> SiteStatistics:
     """The statistics behind `site_entry` and the arrays of `site_tensors`, by their last names."""
     return SiteStatistics(

@@ -17,6 +17,9 @@ from functools import cached_property
 from math import prod
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ptq_cli.calibration.source import Place, Source
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import Array
@@ -28,7 +31,7 @@ from ptq_cli.numerics.drift import drift_memory
 from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     SAMPLE_LIMIT,
-    calibration_tokens,
+    heldout_tokens,
     statistics_memory,
 )
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -40,24 +43,29 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that go together. rows: their place among all packed tokens."""
+    """Sequences that go together.
+
+    rows: their place among all packed tokens; held: [n_tokens], those that are held out
+    """
 
     key: str
     tokens: Array
     packing: Packing
     rows: slice
+    held: NDArray[np.bool_]
 
 
-def batches(tokens: Tokens) -> tuple[Batch, ...]:
+def batches(tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
     """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
     step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
+    held = heldout_tokens(tokens.mask.sum(axis=1).tolist(), heldout)
     result, start = [], 0
     for first in range(0, len(tokens.ids), step):
         ids = tokens.ids[first : first + step]
         packing = pack(ids.shape, tokens.mask[first : first + step])
         rows = slice(start, start + packing.n_tokens)
         if packing.n_tokens:
-            result.append(Batch(f"{first:08d}", ids, packing, rows))
+            result.append(Batch(f"{first:08d}", ids, packing, rows, held[rows]))
         start = rows.stop
     return tuple(result)
 
@@ -114,7 +122,10 @@ class TokenSource(Source):
         sums = statistics_memory(info.in_features, info.n_tokens, batch)
         if info.own_tokens is not None:
             sums += 4 * info.in_features * (info.in_features + HELDOUT_LIMIT + SAMPLE_LIMIT)
-        return sums + (drift_memory(info.in_features, batch) if self.drifts else 0)
+        if not self.drifts:
+            return sums
+        stream = self.arch.hidden_size if self.places[site].adds else 0
+        return sums + drift_memory(info.in_features, stream, batch)
 
 
 def model_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -152,15 +163,15 @@ def token_source(
     Raises:
         InputError: no config.json, an architecture without a forward, a tensor that is missing.
     """
-    arch, parts = model_architecture(checkpoint), batches(tokens)
+    arch, parts = model_architecture(checkpoint), batches(tokens, heldout)
     places = {
-        site: Place(block, number, linears, len(stage.sites) > 1)
+        site: Place(block, number, linears, len(stage.sites) > 1, stage.adds)
         for block in range(len(arch.blocks))
         for number, stage in enumerate(stages(arch, block, parts[0].packing))
         for site, linears in stage.sites.items()
     }
     n_rows, drifts = int(parts[-1].rows.stop), feedback and correct
-    n_tokens = calibration_tokens(n_rows, heldout)
+    n_tokens = n_rows - sum(int(part.held.sum()) for part in parts)
     residuals = 2 * 4 * n_rows * arch.hidden_size
     return TokenSource(
         checkpoint,

@@ -50,12 +50,16 @@ class FisherInfo:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is in the model: its block and stage, and whether it belongs to an expert."""
+    """Where a site is in the model: its block and stage, and whether it belongs to an expert.
+
+    adds: whether the outputs of its linears are added to the residual stream as they are
+    """
 
     block: int
     stage: int
     linears: tuple[str, ...]
     expert: bool
+    adds: bool = False
 
     @property
     def order(self) -> tuple[int, int]:

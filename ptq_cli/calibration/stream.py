@@ -130,11 +130,11 @@ class Stream:
 
         def work(weights: Held, batch: Batch) -> None:
             state = self._state(batch)
-            inputs = dict(state.inputs)
+            arrays = _inputs(state)
             for stage in self._stages(batch)[self.stage : last]:
                 state = stage.apply(weights, state)
-                inputs |= state.inputs
-            ahead.put(batch.key, {f"inputs/{site}": values for site, values in inputs.items()})
+                arrays |= _inputs(state)
+            ahead.put(batch.key, arrays)
 
         self._in_threads(work)
         return ahead
@@ -158,6 +158,18 @@ class Stream:
         scratch = self.scratch if where is None else where
         return (scratch.get(batch.key, f"inputs/{site}") for batch in self.batches)
 
+    def held(self, site: str, where: Scratch | None = None) -> Iterator[NDArray[np.bool_]]:
+        """Which of these inputs are held out."""
+        scratch = self.scratch if where is None else where
+        for batch in self.batches:
+            rows = f"rows/{site}"
+            routed = rows in scratch.names(batch.key)
+            yield batch.held[scratch.get(batch.key, rows)] if routed else batch.held
+
+    def hidden(self) -> Iterator[NDArray[np.float32]]:
+        """The residual at the stage in hand, batch by batch."""
+        return (self.scratch.get(batch.key, "hidden") for batch in self.batches)
+
     def count(self, site: str, where: Scratch | None = None) -> int:
         """How many tokens reach the site."""
         scratch = self.scratch if where is None else where
@@ -177,10 +189,8 @@ class Stream:
 
     def _keep(self, batch: Batch, state: State) -> None:
         """Put a state on the disk, as named arrays."""
-        arrays: dict[str, Array] = {"hidden": state.hidden}
-        arrays |= {f"inputs/{site}": inputs for site, inputs in state.inputs.items()}
+        arrays = {"hidden": state.hidden, **_inputs(state)}
         if state.routing is not None:
-            arrays |= {f"rows/{i}": rows for i, rows in enumerate(state.routing.rows)}
             arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
         self.scratch.put(batch.key, arrays)
 
@@ -194,3 +204,12 @@ class Stream:
         if "rows" in arrays:
             routing = Routing(tuple(arrays["rows"].values()), tuple(arrays["share"].values()))
         return State(arrays["hidden"][""], arrays.get("inputs", {}), routing)
+
+
+def _inputs(state: State) -> dict[str, Array]:
+    """What the sites of a stage see, and which tokens that are where they are routed, by name."""
+    arrays: dict[str, Array] = {f"inputs/{site}": x for site, x in state.inputs.items()}
+    if state.routing is not None:
+        routed = zip(state.inputs, state.routing.rows, strict=True)
+        arrays |= {f"rows/{site}": rows for site, rows in routed}
+    return arrays

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
 from ptq_cli.calibration.stream import Stream
-from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.drift import DriftSum
@@ -114,8 +113,7 @@ class Streams:
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(self._drift, site)
             statistics = self.sums(site)
-            matrix, exact = drift.result()
-        return dataclasses.replace(statistics, drift=matrix, heldout_float=exact)
+            return dataclasses.replace(statistics, drift=drift.result())
 
     def sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
         """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw.
@@ -138,10 +136,13 @@ class Streams:
 
     def _summed(self, site: str, sites: list[str], ahead: Scratch | None) -> SiteStatistics:
         """Of all inputs of some sites, as those of one."""
-        sums = SiteAccumulator(self.source.sites[site].in_features, *self.source.heldout)
-        for inputs in chain.from_iterable(self.main.inputs(other, ahead) for other in sites):
+        sums = SiteAccumulator(self.source.sites[site].in_features)
+        inputs_of = (self.main.inputs(other, ahead) for other in sites)
+        held_of = (self.main.held(other, ahead) for other in sites)
+        both = zip(chain.from_iterable(inputs_of), chain.from_iterable(held_of), strict=True)
+        for inputs, held in both:
             try:
-                sums.update(inputs)
+                sums.update(inputs, held)
             except NonFiniteInput as error:
                 raise InputError(
                     f"{site}: the model computes {error.value} on token {error.token} of"
@@ -150,12 +151,16 @@ class Streams:
                 ) from None
         return sums.result(site, self.source.places[site].linears)
 
-    def _drift(self, site: str) -> tuple[FloatArray, FloatArray]:
-        sums = DriftSum(self.source.sites[site].in_features, *self.source.heldout)
+    def _drift(self, site: str) -> Drift:
+        adds = self.source.places[site].adds
+        width = self.source.arch.hidden_size if adds else 0
+        sums = DriftSum(self.source.sites[site].in_features, width)
         ours, exact = (stream.inputs(site) for stream in self.streams)
+        hidden, hidden_exact = (stream.hidden() for stream in self.streams)
         divisor = self.divisors.get(site)
-        for inputs, wanted in zip(ours, exact, strict=True):
-            sums.update(wanted if divisor is None else wanted / divisor, inputs)
+        for inputs, wanted, held in zip(ours, exact, self.main.held(site), strict=True):
+            stream = next(hidden_exact) - next(hidden) if adds else None
+            sums.update(wanted if divisor is None else wanted / divisor, inputs, held, stream)
         return sums.result()
 
     def look_ahead(self, last: Place | None) -> Ahead:

@@ -18,11 +18,15 @@ from ptq_cli.core.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What a method made of one weight: the rounded weight and what there is to say about it."""
+    """What a method made of one weight: the rounded weight and what there is to say about it.
+
+    drift: how much of the correction for drift was taken, 0 to 1, where there was one
+    """
 
     weight: QuantizedWeight
     damp_percent: float | None = None
     notes: tuple[str, ...] = ()
+    drift: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class LayerReport:
     weight_rel_err: where that was measured, the errors are those of the outputs with rounded
         inputs, and this is that of the weight alone, with float inputs
     weak: why errors on these inputs say little (numerics/weak_inputs.py), or None
+    drift: how much of the correction for drift was taken, 0 to 1, where there was one
     """
 
     layer: str
@@ -51,6 +52,7 @@ class LayerReport:
     input_bits: int | None = None
     weight_rel_err: float | None = None
     weak: Mapping[str, float] | None = None
+    drift: float | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,24 @@ class SiteInfo:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far a site's inputs, and the residual stream that its outputs are added to, are from the
+    float model's, where layers before it are rounded (numerics/drift.py).
+
+    inputs: float32 [in_features, in_features], `(inputs_fp - inputs).T @ inputs / n_tokens`
+    heldout: inputs_fp at the held-out tokens, float32 [n, in_features]
+    stream: float32 [hidden_size, in_features], `(stream_fp - stream).T @ inputs / n_tokens` of the
+        streams just before the addition; None where the outputs are not added as they are
+    heldout_stream: `stream_fp - stream` at the held-out tokens, float32 [n, hidden_size], or None
+    """
+
+    inputs: NDArray[np.float32]
+    heldout: NDArray[np.float32]
+    stream: NDArray[np.float32] | None = None
+    heldout_stream: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
 class SiteStatistics:
     """What calibration knows of the inputs of one site (of every linear that shares them).
 
@@ -35,9 +53,7 @@ class SiteStatistics:
     sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
         themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
-    drift: where layers before the site are rounded: float32 [in_features, in_features],
-        `(inputs_fp - inputs).T @ inputs / n_tokens` (numerics/drift.py), else None
-    heldout_float: what the float model gives the site at the held-out tokens, beside `drift`
+    drift: where layers before the site are rounded and that is made up for, else None
     own_tokens: of an expert that too few tokens reach, how many; all else here is then of the
         tokens of all experts beside it. None: everything is the site's own
     """
@@ -57,8 +73,7 @@ class SiteStatistics:
     histogram_start: int
     heldout: Array
     sample: Array
-    drift: NDArray[np.float32] | None = None
-    heldout_float: NDArray[np.float32] | None = None
+    drift: Drift | None = None
     own_tokens: int | None = None
 
     @property

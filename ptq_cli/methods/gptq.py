@@ -12,10 +12,10 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.plugins import Method, MethodResult
-from ptq_cli.core.statistics import SiteStatistics
-from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.statistics import Drift, SiteStatistics
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import corrected
+from ptq_cli.numerics.drift import correction, proven_strength
 from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, make_feedback, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite
 from ptq_cli.numerics.rounding import round_to_nearest
@@ -73,18 +73,19 @@ class GptqSettings:
             "max": 100,
         },
     )
-    drift: float = field(
-        default=0.75,
+    drift: float | str = field(
+        default="auto",
         metadata={
-            "help": "With --tokens: how much of the error that the rounded layers before it leave"
-            " in its inputs a layer corrects; 0: nothing.",
+            "help": "With --tokens: how much of the error that the rounded layers before it leave a"
+            " layer corrects, 0 to 1; auto: as much as held-out tokens bear out.",
             "needs": ({"in_sequence": (True,)},),
+            "words": ("auto",),
             "min": 0.0,
             "max": 1.0,
         },
     )
     sweeps: int = field(
-        default=1,
+        default=2,
         metadata={
             "help": "Sweeps of coordinate descent over the whole row at the end.",
             "needs": ({"calibration": (True,)},),
@@ -106,7 +107,8 @@ class _Prepared:
     feedback: Feedback
     damp_percent: float
     notes: tuple[str, ...]
-    drift: FloatArray | None = None
+    drift: Drift | None
+    heldout: Array
 
 
 def _prepare(
@@ -130,7 +132,7 @@ def _prepare(
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes, drift)
+        return _Prepared(feedback, damp, notes, drift, statistics.heldout)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
@@ -151,10 +153,27 @@ def _apply(
         return MethodResult(round_to_nearest(weight, grid, importance if settings.mse else None))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
+    strength, notes = None, prepared.notes
     if prepared.drift is not None:
-        weight = corrected(weight, prepared.drift, prepared.feedback, settings.drift)
+        weight, strength = _corrected(weight, prepared.drift, prepared, settings)
+        if settings.drift == "auto" and not len(prepared.heldout):
+            notes = (*notes, f"no token is held out: drift {strength:g}")
     rounded = solve(weight, prepared.feedback, passes, importance)
-    return MethodResult(rounded, prepared.damp_percent, prepared.notes)
+    return MethodResult(rounded, prepared.damp_percent, notes, strength)
+
+
+def _corrected(
+    weight: FloatArray, drift: Drift, prepared: _Prepared, settings: GptqSettings
+) -> tuple[FloatArray, float]:
+    """The weight that makes up for the drift, and how much of its change is taken."""
+    change = correction(weight, drift, prepared.feedback)
+    if isinstance(settings.drift, str):
+        strength = proven_strength(weight, change, drift, prepared.heldout)
+    else:
+        strength = settings.drift
+    change *= change.dtype.type(strength)
+    change += weight
+    return change, strength
 
 
 def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
@@ -178,5 +197,5 @@ METHOD = Method(
     effort=4.0,
     needs_fisher=lambda settings: settings.weight == "fisher",
     reorders=lambda settings: settings.act_order == "desc",
-    corrects_drift=lambda settings: settings.drift > 0,
+    corrects_drift=lambda settings: settings.drift != 0,
 )

@@ -1,75 +1,141 @@
-"""The drift of a linear's inputs, and the weight that makes up for it.
+"""The drift of a linear's inputs and of the residual stream, and the weight that makes up for both.
 
-Where the layers before a linear are rounded already, it sees `inputs_q` in place of the float
-model's `inputs_fp`. The weight whose outputs on `inputs_q` come nearest to the float outputs, held
-to the weight by λ,
+Where the layers before a linear are rounded already, it sees `inputs` in place of the float model's
+`inputs_fp`, and what its outputs are added to is `stream` in place of `stream_fp`. The weight that
+brings the stream behind the addition nearest to the float model's, held to the weight by λ,
 
-    min |weight · inputs_fpᵀ − weight* · inputs_qᵀ|² / n + λ |weight* − weight|²,
+    min |stream_fp − stream + weight · inputs_fpᵀ − weight* · inputsᵀ|² / n + λ |weight* − weight|²,
 
-is `weight* = weight · (C + λI) · (H_q + λI)⁻¹` with `C = inputs_fpᵀ · inputs_q / n` (GPTAQ, arXiv
-2504.02692; Qronos, arXiv 2505.11695), so that
+is `weight* = weight + change` with
 
-    weight* − weight = weight · drift · (H_q + λI)⁻¹,   drift = C − H_q.
+    change = (weight · D + R) · (H + λI)⁻¹,
+    D = (inputs_fp − inputs)ᵀ · inputs / n,   R = (stream_fp − stream)ᵀ · inputs / n.
 
-`drift` is summed as `(inputs_fp − inputs_q)ᵀ · inputs_q / n`: where nothing has drifted it is
-exactly zero, and nothing cancels.
+A linear whose outputs are not added to the stream as they are has R = 0: its own outputs come
+nearest to the float model's (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Differences are
+summed, not products of each model: where nothing has drifted D and R are exactly zero.
+
+On few tokens the change is fitted to them, too. Held-out tokens say how much of it holds: with
+`given` what the change adds to the outputs there and `needed` what they lack,
+
+    strength = clip(Σ⟨needed, given⟩ / Σ⟨given, given⟩, 0, 1)
+
+is the part of the change that comes nearest to what is needed.
 """
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.statistics import Drift
+from ptq_cli.core.tensors import Array, FloatArray
+from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.gptq import Feedback
 from ptq_cli.numerics.ldl import solve_right
+from ptq_cli.numerics.parallel import each, strips
+
+ROWS_AT_ONCE = 256
+UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
 
-def corrected(
-    weight: FloatArray, drift: FloatArray, feedback: Feedback, strength: float
-) -> FloatArray:
-    """`weight + strength · (weight* − weight)`, [out_features, in_features].
+def correction(weight: FloatArray, drift: Drift, feedback: Feedback) -> FloatArray:
+    """`change`, [out_features, in_features], in the weight's dtype.
 
-    drift: [in_features, in_features]; feedback: holds `H_q + λI`, factored
+    feedback: holds `H + λI`, factored
     """
-    result: FloatArray = weight @ drift.astype(weight.dtype, copy=False)
-    solve_right(result, feedback.upper, feedback.pivots, feedback.order)
-    result *= weight.dtype.type(strength)
-    result += weight
-    return result
+    change: FloatArray = weight @ drift.inputs.astype(weight.dtype, copy=False)
+    if drift.stream is not None:
+        change += drift.stream
+    solve_right(change, feedback.upper, feedback.pivots, feedback.order)
+    return change
 
 
-def drift_memory(in_features: int, n_tokens: int) -> int:
-    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time."""
-    return 4 * in_features * (2 * in_features + 5 * n_tokens)
+def proven_strength(weight: FloatArray, change: FloatArray, drift: Drift, heldout: Array) -> float:
+    """The strength that held-out tokens ask for; UNPROVEN_STRENGTH where there are none.
+
+    heldout: the site's inputs at those tokens, [n, in_features]
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    if len(heldout) == 0:
+        return UNPROVEN_STRENGTH
+    seen = heldout.astype(np.float32, copy=False)
+    drifted = drift.heldout - seen
+
+    def products(rows: slice) -> tuple[float, float]:
+        given = change[rows].astype(np.float32, copy=False) @ seen.T
+        needed = weight[rows].astype(np.float32, copy=False) @ drifted.T
+        if drift.heldout_stream is not None:
+            needed += drift.heldout_stream[:, rows].T
+        return _inner(needed, given), _inner(given, given)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = each(products, strips(len(weight), ROWS_AT_ONCE))
+    fits, power = (sum(side) for side in zip(*sums, strict=True))
+    if not (isfinite(fits) and isfinite(power)):
+        raise NumericalError("the strength of its correction for drift is not finite")
+    return min(1.0, max(0.0, fits / power)) if power > 0 else 0.0
+
+
+def _inner(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Σ a · b: BLAS in float32 over a row, float64 over rows."""
+    return float(np.add.reduce(np.vecdot(a, b), axis=None, dtype=np.float64))
+
+
+def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:
+    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time.
+
+    hidden_size: of the stream that outputs are added to; 0 where they are not
+    """
+    width = in_features + hidden_size
+    return 4 * (2 * in_features * width + 5 * n_tokens * width)
 
 
 class DriftSum:
-    """Sums `drift` over pairs of inputs of one site; every pair of rows is the same token.
+    """Sums the drift over pairs of inputs of one site; every pair of rows is the same token.
 
-    Tokens that the site's statistics hold out are left out here by the same rule, and kept.
+    hidden_size: of the stream that the site's outputs are added to as they are, or 0
     """
 
-    def __init__(self, in_features: int, every: int, limit: int) -> None:
-        self.matrix = np.zeros((in_features, in_features), np.float32)
-        self.every, self.room = every, limit
-        self.n_seen = self.n_tokens = 0
-        self._heldout: list[NDArray[np.float32]] = []
+    def __init__(self, in_features: int, hidden_size: int = 0) -> None:
+        self.inputs = np.zeros((in_features, in_features), np.float32)
+        self.stream = np.zeros((hidden_size, in_features), np.float32)
+        self.n_tokens = 0
+        self._heldout = [np.zeros((0, in_features), np.float32)]
+        self._heldout_stream = [np.zeros((0, hidden_size), np.float32)]
 
-    def update(self, exact: NDArray[np.float32], inputs: NDArray[np.float32]) -> None:
-        """exact, inputs: [n, in_features], of the float model and of the one being rounded."""
-        token = np.arange(self.n_seen, self.n_seen + len(inputs))
-        self.n_seen += len(inputs)
-        if self.every > 0 and self.room > 0:
-            chosen = np.flatnonzero(token % self.every == self.every - 1)[: self.room]
-            self.room -= len(chosen)
-            self._heldout.append(exact[chosen])
-            exact, inputs = (np.delete(a, chosen, axis=0) for a in (exact, inputs))
-        self.n_tokens += len(inputs)
-        self.matrix += (exact - inputs).T @ inputs
+    def update(
+        self,
+        exact: NDArray[np.float32],
+        inputs: NDArray[np.float32],
+        held: NDArray[np.bool_],
+        stream: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Take in the next tokens.
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(drift, the float model's inputs at the held-out tokens). The sum is used up."""
-        self.matrix /= np.float32(max(1, self.n_tokens))
-        empty = np.zeros((0, len(self.matrix)), np.float32)
-        return self.matrix, np.concatenate([empty, *self._heldout])
+        exact, inputs: [n, in_features], of the float model and of the one being rounded
+        held: [n], the tokens that are held out: they are left out of the sums, and kept
+        stream: `stream_fp − stream`, [n, hidden_size], where the outputs are added to it
+        """
+        kept = ~held
+        self.n_tokens += int(kept.sum())
+        seen = inputs[kept]
+        self.inputs += (exact[kept] - seen).T @ seen
+        self._heldout.append(exact[held])
+        if stream is not None:
+            self.stream += stream[kept].T @ seen
+            self._heldout_stream.append(stream[held])
+
+    def result(self) -> Drift:
+        """The drift so far. The sum is used up."""
+        count = np.float32(max(1, self.n_tokens))
+        self.inputs /= count
+        heldout = np.concatenate(self._heldout)
+        if not len(self.stream):
+            return Drift(self.inputs, heldout)
+        self.stream /= count
+        return Drift(self.inputs, heldout, self.stream, np.concatenate(self._heldout_stream))

@@ -10,11 +10,13 @@ tr(E H Eᵀ) is taken as ⟨H, Eᵀ E⟩: the symmetric product Eᵀ E costs hal
 calibration H is the identity.
 
 Where layers before this one are rounded too, the held-out inputs come in pairs, the float model's
-x_fp and what the rounded layers make of it, x; then
+x_fp and what the rounded layers make of it, x, and where the outputs are added to the residual
+stream, so do the streams before that, which differ by ρ; then
 
-    heldout_rel_err  Σ |weight · x_fp − dequantized · x|² / Σ |weight · x_fp|²,
+    heldout_rel_err  Σ |ρ + weight · x_fp − dequantized · x|² / Σ |weight · x_fp|²,
 
-the drift of the inputs included, while `loss` and `rel_err` are those of the weight alone, at x.
+the drift included: what the addition leaves wrong, as a part of the layer's outputs. (`loss` and
+`rel_err` are those of the weight alone, at x.)
 
 Where a layer's inputs are rounded when it runs (W8A8), `dequantized · Q(x)` is what it computes:
 `error_with_rounded_inputs`.
@@ -32,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.report import OutputErrors
+from ptq_cli.core.statistics import Drift
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -83,7 +86,7 @@ def measure(
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
     outputs: FloatArray | None = None,
-    heldout_float: Array | None = None,
+    drift: Drift | None = None,
 ) -> Measures:
     """Measure one rounded weight.
 
@@ -91,7 +94,7 @@ def measure(
     hessian: [in_features, in_features], or None for the identity
     heldout: [n, in_features], or None
     outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
-    heldout_float: x_fp, of the shape of `heldout`, or None where nothing has drifted
+    drift: of the held-out inputs, or None where nothing has drifted
     """
 
     def pieces_of(panel: slice) -> Iterator[Piece]:
@@ -99,7 +102,7 @@ def measure(
             original = weight[rows].astype(np.float32, copy=False)
             yield original, original - rounded.dequantized(rows)
 
-    return measure_rows(weight.shape, pieces_of, hessian, heldout, outputs, heldout_float)
+    return measure_rows(weight.shape, pieces_of, hessian, heldout, outputs, drift)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows shows in the sums
@@ -109,14 +112,16 @@ def measure_rows(
     hessian: NDArray[np.float32] | None,
     heldout: Array | None,
     outputs: FloatArray | None = None,
-    heldout_float: Array | None = None,
+    drift: Drift | None = None,
 ) -> Measures:
     """The same, for anything that gives the weight and its error.
 
     pieces_of: a few rows of both at a time, in order, of the rows it is asked for. Each row is
         asked for once, on any thread; a piece may be overwritten once the next is asked for
     """
-    seen, wanted = _columns(heldout), _columns(heldout_float)
+    seen = _columns(heldout)
+    wanted = None if drift is None else _columns(drift.heldout)
+    stream = None if drift is None else _columns(drift.heldout_stream)
     whole = hessian is not None or seen is not None  # products need many rows at once
     error = power = largest = loss = energy = heldout_loss = heldout_energy = 0.0
     for rows in strips(shape[0], ROWS_AT_ONCE):
@@ -131,7 +136,8 @@ def measure_rows(
             loss += _trace(hessian, kept[1])
             energy += _trace(hessian, kept[0])
         if kept is not None and seen is not None:
-            lost, square = _heldout_squares(kept[0], kept[1], seen, wanted)
+            own = None if stream is None else stream[rows]
+            lost, square = _heldout_squares(kept[0], kept[1], seen, wanted, own)
             heldout_loss += lost
             heldout_energy += square
     if hessian is None:
@@ -186,16 +192,20 @@ def _heldout_squares(
     error: NDArray[np.float32],
     seen: NDArray[np.float32],
     wanted: NDArray[np.float32] | None,
+    stream: NDArray[np.float32] | None,
 ) -> tuple[float, float]:
-    """`Σ |weight · x_fp − dequantized · x|²` and `Σ |weight · x_fp|²`.
+    """`Σ |ρ + weight · x_fp − dequantized · x|²` and `Σ |weight · x_fp|²`.
 
     seen, wanted: x and x_fp, [in_features, n]; None: x_fp is x
+    stream: ρ, [rows, n]; None: 0
     """
 
     def lost(rows: slice) -> float:
         outputs = error[rows] @ seen
         if wanted is not None:
             outputs += weight[rows] @ (wanted - seen)
+        if stream is not None:
+            outputs += stream[rows]
         return _square(outputs)
 
     def energy(rows: slice) -> float:
@@ -268,12 +278,14 @@ def error_with_rounded_inputs(
     inputs: NDArray[np.float32],
     seen: NDArray[np.float32],
     outputs: FloatArray | None = None,
+    stream: NDArray[np.float32] | None = None,
 ) -> float:
-    """`Σ |weight · x_fp − dequantized · Q(x)|² / Σ |weight · x_fp|²`.
+    """`Σ |ρ + weight · x_fp − dequantized · Q(x)|² / Σ |weight · x_fp|²`.
 
     weight: [out_features, in_features]
     inputs: x_fp, [n, in_features]; seen: Q(x), what the rounded inputs stand for, the same shape
     outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
+    stream: ρ, [n, out_features]; None: 0
     """
 
     def squares(rows: slice) -> tuple[float, float]:
@@ -282,6 +294,8 @@ def error_with_rounded_inputs(
         if outputs is not None:
             scale = outputs[rows, None].astype(np.float32)
             exact, error = exact * scale, error * scale
+        if stream is not None:
+            error = error + stream[:, rows].T
         return _square(error), _square(exact)
 
     pairs = list(each(squares, strips(weight.shape[0], STRIP_ROWS)))

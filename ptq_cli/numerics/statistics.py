@@ -4,9 +4,11 @@ The Hessian `inputs.T @ inputs / n_tokens` (GPTQ does not feel the paper's facto
 float32 over chunks of a fixed number of tokens. Only its lower triangle is computed: blocks left of
 the diagonal by a matrix product, blocks on it by numpy's symmetric product.
 
-Held-out inputs: every `heldout_every`-th token, until `heldout_limit` of them are kept, enters no
-statistic; the report measures errors on them. Tokens after that all enter. Two halves merge to the
-whole: what the merged sample has no room for is added to the statistics then.
+Held-out inputs enter no statistic; the report measures errors on them. They are every
+`heldout_every`-th token, until `heldout_limit` of them are kept; tokens after that all enter. Where
+whole sequences are known, these are held out instead, as tokens tell of their neighbours
+(`heldout_tokens`). Two halves merge to the whole: what the merged sample has no room for is added
+to the statistics then.
 
 The sample: tokens that *are* in the statistics, evenly spaced, at most `SAMPLE_LIMIT`, kept for
 searches that need inputs themselves (the held-out ones judge what a search has found). Every
@@ -19,13 +21,14 @@ order statistic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces, strips
@@ -61,6 +64,29 @@ def calibration_tokens(n_seen: int, heldout: tuple[int, int]) -> int:
     and how many at most"""
     every, limit = heldout
     return n_seen - min(limit, n_seen // every if every else 0)
+
+
+def heldout_tokens(lengths: Sequence[int], heldout: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which tokens of sequences one after the other are held out, bool [n_tokens].
+
+    Whole sequences, evenly spaced: every n-th, or fewer, so that they have about as many tokens as
+    are asked for at most; where there are too few sequences for that, the last tokens of all.
+
+    lengths: of the sequences; heldout: every how many one is held out, and how many tokens at most
+    """
+    every, limit = heldout
+    n_tokens, chosen = sum(lengths), np.zeros(sum(lengths), np.bool_)
+    count = min(limit, n_tokens // every if every else 0)
+    if count == 0:
+        return chosen
+    starts = np.cumsum([0, *lengths])
+    step = max(every, ceil(n_tokens / count))
+    for number in range(step - 1, len(lengths), step):
+        chosen[starts[number] : starts[number + 1]] = True
+    if not chosen.any():
+        chosen[n_tokens - count :] = True
+    chosen[np.flatnonzero(chosen)[count:]] = False
+    return chosen
 
 
 class NonFiniteInput(InputError):
@@ -109,13 +135,15 @@ class SiteAccumulator:
         self._chunk = np.empty((rows, in_features), np.float32)
         self._filled = 0
 
-    def update(self, inputs: Array) -> None:
+    def update(self, inputs: Array, held: NDArray[np.bool_] | None = None) -> None:
         """Take in the next tokens, [n, in_features] of any float dtype.
+
+        held: [n], those that are held out, where that is not every n-th
 
         Raises:
             NonFiniteInput: there is NaN or inf; the accumulator is then of no more use.
         """
-        rest = self._hold_out(inputs) if self._room > 0 and self._every > 0 else inputs
+        rest = self._hold_out(inputs, self._due(len(inputs)) if held is None else held)
         while len(rest):
             part = rest[: len(self._chunk) - self._filled]
             rest = rest[len(part) :]
@@ -132,16 +160,24 @@ class SiteAccumulator:
                 self._multiply()
         self.n_seen += len(inputs)
 
-    def _hold_out(self, inputs: Array) -> Array:
+    def _due(self, count: int) -> NDArray[np.bool_]:
+        """Which of the next tokens are held out: every n-th, as long as there is room."""
+        due = np.zeros(count, np.bool_)
+        if self._every > 0:
+            due[-(self.n_seen + 1) % self._every :: self._every] = True
+            due[np.flatnonzero(due)[self._room :]] = False
+            self._room -= int(due.sum())
+        return due
+
+    def _hold_out(self, inputs: Array, held: NDArray[np.bool_]) -> Array:
         """Keep the held-out tokens; the others are given back."""
-        token = np.arange(self.n_seen, self.n_seen + len(inputs))
-        chosen = np.flatnonzero(token % self._every == self._every - 1)[: self._room]
-        held = inputs[chosen]
-        if not np.isfinite(held).all():
+        if not held.any():
+            return inputs
+        kept = inputs[held]
+        if not np.isfinite(kept).all():
             self._locate(inputs)
-        self._room -= len(chosen)
-        self._heldout.append(held)
-        return np.delete(inputs, chosen, axis=0)
+        self._heldout.append(kept)
+        return inputs[~held]
 
     def _take_sample(self, inputs: Array) -> None:
         """Keep every `_stride`-th calibration token; where they become too many, every second."""
@@ -360,12 +396,7 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
     sample = statistics.sample.astype(np.float32) / divisor
     hessian = statistics.hessian / divisor
     hessian /= divisor[:, None]
-    drift, heldout_float = statistics.drift, statistics.heldout_float
-    if drift is not None:
-        drift = drift / divisor
-        drift /= divisor[:, None]
-    if heldout_float is not None:
-        heldout_float = heldout_float / divisor
+    drift = None if statistics.drift is None else _smoothed_drift(statistics.drift, divisor)
     histogram, start = _trimmed(_bin_counts(np.abs(sample)))
     absmax = statistics.absmax / divisor
     mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
@@ -384,5 +415,11 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
         drift=drift,
-        heldout_float=heldout_float,
     )
+
+
+def _smoothed_drift(drift: Drift, divisor: NDArray[np.float32]) -> Drift:
+    inputs = drift.inputs / divisor
+    inputs /= divisor[:, None]
+    stream = None if drift.stream is None else drift.stream / divisor
+    return replace(drift, inputs=inputs, heldout=drift.heldout / divisor, stream=stream)

@@ -86,7 +86,8 @@ def _unit_memory(
 
     A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
     of weight and error while it is measured. The site: its Hessian, inputs that were held out or
-    sampled, the same of the drift, and before anything else the sums it is made of.
+    sampled, the same of the drift of the inputs and of the stream that the outputs are added to,
+    and before anything else the sums it is made of.
     """
     columns = members[0].shape[1]
     drift = site is not None and source is not None and source.drifts
@@ -99,8 +100,11 @@ def _unit_memory(
     packed = sum(layer.size for layer in members)
     if site is None or source is None:
         return most + packed
-    statistics = columns + _HELD_ROWS + (columns + HELDOUT_LIMIT if drift else 0)
-    return packed + max(source.load_memory(site), most + 4 * columns * statistics)
+    statistics = columns * (columns + _HELD_ROWS)
+    if drift:
+        stream = members[0].shape[0] if source.places[site].adds else 0
+        statistics += (columns + stream) * (columns + HELDOUT_LIMIT)
+    return packed + max(source.load_memory(site), most + 4 * statistics)
 
 
 def sites_of(layers: Mapping[str, Layer], source: Source | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
-from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
@@ -90,17 +90,18 @@ def as_run(
     if activation is None or statistics is None:
         return measures
 
-    def error(inputs: Array, exact: Array | None) -> float:
+    def error(inputs: Array, drift: Drift | None) -> float:
         values = inputs.astype(np.float32, copy=False)
         seen = rounded_inputs(values, activation, rounded.input_scale, rounded.input_zero)
-        wanted = values if exact is None else exact.astype(np.float32, copy=False)
-        return error_with_rounded_inputs(weight, rounded, wanted, seen, outputs)
+        wanted = values if drift is None else drift.heldout
+        stream = None if drift is None else drift.heldout_stream
+        return error_with_rounded_inputs(weight, rounded, wanted, seen, outputs, stream)
 
     held = statistics.heldout
     return replace(
         measures,
         rel_err=error(statistics.sample if len(statistics.sample) else held, None),
-        heldout_rel_err=error(held, statistics.heldout_float) if len(held) else None,
+        heldout_rel_err=error(held, statistics.drift) if len(held) else None,
         weight_rel_err=measures.error,
     )
 
@@ -131,11 +132,11 @@ def _refuse_small_scales(weight: Rows, rounded: QuantizedWeight, top: int = 0) -
 def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
     """What `measure` wants to know of the layer's inputs."""
     if statistics is None:
-        return {"hessian": None, "heldout": None, "heldout_float": None}
+        return {"hessian": None, "heldout": None, "drift": None}
     return {
         "hessian": statistics.hessian,
         "heldout": statistics.heldout,
-        "heldout_float": statistics.heldout_float,
+        "drift": statistics.drift,
     }
 
 

@@ -144,7 +144,8 @@ def choose(
     damp, notes = result.damp_percent, result.notes
     if measures.error <= rtn.error:
         row = layer_row(layer, fmt, measures, rtn, statistics)
-        return tensors, replace(row, method=how.name, damp_percent=damp, notes=notes)
+        row = replace(row, method=how.name, damp_percent=damp, drift=result.drift, notes=notes)
+        return tensors, row
     nearest = replace(nearest, damp_percent=damp, notes=notes)
     if how.searches_ranges:
         note = "the whole range of each group is better than the searched one"

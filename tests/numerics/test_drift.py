@@ -1,4 +1,4 @@
-"""The correction for drifted inputs, against the least squares it stands for."""
+"""The correction for drift, against the least squares and the search it stands for."""
 
 from __future__ import annotations
 
@@ -6,75 +6,120 @@ import numpy as np
 import pytest
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.numerics.drift import DriftSum, corrected
+from ptq_cli.core.statistics import Drift
+from ptq_cli.errors import NumericalError
+from ptq_cli.numerics.drift import DriftSum, correction, proven_strength
 from ptq_cli.numerics.gptq import make_feedback
-from ptq_cli.numerics.output_errors import measure
+from ptq_cli.numerics.output_errors import error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
 
 RANDOM = np.random.default_rng(3)
 EXACT = RANDOM.standard_normal((200, 12))
 INPUTS = EXACT + 0.3 * RANDOM.standard_normal((200, 12)) @ RANDOM.standard_normal((12, 12))
 WEIGHT = RANDOM.standard_normal((7, 12))
+STREAM = 0.5 * INPUTS @ RANDOM.standard_normal((12, 7)) + RANDOM.standard_normal((200, 7))
+NONE = np.zeros(200, np.bool_)
 
 
-def drift_of(exact: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    return (exact - inputs).T @ inputs / len(inputs)
+def drift_of(rows: slice, *, stream: bool = True) -> Drift:
+    exact, inputs, n = EXACT[rows], INPUTS[rows], len(EXACT[rows])
+    drift = Drift((exact - inputs).T @ inputs / n, EXACT)
+    return Drift(drift.inputs, EXACT, STREAM[rows].T @ inputs / n, STREAM) if stream else drift
 
 
-def target(damp: float, strength: float, act_order: str = "none") -> np.ndarray:
+def change_of(damp: float, act_order: str = "none", **options: bool) -> np.ndarray:
     feedback = make_feedback(INPUTS.T @ INPUTS / len(INPUTS), damp, Grid(4, 4), act_order)
-    return corrected(WEIGHT, drift_of(EXACT, INPUTS), feedback, strength)
+    return correction(WEIGHT, drift_of(slice(None), **options), feedback)
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("act_order", ["none", "static", "desc"])
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
 def test_the_target_is_the_least_squares_one_held_to_the_weight(
-    damp: float, act_order: str
+    damp: float, act_order: str, stream: bool
 ) -> None:
     hessian = INPUTS.T @ INPUTS / len(INPUTS)
     root = np.sqrt(damp * hessian.diagonal().mean() * len(INPUTS))
     rows = np.vstack([INPUTS, root * np.eye(12)])
-    wanted = np.vstack([EXACT @ WEIGHT.T, root * WEIGHT.T])
+    outputs = EXACT @ WEIGHT.T + (STREAM if stream else 0)
+    wanted = np.vstack([outputs, root * WEIGHT.T])
     solution = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
-    found = target(damp, 1.0, act_order)
+    found = WEIGHT + change_of(damp, act_order, stream=stream)
     np.testing.assert_allclose(found, solution, rtol=1e-9, atol=1e-12)
 
 
-def test_strength_lies_between_the_weight_and_the_target() -> None:
-    before = WEIGHT.copy()
-    whole = target(0.01, 1.0) - WEIGHT
-    np.testing.assert_allclose(target(0.01, 0.25) - WEIGHT, whole / 4, atol=1e-12)
-    assert np.array_equal(target(0.01, 0.0), WEIGHT)
-    assert np.array_equal(WEIGHT, before)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_strength_is_the_best_on_held_out_tokens(stream: bool) -> None:
+    """Fitted to a few tokens, the change is too large for others."""
+    few = INPUTS[:16]
+    feedback = make_feedback(few.T @ few / 16, 0.01, Grid(4, 4), "none")
+    drift = drift_of(slice(16), stream=stream)
+    change = correction(WEIGHT, drift, feedback)
+    found = proven_strength(WEIGHT, change, drift, INPUTS)
+    wanted = EXACT @ WEIGHT.T + (STREAM if stream else 0)
+
+    def lost(strength: float) -> float:
+        return float(((wanted - INPUTS @ (WEIGHT + strength * change).T) ** 2).sum())
+
+    tried = np.linspace(0, 1, 1001)
+    assert found == pytest.approx(tried[np.argmin([lost(s) for s in tried])], abs=1e-3)
+    assert 0.01 < found < 0.99
+
+
+def test_a_change_that_does_harm_or_is_not_enough_is_taken_at_0_or_1() -> None:
+    drift, change = drift_of(slice(None)), change_of(0.01)
+    assert proven_strength(WEIGHT, -change, drift, INPUTS) == 0
+    assert proven_strength(WEIGHT, 0.1 * change, drift, INPUTS) == 1
+    assert proven_strength(WEIGHT, 0 * change, drift, INPUTS) == 0
+
+
+def test_without_held_out_tokens_the_strength_is_a_constant() -> None:
+    assert proven_strength(WEIGHT, change_of(0.01), drift_of(slice(None)), INPUTS[:0]) == 0.75
+
+
+def test_a_strength_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(NumericalError, match="not finite"):
+        proven_strength(WEIGHT, 1e30 * change_of(0.01), drift_of(slice(None)), INPUTS)
 
 
 @pytest.mark.parametrize("piece", [7, 64, 200])
 def test_sums_leave_out_the_held_out_tokens(piece: int) -> None:
-    sums = DriftSum(12, every=8, limit=10)
-    exact, inputs = EXACT.astype(np.float32), INPUTS.astype(np.float32)
+    sums = DriftSum(12, 7)
+    exact, inputs, stream = (x.astype(np.float32) for x in (EXACT, INPUTS, STREAM))
+    held = np.isin(np.arange(200), [3, 4, 5, 100, 199])
     for start in range(0, 200, piece):
-        sums.update(exact[start : start + piece], inputs[start : start + piece])
-    matrix, heldout = sums.result()
-    held = [token for token in range(200) if token % 8 == 7][:10]
-    kept = np.delete(np.arange(200), held)
-    np.testing.assert_allclose(matrix, drift_of(EXACT[kept], INPUTS[kept]), atol=1e-5)
-    assert np.array_equal(heldout, exact[held])
+        own = slice(start, start + piece)
+        sums.update(exact[own], inputs[own], held[own], stream[own])
+    found, seen = sums.result(), INPUTS[~held]
+    np.testing.assert_allclose(found.inputs, (EXACT[~held] - seen).T @ seen / 195, atol=1e-5)
+    np.testing.assert_allclose(found.stream, STREAM[~held].T @ seen / 195, atol=1e-5)
+    assert np.array_equal(found.heldout, exact[held])
+    assert np.array_equal(found.heldout_stream, stream[held])
 
 
 def test_what_has_not_drifted_sums_to_zero_exactly() -> None:
-    sums = DriftSum(12, every=0, limit=0)
+    sums = DriftSum(12)
     same = EXACT.astype(np.float32)
-    sums.update(same, same)
-    matrix, heldout = sums.result()
-    assert not matrix.any()
-    assert heldout.shape == (0, 12)
+    sums.update(same, same, NONE)
+    found = sums.result()
+    assert not found.inputs.any()
+    assert found.heldout.shape == (0, 12)
+    assert found.stream is None
 
 
-def test_the_held_out_error_includes_the_drift() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_held_out_error_includes_the_drift(stream: bool) -> None:
     weight = WEIGHT.astype(np.float32)
     rounded = round_to_nearest(weight, Grid(4, 4))
-    exact, inputs = EXACT[:20].astype(np.float32), INPUTS[:20].astype(np.float32)
-    measures = measure(weight, rounded, None, inputs, heldout_float=exact)
+    exact, inputs, missing = (x[:20].astype(np.float32) for x in (EXACT, INPUTS, STREAM))
+    empty = np.zeros((0, 0), np.float32)
+    drift = Drift(empty, exact, empty, missing) if stream else Drift(empty, exact)
+    measures = measure(weight, rounded, None, inputs, drift=drift)
     wanted = exact @ weight.T
-    lost = wanted - inputs @ rounded.dequantized().T
-    assert measures.heldout_rel_err == pytest.approx((lost**2).sum() / (wanted**2).sum(), rel=1e-4)
+    lost = wanted - inputs @ rounded.dequantized().T + (missing if stream else 0)
+    error = (lost**2).sum() / (wanted**2).sum()
+    assert measures.heldout_rel_err == pytest.approx(error, rel=1e-4)
+    found = error_with_rounded_inputs(
+        weight, rounded, exact, inputs, stream=missing if stream else None
+    )
+    assert found == pytest.approx(error, rel=1e-4)

@@ -22,7 +22,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.forward.attention import pack
-from ptq_cli.models.forward.stages import embed, forward_block
+from ptq_cli.models.forward.stages import begin, embed, stages
 from ptq_cli.numerics.statistics import SiteAccumulator
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
@@ -38,17 +38,34 @@ FAST: dict[str, Any] = {"bits": 3, "sym": False, "refine": 0, "sweeps": 0, "mse"
 
 def observed(read: Any, ids: Any, mask: Any = None, model: Path = SAMPLE) -> dict[str, Any]:
     """The inputs of every site, everything in one batch."""
+    return watched(read, ids, mask, model)[0]
+
+
+def watched(
+    read: Any, ids: Any, mask: Any = None, model: Path = SAMPLE
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs of every site, and the residual stream that its outputs will be added to."""
     arch = model_architecture(open_checkpoint(model))
-    packing, seen = pack(ids.shape, mask), {}
-    hidden = embed(arch, read, ids, packing)
+    packing = pack(ids.shape, mask)
+    hidden, inputs, streams = embed(arch, read, ids, packing), {}, {}
     for block in range(len(arch.blocks)):
-        hidden = forward_block(arch, block, read, hidden, packing, seen.__setitem__)
-    return seen
+        state = begin(arch, block, read, hidden)
+        for stage in stages(arch, block, packing):
+            inputs |= state.inputs
+            streams |= dict.fromkeys(state.inputs, state.hidden)
+            state = stage.apply(read, state)
+        hidden = state.hidden
+    return inputs, streams
 
 
-def accumulated(inputs: Any) -> SiteStatistics:
+def held_in(lengths: Any) -> Any:
+    """The tokens of every eighth sequence, which are held out."""
+    return np.repeat(np.arange(len(lengths)) % 8 == 7, lengths)
+
+
+def accumulated(inputs: Any, held: Any) -> SiteStatistics:
     sums = SiteAccumulator(inputs.shape[1])
-    sums.update(inputs)
+    sums.update(inputs, held)
     return sums.result("site", ("site",))
 
 
@@ -71,7 +88,8 @@ def test_calibration_sees_what_the_float_model_computes(tmp_path: Path) -> None:
     api.calibrate(SAMPLE, output=out, tokens=masked)
     statistics = open_calibration(out)
     for site, inputs in observed(checkpoint.read, ids, mask.astype(bool)).items():
-        found, wanted = statistics.load(site), accumulated(inputs)
+        held = held_in(mask.sum(axis=1).tolist())
+        found, wanted = statistics.load(site), accumulated(inputs, held)
         assert found.n_tokens == wanted.n_tokens
         np.testing.assert_allclose(found.hessian, wanted.hessian, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(found.heldout, wanted.heldout, rtol=1e-3, atol=1e-4)
@@ -99,22 +117,29 @@ def test_each_site_sees_what_the_rounded_layers_before_it_produce(
     checkpoint = open_checkpoint(SAMPLE)
     ids = read_tokens(SETTINGS, checkpoint).ids
     rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
-    exact, ours = observed(checkpoint.read, ids), observed(rounded, ids)
+    (exact, exact_streams), (ours, streams) = watched(checkpoint.read, ids), watched(rounded, ids)
     assert list(seen) == list(exact)
+    held = held_in([ids.shape[1]] * len(ids))
     for site, inputs in ours.items():
-        wanted = accumulated(inputs)
-        held = slice(7, 512 * 8, 8)
-        kept = np.delete(np.arange(len(inputs)), np.arange(len(inputs))[held])
-        drift = (exact[site] - inputs)[kept].T @ inputs[kept] / len(kept)
-        np.testing.assert_allclose(seen[site].hessian, wanted.hessian, rtol=1e-2, atol=1e-3)
-        np.testing.assert_allclose(seen[site].drift, drift, rtol=1e-2, atol=1e-3)
-        np.testing.assert_allclose(seen[site].heldout, inputs[held], rtol=1e-2, atol=1e-3)
-        np.testing.assert_allclose(
-            seen[site].heldout_float, exact[site][held], rtol=1e-2, atol=1e-3
-        )
+        hessian, kept = accumulated(inputs, held).hessian, inputs[~held]
+        found, adds = seen[site].drift, site.endswith(("o_proj", "down_proj"))
+        missing = exact_streams[site] - streams[site]
+        assert found is not None
+        for value, wanted in (
+            (seen[site].hessian, hessian),
+            (seen[site].heldout, inputs[held]),
+            (found.inputs, (exact[site] - inputs)[~held].T @ kept / len(kept)),
+            (found.heldout, exact[site][held]),
+            (found.stream, missing[~held].T @ kept / len(kept) if adds else None),
+            (found.heldout_stream, missing[held] if adds else None),
+        ):
+            if wanted is None:
+                assert value is None
+            else:
+                np.testing.assert_allclose(value, wanted, rtol=1e-2, atol=1e-3)
     first = seen["model.layers.0.self_attn.q_proj"].drift
     assert first is not None
-    assert not first.any()
+    assert not first.inputs.any()
 
 
 def test_parallel_layers_is_calibrate_then_gptq(tmp_path: Path) -> None:

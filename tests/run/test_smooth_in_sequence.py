@@ -30,14 +30,16 @@ from tests.run.test_in_sequence import (
     SAMPLE,
     SETTINGS,
     TOKENS,
+    held_in,
     moe_folder,
     observed,
     same_bytes,
     seen_by,
+    watched,
 )
 from tests.stopping import TOLD, killed
 
-HELD = slice(7, 512 * 8, 8)
+HELD = held_in([48] * 24)  # tokens of SETTINGS
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "awq": ("awq", {"bits": 3, "sym": False}),
     "awq gptq": ("awq", {"then": "gptq", **FAST}),
@@ -134,22 +136,30 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     assert {entry["site"] for entry in report.sites if entry["fed_by"]} == set(folds)
     checkpoint = open_checkpoint(model)
     ids = ids_of(model)
-    exact = observed(checkpoint.read, ids, model=model)
+    exact, exact_streams = watched(checkpoint.read, ids, model=model)
     rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
-    ours = observed(rounded, ids, model=model)
+    ours, streams = watched(rounded, ids, model=model)
     assert list(seen) == list(exact)
     for site, inputs in ours.items():
         wanted = exact[site] / folds.get(site, np.float32(1))
-        kept = np.delete(np.arange(len(inputs)), np.arange(len(inputs))[HELD])
-        size = np.abs(inputs).max()
-        hessian = inputs[kept].T @ inputs[kept] / len(kept)
-        drift = (wanted - inputs)[kept].T @ inputs[kept] / len(kept)
-        for found, value, scale in (
-            (seen[site].hessian, hessian, size**2),
-            (seen[site].drift, drift, size**2),
+        kept, size = inputs[~HELD], np.abs(inputs).max()
+        missing, drift = exact_streams[site] - streams[site], seen[site].drift
+        assert drift is not None
+        cases = [
+            (seen[site].hessian, kept.T @ kept / len(kept), size**2),
             (seen[site].heldout, inputs[HELD], size),
-            (seen[site].heldout_float, wanted[HELD], size),
-        ):
+            (drift.inputs, (wanted - inputs)[~HELD].T @ kept / len(kept), size**2),
+            (drift.heldout, wanted[HELD], size),
+        ]
+        if site.endswith(("o_proj", "down_proj", "c_proj")):
+            reach = np.abs(exact_streams[site]).max()
+            cases += [
+                (drift.stream, missing[~HELD].T @ kept / len(kept), size * reach),
+                (drift.heldout_stream, missing[HELD], reach),
+            ]
+        else:
+            assert drift.stream is None
+        for found, value, scale in cases:
             assert found is not None
             assert np.abs(found - value).max() < 2e-3 * scale, site
 
@@ -167,8 +177,8 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
     report = reports[case]
     checkpoint, folder = open_checkpoint(loud), open_quantized(whole / case)
     ids = ids_of(loud)
-    exact = observed(checkpoint.read, ids)
-    ours = observed(quantized_tensors(checkpoint, folder), ids)
+    exact, exact_streams = watched(checkpoint.read, ids)
+    ours, streams = watched(quantized_tensors(checkpoint, folder), ids)
     site_of = {row.module: row.module for row in report.rows}
     for site in exact:
         near = site.replace("q_proj", "{}").replace("gate_proj", "{}")
@@ -194,11 +204,14 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
             scale = np.ones(len(weight), np.float32)
             scale[rows.index(len(values))] = values
             made *= scale
-        error = ((outputs - made) ** 2).sum() / (outputs**2).sum()
+        adds = row.module.endswith(("o_proj", "down_proj"))
+        missing = (exact_streams[site] - streams[site])[HELD] if adds else 0
+        error = ((missing + outputs - made) ** 2).sum() / (outputs**2).sum()
         assert row.heldout_rel_err == pytest.approx(error, rel=0.02), row.module
         plain = round_to_nearest(weight, layer.grid).dequantized()
         given = inputs * factors.get(row.module, np.float32(1))
-        nearest = ((outputs - as_run(given, layer) @ plain.T) ** 2).sum() / (outputs**2).sum()
+        lost = missing + outputs - as_run(given, layer) @ plain.T
+        nearest = (lost**2).sum() / (outputs**2).sum()
         assert row.rtn_heldout_rel_err == pytest.approx(nearest, rel=0.02), row.module
         assert row.gain_vs_rtn == pytest.approx(nearest / error, rel=0.04)
 

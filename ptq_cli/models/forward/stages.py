@@ -63,11 +63,13 @@ class Stage:
     the inputs of the next stage. sites: site -> names of the linears that share its inputs.
 
     enter: the state before it from the residual, where nothing but a norm lies between
+    adds: whether the outputs of its linears are added to the residual as they are
     """
 
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
     enter: Callable[[Weights, FloatArray], State] | None = None
+    adds: bool = False
 
 
 def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing) -> FloatArray:
@@ -118,7 +120,7 @@ def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...
 
     return (
         Stage(_sites(block.qkv), attention_in, partial(begin, arch, index)),
-        Stage(_sites((block.output,)), attention_out),
+        Stage(_sites((block.output,)), attention_out, adds="attention_out" not in block.norms),
         *_mlp_stages(arch, block),
     )
 
@@ -241,7 +243,8 @@ def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
                     branch[rows] += outputs * share
         return State(_add(block, "mlp", weights, state.hidden, branch))
 
-    last = Stage(_sites(*((down,) for down in behind)), mlp_out)
+    adds = experts is None and "mlp_out" not in block.norms
+    last = Stage(_sites(*((down,) for down in behind)), mlp_out, adds=adds)
     if experts is None:
         return Stage(_sites(*before), mlp_in, enter), last
     router = Stage(_sites((experts.router,)), partial(_route, experts), enter)
