@@ -68,7 +68,8 @@ _PARAMETERS = (
             "--heldout-every",
             type=click.IntRange(0),
             metavar="N",
-            help="Hold out every N-th token, to measure errors on; 0: none."
+            help="Hold out every N-th token (with --tokens: sequence), to measure errors on;"
+            " 0: none."
             f"  [default: {HELDOUT_EVERY}]",
         ),
         option(

@@ -80,7 +80,7 @@ def heldout_tokens(lengths: Sequence[int], heldout: tuple[int, int]) -> NDArray[
     if count == 0:
         return chosen
     starts = np.cumsum([0, *lengths])
-    step = max(every, ceil(n_tokens / count))
+    step = max(every, ceil(n_tokens / limit))
     for number in range(step - 1, len(lengths), step):
         chosen[starts[number] : starts[number + 1]] = True
     if not chosen.any():

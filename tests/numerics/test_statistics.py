@@ -59,6 +59,42 @@ def test_held_out_tokens_enter_no_statistic():
     )
 
 
+def test_the_held_out_tokens_can_be_named():
+    x, held = inputs(100), np.isin(np.arange(100), [0, 1, 2, 50, 99])
+    sums = S.SiteAccumulator(24)
+    for own in (slice(0, 30), slice(30, 100)):
+        sums.update(x[own], held[own])
+    result = sums.result("site", ("site",))
+    np.testing.assert_array_equal(result.heldout, x[held])
+    assert result.n_tokens == 95
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heldout", "expected"),
+    [
+        ([5] * 24, (8, 512), {7: 5, 15: 5, 23: 5}),  # every eighth sequence
+        ([5] * 24, (12, 512), {11: 5, 23: 5}),
+        ([5] * 64, (8, 10), {31: 5, 63: 5}),  # no more tokens than asked for, evenly spaced
+        ([9, 0, 9, 3] * 4, (8, 512), {7: 3, 15: 3}),
+        ([1] * 15 + [100], (8, 512), {7: 1, 15: 13}),  # at most an eighth of the tokens
+        ([16] * 4, (8, 512), {3: 8}),  # too few sequences: the last eighth of the tokens
+        ([30], (8, 2), {0: 2}),
+        ([7], (8, 512), {}),
+        ([16] * 16, (0, 512), {}),
+        ([16] * 16, (8, 0), {}),
+        ([4] * 3, (1, 512), {0: 4, 1: 4, 2: 4}),
+    ],
+)
+def test_whole_sequences_are_held_out(lengths, heldout, expected):
+    held = S.heldout_tokens(lengths, heldout)
+    parts = np.split(held, np.cumsum(lengths)[:-1])
+    assert {n: int(part.sum()) for n, part in enumerate(parts) if part.any()} == expected
+
+
+def test_the_last_of_too_few_tokens_are_held_out():
+    assert np.flatnonzero(S.heldout_tokens([16, 16], (8, 512))).tolist() == [28, 29, 30, 31]
+
+
 def test_tokens_after_the_limit_are_not_held_out():
     result = collected(inputs(100), heldout_limit=3)
     assert len(result.heldout) == 3
