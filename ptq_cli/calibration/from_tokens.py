@@ -27,7 +27,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.stages import stages
-from ptq_cli.numerics.drift import drift_memory
+from ptq_cli.numerics.drift import UNPROVEN_STRENGTH, drift_memory
 from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     SAMPLE_LIMIT,
@@ -172,6 +172,9 @@ def token_source(
     }
     n_rows, drifts = int(parts[-1].rows.stop), feedback and correct
     n_tokens = n_rows - sum(int(part.held.sum()) for part in parts)
+    unproven = []
+    if drifts and n_tokens == n_rows:
+        unproven = [f"none of {n_rows} tokens is held out: --drift auto is {UNPROVEN_STRENGTH}"]
     residuals = 2 * 4 * n_rows * arch.hidden_size
     return TokenSource(
         checkpoint,
@@ -186,7 +189,7 @@ def token_source(
         },
         heldout=heldout,
         files=tokens.files,
-        warnings=tokens.warnings,
+        warnings=(*tokens.warnings, *unproven),
         weak=tokens.weak,
         feedback=feedback,
         drifts=drifts,

@@ -153,13 +153,11 @@ def _apply(
         return MethodResult(round_to_nearest(weight, grid, importance if settings.mse else None))
     passes = Passes(settings.mse, settings.refine, settings.sweeps)
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
-    strength, notes = None, prepared.notes
+    strength = None
     if prepared.drift is not None:
         weight, strength = _corrected(weight, prepared.drift, prepared, settings)
-        if settings.drift == "auto" and not len(prepared.heldout):
-            notes = (*notes, f"no token is held out: drift {strength:g}")
     rounded = solve(weight, prepared.feedback, passes, importance)
-    return MethodResult(rounded, prepared.damp_percent, notes, strength)
+    return MethodResult(rounded, prepared.damp_percent, prepared.notes, strength)
 
 
 def _corrected(
