@@ -76,8 +76,9 @@ class GptqSettings:
     drift: float | str = field(
         default="auto",
         metadata={
-            "help": "With --tokens: how much of the error that the rounded layers before it leave a"
-            " layer corrects, 0 to 1; auto: as much as held-out tokens bear out.",
+            "help": "With --tokens: how much of the error that the rounded layers before a layer"
+            " leave is made up for, 0 to 1; auto: as much as held-out tokens bear out.",
+            "metavar": "X|auto",
             "needs": ({"in_sequence": (True,)},),
             "words": ("auto",),
             "min": 0.0,
