@@ -121,14 +121,16 @@ class DriftSum:
         held: [n], the tokens that are held out: they are left out of the sums, and kept
         stream: `stream_fp − stream`, [n, hidden_size], where the outputs are added to it
         """
-        kept = ~held
-        self.n_tokens += int(kept.sum())
-        seen = inputs[kept]
-        self.inputs += (exact[kept] - seen).T @ seen
         self._heldout.append(exact[held])
         if stream is not None:
-            self.stream += stream[kept].T @ seen
             self._heldout_stream.append(stream[held])
+        if held.any():
+            exact, inputs = exact[~held], inputs[~held]
+            stream = None if stream is None else stream[~held]
+        self.n_tokens += len(inputs)
+        self.inputs += (exact - inputs).T @ inputs
+        if stream is not None:
+            self.stream += stream.T @ inputs
 
     def result(self) -> Drift:
         """The drift so far. The sum is used up."""
