@@ -233,13 +233,14 @@ def zeros_along(zeros: FloatArray, grid: Grid, axis: int) -> FloatArray | int:
 
 def grid_by_zeros(rounded: QuantizedWeight) -> Grid:
     """The grid of a rounded weight; symmetric where its layout does not say so, but all zeros are
-    in the middle; mirrored where they are that or one less. (At 2 bits those are the zeros that
-    nearly every asymmetric group has: there they say nothing.)"""
+    in the middle; mirrored where some are that and all others one less. (At 2 and 3 bits those are
+    the zeros that nearly all asymmetric groups have: there they say nothing.)"""
     grid, zeros = rounded.grid, rounded.zeros
     middle = zeros == grid.mid_code
     if grid.sym or middle.all():
         return replace(grid, sym=True)
-    if grid.bits > 2 and (middle | (zeros == grid.mid_code - 1)).all():
+    mirrored = zeros == grid.mid_code - 1
+    if grid.bits > 3 and middle.any() and (middle | mirrored).all():
         return replace(grid, sym=True, mirrored=True)
     return grid
 
