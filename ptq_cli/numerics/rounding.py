@@ -232,15 +232,18 @@ def zeros_along(zeros: FloatArray, grid: Grid, axis: int) -> FloatArray | int:
 
 
 def grid_by_zeros(rounded: QuantizedWeight) -> Grid:
-    """The grid of a rounded weight; symmetric where its layout does not say so, but all zeros are
-    in the middle; mirrored where some are that and all others one less. (At 2 and 3 bits those are
-    the zeros that nearly all asymmetric groups have: there they say nothing.)"""
+    """The grid of a rounded weight as its zeros show it, for layouts that do not say all of it.
+
+    All zeros in the middle: it is symmetric; and, of 16 groups or more, none mirrored, which is no
+    chance any more. Some of them there, the others one less: symmetric and mirrored. (At 2 and 3
+    bits those are the zeros that nearly all asymmetric groups have: there they show nothing.)
+    """
     grid, zeros = rounded.grid, rounded.zeros
     middle = zeros == grid.mid_code
-    if grid.sym or middle.all():
-        return replace(grid, sym=True)
+    if middle.all():
+        return replace(grid, sym=True, mirrored=grid.mirrored and zeros.size < 16)
     mirrored = zeros == grid.mid_code - 1
-    if grid.bits > 3 and middle.any() and (middle | mirrored).all():
+    if not grid.sym and grid.bits > 3 and middle.any() and (middle | mirrored).all():
         return replace(grid, sym=True, mirrored=True)
     return grid
 

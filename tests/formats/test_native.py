@@ -75,3 +75,12 @@ def test_zeros_say_what_a_layout_does_not(
     assert found == replace(grid, sym=sym, mirrored=mirrored)
     stated = replace(rounded, zeros=np.array([zeros], np.uint8), grid=Grid(bits, 2, mirrored=True))
     assert grid_by_zeros(stated) == stated.grid
+
+
+def test_many_groups_none_of_which_is_mirrored_are_of_no_mirrored_grid() -> None:
+    """Layouts without zeros cannot say whether others let their groups be mirrored."""
+    grid = Grid(4, 2, mirrored=True)
+    few, many = (round_to_nearest(-np.ones((rows, 2)), grid) for rows in (15, 16))
+    assert grid_by_zeros(few) == grid
+    assert grid_by_zeros(many) == replace(grid, mirrored=False)
+    assert grid_by_zeros(round_to_nearest(np.ones((16, 2)), grid)) == grid
