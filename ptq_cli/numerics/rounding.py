@@ -174,55 +174,52 @@ def search_grid(
     low, high = weight.min(axis), weight.max(axis)
     best_scales, best_zeros = range_grid(low, high, grid)
     least = np.full_like(low, np.inf)
-    for scales, zeros_tried in _tried(low, high, grid):
-        steps = weight / np.expand_dims(scales, axis)
-        nearest = np.rint(steps)
-        for zeros in zeros_tried:
-            error = _rounding_error(steps, nearest, importance, zeros, grid, axis)
-            error *= scales
-            error *= scales
-            better = error < least
-            least = np.where(better, error, least)
+    for scales, zeros, moves in _tried(low, high, grid):
+        place = weight / np.expand_dims(scales, axis)  # of each weight among the codes
+        first = grid.min_code - grid.mid_code
+        if not grid.sym:
+            place += np.expand_dims(zeros, axis)
+            first = grid.min_code
+        last = first + grid.max_code - grid.min_code
+        nearest, error = np.rint(place), np.empty_like(place)
+        for move in moves:  # of the zero, which moves the weights the other way
+            clip_centred(nearest, first - move, last - move, out=error)
+            error -= place
+            error *= error
+            total = _weighted_sum(error, importance, axis) * scales * scales
+            moved = zeros + move
+            better = (total < least) & (moved >= 0) & (moved <= grid.max_code)
+            least = np.where(better, total, least)
             best_scales = np.where(better, scales, best_scales)
-            best_zeros = np.where(better, zeros, best_zeros)
+            best_zeros = np.where(better, moved, best_zeros)
     return best_scales, best_zeros
 
 
 def _tried(
     low: FloatArray, high: FloatArray, grid: Grid
-) -> Iterator[tuple[FloatArray, list[FloatArray | int]]]:
-    """Scales to try, and the zeros to try with each: those of the whole range of a group and of
-    shrunken ones. Asymmetric: also the zeros beside. Mirrored: both zeros; and besides its own
-    whole range the ranges of symmetric groups, which keep half a step free at either end.
+) -> Iterator[tuple[FloatArray, FloatArray, tuple[int, ...]]]:
+    """Scales and zeros to try, and how far the zeros are moved from there: those of the whole
+    range of a group and of shrunken ones. Asymmetric: also the zeros beside. Mirrored: both zeros;
+    and besides its own whole range the ranges of symmetric groups, which keep half a step free at
+    either end.
     """
-    both: list[FloatArray | int] = [grid.mid_code, grid.mid_code - 1]
-    if grid.mirrored:
-        yield range_grid(low, high, grid)[0], both
-    unmirrored = replace(grid, mirrored=False)
+    symmetric = replace(grid, mirrored=False)
+    moves = ((0, -1) if grid.mirrored else (0,)) if grid.sym else (0, -1, 1)
     for ratio in SEARCH_RATIOS:
         shrink = low.dtype.type(ratio)
-        scales, zeros = range_grid(low * shrink, high * shrink, unmirrored)
-        if grid.sym:
-            yield scales, both if grid.mirrored else both[:1]
-        else:
-            yield scales, [np.clip(zeros + beside, 0, grid.max_code) for beside in (0, -1, 1)]
+        scales, zeros = range_grid(low * shrink, high * shrink, symmetric)
+        if grid.mirrored and ratio == 1:
+            yield range_grid(low, high, grid)[0], zeros, moves
+        yield scales, zeros, moves
 
 
-def _rounding_error(
-    steps: FloatArray,
-    nearest: FloatArray,
-    importance: FloatArray,
-    zeros: FloatArray | int,
-    grid: Grid,
-    axis: int,
-) -> FloatArray:
-    """`Σ importance · (steps − centred code)²` per group; nearest: `steps`, rounded."""
-    zero = zeros if isinstance(zeros, int) else np.expand_dims(zeros, axis)
-    error = clip_centred(nearest, grid.min_code - zero, grid.max_code - zero)
-    error -= steps
-    error *= error
-    error *= importance
-    total: FloatArray = error.sum(axis)
+def _weighted_sum(squares: FloatArray, importance: FloatArray, axis: int) -> FloatArray:
+    """`Σ importance · squares` along the axis; `squares` are used up."""
+    if importance.shape == (len(squares), 1) and axis == 0:  # a product with a vector is faster
+        product: FloatArray = importance[:, 0] @ squares
+        return product
+    squares *= importance
+    total: FloatArray = squares.sum(axis)
     return total
 
 
