@@ -7,6 +7,7 @@ papers; scales and zeros of a twin in progress are spread over columns, [out_fea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,9 @@ def range_grid(group, grid: Grid, ratio=1.0):
     """Scale and zero of each row of `group`, for `ratio` times its range."""
     low, high = ratio * group.min(axis=1), ratio * group.max(axis=1)
     levels = 2**grid.bits
+    if grid.mirrored:
+        absmax = np.maximum(abs(low), abs(high))
+        return stored(absmax / (levels / 2), grid), levels // 2 - np.where(high == absmax, 1, 0)
     if grid.sym:
         half = levels / 2 - 1 if grid.narrow_range else (levels - 1) / 2
         return stored(np.maximum(abs(low), abs(high)) / half, grid), np.full(len(low), levels // 2)
@@ -68,16 +72,35 @@ def nearest(column, scale, zero, grid: Grid):
 
 
 def search_grid(group, importance, grid: Grid, ratios):
-    """Scale and zero of the ratio with the least `Σ importance · (weight − dequantized)²`."""
+    """Scale and zero of the candidate with the least `Σ importance · (weight − dequantized)²`."""
     scale, zero = range_grid(group, grid)
     least = np.full(len(group), np.inf)
-    for ratio in ratios:
-        s, z = range_grid(group, grid, ratio)
+    for s, z in candidates(group, grid, ratios):
         codes = nearest(group, s[:, None], z[:, None], grid)
         cost = (importance * (group - s[:, None] * (codes - z[:, None])) ** 2).sum(axis=1)
         scale, zero = np.where(cost < least, s, scale), np.where(cost < least, z, zero)
         least = np.minimum(cost, least)
     return scale, zero
+
+
+def candidates(group, grid: Grid, ratios):
+    """The scales and zeros that a search tries. One ratio is no search: the range as it is."""
+    if len(ratios) == 1:
+        return [range_grid(group, grid, ratios[0])]
+    found = []
+    middle = np.full(len(group), 2 ** (grid.bits - 1))
+    if grid.mirrored:
+        scale, _ = range_grid(group, grid)
+        found += [(scale, middle), (scale, middle - 1)]
+    for ratio in ratios:
+        scale, zero = range_grid(group, replace(grid, mirrored=False), ratio)
+        if grid.mirrored:
+            found += [(scale, middle), (scale, middle - 1)]
+        elif grid.sym:
+            found += [(scale, zero)]
+        else:
+            found += [(scale, np.clip(zero + d, 0, 2**grid.bits - 1)) for d in (0, -1, 1)]
+    return found
 
 
 def round_to_nearest(weight, grid: Grid, importance=None, ratios=(1.0,)) -> Rounded:

@@ -28,7 +28,7 @@ from ptq_cli.numerics.activations import ActivationSettings, absmax_scale, with_
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.parallel import use_threads
-from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.rounding import grid_by_zeros, round_to_nearest
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens, sites_of
@@ -149,8 +149,8 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     before, statistics = (None, None) if loaded is None else (loaded.before, loaded.behind)
     weight, rounded = sides.original.weight(layer), sides.quantized.load(layer.module)
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
-    sym = layer.grid.sym or is_symmetric(layer, rounded)
-    plain = round_to_nearest(weight, replace(layer.grid, sym=sym))
+    grid = grid_by_zeros(rounded)
+    plain = round_to_nearest(weight, grid)
     alone = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
     measures = as_run(alone, folded, layer, rounded, statistics, scale)
     rtn = _plainly(layer, weight, plain, before)
@@ -166,7 +166,7 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
         )
     return replace(
         layer_row(layer, sides.quantized.fmt, measures, rtn, statistics),
-        sym=sym,
+        sym=grid.sym,
         fallback="codes equal round-to-nearest" if same else None,
         seconds=time.perf_counter() - begin,
         activations=activations,
@@ -188,11 +188,6 @@ def _plainly(
             layer = replace(layer, activation=replace(inputs, dynamic=True, per_token=False))
     alone = measure(weight, plain, **inputs_of(statistics))
     return as_run(alone, weight, layer, plain, statistics)
-
-
-def is_symmetric(layer: Layer, rounded: QuantizedWeight) -> bool:
-    """Some layouts do not say that a grid is symmetric; its zeros do."""
-    return bool((rounded.zeros == layer.grid.mid_code).all())
 
 
 def _integer_errors(

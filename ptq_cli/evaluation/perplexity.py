@@ -24,12 +24,11 @@ from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
-from ptq_cli.evaluation.errors import is_symmetric
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.models.forward.stages import finish
-from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.rounding import grid_by_zeros, round_to_nearest
 from ptq_cli.numerics.weak_inputs import FEWEST_HELDOUT
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import QuantizedFolder
@@ -119,8 +118,8 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
-        sym = layer.grid.sym or is_symmetric(layer, quantized.load(layer.module))
-        rounded = round_to_nearest(original.weight(layer), replace(layer.grid, sym=sym))
+        grid = grid_by_zeros(quantized.load(layer.module))
+        rounded = round_to_nearest(original.weight(layer), grid)
         inputs = layer.activation
         if inputs is not None and not inputs.dynamic:
             inputs = replace(inputs, dynamic=True, per_token=False)

@@ -18,8 +18,9 @@ row or the tensor. The true shape and the grid stand in the file's metadata unde
                   "scale_dtype": "float16", "dtype": "BF16", "tensor": "<module>.weight",
                   "method": "gptq"}}
 
-and where they apply `transposed: true` (the checkpoint stores [in_features, out_features]) and
-`activation: {"bits": 8, "sym": true, "dynamic": true, "per_token": true}` (how inputs are rounded).
+and where they apply `transposed: true` (the checkpoint stores [in_features, out_features]),
+`mirrored: true` (a symmetric group's zero is `2^(bits−1)`, or one less) and `activation: {"bits":
+8, "sym": true, "dynamic": true, "per_token": true}` (how inputs are rounded).
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
             "method": layer.method,
         }
         | ({"transposed": True} if layer.transposed else {})
+        | ({"mirrored": True} if layer.grid.mirrored else {})
         | ({"activation": asdict(layer.activation)} if layer.activation else {})
         for layer in layers
     }
@@ -121,7 +123,8 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
 
 def _layer(module: str, entry: Any, contents: Contents) -> Layer:
     try:
-        grid = Grid(**{key: entry[key] for key in _GRID_KEYS})
+        mirrored = entry.get("mirrored", False) is True
+        grid = Grid(**{key: entry[key] for key in _GRID_KEYS}, mirrored=mirrored)
         full_shape = tuple(int(size) for size in entry["shape"])
         tensor, dtype, method = (str(entry[key]) for key in ("tensor", "dtype", "method"))
         activation = entry.get("activation")
@@ -131,6 +134,8 @@ def _layer(module: str, entry: Any, contents: Contents) -> Layer:
         if kinds != [int, int, bool, bool, str] or grid.scale_dtype not in common.SCALE_WORDS:
             raise ValueError
         if not 2 <= grid.bits <= 8 or grid.group_size < -1 or min(full_shape) < 1:
+            raise ValueError
+        if mirrored and (grid.narrow_range or not grid.sym):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"module {module!r}: its entry in the metadata is damaged") from error
@@ -159,4 +164,5 @@ FORMAT = Format(
     metadata=_metadata,
     layers=_layers,
     by_rows=_by_rows,
+    mirrored=lambda layer: True,
 )

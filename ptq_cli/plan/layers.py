@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -62,6 +63,15 @@ def make_layer(
         activation=activation,
         transposed=spec.name in transposed,
     )
+
+
+def mirrored_where_held(layer: Layer, fmt: Format) -> Layer:
+    """The layer, its symmetric groups mirrored where that is better: on the full range of the
+    codes, where the format holds it, and not where inputs are rounded, too: integer runtimes want
+    zero in the middle."""
+    grid = layer.grid
+    free = grid.sym and not grid.narrow_range and layer.activation is None
+    return replace(layer, grid=replace(grid, mirrored=free and fmt.mirrored(layer)))
 
 
 def check_fisher(layers: Iterable[Layer], source: Source | None) -> None:

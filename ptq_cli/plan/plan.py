@@ -17,7 +17,14 @@ from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
-from ptq_cli.plan.layers import check_fisher, check_layers, check_names, make_layer, unheld
+from ptq_cli.plan.layers import (
+    check_fisher,
+    check_layers,
+    check_names,
+    make_layer,
+    mirrored_where_held,
+    unheld,
+)
 from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.units import plan_units, plan_warnings
@@ -60,7 +67,7 @@ def make_plan(
         return expert_misfits(layers, other, checkpoint.config, fused)
 
     kept = check_layers(wanted, fmt, settings, sites, included, unread)
-    layers = [layer for layer in wanted if layer.module not in kept]
+    layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared

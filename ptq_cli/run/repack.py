@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
@@ -26,6 +27,7 @@ from ptq_cli.models.experts import every_expert_is_linear, experts_load_alone
 from ptq_cli.models.family import Config
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
+from ptq_cli.numerics.rounding import grid_by_zeros
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
@@ -75,14 +77,15 @@ def plan_repack(
 
     trial: without it, only what headers say is known: enough to see that there is nothing to do
     """
-    symmetric = trial and _all_symmetric(folder)
+    grids = _grids(folder, fmt) if trial else {}
     config = folder.checkpoint.config
     if every_expert_is_linear(config, fmt.name):
         folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
     wanted, misfits = {}, {}
     for layer in layers_to_repack(folder):
-        target = _target(layer, fmt, settings, symmetric)
-        misfit = fmt.misfit(target)
+        target = replace(layer, grid=grids.get(layer.module, layer.grid))
+        target = _target(target, fmt, settings)
+        misfit = fmt.misfit(target) or _mirrored_misfit(target, fmt)
         if misfit is None and trial:
             try:
                 convert(folder.load(layer.module), target, fmt)
@@ -187,18 +190,34 @@ def _skipped(
     return (*dense, *(unheld(layer, fmt) for layer in lost))
 
 
-def _all_symmetric(folder: QuantizedFolder) -> bool:
-    """Some layouts do not say that a grid is symmetric; its zeros do, if all layers agree."""
-    for layer in folder.layers.values():
+def _grids(folder: QuantizedFolder, fmt: Format) -> dict[str, Grid]:
+    """The grid of each module. Some layouts do not say that a grid is symmetric; the zeros do, if
+    those of all layers agree."""
+    stated = {module: layer.grid for module, layer in folder.layers.items()}
+    by_zeros = dict(stated)
+    for module, layer in folder.layers.items():
         if not layer.grid.sym:
-            weight = folder.load(layer.module)
-            if weight.offsets is not None or (weight.zeros != layer.grid.mid_code).any():
-                return False
-    return True
+            weight = folder.load(module)
+            grid = by_zeros[module] = grid_by_zeros(weight)
+            lost = _mirrored_misfit(replace(layer, grid=grid), fmt)
+            if weight.offsets is not None or not grid.sym or lost:
+                return stated
+    return by_zeros
 
 
-def _target(layer: Layer, fmt: Format, settings: RepackSettings, symmetric: bool) -> Layer:
-    grid = replace(layer.grid, sym=layer.grid.sym or symmetric)
+def _mirrored_misfit(layer: Layer, fmt: Format) -> Misfit | None:
+    """Why a format cannot hold a layer whose groups may be mirrored, or None."""
+    if not layer.grid.mirrored or fmt.mirrored(layer):
+        return None
+    middle = layer.grid.mid_code
+    return Misfit(
+        f"{fmt.name} cannot hold mirrored groups (zeros of {middle - 1} beside {middle})",
+        f"quantize the float model again with --format {fmt.name}",
+    )
+
+
+def _target(layer: Layer, fmt: Format, settings: RepackSettings) -> Layer:
+    grid = layer.grid
     if settings.group_size is not None:
         grid = replace(grid, group_size=settings.group_size)
     target = replace(layer, grid=grid)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ptq_cli
+from ptq_cli import registry
+from ptq_cli.commands import quantize
 from ptq_cli.run import repack
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
@@ -119,6 +122,25 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     assert (stored.dtype, stored.shape) == ("BF16", (128, 384))
     kept = folder.checkpoint.read(f"{DOWN}.weight").astype(np.float32)
     np.testing.assert_allclose(kept, values("first")[DOWN].dequantized(), rtol=2**-8)
+
+
+def test_mirrored_groups_where_the_target_holds_none(sample, monkeypatch):
+    """Said in a line, with what helps; formats that hold them get them as they are."""
+    assert ptq("pack", sample, "-o", "first").code == 0
+    pack("first", "--format", "ptq", "-g", 64, "-o", "second")
+    same_values("first", "second")
+    layers = open_quantized(Path("second")).layers.values()
+    assert {(layer.grid.mirrored, layer.grid.group_size) for layer in layers} == {(True, 64)}
+    none = replace(registry.format_named("mlx"), mirrored=lambda layer: False)
+    monkeypatch.setattr(quantize, "format_named", lambda name: none)
+    outcome = pack("first", "--format", "mlx", "-o", "third", code=1)
+    assert outcome.errors == [
+        "ptq: error: format mlx cannot hold 28 of 28 layers: mlx cannot hold mirrored groups (zeros"
+        " of 7 beside 8): model.layers.{0-3}.{mlp.{down,gate,up}_proj, self_attn.{k,o,q,v}_proj};"
+        " quantize the float model again with --format mlx"
+    ]
+    outcome = pack("first", "--format", "mlx", "-o", "third", "--on-misfit", "keep", code=1)
+    assert "mirrored groups" in outcome.err
 
 
 def test_scales_that_the_target_cannot_hold(sample):

@@ -6,6 +6,7 @@ of a group sits on a rounding tie, and the last bit of a float decides.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -122,6 +123,32 @@ def test_dead_columns_equal_the_twin(act_order, passes):
     grid = Grid(4, group_size=8, sym=False)
     result = run(weight, hessian, grid, act_order, passes)
     assert_equal_to_twin(result, run_twin(weight, hessian, grid, act_order, passes))
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("group_size", [-1, 0, 1, 3, 16, 50])
+@pytest.mark.parametrize("passes", [PLAIN, THOROUGH], ids=["plain", "thorough"])
+def test_mirrored_groups_are_the_twins(group_size, act_order, passes):
+    """Groups with the longer side below zero and above it, in one weight; scales are positive."""
+    weight, hessian = some_weight(5, 50, seed=1), some_hessian(50, seed=1)
+    for bits in (2, 3, 4, 8):
+        grid = Grid(bits, group_size, mirrored=True)
+        result = run(weight, hessian, grid, act_order, passes)
+        assert_equal_to_twin(result, run_twin(weight, hessian, grid, act_order, passes))
+        assert set(result.zeros.flat) <= {2 ** (bits - 1) - 1, 2 ** (bits - 1)}
+        assert len(set(result.zeros.flat)) == 2 or group_size == 0
+        assert (result.scales > 0).all()
+
+
+def test_mirrored_groups_lower_the_loss():
+    weight, hessian = some_weight(64, 64), some_hessian(64)
+    for bits, part in ((2, 0.9), (3, 0.93), (4, 0.97)):
+        grid = Grid(bits, 16)
+        usual, mirrored = (
+            loss_of(run(weight, hessian, own, "static", THOROUGH), weight, hessian)
+            for own in (grid, replace(grid, mirrored=True))
+        )
+        assert mirrored < part * usual
 
 
 @pytest.mark.parametrize("narrow_range", [False, True])

@@ -29,6 +29,7 @@ from tests.numerics.cases import some_weight
 ASYM = Grid(4, group_size=-1, sym=False, scale_dtype="float32")
 SYM = Grid(4, group_size=-1, sym=True, scale_dtype="float32")
 NARROW = replace(SYM, narrow_range=True)
+MIRRORED = replace(SYM, mirrored=True)
 
 
 # ---- the range of a group ----
@@ -57,6 +58,41 @@ def test_narrow_range_by_hand():
     assert result.codes.tolist() == [[15, 1, 11]]
 
 
+def test_a_mirrored_group_has_its_greatest_weight_at_the_long_end_by_hand():
+    """absmax 8 in eight steps: −8 is code 0 around 8, +8 code 15 around 7; the other end is cut
+    off after seven steps."""
+    result = round_to_nearest(np.array([[-8.0, 7.9, 0.4, 0.6], [8.0, -7.9, -0.4, 2.0]]), MIRRORED)
+    assert result.scales.tolist() == [[1], [1]]
+    assert result.zeros.tolist() == [[8], [7]]
+    assert result.codes.tolist() == [[0, 15, 8, 9], [15, 0, 7, 9]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=12), st.integers(2, 8))
+def test_a_mirrored_group_is_the_mirror_image_of_the_negative_weight(row, bits):
+    """Where either end is as far, both keep the longer side below zero."""
+    grid, weight = replace(MIRRORED, bits=bits), np.array([row])
+    for importance in (None, np.ones(len(row))):
+        one, other = (round_to_nearest(w, grid, importance) for w in (weight, -weight))
+        if importance is None and max(row) != -min(row):
+            assert one.zeros + other.zeros == grid.max_code
+            assert (one.codes + other.codes == grid.max_code).all()
+        np.testing.assert_array_equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_long_side_of_the_codes_saves_error(bits):
+    """Plain rounding in groups of 128: the parts of the squared error that the docstring states."""
+    weight = np.random.default_rng(0).standard_normal((64, 1024))
+    grid = Grid(bits, 128)
+
+    def error(grid):
+        return ((weight - round_to_nearest(weight, grid).dequantized()) ** 2).sum()
+
+    stated = {2: 0.59, 3: 0.77, 4: 0.87, 8: 0.97}[bits]
+    assert error(replace(grid, mirrored=True)) / error(grid) == pytest.approx(stated, abs=0.01)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_asymmetric_range_is_widened_to_hold_zero(sign):
     """Weights of one sign: the other end of the range is 0, so zero has a code."""
@@ -70,7 +106,7 @@ def test_an_asymmetric_range_is_widened_to_hold_zero(sign):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_grid_is_the_twins(bits, scale_dtype):
     weight = some_weight(200, 12)
-    for grid in (ASYM, SYM, NARROW):
+    for grid in (ASYM, SYM, NARROW, MIRRORED):
         grid = replace(grid, bits=bits, scale_dtype=scale_dtype)
         for found, expected in zip(
             fit_grid(weight, grid, 1), oracles.range_grid(weight, grid), strict=True
@@ -81,7 +117,7 @@ def test_the_grid_is_the_twins(bits, scale_dtype):
 def test_the_axis_of_a_group_may_be_any():
     """The engine keeps columns in rows; the result is the same."""
     weight = some_weight(6, 12)
-    for grid in (ASYM, SYM):
+    for grid in (ASYM, SYM, MIRRORED):
         for along, across in zip(
             fit_grid(weight, grid, 1), fit_grid(weight.T, grid, 0), strict=True
         ):
@@ -142,7 +178,7 @@ def test_a_scale_too_big_for_its_dtype_is_an_error_with_a_way_out():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("grid", [ASYM, SYM, NARROW])
+@pytest.mark.parametrize("grid", [ASYM, SYM, NARROW, MIRRORED])
 def test_weights_that_are_no_numbers_are_an_error(grid, bad):
     weight = some_weight(3, 8)
     weight[1, 2] = bad
@@ -153,7 +189,7 @@ def test_weights_that_are_no_numbers_are_an_error(grid, bad):
 def test_the_widest_float32_range_does_not_overflow():
     largest = np.finfo(np.float32).max
     weight = np.array([[-largest, 0, largest]], np.float32)
-    for grid in (ASYM, SYM):
+    for grid in (ASYM, SYM, MIRRORED):
         assert np.isfinite(round_to_nearest(weight, grid).scales).all()
 
 
@@ -168,7 +204,7 @@ def test_the_search_tries_the_whole_range_first_and_shrinks():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_search_is_the_twins(bits):
     weight, importance = some_weight(50, 24), np.exp(some_weight(1, 24)[0] * 50)
-    for grid in (ASYM, SYM, NARROW):
+    for grid in (ASYM, SYM, NARROW, MIRRORED):
         grid = replace(grid, bits=bits, scale_dtype="float16")
         found = search_grid(weight, importance, grid, 1)
         expected = oracles.search_grid(weight, importance, grid, SEARCH_RATIOS)
@@ -179,12 +215,45 @@ def test_the_search_is_the_twins(bits):
 @pytest.mark.parametrize("group_size", [-1, 0, 8])
 def test_the_search_never_raises_the_weighted_error(group_size):
     weight, importance = some_weight(20, 32), np.linspace(0.1, 3, 32)
-    for grid in (ASYM, SYM, NARROW):
+    for grid in (ASYM, SYM, NARROW, MIRRORED):
         grid = replace(grid, bits=3, group_size=group_size)
         plain, searched = round_to_nearest(weight, grid), round_to_nearest(weight, grid, importance)
         before = (importance * (weight - plain.dequantized()) ** 2).sum()
         after = (importance * (weight - searched.dequantized()) ** 2).sum()
         assert after < before
+
+
+def test_the_search_mirrors_the_groups_that_want_it():
+    """Two levels below zero, one above: what matters decides, not the greatest weight."""
+    weight = np.array([[-2.0, -1.0, -0.9, 1.1], [2.0, 1.0, 0.9, -1.1], [-2.0, 1.9, 1.0, 2.1]])
+    importance = np.array([1.0, 1.0, 1.0, 1.0])
+    grid = replace(MIRRORED, bits=2)
+    found = round_to_nearest(weight, grid, importance)
+    assert found.zeros[:2].tolist() == [[2], [1]]
+    important = np.array([1e6, 1.0, 1.0, 1e-6])
+    assert round_to_nearest(weight[2:], grid, important).zeros == 2
+    assert round_to_nearest(weight[2:], grid).zeros == 1
+
+
+def test_a_search_takes_the_zero_beside_where_that_is_better():
+    """Many groups end up beside the zero of every range: the search found less error than with
+    the ranges' own zeros."""
+    weight, grid = some_weight(200, 24), replace(ASYM, bits=2)
+    importance = np.ones(24)
+    scales, zeros = search_grid(weight, importance, grid, 1)
+    own = [fit_grid(ratio * weight, grid, 1) for ratio in SEARCH_RATIOS]
+    alike = np.zeros(len(weight), bool)
+    for scale, zero in own:
+        alike |= (scale == scales) & (zero == zeros)
+    assert (~alike).sum() > 10
+
+    def error(scale, zero):
+        codes = oracles.nearest(weight, scale[:, None], zero[:, None], grid)
+        return ((weight - scale[:, None] * (codes - zero[:, None])) ** 2).sum(axis=1)
+
+    least = np.min([error(*pair) for pair in own], axis=0)
+    assert (error(scales, zeros) <= least).all()
+    assert (error(scales, zeros) < least)[~alike].all()
 
 
 def test_unimportant_outliers_are_clipped():
@@ -204,7 +273,7 @@ def test_rounding_is_the_twins(searched, bits, group_size):
     """Groups of every kind, a short last one among them."""
     weight = some_weight(7, 30)
     importance = np.linspace(0.5, 2, 30) if searched else None
-    for grid in (ASYM, SYM, NARROW):
+    for grid in (ASYM, SYM, NARROW, MIRRORED):
         grid = replace(grid, bits=bits, group_size=group_size, scale_dtype="float16")
         result = round_to_nearest(weight, grid, importance)
         ratios = SEARCH_RATIOS if searched else (1.0,)
@@ -234,12 +303,24 @@ def test_no_weight_moves_further_than_half_a_step(weight, bits, grid):
 
 @settings(deadline=None)
 @given(weights, st.integers(2, 8))
+def test_the_long_side_of_a_mirrored_group_has_a_code_for_its_end(weight, bits):
+    """No weight moves further than half a step there; at the other end than one step."""
+    result = round_to_nearest(weight, replace(MIRRORED, bits=bits))
+    scale, zero = float(result.scales[0, 0]), int(result.zeros[0, 0])
+    error = np.abs(weight - scale * (result.codes.astype(float) - zero)) / scale
+    short = result.codes == (0 if zero < 2 ** (bits - 1) else 2**bits - 1)
+    assert error[~short].max(initial=0) <= 0.5 * (1 + 2**-12)
+    assert error[short].max(initial=0) <= 1 + 2**-12
+
+
+@settings(deadline=None)
+@given(weights, st.integers(2, 8))
 def test_narrow_codes_stay_within_their_range(weight, bits):
     codes = round_to_nearest(weight, replace(NARROW, bits=bits)).codes.astype(int)
     assert np.abs(codes - 2 ** (bits - 1)).max() <= 2 ** (bits - 1) - 1
 
 
-@pytest.mark.parametrize("grid", [ASYM, SYM, NARROW])
+@pytest.mark.parametrize("grid", [ASYM, SYM, NARROW, MIRRORED])
 @pytest.mark.parametrize("group_size", [-1, 0, 4])
 def test_zeros_have_scale_one_and_no_error(grid, group_size):
     result = round_to_nearest(np.zeros((3, 10)), replace(grid, group_size=group_size))
@@ -262,7 +343,7 @@ def test_constant_weights_are_hit_within_half_a_step(bits, value, scale_dtype):
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("size", [1e-300, 1e-40, 1e-20, 1e-9])
 def test_tiny_weights_stay_finite(size, scale_dtype):
-    for grid in (ASYM, SYM, NARROW):
+    for grid in (ASYM, SYM, NARROW, MIRRORED):
         grid = replace(grid, group_size=4, scale_dtype=scale_dtype)
         weight = some_weight(4, 12) * size
         for dtype in (np.float32, np.float64):
@@ -274,7 +355,7 @@ def test_tiny_weights_stay_finite(size, scale_dtype):
 @pytest.mark.parametrize("group_size", [-1, 0, 1, 4])
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0), (0, 0)])
 def test_nothing_to_round(shape, group_size):
-    for grid in (ASYM, SYM):
+    for grid in (ASYM, SYM, MIRRORED):
         grid = replace(grid, group_size=group_size)
         result = round_to_nearest(np.zeros(shape), grid, np.ones(shape[1]))
         assert result.codes.shape == result.dequantized().shape == shape
