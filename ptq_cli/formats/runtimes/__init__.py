@@ -84,6 +84,12 @@ def _vllm(artifact: Artifact) -> Facts:
     yield from undivided(layers, ": it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
+    if artifact.format != "awq" and any(common.may_mirror(x) and x.grid.bits == 4 for x in layers):
+        text = (
+            "scales of symmetric groups may be negative: VLLM_MARLIN_INPUT_DTYPE=int8, off unless"
+            " asked for, misreads those of 4 bits (vLLM issue 48905)"
+        )
+        yield Fact(NOTE, text)
     if artifact.format != "compressed-tensors":
         yield from about(artifact.heads, LIMIT, "only some versions read a quantized lm_head")
         return
