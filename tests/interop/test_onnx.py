@@ -11,6 +11,7 @@ import pytest
 
 from ptq_cli.commands import api
 from ptq_cli.storage.folder import open_quantized
+from tests.interop.test_runtimes import mirrored_share
 
 # Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where this is not installed.
 pytestmark = [
@@ -32,6 +33,7 @@ def test_linears(tmp_path: Path, bits: int, group: int, sym: bool, extra: dict[s
     out = tmp_path / "out"
     api.rtn(SAMPLE, bits=bits, group_size=group, sym=sym, format="onnx", output=out, **extra)
     folder = open_quantized(out)
+    assert not sym or mirrored_share(out) > 0.25
     session = onnxruntime.InferenceSession(out / "model.onnx")
     dtype = np.float16 if extra else np.float32
     rng = np.random.default_rng(0)
