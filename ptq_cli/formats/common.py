@@ -312,9 +312,8 @@ def positive_scales(stored: QuantizedWeight) -> QuantizedWeight:
     negative = np.signbit(stored.scales)
     if not stored.grid.mirrored or not negative.any():
         return stored
-    flipped = negative.astype(np.uint8) * np.uint8(
-        stored.grid.max_code
-    )  # max − code = max XOR code
+    highest = np.uint8(stored.grid.max_code)
+    flipped = np.where(negative, highest, np.uint8(0))  # max − code = max XOR code
     return replace(
         stored,
         codes=stored.codes ^ flipped[:, stored.column_groups()],
