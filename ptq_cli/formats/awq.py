@@ -7,7 +7,8 @@ Per linear `<module>`, with out_features N, in_features K, n_groups G = K / grou
     <module>.scales   F16 [G, N]
 
 Nibble i (bits 4i … 4i + 3) of word c belongs to output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i].
-`weight ≈ scales · (codes − zeros)`. Symmetric grids store zeros of 8: loaders want qzeros always.
+`weight ≈ scales · (codes − zeros)`. Symmetric grids store zeros of 8, of 7 where a group is
+mirrored: loaders want qzeros always.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ def _pack(codes: Codes) -> NDArray[np.int32]:
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     module = layer.module
     zeros = _unpack(tensors[f"{module}.qzeros"])
-    return QuantizedWeight(
-        codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
-        scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
-        zeros=np.ascontiguousarray(zeros.T),
-        grid=layer.grid,
+    return common.positive_scales(
+        QuantizedWeight(
+            codes=np.ascontiguousarray(_unpack(tensors[f"{module}.qweight"]).T),
+            scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
+            zeros=np.ascontiguousarray(zeros.T),
+            grid=layer.grid,
+        )
     )
 
 
@@ -155,9 +158,12 @@ def _layer(module: str, contents: Contents) -> Layer:
     grid = Grid(4, size, sym=False, scale_dtype=common.scale_name(scales))
     layer = common.linear(module, (scales.shape[1], columns), grid, config)
     common.check_specs(specs, _specs(layer), where)
-    if (contents.read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all():
-        return replace(layer, grid=replace(grid, sym=True))
-    if not common.setting(settings, "zero_point", bool, where, True):
+    zeros = _unpack(contents.read(f"{module}.qzeros"))
+    if np.isin(zeros, (grid.mid_code - 1, grid.mid_code)).all():
+        layer = common.perhaps_mirrored(replace(layer, grid=replace(grid, sym=True)))
+    if (zeros != grid.mid_code).any() and not common.setting(
+        settings, "zero_point", bool, where, True
+    ):
         raise InputError(
             f"tensor '{module}.qzeros' has zeros other than 8, but zero_point is false"
         )
@@ -173,6 +179,7 @@ FORMAT = Format(
     decode=_decode,
     config=_config,
     layers=_layers,
+    mirrored=common.may_mirror,
     file_metadata={"format": "pt"},
     model_config=common.rope_of_old,
 )

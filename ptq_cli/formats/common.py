@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -273,6 +273,53 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) 
     unknown = sorted(key for key in config.keys() - set(known) if config[key])
     if unknown:
         raise InputError(f"{where}: {', '.join(unknown)} is not a setting this tool understands")
+
+
+def may_mirror(layer: Layer) -> bool:
+    """Whether runtimes compute with mirrored groups of such a layer (`Grid.mirrored`). Not where
+    inputs are rounded too: kernels of integers take scales for positive."""
+    return layer.grid.sym and not layer.grid.narrow_range and layer.activation is None
+
+
+def perhaps_mirrored(layer: Layer) -> Layer:
+    """A layer of a folder whose scales, which are not read yet, may be negative."""
+    return replace(layer, grid=replace(layer.grid, mirrored=may_mirror(layer)))
+
+
+def signed_scales(layer: Layer, rounded: QuantizedWeight) -> QuantizedWeight:
+    """A weight as layouts hold it whose zero is always the middle of a symmetric grid: a mirrored
+    group has a negative scale, as `s · (code − (mid − 1)) = −s · ((max − code) − mid)`.
+
+    Raises:
+        InputError: as `integer_zeros`.
+    """
+    zeros, grid = integer_zeros(layer, rounded), layer.grid
+    mirrored = zeros == grid.mid_code - 1
+    if not grid.mirrored or not mirrored.any():
+        return rounded
+    columns = mirrored[:, rounded.column_groups()]
+    return replace(
+        rounded,
+        codes=np.where(columns, np.uint8(grid.max_code) - rounded.codes, rounded.codes),
+        scales=np.where(mirrored, -rounded.scales, rounded.scales),
+        zeros=np.where(mirrored, np.uint8(grid.mid_code), zeros),
+    )
+
+
+def positive_scales(stored: QuantizedWeight) -> QuantizedWeight:
+    """A weight as it was decoded; on a mirrored grid negative scales become positive ones, as
+    `−s · (code − zero) = s · ((max − code) − (max − zero))`."""
+    negative = np.signbit(stored.scales)
+    if not stored.grid.mirrored or not negative.any():
+        return stored
+    highest = np.uint8(stored.grid.max_code)
+    flipped = np.where(negative, highest, np.uint8(0))  # max − code = max XOR code
+    return replace(
+        stored,
+        codes=stored.codes ^ flipped[:, stored.column_groups()],
+        scales=np.abs(stored.scales),
+        zeros=stored.zeros ^ flipped,
+    )
 
 
 def integer_zeros(layer: Layer, rounded: QuantizedWeight) -> Codes:

@@ -7,10 +7,12 @@ Per linear `<module>`, with out_features N, in_features K, n_groups G:
     <module>.scales   F16 [G, N]
     <module>.g_idx    I32 [K]                 group of each column, trivial order included
 
-`weight ≈ scales · (codes − zeros)`. Two versions differ in qzeros only: v1 (`gptq`) stores zeros
-minus one, v2 (`gptq_v2`) stores zeros. A zero of 0 has no portable v1 form (some loaders add one to
-whole words, so that it carries into its neighbour, some to fields), hence v1 is written for
-symmetric grids only. A v1 field of all ones is refused when read: nobody can say what it stood for.
+`weight ≈ scales · (codes − zeros)`. Kernels for symmetric grids (Marlin, ExLlama) read no zeros, so
+a mirrored group is `max − code` with a negative scale and the zero of all. Two versions differ in
+qzeros only: v1 (`gptq`) stores zeros minus one, v2 (`gptq_v2`) stores zeros. A zero of 0 has no
+portable v1 form (some loaders add one to whole words, so that it carries into its neighbour, some
+to fields), hence v1 is written for symmetric grids only. A v1 field of all ones is refused when
+read: nobody can say what it stood for.
 """
 
 from __future__ import annotations
@@ -75,19 +77,20 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(name: str, layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     bits, module = layer.grid.bits, layer.module
-    zeros = common.integer_zeros(layer, rounded)
+    stored = common.signed_scales(layer, rounded)
+    zeros = stored.zeros
     if name == "gptq":
         if not zeros.all():
             raise InputError(
                 f"{module}: a zero is 0, which gptq (v1) cannot hold", hint="--format gptq_v2"
             )
         zeros = zeros - np.uint8(1)
-    words = pack_words(rounded.codes, bits)
+    words = pack_words(stored.codes, bits)
     return {
         f"{module}.qweight": np.ascontiguousarray(words.T).view(np.int32),
         f"{module}.qzeros": pack_words(np.ascontiguousarray(zeros.T), bits).view(np.int32),
-        f"{module}.scales": np.ascontiguousarray(rounded.scales.T),
-        f"{module}.g_idx": rounded.column_groups().astype(np.int32),
+        f"{module}.scales": np.ascontiguousarray(stored.scales.T),
+        f"{module}.g_idx": stored.column_groups().astype(np.int32),
     }
 
 
@@ -106,12 +109,14 @@ def _decode(name: str, layer: Layer, tensors: Mapping[str, Array]) -> QuantizedW
             f"tensor '{module}.qzeros' holds zero points other than {layer.grid.mid_code}, but the"
             " configuration says symmetric"
         )
-    return QuantizedWeight(
-        codes=unpack_words(tensors[f"{module}.qweight"].T.view(np.uint32), bits, columns),
-        scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
-        zeros=np.ascontiguousarray(zeros.T),
-        grid=layer.grid,
-        g_idx=_order(layer, tensors[f"{module}.g_idx"]),
+    return common.positive_scales(
+        QuantizedWeight(
+            codes=unpack_words(tensors[f"{module}.qweight"].T.view(np.uint32), bits, columns),
+            scales=np.ascontiguousarray(tensors[f"{module}.scales"].T),
+            zeros=np.ascontiguousarray(zeros.T),
+            grid=layer.grid,
+            g_idx=_order(layer, tensors[f"{module}.g_idx"]),
+        )
     )
 
 
@@ -236,7 +241,7 @@ def _layer(module: str, own: Mapping[str, Any], contents: Contents) -> Layer:
     shape = (scales.shape[1], common.tensor(specs, f"{module}.g_idx", 1).shape[0])
     if shape[0] * grid.bits % 32 or shape[1] * grid.bits % 32:
         raise InputError(f"{where}: {list(shape)} at {grid.bits} bits does not fill whole words")
-    layer = common.linear(module, shape, grid, contents.config)
+    layer = common.perhaps_mirrored(common.linear(module, shape, grid, contents.config))
     layer = replace(layer, reordered=common.setting(own, "desc_act", bool, where, False))
     common.check_specs(specs, _specs(layer), f"quantization_config ({grid.bits} bits)")
     return replace(layer, reordered=_order(layer, contents.read(f"{module}.g_idx")) is not None)
@@ -252,6 +257,7 @@ def _record(name: str, text: str) -> Format:
         decode=partial(_decode, name),
         config=partial(_config, name),
         layers=partial(_layers, name),
+        mirrored=common.may_mirror,
         file_metadata={"format": "pt"},
         config_file="quantize_config.json",
     )

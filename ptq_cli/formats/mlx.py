@@ -7,7 +7,8 @@ Per linear or embedding `<module>`, with out_features N, in_features K, n_groups
     <module>.biases  as scales               the value of code 0 (`<module>.bias` is another thing)
 
 `weight ≈ scales · codes + biases`: from zeros, biases are `−zeros · scales` rounded to their dtype.
-For symmetric grids that product is exact (zero is a power of two); for others the rounding shifts a
+For symmetric grids that product is exact (zero is a power of two; a mirrored group is `max − code`
+with a negative scale, as MLX itself has them); for others the rounding shifts a
 group by up to half a unit in the last place of its bias: in bfloat16 a sixteenth of a step at 4
 bits, and a whole one at 8 bits, which is refused. A layer is quantized where `.scales` is there;
 config.json gives bits and group size, `quantization` for mlx-lm and the same object under
@@ -17,6 +18,7 @@ config.json gives bits and group size, `quantization` for mlx-lm and the same ob
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,9 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
+    zeros, mid = rounded.zeros, layer.grid.mid_code
+    if rounded.offsets is None and np.isin(zeros, (mid - 1, mid)).all():
+        rounded = common.signed_scales(_as_mirrored(layer), rounded)
     return {
         f"{layer.module}.weight": pack_words(rounded.codes, layer.grid.bits),
         f"{layer.module}.scales": rounded.scales,
@@ -68,17 +73,20 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     }
 
 
+def _as_mirrored(layer: Layer) -> Layer:
+    """No declaration says whether a layer is symmetric, but its zeros do."""
+    return replace(layer, grid=replace(layer.grid, sym=True, mirrored=True))
+
+
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     words = tensors[f"{layer.module}.weight"].view(np.uint32)
     scales = tensors[f"{layer.module}.scales"]
     zeros, offsets = common.from_offsets(scales, tensors[f"{layer.module}.biases"], layer.grid)
-    return QuantizedWeight(
-        codes=unpack_words(words, layer.grid.bits, layer.shape[1]),
-        scales=scales,
-        zeros=zeros,
-        grid=layer.grid,
-        offsets=offsets,
-    )
+    codes, grid = unpack_words(words, layer.grid.bits, layer.shape[1]), layer.grid
+    if offsets is not None or (zeros != grid.mid_code).any():
+        return QuantizedWeight(codes, scales, zeros, grid, offsets=offsets)
+    stored = QuantizedWeight(codes, scales, zeros, _as_mirrored(layer).grid)
+    return replace(common.positive_scales(stored), grid=grid)
 
 
 def _config(
@@ -145,6 +153,7 @@ FORMAT = Format(
     decode=_decode,
     config=_config,
     layers=_layers,
+    mirrored=common.may_mirror,
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
     model_config=common.rope_of_old,

@@ -11,8 +11,9 @@ Per linear `<module>`, with out_features N, in_features K, n_blocks = ceil(K / g
                                                                       asymmetric grids only
 
 `weight ≈ scales · (codes − zeros)`, a missing zero is 2^(bits−1), and the node computes
-`A @ weightᵀ`. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. The node's attributes are the
-metadata, which a reader of graphs hands over, one entry per module.
+`A @ weightᵀ`. A mirrored group of a symmetric grid is `max − code` with a negative scale, as ONNX
+Runtime's own quantizer writes them. bits are 2, 4 or 8, groups 16, 32, 64, 128 or 256. The node's
+attributes are the metadata, which a reader of graphs hands over, one entry per module.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     grid, (rows, blocks) = layer.grid, rounded.scales.shape
+    rounded = common.signed_scales(layer, rounded)
     name = f"{layer.module}.MatMul"
     codes = pack_groups(rounded.codes, grid.bits, grid.group_size)
     stored = np.float16 if grid.scale_dtype == "float16" else np.float32
@@ -65,11 +67,10 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         f"{name}.qweight": codes.reshape(rows, blocks, -1),
         f"{name}.scales": rounded.scales.astype(stored),
     }
-    zeros = common.integer_zeros(layer, rounded)
     if not grid.sym:
         per_byte = 8 // grid.bits
         full = np.full((rows, -(-blocks // per_byte) * per_byte), grid.mid_code, np.uint8)
-        full[:, :blocks] = zeros
+        full[:, :blocks] = rounded.zeros
         tensors[f"{name}.qzeros"] = pack(full, grid.bits)
     return tensors
 
@@ -81,11 +82,13 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     zeros = np.full(shape, grid.mid_code, np.uint8)
     if not grid.sym:
         zeros = np.ascontiguousarray(unpack(tensors[f"{name}.qzeros"], grid.bits, shape[1]))
-    return QuantizedWeight(
-        codes=unpack_groups(packed, grid.bits, grid.group_size, columns),
-        scales=tensors[f"{name}.scales"].reshape(shape).astype(SCALE_DTYPES[grid.scale_dtype]),
-        zeros=zeros,
-        grid=grid,
+    return common.positive_scales(
+        QuantizedWeight(
+            codes=unpack_groups(packed, grid.bits, grid.group_size, columns),
+            scales=tensors[f"{name}.scales"].reshape(shape).astype(SCALE_DTYPES[grid.scale_dtype]),
+            zeros=zeros,
+            grid=grid,
+        )
     )
 
 
@@ -110,7 +113,7 @@ def _layer(module: str, node: Any, specs: Mapping[str, TensorSpec]) -> Layer:
         raise InputError(f"{where}: {grid.bits} bits in blocks of {grid.group_size}")
     shape = (common.setting(node, "N", int, where), common.setting(node, "K", int, where))
     dtype = common.SCALE_WORDS[grid.scale_dtype]
-    layer = Layer(module, f"{module}.weight", shape, shape, dtype, grid)
+    layer = common.perhaps_mirrored(Layer(module, f"{module}.weight", shape, shape, dtype, grid))
     common.check_specs(specs, _specs(layer), where)
     return layer
 
@@ -138,6 +141,7 @@ FORMAT = Format(
     decode=_decode,
     metadata=_metadata,
     layers=_layers,
+    mirrored=common.may_mirror,
     scale_dtype=lambda model: "float16" if model == "F16" else "float32",
     container="onnx",
 )

@@ -53,6 +53,7 @@ CASES = [
     ("mlx", ["--format", "awq", "-g", -1], 3, "fails", "groups of 32, 64 and 128"),
     ("vllm", ["--format", "compressed-tensors", "--asym", "-b", 3], 3, "fails", "4 or 8 bits"),
     ("vllm", ["--format", "compressed-tensors", "-b", 3], 0, "limit", "recent version"),
+    ("vllm", ["--format", "gptq"], 0, "note: scales", "VLLM_MARLIN_INPUT_DTYPE=int8"),
     ("llama.cpp", ["--format", "gptq"], 3, "fails", "ptq pack --format gguf"),
 ]
 

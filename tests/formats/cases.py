@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ def layer(
     module: str = "model.layers.0.mlp.down_proj",
     reordered: bool = False,
     activation: Activation | None = None,
+    mirrored: bool = False,
 ) -> Layer:
-    grid = Grid(bits, group_size, sym, scale_dtype=scale_dtype)
+    grid = Grid(bits, group_size, sym, scale_dtype=scale_dtype, mirrored=mirrored)
     tensor = f"{module}.weight"
     return Layer(module, tensor, shape, shape, dtype, grid, reordered, activation=activation)
 
@@ -71,6 +73,8 @@ def rounded(own: Layer, seed: int = 0, lowest_zero: int = 0) -> QuantizedWeight:
     grid, (rows, columns) = own.grid, own.shape
     shape = grid.scales_shape(own.shape)
     zeros = np.full(shape, grid.mid_code, np.uint8)
+    if grid.mirrored:
+        zeros -= rng.integers(0, 2, shape).astype(np.uint8)
     if not grid.sym:
         zeros = rng.integers(lowest_zero, grid.max_code + 1, shape).astype(np.uint8)
     g_idx = rng.permutation(grid.g_idx(columns)).astype(np.int32) if own.reordered else None
@@ -85,6 +89,18 @@ def rounded(own: Layer, seed: int = 0, lowest_zero: int = 0) -> QuantizedWeight:
         input_scale=0.25 if static else None,
         input_zero=None if not static or own.activation.sym else 3,
     )
+
+
+def unmirrored(weight: QuantizedWeight) -> QuantizedWeight:
+    """A peer's weight as this tool has it: group by group, `−s · (code − mid)` in other words."""
+    codes, scales, zeros = weight.codes.copy(), weight.scales.copy(), weight.zeros.copy()
+    grid, groups = weight.grid, weight.column_groups().tolist()
+    for row, group in np.argwhere(np.signbit(scales)):
+        scales[row, group] *= -1
+        zeros[row, group] = grid.max_code - zeros[row, group]
+        for column in [place for place, own in enumerate(groups) if own == group]:
+            codes[row, column] = grid.max_code - codes[row, column]
+    return replace(weight, codes=codes, scales=scales, zeros=zeros)
 
 
 def specs_of(tensors: dict[str, Array]) -> dict[str, TensorSpec]:

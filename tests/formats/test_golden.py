@@ -17,7 +17,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import gguf
 from ptq_cli.storage.gguf_file import TYPES
-from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, vectors
+from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, unmirrored, vectors
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -27,7 +27,10 @@ def make(
 ) -> tuple[Layer, QuantizedWeight]:
     shape = tensors["codes"].shape
     sym = bool(info.get("sym", False))
-    grid = Grid(info["bits"], info.get("group_size", 32), sym, scale_dtype=scales.dtype.name)
+    grid = Grid(
+        info["bits"], info.get("group_size", 32), sym, scale_dtype=scales.dtype.name,
+        mirrored=sym and "activation" not in more,
+    )  # fmt: skip
     word = {"float16": "F16", "float32": "F32"}[scales.dtype.name]
     layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, word, grid)
     layer = replace(layer, **more)
@@ -38,7 +41,7 @@ def make(
         grid=grid,
         g_idx=tensors["g_idx"] if layer.reordered else None,
     )
-    return layer, weight
+    return layer, unmirrored(weight) if grid.mirrored else weight
 
 
 def check(
@@ -92,7 +95,8 @@ def test_awq(name: str) -> None:
 def test_compressed_tensors(name: str) -> None:
     info, tensors = golden(name)
     activation = Activation() if name.startswith("ct_int8") else None
-    layer, weight = make(info, tensors, tensors["weight_scale"], activation=activation)
+    own = {} if activation is None else {"activation": activation}
+    layer, weight = make(info, tensors, tensors["weight_scale"], **own)
     peer = {key: value for key, value in tensors.items() if key.startswith("weight")}
     check(FORMATS["compressed-tensors"], layer, weight, peer, tensors["dequant"])
 
@@ -116,7 +120,14 @@ def test_mlx(name: str) -> None:
     record = FORMATS["mlx"]
     peer = {f"{MODULE}.{key}": tensors[key] for key in ("weight", "scales", "biases")}
     back = record.decode(layer, peer)
-    np.testing.assert_array_equal(back.codes, tensors["codes"])
+    expected = replace(
+        back, codes=tensors["codes"].astype(np.uint8), scales=tensors["scales"],
+        zeros=np.full_like(back.zeros, layer.grid.mid_code),
+    )  # fmt: skip
+    if back.offsets is None and (expected.scales * layer.grid.mid_code == -tensors["biases"]).all():
+        expected = unmirrored(expected)  # symmetric by chance: its zeros are all in the middle
+    np.testing.assert_array_equal(back.codes, expected.codes)
+    np.testing.assert_array_equal(back.scales, expected.scales)
     # MLX multiplies and adds in one rounding
     np.testing.assert_allclose(back.dequantized(), tensors["dequant"], rtol=1e-6, atol=1e-6)
     for key, values in record.encode(layer, back).items():
@@ -131,12 +142,20 @@ def test_gguf(name: str) -> None:
     assert TYPES[info["ggml_type"]] == (kind.name, gguf.BLOCK, info["bytes_per_block"])
     assert kind.parts.itemsize == info["bytes_per_block"]
     shape = tensors["codes"].shape
-    layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, "F16", Grid(kind.bits, 32, kind.sym))
+    grid = Grid(kind.bits, 32, kind.sym, mirrored=kind.sym)
+    layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, "F16", grid)
     record, peer = FORMATS["gguf"], {f"{MODULE}.weight": tensors["packed"]}
     back = record.decode(layer, peer)
     unsigned = tensors["codes"].astype(np.int16) + (128 if kind.bits == 8 else 0)
-    np.testing.assert_array_equal(back.codes, unsigned)
-    np.testing.assert_array_equal(back.scales, tensors["scales"])
+    peer_codes = replace(
+        back, codes=unsigned.astype(np.uint8), scales=tensors["scales"],
+        zeros=np.full_like(back.zeros, grid.mid_code),
+    )  # fmt: skip
+    expected = unmirrored(peer_codes) if kind.sym else peer_codes
+    np.testing.assert_array_equal(back.codes, expected.codes)
+    np.testing.assert_array_equal(back.scales, expected.scales)
+    if kind.sym:
+        np.testing.assert_array_equal(back.zeros, expected.zeros)
     np.testing.assert_array_equal(back.dequantized(), tensors["dequant"])
     assert record.encode(layer, back)[f"{MODULE}.weight"].tobytes() == tensors["packed"].tobytes()
 

@@ -75,6 +75,8 @@ def layers(draw: st.DrawFn, name: str) -> Layer:
         own = replace(own, activation=Activation(8, draw(st.booleans()), draw(st.booleans())))
         if bits == 8:
             own = replace(own, grid=replace(own.grid, group_size=draw(st.sampled_from([-1, 0]))))
+    if FORMATS[name].mirrored(own):
+        own = replace(own, grid=replace(own.grid, mirrored=draw(st.booleans())))
     return own
 
 

@@ -106,12 +106,35 @@ def mlx(job: dict[str, Any]) -> Result:
     return logits, np.array([len(text)])
 
 
+def llama_cpp(job: dict[str, Any]) -> Result:
+    """Log-probabilities of what follows each beginning of PROMPT, for logits."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(Path(job["folder"], "model.gguf"))
+    settings.n_ctx, settings.n_parallel, settings.verbosity = 256, 1, 0
+    settings.warmup = False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(settings)
+    vocabulary = json.loads(Path(job["float"], "config.json").read_text())["vocab_size"]
+    request = {"max_tokens": 1, "temperature": 0, "n_probs": vocabulary, "cache_prompt": False}
+    logits, text = np.full((1, len(PROMPT[0]), vocabulary), -np.inf, np.float32), ""
+    for place in range(len(PROMPT[0])):
+        answer = server.handle_completions({**request, "prompt": PROMPT[0][: place + 1]})
+        (choice,) = answer["choices"]
+        for token in choice["logprobs"]["content"][0]["top_logprobs"]:
+            logits[0, place, token["id"]] = token["logprob"]
+        text += choice["text"]
+    return logits, np.array([len(text)])
+
+
 CLIENTS: dict[str, Callable[[dict[str, Any]], Result]] = {
     "reference": reference,
     "transformers": transformers_plain,
     "transformers+gptqmodel": transformers_gptq,
     "gptqmodel": gptqmodel,
     "mlx": mlx,
+    "llama.cpp": llama_cpp,
 }
 
 

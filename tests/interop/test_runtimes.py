@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.commands import api
+from ptq_cli.storage.folder import open_quantized
 from tests.interop.clients import NEW_TOKENS, PROMPT
 
 NEEDED = ("torch", "transformers", "gptqmodel", "compressed_tensors", "gguf", "mlx_lm")
@@ -186,6 +187,16 @@ def quantize(case: Case, model: Path, out: Path) -> None:
     )  # fmt: skip
 
 
+def mirrored_share(out: Path) -> float:
+    """How many of a symmetric folder's groups are mirrored."""
+    folder = open_quantized(out)
+    found = [
+        (folder.load(module).zeros == layer.grid.mid_code - 1).reshape(-1)
+        for module, layer in folder.layers.items()
+    ]
+    return float(np.concatenate(found).mean())
+
+
 def run_client(client: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     path, out = folder / f"{client}.json", folder / f"{client}.npz"
     path.write_text(json.dumps(jobs))
@@ -209,6 +220,7 @@ def outcome(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     def job(case: Case, name: str) -> dict[str, Any]:
         path = folder / case.folder
         quantize(case, models[case.model], path)
+        assert not case.sym or mirrored_share(path) > 0.25
         own = {"name": name, "folder": str(path), "float": str(models[case.model])}
         return own | {"format": case.format, "bits": case.bits, "rounded": case.rounded, **case.job}
 

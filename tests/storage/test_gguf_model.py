@@ -103,3 +103,11 @@ def test_dense_tensors_are_f32_where_float16_cannot_hold_a_row(factor):
     kinds = {name: found[f"{name}.weight"].tensor_type.name for name in
              ("token_embd", "blk.0.ffn_up", "blk.0.ffn_down")}  # fmt: skip
     assert kinds == {"token_embd": "F16", "blk.0.ffn_up": "F16", "blk.0.ffn_down": "Q4_0"}
+
+
+@pytest.mark.parametrize("options", [[], ["--narrow-range"], ["-b", 8], ["--asym"]])
+def test_headers_tell_less_than_the_grid(options: list[object]) -> None:
+    """Whether a range is narrow, or a group mirrored, stands in no header: it is no difference."""
+    model()
+    assert written(*options)
+    assert ptq("eval", "model", "out").code == 0

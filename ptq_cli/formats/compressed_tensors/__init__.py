@@ -21,7 +21,9 @@ and in either, where inputs have a static scale:
     <module>.input_scale        [1], rounded to the dtype of the weight's scales
     <module>.input_zero_point   I8 [1]                        zero − 128; asymmetric inputs only
 
-`weight ≈ scales · (codes − zeros)`. config.py has the declaration in config.json and its reading.
+`weight ≈ scales · (codes − zeros)`. A symmetric grid stores no zeros: a mirrored group of
+`pack-quantized` is `max − code` with a negative scale. config.py has the declaration in config.json
+and its reading.
 """
 
 from __future__ import annotations
@@ -102,15 +104,15 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     bits, scales_shape = layer.grid.bits, _scales_shape(layer)
-    zeros = common.integer_zeros(layer, rounded)
-    tensors: dict[str, Array] = {"weight_scale": rounded.scales.reshape(scales_shape)}
+    stored = common.signed_scales(layer, rounded)
+    tensors: dict[str, Array] = {"weight_scale": stored.scales.reshape(scales_shape)}
     if is_plain(bits, layer.activation):
-        tensors["weight"] = _signed(rounded.codes)
-        zero_point: Array = _signed(zeros).reshape(scales_shape)
+        tensors["weight"] = _signed(stored.codes)
+        zero_point: Array = _signed(stored.zeros).reshape(scales_shape)
     else:
-        tensors["weight_packed"] = pack_words(rounded.codes, bits).view(np.int32)
+        tensors["weight_packed"] = pack_words(stored.codes, bits).view(np.int32)
         tensors["weight_shape"] = np.array(layer.shape, np.int64)
-        words = pack_words(np.ascontiguousarray(zeros.T), bits)
+        words = pack_words(np.ascontiguousarray(stored.zeros.T), bits)
         zero_point = np.ascontiguousarray(words.T).view(np.int32)
     if not layer.grid.sym:
         tensors["weight_zero_point"] = zero_point
@@ -170,7 +172,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
         zeros = np.ascontiguousarray(unpack_words(stored.T.view(np.uint32), grid.bits, rows).T)
     input_zero = own.get("input_zero_point")
     input_scale = own.get("input_scale")
-    return QuantizedWeight(
+    weight = QuantizedWeight(
         codes=codes,
         scales=own["weight_scale"].reshape(scales_shape),
         zeros=zeros,
@@ -178,6 +180,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
         input_scale=None if input_scale is None else float(input_scale.reshape(-1)[0]),
         input_zero=None if input_zero is None else int(input_zero.reshape(-1)[0]) + 128,
     )
+    return common.positive_scales(weight)
 
 
 def _unsigned(values: Array) -> Codes:
@@ -208,6 +211,7 @@ FORMAT = Format(
     decode=_decode,
     config=declare,
     layers=_layers,
+    mirrored=common.may_mirror,
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
 )

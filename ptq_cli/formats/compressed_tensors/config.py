@@ -212,7 +212,7 @@ def _layer(module: str, grid: Grid, activation: Activation | None, contents: Con
         )
     grid = replace(grid, scale_dtype=common.scale_name(scales))
     layer = common.linear(module, (rows, columns), grid, contents.config)
-    return replace(layer, activation=activation)
+    return common.perhaps_mirrored(replace(layer, activation=activation))
 
 
 def _packed_shape(module: str, bits: int, contents: Contents) -> tuple[int, int]:

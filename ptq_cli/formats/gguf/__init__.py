@@ -11,7 +11,8 @@ A row is cut into blocks of 32 columns; a block is, little endian and back to ba
 
 Column j < 16 has the low nibble of qs[j], column j + 16 the high one; qh has the fifth bits, column
 j in bit j. d is a scale and m `−zero · scale` rounded to F16, so Q4_0, Q5_0 and Q8_0 take symmetric
-grids, Q4_1 and Q5_1 the others. Wider groups repeat their scale in every block.
+grids, Q4_1 and Q5_1 the others. A mirrored group of a symmetric grid is `max − code` with a
+negative d, as llama.cpp's own quantizer has them. Wider groups repeat their scale in every block.
 
 `encode` makes the data of one linear, U8 [out_features, blocks · bytes], under its name in the
 checkpoint; metadata.py makes the file's metadata. GGUF's names stand with the families
@@ -98,12 +99,12 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     kind, (rows, columns) = block_type(layer.grid), layer.shape
-    group, blocks = _group_of_block(layer), rounded.codes.reshape(-1, BLOCK)
     if kind.sym:
-        common.integer_zeros(layer, rounded)
+        rounded = common.signed_scales(layer, rounded)
         values = [rounded.scales]
     else:
         values = [rounded.scales, common.offsets(layer, rounded)]
+    group, blocks = _group_of_block(layer), rounded.codes.reshape(-1, BLOCK)
     parts = []
     for own in values:
         wide = np.broadcast_to(own, (rows, layer.grid.n_groups(columns)))[:, group]
@@ -134,7 +135,8 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     zeros, offsets = np.full(scales.shape, grid.mid_code, np.uint8), None
     if not kind.sym:
         zeros, offsets = common.from_offsets(scales, _of_groups(layer, blocks["m"]), grid)
-    return QuantizedWeight(codes.reshape(layer.shape), scales, zeros, grid, offsets=offsets)
+    codes = codes.reshape(layer.shape)
+    return common.positive_scales(QuantizedWeight(codes, scales, zeros, grid, offsets=offsets))
 
 
 def _group_of_block(layer: Layer) -> NDArray[np.int32]:
@@ -193,7 +195,8 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
             raise InputError(f"key ptq, {module}: group_size {size} is no multiple of {BLOCK}")
         grid = Grid(kind.bits, size, kind.sym, scale_dtype="float16")
         method = str(entry.get("method", ""))
-        layers.append(Layer(module, f"{module}.weight", shape, shape, "F16", grid, method=method))
+        layer = Layer(module, f"{module}.weight", shape, shape, "F16", grid, method=method)
+        layers.append(common.perhaps_mirrored(layer))
     return tuple(layers)
 
 
@@ -213,5 +216,6 @@ FORMAT = Format(
     decode=_decode,
     metadata=_metadata,
     layers=_layers,
+    mirrored=common.may_mirror,
     container="gguf",
 )

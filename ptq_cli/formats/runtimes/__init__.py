@@ -1,8 +1,8 @@
 """What runtimes load, from files alone: facts about an output, each with its reason.
 
 Proven by running the clients (tests/interop): transformers 5.23 with GPTQModel 7.6,
-compressed-tensors 0.20 and gguf 0.19; mlx-lm 0.32; llama-cpp-python 0.3.36. Facts about vLLM come
-from its source. What the tests load stands in proven.py.
+compressed-tensors 0.20 and gguf 0.19; mlx-lm 0.32; llama.cpp (xllamacpp 2026.10). Facts about vLLM
+come from its source. What the tests load stands in proven.py.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ def _vllm(artifact: Artifact) -> Facts:
     yield from undivided(layers, ": it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
+    if artifact.format != "awq" and any(common.may_mirror(x) and x.grid.bits == 4 for x in layers):
+        text = (
+            "scales of symmetric groups may be negative: VLLM_MARLIN_INPUT_DTYPE=int8, off unless"
+            " asked for, misreads those of 4 bits (vLLM issue 48905)"
+        )
+        yield Fact(NOTE, text)
     if artifact.format != "compressed-tensors":
         yield from about(artifact.heads, LIMIT, "only some versions read a quantized lm_head")
         return
@@ -109,7 +115,7 @@ def _vllm(artifact: Artifact) -> Facts:
 
 def _llama_cpp(artifact: Artifact) -> Facts:
     yield Fact(LIMIT, "llama.cpp rounds the inputs of quantized matrices to 8 bits (error ~ 1e-2)")
-    yield Fact(NOTE, "tested with llama-cpp-python 0.3.36 where it is installed")
+    yield Fact(NOTE, "proven: xllamacpp 2026.10, on a CPU")
 
 
 def _mlx(artifact: Artifact) -> Facts:
