@@ -203,7 +203,7 @@ def percent(ours: Measured, theirs: Measured) -> dict[str, float | None]:
 def run(
     setup: Setup, cells: list[Cell], names: list[str], against: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The result as --json has it: rows in the order of `cells` and `names`."""
+    """The result as --json has it: rows in the order of their making."""
     base = predict(setup, setup.checkpoint.read)
     rows = []
     for cell in cells:
@@ -268,7 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--python", nargs="+", default=[], metavar="PEER=PATH", help="a peer's own interpreter"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, beside the table")
     given = parser.parse_args()
     kinds = {name.startswith(W8A8) for name in given.contenders}
     if True in kinds:
@@ -301,9 +301,8 @@ def main() -> None:
     against = given.against if given.against in names else names[0]
     result = run(setup, cells, names, against, say)
     if given.json:
-        print(json.dumps(result, indent=1))
-    else:
-        show(result, cells, names)
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, cells, names)
 
 
 if __name__ == "__main__":
