@@ -95,6 +95,7 @@ def gptqmodel(job: Job) -> Callable[[], Weights]:
     import torch
 
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants two, but takes half the cores
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # which would be compiled every time
     from gptqmodel import GPTQModel, QuantizeConfig
 
     settings = QuantizeConfig(
