@@ -201,20 +201,16 @@ def percent(ours: Measured, theirs: Measured) -> dict[str, float | None]:
 
 
 def run(
-    setup: Setup, cells: list[Cell], names: list[str], against: str, say: Callable[[str], None]
+    setup: Setup,
+    cells: list[Cell],
+    names: list[str],
+    against: str,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """The result as --json has it: rows in the order of their making."""
+    """The result as --json has it, handed to `keep` after every row."""
     base = predict(setup, setup.checkpoint.read)
-    rows = []
-    for cell in cells:
-        found = {}
-        for name in sorted(names, key=lambda name: name != against):  # what it is compared with
-            measured, row = contend(setup, name, cell, base)
-            found[name] = measured
-            row |= percent(measured, found[against])
-            rows.append(row)
-            say(f"{cell.title}: {CONTENDERS[name].what}: {shown(row)}")
-    return {
+    rows: list[dict[str, Any]] = []
+    result = {
         "model": str(setup.checkpoint.path),
         "original": float(np.exp(base.nll.mean())),
         "tokens": len(base.nll),
@@ -222,6 +218,13 @@ def run(
         "group_size": setup.group_size,
         "rows": rows,
     }
+    for cell in cells:
+        found = {}
+        for name in sorted(names, key=lambda name: name != against):  # what it is compared with
+            found[name], row = contend(setup, name, cell, base)
+            rows.append(row | percent(found[name], found[against]))
+            keep(result)
+    return result
 
 
 def signed(value: float, error: float | None, digits: int) -> str:
@@ -268,7 +271,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--python", nargs="+", default=[], metavar="PEER=PATH", help="a peer's own interpreter"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, beside the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, after every row")
     given = parser.parse_args()
     kinds = {name.startswith(W8A8) for name in given.contenders}
     if True in kinds:
@@ -288,21 +291,23 @@ def main() -> None:
         dict(pair.split("=", 1) for pair in given.python),
     )
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     names = []
     for name in given.contenders:
         if name in PEERS and not installed(name, setup.pythons.get(name, sys.executable)):
-            say(f"not installed: {CONTENDERS[name].what}")
+            print(f"not installed: {CONTENDERS[name].what}", file=sys.stderr)
         else:
             names.append(name)
     cells = [Cell(grid, bits) for grid in given.grid for bits in given.bits]
     against = given.against if given.against in names else names[0]
-    result = run(setup, cells, names, against, say)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(result, cells, names)
+
+    def keep(result: dict[str, Any]) -> None:
+        row = result["rows"][-1]
+        where = f"{Cell(row['grid'], row['bits']).title}: {CONTENDERS[row['contender']].what}"
+        print(f"{where}: {shown(row)}", file=sys.stderr, flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    show(run(setup, cells, names, against, keep), cells, names)
 
 
 if __name__ == "__main__":
