@@ -23,7 +23,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
-from tests.builders import ptq
+from tests.builders import half_sample, ptq
 from tests.methods.rescaled import rescaled_sample
 from tests.run.test_in_sequence import (
     FAST,
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rescaled_sample(tmp_path_factory.mktemp("loud") / "model")
+    return rescaled_sample(tmp_path_factory.mktemp("loud") / "model", copy=half_sample)
 
 
 def quantize(model: Path, case: str, output: Path, **more: Any) -> Any:
@@ -219,7 +219,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
     quantize(loud, "awq gptq", tmp_path / "out")
     checkpoint = open_checkpoint(loud)
     rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
-    for block in (1, 3):
+    for block in (0, 1):
         base = f"model.layers.{block}."
         for own, first, second in (
             (("self_attn.", "input_layernorm"), "self_attn.q_proj", "self_attn.o_proj"),
@@ -266,19 +266,19 @@ def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
     def stop(*arguments: Any) -> None:
         settle(*arguments)
         calls.append(arguments)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(smooth_in_sequence, "settle_group", stop)
     with pytest.raises(KeyboardInterrupt):
         quantize(loud, "awq gptq", tmp_path / "out")
     quantize(loud, "awq gptq", tmp_path / "out")
-    assert len(calls) == 8  # settled once each
+    assert len(calls) == 4  # settled once each
     assert same_bytes(tmp_path / "out", whole / "awq gptq")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 13, 28])
+@pytest.mark.parametrize("number", [2, 13, 14])
 def test_a_killed_run_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Path, number: int
 ) -> None:
@@ -352,7 +352,7 @@ def test_layers_that_are_left_alone_are_folded_on_the_way(tmp_path: Path, loud: 
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.o_proj",
     ]
-    assert len(report.sites) == 16
+    assert len(report.sites) == 8
     seen = ptq_cli.evaluate(loud, out, tokens=SETTINGS)
     assert not any("differ" in warning for warning in seen.warnings)
     assert not any("missing" in warning for warning in seen.warnings)
