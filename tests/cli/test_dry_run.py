@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from ptq_cli.commands import estimate
 from ptq_cli.commands.api import rtn
 from ptq_cli.commands.estimate import Piece, Workers, document
 from ptq_cli.commands.quantize import prepare
@@ -78,7 +79,8 @@ def test_the_plan_is_what_the_run_does(sample, words):
     assert written <= planned["disk"]["needed"] < planned["disk"]["free"]
 
 
-def test_repacking_calibrating_and_evaluating(sample):
+def test_repacking_calibrating_and_evaluating(sample, monkeypatch):
+    monkeypatch.setattr(estimate, "multiply_adds", lambda _: RATE)
     assert ptq("rtn", sample, "-o", "q").code == 0
     planned = dry("pack", "q", "--format", "gguf", "--group-size", 32, "-o", "out")
     outcome = ptq("pack", "q", "--format", "gguf", "--group-size", 32, "-o", "out", "--json")
@@ -106,7 +108,7 @@ def test_it_is_said_in_words(sample):
     for words in (
         "gptq, 4 bits g128, 4.19 bits/weight: 14: model.layers.{0-1}.",
         "copied (embedding): 1: model.embed_tokens.weight",
-        "ptq gptq would round 14 layers at 4.19 bits/weight and copy 7 tensors: 2.50 MiB",
+        "ptq gptq would round 14 layers at 4.19 bits/weight and copy 7 tensors: 1.75 MiB",
         "output: sample_data-gptq-w4g128",
         "a rough estimate",
         "nothing was written",
