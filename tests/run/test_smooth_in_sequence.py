@@ -428,10 +428,10 @@ def test_in_sequence_predictions_change_no_more_than_in_parallel(
     for parallel in (False, True):
         out = tmp_path / f"{parallel}"
         ptq_cli.awq(
-            SAMPLE, tokens=calibration, parallel_layers=parallel, bits=3, sym=False, then=then,
-            compare=False, output=out,
+            SAMPLE, tokens=calibration, nsamples=32, parallel_layers=parallel, bits=3, sym=False,
+            then=then, compare=False, output=out,
         )  # fmt: skip
-        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation))
+        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation, nsamples=64))
         assert report.quality is not None
         divergence.append(report.quality["kl"]["quantized"]["mean"])
     assert divergence[0] < part * divergence[1]
