@@ -138,7 +138,7 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
     report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
-    assert len(folds) > 5
+    assert len(folds) > (5 if case == "gpt2" else 3)
     assert {entry["site"] for entry in report.sites if entry["fed_by"]} == set(folds)
     checkpoint = open_checkpoint(model)
     ids = ids_of(model)
@@ -175,8 +175,8 @@ def test_errors_of_the_report_are_those_of_the_float_models_outputs(
     out = whole(case)
     report, checkpoint, folder = reports[case], open_checkpoint(loud), open_quantized(out)
     ids = ids_of(loud)
-    exact = observed(checkpoint.read, ids)
-    ours = observed(quantized_tensors(checkpoint, folder), ids)
+    exact = observed(checkpoint.read, ids, model=loud)
+    ours = observed(quantized_tensors(checkpoint, folder), ids, model=loud)
     site_of = {row.module: row.module for row in report.rows}
     for site in exact:
         near = site.replace("q_proj", "{}").replace("gate_proj", "{}")
@@ -238,7 +238,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
             def read(name: str, names: tuple[str, ...] = names) -> Any:
                 return checkpoint.read(name) if name.startswith(names) else rounded(name)
 
-            inputs = observed(read, ids_of(loud))
+            inputs = observed(read, ids_of(loud), model=loud)
             for site in (base + first, base + second):
                 wanted = inputs[site][HELD]
                 assert np.abs(seen[site].heldout - wanted).max() < 2e-3 * np.abs(wanted).max()
