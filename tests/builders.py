@@ -181,6 +181,22 @@ def copy_sample(target: Path) -> Path:
     return target
 
 
+def half_sample(target: Path) -> Path:
+    """`copy_sample` with the first two of the four blocks: 14 layers at 8 sites."""
+    copy_sample(target)
+    header, arrays = read_model(target / "model.safetensors"), {}
+    for name, (dtype, shape, content) in header.items():
+        if not name.startswith(("model.layers.2.", "model.layers.3.")):
+            assert dtype == "BF16"
+            arrays[name] = np.frombuffer(content, ml_dtypes.bfloat16).reshape(shape)
+    write_model(target / "model.safetensors", arrays)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    for path in (target / "activations").glob("model.layers.[23].*"):
+        path.unlink()
+    return target
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder by its relative path."""
     return {

@@ -87,6 +87,7 @@ def main() -> None:
         from ptq_cli.calibration import from_activations
 
         from_activations.PART_TOKENS = int(arguments.pop(0).removeprefix("parts="))
+    os.fsync = os.fstat  # nobody cuts the power
     send = os.killpg if how.startswith("group ") else os.kill
     name = how.removeprefix("group ")
     answer = pause if how == "pause" else lambda: send(os.getpid(), signal.Signals[name])

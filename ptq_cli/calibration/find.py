@@ -15,7 +15,7 @@ from ptq_cli.calibration.sites import match_activations
 from ptq_cli.calibration.source import HELDOUT, Source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.tokens import TokenSettings, read_tokens
+from ptq_cli.storage.tokens import CALIBRATION_SEQUENCES, TokenSettings, read_tokens
 
 AnyPath = str | PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
@@ -110,7 +110,8 @@ def find_source(
     if settings.tokens.given:
         if path is not None or folders:
             raise InputError("tokens exclude --calibration and --activations")
-        tokens, feedback = read_tokens(settings.tokens, checkpoint), settings.in_sequence
+        tokens = read_tokens(settings.tokens, checkpoint, CALIBRATION_SEQUENCES)
+        feedback = settings.in_sequence
         return token_source(checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct)
     if path is not None and folders:
         raise InputError(

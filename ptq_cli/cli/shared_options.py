@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ptq_cli.cli.options import in_section, option
-from ptq_cli.storage.tokens import SEQ_LEN
+from ptq_cli.storage.tokens import CALIBRATION_SEQUENCES, SEQ_LEN
 
 
 def _path(word: str) -> click.Path:
@@ -50,7 +50,8 @@ TOKENS = in_section(
         "--nsamples",
         type=click.IntRange(1),
         metavar="N",
-        help="Take N of the sequences, drawn at random.  [default: all]",
+        help="Take N of the sequences, drawn at random.  [default: all; to calibrate on --text"
+        f" {CALIBRATION_SEQUENCES} at most]",
     ),
     option(
         "--seed",

@@ -29,7 +29,7 @@ from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tokens import read_tokens
+from ptq_cli.storage.tokens import CALIBRATION_SEQUENCES, read_tokens
 from ptq_cli.storage.weights import CALIBRATION_SUFFIX
 
 
@@ -126,7 +126,7 @@ def prepare_calibration(
         merged = merge_calibrations(tuple(calibration_of(checkpoint, path) for path in merge))
         return CalibrateJob(checkpoint, merged, merged.fingerprints, merged.warnings, target)
     if inputs.tokens.given:
-        tokens = read_tokens(inputs.tokens, checkpoint)
+        tokens = read_tokens(inputs.tokens, checkpoint, CALIBRATION_SEQUENCES)
         stream = token_source(checkpoint, tokens, heldout)
         prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
         return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)

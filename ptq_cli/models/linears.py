@@ -4,6 +4,7 @@ share an input where its sites are not known."""
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -61,6 +62,7 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
     family, multimodal = family_of(config), multimodal_of(config)
     routers = tuple(f".{name}" for name in family.names.routers) if family else ()
     towers = multimodal.towers if multimodal else ()
+    names = sorted(specs)
     reasons = {}
     for name, spec in specs.items():
         module = name.removesuffix(".weight")
@@ -69,7 +71,7 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
             reason = "router"
         if reason is None and any(tower in module.split(".") for tower in towers):
             reason = OTHER_TOWER
-        if reason is None and family is None and _is_router(module, specs):
+        if reason is None and family is None and _is_router(module, names):
             reason = "router"
         if reason is not None:
             reasons[name] = reason
@@ -96,14 +98,20 @@ def _by_kind(spec: TensorSpec) -> str | None:
     return None if spec.name.endswith(".weight") else "not a .weight"
 
 
-def _is_router(module: str, specs: Mapping[str, TensorSpec]) -> bool:
+def _is_router(module: str, names: Sequence[str]) -> bool:
     """Whether it weighs whole branches: a gate, or a linear of whatever name right beside experts;
-    no up or down stands beside it."""
+    no up or down stands beside it. names: of all tensors, sorted"""
     gate, parent = _GATE.match(module), module.rpartition(".")[0]
     beside = f"{parent}." if gate is None else gate[1]
-    if gate is None and not any(name.startswith(f"{parent}.experts.") for name in specs):
+    if gate is None and not _any_begins(names, f"{parent}.experts."):
         return False
-    return not any(name.startswith((f"{beside}up", f"{beside}down")) for name in specs)
+    return not any(_any_begins(names, f"{beside}{part}") for part in ("up", "down"))
+
+
+def _any_begins(names: Sequence[str], prefix: str) -> bool:
+    """Whether one of the sorted names begins so."""
+    place = bisect_left(names, prefix)
+    return place < len(names) and names[place].startswith(prefix)
 
 
 def module_tree(config: Config) -> ModuleTree:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import ceil
 from pathlib import Path
 
@@ -89,9 +90,10 @@ def parse_size(text: str) -> int:
     return size
 
 
+@cache
 def multiply_adds(threads: int) -> float:
-    """That each of so many threads does in a second, measured for a fifth of one: products of
-    float32 matrices that fit a core's cache."""
+    """That each of so many threads does in a second, measured for a fifth of one, once a process:
+    products of float32 matrices that fit a core's cache."""
     side = 768
     matrix = np.full((side, side), 0.5, np.float32)
 

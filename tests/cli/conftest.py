@@ -19,8 +19,14 @@ def _here(here):
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
+    """A copy of sample_data, half as deep."""
+    return builders.half_sample(tmp_path_factory.mktemp("sample") / "sample_data")
+
+
+@pytest.fixture(scope="session")
+def whole_sample(tmp_path_factory) -> Path:
     """A copy of sample_data."""
-    return builders.copy_sample(tmp_path_factory.mktemp("sample") / "sample_data")
+    return builders.copy_sample(tmp_path_factory.mktemp("whole") / "sample_data")
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,11 @@ FLOORS = [
 
 
 @pytest.fixture(scope="module")
+def sample(whole_sample):
+    return whole_sample
+
+
+@pytest.fixture(scope="module")
 def road(sample, tmp_path_factory):
     """The default run, its output folder and what it said."""
     folder = tmp_path_factory.mktemp("road")

@@ -182,11 +182,11 @@ def test_quiet_says_nothing(job):
 def test_every_long_phase_is_told(sample):
     tokens = ("--tokens", SAMPLE / "eval_tokens.npy", "--nsamples", 2)
     phases = {
-        ("calibrate", sample, *tokens, "-o", "c.safetensors"): {"calibrated": 16},
-        ("smoothquant", sample, "-o", "smooth"): {"smoothed": 8, "layer": 28, "wrote": 1},
-        ("gptq", sample, *tokens, "-o", "out"): {"layer": 28, "wrote": 1},
-        ("eval", sample, "out", *tokens): {"layer": 28, "ran": 12, "predicted": 1},
-        ("pack", "out", "--format", "gptq", "-o", "packed"): {"repacked": 28, "wrote": 1},
+        ("calibrate", sample, *tokens, "-o", "c.safetensors"): {"calibrated": 8},
+        ("smoothquant", sample, "-o", "smooth"): {"smoothed": 4, "layer": 14, "wrote": 1},
+        ("gptq", sample, *tokens, "-o", "out"): {"layer": 14, "wrote": 1},
+        ("eval", sample, "out", *tokens): {"layer": 14, "ran": 6, "predicted": 1},
+        ("pack", "out", "--format", "gptq", "-o", "packed"): {"repacked": 14, "wrote": 1},
     }
     for words, expected in phases.items():
         outcome = ptq(*words)

@@ -103,8 +103,8 @@ def test_every_layer_that_does_not_fit_is_listed_before_any_work(sample):
     recipe = 'bits = 4\ngroup_size = 32\n[[layers]]\nmatch = "down_proj"\nbits = 3\n'
     Path("recipe.toml").write_text(recipe)
     assert ptq("rtn", sample, "--config", "recipe.toml", "-o", "first").code == 0
-    downs = [f"model.layers.{number}.mlp.down_proj" for number in range(4)]
-    named = "4 of 28 layers: awq holds 4 bits, not 3: model.layers.{0-3}.mlp.down_proj"
+    downs = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
+    named = "2 of 14 layers: awq holds 4 bits, not 3: model.layers.{0-1}.mlp.down_proj"
     outcome = pack("first", "--format", "awq", "-o", "out", code=1, words=[named])
     assert (
         "\nptq: hint: --bits 4 when the float model is quantized, or --on-misfit keep"
@@ -206,10 +206,10 @@ def test_quantize_config_beside(sample):
     config = json.loads(path.read_text())
     declared = config.pop("quantization_config")
     path.write_text(json.dumps(config))
-    assert len(values("first")) == 28
+    assert len(values("first")) == 14
     beside = Path("first/quantize_config.json")
     beside.write_text(json.dumps({k: v for k, v in declared.items() if k != "quant_method"}))
-    assert len(values("first")) == 28
+    assert len(values("first")) == 14
     path.write_text(json.dumps({**config, "quantization_config": {**declared, "bits": 8}}))
     with pytest.raises(ptq_cli.PtqError, match=r"quantize_config\.json differ in bits"):
         values("first")

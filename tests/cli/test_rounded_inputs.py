@@ -147,7 +147,7 @@ def test_layers_are_measured_on_the_tokens_that_eval_is_given(plain):
     document = outcome.document
     assert document["totals"]["calibrated"]
     assert document["totals"]["gain_vs_rtn"] > 1.2
-    assert sum("better than rtn" in line for line in outcome.progress) > 20
+    assert sum("better than rtn" in line for line in outcome.progress) > 10
     assert not any("no calibration" in line for line in outcome.warnings)
     ptq("calibrate", plain, *other, "-o", "stats.safetensors")
     same = ptq("eval", plain, "out", "--calibration", "stats.safetensors", "--json").document

@@ -19,7 +19,7 @@ from ptq_cli.report.report import as_document, report_from_document
 from ptq_cli.storage.staging import Staging
 from tests.builders import (
     SAMPLE,
-    copy_sample,
+    half_sample,
     ptq,
     random_weight,
     small_job,
@@ -53,7 +53,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sample():
-    copy_sample(Path("model"))
+    half_sample(Path("model"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from tests.builders import copy_sample, write_model
 GAIN = 64  # a power of two: exact in BF16
 
 
-def rescaled_sample(target: Path, share: float = 0.01) -> Path:
+def rescaled_sample(
+    target: Path, share: float = 0.01, copy: Callable[[Path], Path] = copy_sample
+) -> Path:
     """A copy of sample_data in which `share` of every norm's channels are 64 times as loud, and the
     columns that read them 64 times as small. Its activations follow."""
-    folder = copy_sample(target)
+    folder = copy(target)
     checkpoint = open_checkpoint(folder)
     specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}

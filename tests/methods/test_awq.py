@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ptq_cli
-from tests.builders import copy_sample, ptq, tree
+from tests.builders import half_sample, ptq, tree
 from tests.cli.conftest import check_report  # noqa: F401
 
 SLOW = [  # every pair of two settings, if not all three with each width
@@ -24,7 +24,7 @@ GRIDS = [
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Path:
-    return copy_sample(tmp_path_factory.mktemp("plain") / "sample_data")
+    return half_sample(tmp_path_factory.mktemp("plain") / "sample_data")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
-from tests.builders import ptq
+from tests.builders import half_sample, ptq
 from tests.methods.rescaled import rescaled_sample
 from tests.run.test_in_sequence import (
     FAST,
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rescaled_sample(tmp_path_factory.mktemp("loud") / "model")
+    return rescaled_sample(tmp_path_factory.mktemp("loud") / "model", copy=half_sample)
 
 
 def quantize(model: Path, case: str, output: Path, **more: Any) -> Any:
@@ -115,11 +116,18 @@ def reports() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, loud: Path, reports: dict[str, Any]) -> Path:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, loud: Path, reports: dict[str, Any]
+) -> Callable[[str], Path]:
+    """What a case makes when nothing disturbs it, made once; not to be changed."""
     folder = tmp_path_factory.mktemp("whole")
-    for case in ("awq gptq", "int8"):
-        reports[case] = quantize(loud, case, folder / case)
-    return folder
+
+    def make(case: str) -> Path:
+        if case not in reports:
+            reports[case] = quantize(loud, case, folder / case)
+        return folder / case
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
     report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
-    assert len(folds) > 5
+    assert len(folds) > (5 if case == "gpt2" else 3)
     assert {entry["site"] for entry in report.sites if entry["fed_by"]} == set(folds)
     checkpoint = open_checkpoint(model)
     ids = ids_of(model)
@@ -172,20 +180,20 @@ def as_run(inputs: Any, layer: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["awq gptq", "int8"])
 def test_errors_of_the_report_are_those_of_the_float_models_outputs(
-    loud: Path, whole: Path, reports: dict[str, Any], case: str
+    loud: Path, whole: Callable[[str], Path], reports: dict[str, Any], case: str
 ) -> None:
-    report = reports[case]
-    checkpoint, folder = open_checkpoint(loud), open_quantized(whole / case)
+    out = whole(case)
+    report, checkpoint, folder = reports[case], open_checkpoint(loud), open_quantized(out)
     ids = ids_of(loud)
-    exact, exact_streams = watched(checkpoint.read, ids)
-    ours, streams = watched(quantized_tensors(checkpoint, folder), ids)
+    exact, exact_streams = watched(checkpoint.read, ids, model=loud)
+    ours, streams = watched(quantized_tensors(checkpoint, folder), ids, model=loud)
     site_of = {row.module: row.module for row in report.rows}
     for site in exact:
         near = site.replace("q_proj", "{}").replace("gate_proj", "{}")
         for name in ("k_proj", "v_proj", "up_proj"):
             if near.format(name) in site_of and "{}" in near:
                 site_of[near.format(name)] = site
-    folds = read_folds(whole / case)
+    folds = read_folds(out)
     factors = {linear.module: values for site, values in folds for linear in site.linears}
     feeders = {
         site.feeder.weight: (site.feeder.rows, values)
@@ -232,7 +240,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
     quantize(loud, "awq gptq", tmp_path / "out")
     checkpoint = open_checkpoint(loud)
     rounded = quantized_tensors(checkpoint, open_quantized(tmp_path / "out"))
-    for block in (1, 3):
+    for block in (0, 1):
         base = f"model.layers.{block}."
         for own, first, second in (
             (("self_attn.", "input_layernorm"), "self_attn.q_proj", "self_attn.o_proj"),
@@ -243,7 +251,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
             def read(name: str, names: tuple[str, ...] = names) -> Any:
                 return checkpoint.read(name) if name.startswith(names) else rounded(name)
 
-            inputs = observed(read, ids_of(loud))
+            inputs = observed(read, ids_of(loud), model=loud)
             for site in (base + first, base + second):
                 wanted = inputs[site][HELD]
                 assert np.abs(seen[site].heldout - wanted).max() < 2e-3 * np.abs(wanted).max()
@@ -255,7 +263,7 @@ def test_factors_are_found_on_what_the_quantized_blocks_before_give(
     ("case", "after"), [("awq gptq", 1), ("int8", 3), ("awq gptq", 5), ("int8", 7), ("int8", 14)]
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    tmp_path: Path, loud: Path, whole: Path, case: str, after: int
+    tmp_path: Path, loud: Path, whole: Callable[[str], Path], case: str, after: int
 ) -> None:
     """Stops inside a group, between groups, at a block's end."""
 
@@ -268,32 +276,32 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         quantize(loud, case, out, listen=stop)
     assert not out.exists()
     quantize(loud, case, out)
-    assert same_bytes(out, whole / case)
+    assert same_bytes(out, whole(case))
 
 
 def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
-    tmp_path: Path, loud: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, loud: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settle, calls = smooth_in_sequence.settle_group, []
 
     def stop(*arguments: Any) -> None:
         settle(*arguments)
         calls.append(arguments)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(smooth_in_sequence, "settle_group", stop)
     with pytest.raises(KeyboardInterrupt):
         quantize(loud, "awq gptq", tmp_path / "out")
     quantize(loud, "awq gptq", tmp_path / "out")
-    assert len(calls) == 8  # settled once each
-    assert same_bytes(tmp_path / "out", whole / "awq gptq")
+    assert len(calls) == 4  # settled once each
+    assert same_bytes(tmp_path / "out", whole("awq gptq"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 13, 28])
+@pytest.mark.parametrize("number", [2, 13, 14])
 def test_a_killed_run_ends_with_the_same_bytes(
-    tmp_path: Path, loud: Path, whole: Path, number: int
+    tmp_path: Path, loud: Path, whole: Callable[[str], Path], number: int
 ) -> None:
     out = tmp_path / "out"
     words = ["--alpha", "0.6", "--tokens", str(TOKENS["tokens"])]
@@ -301,7 +309,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     words = ["smoothquant", str(loud), *words, "-o", str(out)]
     killed(TOLD, number, *words)
     assert ptq(*words).code == 0
-    assert same_bytes(out, whole / "int8")
+    assert same_bytes(out, whole("int8"))
 
 
 @pytest.mark.slow
@@ -365,7 +373,7 @@ def test_layers_that_are_left_alone_are_folded_on_the_way(tmp_path: Path, loud: 
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.o_proj",
     ]
-    assert len(report.sites) == 16
+    assert len(report.sites) == 8
     seen = ptq_cli.evaluate(loud, out, tokens=SETTINGS)
     assert not any("differ" in warning for warning in seen.warnings)
     assert not any("missing" in warning for warning in seen.warnings)
@@ -433,10 +441,10 @@ def test_in_sequence_predictions_change_no_more_than_in_parallel(
     for parallel in (False, True):
         out = tmp_path / f"{parallel}"
         ptq_cli.awq(
-            SAMPLE, tokens=calibration, parallel_layers=parallel, bits=3, sym=False, then=then,
-            compare=False, output=out,
+            SAMPLE, tokens=calibration, nsamples=32, parallel_layers=parallel, bits=3, sym=False,
+            then=then, compare=False, output=out,
         )  # fmt: skip
-        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation))
+        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation, nsamples=64))
         assert report.quality is not None
         divergence.append(report.quality["kl"]["quantized"]["mean"])
     assert divergence[0] < part * divergence[1]

@@ -103,6 +103,14 @@ def test_text_through_the_models_tokenizer(checkpoint: Checkpoint, tmp_path: Pat
     tokens = read_tokens(TokenSettings(text=tmp_path / "a.txt", seq_len=16), checkpoint)
     own = tokenizers.Tokenizer.from_file(str(SAMPLE / "tokenizer.json")).encode(text).ids
     assert tokens.ids.ravel().tolist() == own[: tokens.ids.size]
+    some = read_tokens(TokenSettings(text=tmp_path / "a.txt", seq_len=16), checkpoint, 5)
+    drawn = np.sort(np.random.default_rng(0).choice(len(tokens.ids), 5, replace=False))
+    assert np.array_equal(some.ids, tokens.ids[drawn])
+    asked = TokenSettings(text=tmp_path / "a.txt", seq_len=16, nsamples=7)
+    assert len(read_tokens(asked, checkpoint, 5).ids) == 7
+    assert len(
+        read_tokens(TokenSettings(text=tmp_path / "a.txt", seq_len=16), checkpoint, 999).ids
+    ) == len(tokens.ids)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
         read_tokens(TokenSettings(text=tmp_path / "b.txt"), checkpoint)
