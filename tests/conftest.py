@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
+import ptq_cli
 from tests import builders
 
 # A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hundreds of processes are started: they find the modules compiled.
-sys.dont_write_bytecode = False
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Hundreds of processes are started, and find the modules compiled; none writes any itself, as one
+# whose disk is full or that is killed could leave half of one.
+compileall.compile_dir(Path(ptq_cli.__file__).parent, quiet=2)
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
