@@ -97,12 +97,16 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
 
 
 def find_source(
-    checkpoint: Checkpoint, settings: SourceSettings, *, correct: bool = False
+    checkpoint: Checkpoint,
+    settings: SourceSettings,
+    *,
+    correct: bool = False,
+    couple: bool = False,
 ) -> Source | None:
     """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
 
     Linears that they lack are the plan's business: it knows which are quantized.
-    correct: with tokens, the drift is wanted too (`token_source`)
+    correct, couple: with tokens, the drift and the coupling of rows are wanted too (`token_source`)
     """
     folders, path = list(settings.activations), settings.calibration
     if settings.bf16 and (settings.tokens.given or path is not None):
@@ -112,7 +116,8 @@ def find_source(
             raise InputError("tokens exclude --calibration and --activations")
         tokens = read_tokens(settings.tokens, checkpoint, CALIBRATION_SEQUENCES)
         feedback = settings.in_sequence
-        return token_source(checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct)
+        wanted = {"feedback": feedback, "correct": correct, "couple": couple}
+        return token_source(checkpoint, tokens, HELDOUT, **wanted)
     if path is not None and folders:
         raise InputError(
             f"both a calibration ({path}) and activations ({folders[0]}) are given",

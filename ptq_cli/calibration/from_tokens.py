@@ -26,6 +26,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import Packing, pack
+from ptq_cli.models.forward.head_fisher import has_head_fisher, head_fisher_memory
 from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import UNPROVEN_STRENGTH, drift_memory
 from ptq_cli.numerics.statistics import (
@@ -75,6 +76,7 @@ class TokenSource(Source):
     """A model and the tokens that it runs on, in batches.
 
     residual_bytes: of a stream's residuals before and after a block
+    couples: its statistics have the coupling of rows, where the linears add to the stream
     """
 
     in_sequence: ClassVar[bool] = True
@@ -83,11 +85,13 @@ class TokenSource(Source):
     arch: Architecture
     batches: tuple[Batch, ...]
     residual_bytes: int
+    couples: bool = False
 
     @cached_property
     def fingerprints(self) -> Sequence[str]:
         mode = "drift" if self.drifts else "sequential" if self.feedback else "float"
-        return [f"{self.tokens.fingerprint} {mode}"]
+        coupled = " coupled" if self.couples else ""
+        return [f"{self.tokens.fingerprint} {mode}{coupled}"]
 
     @property
     def _largest_batch(self) -> int:
@@ -107,7 +111,11 @@ class TokenSource(Source):
         share."""
         n_threads = self.n_threads(workers, memory)
         weights = max(4 * self._size(place) for place in self.places.values())
-        return n_threads * self.arch.block_memory(self._largest_batch) + weights
+        running = n_threads * self.arch.block_memory(self._largest_batch) + weights
+        if not self.couples:
+            return running
+        kept = 4 * self.arch.hidden_size**2
+        return kept + max(running, head_fisher_memory(self.arch))
 
     def _size(self, place: Place) -> int:
         """Weights of a site's linears."""
@@ -154,11 +162,13 @@ def token_source(
     *,
     feedback: bool = False,
     correct: bool = False,
+    couple: bool = False,
 ) -> TokenSource:
     """What a model sees on tokens; its sites are in the order of the forward.
 
     feedback: layers that are rounded already feed the layers after them; correct: the drift from
-        the float model is then summed too
+        the float model is then summed too; couple: so is the coupling of rows made, where it is
+        known how the predictions come about
 
     Raises:
         InputError: no config.json, an architecture without a forward, a tensor that is missing.
@@ -193,6 +203,7 @@ def token_source(
         weak=tokens.weak,
         feedback=feedback,
         drifts=drifts,
+        couples=feedback and couple and has_head_fisher(arch),
         places=places,
         scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
     )

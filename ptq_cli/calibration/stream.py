@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
+from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
 from ptq_cli.storage.scratch import Rows, Scratch
+
+FEW_TOKENS = 2048  # that say what the predictions make of the residual stream
 
 Read = Callable[[str], Tensor]
 
@@ -204,6 +208,34 @@ class Stream:
         if "rows" in arrays:
             routing = Routing(tuple(arrays["rows"].values()), tuple(arrays["share"].values()))
         return State(arrays["hidden"][""], arrays.get("inputs", {}), routing)
+
+
+def last_residuals(source: TokenSource, n_threads: int) -> NDArray[np.float32]:
+    """What the float model has behind its last block on a few sequences, float32
+    [n_tokens, hidden_size]: evenly spaced ones of those that are calibrated on, together
+    FEW_TOKENS at most, or the first of them."""
+    sequences = [part for batch in source.batches for part in _sequences(batch)]
+    length = max(packing.n_tokens for _, packing in sequences)
+    step = -(-len(sequences) * length // FEW_TOKENS)
+    some = sequences[::step]
+    arch, weights = source.arch, Held(source.checkpoint.read, float32=False)
+    states = [embed(arch, weights, tokens, packing) for tokens, packing in some]
+    with ThreadPoolExecutor(n_threads) as pool:
+        for block in range(len(arch.blocks)):
+            own = Held(source.checkpoint.read)
+            through = partial(forward_block, arch, block, own)
+            states = list(pool.map(through, states, (packing for _, packing in some)))
+    return np.concatenate(states)
+
+
+def _sequences(batch: Batch) -> Iterator[tuple[Array, Packing]]:
+    """The sequences of a batch that are calibrated on, each alone."""
+    starts = batch.packing.starts
+    for number, (start, stop) in enumerate(pairwise(starts)):
+        if stop > start and not batch.held[start:stop].any():
+            own = slice(number, number + 1)
+            tokens, mask = batch.tokens[own], batch.packing.mask[own]
+            yield tokens, pack(tokens.shape, mask)
 
 
 def _inputs(state: State) -> dict[str, Array]:

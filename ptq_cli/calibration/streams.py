@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
-from ptq_cli.calibration.stream import Stream
-from ptq_cli.core.statistics import Drift, SiteStatistics
+from ptq_cli.calibration.stream import Held, Stream, last_residuals
+from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
 from ptq_cli.errors import InputError
+from ptq_cli.models.forward.head_fisher import head_fisher
 from ptq_cli.models.forward.layers import Tensor
+from ptq_cli.numerics.coupling import make_coupling
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -113,7 +116,21 @@ class Streams:
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(self._drift, site)
             statistics = self.sums(site)
-            return dataclasses.replace(statistics, drift=drift.result())
+            coupling = self.coupling if place.adds else None
+            return dataclasses.replace(statistics, drift=drift.result(), coupling=coupling)
+
+    @cached_property
+    def coupling(self) -> Coupling | None:
+        """Of the rows of every linear that adds to the residual stream; None where there is none.
+
+        From the float model's predictions on a few of the sequences that are calibrated on.
+        """
+        source = self.source
+        if not source.couples:
+            return None
+        hidden = last_residuals(source, self.main.n_threads)
+        weights = Held(source.checkpoint.read, float32=False)
+        return make_coupling(head_fisher(source.arch, weights, hidden))
 
     def sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
         """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw.

@@ -54,7 +54,8 @@ def prepare(
     checkpoint = open_float(Path(model))
     found = None
     if not packs:
-        found = find_source(checkpoint, source, correct=how.corrects_drift(own))
+        correct, couple = how.corrects_drift(own), how.couples_rows(own)
+        found = find_source(checkpoint, source, correct=correct, couple=couple)
     plan = make_plan(
         checkpoint,
         how,

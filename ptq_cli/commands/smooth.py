@@ -96,7 +96,8 @@ def prepare_smoothing(
     if told.floats:  # nothing is rounded that could feed what comes after it
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
-    found = find_source(checkpoint, source, correct=True)
+    couple = told.rounding.how.couples_rows(told.rounding.settings)
+    found = find_source(checkpoint, source, correct=True, couple=couple)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)

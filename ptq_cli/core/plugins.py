@@ -48,9 +48,9 @@ class Method:
         each group; it is then not called
     searches_ranges: whether it is itself rounding to nearest, in ranges that are searched: where
         the whole range is better, nothing has failed
-    needs_fisher, reorders, corrects_drift: whether, with these settings, it reads Fisher
-        information; forms groups in an order of its own (a g_idx); makes up for the drift of the
-        inputs
+    needs_fisher, reorders, corrects_drift, couples_rows: whether, with these settings, it reads
+        Fisher information; forms groups in an order of its own (a g_idx); makes up for the drift
+        of the inputs; lets rows make up for one another
     """
 
     name: str
@@ -66,6 +66,7 @@ class Method:
     needs_fisher: Callable[[Any], bool] = lambda settings: False
     reorders: Callable[[Any], bool] = lambda settings: False
     corrects_drift: Callable[[Any], bool] = lambda settings: False
+    couples_rows: Callable[[Any], bool] = lambda settings: False
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,20 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Coupling:
+    """How the rows of weights whose outputs are added to the residual stream make up for one
+    another (numerics/coupling.py).
+
+    order: row visited k-th, int [hidden_size]; stops: where each level of rows ends in that order
+    upper: U, float32 [hidden_size, hidden_size], in that order
+    """
+
+    order: NDArray[np.intp]
+    stops: tuple[int, ...]
+    upper: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class SiteStatistics:
     """What calibration knows of the inputs of one site (of every linear that shares them).
 
@@ -54,6 +68,7 @@ class SiteStatistics:
         themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
     drift: where layers before the site are rounded and that is made up for, else None
+    coupling: of the rows of the site's linears, where that is made use of, else None
     own_tokens: of an expert that too few tokens reach, how many; all else here is then of the
         tokens of all experts beside it. None: everything is the site's own
     """
@@ -74,6 +89,7 @@ class SiteStatistics:
     heldout: Array
     sample: Array
     drift: Drift | None = None
+    coupling: Coupling | None = None
     own_tokens: int | None = None
 
     @property

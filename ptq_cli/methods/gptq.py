@@ -12,9 +12,10 @@ import numpy as np
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.plugins import Method, MethodResult
-from ptq_cli.core.statistics import Drift, SiteStatistics
+from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
+from ptq_cli.numerics.coupling import solve_coupled
 from ptq_cli.numerics.drift import correction, proven_strength
 from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, make_feedback, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite
@@ -85,6 +86,14 @@ class GptqSettings:
             "max": 1.0,
         },
     )
+    head_fisher: bool = field(
+        default=True,
+        metadata={
+            "help": "With --tokens: let the rows of layers that add to the residual stream make up"
+            " for one another, by what the predictions make of the stream.",
+            "needs": ({"in_sequence": (True,)},),
+        },
+    )
     sweeps: int = field(
         default=2,
         metadata={
@@ -110,6 +119,7 @@ class _Prepared:
     notes: tuple[str, ...]
     drift: Drift | None
     heldout: Array
+    coupling: Coupling | None
 
 
 def _prepare(
@@ -125,6 +135,7 @@ def _prepare(
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     drift = statistics.drift if settings.drift else None
+    coupling = None if grid.group_size == 0 else statistics.coupling  # a scale for all rows
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
@@ -133,7 +144,7 @@ def _prepare(
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes, drift, statistics.heldout)
+        return _Prepared(feedback, damp, notes, drift, statistics.heldout, coupling)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
@@ -157,7 +168,10 @@ def _apply(
     strength = None
     if prepared.drift is not None:
         weight, strength = _corrected(weight, prepared.drift, prepared, settings)
-    rounded = solve(weight, prepared.feedback, passes, importance)
+    if prepared.coupling is None:
+        rounded = solve(weight, prepared.feedback, passes, importance)
+    else:
+        rounded = solve_coupled(weight, prepared.feedback, passes, prepared.coupling, importance)
     return MethodResult(rounded, prepared.damp_percent, prepared.notes, strength)
 
 
@@ -181,7 +195,7 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     rows, width = min(out_features, PANEL_ROWS), grid.width(n)
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
     group = width * (9 * rows + 3 * width + n)
-    corrected = out_features * n if drift else 0
+    corrected = 2 * out_features * n if drift else 0  # the change; errors of coupled rows
     return item * (site + 3 * n * rows + group + corrected)
 
 
@@ -197,4 +211,5 @@ METHOD = Method(
     needs_fisher=lambda settings: settings.weight == "fisher",
     reorders=lambda settings: settings.act_order == "desc",
     corrects_drift=lambda settings: settings.drift != 0,
+    couples_rows=lambda settings: settings.head_fisher and settings.drift != 0,
 )

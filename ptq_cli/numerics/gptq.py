@@ -155,10 +155,12 @@ def solve(
     feedback: Feedback,
     passes: Passes,
     importance: FloatArray | None = None,
+    panel_rows: int = PANEL_ROWS,
 ) -> QuantizedWeight:
     """Round `weight` [out_features, in_features] with the feedback of its site.
 
     importance: weights of the scale search, [out_features, in_features]; None: each column's pivot
+    panel_rows: rows that are worked on together
 
     Raises:
         InputError: a scale does not fit its stored dtype.
@@ -183,7 +185,7 @@ def solve(
             result.scales[rows, place] = panel.scales.T
             result.zeros[rows, place] = panel.zeros.T
 
-    each(work, strips(out_features, PANEL_ROWS))
+    each(work, strips(out_features, panel_rows))
     if feedback.act_order != "desc":
         return result
     g_idx = np.empty(n, np.int32)

@@ -135,8 +135,8 @@ def test_mirrored_groups_where_the_target_holds_none(sample, monkeypatch):
     monkeypatch.setattr(quantize, "format_named", lambda name: none)
     outcome = pack("first", "--format", "mlx", "-o", "third", code=1)
     assert outcome.errors == [
-        "ptq: error: format mlx cannot hold 28 of 28 layers: mlx cannot hold mirrored groups (zeros"
-        " of 7 beside 8): model.layers.{0-3}.{mlp.{down,gate,up}_proj, self_attn.{k,o,q,v}_proj};"
+        "ptq: error: format mlx cannot hold 14 of 14 layers: mlx cannot hold mirrored groups (zeros"
+        " of 7 beside 8): model.layers.{0-1}.{mlp.{down,gate,up}_proj, self_attn.{k,o,q,v}_proj};"
         " quantize the float model again with --format mlx"
     ]
     outcome = pack("first", "--format", "mlx", "-o", "third", "--on-misfit", "keep", code=1)

@@ -141,7 +141,7 @@ def plain(sample, tmp_path_factory) -> Path:
 
 def test_layers_are_measured_on_the_tokens_that_eval_is_given(plain):
     tokens = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 8, "--seq-len", 64)
-    assert ptq("gptq", plain, *tokens, "-o", "out").code == 0
+    assert ptq("gptq", plain, *tokens, "--drift", 0, "-o", "out").code == 0
     other = ("--tokens", SAMPLE / "eval_tokens.npy", "--nsamples", 8, "--seq-len", 64)
     outcome = ptq("eval", plain, "out", *other, "--json")
     document = outcome.document
@@ -160,8 +160,8 @@ def test_layers_are_measured_on_the_tokens_that_eval_is_given(plain):
 
 
 def test_weights_alone_are_no_verdict(plain):
-    tokens = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 8, "--seq-len", 64)
-    ptq("gptq", plain, *tokens, "-o", "out")
+    tokens = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 32, "--seq-len", 64)
+    ptq("gptq", plain, *tokens, "--drift", 0, "-o", "out")
     outcome = ptq("eval", plain, "out")
     assert not any("worse" in line for line in outcome.progress)
     assert all("(of the weights)" in line for line in outcome.progress)

@@ -308,7 +308,8 @@ def test_experts_with_few_tokens_share_those_of_all_and_say_so(tmp_path: Path) -
         assert 0 < shared[site]["own_tokens"] < 32
         assert shared[site]["n_tokens"] == 2 * router.n_tokens
         np.testing.assert_allclose(found.load(site).hessian, router.hessian, rtol=1e-5, atol=1e-6)
-    report = api.gptq(model, tokens=model / "tokens.npy", output=tmp_path / "out", group_size=16)
+    settings = {"bits": 8, "group_size": 16}  # as good as the float model: the same tokens reach it
+    report = api.gptq(model, tokens=model / "tokens.npy", output=tmp_path / "out", **settings)
     rows = {row.module: row for row in report.rows}
     said = [note for note in rows[few[0]].notes if "shares the statistics of all experts" in note]
     assert said[0].startswith(f"{shared[few[0]]['own_tokens']} tokens reach it, fewer than its 32")

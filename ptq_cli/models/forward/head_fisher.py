@@ -1,0 +1,84 @@
+"""What a change of the residual stream does to the predictions: the Fisher information of the head.
+
+With logits `z = head · norm(stream)` and p their softmax, predictions of a token move by
+`KL ≈ ½ δzᵀ (diag(p) − p pᵀ) δz`. The norm's root mean square hardly moves, so with g its gain
+
+    F = mean over tokens of g Wᵀ (diag(p) − p pᵀ) W g / rms²
+
+weighs changes of the stream behind the last block. Before earlier blocks it stands for what they
+let through: blocks add to the stream, and what is added is small beside it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.models.forward import layers
+from ptq_cli.models.forward.architecture import Architecture
+from ptq_cli.models.forward.layers import Weights
+from ptq_cli.models.forward.stages import finish, logits
+from ptq_cli.numerics.parallel import strips
+
+TOKENS_AT_ONCE = 256
+VOCABULARY = 1 << 14  # rows of the head that are float32 at a time
+
+
+def has_head_fisher(arch: Architecture) -> bool:
+    """Whether the predictions are a head behind a norm, and nothing else."""
+    return arch.final_norm is not None and not arch.projections and arch.logit_softcap is None
+
+
+def head_fisher_memory(arch: Architecture) -> int:
+    """Bytes that `head_fisher` takes at most, its inputs aside: probabilities, rows of the head and
+    the same weighted, sums."""
+    rows = min(VOCABULARY, arch.vocab_size)
+    width = arch.hidden_size
+    return 4 * (2 * TOKENS_AT_ONCE * arch.vocab_size + 2 * rows * width + 4 * width * width)
+
+
+def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDArray[np.float32]:
+    """F, [hidden_size, hidden_size].
+
+    hidden: the residual behind the last block, float32 [n_tokens, hidden_size]
+    """
+    norm = arch.final_norm
+    assert norm is not None  # `has_head_fisher` said so
+    finished, inverse = finish(arch, weights, hidden), _inverse_rms(norm, hidden)
+    table = layers.stored(weights, arch.head)
+    pieces = strips(len(table), VOCABULARY)
+    mass = np.zeros(len(table), np.float32)
+    fisher = np.zeros((arch.hidden_size, arch.hidden_size), np.float32)
+    for rows in strips(len(hidden), TOKENS_AT_ONCE):
+        share = np.concatenate(
+            [logits(arch, weights, finished[rows], ids) for ids in pieces], axis=1
+        )
+        share -= share.max(axis=1, keepdims=True)
+        np.exp(share, out=share)
+        share *= inverse[rows, None] / share.sum(axis=1, keepdims=True)
+        mass += inverse[rows] @ share
+        mean = np.zeros((len(share), arch.hidden_size), np.float32)
+        for ids in pieces:
+            mean += share[:, ids] @ np.asarray(table[ids], np.float32)
+        fisher -= mean.T @ mean
+    for ids in pieces:
+        part = np.asarray(table[ids], np.float32)
+        fisher += part.T @ (part * mass[ids, None])
+    if norm.affine:
+        gain = layers.fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
+        fisher *= gain
+        fisher *= gain[:, None]
+    if norm.centred:  # a change that all channels share is taken out again
+        fisher -= fisher.mean(axis=0)
+        fisher -= fisher.mean(axis=1, keepdims=True)
+    fisher /= np.float32(len(hidden))
+    return fisher
+
+
+def _inverse_rms(norm: layers.Norm, hidden: FloatArray) -> NDArray[np.float32]:
+    """[n_tokens]"""
+    if norm.centred:
+        hidden = hidden - hidden.mean(axis=1, keepdims=True)
+    square = np.einsum("tc,tc->t", hidden, hidden) / np.float32(hidden.shape[1])
+    return (1 / np.sqrt(square + np.float32(norm.eps))).astype(np.float32)
