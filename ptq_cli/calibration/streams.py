@@ -31,6 +31,10 @@ from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.scratch import Scratch
 
+# Rows are coupled in the last blocks alone: what the predictions make of the stream is known behind
+# the last one, and holds the less the more blocks follow (docs/measurements.md).
+COUPLED_BLOCKS = 6
+
 
 class Streams:
     """The model in one version, or in two side by side, at the same stage of the same block; at
@@ -116,12 +120,13 @@ class Streams:
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(self._drift, site)
             statistics = self.sums(site)
-            coupling = self.coupling if place.adds else None
+            last = place.block >= len(self.source.arch.blocks) - COUPLED_BLOCKS
+            coupling = self.coupling if place.adds and last else None
             return dataclasses.replace(statistics, drift=drift.result(), coupling=coupling)
 
     @cached_property
     def coupling(self) -> Coupling | None:
-        """Of the rows of every linear that adds to the residual stream; None where there is none.
+        """Of the rows of linears that add to the residual stream; None where there is none.
 
         From the float model's predictions on a few of the sequences that are calibrated on.
         """

@@ -81,4 +81,5 @@ def _inverse_rms(norm: layers.Norm, hidden: FloatArray) -> NDArray[np.float32]:
     if norm.centred:
         hidden = hidden - hidden.mean(axis=1, keepdims=True)
     square = np.einsum("tc,tc->t", hidden, hidden) / np.float32(hidden.shape[1])
-    return (1 / np.sqrt(square + np.float32(norm.eps))).astype(np.float32)
+    inverse: NDArray[np.float32] = (1 / np.sqrt(square + norm.eps)).astype(np.float32)
+    return inverse
