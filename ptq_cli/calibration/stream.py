@@ -25,7 +25,7 @@ from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
 from ptq_cli.storage.scratch import Rows, Scratch
 
-FEW_TOKENS = 2048  # that say what the predictions make of the residual stream
+FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
 
 Read = Callable[[str], Tensor]
 
