@@ -198,9 +198,9 @@ def test_gates_on_predictions_of_weak_tokens(made, sample):
 
 def test_a_difference_of_weak_reports(job):
     acts("few")
-    ptq("gptq", job, "--activations", "acts", "-o", "few")
+    ptq("rtn", job, "--activations", "acts", "-o", "few")
     acts("")
-    ptq("gptq", job, "--activations", "acts", "-o", "good")
+    ptq("rtn", job, "--activations", "acts", "-o", "good")
     outcome = ptq("diff", "good", "few", "--tolerance", "99")
     assert outcome.code == 3
     assert "after: only 6 inputs are held out" in outcome.errors[0]
