@@ -203,7 +203,7 @@ def token_source(
         weak=tokens.weak,
         feedback=feedback,
         drifts=drifts,
-        couples=feedback and couple and has_head_fisher(arch),
+        couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
         scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
     )

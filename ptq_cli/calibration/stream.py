@@ -213,7 +213,7 @@ class Stream:
 def last_residuals(source: TokenSource, n_threads: int) -> NDArray[np.float32]:
     """What the float model has behind its last block on a few sequences, float32
     [n_tokens, hidden_size]: evenly spaced ones of those that are calibrated on, together
-    FEW_TOKENS at most, or the first of them."""
+    FEW_TOKENS at most, or the first of them. There must be one."""
     sequences = [part for batch in source.batches for part in _sequences(batch)]
     length = max(packing.n_tokens for _, packing in sequences)
     step = -(-len(sequences) * length // FEW_TOKENS)
@@ -229,13 +229,15 @@ def last_residuals(source: TokenSource, n_threads: int) -> NDArray[np.float32]:
 
 
 def _sequences(batch: Batch) -> Iterator[tuple[Array, Packing]]:
-    """The sequences of a batch that are calibrated on, each alone."""
-    starts = batch.packing.starts
-    for number, (start, stop) in enumerate(pairwise(starts)):
-        if stop > start and not batch.held[start:stop].any():
+    """The sequences of a batch, each alone, up to their first token that is held out."""
+    for number, (start, stop) in enumerate(pairwise(batch.packing.starts)):
+        held = np.flatnonzero(batch.held[start:stop])
+        count = int(held[0]) if len(held) else stop - start
+        if count:
             own = slice(number, number + 1)
-            tokens, mask = batch.tokens[own], batch.packing.mask[own]
-            yield tokens, pack(tokens.shape, mask)
+            mask = batch.packing.mask[own].copy()
+            mask[0, np.flatnonzero(mask[0])[count:]] = False
+            yield batch.tokens[own], pack(mask.shape, mask)
 
 
 def _inputs(state: State) -> dict[str, Array]:

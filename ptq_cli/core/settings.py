@@ -62,6 +62,8 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
         if value in meta["words"]:
             return value
         try:
+            if isinstance(value, bool):
+                raise TypeError
             kind, value = float, float(value)
         except (TypeError, ValueError):
             known = " or ".join(meta["words"])

@@ -23,7 +23,7 @@ from ptq_cli.core.statistics import Coupling
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, solve
-from ptq_cli.numerics.ldl import ldl_upper
+from ptq_cli.numerics.ldl import NotPositiveDefinite, ldl_upper
 from ptq_cli.numerics.rounding import blank
 
 LEVELS = 8
@@ -32,7 +32,8 @@ DAMPING = 0.3
 
 
 def make_coupling(fisher: NDArray[np.float32], levels: int = LEVELS) -> Coupling | None:
-    """The coupling by F, [out_features, out_features]; None where F says nothing."""
+    """The coupling by F, [out_features, out_features]; None where F says nothing, or too
+    much of too little to be factored."""
     n = len(fisher)
     mean = float(fisher.diagonal().mean(dtype=np.float64))
     if not (np.isfinite(fisher).all() and mean > 0):
@@ -40,7 +41,10 @@ def make_coupling(fisher: NDArray[np.float32], levels: int = LEVELS) -> Coupling
     order = np.concatenate([np.arange(level, n, levels) for level in range(min(levels, n))])
     damped = fisher[np.ix_(order, order)] / np.float32(mean)
     damped.flat[:: n + 1] += np.float32(DAMPING)
-    upper, _ = ldl_upper(damped, in_place=True)
+    try:
+        upper, _ = ldl_upper(damped, in_place=True)
+    except NotPositiveDefinite:  # a few tokens of the vocabulary make all of F
+        return None
     starts = np.cumsum([0, *(len(range(level, n, levels)) for level in range(min(levels, n)))])
     stops = tuple(int(stop) for stop in starts[1:])
     for start, stop in zip(starts, stops, strict=False):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import ptq_cli
+from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import stages
@@ -49,6 +53,32 @@ def test_too_few_tokens_to_hold_any_out_are_said(sample):
     outcome = ptq("gptq", sample, "--tokens", "ids.npy", *FAST, "--json", "-o", "out")
     assert "ptq: warning: none of 7 tokens is held out: --drift auto is 0.75" in outcome.warnings
     assert {row["drift"] for row in outcome.document["layers"]} == {0.75}
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_number_of_sequences_will_do(sample, count, masked):
+    mask = np.ones((count, 64), np.uint8)
+    mask[::2, 40:] = not masked
+    np.save("mask.npy", mask)
+    found, _ = strengths(sample, count, "--mask", "mask.npy", "--fallback", "rtn")
+    assert len(found) == 14
+
+
+def test_a_model_without_its_head_is_rounded_all_the_same(sample):
+    path = Path("bare")
+    shutil.copytree(sample, path)
+    tensors = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert len(strengths(path, 9)[0]) == 14
+
+
+def test_python_takes_no_truth_for_a_strength(sample):
+    with pytest.raises(InputError, match="drift = True"):
+        ptq_cli.gptq(sample, tokens=sample / "calibration_tokens.npy", drift=True, output="out")
 
 
 @pytest.mark.parametrize("given", ["much", "1.5", "nan", "-0.5"])

@@ -76,4 +76,8 @@ def test_it_predicts_how_far_predictions_move() -> None:
     ],
 )
 def test_heads_that_are_something_else_have_none(config: dict[str, Any], known: bool) -> None:
-    assert has_head_fisher(read_architecture(config)) == known
+    arch = read_architecture(config)
+    names = {arch.head, "model.norm.weight", "model.decoder.final_layer_norm.weight"}
+    assert has_head_fisher(arch, names) == known
+    assert not has_head_fisher(arch, names - {arch.head})
+    assert not has_head_fisher(arch, {arch.head})

@@ -101,3 +101,8 @@ def test_a_fisher_that_says_nothing_couples_nothing(value: float) -> None:
 def test_fewer_rows_than_levels() -> None:
     coupling = coupling_of(FISHER[:3, :3], 8)
     assert coupling.stops == (1, 2, 3)
+
+
+def test_a_fisher_that_cannot_be_factored_couples_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptq_cli.numerics.coupling.DAMPING", 0.0)
+    assert make_coupling(np.ones((8, 8), np.float32)) is None

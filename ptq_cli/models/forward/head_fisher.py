@@ -11,6 +11,8 @@ let through: blocks add to the stream, and what is added is small beside it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,9 +27,15 @@ TOKENS_AT_ONCE = 256
 VOCABULARY = 1 << 14  # rows of the head that are float32 at a time
 
 
-def has_head_fisher(arch: Architecture) -> bool:
-    """Whether the predictions are a head behind a norm, and nothing else."""
-    return arch.final_norm is not None and not arch.projections and arch.logit_softcap is None
+def has_head_fisher(arch: Architecture, tensors: Collection[str]) -> bool:
+    """Whether the predictions are a head behind a norm, and nothing else, and both are there.
+
+    tensors: names in the checkpoint
+    """
+    norm = arch.final_norm
+    if norm is None or arch.projections or arch.logit_softcap is not None:
+        return False
+    return arch.head in tensors and (not norm.affine or f"{norm.name}.weight" in tensors)
 
 
 def head_fisher_memory(arch: Architecture) -> int:
