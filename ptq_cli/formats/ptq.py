@@ -164,5 +164,5 @@ FORMAT = Format(
     metadata=_metadata,
     layers=_layers,
     by_rows=_by_rows,
-    mirrored=lambda layer: True,
+    mirrored=common.may_mirror,
 )

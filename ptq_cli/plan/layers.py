@@ -66,12 +66,8 @@ def make_layer(
 
 
 def mirrored_where_held(layer: Layer, fmt: Format) -> Layer:
-    """The layer, its symmetric groups mirrored where that is better: on the full range of the
-    codes, where the format holds it, and not where inputs are rounded, too: integer runtimes want
-    zero in the middle."""
-    grid = layer.grid
-    free = grid.sym and not grid.narrow_range and layer.activation is None
-    return replace(layer, grid=replace(grid, mirrored=free and fmt.mirrored(layer)))
+    """The layer, its symmetric groups mirrored where that is better and the format holds it."""
+    return replace(layer, grid=replace(layer.grid, mirrored=fmt.mirrored(layer)))
 
 
 def check_fisher(layers: Iterable[Layer], source: Source | None) -> None:
