@@ -194,7 +194,8 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     item = 8 if n <= FLOAT64_COLUMNS else 4
     rows, width = min(out_features, PANEL_ROWS), grid.width(n)
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
-    group = width * (9 * rows + 3 * width + n)
+    # three of the nine are those of the search, which one grid for all rows has before
+    group = width * ((9 if grid.group_size else 6) * rows + 3 * width + n)
     corrected = 2 * out_features * n if drift else 0  # the change; errors of coupled rows
     return item * (site + 3 * n * rows + group + corrected)
 
