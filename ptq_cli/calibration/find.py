@@ -116,8 +116,9 @@ def find_source(
             raise InputError("tokens exclude --calibration and --activations")
         tokens = read_tokens(settings.tokens, checkpoint, CALIBRATION_SEQUENCES)
         feedback = settings.in_sequence
-        wanted = {"feedback": feedback, "correct": correct, "couple": couple}
-        return token_source(checkpoint, tokens, HELDOUT, **wanted)
+        return token_source(
+            checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct, couple=couple
+        )
     if path is not None and folders:
         raise InputError(
             f"both a calibration ({path}) and activations ({folders[0]}) are given",

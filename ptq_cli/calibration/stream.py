@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from threading import Lock
 
@@ -216,7 +217,7 @@ def last_residuals(source: TokenSource, n_threads: int) -> NDArray[np.float32]:
     FEW_TOKENS at most, or the first of them. There must be one."""
     sequences = [part for batch in source.batches for part in _sequences(batch)]
     length = max(packing.n_tokens for _, packing in sequences)
-    step = -(-len(sequences) * length // FEW_TOKENS)
+    step = ceil(len(sequences) * length / FEW_TOKENS)
     some = sequences[::step]
     arch, weights = source.arch, Held(source.checkpoint.read, float32=False)
     states = [embed(arch, weights, tokens, packing) for tokens, packing in some]

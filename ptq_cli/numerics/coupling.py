@@ -15,6 +15,7 @@ Levels are interleaved, row l, l + LEVELS, …; with one level a row little more
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,19 +39,17 @@ def make_coupling(fisher: NDArray[np.float32], levels: int = LEVELS) -> Coupling
     mean = float(fisher.diagonal().mean(dtype=np.float64))
     if not (np.isfinite(fisher).all() and mean > 0):
         return None
-    order = np.concatenate([np.arange(level, n, levels) for level in range(min(levels, n))])
+    rows = [np.arange(level, n, levels) for level in range(min(levels, n))]
+    order, stops = np.concatenate(rows), np.cumsum([len(own) for own in rows]).tolist()
     damped = fisher[np.ix_(order, order)] / np.float32(mean)
     damped.flat[:: n + 1] += np.float32(DAMPING)
     try:
         upper, _ = ldl_upper(damped, in_place=True)
     except NotPositiveDefinite:  # a few tokens of the vocabulary make all of F
         return None
-    starts = np.cumsum([0, *(len(range(level, n, levels)) for level in range(min(levels, n)))])
-    stops = tuple(int(stop) for stop in starts[1:])
-    for start, stop in zip(starts, stops, strict=False):
-        own = slice(int(start), stop)
-        upper[:stop, own] = upper[:stop, own] @ np.linalg.inv(upper[own, own])
-    return Coupling(order, stops, upper)
+    for own in (slice(start, stop) for start, stop in pairwise([0, *stops])):
+        upper[: own.stop, own] = upper[: own.stop, own] @ np.linalg.inv(upper[own, own])
+    return Coupling(order, tuple(stops), upper)
 
 
 def solve_coupled(

@@ -35,6 +35,7 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.gptq import Feedback
 from ptq_cli.numerics.ldl import solve_right
+from ptq_cli.numerics.output_errors import inner
 from ptq_cli.numerics.parallel import each, strips
 
 ROWS_AT_ONCE = 256
@@ -71,7 +72,7 @@ def proven_strength(weight: FloatArray, change: FloatArray, drift: Drift, heldou
         needed = weight[rows].astype(np.float32, copy=False) @ drifted.T
         if drift.heldout_stream is not None:
             needed += drift.heldout_stream[:, rows].T
-        return _inner(needed, given), _inner(given, given)
+        return inner(needed, given), inner(given, given)
 
     with np.errstate(over="ignore", invalid="ignore"):
         sums = each(products, strips(len(weight), ROWS_AT_ONCE))
@@ -79,11 +80,6 @@ def proven_strength(weight: FloatArray, change: FloatArray, drift: Drift, heldou
     if not (isfinite(fits) and isfinite(power)):
         raise NumericalError("the strength of its correction for drift is not finite")
     return min(1.0, max(0.0, fits / power)) if power > 0 else 0.0
-
-
-def _inner(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Σ a · b: BLAS in float32 over a row, float64 over rows."""
-    return float(np.add.reduce(np.vecdot(a, b), axis=None, dtype=np.float64))
 
 
 def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:

@@ -234,9 +234,13 @@ def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
     return sum(each(block, reversed(strips(len(hessian), BLOCK_COLUMNS))))
 
 
+def inner(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Σ a · b: BLAS in float32 over a row, float64 over rows."""
+    return float(np.add.reduce(np.vecdot(a, b), axis=None, dtype=np.float64))
+
+
 def _square(values: NDArray[np.float32]) -> float:
-    """Σ values²: BLAS in float32 over a row, float64 over rows."""
-    return float(np.add.reduce(np.vecdot(values, values), axis=None, dtype=np.float64))
+    return inner(values, values)
 
 
 def _decibels(change: float, power: float) -> float | None:

@@ -5,8 +5,8 @@ With logits `z = head · norm(stream)` and p their softmax, predictions of a tok
 
     F = mean over tokens of g Wᵀ (diag(p) − p pᵀ) W g / rms²
 
-weighs changes of the stream behind the last block. Before earlier blocks it stands for what they
-let through: blocks add to the stream, and what is added is small beside it.
+weighs changes of the stream behind the last block. Before that it takes the blocks that follow for
+the identity: blocks add to the stream, so for a few of them that is not far off.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Weights
+from ptq_cli.models.forward.likelihood import VOCABULARY
 from ptq_cli.models.forward.stages import finish, logits
 from ptq_cli.numerics.parallel import strips
 
 TOKENS_AT_ONCE = 256
-VOCABULARY = 1 << 14  # rows of the head that are float32 at a time
 
 
 def has_head_fisher(arch: Architecture, tensors: Collection[str]) -> bool:
@@ -53,7 +53,7 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
     """
     norm = arch.final_norm
     assert norm is not None  # `has_head_fisher` said so
-    finished, inverse = finish(arch, weights, hidden), _inverse_rms(norm, hidden)
+    finished, inverse = finish(arch, weights, hidden), layers.centred_and_scale(norm, hidden)[1]
     table = layers.stored(weights, arch.head)
     pieces = strips(len(table), VOCABULARY)
     mass = np.zeros(len(table), np.float32)
@@ -82,12 +82,3 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
         fisher -= fisher.mean(axis=1, keepdims=True)
     fisher /= np.float32(len(hidden))
     return fisher
-
-
-def _inverse_rms(norm: layers.Norm, hidden: FloatArray) -> NDArray[np.float32]:
-    """[n_tokens]"""
-    if norm.centred:
-        hidden = hidden - hidden.mean(axis=1, keepdims=True)
-    square = np.einsum("tc,tc->t", hidden, hidden) / np.float32(hidden.shape[1])
-    inverse: NDArray[np.float32] = (1 / np.sqrt(square + norm.eps)).astype(np.float32)
-    return inverse

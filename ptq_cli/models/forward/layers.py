@@ -87,17 +87,24 @@ def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> Float
     """`inputs` [n, width] normalised over its columns, float32; the same array without a norm."""
     if norm is None:
         return inputs
-    outputs: FloatArray = inputs
-    if norm.centred:
-        outputs = inputs - inputs.mean(axis=1, keepdims=True)
-    square = np.einsum("ij,ij->i", outputs, outputs)
-    scale = 1 / np.sqrt(square / np.float32(inputs.shape[1]) + np.float32(norm.eps))
+    outputs, scale = centred_and_scale(norm, inputs)
     outputs = np.multiply(outputs, scale[:, None], out=outputs if norm.centred else None)
     if norm.affine:
         outputs *= fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
         if norm.centred:
             outputs += fetch(weights, f"{norm.name}.bias")
     return outputs
+
+
+def centred_and_scale(norm: Norm, inputs: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """`inputs` [n, width], less their mean where the norm is centred (else the same array), and one
+    over their root mean square, [n]."""
+    outputs: FloatArray = inputs
+    if norm.centred:
+        outputs = inputs - inputs.mean(axis=1, keepdims=True)
+    square = np.einsum("ij,ij->i", outputs, outputs)
+    scale: FloatArray = 1 / np.sqrt(square / np.float32(inputs.shape[1]) + np.float32(norm.eps))
+    return outputs, scale
 
 
 def cap(scores: FloatArray, limit: float | None) -> None:
