@@ -9,18 +9,25 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.levels import SMALL_FLOATS, SmallFloat
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The points a weight may be rounded to: `weight ≈ scales · (codes − zeros)`.
+    """The points a weight may be rounded to: `weight ≈ scales · level`.
 
+    levels: what codes mean: "integer", `code − zero`; or a small float, "e2m1" or "e4m3", which has
+        no zeros (theirs are 0)
     bits: width of a code, 2 to 8.
     group_size: columns that share a scale; −1 a whole row, 0 the whole tensor. The last group of
         a row may be short.
+    block_rows: rows that share it, too; the last block of rows may be short.
     sym: zero in the middle, `zeros = 2^(bits−1)`; else zeros are chosen per group.
     narrow_range: symmetric only; codes stay within ±(2^(bits−1) − 1) of zero (±127, ±7).
-    scale_dtype: "float16", "bfloat16" or "float32"; scales are rounded to it before codes are
+    scale_dtype: "float16", "bfloat16", "float32"; "e8m0", powers of two; or "e4m3", which are
+        divided by a `global_scale` of the tensor. Scales are rounded to it before codes are
         chosen.
+    global_scale: of "e4m3" scales, a float32; 1 where it is not known yet.
     mirrored: symmetric only, without narrow_range; a group may have the longer side of its codes
         above zero: its zero is then `2^(bits−1) − 1`.
     """
@@ -31,6 +38,14 @@ class Grid:
     narrow_range: bool = False
     scale_dtype: str = "float16"
     mirrored: bool = False
+    levels: str = "integer"
+    block_rows: int = 1
+    global_scale: float = 1.0
+
+    @property
+    def small_float(self) -> SmallFloat | None:
+        """What codes mean where they are no integers."""
+        return SMALL_FLOATS.get(self.levels)
 
     @cached_property
     def max_code(self) -> int:
@@ -69,7 +84,9 @@ class Grid:
 
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scales and zeros for a weight of `shape`."""
-        return (1, 1) if self.group_size == 0 else (shape[0], self.n_groups(shape[1]))
+        if self.group_size == 0:
+            return 1, 1
+        return ceil(shape[0] / self.block_rows), self.n_groups(shape[1])
 
     def g_idx(self, in_features: int) -> NDArray[np.int32]:
         """Group of each column where columns were not reordered, int32 [in_features]."""
@@ -78,13 +95,20 @@ class Grid:
 
 @dataclass(frozen=True)
 class Activation:
-    """How a layer's inputs are rounded when it runs (W8A8).
+    """How a layer's inputs are rounded when it runs (W8A8, FP8).
 
     dynamic: every token finds its own scale (without `per_token`: all tokens together find one);
         else one scale for the tensor, known beforehand (QuantizedWeight.input_scale)
+    levels: as the grid's, symmetric where they are a small float
+    group_size: values of a token that share a scale, found by each token; 0: all of them
+    scale_dtype: of groups' scales, as the grid's; "e4m3" under a global scale known beforehand
+        (QuantizedWeight.input_scale), by which they are divided
     """
 
     bits: int = 8
     sym: bool = True
     dynamic: bool = True
     per_token: bool = True
+    levels: str = "integer"
+    group_size: int = 0
+    scale_dtype: str = "float32"
