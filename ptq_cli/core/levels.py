@@ -37,7 +37,8 @@ class SmallFloat:
             np.ldexp(1 + mantissa, exponent - self.bias),
         )
         size[size > self.largest] = np.nan
-        return np.where(codes < 2 ** (self.bits - 1), size, -size).astype(np.float32)
+        signed = np.where(codes < 2 ** (self.bits - 1), size, -size)
+        return np.asarray(signed, np.float32)
 
 
 SMALL_FLOATS = {
