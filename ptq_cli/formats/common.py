@@ -19,7 +19,7 @@ from ptq_cli.core.names import natural
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
+from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 
