@@ -183,6 +183,8 @@ class Format:
     by_rows: whether row n of the weight is row n of every tensor of a layer, whatever the others
     mirrored: whether it holds the mirrored groups of a layer's symmetric grid (`Grid.mirrored`), as
         zeros or as negative scales, and its runtimes compute with them
+    global_scale: whether it holds the global scale of a layer whose scales are "e4m3"
+        (`Grid.global_scale`); where it has no place for one, that has to be 1
     """
 
     name: str
@@ -204,3 +206,4 @@ class Format:
     container: str = "safetensors"
     by_rows: Callable[[Layer], bool] = lambda layer: False
     mirrored: Callable[[Layer], bool] = lambda layer: False
+    global_scale: Callable[[Layer], bool] = lambda layer: True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
+import ml_dtypes  # noqa: F401 - numpy learns the words bfloat16 and float8_…
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file
@@ -40,9 +40,9 @@ _HEADER_WORDS = {word: header for header, word in _WORDS.items()}
 
 WRITABLE = frozenset(_WORDS)
 
-# What tensors are read as; numpy has no complex numbers or bytes with a point of its own for them.
+# What tensors are read as, small floats as those of ml_dtypes; of complex numbers there is no use.
 NUMPY_DTYPES = {
-    header: np.dtype(word) for header, word in _WORDS.items() if not header.startswith(("F8", "C"))
+    header: np.dtype(word) for header, word in _WORDS.items() if not header.startswith("C")
 }
 
 
