@@ -325,7 +325,9 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) 
 def may_mirror(layer: Layer) -> bool:
     """Whether runtimes compute with mirrored groups of such a layer (`Grid.mirrored`). Not where
     inputs are rounded too: kernels of integers take scales for positive."""
-    return layer.grid.sym and not layer.grid.narrow_range and layer.activation is None
+    grid = layer.grid
+    whole = grid.small_float is None and grid.sym and not grid.narrow_range
+    return whole and layer.activation is None
 
 
 def perhaps_mirrored(layer: Layer) -> Layer:

@@ -26,6 +26,19 @@ def is_block(grid: Grid) -> bool:
     return grid.block_rows > 1
 
 
+def unpacked_to_bfloat16(grid: Grid) -> bool:
+    """Whether compressed-tensors makes bfloat16 of such weights, whatever the model's dtype."""
+    return grid.scale_dtype in ("e8m0", "e4m3")
+
+
+def numbers(grid: Grid) -> str:
+    """What people call the numbers of a grid of small floats."""
+    if grid.scale_dtype in ("e8m0", "e4m3") and grid.block_rows == 1:
+        return f"{'NV' if grid.scale_dtype == 'e4m3' else 'MX'}FP{grid.bits}"
+    shared = {-1: "row", 0: "tensor"}.get(grid.group_size, "block" if is_block(grid) else "group")
+    return f"FP{grid.bits} by {shared}"
+
+
 def grid_misfit(layer: Layer, name: str, widths: dict[tuple[str, str], int]) -> Misfit | None:
     """Why a layout does not hold what shares a scale, for small floats.
 

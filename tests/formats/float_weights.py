@@ -108,7 +108,9 @@ def rounded_float(
         not own.activation.dynamic or own.activation.scale_dtype == "e4m3"
     )
     return QuantizedWeight(
-        codes=nearest_codes(np.divide(weight, whole, out=np.zeros(own.shape), where=whole > 0), grid),
+        codes=nearest_codes(
+            np.divide(weight, whole, out=np.zeros(own.shape), where=whole > 0), grid
+        ),
         scales=stored,
         zeros=np.zeros(shape, np.uint8),
         grid=grid,

@@ -68,7 +68,7 @@ def _loads_dequantized(layer: Layer, tree: ModuleTree) -> bool:
     asked to dequantize them: packed zeros; linears of a class that has no use for packed weights;
     and FP4 and MX, which it unpacks to bfloat16, in models of another dtype."""
     grid = layer.grid
-    in_bfloat16 = grid.small_float is not None and grid.scale_dtype not in common.SCALE_WORDS
+    in_bfloat16 = small_floats.unpacked_to_bfloat16(grid)
     other = (layer.model_dtype or layer.dtype) != "BF16"
     return tree.own_class or not grid.sym or (in_bfloat16 and other)
 
