@@ -20,7 +20,7 @@ from ptq_cli.core.plugins import Contents, ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
+from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 

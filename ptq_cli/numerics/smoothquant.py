@@ -24,7 +24,8 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
 from ptq_cli.numerics.parallel import strips
-from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.scales import ScaleOverflow
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.

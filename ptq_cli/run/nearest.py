@@ -30,14 +30,8 @@ from ptq_cli.numerics.output_errors import (
     measure_rows,
 )
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.numerics.rounding import (
-    ScaleMisfit,
-    blank,
-    first_small_scale,
-    round_rows,
-    round_to_nearest,
-    too_small,
-)
+from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
+from ptq_cli.numerics.scales import ScaleMisfit, first_small_scale, too_small
 
 
 def round_layer(
@@ -57,7 +51,7 @@ def round_layer(
     known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
     with misfits_of(layer):
-        if layer.grid.group_size == 0:
+        if not layer.grid.by_rows:
             plain, measures = round_to_nearest(weight[:], layer.grid), None
         elif fmt.by_rows(layer):
             tensors, measures = _row_by_row(weight, layer, fmt, known)

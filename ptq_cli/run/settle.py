@@ -25,7 +25,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.output_errors import Measures
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer

@@ -12,7 +12,7 @@ from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common, small_floats
-from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
+from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
 
 
 def scales_shape(layer: Layer) -> tuple[int, ...]:
