@@ -196,7 +196,10 @@ def modules_with(
     """
     found = {name[: -len(suffix)] for name in specs for suffix in suffixes if name.endswith(suffix)}
     if declared and not found:
-        raise InputError(f"{declared}, but no tensor is named *{suffixes[0]}")
+        raise InputError(
+            f"{declared}, but no tensor is named *{suffixes[0]}",
+            hint="take quantization_config out of config.json if all weights are float",
+        )
     return tuple(sorted(found, key=natural))
 
 

@@ -148,7 +148,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     if block is not None and not small_floats.is_pair(block):
         raise InputError(f"{_WHERE}: weight_block_size {block!r} is not a pair of numbers above 1")
     modules = common.modules_with(
-        contents.specs, ".weight_scale_inv", declared=f"{_WHERE} says fp8"
+        contents.specs, ".weight_scale_inv", declared=f"{_WHERE} says FP8"
     )
     small_floats.refuse_without_scales(modules, contents, "weight_scale_inv")
     left = [

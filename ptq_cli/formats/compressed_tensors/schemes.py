@@ -107,6 +107,8 @@ def _integers(
 ) -> Grid:
     plain = layout(Grid(bits), activation) == PLAIN
     strategy, size = weights.get("strategy"), _size(weights, where)
+    if weights.get("block_structure"):
+        raise InputError(f"{where}: block_structure of integers is not understood")
     if strategy is None:
         strategy = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
     if strategy == "group" and not plain and size and size > 0:

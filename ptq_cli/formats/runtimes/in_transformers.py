@@ -8,8 +8,6 @@ from typing import Any
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import natural
 from ptq_cli.formats import common, small_floats
-from ptq_cli.formats.compressed_tensors.layouts import PLAIN
-from ptq_cli.formats.compressed_tensors.layouts import layout as compressed_layout
 from ptq_cli.formats.declared import entries, left_dense
 from ptq_cli.formats.runtimes.artifact import (
     FAILS,
@@ -195,7 +193,8 @@ def _fused_experts(artifact: Artifact) -> Facts:
     text = "has another grid than most layers, which transformers takes for all experts"
     yield from about((m for m in _mixed(layers) if m in fused), FAILS, text)
     experts = [layer for layer in layers if layer.module in fused]
-    plain = [x.module for x in experts if compressed_layout(x.grid, x.activation) == PLAIN]
+    integers = [x for x in experts if x.activation and x.activation.levels == "integer"]
+    plain = [layer.module for layer in integers if layer.grid.bits == 8]
     text = "is an expert of plain int8, which transformers cannot fuse: it raises"
     yield from about(plain, FAILS, text, "vLLM reads it")
     yield from asymmetric_experts(artifact)
