@@ -39,8 +39,7 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
-
-
+_EXPERT = ("w1", "w3")  # gate and up of an expert, where they are called so
 NUMBERS = {"integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)"}
 
 
@@ -140,23 +139,31 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
                 )
 
 
-def check_shared(layers: Sequence[Layer], ending: str, contents: Contents) -> None:
-    """Runtimes fuse q/k/v and gate/up, with one global scale for them all: `<module>.<ending>`.
+def fused_groups(modules: Iterable[str]) -> list[list[str]]:
+    """Modules that runtimes fuse into one matrix together, every other one alone."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        fused = next((own for own in (*_FUSED, _EXPERT) if name in own), (name,))
+        groups.setdefault((parent, *fused), []).append(module)
+    return list(groups.values())
+
+
+def check_shared(modules: Sequence[str], ending: str, contents: Contents) -> None:
+    """Linears that runtimes fuse have one global scale, `<module>.<ending>`, together.
 
     Raises:
         InputError: two of them differ, or one is missing; both are named.
     """
-    first: dict[tuple[str, tuple[str, ...]], tuple[str, float]] = {}
-    for layer in layers:
-        parent, _, name = layer.module.rpartition(".")
-        stored = f"{layer.module}.{ending}"
-        tensor(contents.specs, stored, 1)
-        own = (stored, float(contents.read(stored).reshape(-1)[0]))
-        for fused in _FUSED:
-            other = first.setdefault((parent, fused), own) if name in fused else own
-            if other[1] != own[1]:
+    for group in fused_groups(modules):
+        names = [f"{module}.{ending}" for module in group]
+        for name in names:
+            tensor(contents.specs, name, 1)
+        values = [float(contents.read(name).reshape(-1)[0]) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if value != values[0]:
                 raise InputError(
-                    f"{other[0]} is {other[1]:g} and {own[0]} {own[1]:g}, but runtimes (vLLM) fuse"
+                    f"{names[0]} is {values[0]:g} and {name} {value:g}, but runtimes (vLLM) fuse"
                     " the two under one"
                 )
 

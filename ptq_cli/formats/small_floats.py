@@ -18,7 +18,7 @@ _SIGN, _NAN = np.uint8(0x80), np.uint8(0x7F)  # of E4M3, whose NaN are 0x7F and 
 
 # How inputs are rounded beside such weights.
 FP8_TOKENS = Activation(8, levels="e4m3")
-FP8_TENSOR = Activation(8, dynamic=False, levels="e4m3")
+FP8_TENSOR = Activation(8, dynamic=False, per_token=False, levels="e4m3")
 FP8_GROUPS = Activation(8, levels="e4m3", group_size=128)
 
 

@@ -40,10 +40,8 @@ _HEADER_WORDS = {word: header for header, word in _WORDS.items()}
 
 WRITABLE = frozenset(_WORDS)
 
-# What tensors are read as, small floats as those of ml_dtypes; of complex numbers there is no use.
-NUMPY_DTYPES = {
-    header: np.dtype(word) for header, word in _WORDS.items() if not header.startswith("C")
-}
+# What tensors are read as, but for complex numbers.
+NUMPY_DTYPES = {header: np.dtype(word) for header, word in _WORDS.items() if header != "C64"}
 
 
 @dataclass(frozen=True)
