@@ -16,7 +16,7 @@ import numpy as np
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.names import natural
-from ptq_cli.core.plugins import Contents, ModuleTree
+from ptq_cli.core.plugins import ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -147,25 +147,6 @@ def fused_groups(modules: Iterable[str]) -> list[list[str]]:
         fused = next((own for own in (*_FUSED, _EXPERT) if name in own), (name,))
         groups.setdefault((parent, *fused), []).append(module)
     return list(groups.values())
-
-
-def check_shared(modules: Sequence[str], ending: str, contents: Contents) -> None:
-    """Linears that runtimes fuse have one global scale, `<module>.<ending>`, together.
-
-    Raises:
-        InputError: two of them differ, or one is missing; both are named.
-    """
-    for group in fused_groups(modules):
-        names = [f"{module}.{ending}" for module in group]
-        for name in names:
-            tensor(contents.specs, name, 1)
-        values = [float(contents.read(name).reshape(-1)[0]) for name in names]
-        for name, value in zip(names, values, strict=True):
-            if value != values[0]:
-                raise InputError(
-                    f"{names[0]} is {values[0]:g} and {name} {value:g}, but runtimes (vLLM) fuse"
-                    " the two under one"
-                )
 
 
 def _said(own: tuple[Grid, Activation | None] | None) -> str:

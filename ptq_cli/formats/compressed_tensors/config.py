@@ -111,7 +111,7 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
         layers.append(_layer(module, *targets[named], contents))
     common.check_fused(layers)
     divided = [layer.module for layer in layers if layout(layer.grid, layer.activation) == NVFP4]
-    common.check_shared(divided, "weight_global_scale", contents)
+    small_floats.check_shared(divided, "weight_global_scale", contents)
     return tuple(layers)
 
 
