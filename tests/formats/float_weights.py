@@ -18,7 +18,7 @@ SCALES = {
     "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32,
     "e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
-_WITH_INPUTS = {"FP8A16": "FP8_DYNAMIC", "MXFP8A16": "MXFP8"}  # weights alone have no scheme
+_WITH_INPUTS = {"FP8A16": "FP8_DYNAMIC"}  # its weights alone have no scheme
 
 
 def scheme(name: str) -> tuple[Grid, Activation | None]:
@@ -30,7 +30,7 @@ def scheme(name: str) -> tuple[Grid, Activation | None]:
     return grid, None if name.endswith("A16") else base.inputs
 
 
-NAMES = (*(name for name, own in SCHEMES.items() if own.fixed), "FP8A16", "MXFP8A16", "W4AFP8")
+NAMES = (*(name for name, own in SCHEMES.items() if own.fixed), "FP8A16", "W4AFP8")
 GRIDS = {name: scheme(name) for name in NAMES}
 
 
