@@ -324,7 +324,7 @@ def test_siblings_with_other_numbers() -> None:
 def test_mlx_has_no_global_scale() -> None:
     own = own_layer(MLX, "NVFP4A16")
     assert not format_named(MLX).global_scale
-    with pytest.raises(InputError, match=r"no global scale of NVFP4, which is 512\.5 here"):
+    with pytest.raises(InputError, match="no global scale of NVFP4, and this weight has one"):
         format_named(MLX).encode(own, any_codes(own))
 
 

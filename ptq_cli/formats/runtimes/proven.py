@@ -41,9 +41,15 @@ def _layouts(widths: Iterable[int], *symmetries: bool) -> frozenset[Layout]:
 _DENSE = ("llama", "qwen2")
 _WITH_IMAGES = ("qwen3", "llava", "llama")  # LLaVA with a Llama
 _FOUR = _layouts((4,), True)
-_FP8 = frozenset((f"FP8 by {shared}", True, 8) for shared in ("row", "tensor", "block"))
-_FP4_AND_MX = frozenset((name, True, None) for name in ("NVFP4", "MXFP4", "MXFP8"))
-_ROUNDED = frozenset({("NVFP4", True, 4), ("MXFP4", True, 4), ("MXFP8", True, 8), (4, True, "FP8")})
+_FP8: frozenset[Layout] = frozenset(
+    (f"FP8 by {shared}", True, 8) for shared in ("row", "tensor", "block")
+)
+_FP4_AND_MX: frozenset[Layout] = frozenset(
+    (name, True, None) for name in ("NVFP4", "MXFP4", "MXFP8")
+)
+_ROUNDED: frozenset[Layout] = frozenset(
+    {("NVFP4", True, 4), ("MXFP4", True, 4), ("MXFP8", True, 8), (4, True, "FP8")}
+)
 _LEGACY_BLOCKS = _layouts((4, 5), *BOTH) | _layouts((8,), True)
 
 PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
