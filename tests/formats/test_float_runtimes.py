@@ -73,3 +73,18 @@ def test_inputs_in_fp4_want_hardware_that_has_it() -> None:
         found = said(LIMIT, "vllm", "compressed-tensors", float_layer(scheme))
         assert any(words in text for text in found), scheme
     assert not said(LIMIT, "vllm", "compressed-tensors", float_layer("NVFP4A16"))
+
+
+@pytest.mark.parametrize(("name", "rows", "fails"), [
+    ("q_proj", 192, True), ("v_proj", 192, False), ("q_proj", 256, False), ("o_proj", 192, False),
+])  # fmt: skip
+def test_blocks_of_what_vllm_fuses(name: str, rows: int, fails: bool) -> None:
+    own = float_layer("FP8_BLOCK", (rows, 256), module=f"model.layers.0.self_attn.{name}")
+    found = said(FAILS, "vllm", "compressed-tensors", own)
+    assert any("that vLLM fuses" in text for text in found) == fails
+
+
+def test_whole_tensors_have_other_names_in_vllm() -> None:
+    own = float_layer("FP8", scale_dtype="float32")
+    assert any("other names" in text for text in said(FAILS, "vllm", "fp8", own))
+    assert loads(facts(artifact("compressed-tensors", float_layer("FP8")), "vllm"))
