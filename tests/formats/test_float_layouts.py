@@ -54,6 +54,69 @@ def test_written_is_read(fmt: str, scheme: str, shape: tuple[int, int]) -> None:
     assert back.grid == replace(own.grid, global_scale=whole)
 
 
+@pytest.mark.parametrize(("fmt", "scheme"), HELD)
+def test_each_knows_its_own(fmt: str, scheme: str) -> None:
+    config, tensors = written(fmt, [own_layer(fmt, scheme)])
+    for name in FORMATS:
+        if name != "gguf":
+            assert bool(read_back(format_named(name), config, tensors)) == (name == fmt)
+
+
+@pytest.mark.parametrize(("fmt", "scheme"), HELD)
+def test_row_by_row(fmt: str, scheme: str) -> None:
+    """Where a format says so, rows packed alone are rows of what is packed whole."""
+    record, own = format_named(fmt), own_layer(fmt, scheme)
+    if not record.by_rows(own):
+        return
+    weight = any_codes(own)
+    weight = weight if record.global_scale else replace(weight, grid=own.grid)
+    whole, part = record.encode(own, weight), replace(own, shape=(8, 256), full_shape=(8, 256))
+    for name, values in record.encode(part, weight.panel(slice(8, 16))).items():
+        np.testing.assert_array_equal(values.view(np.uint8), whole[name][8:16].view(np.uint8))
+
+
+def test_what_others_declare() -> None:
+    """llm-compressor's words for FP8 and NVFP4, Qwen's and DeepSeek's for theirs."""
+    plain = {"actorder": None, "block_structure": None, "observer_kwargs": {}, "symmetric": True}
+    eight = {**plain, "num_bits": 8, "type": "float", "group_size": None}
+    four = {
+        **plain, "num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group",
+        "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn",
+    }  # fmt: skip
+    groups = {
+        "FP8_DYNAMIC": (
+            "float-quantized",
+            {**eight, "dynamic": False, "observer": "minmax", "strategy": "channel"},
+            {**eight, "dynamic": True, "observer": None, "strategy": "token"},
+        ),
+        "NVFP4": (
+            "nvfp4-pack-quantized",
+            {**four, "dynamic": False, "observer": "static_minmax"},
+            {**four, "dynamic": "local", "observer": "static_minmax"},
+        ),
+    }
+    for scheme, (fmt, weights, inputs) in groups.items():
+        own = own_layer(CT, scheme)
+        config, tensors = written(CT, [own])
+        group = {
+            "input_activations": inputs, "output_activations": None, "targets": ["Linear"],
+            "weights": weights,
+        }  # fmt: skip
+        config["quantization_config"] |= {
+            "config_groups": {"group_0": group}, "format": fmt, "version": "0.12.2",
+            "global_compression_ratio": 1.24,
+        }  # fmt: skip
+        (found,) = read_back(format_named(CT), config, tensors)
+        assert (found.grid, found.activation) == (own.grid, own.activation)
+    own = own_layer(FP8, "FP8_BLOCK", scale_dtype="float32")
+    _, tensors = written(FP8, [own])
+    for more in ({"scale_fmt": "ue8m0"}, {"modules_to_not_convert": ["model.layers.0.mlp.gate"]}):
+        declared = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", **more}
+        config = {"dtype": "bfloat16", "quantization_config": declared}
+        (found,) = read_back(format_named(FP8), config, tensors)
+        assert (found.grid, found.activation) == (own.grid, own.activation)
+
+
 @pytest.mark.parametrize("scheme", LAYOUTS)
 def test_layouts_by_name(scheme: str) -> None:
     own = own_layer(CT, scheme)
