@@ -110,9 +110,9 @@ def _as_written(spec: TensorSpec) -> TensorSpec:
 
 
 def _by_rows(layer: Layer) -> bool:
-    """FP8 with a scale for each row or group of it, and nothing for the whole tensor."""
-    alone = layer.activation is None or not layer.activation.calibrated
-    return layer.grid.levels == "e4m3" and layer.grid.by_rows and alone
+    """Small floats with nothing for the whole tensor: no global scale, no static one of inputs."""
+    grid, alone = layer.grid, layer.activation is None or not layer.activation.calibrated
+    return grid.small_float is not None and grid.by_rows and grid.scale_dtype != "e4m3" and alone
 
 
 FORMAT = Format(
