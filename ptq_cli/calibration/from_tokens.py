@@ -206,6 +206,8 @@ def token_source(
         couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
         scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
+        attentions=tuple(block.attention for block in arch.blocks),
+        kv_heads=arch.n_kv_heads,
     )
 
 

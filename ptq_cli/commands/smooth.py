@@ -93,6 +93,17 @@ def prepare_smoothing(
             f"--runtime: --bits {FLOAT_BITS} writes float weights, which are checked"
             " once they are quantized"
         )
+    if told.grid.kv_cache and told.floats:
+        raise InputError(
+            f"--kv-cache: --bits {FLOAT_BITS} writes float weights",
+            hint="give it where these weights are quantized",
+        )
+    if told.grid.kv_cache and source.parallel_layers:
+        raise InputError(
+            f"--kv-cache: {command} changes the values that are cached, so their scales come from"
+            " the model as it is smoothed and rounded",
+            hint="leave --parallel-layers out",
+        )
     if told.floats:  # nothing is rounded that could feed what comes after it
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
@@ -102,7 +113,11 @@ def prepare_smoothing(
     _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)
     read = (told.grid, told.rounding.settings, told.own)
-    facts = {"calibration": True, "in_sequence": source.in_sequence}
+    facts = {
+        "calibration": True,
+        "in_sequence": source.in_sequence,
+        "tokens": source.tokens.given,
+    }
     refuse_unused(command, given, recipe, read, **facts)
     target = jobs.default_output(checkpoint, command, told.grid)
     if told.floats:

@@ -88,9 +88,16 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
             *dead_inputs(ordered),
             *of_rows,
         ),
-        settings={"format": quantized.fmt.name},
+        settings=_settings(quantized),
         weak=(*(() if source is None else source.weak), *of_rows),
     )
+
+
+def _settings(quantized: QuantizedFolder) -> dict[str, str]:
+    """What the folder says of itself."""
+    cache = quantized.kv_cache
+    said = {} if cache is None else {"kv_cache": "fp8-head" if cache.per_head else "fp8"}
+    return {"format": quantized.fmt.name, **said}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ Per linear `<module>`:
     <module>.input_scale  F32 [1], only where inputs are rounded with a static scale:
                           `input ≈ input_scale · code`, codes within ±127 (±7)
 
+and per attention whose keys and values are cached in FP8:
+
+    <attention>.k_scale  F16, BF16 or F32  [1], or [key heads, 1, 1]: `key ≈ k_scale · level`, a
+    <attention>.v_scale                    level being an E4M3; the same of values
+
 `weight ≈ scales · (codes − zeros)`. `width` is the group size, or in_features where the group is a
 row or the tensor. The true shape and the grid stand in the file's metadata under `layers`:
 
@@ -33,8 +38,9 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.kv_cache import find_kv_cache
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import CacheLayout, Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -165,4 +171,7 @@ FORMAT = Format(
     layers=_layers,
     by_rows=_by_rows,
     mirrored=common.may_mirror,
+    kv_cache=CacheLayout(
+        declare=lambda cache: {}, read=lambda contents: find_kv_cache(contents.specs)
+    ),
 )

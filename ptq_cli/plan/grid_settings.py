@@ -18,6 +18,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 # How a scheme rounds the inputs of the layers when they run.
 SCHEME_INPUTS = {"W8A8": Activation()}
 
+KV_CACHES = ("fp8", "fp8-head")  # of `kv_cache`
+
 FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
 
 
@@ -82,6 +84,15 @@ class GridSettings:
     sites: tuple[Mapping[str, Any], ...] = field(
         default=(),
         metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
+    )
+    kv_cache: str = field(
+        default="",
+        metadata={
+            "help": "Round the keys and values that attention caches, too, with scales from the"
+            " tokens: fp8, E4M3 with a scale for each block; fp8-head, with one for each key head.",
+            "choices": KV_CACHES,
+            "needs": ({"tokens": (True,)},),
+        },
     )
     format: str = field(
         default="ptq",

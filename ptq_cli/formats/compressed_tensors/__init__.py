@@ -21,6 +21,10 @@ and in either, where inputs have a static scale:
     <module>.input_scale        [1], rounded to the dtype of the weight's scales
     <module>.input_zero_point   I8 [1]                        zero − 128; asymmetric inputs only
 
+and of an attention whose cache is rounded to FP8, each [1] or [key heads, 1, 1]:
+
+    <attention>.k_scale, <attention>.v_scale    as kv_cache.py says
+
 `weight ≈ scales · (codes − zeros)`. A symmetric grid stores no zeros: a mirrored group of
 `pack-quantized` is `max − code` with a negative scale. config.py has the declaration in config.json
 and its reading.
@@ -41,6 +45,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.config import declare, is_plain, recognise
+from ptq_cli.formats.compressed_tensors.kv_cache import KV_CACHE
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
 from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
 
@@ -214,4 +219,5 @@ FORMAT = Format(
     mirrored=common.may_mirror,
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     file_metadata={"format": "pt"},
+    kv_cache=KV_CACHE,
 )

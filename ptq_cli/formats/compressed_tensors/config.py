@@ -25,7 +25,7 @@ _PACKED, _PLAIN = "pack-quantized", "int-quantized"
 _WHERE = "quantization_config"
 _KNOWN = (
     "quant_method", "format", "quantization_status", "config_groups", "ignore", "version",
-    "global_compression_ratio", "sparsity_config", "dequantize",
+    "global_compression_ratio", "sparsity_config", "dequantize", "kv_cache_scheme",
 )  # fmt: skip
 _SCHEME_KEYS = (
     "num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "observer",
