@@ -117,3 +117,8 @@ class Activation:
     levels: str = "integer"
     group_size: int = 0
     scale_dtype: str = "float32"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a scale of theirs is known beforehand."""
+        return not self.dynamic or self.scale_dtype == "e4m3"

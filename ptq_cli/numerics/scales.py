@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ptq_cli.core.grid import Grid
+from ptq_cli.core.levels import SmallFloat
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -87,6 +88,19 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     if np.minimum.reduce(scales, axis=None) == 0:
         result[scales == 0] = 1
     return result
+
+
+def global_scale_of(absmax: float, small: SmallFloat, power_of_two: bool = False) -> float:
+    """What E4M3 scales of a tensor are divided by, a float32: its greatest weight by size is then
+    the largest scale times the largest level. 1 where all are zero (or not finite).
+
+    power_of_two: the next one below
+    """
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        found = np.float32(SCALE_LIMITS["e4m3"][1] * small.largest) / np.float32(absmax)
+    if not np.isfinite(found) or found <= 0:
+        return 1.0
+    return float(2.0 ** np.floor(np.log2(found))) if power_of_two else float(found)
 
 
 def stored_scales(scales: FloatArray, grid: Grid) -> Array:

@@ -90,6 +90,8 @@ def _misfit(job: Quantization, layer: Layer) -> ScaleMisfit | None:
 
 def _wider(job: Quantization, layer: Layer) -> Iterator[Layer]:
     """The layer with scales of each wider range that the format holds."""
+    if layer.grid.scale_dtype not in BY_RANGE:
+        return
     for dtype in BY_RANGE[BY_RANGE.index(layer.grid.scale_dtype) + 1 :]:
         other = with_scales(layer, dtype)
         if job.rounding.fmt.misfit(other) is None:
