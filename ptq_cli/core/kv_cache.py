@@ -28,6 +28,11 @@ class KVCache:
     per_head: bool
     dtype: str
 
+    @property
+    def setting(self) -> str:
+        """The value of `--kv-cache` that makes such a cache."""
+        return "fp8-head" if self.per_head else "fp8"
+
     def specs_of(self, module: str) -> tuple[TensorSpec, TensorSpec]:
         """The scales of an attention's keys and of its values."""
         shape = (self.n_heads, 1, 1) if self.per_head else (1,)

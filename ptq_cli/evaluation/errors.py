@@ -96,8 +96,7 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
 def _settings(quantized: QuantizedFolder) -> dict[str, str]:
     """What the folder says of itself."""
     cache = quantized.kv_cache
-    said = {} if cache is None else {"kv_cache": "fp8-head" if cache.per_head else "fp8"}
-    return {"format": quantized.fmt.name, **said}
+    return {"format": quantized.fmt.name} | ({} if cache is None else {"kv_cache": cache.setting})
 
 
 @dataclass(frozen=True)

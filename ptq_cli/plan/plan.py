@@ -81,8 +81,7 @@ def make_plan(
     check_calibrated(units)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
-    packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))
-    packed += 0 if cache is None else cache.nbytes
+    specs = [*(cache.specs() if cache else ()), *(x for own in layers for x in fmt.specs(own))]
     return Plan(
         method=method.name,
         settings=(settings, method_settings),
@@ -91,6 +90,6 @@ def make_plan(
         skipped=tuple(skipped),
         warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
         bytes_before=before,
-        bytes_after=before - rounded + packed,
+        bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
         kv_cache=cache,
     )

@@ -19,7 +19,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.common import SCALE_NAMES
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.kv_cache import cache_scales, rounded_cache, used_range
-from ptq_cli.numerics.scales import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 from ptq_cli.run.work import Work
 from ptq_cli.storage.tensors import as_array, as_bytes
 
@@ -61,7 +61,10 @@ class CacheInSequence:
                 hint="is the checkpoint sound?",
             )
         kind = SCALE_NAMES[self.cache.dtype]
-        scales = [cache_scales(own[0], self.cache.per_head, kind) for own in reach]
+        try:
+            scales = [cache_scales(own[0], self.cache.per_head, kind) for own in reach]
+        except ScaleOverflow as error:
+            raise InputError(f"{module}: keys or values: {error.message}") from None
         tensors = [
             as_bytes(spec.name, own.astype(SCALE_DTYPES[kind]).reshape(spec.shape))
             for spec, own in zip(self.cache.specs_of(module), scales, strict=True)

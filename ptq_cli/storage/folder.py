@@ -213,12 +213,13 @@ class QuantizedFolder:
 
     @property
     def packed_names(self) -> set[str]:
-        return {spec.name for layer in self.layers.values() for spec in self.fmt.specs(layer)}
+        """Names of the tensors that a layer or the cache owns."""
+        names = {spec.name for layer in self.layers.values() for spec in self.fmt.specs(layer)}
+        return names.union(spec.name for spec in self.kv_cache.specs()) if self.kv_cache else names
 
     def untouched(self) -> Iterator[str]:
         """Names of the tensors that neither a layer nor the cache owns."""
         packed = self.packed_names
-        packed |= {spec.name for spec in self.kv_cache.specs()} if self.kv_cache else set()
         return (name for name in self.checkpoint.tensors if name not in packed)
 
 
