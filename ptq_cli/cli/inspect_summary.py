@@ -47,6 +47,8 @@ def _paragraphs(document: Mapping[str, Any], width: int, sites: bool) -> list[st
     if document["kind"] == "quantized":
         found += [grids(document["format"], document["layers"])]
         found += _layers(document["layers"], width)
+        if document["kv_cache"]:
+            found.append(f"keys and values are cached in FP8 ({document['kv_cache']})")
     else:
         chosen = [entry["tensor"] for entry in tensors if not entry["left_alone"]]
         found += [f"family: {document['family']}"] if document["family"] else []

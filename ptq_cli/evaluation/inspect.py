@@ -55,7 +55,7 @@ def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, An
 
 def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
     """Of a quantized folder: `tensors`, `format`, `layers` with grid, method, size (`bytes` of
-    all their tensors, `bits_per_weight`), `totals`."""
+    all their tensors, `bits_per_weight`), `kv_cache` where its cache is rounded, `totals`."""
     packed, methods = folder.packed_names, _methods(folder.checkpoint)
     layers = [
         {
@@ -78,6 +78,7 @@ def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
         "kind": "quantized",
         "format": folder.fmt.name,
         "layers": layers,
+        "kv_cache": None if folder.kv_cache is None else folder.kv_cache.setting,
         "tensors": _tensors(folder.checkpoint, packed),
         "totals": _totals(folder.checkpoint),
     }
