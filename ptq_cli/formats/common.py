@@ -39,6 +39,7 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+BEFORE_OTHERS = tuple(name for fused in _FUSED for name in fused[:-1])  # in the one matrix
 _EXPERT = ("w1", "w3")  # gate and up of an expert, where they are called so
 NUMBERS = {"integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)"}
 
