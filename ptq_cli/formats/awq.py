@@ -26,7 +26,7 @@ from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
+from ptq_cli.formats import common, fused
 from ptq_cli.formats.declared import left_dense
 from ptq_cli.numerics.packing import pack_words
 
@@ -102,7 +102,7 @@ def _unpack(words: Array) -> Codes:
 def _config(
     layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
 ) -> dict[str, Any]:
-    common.check_fused(layers, dense)
+    fused.check_fused(layers, dense)
     dense = [name for module in dense for name in tree.names(module)]
     sizes = {layer.grid.group_size for layer in layers}
     if len(sizes) > 1:

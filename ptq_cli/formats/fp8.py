@@ -24,7 +24,7 @@ from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common, small_floats
+from ptq_cli.formats import common, fused, small_floats
 from ptq_cli.formats.declared import left_dense
 from ptq_cli.formats.small_floats import E4M3, FP8_GROUPS, FP8_TENSOR, FP8_TOKENS
 
@@ -113,8 +113,8 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
 def _config(
     layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
 ) -> dict[str, Any]:
-    common.check_fused(layers, dense)
-    schemes = {common.scheme(layer) for layer in layers}
+    fused.check_fused(layers, dense)
+    schemes = {fused.scheme(layer) for layer in layers}
     if len(schemes) > 1:
         raise InputError(
             f"{_NAME} has one scheme for all layers, not {len(schemes)}",
@@ -159,7 +159,7 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     for module, entry in left_dense(modules, left):
         raise InputError(f"module {module!r} is packed, but {entry!r} says it is left dense")
     layers = tuple(_layer(module, block, scheme == "static", contents) for module in modules)
-    common.check_fused(layers)
+    fused.check_fused(layers)
     return layers
 
 

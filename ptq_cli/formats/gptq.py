@@ -32,7 +32,7 @@ from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
+from ptq_cli.formats import common, fused
 from ptq_cli.numerics.packing import pack_words, unpack_words
 
 _LIMITS = common.Limits(bits=(2, 3, 4, 8), reordered=True)
@@ -144,8 +144,8 @@ def _order(layer: Layer, g_idx: Array) -> Array | None:
 def _config(
     name: str, layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
 ) -> dict[str, Any]:
-    common.check_fused(layers, dense)
-    base = common.commonest(layers)
+    fused.check_fused(layers, dense)
+    base = fused.commonest(layers)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": base.grid.bits,
@@ -160,7 +160,7 @@ def _config(
         f"-:^{re.escape(name)}$": {} for module in left for name in tree.names(module)
     }
     for layer in layers:
-        if common.scheme(layer) != common.scheme(base):
+        if fused.scheme(layer) != fused.scheme(base):
             settings = {key: getattr(layer.grid, key) for key in ("bits", "group_size", "sym")}
             for name in tree.names(layer.module):
                 dynamic[f"+:^{re.escape(name)}$"] = settings
@@ -221,7 +221,7 @@ def _layers(name: str, contents: Contents) -> tuple[Layer, ...]:
             own = common.mapping(dynamic, pattern, "dynamic")
             common.refuse_unknown(own, _KNOWN, f"dynamic {pattern!r}")
         layers.append(_layer(module, {**settings, **own}, contents))
-    common.check_fused(layers)
+    fused.check_fused(layers)
     return tuple(layers)
 
 

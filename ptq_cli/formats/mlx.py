@@ -35,7 +35,7 @@ from ptq_cli.core.plugins import AS_NAMED, Contents, Format, ModuleTree
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common, small_floats
+from ptq_cli.formats import common, fused, small_floats
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
 
 _LIMITS = common.Limits(
@@ -161,7 +161,7 @@ def _declared(grid: Grid) -> dict[str, Any]:
 def _config(
     layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree = AS_NAMED
 ) -> dict[str, Any]:
-    base = _declared(common.commonest(layers).grid)
+    base = _declared(fused.commonest(layers).grid)
     config = dict(base)
     for layer in layers:
         own = _declared(layer.grid)

@@ -12,7 +12,7 @@ from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Contents
 from ptq_cli.core.tensors import Array, Codes
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
+from ptq_cli.formats import common, fused
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 _SIGN, _NAN = np.uint8(0x80), np.uint8(0x7F)  # of E4M3, whose NaN are 0x7F and 0xFF
@@ -145,7 +145,7 @@ def check_shared(modules: Sequence[str], ending: str, contents: Contents) -> Non
     Raises:
         InputError: two of them differ; one is missing, or is no number above 0.
     """
-    for group in common.fused_groups(modules):
+    for group in fused.fused_groups(modules):
         names = [f"{module}.{ending}" for module in group]
         for name in names:
             common.tensor(contents.specs, name, 1)

@@ -12,7 +12,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
-from ptq_cli.formats.common import fused_groups
+from ptq_cli.formats.fused import fused_groups
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.output_errors import ROWS_AT_ONCE

@@ -17,7 +17,7 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
-from ptq_cli.formats.common import fused_groups
+from ptq_cli.formats.fused import fused_groups
 from ptq_cli.numerics.output_errors import Measures, Rows, measure
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note

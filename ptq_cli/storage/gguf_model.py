@@ -20,7 +20,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
-from ptq_cli.formats import common
+from ptq_cli.formats import fused
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
@@ -146,7 +146,7 @@ def _metadata(
         with named(source.folder / "chat_template.jinja"):
             template = (source.folder / "chat_template.jinja").read_text("utf-8")
         settings = {"chat_template": template, **settings}
-    kind = block_type(common.commonest(layers).grid).name
+    kind = block_type(fused.commonest(layers).grid).name
     name = (source.root or source.folder).resolve().name
     architecture = names_of_model(source.config).architecture
     try:

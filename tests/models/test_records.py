@@ -10,7 +10,7 @@ import pytest
 import ptq_cli
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.formats.common import _FUSED
+from ptq_cli.formats.fused import FUSED
 from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
 from ptq_cli.models.forward.architecture import read_architecture
@@ -138,14 +138,14 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
         for group in (family.names.qkv, family.names.mlp_in)
         if len(group) > 1
     }
-    assert groups == set(_FUSED)
+    assert groups == set(FUSED)
 
 
 # What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
 # experts are stored as one tensor, in any model; parameters of transformers' modules; what tests
 # load.
 ELSEWHERE = {
-    *("formats/gguf/metadata.py", "formats/common.py", "models/experts.py"),
+    *("formats/gguf/metadata.py", "formats/fused.py", "models/experts.py"),
     *("calibration/torch_experts.py", "formats/runtimes/proven.py"),
 }
 

@@ -17,7 +17,7 @@ from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import AS_NAMED, Contents, ModuleTree
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common, small_floats
+from ptq_cli.formats import common, fused, small_floats
 from ptq_cli.formats.compressed_tensors.layouts import NVFP4, PLAIN, layout
 from ptq_cli.formats.compressed_tensors.schemes import Scheme, group, read_scheme
 from ptq_cli.formats.declared import entries
@@ -36,11 +36,11 @@ def declare(
 ) -> dict[str, Any]:
     """`quantization_config`: one group per scheme. The commonest aims at the class Linear, the
     others, which win over it, at modules by name."""
-    common.check_fused(layers, dense)
-    base = common.scheme(common.commonest(layers))
+    fused.check_fused(layers, dense)
+    base = fused.scheme(fused.commonest(layers))
     members: dict[Scheme, list[Layer]] = {base: []}
     for layer in layers:
-        members.setdefault(common.scheme(layer), []).append(layer)
+        members.setdefault(fused.scheme(layer), []).append(layer)
     groups = {}
     for number, (scheme, own) in enumerate(members.items()):
         named = [name for layer in own for name in tree.names(layer.module)]
@@ -109,7 +109,7 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
         if named is None:
             raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
         layers.append(_layer(module, *targets[named], contents))
-    common.check_fused(layers)
+    fused.check_fused(layers)
     divided = [layer.module for layer in layers if layout(layer.grid, layer.activation) == NVFP4]
     small_floats.check_shared(divided, "weight_global_scale", contents)
     return tuple(layers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ptq_cli.errors import InputError
-from ptq_cli.formats import common
+from ptq_cli.formats import common, fused
 from ptq_cli.formats.runtimes import in_transformers
 from ptq_cli.formats.runtimes.artifact import (
     FAILS,
@@ -126,7 +126,7 @@ def _vllm_floats(artifact: Artifact) -> Facts:
     text = "inputs in FP8 need hardware that has it (compute capability 8.9, MI300)"
     yield from about(fp8, LIMIT, text)
     blocks = [x for x in floats if x.grid.block_rows > 1 and x.shape[0] % x.grid.block_rows]
-    merged = [x.module for x in blocks if x.module.endswith(common.BEFORE_OTHERS)]
+    merged = [x.module for x in blocks if x.module.endswith(fused.BEFORE_OTHERS)]
     text = "out_features is no multiple of the block, in a matrix that vLLM fuses: it raises"
     yield from about(merged, FAILS, text, "--scheme FP8_DYNAMIC")
     if artifact.format == "fp8":

@@ -10,7 +10,7 @@ from typing import Any
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import AS_NAMED, ModuleTree
-from ptq_cli.formats import common
+from ptq_cli.formats import common, fused
 
 FAILS, LIMIT, NOTE = "fails", "limit", "note"
 _EXPERT = re.compile(r"^(.*\.experts?)\.\d+\.")
@@ -85,7 +85,7 @@ class Artifact:
     def mixed_experts(self) -> list[str]:
         """Experts of a mixture whose linears are not all alike, or not all quantized."""
         schemes: dict[str, set[Any]] = {}
-        known: dict[str, Any] = {layer.module: common.scheme(layer) for layer in self.layers}
+        known: dict[str, Any] = {layer.module: fused.scheme(layer) for layer in self.layers}
         for module, scheme in (known | dict.fromkeys(self.dense)).items():
             if found := _EXPERT.match(module):
                 schemes.setdefault(found[1], set()).add(scheme)

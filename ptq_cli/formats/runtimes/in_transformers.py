@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import natural
-from ptq_cli.formats import common, small_floats
+from ptq_cli.formats import common, fused, small_floats
 from ptq_cli.formats.declared import entries, left_dense
 from ptq_cli.formats.runtimes.artifact import (
     FAILS,
@@ -29,8 +29,8 @@ def in_blocks(dense: Sequence[str]) -> list[str]:
 
 
 def _mixed(layers: Sequence[Layer]) -> list[str]:
-    base = common.scheme(common.commonest(layers))
-    return [layer.module for layer in layers if common.scheme(layer) != base]
+    base = fused.scheme(fused.commonest(layers))
+    return [layer.module for layer in layers if fused.scheme(layer) != base]
 
 
 def gptqmodel_kernels(artifact: Artifact) -> Facts:
