@@ -26,6 +26,7 @@ from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces
 from ptq_cli.storage.files import (
+    MAX_JSON,
     listing,
     parse_json,
     read_document,
@@ -113,16 +114,20 @@ class Checkpoint:
         """config.json, tokenizer.json … of a checkpoint that has them in itself, by name."""
         return {}
 
+    def document(self, name: str, limit: int = MAX_JSON) -> Any:
+        """tokenizer.json and the like, from the checkpoint itself or from its folder; None where
+        there is none. Raises InputError for one of more than `limit` bytes, or that is no JSON."""
+        if self.documents or name not in listing(self.folder):
+            return self.documents.get(name)
+        return read_document(self.folder / name, limit)
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """config.json of the model folder, or of the folder a bare file lies in; {} without one."""
-        if "config.json" not in listing(self.folder):
-            return {}
-        path = self.folder / "config.json"
-        config = read_document(path)
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: not a JSON object")
-        return config
+        config = self.document("config.json")
+        if not isinstance(config, dict | None):
+            raise InputError(f"{self.folder / 'config.json'}: not a JSON object")
+        return config or {}
 
     def read(self, name: str) -> Array:
         """A tensor in the dtype it is stored in.

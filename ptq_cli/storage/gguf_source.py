@@ -35,7 +35,7 @@ _SCALES = (".scale", ".input_scale")  # of NVFP4's tensors and of their inputs
 
 @dataclass(frozen=True)
 class GgufPlace:
-    """How a tensor lies in the file.
+    """How a tensor lies in the file that is seen otherwise.
 
     heads: its rows are reordered inside each of so many; scale: what its values are multiplied by
     """
@@ -47,11 +47,6 @@ class GgufPlace:
     @property
     def packed(self) -> bool:
         return self.tensor.spec.dtype not in FLOAT_DTYPES
-
-    @property
-    def as_seen(self) -> bool:
-        """Whether its bytes are those of the tensor that is seen."""
-        return not self.packed and self.heads is None
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,15 @@ class _Rows:
 
 @dataclass(frozen=True)
 class GgufSource(Checkpoint):
-    """places: of each tensor; settings: what `config` is without a model folder"""
+    """places: of tensors that are quantized or reordered; settings: what `config` is without a
+    model folder"""
 
     places: Mapping[str, GgufPlace] = field(kw_only=True)
     settings: Mapping[str, Any] = field(kw_only=True)
+
+    @property
+    def stem(self) -> str:
+        return self.weights.name.removesuffix(".gguf")
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -89,53 +89,55 @@ class GgufSource(Checkpoint):
         return {"config.json": self.settings, **tokenizer}
 
     def extent(self, name: str) -> int:
-        return self.places[name].tensor.nbytes
+        place = self.places.get(name)
+        return super().extent(name) if place is None else place.tensor.nbytes
 
     def rows(self, name: str, shape: tuple[int, int]) -> Rows:
-        place = self.places[name]
-        if not place.packed:
-            return self.read(name).reshape(shape)
+        place = self.places.get(name)
+        if place is None or not place.packed:
+            return super().rows(name, shape)
         scale = np.ones(1, np.float32)
         if place.scale is not None:
             read_into(self.weights, place.scale.offset, scale.view(np.uint8))
-        kind = _library_type(place.tensor.spec.dtype)
-        return _Rows(self._stored_rows(name), kind, scale[0])
+        return _Rows(self._in_order(place), _library_type(place.tensor.spec.dtype), scale[0])
 
-    def _stored_rows(self, name: str) -> NDArray[np.uint8]:
+    def _in_order(self, place: GgufPlace) -> NDArray[np.uint8]:
         """Bytes of the file, [rows, bytes of a row], in the order that is seen."""
-        place = self.places[name]
         data = np.empty(place.tensor.nbytes, np.uint8)
         read_into(self.weights, place.tensor.offset, data)
         rows = data.reshape(place.tensor.spec.shape[0], -1)
         return rows if place.heads is None else unpermute_rows(rows, place.heads)
 
     def read(self, name: str) -> Array:
-        place, spec = self.places[name], self.tensors[name].spec
-        if place.as_seen:
+        place, spec = self.places.get(name), self.tensors[name].spec
+        if place is None:
             return super().read(name)
         if not place.packed:
-            return self._stored_rows(name).view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
-        values = self.rows(name, (spec.shape[0], spec.shape[1]))[:]
-        return values.astype(NUMPY_DTYPES[SEEN_AS]).reshape(spec.shape)
+            return self._in_order(place).view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
+        rows, columns = spec.shape
+        return self.rows(name, (rows, columns))[:].astype(NUMPY_DTYPES[SEEN_AS])
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
-        if self.places[name].as_seen:
+        if name not in self.places:
             return super().read_bytes(name)
         return as_bytes(name, self.read(name)).data
 
     def copyable(self, name: str) -> StoredTensor | Bytes:
-        if self.places[name].as_seen:
+        if name not in self.places:
             return super().copyable(name)
         return Bytes(self.tensors[name].spec, self.read_bytes(name))
 
     def streams(self, layer: Layer) -> bool:
-        return self.places[layer.tensor].as_seen and super().streams(layer)
+        return layer.tensor not in self.places and super().streams(layer)
+
+    def holding(self, tensors: Mapping[str, StoredTensor]) -> GgufSource:
+        """The same checkpoint, seen as these tensors; those that are others lie elsewhere."""
+        same = [name for name in self.places if tensors.get(name) is self.tensors[name]]
+        places = {name: self.places[name] for name in same}
+        return replace(self, tensors=tensors, places=places)
 
     def part(self, names: Iterable[str]) -> GgufSource:
-        own = list(names)
-        places = {name: self.places[name] for name in own}
-        tensors = {name: self.tensors[name] for name in own}
-        return replace(self, tensors=tensors, places=places)
+        return self.holding({name: self.tensors[name] for name in names})
 
 
 def open_gguf_source(path: Path, root: Path | None = None) -> GgufSource:
@@ -154,8 +156,8 @@ def open_gguf_source(path: Path, root: Path | None = None) -> GgufSource:
         settings = _settings(path, header, names, found)
         places = _places(header, names, found, settings)
     tensors = {
-        name: StoredTensor(_seen(name, place.tensor), path, place.tensor.offset)
-        for name, place in places.items()
+        name: StoredTensor(_seen(name, tensor), path, tensor.offset)
+        for name, tensor in found.items()
     }
     why = None if whole else unread(header.metadata)
     warnings = () if why is None else (f"{path}: its tokenizer is left out: {why}",)
@@ -194,6 +196,7 @@ def _places(
     found: Mapping[str, GgufTensor],
     settings: Mapping[str, Any],
 ) -> dict[str, GgufPlace]:
+    """Of tensors that are quantized or reordered. Raises InputError for what cannot be decoded."""
     by_name = {tensor.spec.name: tensor for tensor in header.tensors}
     places = {}
     for name, tensor in found.items():
@@ -202,9 +205,11 @@ def _places(
         if heads is not None and spec.shape[0] % (2 * heads):
             raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
         scale = by_name.get(f"{spec.name.removesuffix('.weight')}.scale")
-        places[name] = place = GgufPlace(tensor, heads, scale)
+        place = GgufPlace(tensor, heads, scale)
         if place.packed:
             _check_packed(place)
+        if place.packed or heads is not None:
+            places[name] = place
     return places
 
 
