@@ -33,6 +33,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.gguf_source import open_gguf_source
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
@@ -355,9 +356,7 @@ def open_float(path: Path) -> Checkpoint:
     """
     gguf = _gguf_of(path)
     if gguf is not None:
-        files.regular_file(gguf)
-        message = f"{gguf}: a GGUF file, which is not read as a source yet"
-        raise InputError(message, hint="start from the float model, in safetensors")
+        return open_gguf_source(gguf, path if path.is_dir() else None)
     checkpoint = open_checkpoint(path)
     check_float(checkpoint)
     return one_by_one(checkpoint)
