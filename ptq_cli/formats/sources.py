@@ -54,6 +54,15 @@ def quantized_as(
     return declared, shown if seen is None else seen[1]
 
 
+def without_declaration(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what it says of a quantization, also for the text model."""
+    cleaned = {key: value for key, value in config.items() if key not in _DECLARATIONS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        inner = {key: value for key, value in text.items() if key not in _DECLARATIONS}
+        cleaned["text_config"] = inner
+    return cleaned
+
+
 def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
     """Weights packed as MLX does: they keep their name, and are words beside `.scales`."""
     return [
