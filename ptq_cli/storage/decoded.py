@@ -298,7 +298,8 @@ def _decoded(
 ) -> DecodedTensor:
     if isinstance(entry, Layer):
         names = [spec.name for spec in format_named(layout).specs(entry)]
-        spec = TensorSpec(entry.tensor, entry.dtype, entry.full_shape)
+        known = entry.dtype if layout == "ptq" else dtype  # others do not say it of each tensor
+        spec = TensorSpec(entry.tensor, known, entry.full_shape)
     else:
         names = list(entry.parts.values())
         spec = TensorSpec(entry.name, dtype, entry.shape)
