@@ -151,9 +151,19 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="leave --format out, and quantize what it writes",
         )
     own = make_settings(how.settings, given, recipe)
+    _check_inputs(grid, given)
     rounder = make_settings(method(own.then).settings, given, recipe)
     rounding = Rounding(own.then, rounder, grid.format, global_scale=grid.global_scale)
     return _Settings(how, grid, own, rounding, floats)
+
+
+def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
+    """Refuse options that say how inputs are rounded where the scheme says it."""
+    inputs = scheme_inputs(grid.scheme)
+    for name in ("activation_scheme", "activation_bits"):
+        if inputs is not None and inputs.levels != "integer" and given.get(name) is not None:
+            word = f"--{name.replace('_', '-')}"
+            raise InputError(f"{word} does nothing here: {grid.scheme} says how inputs are rounded")
 
 
 def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:

@@ -54,7 +54,7 @@ class UnitJob:
         """The report's rows of the unit, where a run before this one has finished it."""
         if not self.store.exists(self.unit.name):
             return None
-        names = [layer.tensor for layer in self.unit.layers]
+        names = [layer.tensor for layer in (*self.unit.layers, *self.unit.beside)]
         digests = {name: self.checkpoint.digest(name) for name in names}
         if not self.store.reusable(self.unit.name, self.key(digests)):
             return None
