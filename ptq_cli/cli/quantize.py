@@ -142,7 +142,8 @@ def _parameters(name: str) -> list[click.Parameter]:
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
-    own = [*output, *settings, *fallback, _CONFIG, *sources, _RUNTIME, shared.MAX_SHARD_SIZE, *shared.REPLACING]
+    writing = [_RUNTIME, shared.MAX_SHARD_SIZE, *shared.REPLACING]
+    own = [*output, *settings, *fallback, _CONFIG, *sources, *writing]
     return [shared.path_argument("model"), *own, *run, *shared.REPORT, *_GATES]
 
 

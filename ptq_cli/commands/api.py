@@ -31,7 +31,7 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.plan.grid_settings import default_settings, settings_classes
 from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
-from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
+from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
 from ptq_cli.storage.sources import open_float
@@ -260,23 +260,19 @@ def inspect(
     """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what)."""
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
+    checkpoint = None
     if holds_quantized(Path(path)):
         if calibration is not None or as_paths(activations) or bf16:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
-        with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
+        with contextlib.suppress(NotRead):
             return inspect_quantized(open_quantized(Path(path)))
-    checkpoint = _as_seen(Path(path))
+        with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
+            checkpoint = open_float(Path(path))
+    if checkpoint is None:
+        checkpoint = one_by_one(open_checkpoint(Path(path)))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)
-
-
-def _as_seen(path: Path) -> Checkpoint:
-    """A checkpoint as commands see it; one in a layout that is not read as it lies there."""
-    with contextlib.suppress(NotRead):
-        if open_checkpoint(path).tensors:
-            return open_float(path)
-    return one_by_one(open_checkpoint(path))
 
 
 def load_weight(quantized: AnyPath, module: str) -> NDArray[np.float32]:

@@ -49,8 +49,8 @@ class DequantizeJob:
     def run(self, options: RunOptions) -> dict[str, Any]:
         """Do the work, and give the folder its name, unless the same run has. Raises PtqError."""
         target, source = self.target(options), self.work.source
-        told = {"output": str(self.output), "quantized_as": source.origin}
-        told |= {"warnings": list(self.warnings)}
+        told: dict[str, Any] = {"output": str(self.output), "quantized_as": source.origin}
+        told["warnings"] = list(self.warnings)
         if target.finished():
             return told | {"earlier": True, "seconds": 0.0}
         with Staging(target) as staging:

@@ -132,9 +132,7 @@ def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estima
     return Estimate("pack", checkpoint, workers, pieces, effort, found, plan, plan.warnings)
 
 
-def estimate_dequantization(
-    job: Dequantization, target: Target, resources: Resources
-) -> Estimate:
+def estimate_dequantization(job: Dequantization, target: Target, resources: Resources) -> Estimate:
     """Of a dequantization, tensor by tensor: codes, values as float32 and as they are written."""
     source = job.source
     decoded = [name for name in source.tensors if source.is_decoded(name)]

@@ -1,5 +1,5 @@
 """What weights are that somebody quantized already, by config.json and by names and dtypes in the
-headers: for those who bring them as a source, which only float weights are yet."""
+headers: for those who bring them as a source, and where it is not known how to read them."""
 
 from __future__ import annotations
 

@@ -137,10 +137,9 @@ class DecodedCheckpoint(Checkpoint):
             return _expert(stored, tensor).reshape(shape)
         if tensor.entries and shape[0] == stored.spec.shape[0]:
             return _RowsOfEntries(tensor)
-        if isinstance(tensor.packed, Layer) and not tensor.packed.transposed:
-            if tensor.packed.shape == shape:
-                with stated_in(tensor.file):
-                    return _RowsOfWeight(tensor.weight())
+        if isinstance(tensor.packed, Layer) and shape == tensor.packed.shape == stored.spec.shape:
+            with stated_in(tensor.file):
+                return _RowsOfWeight(tensor.weight())
         return tensor.decode().reshape(shape)
 
     def read(self, name: str) -> Array:
@@ -177,9 +176,10 @@ class DecodedCheckpoint(Checkpoint):
         stored = {tensor.spec.name: tensor for tensor in _stored(self.tensors.values())}
         digest = hashlib.sha256()
         digest.update(Checkpoint(self.path, None, self.weights, stored).fingerprint.encode())
-        whole = {tensor.spec.name: tensor for tensor in map(_whole, self.tensors.values()) if tensor}
-        for name in sorted(whole):
-            digest.update(repr((whole[name].layout, whole[name].packed, self.dtype)).encode())
+        decoded = filter(None, map(_whole, self.tensors.values()))
+        whole = {tensor.spec.name: tensor for tensor in decoded}
+        for _, tensor in sorted(whole.items()):
+            digest.update(repr((tensor.layout, tensor.packed, self.dtype)).encode())
         return digest.hexdigest()
 
 
@@ -200,15 +200,16 @@ def _expert(stored: StoredTensor, whole: DecodedTensor) -> NDArray[np.float32]:
     """A part of one entry of a tensor, which alone is decoded."""
     itemsize, size = DTYPE_BITS[whole.spec.dtype] // 8, prod(whole.spec.shape[1:])
     expert, first = divmod((stored.offset - whole.offset) // itemsize, size)
-    if whole.entries:
-        values = whole.decode(slice(expert, expert + 1))
-    else:
-        values = whole.decode()[expert : expert + 1]
-    flat = np.ascontiguousarray(values).reshape(-1)[first:]
+    entry = slice(expert, expert + 1)
+    (values,) = whole.decode(entry) if whole.entries else whole.decode()[entry]
     if stored.strides is None:
-        return flat[: prod(stored.spec.shape)].reshape(stored.spec.shape)
-    strides = [flat.itemsize * (stride // itemsize) for stride in stored.strides]
-    return np.lib.stride_tricks.as_strided(flat, stored.spec.shape, strides)
+        return values.reshape(-1)[first:][: prod(stored.spec.shape)].reshape(stored.spec.shape)
+    columns = whole.spec.shape[-1]
+    steps = (divmod(stride // itemsize, columns) for stride in stored.strides)
+    strides = [rows * values.strides[0] + own * values.strides[1] for rows, own in steps]
+    corner = values[first // columns :, first % columns :]
+    part: NDArray[np.float32] = np.lib.stride_tricks.as_strided(corner, stored.spec.shape, strides)
+    return part
 
 
 def decoded_weight(checkpoint: Checkpoint, fmt: Format, layer: Layer) -> QuantizedWeight:
@@ -282,7 +283,7 @@ def decoded_checkpoint(
     for entry in packed:
         tensor = _decoded(base, dtype, layout, entry)
         owner |= dict.fromkeys(tensor.parts, tensor)
-    left, tensors = set(dropped), {}
+    left, tensors = set(dropped), dict[str, StoredTensor]()
     for name, stored in base.tensors.items():
         if name in owner:
             tensors[owner[name].spec.name] = owner[name]

@@ -18,14 +18,14 @@ from typing import Any
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import by_number, fold_names
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import Contents, Format, PackedTensor
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
 from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
-from ptq_cli.registry import FORMATS, format_named
+from ptq_cli.registry import FORMATS, READ_ONLY, format_named, read_only_layout
 from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
@@ -216,7 +216,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
-    folder = find_quantized(checkpoint)
+    folder = None if find_read_only(checkpoint) else find_quantized(checkpoint)
     if folder is not None:
         return folder
     if quantized_entry(checkpoint.path, checkpoint.metadata) == _SMOOTHED:
@@ -230,7 +230,10 @@ def open_quantized(path: Path) -> QuantizedFolder:
         hint = "this looks like MLX's, whose bits and groups stand in config.json beside it"
         raise InputError(f"{path}: {unknown}", hint=hint)
     if already is not None:
-        raise not_read(path, *already, lead=unknown)
+        what, shown = already
+        said = f" ({shown})" if shown else ""
+        hint = "as a source it may be read: ptq rtn, ptq gptq, ptq dequantize"
+        raise NotRead(f"{path}: {unknown}: {what}{said}", hint=hint)
     raise InputError(f"{path}: {unknown}", hint=f"it knows {', '.join(FORMATS)}")
 
 
@@ -251,6 +254,20 @@ def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
             layers = fmt.layers(contents)
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
+    return None
+
+
+def find_read_only(checkpoint: Checkpoint) -> tuple[str, tuple[PackedTensor, ...]] | None:
+    """The name of a layout that is only read and the tensors of a checkpoint that are in it, or
+    None. Raises InputError where the tensors contradict one another."""
+    if quantized_entry(checkpoint.path, checkpoint.metadata) is not None:
+        return None
+    contents = Contents({}, declared_config(checkpoint), checkpoint.specs, checkpoint.read)
+    for name in READ_ONLY:
+        with stated_in(checkpoint.weights):
+            tensors = read_only_layout(name).tensors(contents)
+        if tensors:
+            return name, tensors
     return None
 
 
@@ -326,7 +343,7 @@ def already_quantized(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return found if found is None or own is None else (f"ptq's format {own[0]}", found[1])
 
 
-def not_read(path: Path, what: str, shown: str, lead: str = "quantized already") -> NotRead:
+def not_read(path: Path, what: str, shown: str) -> NotRead:
     """The error of a model that is quantized already, in a layout that is not read here."""
     if not shown:
         return NotRead(
@@ -334,7 +351,7 @@ def not_read(path: Path, what: str, shown: str, lead: str = "quantized already")
             hint="take quantization_config out of config.json if all weights are float",
         )
     return NotRead(
-        f"{path}: {lead}: {what} ({shown}), which is not read as a source",
+        f"{path}: quantized already: {what} ({shown}), which is not read as a source",
         hint="start from the float model",
     )
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Contents, PackedTensor
+from ptq_cli.core.plugins import PackedTensor
 from ptq_cli.core.tensors import is_float
-from ptq_cli.errors import InputError, stated_in
+from ptq_cli.errors import InputError
 from ptq_cli.formats.common import model_dtype, stated_dtype
-from ptq_cli.registry import READ_ONLY, read_only_layout
+from ptq_cli.formats.sources import quantized_as
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.decoded import decoded_checkpoint
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import (
     already_quantized,
     check_float,
-    declared_config,
     find_quantized,
+    find_read_only,
     gguf_of,
     not_read,
 )
 from ptq_cli.storage.gguf_source import open_gguf_source
-from ptq_cli.storage.tensors import quantized_entry
 from ptq_cli.storage.weights import check_whole
 
 # Of inputs and of the KV cache, which the float model does not round; and marks of a layout.
@@ -61,27 +61,23 @@ def _as_floats(checkpoint: Checkpoint, what: str, shown: str) -> Checkpoint:
         raise not_read(checkpoint.path, what, shown)
     dropped = [name for name in checkpoint.tensors if _OF_RUNTIMES.search(name)]
     found = decoded_checkpoint(checkpoint, what, _dtype(checkpoint), layout, packed, dropped)
-    odd = [s.spec for s in found.tensors.values() if s.spec.dtype.startswith(("F8", "F4", "F6"))]
-    if odd:
+    left = quantized_as(found.specs, found.config)
+    if left is not None:
         raise InputError(
-            f"{found.tensors[odd[0].name].file}: tensor {odd[0].name!r} is {odd[0].dtype}, without a"
-            f" scale that {layout} would read it with"
+            f"{checkpoint.path}: quantized already: {left[0]} ({left[1]}), beside {layout}, which"
+            " does not say how to read it",
+            hint="start from the float model",
         )
     return found
 
 
-def _packed(checkpoint: Checkpoint) -> tuple[str, list[Layer | PackedTensor]]:
+def _packed(checkpoint: Checkpoint) -> tuple[str, Sequence[Layer | PackedTensor]]:
     """The name of the layout and the tensors that are in it; none where it is not known."""
-    if quantized_entry(checkpoint.path, checkpoint.metadata) is None:
-        config = declared_config(checkpoint)
-        contents = Contents({}, config, checkpoint.specs, checkpoint.read)
-        for name in READ_ONLY:
-            with stated_in(checkpoint.weights):
-                tensors = read_only_layout(name).tensors(contents)
-            if tensors:
-                return name, list(tensors)
+    found = find_read_only(checkpoint)
+    if found is not None:
+        return found
     folder = find_quantized(checkpoint)
-    return ("", []) if folder is None else (folder.fmt.name, list(folder.layers.values()))
+    return ("", ()) if folder is None else (folder.fmt.name, list(folder.layers.values()))
 
 
 def _dtype(checkpoint: Checkpoint) -> str:

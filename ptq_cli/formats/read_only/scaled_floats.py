@@ -8,8 +8,8 @@ Per linear `<module>`, with out_features N, in_features K:
     <module>.weight_scale_2  F32, one number; Model Optimizer's NVFP4
 
 A scale is one number, or there is one for each row, [N] or [N, 1]; for 32 columns of a row (16 with
-a `weight_scale_2`); or for each block of config.json's `weight_block_size`. It is F32, BF16, F16, or
-F8_E4M3; F8_E8M0 or U8 is an exponent. `weight ≈ (weight_scale · weight_scale_2) · code`.
+a `weight_scale_2`); or for each block of config.json's `weight_block_size`. It is F32, BF16, F16
+or F8_E4M3; F8_E8M0 or U8 is an exponent. `weight ≈ (weight_scale · weight_scale_2) · code`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _tensors(contents: Contents) -> tuple[PackedTensor, ...]:
         if module == name or spec.dtype not in ("F8_E4M3", "U8", "I8"):
             continue
         if scale is None:
-            raise InputError(f"tensor {name!r} is {spec.dtype}, but there is no '{module}{_SCALES[0]}'")
+            raise InputError(
+                f"tensor {name!r} is {spec.dtype}, but there is no '{module}{_SCALES[0]}'"
+            )
         found.append(_tensor(spec, contents.specs[scale], (block[0], block[1]), contents.specs))
     return tuple(found)
 
@@ -70,7 +72,10 @@ def _tensor(
     common.tensor(specs, weight.name, 2)
     rows, stored = weight.shape
     shape = (rows, stored if weight.dtype == "F8_E4M3" else 2 * stored)
-    parts, module = {"weight": weight.name, "scale": scale.name}, weight.name.removesuffix(".weight")
+    parts, module = (
+        {"weight": weight.name, "scale": scale.name},
+        weight.name.removesuffix(".weight"),
+    )
     if scale.dtype not in _DTYPES:
         raise InputError(f"tensor {scale.name!r} is {scale.dtype}, not one of {', '.join(_DTYPES)}")
     second = specs.get(f"{module}{_SECOND}")
@@ -84,7 +89,9 @@ def _tensor(
     group = 32 if second is None else 16
     if group == 16 or weight.dtype != "F8_E4M3":
         if shape[1] % group:
-            raise InputError(f"tensor {weight.name!r} has {shape[1]} columns, no multiple of {group}")
+            raise InputError(
+                f"tensor {weight.name!r} has {shape[1]} columns, no multiple of {group}"
+            )
         own = _block(scale, shape, [(1, group)])
     else:
         own = _block(scale, shape, [shape, (1, shape[1]), block, (1, group)])
