@@ -201,6 +201,7 @@ def _expert(stored: StoredTensor, whole: DecodedTensor) -> NDArray[np.float32]:
     itemsize, size = DTYPE_BITS[whole.spec.dtype] // 8, prod(whole.spec.shape[1:])
     expert, first = divmod((stored.offset - whole.offset) // itemsize, size)
     entry = slice(expert, expert + 1)
+    values: NDArray[np.float32]
     (values,) = whole.decode(entry) if whole.entries else whole.decode()[entry]
     if stored.strides is None:
         return values.reshape(-1)[first:][: prod(stored.spec.shape)].reshape(stored.spec.shape)
