@@ -16,7 +16,7 @@ import numpy as np
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.names import natural
-from ptq_cli.core.plugins import Contents, ModuleTree
+from ptq_cli.core.plugins import ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -40,8 +40,6 @@ _FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 _EXPERT = ("w1", "w3")  # gate and up of an expert, where they are called so
-
-
 NUMBERS = {"integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)"}
 
 
@@ -149,27 +147,6 @@ def fused_groups(modules: Iterable[str]) -> list[list[str]]:
         fused = next((own for own in (*_FUSED, _EXPERT) if name in own), (name,))
         groups.setdefault((parent, *fused), []).append(module)
     return list(groups.values())
-
-
-def check_shared(layers: Sequence[Layer], ending: str, contents: Contents) -> None:
-    """Runtimes fuse q/k/v and gate/up, with one global scale for them all: `<module>.<ending>`.
-
-    Raises:
-        InputError: two of them differ, or one is missing; both are named.
-    """
-    first: dict[tuple[str, tuple[str, ...]], tuple[str, float]] = {}
-    for layer in layers:
-        parent, _, name = layer.module.rpartition(".")
-        stored = f"{layer.module}.{ending}"
-        tensor(contents.specs, stored, 1)
-        own = (stored, float(contents.read(stored).reshape(-1)[0]))
-        for fused in _FUSED:
-            other = first.setdefault((parent, fused), own) if name in fused else own
-            if other[1] != own[1]:
-                raise InputError(
-                    f"{other[0]} is {other[1]:g} and {own[0]} {own[1]:g}, but runtimes (vLLM) fuse"
-                    " the two under one"
-                )
 
 
 def _said(own: tuple[Grid, Activation | None] | None) -> str:

@@ -182,8 +182,8 @@ def _layer(module: str, block: list[int] | None, static: bool, contents: Content
 
 
 def _flat(spec: TensorSpec) -> TensorSpec:
-    """A scale of shape [1] loads too."""
-    one = spec.shape == (1,) and spec.name.endswith(("_scale_inv", "_scale"))
+    """A scale of shape [1] loads too, and [1, 1], as transformers writes it."""
+    one = spec.shape in ((1,), (1, 1)) and spec.name.endswith(("_scale_inv", "_scale"))
     return replace(spec, shape=()) if one else spec
 
 

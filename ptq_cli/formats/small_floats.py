@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -12,13 +12,14 @@ from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.plugins import Contents
 from ptq_cli.core.tensors import Array, Codes
 from ptq_cli.errors import InputError
+from ptq_cli.formats import common
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 _SIGN, _NAN = np.uint8(0x80), np.uint8(0x7F)  # of E4M3, whose NaN are 0x7F and 0xFF
 
 # How inputs are rounded beside such weights.
 FP8_TOKENS = Activation(8, levels="e4m3")
-FP8_TENSOR = Activation(8, dynamic=False, levels="e4m3")
+FP8_TENSOR = Activation(8, dynamic=False, per_token=False, levels="e4m3")
 FP8_GROUPS = Activation(8, levels="e4m3", group_size=128)
 
 
@@ -136,6 +137,25 @@ def positive(name: str, stored: Array) -> float:
     if not 0 < value < np.inf:
         raise InputError(f"tensor {name!r} is {value:g}; a finite number above 0 was expected")
     return value
+
+
+def check_shared(modules: Sequence[str], ending: str, contents: Contents) -> None:
+    """Linears that runtimes fuse have one global scale, `<module>.<ending>`, together.
+
+    Raises:
+        InputError: two of them differ; one is missing, or is no number above 0.
+    """
+    for group in common.fused_groups(modules):
+        names = [f"{module}.{ending}" for module in group]
+        for name in names:
+            common.tensor(contents.specs, name, 1)
+        values = [positive(name, contents.read(name)) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if value != values[0]:
+                raise InputError(
+                    f"{names[0]} is {values[0]:g} and {name} {value:g}, but runtimes (vLLM) fuse"
+                    " the two under one"
+                )
 
 
 def one_number(name: str, value: float) -> Array:

@@ -15,7 +15,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 NAMES = {
     "w4a16-g128", "w4a16-g32-asym", "w3a16-g128", "w8a8-smoothquant", "w8a8-static", "w4a8",
     "awq-w4-g128", "fp8-dynamic", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4",
-    "mxfp4a16", "mxfp8", "w4afp8", "nvfp4-experts-fp8-attention",
+    "mxfp4a16", "mxfp8", "mxfp8a16", "w4afp8", "nvfp4-experts-fp8-attention",
 }  # fmt: skip
 
 

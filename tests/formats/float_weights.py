@@ -12,40 +12,26 @@ from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.plan.schemes import SCHEMES
 
 SCALES = {
     "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32,
     "e8m0": ml_dtypes.float8_e8m0fnu, "e4m3": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
-TOKENS = Activation(8, levels="e4m3")
-GRIDS = {
-    "FP8_DYNAMIC": (Grid(8, -1, levels="e4m3", scale_dtype="bfloat16"), TOKENS),
-    "FP8": (
-        Grid(8, 0, levels="e4m3", scale_dtype="bfloat16"),
-        Activation(8, dynamic=False, levels="e4m3"),
-    ),
-    "FP8_BLOCK": (
-        Grid(8, 128, levels="e4m3", block_rows=128, scale_dtype="bfloat16"),
-        Activation(8, levels="e4m3", group_size=128),
-    ),
-    "FP8A16": (Grid(8, -1, levels="e4m3", scale_dtype="bfloat16"), None),
-    "NVFP4": (
-        Grid(4, 16, levels="e2m1", scale_dtype="e4m3"),
-        Activation(4, levels="e2m1", group_size=16, scale_dtype="e4m3"),
-    ),
-    "NVFP4A16": (Grid(4, 16, levels="e2m1", scale_dtype="e4m3"), None),
-    "MXFP4": (
-        Grid(4, 32, levels="e2m1", scale_dtype="e8m0"),
-        Activation(4, levels="e2m1", group_size=32, scale_dtype="e8m0"),
-    ),
-    "MXFP4A16": (Grid(4, 32, levels="e2m1", scale_dtype="e8m0"), None),
-    "MXFP8": (
-        Grid(8, 32, levels="e4m3", scale_dtype="e8m0"),
-        Activation(8, levels="e4m3", group_size=32, scale_dtype="e8m0"),
-    ),
-    "MXFP8A16": (Grid(8, 32, levels="e4m3", scale_dtype="e8m0"), None),
-    "W4AFP8": (Grid(4, 128, scale_dtype="bfloat16"), TOKENS),
-}
+_WITH_INPUTS = {"FP8A16": "FP8_DYNAMIC"}  # its weights alone have no scheme
+
+
+def scheme(name: str) -> tuple[Grid, Activation | None]:
+    """The grid and the inputs of a scheme, scales in bfloat16 where it does not say."""
+    base = SCHEMES[_WITH_INPUTS.get(name, name)]
+    keys = ("bits", "group_size", "sym", "narrow_range")
+    own = {key: value for key, value in base.settings.items() if key in keys}
+    grid = Grid(**{"scale_dtype": "bfloat16", **own, **base.grid})
+    return grid, None if name.endswith("A16") else base.inputs
+
+
+NAMES = (*(name for name, own in SCHEMES.items() if own.fixed), "FP8A16", "W4AFP8")
+GRIDS = {name: scheme(name) for name in NAMES}
 
 
 def float_layer(

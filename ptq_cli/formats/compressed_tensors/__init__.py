@@ -53,7 +53,6 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors import floats, integers
 from ptq_cli.formats.compressed_tensors.config import declare, recognise
-from ptq_cli.formats.compressed_tensors.inputs import has_global, is_static
 
 _NAME = "compressed-tensors"
 _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # models of other dtypes hold every scale
@@ -112,8 +111,8 @@ def _as_written(spec: TensorSpec) -> TensorSpec:
 
 def _by_rows(layer: Layer) -> bool:
     """FP8 with a scale for each row or group of it, and nothing for the whole tensor."""
-    grid, alone = layer.grid, not (is_static(layer) or has_global(layer))
-    return grid.levels == "e4m3" and grid.block_rows == 1 and grid.group_size != 0 and alone
+    alone = layer.activation is None or not layer.activation.calibrated
+    return layer.grid.levels == "e4m3" and layer.grid.by_rows and alone
 
 
 FORMAT = Format(

@@ -110,8 +110,8 @@ def recognise(contents: Contents) -> tuple[Layer, ...]:
             raise InputError(f"module {module!r} is packed, but no group of {_WHERE} names it")
         layers.append(_layer(module, *targets[named], contents))
     common.check_fused(layers)
-    divided = [layer for layer in layers if layout(layer.grid, layer.activation) == NVFP4]
-    common.check_shared(divided, "weight_global_scale", contents)
+    divided = [layer.module for layer in layers if layout(layer.grid, layer.activation) == NVFP4]
+    small_floats.check_shared(divided, "weight_global_scale", contents)
     return tuple(layers)
 
 

@@ -50,7 +50,7 @@ def encode_inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         ScaleMisfit: it does not fit the dtype of the weight's scales.
     """
     activation = layer.activation
-    if activation is None or not (is_static(layer) or has_global(layer)):
+    if activation is None or not activation.calibrated:
         return {}
     if rounded.input_scale is None or (
         is_static(layer) and rounded.input_zero is None and not activation.sym

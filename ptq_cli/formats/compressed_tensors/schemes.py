@@ -10,7 +10,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.layouts import PLAIN, layout, read_as
-from ptq_cli.formats.small_floats import is_pair
+from ptq_cli.formats.small_floats import FP8_TENSOR, FP8_TOKENS, is_pair
 
 Scheme = tuple[Grid, Activation | None]
 _KEYS = (
@@ -168,7 +168,7 @@ def _read_inputs(inputs: Mapping[str, Any], where: str) -> Activation | None:
         if kind == "int":
             return Activation(8, sym, bool(dynamic))
         if kind == "float" and sym:
-            return Activation(8, dynamic=bool(dynamic), levels="e4m3")
+            return FP8_TOKENS if dynamic else FP8_TENSOR
     if kind == "float" and sym and size is not None and bits in _FLOATS:
         levels, own = _FLOATS[bits], (bits, strategy, dynamic, size)
         if own == (4, "tensor_group", "local", 16):
