@@ -136,6 +136,30 @@ def test_what_this_tool_writes_is_read(form):
     assert ptq("inspect", "out", "--json").document["kind"] == "float"
 
 
+SCHEMES = [
+    ("FP8_DYNAMIC", ()), ("FP8", ("--activations", "float/activations")), ("FP8_BLOCK", ()),
+    ("FP8_BLOCK", ("--format", "fp8")), ("NVFP4A16", ()), ("MXFP4A16", ()), ("MXFP8", ()),
+    ("NVFP4", ("--activations", "float/activations")), ("MXFP4A16", ("--format", "mlx")),
+    ("NVFP4A16", ("--format", "ptq")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "options"), SCHEMES, ids=str)
+def test_schemes_of_small_floats_are_read(scheme, options):
+    half_sample(Path("float"))
+    words = ("--scheme", scheme, "--ignore", "model.layers.1.*", "-o", "m")
+    assert ptq("rtn", "float", *words, *options).code == 0
+    outcome = ptq("dequantize", "m", "-o", "out", *FLOAT32)
+    assert outcome.code == 0, outcome
+    found, original = arrays("out/model.safetensors"), arrays("float/model.safetensors")
+    assert found.keys() == original.keys()
+    for name in original:
+        if name.startswith("model.layers.0.") and name.endswith("_proj.weight"):
+            module = name.removesuffix(".weight")
+            np.testing.assert_array_equal(found[name], ptq_cli.load_weight("m", module))
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+
+
 def test_calibration_and_gptq_run_on_what_it_decodes_to():
     """The same bytes from the quantized folder and from its float32 folder, on tokens too."""
     half_sample(Path("float"))
