@@ -457,6 +457,7 @@ SCALES_OF, INVERSE = f"{Q}.weight_scale", f"{Q}.weight_scale_inv"
 # model, tensor → what it is now (None: missing), what is said
 DAMAGED = [
     ("fbgemm", {f"{Q}.weight": NAN.view(F8)}, (f"'{Q}.weight'", "0x7F", "[3, 5]")),
+    ("fbgemm", {f"{Q}.weight": np.zeros((0, 64), F8)}, (f"'{Q}.weight' [0, 64] is empty",)),
     ("fbgemm", {SCALES_OF: None}, (f"'{Q}.weight' is F8_E4M3", f"no '{SCALES_OF}'")),
     ("fbgemm", {SCALES_OF: np.ones((5, 1), np.float32)}, (f"'{SCALES_OF}'", "[5, 1]", "[12, 64]")),
     ("fbgemm", {SCALES_OF: np.ones((12, 1), np.int64)}, (f"'{SCALES_OF}' is I64",)),
