@@ -19,7 +19,7 @@ from ptq_cli.core.names import natural
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
+from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 
@@ -38,6 +38,7 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+_EXPERT = ("w1", "w3")  # gate and up of an expert, where they are called so
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,16 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
                     " (vLLM) fuse the two",
                     hint="give them the same bits, group size and symmetry, or quantize neither",
                 )
+
+
+def fused_groups(modules: Iterable[str]) -> list[list[str]]:
+    """Modules that runtimes fuse into one matrix together, every other one alone."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        fused = next((own for own in (*_FUSED, _EXPERT) if name in own), (name,))
+        groups.setdefault((parent, *fused), []).append(module)
+    return list(groups.values())
 
 
 def _said(own: tuple[Any, ...] | None) -> str:

@@ -13,7 +13,8 @@ from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import AS_NAMED, Format
 from ptq_cli.errors import InputError
-from ptq_cli.plan.grid_settings import SCHEME_INPUTS, SCHEMES, GridSettings
+from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.schemes import scheme_grid, scheme_inputs, scheme_settings
 from ptq_cli.registry import FORMATS, format_named
 
 Unread = Callable[[Sequence[Layer], Format], Mapping[str, Misfit]]
@@ -163,8 +164,9 @@ def _grid(key: str, kind: Callable[[str], Any] = str) -> Callable[[Layer, str], 
 
 
 def _scheme(layer: Layer, name: str) -> Layer:
-    grid = {k: v for k, v in SCHEMES[name].items() if hasattr(layer.grid, k)}
-    return replace(layer, grid=replace(layer.grid, **grid), activation=SCHEME_INPUTS.get(name))
+    grid = {k: v for k, v in scheme_settings(name).items() if hasattr(layer.grid, k)}
+    grid |= scheme_grid(name)
+    return replace(layer, grid=replace(layer.grid, **grid), activation=scheme_inputs(name))
 
 
 _CHANGES: dict[str, Callable[[Layer, str], Layer]] = {

@@ -65,6 +65,28 @@ def plan_units(
     return tuple(units)
 
 
+def check_calibrated(units: Iterable[Unit]) -> None:
+    """Refuse layers whose inputs are rounded with a scale that nothing tells."""
+    bare = [
+        layer
+        for unit in units
+        for layer in unit.layers
+        if unit.site is None and layer.activation is not None and layer.activation.calibrated
+    ]
+    if not bare:
+        return
+    inputs = bare[0].activation
+    assert inputs is not None
+    other = "--activation-scheme dynamic-token"
+    if inputs.levels != "integer":
+        other = "--scheme NVFP4A16" if inputs.dynamic else "--scheme FP8_DYNAMIC"
+    names = fold_names([layer.module for layer in bare])
+    raise InputError(
+        f"no statistics to take scales of the inputs from for {len(bare)} layers: {names}",
+        hint=f"calibrate them, or {other}",
+    )
+
+
 def _unit(site: str | None, members: list[Layer], method: Method, source: Source | None) -> Unit:
     nearest = None
     if site is None and method.needs_hessian:

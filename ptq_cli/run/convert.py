@@ -13,7 +13,7 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 from ptq_cli.run.nearest import same_weight
 
 

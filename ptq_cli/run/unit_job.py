@@ -20,7 +20,7 @@ from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import awq, compressed_tensors, gguf, gptq, mlx, onnx
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VECTORS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text())["vectors"]

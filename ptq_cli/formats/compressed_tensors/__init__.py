@@ -42,7 +42,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors.config import declare, is_plain, recognise
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
+from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_DTYPES, ScaleMisfit
 
 _NAME = "compressed-tensors"
 _LIMITS = common.Limits(
