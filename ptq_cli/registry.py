@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
-from ptq_cli.core.plugins import Format, Method, Smoother
+from ptq_cli.core.plugins import Format, Method, ReadOnlyLayout, Smoother
 from ptq_cli.errors import InputError
 
 METHODS = {
@@ -28,9 +28,16 @@ FORMATS = {
     "gptq_v2": "ptq_cli.formats.gptq:FORMAT_V2",
     "awq": "ptq_cli.formats.awq:FORMAT",
     "compressed-tensors": "ptq_cli.formats.compressed_tensors:FORMAT",
+    "fp8": "ptq_cli.formats.fp8:FORMAT",
     "mlx": "ptq_cli.formats.mlx:FORMAT",
     "gguf": "ptq_cli.formats.gguf:FORMAT",
     "onnx": "ptq_cli.formats.onnx:FORMAT",
+}
+
+READ_ONLY = {
+    "mxfp4": "ptq_cli.formats.read_only.mxfp4:LAYOUT",
+    "scaled-floats": "ptq_cli.formats.read_only.scaled_floats:LAYOUT",
+    "bitsandbytes": "ptq_cli.formats.read_only.bitsandbytes:LAYOUT",
 }
 
 
@@ -47,6 +54,11 @@ def smoother(name: str) -> Smoother:
 def format_named(name: str) -> Format:
     """The format of that name. Raises InputError where there is none."""
     return cast(Format, _load(FORMATS, "format", name))
+
+
+def read_only_layout(name: str) -> ReadOnlyLayout:
+    """The layout of that name that is only read. Raises InputError where there is none."""
+    return cast(ReadOnlyLayout, _load(READ_ONLY, "layout", name))
 
 
 def _load(table: dict[str, str], kind: str, name: str) -> Any:

@@ -30,7 +30,7 @@ from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth_in_sequence import place_groups
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import open_float
+from ptq_cli.storage.sources import open_float
 
 FLOAT_INPUTS = ActivationSettings(8, "none")
 
@@ -151,9 +151,19 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="leave --format out, and quantize what it writes",
         )
     own = make_settings(how.settings, given, recipe)
+    _check_inputs(grid, given)
     rounder = make_settings(method(own.then).settings, given, recipe)
     rounding = Rounding(own.then, rounder, grid.format, global_scale=grid.global_scale)
     return _Settings(how, grid, own, rounding, floats)
+
+
+def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
+    """Refuse options that say how inputs are rounded where the scheme says it."""
+    inputs = scheme_inputs(grid.scheme)
+    for name in ("activation_scheme", "activation_bits"):
+        if inputs is not None and inputs.levels != "integer" and given.get(name) is not None:
+            word = f"--{name.replace('_', '-')}"
+            raise InputError(f"{word} does nothing here: {grid.scheme} says how inputs are rounded")
 
 
 def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:

@@ -1,5 +1,5 @@
 """What weights are that somebody quantized already, by config.json and by names and dtypes in the
-headers: for those who bring them as a source, which only float weights are yet."""
+headers: for those who bring them as a source, and where it is not known how to read them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def quantized_as(
     integers = (spec for spec in specs.values() if _is_integer_weight(spec))
     shown = next((f"tensor {spec.name!r} is {spec.dtype}" for spec in integers), "")
     return declared, shown if seen is None else seen[1]
+
+
+def without_declaration(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what it says of a quantization, also for the text model."""
+    cleaned = {key: value for key, value in config.items() if key not in _DECLARATIONS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        inner = {key: value for key, value in text.items() if key not in _DECLARATIONS}
+        cleaned["text_config"] = inner
+    return cleaned
 
 
 def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:

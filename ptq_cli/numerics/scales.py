@@ -71,13 +71,13 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     Raises:
         ScaleOverflow: a scale is too large for the stored dtype.
     """
-    if grid.scale_dtype == "e4m3":
-        stored = stored_scales(scales, grid).astype(np.float32)
-        return (stored / np.float32(grid.global_scale)).astype(scales.dtype)
-    smallest, largest = SCALE_LIMITS[grid.scale_dtype]
     if not scales.size:
         return scales
+    smallest, largest = SCALE_LIMITS[grid.scale_dtype]
     greatest = float(np.maximum.reduce(scales, axis=None))
+    if grid.scale_dtype == "e4m3" and np.isfinite(greatest):
+        stored = stored_scales(scales, grid).astype(np.float32)
+        return (stored / np.float32(grid.global_scale)).astype(scales.dtype)
     if not greatest <= largest:
         raise ScaleOverflow(
             f"a scale of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",

@@ -57,7 +57,8 @@ def range_scales(absmax: FloatArray, grid: Grid) -> FloatArray:
         return round_scales(absmax / absmax.dtype.type(largest), grid)
     _, exponent = np.frexp(absmax)  # absmax is in [2^(exponent − 1), 2^exponent)
     scales = np.ldexp(absmax.dtype.type(1), exponent - 1 - floor(log2(largest)))
-    return round_scales(np.where(absmax == 0, absmax, scales), grid)
+    nothing = (absmax == 0) | ~np.isfinite(absmax)  # NaN and infinity are found there
+    return round_scales(np.where(nothing, absmax, scales), grid)
 
 
 def _search(

@@ -97,6 +97,7 @@ SCHEMES = {
         _MXFP8,
         Activation(levels="e4m3", group_size=32, scale_dtype="e8m0"),
     ),
+    "MXFP8A16": Scheme("the same, weights only", _small_floats(8, 32), _MXFP8),
     "W4AFP8": Scheme(
         "4 bits in groups of 128, FP8 inputs per token",
         {**_INT4, "format": "compressed-tensors"},

@@ -38,7 +38,10 @@ def convert(
 
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
-    dtype = SCALE_DTYPES[grid.scale_dtype]
+    dtype, grid = (
+        SCALE_DTYPES[grid.scale_dtype],
+        replace(grid, global_scale=weight.grid.global_scale),
+    )
     scales = _cast(weight.scales, dtype)
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)

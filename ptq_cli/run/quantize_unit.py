@@ -108,7 +108,8 @@ def _with_global_scales(
     """The unit, its E4M3 scales under global ones, which linears that runtimes fuse share."""
     absmax: dict[str, float] = {}
     if rounding.fmt.global_scale:
-        known = {x.module: x for x in unit.layers if x.grid.scale_dtype == "e4m3"}
+        every = (*unit.layers, *unit.beside)
+        known = {x.module: x for x in every if x.grid.scale_dtype == "e4m3"}
         for modules in fused_groups(known):
             own = [absmax_of(load(known[module]).rows) for module in modules]
             absmax |= dict.fromkeys(modules, max(own))

@@ -25,6 +25,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import (
     MAX_JSON,
     listing,
@@ -156,6 +157,19 @@ class Checkpoint:
     def extent(self, name: str) -> int:
         """Bytes from the first to the last one of a tensor in its file."""
         return self.tensors[name].extent
+
+    def is_decoded(self, name: str) -> bool:
+        """Whether the file holds a tensor quantized, and it is decoded when it is read."""
+        return False
+
+    @property
+    def origin(self) -> str | None:
+        """How the model was quantized before, in words; None: it is float."""
+        return None
+
+    def digest(self, name: str) -> str:
+        """`digest_of` what a tensor is read from."""
+        return digest_of(self.read_bytes(name))
 
     def copyable(self, name: str) -> StoredTensor | Bytes:
         """A tensor as it is to be copied: where it lies, unless its bytes lie there in disorder."""

@@ -29,7 +29,11 @@ _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run 
     *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
     *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
 )
-_DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
+_DECLARED = (
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+)  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 _OWN_OUTPUT = {"quantization.json", JOB}  # a folder with one of these is an output of its own
 _MODULES = "modules.json"  # of sentence-transformers: folders of modules, some with weights

@@ -7,6 +7,7 @@ import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ class FoldedCheckpoint(Checkpoint):
 
     base: Checkpoint = field(kw_only=True)
     folds: Mapping[str, Folds] = field(kw_only=True)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return self.base.config
+
+    @property
+    def origin(self) -> str | None:
+        return self.base.origin
 
     @property
     def documents(self) -> Mapping[str, Any]:

@@ -89,6 +89,14 @@ class GgufSource(Checkpoint):
         tokenizer = tokenizer_documents(read_gguf_header(self.weights).metadata)
         return {"config.json": self.settings, **tokenizer}
 
+    @property
+    def origin(self) -> str | None:
+        kinds = {place.tensor.spec.dtype for place in self.places.values() if place.packed}
+        return f"GGUF, {', '.join(sorted(kinds))}" if kinds else None
+
+    def is_decoded(self, name: str) -> bool:
+        return name in self.places and self.places[name].packed
+
     def extent(self, name: str) -> int:
         place = self.places.get(name)
         return super().extent(name) if place is None else place.tensor.nbytes

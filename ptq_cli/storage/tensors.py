@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
+import ml_dtypes  # noqa: F401 - numpy learns the words bfloat16 and float8_…
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file

@@ -37,6 +37,7 @@ FORMATS: dict[str, Format] = {
 WORDS = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8",
     "int32": "I32", "uint32": "U32", "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
 
