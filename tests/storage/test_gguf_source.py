@@ -13,9 +13,10 @@ import pytest
 
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_float, open_quantized
+from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import TYPES
 from ptq_cli.storage.gguf_source import GgufSource, open_gguf_source
+from ptq_cli.storage.sources import open_float
 from tests.builders import ptq, random_weight
 from tests.cli import tiny_folders
 from tests.formats.cases import golden, vectors
@@ -172,6 +173,32 @@ def test_values_that_are_no_numbers_are_named() -> None:
         pytest.raises(InputError, match=r"NaN or inf at index \[1, 2"),
     ):
         opened.matrix(EMBEDDING, (VOCAB, WIDTH))
+
+
+def test_dequantized_by_the_command() -> None:
+    _, peer = golden("ggml_q6_k")
+    arrays = {**tensors(), "output.weight": tensors()["token_embd.weight"].astype(np.float16)}
+    packed = {"blk.0.attn_k.weight": ("Q6_K", peer["packed"])}
+    file = write_gguf_file(Path("m.gguf"), arrays, packed)
+    outcome = ptq("dequantize", file, "-o", "out")
+    assert outcome.code == 0
+    assert "m.gguf: its tokenizer is left out: its kind is None" in outcome.err
+    found, opened = open_checkpoint(Path("out")), open_gguf_source(file)
+    assert found.config == opened.config
+    assert {n: s.dtype for n, s in found.specs.items()} == {
+        name: {K: "BF16", "lm_head.weight": "F16"}.get(name, "F32") for name in opened.specs
+    }
+    for name in opened.specs:
+        assert found.read_bytes(name).tobytes() == opened.read_bytes(name).tobytes()
+    rows = peer["dequant"][[0, 2, 1, 3]].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(found.read(K), rows)
+
+
+def test_a_file_of_floats_becomes_a_folder_too() -> None:
+    outcome = ptq("dequantize", write_gguf_file(Path("m.gguf"), tensors()), "-o", "out")
+    assert (outcome.code, "0 of 11 tensors decoded (float)" in outcome.out) == (0, True)
+    expected = tensors()["blk.0.attn_q.weight"].reshape(2, 2, 2, WIDTH).swapaxes(1, 2)
+    np.testing.assert_array_equal(open_checkpoint(Path("out")).read(Q), expected.reshape(8, WIDTH))
 
 
 def write(path: str = "m.gguf", drop: str = "", **keys: Any) -> Path:
