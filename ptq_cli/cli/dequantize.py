@@ -70,5 +70,6 @@ def dequantize(model: Path, **options: Any) -> None:
     elif not earlier:
         console.line(
             f"{result['decoded']} of {result['tensors']} tensors decoded"
-            f" ({result['quantized_as']}), {size(result['bytes'])}; written: {result['output']}"
+            f" ({result['quantized_as'] or 'float'}), {size(result['bytes'])};"
+            f" written: {result['output']}"
         )

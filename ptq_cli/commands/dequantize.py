@@ -67,7 +67,7 @@ def prepare_dequantization(
     if dtype is not None and dtype not in SCALE_WORDS:
         raise InputError(f"unknown dtype {dtype!r}", hint=f"known: {', '.join(SCALE_WORDS)}")
     checkpoint = open_float(Path(model))
-    if checkpoint.origin is None:
+    if checkpoint.origin is None and not checkpoint.documents:
         raise InputError(f"{model}: nothing in it is quantized, its weights are float")
     stem = checkpoint.stem
     if checkpoint.path.is_dir():

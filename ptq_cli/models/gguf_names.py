@@ -94,7 +94,9 @@ def names_of_file(architecture: str) -> GgufNames:
     for family in FAMILIES:
         if family.gguf == architecture:
             return _names(family)
-    raise InputError(f"gguf: general.architecture {architecture!r} is not understood")
+    known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES if family.gguf))
+    message = f"gguf: general.architecture {architecture!r} is not understood"
+    raise InputError(message, hint=f"known are {known}; or start from the float model")
 
 
 def _names(family: Family) -> GgufNames:

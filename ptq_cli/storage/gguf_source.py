@@ -61,8 +61,9 @@ class _Rows:
     scale: np.float32
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = library().dequantize(self.data[rows], self.kind)
-        return values if self.scale == 1 else values * self.scale
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever asked looks for NaN and inf
+            values: NDArray[np.float32] = library().dequantize(self.data[rows], self.kind)
+            return values if self.scale == 1 else values * self.scale
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,10 @@ def _settings(
         if tensor.spec.name == _ROPE_FACTORS and tensor.spec.dtype == "F32":
             factors = np.empty(tensor.spec.shape, np.float32)
             read_into(path, tensor.offset, factors.view(np.uint8))
-    embedding = next(t.spec for t in found.values() if t.spec.name == "token_embd.weight")
-    settings = model_config(header.metadata, names.model_type, embedding.shape[0], factors)
+    sizes = [t.spec.shape[0] for t in found.values() if t.spec.name == "token_embd.weight"]
+    if not sizes:
+        raise InputError("tensor 'token_embd.weight' is missing")
+    settings = model_config(header.metadata, names.model_type, sizes[0], factors)
     return settings | names.told_by_tensors(found, settings["num_hidden_layers"])
 
 

@@ -43,7 +43,8 @@ def unread(metadata: Mapping[str, Any]) -> str | None:
     if split not in _SPLITS:
         return f"it splits text as {split!r} does, which is not known here"
     tokens, types, merges = (_list(metadata, key) for key in ("tokens", "token_type", "merges"))
-    if not tokens or len(tokens) != len(types) or not all(isinstance(t, str) for t in merges):
+    texts = all(isinstance(text, str) for text in (*tokens, *merges))
+    if not tokens or not merges or len(tokens) != len(types) or not texts:
         return "its tokens, their types or its merges are missing or damaged"
     if len(set(tokens)) < len(tokens):
         return "a token stands twice"
