@@ -89,6 +89,34 @@ def test_a_model_without_a_dtype_is_what_its_other_tensors_are():
     assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_only_hf_quant_config_says():
+    """Model Optimizer's file beside config.json, which no output keeps."""
+    model = FOREIGN["modelopt_fp8"]()
+    write_foreign(Path("m"), model._replace(declared=None))
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    Path("m/hf_quant_config.json").write_text(json.dumps(said))
+    for command, folder in (("dequantize", "out"), ("rtn", "again")):
+        options = FLOAT32 if command == "dequantize" else ("--group-size", 4)
+        assert ptq(command, "m", "-o", folder, *options).code == 0
+        assert not Path(folder, "hf_quant_config.json").exists()
+    (tensor, weight), *_ = model.weights.items()
+    np.testing.assert_array_equal(arrays("out/model.safetensors")[tensor], weight)
+    Path("m/hf_quant_config.json").write_text("[]")
+    refused("rtn", "m", "-o", "new", words=("m/hf_quant_config.json",))
+
+
+def test_a_bare_file_without_config():
+    for name in ("gpt_oss", "modelopt_nvfp4", "nf4"):
+        model = FOREIGN[name]()
+        folder = write_foreign(Path(name), model)
+        (folder / "config.json").unlink()
+        outcome = ptq("dequantize", folder / "model.safetensors", "-o", f"{name}-out", *FLOAT32)
+        assert outcome.code == 0, outcome
+        found = arrays(f"{name}-out/model.safetensors")
+        for tensor, weight in model.weights.items():
+            np.testing.assert_array_equal(found[tensor], weight)
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_rounding_a_quantized_model_is_rounding_what_it_decodes_to(name):
     write_foreign(Path("m"), FOREIGN[name](), dtype="float32")
@@ -167,6 +195,16 @@ def with_tokens(form: str, *options: object) -> tuple[str, Path]:
     path = Path("tokens.npy")
     np.save(path, np.random.default_rng(0).integers(0, 96, (6, 16)).astype(np.int32))
     return "--tokens", path
+
+
+def test_scales_of_the_cache_are_left_out():
+    tokens = with_tokens("ptq")
+    words = (*tokens, "--kv-cache", "fp8", "-g", 64, "--format", "compressed-tensors")
+    assert ptq("gptq", "float", *words, "-o", "cached").code == 0
+    assert any(name.endswith("k_scale") for name in read_model(Path("cached/model.safetensors")))
+    assert ptq("dequantize", "cached", "-o", "out").code == 0
+    names = arrays("out/model.safetensors").keys()
+    assert names == arrays("float/model.safetensors").keys()
 
 
 def test_calibration_and_gptq_run_on_what_it_decodes_to():
