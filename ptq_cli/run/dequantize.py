@@ -18,10 +18,11 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
 from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.formats.sources import with_dtype
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.decoded import decoded_as, with_dtype
+from ptq_cli.storage.decoded import decoded_as
 from ptq_cli.storage.experts import fused_again
 from ptq_cli.storage.folder import Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores

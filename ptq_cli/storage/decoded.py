@@ -23,7 +23,7 @@ from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.common import SCALE_NAMES
-from ptq_cli.formats.sources import without_declaration
+from ptq_cli.formats.sources import with_dtype, without_declaration
 from ptq_cli.numerics.parallel import each, pieces
 from ptq_cli.registry import format_named, read_only_layout
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
@@ -252,19 +252,6 @@ def decoded_as(checkpoint: Checkpoint, name: str, dtype: str) -> Array:
             hint="--dtype float32" if dtype == "F16" else None,
         )
     return result.reshape(shape)
-
-
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json with the model's float dtype, where it is stated or `dtype` by then."""
-    word, stated = SCALE_NAMES.get(dtype, "float32"), dict(config)
-    if not config:
-        return {}
-    stated["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = word
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping):
-        keys = inner.keys() & {"dtype", "torch_dtype"}
-        stated["text_config"] = {**inner, **dict.fromkeys(keys, word)}
-    return stated
 
 
 def decoded_checkpoint(
