@@ -168,7 +168,10 @@ def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
     for name in ("activation_scheme", "activation_bits"):
         if inputs is not None and inputs.levels != "integer" and given.get(name) is not None:
             word = f"--{name.replace('_', '-')}"
-            raise InputError(f"{word} does nothing here: {grid.scheme} says how inputs are rounded")
+            raise InputError(
+                f"{grid.scheme} says how inputs are rounded, and so does {word}",
+                hint="leave one of them out",
+            )
 
 
 def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
