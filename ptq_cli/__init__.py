@@ -20,6 +20,7 @@ __all__ = [
     "awq",
     "calibrate",
     "capture",
+    "dequantize",
     "evaluate",
     "gptq",
     "inspect",

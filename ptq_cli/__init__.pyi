@@ -8,6 +8,7 @@ from typing import Any
 from ptq_cli._version import __version__ as __version__
 from ptq_cli.calibration.from_torch import capture as capture
 from ptq_cli.commands.api import calibrate as calibrate
+from ptq_cli.commands.api import dequantize as dequantize
 from ptq_cli.commands.api import evaluate as evaluate
 from ptq_cli.commands.api import inspect as inspect
 from ptq_cli.commands.api import load_linear as load_linear
@@ -24,6 +25,7 @@ __all__ = [
     "awq",
     "calibrate",
     "capture",
+    "dequantize",
     "evaluate",
     "gptq",
     "inspect",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
-from ptq_cli.core.plugins import Format, Method, Smoother
+from ptq_cli.core.plugins import Format, Method, ReadOnlyLayout, Smoother
 from ptq_cli.errors import InputError
 
 METHODS = {
@@ -34,6 +34,12 @@ FORMATS = {
     "onnx": "ptq_cli.formats.onnx:FORMAT",
 }
 
+READ_ONLY = {
+    "mxfp4": "ptq_cli.formats.read_only.mxfp4:LAYOUT",
+    "scaled-floats": "ptq_cli.formats.read_only.scaled_floats:LAYOUT",
+    "bitsandbytes": "ptq_cli.formats.read_only.bitsandbytes:LAYOUT",
+}
+
 
 def method(name: str) -> Method:
     """The method of that name. Raises InputError where there is none."""
@@ -48,6 +54,11 @@ def smoother(name: str) -> Smoother:
 def format_named(name: str) -> Format:
     """The format of that name. Raises InputError where there is none."""
     return cast(Format, _load(FORMATS, "format", name))
+
+
+def read_only_layout(name: str) -> ReadOnlyLayout:
+    """The layout of that name that is only read. Raises InputError where there is none."""
+    return cast(ReadOnlyLayout, _load(READ_ONLY, "layout", name))
 
 
 def _load(table: dict[str, str], kind: str, name: str) -> Any:

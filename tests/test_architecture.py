@@ -170,7 +170,7 @@ def test_numerics_take_arrays_and_touch_nothing_else():
 
 
 # What plug-ins of one room have in common.
-SHARED = ("formats.common", "formats.declared", "formats.small_floats")
+SHARED = ("formats.common", "formats.declared", "formats.fused", "formats.small_floats")
 
 
 def strangers(here: str, name: str) -> bool:

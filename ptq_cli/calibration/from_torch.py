@@ -35,8 +35,8 @@ from ptq_cli.models.linears import group_modules, left_alone, module_tree
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import replacing
-from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.output import check_place
+from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tensors import own_metadata, serialize
 from ptq_cli.storage.weights import CALIBRATION_SUFFIX
 

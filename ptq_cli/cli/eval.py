@@ -87,7 +87,7 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
         return
     with Follow("eval", options["quiet"]) as listen:
         report = job.run(listen)
-    emit_warnings(report.warnings, options["strict"])
+    emit_warnings(report.warnings, options["strict"], job.notes)
     finish(report, options, str(quantized), written=False, source=job.sides.source)
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "smoothquant": ("quantize:smoothquant", "Smooth inputs into weights; W8A8 or float weights."),
     "awq": ("quantize:awq", "Scale weights by their inputs, then round."),
     "pack": ("quantize:pack", "Pack a float model, or repack a quantized one."),
+    "dequantize": ("dequantize:dequantize", "Write the float model of a quantized one."),
     "inspect": ("inspect:inspect", "Show tensors, sites and what matters in them."),
     "check": ("check:check", "Say from the files alone whether a runtime loads it."),
     "eval": ("eval:evaluate", "Measure a quantized folder against the original."),

@@ -35,6 +35,7 @@ _PHASES = {
     "calibrate": _Words("calibrating", "calibrated", "sites"),
     "smooth": _Words("smoothing", "smoothed", "sites"),
     "quantize": _Words("quantizing", "quantized", "layers", "weights"),
+    "decode": _Words("decoding", "decoded", "tensors"),
     "repack": _Words("repacking", "repacked", "layers", "weights"),
     "write": _Words("writing", "wrote", "files", "bytes"),
     "measure": _Words("measuring", "measured", "layers", "weights"),

@@ -110,17 +110,12 @@ _PARALLEL_LAYERS, _REQUIRE_CALIBRATION = in_section(
         help="Fail where there is no calibration.",
     ),
 )
-_WRITING = in_section(
+(_RUNTIME,) = in_section(
     "Output",
     option(
         "--runtime",
         type=click.Choice(list(RUNTIMES)),
         help="Warn of what this runtime could not load (ptq check).",
-    ),
-    option(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="Weights files hold at most SIZE.  [default: 4GB]",
     ),
 )
 
@@ -147,7 +142,8 @@ def _parameters(name: str) -> list[click.Parameter]:
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
-    own = [*output, *settings, *fallback, _CONFIG, *sources, *_WRITING, *shared.REPLACING]
+    writing = [_RUNTIME, shared.MAX_SHARD_SIZE, *shared.REPLACING]
+    own = [*output, *settings, *fallback, _CONFIG, *sources, *writing]
     return [shared.path_argument("model"), *own, *run, *shared.REPORT, *_GATES]
 
 

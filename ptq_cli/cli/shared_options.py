@@ -94,6 +94,15 @@ REPLACING = in_section(
     option("--restart", is_flag=True, help="Drop an interrupted run's work."),
 )
 
+(MAX_SHARD_SIZE,) = in_section(
+    "Output",
+    option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Weights files hold at most SIZE.  [default: 4GB]",
+    ),
+)
+
 RUN = in_section(
     "Run",
     option(

@@ -34,6 +34,7 @@ from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
+from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
 Tokens = AnyPath | TokenSettings | None
@@ -181,6 +182,32 @@ def calibrate(
     return job.run(options, warn)
 
 
+def dequantize(
+    model: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = MAX_SHARD,
+    force: bool = False,
+    restart: bool = False,
+    listen: Listener = nobody,
+) -> dict[str, Any]:
+    """Write the float model folder that a quantized model stands for.
+
+    output: default `<model>-float` in the current folder
+    dtype: "bfloat16", "float16" or "float32" for what is decoded; None: the model's
+
+    Returns:
+        `output`, `quantized_as` (how the source was, in words), `warnings`, `seconds`, `earlier`
+        (an earlier run had made it already), and otherwise `tensors`, `decoded`, `bytes`.
+    """
+    from ptq_cli.commands.dequantize import prepare_dequantization
+
+    job = prepare_dequantization(model, dtype=dtype, output=output)
+    given = {"max_shard_size": max_shard_size, "force": force, "restart": restart}
+    return job.run(take_run_options({**given, "listen": listen}))
+
+
 def evaluate(
     original: AnyPath,
     quantized: AnyPath,
@@ -233,12 +260,16 @@ def inspect(
     """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what)."""
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
+    checkpoint = None
     if holds_quantized(Path(path)):
         if calibration is not None or as_paths(activations) or bf16:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
-        with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
+        with contextlib.suppress(NotRead):
             return inspect_quantized(open_quantized(Path(path)))
-    checkpoint = one_by_one(open_checkpoint(Path(path)))
+        with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
+            checkpoint = open_float(Path(path))
+    if checkpoint is None:
+        checkpoint = one_by_one(open_checkpoint(Path(path)))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

@@ -26,8 +26,8 @@ from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import digest_words
-from ptq_cli.storage.folder import open_float
 from ptq_cli.storage.output import Target
+from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tokens import CALIBRATION_SEQUENCES, read_tokens
 from ptq_cli.storage.weights import CALIBRATION_SUFFIX

@@ -120,7 +120,7 @@ def runtime_warnings(
     declared = fmt.config(plan.layers, dense, module_tree(config))
     if declared is not None:
         config |= {**fmt.model_config(config), **dict.fromkeys(fmt.config_keys, declared)}
-    files = [] if checkpoint.root is None else listing(checkpoint.root)
+    files = list(checkpoint.documents) if checkpoint.root is None else listing(checkpoint.root)
     artifact = _artifact(fmt, plan.layers, plan.skipped, config, files)
 
     def may_hold(other: Format) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from ptq_cli.calibration.from_tokens import TokenSource, token_source
@@ -19,6 +20,7 @@ from ptq_cli.evaluation.sides import Sides
 from ptq_cli.plan.units import sites_of
 from ptq_cli.registry import format_named, method
 from ptq_cli.run import calibrate, loop
+from ptq_cli.run.dequantize import Dequantization
 from ptq_cli.run.output import staged_bytes
 from ptq_cli.run.quantize_unit import layer_columns
 from ptq_cli.run.repack import Repack
@@ -128,6 +130,17 @@ def estimate_repack(job: Repack, target: Target, resources: Resources) -> Estima
     workers, effort = Workers(1, resources.memory, True), _rounding_effort(layers)
     found, checkpoint = target.look(plan.bytes_after, plan.bytes_after), job.folder.checkpoint
     return Estimate("pack", checkpoint, workers, pieces, effort, found, plan, plan.warnings)
+
+
+def estimate_dequantization(job: Dequantization, target: Target, resources: Resources) -> Estimate:
+    """Of a dequantization, tensor by tensor: codes, values as float32 and as they are written."""
+    source = job.source
+    decoded = [name for name in source.tensors if source.is_decoded(name)]
+    pieces = [Piece(name, [name], 0, 8 * prod(source.tensors[name].spec.shape)) for name in decoded]
+    size, count = sum(spec.nbytes for spec in job.specs), cores()
+    workers, effort = Workers(count, resources.memory, True), 0.0
+    found = target.look(0, size)
+    return Estimate("dequantize", source, workers, pieces, effort, found, None, source.warnings)
 
 
 def estimate_calibration(

@@ -10,13 +10,15 @@ from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
 from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.source import HELDOUT
 from ptq_cli.commands.estimate import Estimate, estimate_evaluation
+from ptq_cli.commands.job import origin_note
 from ptq_cli.core.progress import Listener
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import evaluate as run_evaluation
 from ptq_cli.evaluation.sides import Sides, open_sides
 from ptq_cli.numerics.activations import ActivationSettings
-from ptq_cli.storage.folder import open_float, open_quantized
+from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
 
 
@@ -31,6 +33,7 @@ class EvalJob:
     def run(self, listen: Listener) -> RunReport:
         """Measure. Raises PtqError."""
         report = run_evaluation(self.sides, listen)
+        report = dataclasses.replace(report, warnings=(*report.warnings, *self.notes))
         if self.tokens is None:
             return report
         from ptq_cli.evaluation.perplexity import measure_quality
@@ -41,6 +44,11 @@ class EvalJob:
         )
         warnings = tuple(dict.fromkeys((*report.warnings, *self.tokens.warnings)))
         return dataclasses.replace(report, quality=quality, warnings=warnings)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings that are no mistakes."""
+        return origin_note(self.sides.original)
 
     def estimate(self) -> Estimate:
         """What `run` would do. Raises InputError: a model without a forward."""

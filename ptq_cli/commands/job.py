@@ -127,8 +127,19 @@ def with_warnings(
     odd = () if source is None else source.warnings
     left = (*dense_warnings(plan), *companions(checkpoint, format_named(plan.format)).warnings)
     said, untried = runtime_warnings(plan, checkpoint, runtime)
-    warnings = (*plan.warnings, *left, *odd, *more, *said, *untried)
-    return dataclasses.replace(plan, warnings=warnings, untried=untried)
+    noted = (*origin_note(checkpoint), *untried)
+    warnings = (*plan.warnings, *left, *odd, *more, *said, *noted)
+    return dataclasses.replace(plan, warnings=warnings, untried=noted)
+
+
+def origin_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is to be known of a source that was quantized before."""
+    if checkpoint.origin is None:
+        return ()
+    return (
+        f"{checkpoint.path} was quantized before ({checkpoint.origin}): errors are measured against"
+        " what it decodes to",
+    )
 
 
 def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.work import Quantization
-from ptq_cli.storage.folder import QuantizedFolder, holds_quantized, open_float, open_quantized
+from ptq_cli.storage.folder import QuantizedFolder, holds_quantized, open_quantized
+from ptq_cli.storage.sources import open_float
 
 
 def prepare(
@@ -87,7 +88,7 @@ def _kept(folder: QuantizedFolder, words: str) -> str:
         return f"quantized already, so its codes stay as they are: {words} has no effect"
     return (
         f"quantized already, in format {folder.fmt.name}, which pack repacks as it is, without"
-        f" {words}; it is not read as a source yet"
+        f" {words}"
     )
 
 
@@ -105,7 +106,10 @@ def _prepare_repack(
     other = sorted(own.keys() - known)
     if other:
         words = ", ".join("--" + key.replace("_", "-") for key in other)
-        raise InputError(f"{path}: {_kept(folder, words)}", hint="start from the float model")
+        raise InputError(
+            f"{path}: {_kept(folder, words)}",
+            hint="start from the float model, or take it as a source: ptq rtn",
+        )
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)

@@ -30,7 +30,7 @@ from ptq_cli.run.settle import Smoothing
 from ptq_cli.run.smooth_in_sequence import place_groups
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import open_float
+from ptq_cli.storage.sources import open_float
 
 FLOAT_INPUTS = ActivationSettings(8, "none")
 

@@ -225,3 +225,35 @@ class Format:
     global_scale: bool = True
     mirrored: Callable[[Layer], bool] = lambda layer: False
     kv_cache: CacheLayout | None = None
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A float tensor as a layout holds it that is only read.
+
+    name, shape: as the model has it
+    parts: names of the stored tensors that it is decoded from, by the layout's words for them
+    block: rows and columns that share a scale, where the layout has such
+    entries: whether entry n of its first axis (an expert) is decoded from entry n of each part
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, str]
+    block: tuple[int, int] = (1, 1)
+    entries: bool = False
+
+
+@dataclass(frozen=True)
+class ReadOnlyLayout:
+    """A layout of quantized weights that is read as a source and never written: a plug-in record.
+
+    tensors: the tensors of a checkpoint in this layout; empty where it is another. Raises
+        InputError where the parts contradict one another
+    decode: the float32 values of one, from its parts; of some of its entries from theirs, in the
+        shape of those. Raises InputError for what means no number
+    """
+
+    name: str
+    tensors: Callable[[Contents], tuple[PackedTensor, ...]]
+    decode: Callable[[PackedTensor, Mapping[str, Array]], NDArray[np.float32]]

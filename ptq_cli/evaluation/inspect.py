@@ -29,8 +29,9 @@ TOP = 5
 
 
 def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, Any]:
-    """Of a float checkpoint, or of a quantized one that is not read (`kind` is "foreign"):
-    `tensors`, `family`, `notes`, `sites`, `fisher`, `quantizing`, `totals`.
+    """Of a float checkpoint, or of a quantized one: seen as what it decodes to, with how it is
+    quantized as `quantized_as`; or not read, `kind` is then "foreign". `tensors`, `family`,
+    `notes`, `sites`, `fisher`, `quantizing`, `totals`.
 
     `quantizing` says what the default grid would make of it: `layers`, `bits`, `group_size`,
     `bytes_before` and `bytes_after` of the whole checkpoint, or `refused`, why it cannot be.
@@ -39,12 +40,15 @@ def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, An
     `max|x_j| · mean_i|W_ij|`, the largest first. `fisher` ranks modules by the mean
     diagonal Fisher information of their weights.
     """
-    found = model_sites(checkpoint)
+    found, origin = model_sites(checkpoint), checkpoint.origin
+    foreign = origin is None and already_quantized(checkpoint) is not None
+    decoded = f"quantized before ({origin}): shown as what it decodes to"
     return {
         "path": str(checkpoint.path),
-        "kind": "float" if already_quantized(checkpoint) is None else "foreign",
+        "kind": "foreign" if foreign else "float",
+        **({} if origin is None else {"quantized_as": origin}),
         "family": found.family,
-        "notes": list(found.notes),
+        "notes": [*found.notes, *([] if origin is None else [decoded])],
         "tensors": _tensors(checkpoint),
         "sites": [_site(site, checkpoint, source) for site in found.sites],
         "fisher": _fisher(source),

@@ -1,5 +1,5 @@
 """What weights are that somebody quantized already, by config.json and by names and dtypes in the
-headers: for those who bring them as a source, which only float weights are yet."""
+headers: for those who bring them as a source, and where it is not known how to read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptq_cli.core.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
+from ptq_cli.formats.common import SCALE_NAMES
 
 _METHODS = {  # config.json's `quant_method`, where people know it by another name
     "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8 (FBGEMM)", "mxfp4": "MXFP4",
@@ -52,6 +53,28 @@ def quantized_as(
     integers = (spec for spec in specs.values() if _is_integer_weight(spec))
     shown = next((f"tensor {spec.name!r} is {spec.dtype}" for spec in integers), "")
     return declared, shown if seen is None else seen[1]
+
+
+def without_declaration(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what it says of a quantization, also for the text model."""
+    cleaned = {key: value for key, value in config.items() if key not in _DECLARATIONS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        inner = {key: value for key, value in text.items() if key not in _DECLARATIONS}
+        cleaned["text_config"] = inner
+    return cleaned
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json that states the model's float dtype. dtype: safetensors' word"""
+    word, stated = SCALE_NAMES.get(dtype, "float32"), dict(config)
+    if not config:
+        return {}
+    stated["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = word
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        keys = inner.keys() & {"dtype", "torch_dtype"}
+        stated["text_config"] = {**inner, **dict.fromkeys(keys, word)}
+    return stated
 
 
 def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:

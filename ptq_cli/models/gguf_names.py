@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,19 @@ _NORMS = {"attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm",
 class GgufNames:
     """The names of one family.
 
-    architecture: GGUF's word for the family
+    architecture: GGUF's word for the family; model_type: config.json's
     modules: module → name in GGUF, with "{}" for the number of a block
     permuted: modules inside a block whose rows GGUF orders otherwise in each head → config.json's
         key for the number of heads
+    biases: modules inside a block → config.json's key for whether they have biases, or whether
+        they always have
     """
 
     architecture: str
+    model_type: str
     modules: Mapping[str, str]
     permuted: Mapping[str, str]
+    biases: Mapping[str, bool | str]
 
     def tensor_name(self, name: str) -> str:
         """The name in GGUF of a tensor in a checkpoint. Raises InputError where it has none."""
@@ -45,6 +49,26 @@ class GgufNames:
             where = f"gguf's architecture {self.architecture}"
             raise InputError(f"tensor {name!r} {problem} in {where}")
         return f"{found.format(block[1] if block else '')}.{ending}"
+
+    def told_by_tensors(self, names: Collection[str], n_blocks: int) -> dict[str, bool]:
+        """What config.json says of biases and of a tied head, by a checkpoint's names. Raises
+        InputError where a weight is missing, or biases are that the family does not have."""
+        wanted = {
+            module.format(i): own for module, own in self.modules.items() for i in range(n_blocks)
+        }
+        head = next(module for module, own in self.modules.items() if own == "output")
+        missing = [m for m in wanted if m != head and f"{m}.weight" not in names]
+        if missing:
+            name = self.tensor_name(f"{missing[0]}.weight")
+            raise InputError(f"tensor {name!r} is missing; {len(missing)} of {len(wanted)} are")
+        settings: dict[str, bool] = {"tie_word_embeddings": f"{head}.weight" not in names}
+        for module, key in self.biases.items():
+            found = any(name.endswith(f".{module}.bias") for name in names)
+            stated = settings.setdefault(key, found) if isinstance(key, str) else key
+            if found != stated:
+                what = "has a bias" if found else "lacks its bias"
+                raise InputError(f"{module} {what}, which a {self.model_type} cannot")
+        return settings
 
     def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
         """Heads within which GGUF orders the rows of this module otherwise, weights and biases; or
@@ -70,7 +94,9 @@ def names_of_file(architecture: str) -> GgufNames:
     for family in FAMILIES:
         if family.gguf == architecture:
             return _names(family)
-    raise InputError(f"gguf: general.architecture {architecture!r} is not understood")
+    known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES if family.gguf))
+    message = f"gguf: general.architecture {architecture!r} is not understood"
+    raise InputError(message, hint=f"known are {known}; or start from the float model")
 
 
 def _names(family: Family) -> GgufNames:
@@ -86,4 +112,8 @@ def _names(family: Family) -> GgufNames:
     modules |= {f"{prefix}{names.embedding}": "token_embd", names.head: "output"}
     modules[f"{prefix}{names.final_norm}"] = "output_norm"
     keys = ("num_attention_heads", "num_key_value_heads") if family.gguf_permuted else ()
-    return GgufNames(str(family.gguf), modules, dict(zip(names.qkv, keys, strict=False)))
+    permuted = dict(zip(names.qkv, keys, strict=False))
+    own = {} if family.forward is None else family.forward.biases
+    parts = {"qkv": names.qkv[0], "output": names.output, "mlp": names.mlp_out}
+    biases = {module: own.get(part, False) for part, module in parts.items()}
+    return GgufNames(str(family.gguf), family.name, modules, permuted, biases)

@@ -62,10 +62,12 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     plan, staging = work.plan, work.staging
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
-    tensors: dict[str, Bytes | StoredTensor] = {**work.job.written, **work.checkpoint.tensors}
+    tensors: dict[str, Bytes | StoredTensor] = dict(work.job.written)
     if shards is not None:
         tensors |= shards.places  # where all is by now
     else:
+        rounded, held = {layer.tensor for layer in plan.layers}, work.checkpoint
+        tensors |= {name: held.copyable(name) for name in held.tensors if name not in rounded}
         for unit in plan.units:
             tensors |= {tensor.spec.name: tensor for tensor in work.store.tensors(unit.name)}
     parts = [

@@ -24,7 +24,7 @@ from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.digest import digest_of, digest_words
+from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.rows import FileRows
 from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
@@ -55,7 +55,7 @@ class UnitJob:
         if not self.store.exists(self.unit.name):
             return None
         names = [layer.tensor for layer in (*self.unit.layers, *self.unit.beside)]
-        digests = {name: digest_of(self.checkpoint.read_bytes(name)) for name in names}
+        digests = {name: self.checkpoint.digest(name) for name in names}
         if not self.store.reusable(self.unit.name, self.key(digests)):
             return None
         return [row_from_json(entry) for entry in self.store.result(self.unit.name)]
@@ -119,7 +119,7 @@ class _Weights:
             rows = self.files.enter_context(FileRows(checkpoint, layer))
             self._streamed[layer.tensor] = rows
             return LayerWeight(rows, importance, outputs)
-        self._digests[layer.tensor] = digest_of(checkpoint.read_bytes(layer.tensor))
+        self._digests[layer.tensor] = checkpoint.digest(layer.tensor)
         return LayerWeight(checkpoint.weight(layer), importance, outputs)
 
     def _importance(self, layer: Layer) -> FloatArray | None:

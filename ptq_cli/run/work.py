@@ -24,6 +24,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.experts import fused_again, left_fused
 from ptq_cli.storage.shards import Shards
 from ptq_cli.storage.staging import Staging
+from ptq_cli.storage.tensors import Bytes
 from ptq_cli.storage.units import UnitStore
 
 
@@ -102,7 +103,7 @@ class BackgroundCopy:
         if kind is None:
             self._check()
 
-    def put(self, tensors: Iterable[StoredTensor]) -> None:
+    def put(self, tensors: Iterable[Bytes | StoredTensor]) -> None:
         """Have tensors copied. Raises FileError of an earlier copy."""
         self._submit(lambda shards: shards.put(tensors))
 
@@ -182,5 +183,9 @@ class Work:
     def copy_untouched(self, names: Iterable[str]) -> None:
         """Have tensors copied that are not quantized."""
         rounded = {layer.tensor for layer in self.plan.layers}
-        tensors = {**self.job.written, **self.checkpoint.tensors}
-        self.copy.put(tensors[name] for name in names if name not in rounded)
+        held, written = self.checkpoint, self.job.written
+        self.copy.put(
+            held.copyable(name) if name in held.tensors else written[name]
+            for name in names
+            if name not in rounded
+        )

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import DTYPE_BITS, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.parallel import each, pieces
+from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import (
+    MAX_JSON,
     listing,
     parse_json,
     read_document,
@@ -37,6 +39,12 @@ from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 from ptq_cli.storage.weights import INDEX_SUFFIX, SUFFIX, lone_shard, weights_of
 
 MAX_HEADER = 25 << 20
+
+
+class Rows(Protocol):
+    """A matrix that is taken a few rows at a time."""
+
+    def __getitem__(self, rows: slice, /) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,25 @@ class Checkpoint:
         """The tensors' headers."""
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
+    @property
+    def documents(self) -> Mapping[str, Any]:
+        """config.json, tokenizer.json … of a checkpoint that has them in itself, by name."""
+        return {}
+
+    def document(self, name: str, limit: int = MAX_JSON) -> Any:
+        """tokenizer.json and the like, from the checkpoint itself or from its folder; None where
+        there is none. Raises InputError for one of more than `limit` bytes, or that is no JSON."""
+        if self.documents or name not in listing(self.folder):
+            return self.documents.get(name)
+        return read_document(self.folder / name, limit)
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """config.json of the model folder, or of the folder a bare file lies in; {} without one."""
-        if "config.json" not in listing(self.folder):
-            return {}
-        path = self.folder / "config.json"
-        config = read_document(path)
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: not a JSON object")
-        return config
+        config = self.document("config.json")
+        if not isinstance(config, dict | None):
+            raise InputError(f"{self.folder / 'config.json'}: not a JSON object")
+        return config or {}
 
     def read(self, name: str) -> Array:
         """A tensor in the dtype it is stored in.
@@ -137,6 +154,23 @@ class Checkpoint:
         read_into(stored.file, stored.offset, buffer)
         return buffer
 
+    def extent(self, name: str) -> int:
+        """Bytes from the first to the last one of a tensor in its file."""
+        return self.tensors[name].extent
+
+    def is_decoded(self, name: str) -> bool:
+        """Whether the file holds a tensor quantized, and it is decoded when it is read."""
+        return False
+
+    @property
+    def origin(self) -> str | None:
+        """How the model was quantized before, in words; None: it is float."""
+        return None
+
+    def digest(self, name: str) -> str:
+        """`digest_of` what a tensor is read from."""
+        return digest_of(self.read_bytes(name))
+
     def copyable(self, name: str) -> StoredTensor | Bytes:
         """A tensor as it is to be copied: where it lies, unless its bytes lie there in disorder."""
         return self.tensors[name]
@@ -147,8 +181,7 @@ class Checkpoint:
         Raises:
             InputError: NaN or inf, with its first index and how many there are.
         """
-        values, result = self.read(name), np.empty(shape, np.float32)
-        rows = values.reshape(shape)
+        rows, result = self.rows(name, shape), np.empty(shape, np.float32)
 
         def convert(part: slice) -> bool:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -158,8 +191,12 @@ class Checkpoint:
 
         parts = pieces(0, *shape)
         if not all([convert(part) for part in parts] if len(parts) < 4 else each(convert, parts)):
-            self._refuse(name, values)
+            self._refuse(name, rows[:].reshape(self.tensors[name].spec.shape))
         return result
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Rows:
+        """A float tensor as [out_features, in_features], as exact as it is known."""
+        return self.read(name).reshape(shape)
 
     def _refuse(self, name: str, values: Array) -> NoReturn:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -206,8 +243,9 @@ class Checkpoint:
             stored = self.tensors[name]
             spec = stored.spec
             digest.update(repr((spec.name, spec.dtype, spec.shape)).encode())
-            size = min(4096, stored.extent)
-            for offset in (0, stored.extent - size):
+            extent = self.extent(name)
+            size = min(4096, extent)
+            for offset in (0, extent - size):
                 sample = np.empty(size, np.uint8)
                 read_into(stored.file, stored.offset + offset, sample)
                 digest.update(sample.data)

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.files import PARTIAL, copy_file, listing, named, read_document, sync_folder
+from ptq_cli.storage.files import (
+    PARTIAL,
+    copy_file,
+    like_document,
+    listing,
+    named,
+    read_document,
+    sync_folder,
+    write_file,
+)
 from ptq_cli.storage.made import JOB
 from ptq_cli.storage.weights import ADAPTER_CONFIG, SUFFIX
 
@@ -19,7 +29,11 @@ _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run 
     *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
     *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),
 )
-_DECLARED = ("quantize_config.json", "quant_config.json")  # of an earlier layout
+_DECLARED = (
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+)  # of an earlier layout
 _MADE = ("report.json", "quantization.json", JOB)  # by every run anew
 _OWN_OUTPUT = {"quantization.json", JOB}  # a folder with one of these is an output of its own
 _MODULES = "modules.json"  # of sentence-transformers: folders of modules, some with weights
@@ -29,10 +43,12 @@ _CACHE = ("__pycache__",)
 @dataclass(frozen=True)
 class Companions:
     """files: to be copied, by their names in the output, `1_Pooling/config.json`
+    documents: what the checkpoint itself has of them, by name
     left: names of what is left out though one could miss it, and why
     """
 
     files: Mapping[str, Path] = field(default_factory=dict)
+    documents: Mapping[str, Any] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -51,6 +67,8 @@ def companions(source: Checkpoint, fmt: Format) -> Companions:
     A config.json that declares the quantization takes the place of the one here. Links to files are
     followed, in sub-folders only to what belongs to the model; links to folders are not.
     """
+    if source.documents:
+        return Companions(documents=source.documents)
     root = source.root or (source.folder if fmt.file_metadata and source.config else None)
     if root is None:
         return Companions()
@@ -67,7 +85,7 @@ def companions(source: Checkpoint, fmt: Format) -> Companions:
             left[name] = why
         elif not name.lower().endswith(_WEIGHTS) or (inside and top in modules):
             files[name] = path
-    return Companions(files, left)
+    return Companions(files, left=left)
 
 
 def _modules_with_weights(root: Path) -> set[str]:
@@ -121,8 +139,11 @@ def _lies_in(path: Path, places: tuple[Path, ...]) -> bool:
 
 
 def copy_companions(found: Companions, out: Path) -> None:
-    """Copy files into an output, except where it has its own by that name. Raises FileError."""
+    """Copy files, and write documents, into an output, except where it has its own by that name.
+    Raises FileError."""
     taken = set(listing(out))
+    for name in found.documents.keys() - taken:
+        write_file(out / name, like_document(found.documents[name], {}))
     folders = set()
     for name, path in found.files.items():
         if name.partition("/")[0] in taken:

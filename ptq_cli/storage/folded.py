@@ -7,6 +7,7 @@ import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ptq_cli.numerics.smoothquant import check_factors
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
 from ptq_cli.storage.staging import Staging
-from ptq_cli.storage.tensors import as_bytes, own_metadata, serialize
+from ptq_cli.storage.tensors import Bytes, as_bytes, own_metadata, serialize
 
 FOLDS_FILE = "smooth_scales.st"
 
@@ -40,6 +41,24 @@ class FoldedCheckpoint(Checkpoint):
 
     base: Checkpoint = field(kw_only=True)
     folds: Mapping[str, Folds] = field(kw_only=True)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return self.base.config
+
+    @property
+    def origin(self) -> str | None:
+        return self.base.origin
+
+    @property
+    def documents(self) -> Mapping[str, Any]:
+        return self.base.documents
+
+    def extent(self, name: str) -> int:
+        return self.base.extent(name)
+
+    def copyable(self, name: str) -> StoredTensor | Bytes:
+        return self.base.copyable(name)
 
     def streams(self, layer: Layer) -> bool:
         return layer.tensor not in self.folds and self.base.streams(layer)

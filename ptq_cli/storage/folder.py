@@ -16,23 +16,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import by_number, fold_names
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import Contents, Format, PackedTensor
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
 from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
-from ptq_cli.registry import FORMATS, format_named
+from ptq_cli.registry import FORMATS, READ_ONLY, format_named, read_only_layout
 from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
-from ptq_cli.storage.experts import one_by_one
+from ptq_cli.storage.decoded import decoded_weight
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
@@ -45,6 +43,7 @@ _SMOOTHED: tuple[str, dict[str, Any]] = (
     "ptq",
     {},
 )  # of this tool's own weights files without one quantized layer
+_MODELOPT = "hf_quant_config.json"
 _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
 
@@ -170,7 +169,8 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     own = untied(source_config, assembly.layers, assembly.dense)
     declared = fmt.config(list(assembly.layers.values()), assembly.dense, module_tree(own))
     if declared is None:
-        return {} if own is source_config else {"config.json": own}
+        same = own is source_config and source.origin is None
+        return {} if same else {"config.json": own}
     if assembly.kv_cache is not None and fmt.kv_cache is not None:
         declared = {**declared, **fmt.kv_cache.declare(assembly.kv_cache)}
     config = {**own, **fmt.model_config(own), **dict.fromkeys(fmt.config_keys, declared)}
@@ -197,20 +197,7 @@ class QuantizedFolder:
                 f"{self.checkpoint.path}: no quantized module {module!r}",
                 hint=f"there is {next(iter(self.layers), 'none')!r}, for instance",
             )
-        layer = self.layers[module]
-        tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
-        with stated_in(self.checkpoint.weights):
-            weight = self.fmt.decode(layer, tensors)
-        for values in (weight.scales, weight.offsets):
-            if values is not None and not np.isfinite(values.astype(np.float32)).all():
-                raise InputError(f"{self.checkpoint.path}: scales of {module!r} are not finite")
-        groups, there = weight.g_idx, weight.scales.shape[1]
-        if groups is not None and groups.size and not 0 <= groups.min() <= groups.max() < there:
-            raise InputError(
-                f"{self.checkpoint.weights}: g_idx of {module!r} holds groups"
-                f" {groups.min()} … {groups.max()}, there are {there}"
-            )
-        return weight
+        return decoded_weight(self.checkpoint, self.fmt, self.layers[module])
 
     @property
     def packed_names(self) -> set[str]:
@@ -230,7 +217,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
     Raises:
         InputError: something else, or layers that contradict the tensors.
     """
-    gguf = _gguf_of(path)
+    gguf = gguf_of(path)
     if gguf is not None:
         fmt = format_named("gguf")
         opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
@@ -238,7 +225,7 @@ def open_quantized(path: Path) -> QuantizedFolder:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
-    folder = find_quantized(checkpoint)
+    folder = None if find_read_only(checkpoint) else find_quantized(checkpoint)
     if folder is not None:
         return folder
     if quantized_entry(checkpoint.path, checkpoint.metadata) == _SMOOTHED:
@@ -252,7 +239,10 @@ def open_quantized(path: Path) -> QuantizedFolder:
         hint = "this looks like MLX's, whose bits and groups stand in config.json beside it"
         raise InputError(f"{path}: {unknown}", hint=hint)
     if already is not None:
-        raise _not_read(path, *already, lead=unknown)
+        what, shown = already
+        said = f" ({shown})" if shown else ""
+        hint = "as a source it may be read: ptq rtn, ptq gptq, ptq dequantize"
+        raise NotRead(f"{path}: {unknown}: {what}{said}", hint=hint)
     raise InputError(f"{path}: {unknown}", hint=f"it knows {', '.join(FORMATS)}")
 
 
@@ -277,6 +267,20 @@ def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
     return None
 
 
+def find_read_only(checkpoint: Checkpoint) -> tuple[str, tuple[PackedTensor, ...]] | None:
+    """The name of a layout that is only read and the tensors of a checkpoint that are in it, or
+    None. Raises InputError where the tensors contradict one another."""
+    if quantized_entry(checkpoint.path, checkpoint.metadata) is not None:
+        return None
+    contents = Contents({}, declared_config(checkpoint), checkpoint.specs, checkpoint.read)
+    for name in READ_ONLY:
+        with stated_in(checkpoint.weights):
+            tensors = read_only_layout(name).tensors(contents)
+        if tensors:
+            return name, tensors
+    return None
+
+
 def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
     """Layer 10 after layer 9, wherever they are stored."""
     named = {layer.module: layer for layer in layers}
@@ -288,7 +292,7 @@ def holds_quantized(path: Path) -> bool:
 
     An output of this tool without one quantized layer, like a smoothed float model, does not.
     """
-    if _gguf_of(path) is not None:
+    if gguf_of(path) is not None:
         return True
     checkpoint = open_checkpoint(path)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
@@ -296,13 +300,21 @@ def holds_quantized(path: Path) -> bool:
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, with what quantize_config.json says where config.json does not.
+    """config.json, with what quantize_config.json or hf_quant_config.json (of Model Optimizer) says
+    where config.json does not.
 
     Raises:
         InputError: the two contradict one another.
     """
     config, name = checkpoint.config, "quantize_config.json"
-    if name not in files.listing(checkpoint.folder):
+    listing = files.listing(checkpoint.folder)
+    if _MODELOPT in listing and not config.get("quantization_config"):
+        stated = files.read_document(checkpoint.folder / _MODELOPT)
+        own = stated.get("quantization") if isinstance(stated, dict) else None
+        if not isinstance(own, dict):
+            raise InputError(f"{checkpoint.folder / _MODELOPT}: no object of its quantization")
+        return {**config, "quantization_config": {**own, "quant_method": "modelopt"}}
+    if name not in listing:
         return config
     beside = files.read_document(checkpoint.folder / name)
     if not isinstance(beside, dict):
@@ -318,7 +330,7 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return config
 
 
-def _gguf_of(path: Path) -> Path | None:
+def gguf_of(path: Path) -> Path | None:
     """The GGUF file that `path` names, or holds as its only weights."""
     if not path.is_dir():
         return path if path.suffix == GGUF_SUFFIX else None
@@ -341,7 +353,7 @@ def already_quantized(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return found if found is None or own is None else (f"ptq's format {own[0]}", found[1])
 
 
-def _not_read(path: Path, what: str, shown: str, lead: str = "quantized already") -> NotRead:
+def not_read(path: Path, what: str, shown: str) -> NotRead:
     """The error of a model that is quantized already, in a layout that is not read here."""
     if not shown:
         return NotRead(
@@ -349,33 +361,18 @@ def _not_read(path: Path, what: str, shown: str, lead: str = "quantized already"
             hint="take quantization_config out of config.json if all weights are float",
         )
     return NotRead(
-        f"{path}: {lead}: {what} ({shown}), which is not read as a source yet",
+        f"{path}: quantized already: {what} ({shown}), which is not read as a source",
         hint="start from the float model",
     )
-
-
-def open_float(path: Path) -> Checkpoint:
-    """Open a model that is to be quantized, its experts one by one.
-
-    Raises InputError, FileError, as `check_float`.
-    """
-    gguf = _gguf_of(path)
-    if gguf is not None:
-        files.regular_file(gguf)
-        message = f"{gguf}: a GGUF file, which is not read as a source yet"
-        raise InputError(message, hint="start from the float model, in safetensors")
-    checkpoint = open_checkpoint(path)
-    check_float(checkpoint)
-    return one_by_one(checkpoint)
 
 
 def check_float(checkpoint: Checkpoint) -> None:
     """Refuse what is no whole float model: quantized already, an adapter, a shard; and dtypes that
     could not be copied."""
     check_whole(checkpoint.weights)
-    found = already_quantized(checkpoint)
+    found = already_quantized(checkpoint) if checkpoint.origin is None else None
     if found is not None:
-        raise _not_read(checkpoint.path, *found)
+        raise not_read(checkpoint.path, *found)
     if names := adapter_tensors(checkpoint.specs):
         message = f"{checkpoint.path}: an adapter (LoRA) that is not merged into its model"
         raise InputError(f"{message}: {fold_names(names)}", hint=MERGE_FIRST)

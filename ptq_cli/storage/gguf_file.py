@@ -1,4 +1,4 @@
-"""GGUF files (version 3, little endian): written with the gguf library, read by this module.
+"""GGUF files (versions 2 and 3, little endian): written with the gguf library, read by this module.
 
     "GGUF", U32 version, U64 number of tensors, U64 number of key-values
     key-values:  string key, U32 kind, value
@@ -29,7 +29,8 @@ TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 28: ("F64", 1, 8), 30: ("BF16", 1, 2),
+    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136), 28: ("F64", 1, 8),
+    30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
@@ -102,8 +103,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if size < 24 or cursor.take(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
         version = cursor.number("I")
-        if version != 3:
-            raise InputError(f"{path}: GGUF version {version} is not understood, only 3")
+        if version not in (2, 3):  # of one layout
+            raise InputError(f"{path}: GGUF version {version} is not understood, only 2 and 3")
         n_tensors, n_values = cursor.count(), cursor.count()
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
@@ -165,9 +166,9 @@ def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def library() -> Any:
+def library(what: str = "--format gguf") -> Any:
     """The gguf library. Raises InputError that names the extra where it is not installed."""
-    return import_extra("gguf", "--format gguf", "gguf")
+    return import_extra("gguf", what, "gguf")
 
 
 def write_gguf(

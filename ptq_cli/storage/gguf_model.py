@@ -26,7 +26,7 @@ from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
-from ptq_cli.storage.files import listing, named, read_document
+from ptq_cli.storage.files import listing, named
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
@@ -131,17 +131,14 @@ def _metadata(
             f"{source.path}: gguf needs the model's config.json",
             hint="name the model folder, or another --format",
         )
-    names = listing(source.folder)
-    tokenizer, settings = None, {}
-    if "tokenizer.json" in names:
-        tokenizer = read_document(source.folder / "tokenizer.json", _MAX_TOKENIZER)
-    elif "tokenizer.model" in names:
+    names = () if source.documents else listing(source.folder)
+    tokenizer = source.document("tokenizer.json", _MAX_TOKENIZER)
+    settings = dict(source.document("tokenizer_config.json") or {})
+    if tokenizer is None and "tokenizer.model" in names:
         raise InputError(
             f"{source.folder}: gguf takes the tokenizer from tokenizer.json, not tokenizer.model",
             hint="save the tokenizer with transformers once",
         )
-    if "tokenizer_config.json" in names:
-        settings = dict(read_document(source.folder / "tokenizer_config.json"))
     if "chat_template.jinja" in names:
         with named(source.folder / "chat_template.jinja"):
             template = (source.folder / "chat_template.jinja").read_text("utf-8")

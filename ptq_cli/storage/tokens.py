@@ -7,6 +7,7 @@ same shape is 0 or false at padding. What is not a whole sequence at the end is 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,7 +179,8 @@ def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> No
 def _encode(path: Path, checkpoint: Checkpoint) -> Array:
     """A text file as the ids that the model's tokenizer.json makes of it."""
     tokenizers = import_extra("tokenizers", "--text", "text")
-    if "tokenizer.json" not in listing(checkpoint.folder):
+    own = checkpoint.documents.get("tokenizer.json")
+    if own is None and "tokenizer.json" not in listing(checkpoint.folder):
         raise InputError(f"{checkpoint.folder}: no tokenizer.json", hint="--tokens FILE.npy")
     regular_file(path)
     with named(path):
@@ -189,7 +191,8 @@ def _encode(path: Path, checkpoint: Checkpoint) -> Array:
         raise InputError(f"{path}: not UTF-8: {error}") from None
     tokenizer_path = checkpoint.folder / "tokenizer.json"
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path))
+        made = tokenizers.Tokenizer
+        tokenizer = made.from_str(json.dumps(own)) if own else made.from_file(str(tokenizer_path))
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{tokenizer_path}: {error}") from None
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ptq_cli
-from ptq_cli.storage.folder import open_float
+from ptq_cli.storage.sources import open_float
 from tests.builders import ptq, random_weight, read_model, write_model
 
 EXPERTS, HIDDEN, INNER, VOCABULARY = 3, 64, 32, 48

@@ -1,9 +1,11 @@
-"""Models that are quantized already: every command says what they are, and that they are not read
-as a source yet; a model that is half FP8 is not half-copied."""
+"""Quantized models as MODEL: read as the floats they stand for, or refused with what they are."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -11,14 +13,361 @@ import numpy as np
 import pytest
 
 import ptq_cli
-from tests.builders import ptq, random_weight, small_tensors, write_model
-from tests.refusals import Q, refused
+from ptq_cli.storage.sources import open_float
+from tests.builders import (
+    half_sample,
+    ptq,
+    random_weight,
+    read_model,
+    small_tensors,
+    tree,
+    write_model,
+)
+from tests.cli.tiny_folders import llama
+from tests.foreign import FOREIGN, GATE_UP, Q, write_foreign
+from tests.refusals import refused
+from tests.stopping import STAGED, killed
 
 pytestmark = pytest.mark.usefixtures("here")
 
-EXPERTS = "layers.0.mlp.experts.gate_up_proj"
+FLOAT32 = ("--dtype", "float32")
 ONE = np.ones((1, 1), np.float32)
 FP8 = random_weight(12, 32).astype(ml_dtypes.float8_e4m3fn)
+EXPERTS = "layers.0.mlp.experts.gate_up_proj"
+
+
+def arrays(path):
+    """Name → array, read without this project's code."""
+    words = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "I64": np.int64}
+    return {
+        name: np.frombuffer(content, words[dtype]).reshape(shape)
+        for name, (dtype, shape, content) in read_model(Path(path)).items()
+    }
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_float_model_of_what_others_publish(name):
+    """Every weight is what its layout says; all else is as it was, and nothing is left over."""
+    model = FOREIGN[name]()
+    write_foreign(Path("m"), model)
+    outcome = ptq("dequantize", "m", "-o", "out", *FLOAT32)
+    assert (outcome.code, outcome.warnings) == (0, [])
+    found = arrays("out/model.safetensors")
+    for tensor, weight in model.weights.items():
+        np.testing.assert_array_equal(found[tensor], weight)
+        assert found[tensor].dtype == np.float32
+    plain = {k: v for k, v in small_tensors().items() if k not in model.weights}
+    biases = {k: v for k, v in model.tensors.items() if k.endswith("_bias")}
+    assert found.keys() == {*plain, *biases, *model.weights}
+    for tensor, values in (plain | biases).items():
+        assert found[tensor].tobytes() == values.tobytes()
+    config = json.loads(Path("out/config.json").read_text())
+    kept = json.loads(Path("m/config.json").read_text())
+    del kept["quantization_config"]
+    assert config == {**kept, "torch_dtype": "float32"}
+    assert Path("out/tokenizer_config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_it_is_written_in_the_dtype_of_the_model(name):
+    model = FOREIGN[name]()
+    write_foreign(Path("m"), model)
+    assert ptq("dequantize", "m", "-o", "out").code == 0
+    found = arrays("out/model.safetensors")
+    for tensor, weight in model.weights.items():
+        assert found[tensor].tobytes() == weight.astype(ml_dtypes.bfloat16).tobytes()
+    assert json.loads(Path("out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_model_without_a_dtype_is_what_its_other_tensors_are():
+    write_foreign(Path("m"), FOREIGN["fbgemm"](), dtype=None)
+    assert ptq("dequantize", "m", "-o", "out").code == 0
+    assert arrays("out/model.safetensors")[f"{Q}.weight"].dtype == ml_dtypes.bfloat16
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_only_hf_quant_config_says():
+    """Model Optimizer's file beside config.json, which no output keeps."""
+    model = FOREIGN["modelopt_fp8"]()
+    write_foreign(Path("m"), model._replace(declared=None))
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    Path("m/hf_quant_config.json").write_text(json.dumps(said))
+    for command, folder in (("dequantize", "out"), ("rtn", "again")):
+        options = FLOAT32 if command == "dequantize" else ("--group-size", 4)
+        assert ptq(command, "m", "-o", folder, *options).code == 0
+        assert not Path(folder, "hf_quant_config.json").exists()
+    (tensor, weight), *_ = model.weights.items()
+    np.testing.assert_array_equal(arrays("out/model.safetensors")[tensor], weight)
+    Path("m/hf_quant_config.json").write_text("[]")
+    refused("rtn", "m", "-o", "new", words=("m/hf_quant_config.json",))
+
+
+def test_a_bare_file_without_config():
+    for name in ("gpt_oss", "modelopt_nvfp4", "nf4"):
+        model = FOREIGN[name]()
+        folder = write_foreign(Path(name), model)
+        (folder / "config.json").unlink()
+        outcome = ptq("dequantize", folder / "model.safetensors", "-o", f"{name}-out", *FLOAT32)
+        assert outcome.code == 0, outcome
+        found = arrays(f"{name}-out/model.safetensors")
+        for tensor, weight in model.weights.items():
+            np.testing.assert_array_equal(found[tensor], weight)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_rounding_a_quantized_model_is_rounding_what_it_decodes_to(name):
+    write_foreign(Path("m"), FOREIGN[name](), dtype="float32")
+    assert ptq("dequantize", "m", "-o", "float", *FLOAT32).code == 0
+    options = ("--group-size", 4, "--format", "ptq", "--scale-dtype", "float16")
+    for model in ("m", "float"):
+        outcome = ptq("rtn", model, *options, "-o", f"{model}-out", "--strict")
+        assert outcome.code == 0, outcome
+    files = [read_model(Path(f"{model}-out/model.safetensors")) for model in ("m", "float")]
+    assert files[0] == files[1]
+    report = json.loads(Path("m-out/report.json").read_text())
+    assert any("m was quantized before (" in warning for warning in report["warnings"])
+    assert "quantization_config" not in json.loads(Path("m-out/config.json").read_text())
+    first, second = (ptq("eval", model, "m-out", "--json") for model in ("m", "float"))
+    assert (first.code, second.code) == (0, 0)
+    errors = [[row["rel_err"] for row in out.document["layers"]] for out in (first, second)]
+    assert errors[0] == errors[1]
+    assert not any("other bytes" in warning for warning in first.document["warnings"])
+
+
+WRITTEN = {
+    "ptq": (), "gptq": (), "gptq_v2": ("--asym",), "awq": ("--asym",), "compressed-tensors": (),
+    "mlx": (), "gguf": ("--group-size", 32), "onnx": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_what_this_tool_writes_is_read(form):
+    pytest.importorskip(form if form in ("gguf", "onnx") else "numpy")
+    source = llama(Path("float"))
+    options = WRITTEN[form] or ("--group-size", 64)
+    if "--group-size" not in options:
+        options = (*options, "--group-size", 64)
+    assert ptq("rtn", source, "--format", form, *options, "-o", "m").code == 0
+    assert ptq("dequantize", "m", "-o", "out", *FLOAT32).code == 0
+    found, original = arrays("out/model.safetensors"), arrays("float/model.safetensors")
+    assert found.keys() == original.keys()
+    for name, weight in found.items():
+        if name.endswith("_proj.weight"):
+            module = name.removesuffix(".weight")
+            np.testing.assert_array_equal(weight, ptq_cli.load_weight("m", module))
+        elif form != "gguf":  # which casts vectors
+            assert weight.tobytes() == original[name].tobytes()
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "float32"
+    assert ptq("inspect", "out", "--json").document["kind"] == "float"
+
+
+SCHEMES = [
+    ("FP8_DYNAMIC", ()), ("FP8", ("--activations", "float/activations")), ("FP8_BLOCK", ()),
+    ("FP8_BLOCK", ("--format", "fp8")), ("NVFP4A16", ()), ("MXFP4A16", ()), ("MXFP8", ()),
+    ("NVFP4", ("--activations", "float/activations")), ("MXFP4A16", ("--format", "mlx")),
+    ("NVFP4A16", ("--format", "ptq")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "options"), SCHEMES, ids=str)
+def test_schemes_of_small_floats_are_read(scheme, options):
+    half_sample(Path("float"))
+    words = ("--scheme", scheme, "--ignore", "model.layers.1.*", "-o", "m")
+    assert ptq("rtn", "float", *words, *options).code == 0
+    outcome = ptq("dequantize", "m", "-o", "out", *FLOAT32)
+    assert outcome.code == 0, outcome
+    found, original = arrays("out/model.safetensors"), arrays("float/model.safetensors")
+    assert found.keys() == original.keys()
+    for name in original:
+        if name.startswith("model.layers.0.") and name.endswith("_proj.weight"):
+            module = name.removesuffix(".weight")
+            np.testing.assert_array_equal(found[name], ptq_cli.load_weight("m", module))
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+
+
+def with_tokens(form: str, *options: object) -> tuple[str, Path]:
+    """A quantized model `m` of two small blocks, and tokens for it."""
+    llama(Path("float"), dtype="float32")
+    assert ptq("rtn", "float", "--format", form, "-g", 64, *options, "-o", "m").code == 0
+    path = Path("tokens.npy")
+    np.save(path, np.random.default_rng(0).integers(0, 96, (6, 16)).astype(np.int32))
+    return "--tokens", path
+
+
+def test_scales_of_the_cache_are_left_out():
+    tokens = with_tokens("ptq")
+    words = (*tokens, "--kv-cache", "fp8", "-g", 64, "--format", "compressed-tensors")
+    assert ptq("gptq", "float", *words, "-o", "cached").code == 0
+    assert any(name.endswith("k_scale") for name in read_model(Path("cached/model.safetensors")))
+    assert ptq("dequantize", "cached", "-o", "out").code == 0
+    names = arrays("out/model.safetensors").keys()
+    assert names == arrays("float/model.safetensors").keys()
+
+
+def test_calibration_and_gptq_run_on_what_it_decodes_to():
+    """The same bytes from the quantized folder and from its float32 folder, on tokens too."""
+    tokens = with_tokens("compressed-tensors")
+    assert ptq("dequantize", "m", "-o", "wide").code == 0
+    for model in ("m", "wide"):
+        options = ("--bits", 3, "-g", 32, "-o", f"{model}-out", "--workers", 1)
+        assert ptq("gptq", model, *tokens, *options).code == 0
+        assert ptq("calibrate", model, *tokens, "-o", f"{model}.st").code == 0
+    files = [read_model(Path(f"{model}-out/model.safetensors")) for model in ("m", "wide")]
+    assert files[0] == files[1]
+    statistics = [read_model(Path(f"{model}.st")) for model in ("m", "wide")]
+    assert statistics[0] == statistics[1]
+    quality = [ptq("eval", model, "m-out", *tokens, "--json") for model in ("m", "wide")]
+    assert quality[0].document["quality"] == quality[1].document["quality"]
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_smoothing_a_quantized_model(bits):
+    tokens = with_tokens("gptq", "--bits", 8)
+    assert ptq("dequantize", "m", "-o", "wide").code == 0
+    for model in ("m", "wide"):
+        words = ("--bits", bits, *tokens, "-o", f"{model}-out")
+        assert ptq("smoothquant", model, *words).code == 0
+    assert "quantization_config" not in json.loads(Path("m-out/config.json").read_text())
+    files = [read_model(Path(f"{model}-out/model.safetensors")) for model in ("m", "wide")]
+    assert files[0] == files[1]
+
+
+def test_experts_in_one_tensor_are_seen_one_by_one():
+    """Gate and up take turns, inputs before outputs: each expert is decoded alone."""
+    model = FOREIGN["gpt_oss"]()
+    checkpoint = open_float(write_foreign(Path("m"), model))
+    experts = GATE_UP.removesuffix("gate_up_proj")
+    for number in range(3):
+        both = model.weights[GATE_UP][number]
+        for place, name in enumerate(("gate_proj", "up_proj")):
+            tensor = f"{experts}{number}.{name}.weight"
+            np.testing.assert_array_equal(checkpoint.matrix(tensor, (64, 32)), both[:, place::2].T)
+        down = model.weights[f"{experts}down_proj"][number]
+        tensor = f"{experts}{number}.down_proj.weight"
+        np.testing.assert_array_equal(checkpoint.matrix(tensor, (32, 64)), down.T)
+        bias = model.tensors[f"{GATE_UP}_bias"][number]
+        np.testing.assert_array_equal(
+            checkpoint.read(f"{experts}{number}.up_proj.bias"), bias[1::2]
+        )
+
+
+def test_what_a_worker_gets_is_small():
+    checkpoint = open_float(write_foreign(Path("m"), FOREIGN["modelopt_nvfp4"]()))
+    part = pickle.loads(pickle.dumps(checkpoint.part([f"{Q}.weight"])))
+    assert len(pickle.dumps(part)) < 4096
+    assert list(part.tensors) == [f"{Q}.weight"]
+    np.testing.assert_array_equal(
+        part.matrix(f"{Q}.weight", (12, 64)), checkpoint.matrix(f"{Q}.weight", (12, 64))
+    )
+
+
+@pytest.mark.parametrize("changed", ["weight", "weight_scale", "weight_scale_2"])
+def test_the_fingerprint_tells_scales_apart(changed):
+    model = FOREIGN["modelopt_nvfp4"]()
+    first = open_float(write_foreign(Path("m"), model)).fingerprint
+    again = open_float(write_foreign(Path("again"), model)).fingerprint
+    stored = model.tensors[f"{Q}.{changed}"]
+    model.tensors[f"{Q}.{changed}"] = (stored.astype(np.float32) * 0.5).astype(stored.dtype)
+    other = open_float(write_foreign(Path("other"), model)).fingerprint
+    assert first == again != other
+
+
+# ---- dequantize as a command ----
+
+
+def test_the_same_again_force_and_shards():
+    write_foreign(Path("m"), FOREIGN["hf_block"]())
+    command = ("dequantize", "m", "-o", "out", "--max-shard-size", "8KB")
+    assert ptq(*command).code == 0
+    names = sorted(os.listdir("out"))
+    assert "model.safetensors.index.json" in names
+    assert sum(name.endswith(".safetensors") for name in names) > 1
+    found: dict[str, object] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            found |= read_model(Path("out", name))
+    assert ptq("dequantize", "m", "-o", "whole").code == 0
+    assert found == read_model(Path("whole/model.safetensors"))
+    before = tree(Path("out"))
+    again = ptq(*command)
+    assert (again.code, tree(Path("out"))) == (0, before)
+    assert "finished already" in again.err
+    refused("dequantize", "m", "-o", "out", *FLOAT32, words=("out: exists already",))
+    assert ptq("dequantize", "m", "-o", "out", *FLOAT32, "--force").code == 0
+    refused("dequantize", "m", "-o", "m", "--force", words=("m: holds", "is being read"))
+
+
+def test_what_it_would_take_and_what_it_says():
+    write_foreign(Path("m"), FOREIGN["gpt_oss"]())
+    dry = ptq("dequantize", "m", "--dry-run", "--json")
+    assert (dry.code, Path("m-float").exists()) == (0, False)
+    assert len(dry.document["units"]) == 2
+    outcome = ptq("dequantize", "m", "--json")
+    assert outcome.document["quantized_as"] == "MXFP4"
+    assert (outcome.document["decoded"], outcome.document["output"]) == (2, "m-float")
+    assert ptq_cli.dequantize("m", "other")["decoded"] == 2
+
+
+def test_a_killed_run_goes_on():
+    llama(Path("float"))
+    assert ptq("rtn", "float", "--format", "gptq", "--group-size", 64, "-o", "m").code == 0
+    assert ptq("dequantize", "m", "-o", "whole").code == 0
+    command = ("dequantize", "m", "-o", "out")
+    killed(STAGED, 6, *command)
+    assert os.listdir("out.partial/units") != []
+    outcome = ptq(*command)
+    assert outcome.code == 0
+    assert sum("kept from the interrupted run" in line for line in outcome.progress) == 5
+    assert tree(Path("out")) == tree(Path("whole"))
+    assert not Path("out.partial").exists()
+
+
+def test_reading_stays_within_a_layer():
+    """Twelve layers of a quarter of a million weights: the peak is that of one or two."""
+    shape, layers = (512, 512), 12
+    stored = {}
+    for number in range(layers):
+        weight = random_weight(*shape, seed=number).astype(ml_dtypes.float8_e4m3fn)
+        stored[f"layers.{number}.q_proj.weight"] = weight
+        stored[f"layers.{number}.q_proj.weight_scale"] = np.ones((512, 1), np.float32)
+    Path("m").mkdir()
+    write_model(Path("m/model.safetensors"), stored)
+    declared = {"quant_method": "fbgemm_fp8"}
+    document = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": declared}
+    Path("m/config.json").write_text(json.dumps(document))
+    assert ptq("dequantize", "m", "-o", "warm").code == 0  # imports
+    tracemalloc.start()
+    assert ptq("dequantize", "m", "-o", "out").code == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 11 * shape[0] * shape[1]  # 2 bytes written, 4 decoded, 1 stored, and masks
+    assert peak < 2 * layers * shape[0] * shape[1] / 2
+
+
+# ---- inspect ----
+
+
+def test_inspect_shows_it():
+    write_foreign(Path("m"), FOREIGN["gpt_oss"]())
+    document = ptq("inspect", "m", "--json").document
+    assert (document["kind"], document["quantized_as"]) == ("float", "MXFP4")
+    shown = ptq("inspect", "m")
+    assert "quantized before (MXFP4)" in shown.out
+
+
+def test_inspect_shows_what_is_not_read():
+    source("hqq")
+    document = ptq("inspect", "m", "--json").document
+    assert document["kind"] == "foreign"
+    assert "HQQ" in document["quantizing"]["refused"]
+    shown = ptq("inspect", "m")
+    assert (shown.code, "cannot be quantized: m: quantized already: HQQ" in shown.out) == (0, True)
+
+
+# ---- what is not read ----
 
 
 def words(*shape, dtype=np.uint8):
@@ -26,44 +375,12 @@ def words(*shape, dtype=np.uint8):
 
 
 SCALES = np.ones((12, 1), np.float16)
-EXPERT_BLOCKS = {f"{EXPERTS}_blocks": words(2, 4, 2, 16), f"{EXPERTS}_scales": words(2, 4, 2)}
-FLOAT_GROUP = {
-    "targets": ["Linear"],
-    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
-}
-COMPRESSED = {
-    "quant_method": "compressed-tensors", "format": "float-quantized",
-    "quantization_status": "compressed", "config_groups": {"group_0": FLOAT_GROUP},
-}  # fmt: skip
-
 # name -> tensors in the place of q_proj's weight, config.json's quantization_config, what is said
 SOURCES = {
-    "fp8": (
-        {f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": ONE},
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        "FP8",
-    ),
-    "fp8 with .scale": (
-        {f"{Q}.weight": FP8, f"{Q}.scale": ONE.astype(ml_dtypes.float8_e8m0fnu)},
-        None,
-        "FP8",
-    ),
     "fp8 alone": ({f"{Q}.weight": FP8.astype(ml_dtypes.float8_e5m2)}, None, "FP8"),
-    "mxfp4": (EXPERT_BLOCKS, {"quant_method": "mxfp4"}, "MXFP4"),
-    "mxfp4 without config": (EXPERT_BLOCKS, None, "MXFP4"),
-    "compressed fp8": (
-        {f"{Q}.weight": FP8, f"{Q}.weight_scale": SCALES},
-        COMPRESSED,
-        "compressed-tensors, float-quantized",
-    ),
-    "bitsandbytes 4 bits": (
+    "bitsandbytes without its state": (
         {f"{Q}.weight": words(192, 1), f"{Q}.weight.absmax": ONE, f"{Q}.weight.quant_map": ONE},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "bitsandbytes",
-    ),
-    "bitsandbytes 8 bits": (
-        {f"{Q}.weight": words(12, 32, dtype=np.int8), f"{Q}.SCB": np.ones(12, np.float32)},
-        None,
         "bitsandbytes",
     ),
     "hqq": ({f"{Q}.W_q": words(12, 16), f"{Q}.scale": ONE}, {"quant_method": "hqq"}, "HQQ"),
@@ -76,11 +393,6 @@ SOURCES = {
         {f"{Q}.weight": words(12, 4, dtype=np.uint32), f"{Q}.scales": SCALES},
         None,
         "MLX",
-    ),
-    "nvfp4": (
-        {f"{Q}.weight": words(12, 16), f"{Q}.weight_scale": FP8[:, :2], f"{Q}.weight_scale_2": ONE},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        "Model Optimizer, NVFP4",
     ),
     "gptq": (
         {f"{Q}.qweight": words(4, 12, dtype=np.int32), f"{Q}.scales": SCALES},
@@ -98,9 +410,7 @@ SOURCES = {
         "nobody_knows",
     ),
 }  # fmt: skip
-COMMANDS = ("gptq", "rtn", "awq", "smoothquant", "calibrate", "pack", "pack --bits 4")
-
-REPACKED = ("fp8", "compressed fp8")  # to another format of the same numbers
+COMMANDS = ("gptq", "rtn", "awq", "smoothquant", "calibrate", "pack", "pack --bits 4", "dequantize")
 
 
 def source(name, *, config=True):
@@ -114,12 +424,10 @@ def source(name, *, config=True):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_that_is_quantized_already(name):
+def test_a_source_in_a_layout_that_is_not_read(name):
     source(name)
     _, declared, said = SOURCES[name]
     for command in COMMANDS:
-        if command.startswith("pack") and name in REPACKED:
-            continue
         said_of_a_source("m", command, said)
         if declared is None:
             said_of_a_source("m/model.safetensors", command, said)
@@ -129,17 +437,17 @@ def said_of_a_source(model, command, said):
     outcome = refused(*command.split()[:1], model, *command.split()[1:], words=(said,))
     assert f"{model}: " in outcome.errors[0]
     assert "has no effect" not in outcome.errors[0]
-    if "MLX" not in outcome.errors[0]:
-        assert "not read as a source yet" in outcome.errors[0]
+    if not command.startswith("pack"):
+        assert "which is not read as a source" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("name", ["fp8", "compressed fp8", "mxfp4", "bitsandbytes 4 bits", "hqq"])
+@pytest.mark.parametrize("name", ["bitsandbytes without its state", "hqq", "torchao"])
 def test_the_tensors_alone_say_it(name):
     """Without config.json, and as a bare file."""
     source(name, config=False)
     for model in ("m", "m/model.safetensors"):
         for command in COMMANDS:
-            refused(*command.split()[:1], model, *command.split()[1:], words=("not read as",))
+            refused(*command.split()[:1], model, *command.split()[1:], words=(f"{model}: ",))
 
 
 def test_floats_of_every_width_and_other_integers_are_no_quantized_weights(job):
@@ -147,19 +455,7 @@ def test_floats_of_every_width_and_other_integers_are_no_quantized_weights(job):
     tensors |= {"bytes.weight": words(3, 3), "norm.scale": ONE, "logit_scale": ONE}
     write_model(job, tensors)
     assert ptq("rtn", job, "-o", "out").code == 0
-
-
-def test_inspect_shows_it(here):
-    source("fp8 with .scale")
-    document = ptq("inspect", "m", "--json").document
-    assert document["kind"] == "foreign"
-    assert "FP8" in document["quantizing"]["refused"]
-    assert {"tensor": f"{Q}.weight", "dtype": "F8_E4M3"}.items() <= {
-        key: value for entry in document["tensors"] if entry["tensor"] == f"{Q}.weight"
-        for key, value in entry.items()
-    }.items()  # fmt: skip
-    shown = ptq("inspect", "m")
-    assert (shown.code, "cannot be quantized: m: quantized already: FP8" in shown.out) == (0, True)
+    refused("dequantize", job, words=("nothing in it is quantized",))
 
 
 def test_a_declaration_that_no_tensor_bears_out(job):
@@ -167,10 +463,10 @@ def test_a_declaration_that_no_tensor_bears_out(job):
     write_model(Path("m/model.safetensors"), small_tensors())
     for place in ({}, {"text_config": {}}):
         inner = place.get("text_config", place)
-        inner["quantization_config"] = {"quant_method": "fp8"}
+        inner["quantization_config"] = {"quant_method": "quanto"}
         Path("m/config.json").write_text(json.dumps(place))
-        for command in ("gptq", "pack"):
-            refused(command, "m", words=("FP8", "no tensor is", "take quantization_config out"))
+        for command in ("gptq", "pack", "dequantize"):
+            refused(command, "m", words=("Quanto",))
     for odd in ([], {}, None, False):
         Path("m/config.json").write_text(json.dumps({"quantization_config": odd}))
         assert ptq("rtn", "m", "-o", "out", "--force").code == 0
@@ -179,20 +475,84 @@ def test_a_declaration_that_no_tensor_bears_out(job):
         refused("rtn", "m", "-o", "new", words=("quantization_config",))
 
 
-def test_a_gguf_file(here):
-    Path("m").mkdir()
-    Path("m/model.gguf").write_bytes(b"GGUF" + bytes(100))
-    for command in ("gptq", "rtn", "awq", "calibrate"):
-        for model in ("m", "m/model.gguf"):
-            refused(command, model, words=("m/model.gguf", "GGUF", "not read as a source yet"))
-
-
-def test_what_is_repacked_is_still_repacked_but_no_source(sample):
+def test_what_is_repacked_is_still_repacked(sample):
     assert ptq("rtn", sample, "--format", "gptq", "-o", "first").code == 0
     assert ptq("pack", "first", "--format", "gptq_v2", "-o", "second").code == 0
-    for command in ("gptq", "rtn", "awq"):
-        refused(command, "first", words=("GPTQ, 4 bits", "not read as a source yet"))
-    outcome = refused("pack", "first", "--bits", 3, words=("gptq", "--bits", "not read as"))
+    outcome = refused("pack", "first", "--bits", 3, words=("gptq", "--bits", "ptq rtn"))
     assert "has no effect" not in outcome.errors[0]
-    with pytest.raises(ptq_cli.PtqError, match="not read as a source yet"):
-        ptq_cli.rtn("first")
+
+
+# ---- what is read, but damaged ----
+
+NAN = FOREIGN["fbgemm"]().tensors[f"{Q}.weight"].view(np.uint8).copy()
+NAN[3, 5] = 0x7F
+NEGATIVE = FOREIGN["modelopt_nvfp4"]().tensors[f"{Q}.weight_scale"].view(np.uint8).copy()
+NEGATIVE[1, 1] |= 0x80
+F8, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
+NO_STATE = np.frombuffer(b"{}", np.uint8)
+STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+SCALES_OF, INVERSE = f"{Q}.weight_scale", f"{Q}.weight_scale_inv"
+# model, tensor → what it is now (None: missing), what is said
+DAMAGED = [
+    ("fbgemm", {f"{Q}.weight": NAN.view(F8)}, (f"'{Q}.weight'", "0x7F", "[3, 5]")),
+    ("fbgemm", {f"{Q}.weight": np.zeros((0, 64), F8)}, (f"'{Q}.weight' [0, 64] is empty",)),
+    ("fbgemm", {SCALES_OF: None}, (f"'{Q}.weight' is F8_E4M3", f"no '{SCALES_OF}'")),
+    ("fbgemm", {SCALES_OF: np.ones((5, 1), np.float32)}, (f"'{SCALES_OF}'", "[5, 1]", "[12, 64]")),
+    ("fbgemm", {SCALES_OF: np.ones((12, 1), np.int64)}, (f"'{SCALES_OF}' is I64",)),
+    ("fbgemm", {SCALES_OF: np.full((12, 1), np.nan, np.float32)}, (f"'{SCALES_OF}'", "not finite")),
+    ("modelopt_nvfp4", {SCALES_OF: NEGATIVE.view(F8)}, (f"'{SCALES_OF}'", "below zero", "[1, 1]")),
+    ("modelopt_nvfp4", {f"{SCALES_OF}_2": None}, (f"'{SCALES_OF}_2' is missing",)),
+    ("modelopt_nvfp4", {f"{SCALES_OF}_2": np.zeros((), np.float32)}, (f"'{SCALES_OF}_2' is 0",)),
+    ("modelopt_nvfp4", {f"{SCALES_OF}_2": np.ones(2, np.float32)}, ("F32 [2]",)),
+    ("modelopt_nvfp4", {f"{Q}.weight": words(12, 20)}, ("40 columns, no multiple of 16",)),
+    ("deepseek_v4", {f"{Q}.scale": words(5, 2).view(E8M0)}, ("[5, 2]", "8 × 32")),
+    ("deepseek_v4", {f"{Q}.scale": (words(2, 2) + 255).view(E8M0)}, (f"'{Q}.scale'", "255")),
+    ("hf_block", {INVERSE: np.ones((2, 3), np.float32)}, (f"'{INVERSE}'", "[2, 3]")),
+    ("hf_block", {INVERSE: None}, ("weight_scale_inv",)),
+    ("gpt_oss", {f"{GATE_UP}_scales": words(3, 128, 2)}, (f"'{GATE_UP}_scales'", "[3, 128, 2]")),
+    ("gpt_oss", {f"{GATE_UP}_scales": words(3, 128, 1) + 255}, ("exponent 255",)),
+    ("gpt_oss", {f"{GATE_UP}_blocks": words(3, 128, 1, 15)}, ("16 bytes to a block",)),
+    ("nf4", {STATE: NO_STATE}, (f"'{STATE}' is no quantization state",)),
+    ("nf4", {f"{Q}.weight.absmax": np.ones(7, np.float32)}, ("absmax", "[7]", "[12]")),
+    ("llm_int8", {f"{Q}.SCB": np.ones(3, np.float32)}, (f"'{Q}.SCB'", "[3]", "[12]")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), DAMAGED, ids=str)
+def test_a_damaged_source(name, changes, said):
+    model = FOREIGN[name]()
+    for tensor, values in changes.items():
+        if values is None:
+            del model.tensors[tensor]
+        else:
+            model.tensors[tensor] = values
+    write_foreign(Path("m"), model)
+    for command in ("dequantize", "rtn"):
+        refused(command, "m", "-o", "out", words=("m/model.safetensors", *said))
+
+
+def test_a_block_size_that_is_none():
+    model = FOREIGN["deepseek_v4"]()
+    for odd in ("big", [128], [0, 32]):
+        folder = write_foreign(Path(f"m{odd}"), model)
+        document = json.loads((folder / "config.json").read_text())
+        document["quantization_config"]["weight_block_size"] = odd
+        (folder / "config.json").write_text(json.dumps(document))
+        refused("dequantize", folder, words=("weight_block_size",))
+
+
+def test_a_part_that_no_layout_explains():
+    """Fused experts of FP4 beside linears that are read."""
+    model = FOREIGN["modelopt_nvfp4"]()
+    model.tensors[f"{EXPERTS}_weight_scale"] = FP8
+    write_foreign(Path("m"), model)
+    refused("rtn", "m", words=("m: ", f"'{EXPERTS}_weight_scale'", "scaled-floats"))
+
+
+def test_values_beyond_float16():
+    model = FOREIGN["fbgemm"]()
+    model.tensors[SCALES_OF] = np.full((12, 1), 1e6, np.float32)
+    write_foreign(Path("m"), model)
+    refused(
+        "dequantize", "m", "--dtype", "float16", words=(f"'{Q}.weight'", "too large for float16")
+    )

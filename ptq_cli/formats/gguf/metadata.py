@@ -18,7 +18,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_SPLITS = {
+SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -150,10 +150,13 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     normalizers = [part["type"] for part in _flat(tokenizer.get("normalizer"), "normalizers")]
     kinds = [part["type"] for part in parts]
     plain = not any(part.get("add_prefix_space") for part in parts) and set(normalizers) <= {"NFC"}
-    if plain and kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not normalizers:
-        return "gpt-2"
+    if plain and not normalizers and parts[-1:] and parts[-1].get("use_regex", True):
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return "smollm"
     if plain and kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
-        name = _SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")))
+        name = SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")))
         if name is not None and parts[0].get("behavior") == "Isolated":
             return name
     raise InputError(

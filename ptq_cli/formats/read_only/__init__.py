@@ -1,0 +1,1 @@
+"""Layouts of other tools that are read as sources and never written: one file each."""
