@@ -56,7 +56,7 @@ class DecodedTensor(StoredTensor):
             InputError: what is stored means no number.
             FileError: a file cannot be read, or ends early.
         """
-        with stated_in(self.file):
+        with stated_in(self.file), np.errstate(over="ignore", invalid="ignore"):
             if isinstance(self.packed, Layer):
                 return self.packed.as_stored(self.weight().dequantized())[entries]
             read, parts = Checkpoint(self.file, None, self.file, self._taken(entries)).read, {}

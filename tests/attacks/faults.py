@@ -173,7 +173,8 @@ def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> N
         from_activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
     as_file = command[0] == "calibrate"
     arguments = [*command, "-o", str(folder / "out")]
-    arguments += ["--workers", "1"] if command[0] != "pack" else []  # a repacking has none
+    alone = command[0] in ("pack", "dequantize")  # which have no workers
+    arguments += [] if alone else ["--workers", "1"]
     arguments += ["--force"] if old else []
     fresh(folder, old, as_file)
     before = state(folder / "out")

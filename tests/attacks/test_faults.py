@@ -40,6 +40,12 @@ def repacked(folder):
     return ["pack", packed, "--format", "gptq"]
 
 
+def dequantized(folder):
+    packed = folder / "packed"
+    assert ptq("rtn", square_model(folder), "--group-size", 32, "-o", packed).code == 0
+    return ["dequantize", packed]
+
+
 COMMANDS = {
     "gptq": calibrated("gptq"),
     "calibrate": calibrated("calibrate"),
@@ -47,6 +53,7 @@ COMMANDS = {
     "onnx": lambda f: ["rtn", square_model(f), "--format", "onnx", "--group-size", 32],
     "gguf": lambda f: ["rtn", copy_sample(f / "sample"), "--format", "gguf"],
     "repack": repacked,
+    "dequantize": dequantized,
 }
 
 
@@ -128,9 +135,11 @@ def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, old, command, kind
 @pytest.mark.slow
 @OLD
 @pytest.mark.parametrize("kind", ["kill", "ENOSPC"])
-@pytest.mark.parametrize(("command", "step"), [("onnx", 3), ("gguf", 29), ("repack", 3)])
+@pytest.mark.parametrize(
+    ("command", "step"), [("onnx", 3), ("gguf", 29), ("repack", 3), ("dequantize", 2)]
+)
 def test_other_containers(tmp_path, old, command, step, kind):
-    pytest.importorskip(command if command != "repack" else "numpy")
+    pytest.importorskip(command if command in ("onnx", "gguf") else "numpy")
     for case in cases(tmp_path, kind, step, command, old):
         (check_kill if kind == "kill" else check_failure)(case)
 

@@ -200,3 +200,17 @@ def test_the_largest_unit_of_a_model_of_two_billion_leaves_room_for_a_second(tmp
     ((_, stated, real),) = measured("gptq", model, "-o", tmp_path / "out")
     check(stated, real)
     assert real < 0.75 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["ptq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_units_of_a_quantized_source(tmp_path, form, method):
+    """Codes and packed words beside the weight that they are decoded to."""
+    model, inputs = job(tmp_path, (2048, 1024))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+    assert measured("rtn", model, "--format", form, "-o", tmp_path / "m")
+    more = ["--activations", inputs] if method == "gptq" else []
+    words = ("--group-size", 64, *more, "-o", tmp_path / "out")
+    ((_, stated, real),) = measured(method, tmp_path / "m", *words)
+    assert real <= 1.02 * stated, f"takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"

@@ -71,21 +71,21 @@ def _tensor(
 ) -> PackedTensor:
     common.tensor(specs, weight.name, 2)
     rows, stored = weight.shape
+    if not rows * stored:
+        raise InputError(f"tensor {weight.name!r} {list(weight.shape)} is empty")
     shape = (rows, stored if weight.dtype == "F8_E4M3" else 2 * stored)
-    parts, module = (
-        {"weight": weight.name, "scale": scale.name},
-        weight.name.removesuffix(".weight"),
-    )
+    parts = {"weight": weight.name, "scale": scale.name}
     if scale.dtype not in _DTYPES:
         raise InputError(f"tensor {scale.name!r} is {scale.dtype}, not one of {', '.join(_DTYPES)}")
-    second = specs.get(f"{module}{_SECOND}")
+    name = f"{weight.name.removesuffix('.weight')}{_SECOND}"
+    second = specs.get(name)
     if second is not None:
         parts["second"] = second.name
         if second.dtype != "F32" or prod(second.shape) != 1:
             stated = f"{second.dtype} {list(second.shape)}"
             raise InputError(f"tensor {second.name!r} is {stated}; one F32 was expected")
     elif weight.dtype != "F8_E4M3" and scale.dtype == "F8_E4M3":
-        raise InputError(f"tensor '{module}{_SECOND}' is missing")
+        raise InputError(f"tensor {name!r} is missing")
     group = 32 if second is None else 16
     if group == 16 or weight.dtype != "F8_E4M3":
         if shape[1] % group:
@@ -104,8 +104,10 @@ def _block(
     """The first of these blocks whose scales have this shape. Raises InputError."""
     for rows, columns in blocks:
         grid = (ceil(shape[0] / rows), ceil(shape[1] / columns))
-        flat = () if grid == (1, 1) else grid[:1]
-        if scale.shape == grid or (grid[1] == 1 and scale.shape in (flat, (1,) * (grid[0] == 1))):
+        alike: list[tuple[int, ...]] = [grid]
+        alike += [grid[:1]] if grid[1] == 1 else []
+        alike += [()] if grid == (1, 1) else []
+        if scale.shape in alike:
             return rows, columns
     rows, columns = blocks[-1] if len(blocks) == 1 else blocks[2]
     wanted = [ceil(shape[0] / rows), ceil(shape[1] / columns)]
