@@ -54,7 +54,7 @@ def tokens(floats: Path) -> Any:
     """Sequences, [n, 512]: enough for both, in the order of the text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(floats)
     text = "\n\n".join(dict.fromkeys(topics[name] for name in sorted(topics)))
-    ids = tokenizer(text[: 12 * SEQUENCES * LENGTH], verbose=False).input_ids
+    ids = tokenizer(text[: 24 * SEQUENCES * LENGTH], verbose=False).input_ids
     return np.array(ids[: 4 * SEQUENCES * LENGTH], np.int64).reshape(-1, LENGTH)
 
 
