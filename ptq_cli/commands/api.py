@@ -33,7 +33,7 @@ from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import MAX_SHARD, holds_quantized, open_quantized
+from ptq_cli.storage.folder import MAX_SHARD, gguf_of, holds_quantized, open_quantized
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -269,7 +269,8 @@ def inspect(
         with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
             checkpoint = open_float(Path(path))
     if checkpoint is None:
-        checkpoint = one_by_one(open_checkpoint(Path(path)))
+        is_gguf, place = gguf_of(Path(path)) is not None, Path(path)
+        checkpoint = open_float(place) if is_gguf else one_by_one(open_checkpoint(place))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

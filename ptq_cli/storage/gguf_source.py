@@ -24,6 +24,7 @@ from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
 from ptq_cli.models.gguf_names import GgufNames, names_of_file
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
+from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor, library, read_gguf_header
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
@@ -130,6 +131,10 @@ class GgufSource(Checkpoint):
         if name not in self.places:
             return super().read_bytes(name)
         return as_bytes(name, self.read(name)).data
+
+    def digest(self, name: str) -> str:
+        place = self.places.get(name)
+        return super().digest(name) if place is None else digest_of(self._in_order(place).ravel())
 
     def copyable(self, name: str) -> StoredTensor | Bytes:
         if name not in self.places:

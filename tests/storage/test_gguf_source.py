@@ -194,6 +194,18 @@ def test_dequantized_by_the_command() -> None:
     np.testing.assert_array_equal(found.read(K), rows)
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", None])
+def test_what_is_not_repacked_is_inspected_and_rounded(kind: str | None) -> None:
+    packed = {"blk.0.attn_k.weight": (kind, golden("ggml_q4_k")[1]["packed"])} if kind else {}
+    write_gguf_file(Path("m.gguf"), tensors(), packed)
+    document = ptq("inspect", "m.gguf", "--json").document
+    assert document["family"] == "llama"
+    assert {entry["tensor"] for entry in document["tensors"]} >= {EMBEDDING, Q, K}
+    outcome = ptq("pack", "m.gguf", "-b", 8, "-g", 4, "-o", "out")
+    assert (outcome.code, "GGUF, Q4_K" in outcome.err) == (0, kind is not None)
+    assert ptq("eval", "m.gguf", "out", "--max-rel-err", "1e-4").code == 0
+
+
 def test_a_file_of_floats_becomes_a_folder_too() -> None:
     outcome = ptq("dequantize", write_gguf_file(Path("m.gguf"), tensors()), "-o", "out")
     assert (outcome.code, "0 of 11 tensors decoded (float)" in outcome.out) == (0, True)
