@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.builders import ROOT, ptq
+from tests.interop.clients import ENVIRONMENT
 from tests.interop.tiny_models import MODELS
 
 NEEDED = ("torch", "transformers", "compressed_tensors", "gptqmodel", "mlx_lm")
@@ -51,7 +52,7 @@ WITH_HEADS = {"tied_llama": "llama", "llama": "llama", "gpt_neox": "gpt_neox"}
 
 
 def _run(module: str, *words: object) -> None:
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    own = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"tests.interop.{module}", *map(str, words)]
     ended = subprocess.run(command, env=own, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
