@@ -28,6 +28,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     threadpool_limits(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, by the seconds of their mark `slow`, so that all workers end together."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("slow")
+        return mark.args[0] if mark and mark.args else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_disks():
     """No test cuts the power, so what it writes need not be on the disk before it goes on."""

@@ -22,6 +22,7 @@ NEW_TOKENS = 2
 # the blocks of docs/loading.md compile it.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONDONTWRITEBYTECODE": "",  # the next process has it compiled
 }  # fmt: skip
 Result = tuple[Any, Any]
 

@@ -139,7 +139,7 @@ TOKEN_CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 704), (512, 1408), (640, 2048)])
 @pytest.mark.parametrize("words", TOKEN_CASES, ids=" ".join)
 def test_units_in_sequence_take_what_they_state(tmp_path, words, hidden, inner):
@@ -191,7 +191,7 @@ def test_wide_dtypes_and_activations_read_on_the_way(tmp_path, method):
         check(stated, real)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_the_largest_unit_of_a_model_of_two_billion_leaves_room_for_a_second(tmp_path):
     """Two workers, hidden 2560, inner 6912: everything together stays under 2 GiB."""
     model, inputs = job(tmp_path, (2560, 6912))
