@@ -37,7 +37,7 @@ def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
         start = time.perf_counter()
         feedback = make_feedback(hessian, DAMP, grid, act_order)
         middle = time.perf_counter()
-        result = solve(weight, feedback, passes)
+        result = solve(weight, feedback.grid, feedback, passes)
         end = time.perf_counter()
         return middle - start, end - middle, result.dequantized()
 

@@ -31,6 +31,7 @@ from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
+from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 
 WIDTH = 80
@@ -83,6 +84,22 @@ def settings() -> str:
     packs = ", ".join(f"`{key} = {_toml(value)}`" for key, value in PACKS.items())
     parts.append(f"`ptq pack` has the settings of `ptq rtn` but `weight`, and {packs}.\n\n")
     return "\n".join(parts)
+
+
+def schemes() -> str:
+    """What each scheme stands for."""
+    return _table(
+        ["scheme", "stands for", "settings", "format unless another is named"],
+        [
+            [
+                f"`{name}`",
+                scheme.help,
+                "fixed" if scheme.fixed else "may be said otherwise",
+                f"`{scheme.settings.get('format', 'ptq')}`",
+            ]
+            for name, scheme in SCHEMES.items()
+        ],
+    )
 
 
 def _defaults(name: str) -> str:

@@ -28,6 +28,7 @@ FORMATS = {
     "gptq_v2": "ptq_cli.formats.gptq:FORMAT_V2",
     "awq": "ptq_cli.formats.awq:FORMAT",
     "compressed-tensors": "ptq_cli.formats.compressed_tensors:FORMAT",
+    "fp8": "ptq_cli.formats.fp8:FORMAT",
     "mlx": "ptq_cli.formats.mlx:FORMAT",
     "gguf": "ptq_cli.formats.gguf:FORMAT",
     "onnx": "ptq_cli.formats.onnx:FORMAT",

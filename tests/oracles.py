@@ -19,11 +19,25 @@ STORED = {
     "float16": (11, -24, 2.0**-24),
     "bfloat16": (8, -133, 2.0**-126),
     "float32": (24, -149, 2.0**-126),
+    "e8m0": (1, -126, 2.0**-126),
+    "e4m3": (4, -9, 2.0**-9),
 }
+
+# The levels of small floats that are not negative, in the order of their codes.
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+E4M3 = tuple(
+    (mantissa + 8 * (exponent > 0)) * 2.0 ** (max(exponent, 1) - 10)
+    for exponent in range(16)
+    for mantissa in range(8)
+)[:-1]  # the last one is NaN
+LEVELS = {"e2m1": E2M1, "e4m3": E4M3}
 
 
 class Rounded(NamedTuple):
-    """codes [out_features, in_features]; scales, zeros [out_features, n_groups] or [1, 1]."""
+    """codes [out_features, in_features]; scales, zeros [out_features, n_groups] or [1, 1].
+
+    Of small floats codes are the levels themselves, and zeros 0.
+    """
 
     codes: np.ndarray
     scales: np.ndarray
@@ -43,8 +57,13 @@ def loss(weight, dequantized, hessian):
 
 
 def stored(scales, grid: Grid):
-    """The nearest value that `grid.scale_dtype` holds; zero becomes 1."""
+    """The nearest value that `grid.scale_dtype` holds; zero becomes 1. E4M3 hold the scale times
+    the global scale, 448 at most; and they lift zeros too."""
     digits, finest, smallest = STORED[grid.scale_dtype]
+    if grid.scale_dtype == "e4m3":
+        local = np.clip(scales * grid.global_scale, smallest, 448)
+        step = np.ldexp(1.0, np.maximum(np.frexp(local)[1] - digits, finest))
+        return np.float32(np.rint(local / step) * step) / np.float32(grid.global_scale)
     exponent = np.frexp(scales)[1]
     step = np.ldexp(1.0, np.maximum(exponent - digits, finest))
     return np.where(scales == 0, 1.0, np.maximum(np.rint(scales / step) * step, smallest))
@@ -53,6 +72,12 @@ def stored(scales, grid: Grid):
 def range_grid(group, grid: Grid, ratio=1.0):
     """Scale and zero of each row of `group`, for `ratio` times its range."""
     low, high = ratio * group.min(axis=1), ratio * group.max(axis=1)
+    if grid.levels != "integer":
+        absmax, largest = np.maximum(abs(low), abs(high)), max(LEVELS[grid.levels])
+        if grid.scale_dtype == "e8m0":
+            whole = 2.0 ** (np.floor(np.log2(absmax / ratio)) - np.floor(np.log2(largest)))
+            return stored(ratio * whole, grid), np.zeros(len(low))
+        return stored(absmax / largest, grid), np.zeros(len(low))
     levels = 2**grid.bits
     if grid.mirrored:
         absmax = np.maximum(abs(low), abs(high))
@@ -67,8 +92,19 @@ def range_grid(group, grid: Grid, ratio=1.0):
 
 def nearest(column, scale, zero, grid: Grid):
     """The code of the grid point nearest to each value; ties as IST-DASLab/gptq breaks them
-    (`round(x / scale) + zero`: half to even before the zero is added)."""
+    (`round(x / scale) + zero`: half to even before the zero is added). The nearest small float; of
+    two that are as near, the one whose code is even."""
+    if grid.levels != "integer":
+        return nearest_level(column / scale, grid.levels)
     return np.clip(np.rint(column / scale) + zero, int(grid.narrow_range), 2**grid.bits - 1)
+
+
+def nearest_level(steps, name):
+    """The nearest of all levels, ties to the even code."""
+    positive = np.array(LEVELS[name])
+    distance = abs(abs(np.asarray(steps))[..., None] - positive)
+    order = np.argsort(np.arange(len(positive)) % 2, kind="stable")  # even codes are met first
+    return np.sign(steps) * positive[order][distance[..., order].argmin(axis=-1)]
 
 
 def search_grid(group, importance, grid: Grid, ratios):
@@ -88,6 +124,8 @@ def candidates(group, grid: Grid, ratios):
     if len(ratios) == 1:
         return [range_grid(group, grid, ratios[0])]
     found = []
+    if grid.levels != "integer":
+        return [range_grid(group, grid, ratio) for ratio in ratios]
     middle = np.full(len(group), 2 ** (grid.bits - 1))
     if grid.mirrored:
         scale, _ = range_grid(group, grid)

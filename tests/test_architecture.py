@@ -170,7 +170,8 @@ def test_numerics_take_arrays_and_touch_nothing_else():
     assert found == []
 
 
-SHARED = ("formats.common", "formats.declared")  # what plug-ins of one room have in common
+# What plug-ins of one room have in common.
+SHARED = ("formats.common", "formats.declared", "formats.small_floats")
 
 
 def strangers(here: str, name: str) -> bool:

@@ -26,6 +26,7 @@ _RUNTIME = {
     "gptq": "vllm",
     "gptq_v2": "gptqmodel",
     "awq": "vllm",
+    "fp8": "vllm",
     "gguf": "llama.cpp",
     "mlx": "mlx",
 }

@@ -77,7 +77,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any
     elif kind == tuple[str, ...]:
         extra = {"multiple": True, "metavar": meta.get("metavar")}
     else:
-        metavar = None if "choices" in meta else _METAVARS.get(kind)
+        metavar = None if "choices" in meta else _METAVARS.get(kind)  # click lists choices
         extra = {"type": _click_type(field, kind), "metavar": meta.get("metavar", metavar)}
     if kind is int and "choices" in meta:  # click before 8.2 has choices of words only
         extra["callback"] = lambda ctx, param, value: None if value is None else int(value)

@@ -260,13 +260,15 @@ def load_linear(
     """
     folder = open_quantized(Path(quantized))
     weight = folder.load(module)
-    if activations is None:
-        said = folder.layers[module].activation
-        activations = None if said is None else stated(said, weight.input_scale)
+    said = folder.layers[module].activation
+    small = said if activations is None and said is not None and said.levels != "integer" else None
+    if activations is None and said is not None and small is None:
+        activations = stated(said, weight.input_scale)
     bias = f"{module}.bias"
     present = bias in folder.checkpoint.tensors
     return QuantizedLinear(
         weight,
         folder.checkpoint.read(bias).astype(np.float32) if present else None,
         activations,
+        small,
     )

@@ -11,6 +11,7 @@ from ptq_cli.core.layer import Layer, Plan, Skipped
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
+from ptq_cli.formats import common
 from ptq_cli.formats.runtimes import LOADED, UNTRIED, facts, verdict
 from ptq_cli.formats.runtimes.artifact import NOTE, Artifact, Fact
 from ptq_cli.models.experts import experts_to_fuse
@@ -136,7 +137,9 @@ def runtime_warnings(
 
 
 def _with_scales_of(layer: Layer, fmt: Format) -> Layer:
-    """A layer with the scales that a format wants."""
+    """A layer with the scales that a format wants, where they are plain floats."""
+    if layer.grid.scale_dtype not in common.SCALE_WORDS:
+        return layer
     return replace(layer, grid=replace(layer.grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
 
 

@@ -16,8 +16,9 @@ from ptq_cli.commands.estimate import Estimate, estimate_quantization
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import RunReport
-from ptq_cli.plan.grid_settings import SCHEMES, GridSettings
+from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.left_dense import dense_warnings
+from ptq_cli.plan.schemes import SCHEMES, scheme_settings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
@@ -134,15 +135,20 @@ def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str
     """A recipe with what `scheme` is short for: named on the command line it wins over the recipe's
     own values, named in the recipe the recipe's own values win over it."""
     if given.get("scheme"):
-        return {**recipe, **SCHEMES.get(given["scheme"], {})}
-    return {**SCHEMES.get(recipe.get("scheme", ""), {}), **recipe}
+        return {**recipe, **scheme_settings(given["scheme"])}
+    return {**scheme_settings(recipe.get("scheme", "")), **recipe}
 
 
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
-    """`<model>-gptq-w4g128`, in the current directory."""
+    """`<model>-gptq-w4g128` or `<model>-gptq-nvfp4`, in the current directory."""
     stem = checkpoint.stem
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
+    scheme = SCHEMES.get(settings.scheme)
+    if scheme is not None and scheme.fixed:
+        name = f"{stem}-{command}-{settings.scheme.lower().replace('_', '-')}"
+        implied = scheme.settings["format"]
+        return name if settings.format == implied else f"{name}-{settings.format}"
     group = {-1: "row", 0: "tensor"}.get(settings.group_size, f"g{settings.group_size}")
     name = f"{stem}-{command}-w{settings.bits}{group}" + ("" if settings.sym else "-asym")
     return name if settings.format == "ptq" else f"{name}-{settings.format}"

@@ -14,8 +14,9 @@ from ptq_cli.commands.estimate import estimate_repack
 from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
-from ptq_cli.plan.grid_settings import SCHEME_INPUTS, GridSettings, default_settings
+from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
+from ptq_cli.plan.schemes import scheme_inputs
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
@@ -64,13 +65,13 @@ def prepare(
         format_named(settings.format),
         found,
         missing=fallback,
-        activation=SCHEME_INPUTS.get(settings.scheme),
+        activation=scheme_inputs(settings.scheme),
     )
     facts = {"calibration": found is not None, "in_sequence": source.in_sequence}
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = jobs.with_warnings(plan, checkpoint, found, runtime)
     target = jobs.default_output(checkpoint, command, settings) if output is None else output
-    rounding = Rounding(how.name, own, settings.format, fallback)
+    rounding = Rounding(how.name, own, settings.format, fallback, settings.global_scale)
     inputs = jobs.fingerprints(checkpoint, found)
     work = Quantization(command, plan, checkpoint, found, rounding, settings, inputs)
     return jobs.quantization_job(work, target, {"fallback": fallback})

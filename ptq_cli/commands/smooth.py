@@ -14,7 +14,6 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.commands import job as jobs
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Plan
-from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Smoother
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
@@ -23,6 +22,7 @@ from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
+from ptq_cli.plan.schemes import scheme_inputs
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import method, smoother
 from ptq_cli.run.quantize_unit import Rounding
@@ -59,7 +59,9 @@ class _Settings:
 
     @property
     def activation(self) -> Activation | None:
-        """The same as layers state it."""
+        """The same as layers state it; a scheme of small floats says it itself."""
+        if (inputs := scheme_inputs(self.grid.scheme)) and inputs.levels != "integer":
+            return inputs
         scheme = self.inputs.scheme
         if scheme == "none":
             return None
@@ -149,8 +151,19 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="leave --format out, and quantize what it writes",
         )
     own = make_settings(how.settings, given, recipe)
+    _check_inputs(grid, given)
     rounder = make_settings(method(own.then).settings, given, recipe)
-    return _Settings(how, grid, own, Rounding(own.then, rounder, grid.format), floats)
+    rounding = Rounding(own.then, rounder, grid.format, global_scale=grid.global_scale)
+    return _Settings(how, grid, own, rounding, floats)
+
+
+def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
+    """Refuse options that say how inputs are rounded where the scheme says it."""
+    inputs = scheme_inputs(grid.scheme)
+    for name in ("activation_scheme", "activation_bits"):
+        if inputs is not None and inputs.levels != "integer" and given.get(name) is not None:
+            word = f"--{name.replace('_', '-')}"
+            raise InputError(f"{word} does nothing here: {grid.scheme} says how inputs are rounded")
 
 
 def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
@@ -171,7 +184,7 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sit
     rounding = told.rounding
     if source is not None and source.feedback:
         place_groups(sites.sites, source.places)  # refuses what has no sequence
-    plan = make_plan(
+    return make_plan(
         checkpoint,
         rounding.how,
         told.grid,
@@ -180,13 +193,6 @@ def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sit
         source,
         activation=None if told.floats else told.activation,
     )
-    bare = [layer.module for unit in plan.units if unit.site is None for layer in unit.layers]
-    if told.inputs.scheme == "static" and bare:
-        raise InputError(
-            f"no statistics to take static scales from for {len(bare)} layers: {fold_names(bare)}",
-            hint="calibrate them, or --activation-scheme dynamic-token",
-        )
-    return plan
 
 
 def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan) -> Smoothing:
@@ -202,7 +208,7 @@ def _smoothing(told: _Settings, checkpoint: Checkpoint, sites: Sites, plan: Plan
         smoother=told.how,
         settings=told.own,
         rounding=told.rounding,
-        judged=not (told.floats and told.inputs.scheme == "none"),
+        judged=not (told.floats and told.activation is None),
         compare=told.rivals,
         stored=told.floats,
     )

@@ -82,6 +82,11 @@ class Grid:
             runs.append((slice(full * width, in_features), slice(full, full + 1)))
         return runs
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether no two rows share a scale."""
+        return self.group_size != 0 and self.block_rows == 1
+
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of scales and zeros for a weight of `shape`."""
         if self.group_size == 0:
@@ -112,3 +117,8 @@ class Activation:
     levels: str = "integer"
     group_size: int = 0
     scale_dtype: str = "float32"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a scale of theirs is known beforehand."""
+        return not self.dynamic or self.scale_dtype == "e4m3"

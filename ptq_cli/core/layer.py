@@ -64,6 +64,7 @@ class Unit:
     site: the site whose statistics serve, or None where there is no calibration
     memory: bytes that working on it needs, at most
     nearest: why its layers are rounded to nearest whatever the method, or None
+    beside: layers of other units whose scales are under one global scale with some of these
     """
 
     name: str
@@ -71,6 +72,7 @@ class Unit:
     site: str | None
     memory: int
     nearest: str | None = None
+    beside: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)

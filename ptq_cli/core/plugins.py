@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
@@ -77,12 +77,14 @@ class SmoothingCase:
     statistics: of its inputs; `sample` holds some of them
     ties: int [in_features], numbers of channels that must share a factor, or None
     grid: the points its weights will be rounded to
+    activation: how its inputs will be rounded, or None
     """
 
     weights: tuple[FloatArray, ...]
     statistics: SiteStatistics
     ties: NDArray[np.integer[Any]] | None
     grid: Grid
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class Format:
     file_metadata: the metadata of the weights file where its readers want just that; None: this
         tool's own entry, which holds `metadata`
     by_rows: whether row n of the weight is row n of every tensor of a layer, whatever the others
+    global_scale: whether it holds one beside "e4m3" scales; without, theirs is 1
     mirrored: whether it holds the mirrored groups of a layer's symmetric grid (`Grid.mirrored`), as
         zeros or as negative scales, and its runtimes compute with them
     """
@@ -203,4 +206,5 @@ class Format:
     model_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     container: str = "safetensors"
     by_rows: Callable[[Layer], bool] = lambda layer: False
+    global_scale: bool = True
     mirrored: Callable[[Layer], bool] = lambda layer: False

@@ -16,6 +16,7 @@ class LayerReport:
     compared, best: the error of every method that was tried on the layer, and the least one's name
     activations: of `ptq eval --activation-scheme`
     input_bits: what the layer's inputs are rounded to when it runs, or None
+    levels: the small floats that codes are ("e2m1", "e4m3"), or None where they are integers
     weight_rel_err: where that was measured, the errors are those of the outputs with rounded
         inputs, and this is that of the weight alone, with float inputs
     weak: why errors on these inputs say little (numerics/weak_inputs.py), or None
@@ -53,6 +54,7 @@ class LayerReport:
     weight_rel_err: float | None = None
     weak: Mapping[str, float] | None = None
     drift: float | None = None
+    levels: str | None = None
 
 
 @dataclass(frozen=True)

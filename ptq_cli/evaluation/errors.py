@@ -24,7 +24,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.evaluation.sides import Sides, compare_untouched
-from ptq_cli.numerics.activations import ActivationSettings, absmax_scale, with_static_scale
+from ptq_cli.numerics.activations import ActivationSettings, calibrated_scale, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
 from ptq_cli.numerics.parallel import use_threads
@@ -180,9 +180,9 @@ def _plainly(
     """Of the original weight rounded to nearest, its inputs rounded as the layer's are. A static
     scale is found anew: the one that is stored belongs to what was quantized."""
     inputs = layer.activation
-    if inputs is not None and not inputs.dynamic and statistics is not None:
+    if inputs is not None and inputs.calibrated and statistics is not None:
         if inputs.sym:
-            own = absmax_scale(statistics.absmax, inputs.bits)
+            own = calibrated_scale(statistics.absmax, inputs)
             plain = replace(plain, input_scale=own)
         else:
             layer = replace(layer, activation=replace(inputs, dynamic=True, per_token=False))

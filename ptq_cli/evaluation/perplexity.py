@@ -118,8 +118,9 @@ def nearest_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:
         if name not in layers:
             return original.read(name)
         layer = layers[name]
-        grid = grid_by_zeros(quantized.load(layer.module))
-        rounded = round_to_nearest(original.weight(layer), grid)
+        ours = quantized.load(layer.module)
+        rounded = round_to_nearest(original.weight(layer), grid_by_zeros(ours))
+        rounded = replace(rounded, input_scale=ours.input_scale)
         inputs = layer.activation
         if inputs is not None and not inputs.dynamic:
             inputs = replace(inputs, dynamic=True, per_token=False)

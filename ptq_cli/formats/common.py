@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.names import natural
+from ptq_cli.core.plugins import ModuleTree
 from ptq_cli.core.tensors import Array, Codes, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES, ScaleOverflow
+from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 
 T = TypeVar("T", int, bool)
 
@@ -38,12 +39,15 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+_EXPERT = ("w1", "w3")  # gate and up of an expert, where they are called so
+NUMBERS = {"integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)"}
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a layout can hold, 4 bits among others. `group_sizes`: None is any; `short_group`: the
-    last group of a row may be short; `whole_row`: group_size −1; `whole_tensor`: group_size 0."""
+    last group of a row may be short; `whole_row`: group_size −1; `whole_tensor`: group_size 0. What
+    shares a scale is looked at for integers only."""
 
     bits: tuple[int, ...]
     scale_dtypes: tuple[str, ...] = ("float16",)
@@ -54,6 +58,7 @@ class Limits:
     reordered: bool = False
     embeddings: bool = False
     activations: bool = False
+    levels: tuple[str, ...] = ("integer",)
 
 
 def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
@@ -69,6 +74,10 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
         return Misfit(f"{name} holds weights stored [out, in], not [in, out]", "--format ptq")
     if not limits.embeddings and _EMBEDDING.search(layer.module):
         return Misfit(f"{name} holds linears, not embeddings", f"--ignore {layer.module}")
+    if grid.levels not in limits.levels:
+        held = " or ".join(NUMBERS[levels] for levels in limits.levels)
+        reason = f"{name} holds {held}, not {NUMBERS[grid.levels]}"
+        return Misfit(reason, "--format compressed-tensors")
     if grid.bits not in limits.bits:
         held = ", ".join(map(str, limits.bits))
         return Misfit(f"{name} holds {held} bits, not {grid.bits}", "--bits 4")
@@ -81,7 +90,7 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
         held = " or ".join(limits.scale_dtypes)
         reason = f"{name} stores scales as {held}, not {grid.scale_dtype}"
         return Misfit(reason, f"--scale-dtype {limits.scale_dtypes[0]}")
-    return _group_misfit(layer, name, limits)
+    return _group_misfit(layer, name, limits) if grid.small_float is None else None
 
 
 def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
@@ -113,7 +122,9 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
     Raises:
         InputError: two of them differ, or one is dense; both are named.
     """
-    schemes: dict[str, tuple[Any, ...] | None] = {layer.module: scheme(layer) for layer in layers}
+    schemes: dict[str, tuple[Grid, Activation | None] | None] = {
+        layer.module: scheme(layer) for layer in layers
+    }
     schemes |= dict.fromkeys(dense)
     first: dict[tuple[str, tuple[str, ...]], str] = {}
     for module, own in schemes.items():
@@ -128,18 +139,34 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
                 )
 
 
-def _said(own: tuple[Any, ...] | None) -> str:
+def fused_groups(modules: Iterable[str]) -> list[list[str]]:
+    """Modules that runtimes fuse into one matrix together, every other one alone."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        fused = next((own for own in (*_FUSED, _EXPERT) if name in own), (name,))
+        groups.setdefault((parent, *fused), []).append(module)
+    return list(groups.values())
+
+
+def _said(own: tuple[Grid, Activation | None] | None) -> str:
     if own is None:
         return "is left dense"
-    bits, group_size, sym, activation = own
+    grid, activation = own
     inputs = "" if activation is None else f" with {activation.bits}-bit inputs"
-    return f"has {bits} bits, group_size {group_size}, sym {sym}{inputs}"
+    if grid.small_float is None:
+        return f"has {grid.bits} bits, group_size {grid.group_size}, sym {grid.sym}{inputs}"
+    rows = f" × {grid.block_rows} rows" if grid.block_rows > 1 else ""
+    return f"has {NUMBERS[grid.levels]}, group_size {grid.group_size}{rows}{inputs}"
 
 
-def scheme(layer: Layer) -> tuple[Any, ...]:
-    """What a runtime must know of a layer; layers with equal schemes share one declaration."""
-    grid = layer.grid
-    return (grid.bits, grid.group_size, grid.sym, layer.activation)
+def scheme(layer: Layer) -> tuple[Grid, Activation | None]:
+    """What a runtime must know of a layer: its grid, but for what it need not be told, and how its
+    inputs are rounded. Layers with equal schemes share one declaration."""
+    grid = replace(layer.grid, narrow_range=False, mirrored=False, global_scale=1.0)
+    if grid.scale_dtype in SCALE_WORDS:
+        grid = replace(grid, scale_dtype="float32")
+    return grid, layer.activation
 
 
 def commonest(layers: Sequence[Layer]) -> Layer:
@@ -157,7 +184,10 @@ def modules_with(
     """
     found = {name[: -len(suffix)] for name in specs for suffix in suffixes if name.endswith(suffix)}
     if declared and not found:
-        raise InputError(f"{declared}, but no tensor is named *{suffixes[0]}")
+        raise InputError(
+            f"{declared}, but no tensor is named *{suffixes[0]}",
+            hint="take quantization_config out of config.json if all weights are float",
+        )
     return tuple(sorted(found, key=natural))
 
 
@@ -216,6 +246,14 @@ def model_dtype(config: Mapping[str, Any], dtypes: Collection[str] = ()) -> str:
 def linear(module: str, shape: tuple[int, int], grid: Grid, config: Mapping[str, Any]) -> Layer:
     """A layer that is a linear, in the model's dtype."""
     return Layer(module, f"{module}.weight", shape, shape, model_dtype(config), grid)
+
+
+def left_dense_names(layers: Sequence[Layer], dense: Sequence[str], tree: ModuleTree) -> list[str]:
+    """Names of what is left dense, for runtimes: a head that is tied has no tensor of its own, but
+    has to be named."""
+    left = [name for module in dense for name in tree.names(module)]
+    headless = not any(module.endswith("lm_head") for module in dense)
+    return [*left, "lm_head"] if headless and not any(map(is_head, layers)) else left
 
 
 def is_head(layer: Layer) -> bool:
@@ -278,7 +316,9 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) 
 def may_mirror(layer: Layer) -> bool:
     """Whether runtimes compute with mirrored groups of such a layer (`Grid.mirrored`). Not where
     inputs are rounded too: kernels of integers take scales for positive."""
-    return layer.grid.sym and not layer.grid.narrow_range and layer.activation is None
+    grid = layer.grid
+    whole = grid.small_float is None and grid.sym and not grid.narrow_range
+    return whole and layer.activation is None
 
 
 def perhaps_mirrored(layer: Layer) -> Layer:

@@ -31,7 +31,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.numerics.packing import pack, pack_groups, packed_width, unpack, unpack_groups
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 
 _LIMITS = common.Limits(
     bits=(2, 4, 8),

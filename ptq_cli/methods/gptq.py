@@ -135,7 +135,7 @@ def _prepare(
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     drift = statistics.drift if settings.drift else None
-    coupling = None if grid.group_size == 0 else statistics.coupling  # a scale for all rows
+    coupling = statistics.coupling if grid.by_rows else None
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
@@ -169,9 +169,11 @@ def _apply(
     if prepared.drift is not None:
         weight, strength = _corrected(weight, prepared.drift, prepared, settings)
     if prepared.coupling is None:
-        rounded = solve(weight, prepared.feedback, passes, importance)
+        rounded = solve(weight, grid, prepared.feedback, passes, importance)
     else:
-        rounded = solve_coupled(weight, prepared.feedback, passes, prepared.coupling, importance)
+        rounded = solve_coupled(
+            weight, grid, prepared.feedback, passes, prepared.coupling, importance
+        )
     return MethodResult(rounded, prepared.damp_percent, prepared.notes, strength)
 
 
@@ -195,7 +197,7 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     rows, width = min(out_features, PANEL_ROWS), grid.width(n)
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
     # three of the nine are those of the search, which one grid for all rows has before
-    group = width * ((9 if grid.group_size else 6) * rows + 3 * width + n)
+    group = width * ((9 if grid.by_rows else 6) * rows + 3 * width + n)
     corrected = 2 * out_features * n if drift else 0  # the change; errors of coupled rows
     return item * (site + 3 * n * rows + group + corrected)
 

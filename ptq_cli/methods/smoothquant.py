@@ -5,7 +5,7 @@ The mathematics and its floors stand in numerics/smoothquant.py (Xiao et al., ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -61,12 +61,11 @@ def _search(case: SmoothingCase, settings: SmoothquantSettings) -> tuple[Smoothi
 def _best_alpha(case: SmoothingCase, settings: SmoothquantSettings) -> float | None:
     """The alpha with the least error on the sample, the lowest of equal ones; None where no
     smoothing at all is as good."""
-    # The sample's own range stands for a static one.
-    static = settings.activation_scheme == "static"
-    scheme = "dynamic-tensor" if static else settings.activation_scheme
-    activations = ActivationSettings(settings.activation_bits, scheme)
+    activation = case.activation
+    if activation is not None and activation.calibrated:  # the sample's own range stands for it
+        activation = replace(activation, dynamic=True, scale_dtype="float32")
     sample = case.statistics.sample.astype(np.float32)
-    errors = alpha_errors(sample, case.weights, case.grid, activations, case.ties)
+    errors = alpha_errors(sample, case.weights, case.grid, activation, case.ties)
     return min(errors, key=errors.__getitem__)
 
 

@@ -14,9 +14,13 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.grid import Activation
+from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.levels import SMALL_FLOATS
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.scales import global_scale_of
+from ptq_cli.numerics.small_floats import round_levels
 
 SCHEMES = ("dynamic-token", "dynamic-tensor", "static", "none")
 LARGEST_CODE = {8: 127, 4: 7}
@@ -124,6 +128,18 @@ def absmax_scale(absmax: Array, bits: int = 8) -> float:
     return float(absmax.max(initial=0)) / LARGEST_CODE[bits]
 
 
+def calibrated_scale(absmax: Array, activation: Activation) -> float:
+    """What a layer's inputs, whose channels reach absmax [in_features], are rounded with: a static
+    scale that clips nothing, or the global scale of groups' E4M3 scales (a float32)."""
+    small = SMALL_FLOATS.get(activation.levels)
+    if small is None:
+        return absmax_scale(absmax, activation.bits)
+    most = float(absmax.max(initial=0))
+    if activation.scale_dtype == "e4m3":
+        return global_scale_of(most, small)
+    return most / small.largest
+
+
 def with_static_scale(settings: ActivationSettings, absmax: Array) -> ActivationSettings:
     """The settings with the scale of inputs whose channels reach absmax, where it is static."""
     if settings.scheme != "static":
@@ -150,15 +166,18 @@ def stated(activation: Activation, scale: float | None = None) -> ActivationSett
 def rounded_inputs(
     inputs: Array, activation: Activation, scale: float | None = None, zero: int | None = None
 ) -> NDArray[np.float32]:
-    """What a layer's integer inputs stand for: float [n, in_features] → float32, the same shape.
+    """What a layer's rounded inputs stand for: float [n, in_features] → float32, the same shape.
 
-    scale, zero: of a static scheme, `input ≈ scale · (code − zero)`, codes 0 … 2^bits − 1. Dynamic
-    asymmetric inputs find theirs as weights do: the range is widened to hold 0.
+    scale, zero: of a static scheme, `input ≈ scale · (code − zero)`, codes 0 … 2^bits − 1, or
+    `scale · level`; or the global scale that groups' E4M3 scales are divided by. Dynamic asymmetric
+    inputs find theirs as weights do: the range is widened to hold 0.
 
     Raises:
         InputError: a static scheme without a scale.
         NumericalError: inputs hold NaN or infinity.
     """
+    if activation.levels != "integer":
+        return _small_floats(inputs, activation, scale)
     if activation.sym:
         return quantize_activations(inputs, stated(activation, scale)).dequantized()
     activation_range(inputs)  # refuses NaN and infinity
@@ -177,6 +196,27 @@ def rounded_inputs(
     codes = np.clip(np.rint(values / steps) + middle, 0, largest)
     result: NDArray[np.float32] = (codes - middle) * steps
     return result
+
+
+def _small_floats(
+    inputs: Array, activation: Activation, scale: float | None
+) -> NDArray[np.float32]:
+    """Inputs as small floats: dynamic ones are rounded as the rows of a weight are."""
+    values = inputs.astype(np.float32, copy=False)
+    activation_range(values)  # refuses NaN and infinity
+    if activation.calibrated:
+        _check_static(scale)
+    grid = Grid(
+        activation.bits,
+        activation.group_size or (-1 if activation.per_token else 0),
+        scale_dtype=activation.scale_dtype,
+        levels=activation.levels,
+        global_scale=scale if activation.dynamic and activation.calibrated and scale else 1.0,
+    )
+    if activation.dynamic:
+        return round_to_nearest(values, grid).dequantized()
+    step = np.float32(scale or 1)
+    return (round_levels(values / step, grid) * step).astype(np.float32, copy=False)
 
 
 def _floats(inputs: Array) -> FloatArray:

@@ -24,7 +24,8 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.numerics.ldl import ldl_upper
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.scales import ScaleOverflow
 from ptq_cli.numerics.smoothquant import Factors, panels
 
 _ELEMENTS = 1 << 18  # weights of one group looked at together by the clip search
@@ -87,7 +88,7 @@ def search_clip(
     """
     if grid.group_size == 0:
         raise InputError("a clip search needs a grid per channel or per group, not per tensor")
-    row = replace(grid, group_size=-1)  # a group by itself
+    row = replace(grid, group_size=-1, block_rows=1)  # a group by itself
     ratios = [1 - i / n_grid for i in range(max(1, n_grid // 2))]
     starts = grid.starts(weight.shape[1])
     limits = np.zeros((weight.shape[0], grid.n_groups(weight.shape[1])), np.float32)

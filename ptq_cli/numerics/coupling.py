@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Coupling
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
@@ -54,6 +55,7 @@ def make_coupling(fisher: NDArray[np.float32], levels: int = LEVELS) -> Coupling
 
 def solve_coupled(
     weight: FloatArray,
+    grid: Grid,
     feedback: Feedback,
     passes: Passes,
     coupling: Coupling,
@@ -61,10 +63,9 @@ def solve_coupled(
 ) -> QuantizedWeight:
     """`solve`, level by level.
 
-    weight, importance: [out_features, in_features], as `solve` knows them; the group is not the
-        whole tensor
+    weight, importance: [out_features, in_features], as `solve` knows them; no rows share scales
     """
-    result = blank((weight.shape[0], weight.shape[1]), feedback.grid)
+    result = blank((weight.shape[0], weight.shape[1]), grid)
     error = np.empty_like(weight)  # rows in the order of visits
     start, panel_rows = 0, max(1, PANEL_ROWS // len(coupling.stops))
     for stop in coupling.stops:
@@ -72,7 +73,7 @@ def solve_coupled(
         sent = coupling.upper[:start, start:stop].astype(weight.dtype, copy=False)
         target = weight[rows] + sent.T @ error[:start]
         own = None if importance is None else importance[rows]
-        part = solve(target, feedback, passes, own, panel_rows)
+        part = solve(target, grid, feedback, passes, own, panel_rows)
         error[start:stop] = weight[rows] - part.dequantized()
         result.codes[rows] = part.codes
         result.scales[rows] = part.scales

@@ -34,15 +34,10 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.numerics.ldl import ldl_upper
+from ptq_cli.numerics.numbers import Limits, numbers_of
 from ptq_cli.numerics.parallel import each, strips
-from ptq_cli.numerics.rounding import (
-    SCALE_LIMITS,
-    blank,
-    fit_grid,
-    round_centred,
-    round_scales,
-    round_to_nearest,
-)
+from ptq_cli.numerics.rounding import blank, round_to_nearest
+from ptq_cli.numerics.scales import SCALE_LIMITS, round_scales, stored_scales
 
 PANEL_ROWS = 2048
 LEAF_COLUMNS = 16
@@ -152,6 +147,7 @@ class Passes:
 
 def solve(
     weight: FloatArray,
+    grid: Grid,
     feedback: Feedback,
     passes: Passes,
     importance: FloatArray | None = None,
@@ -159,6 +155,7 @@ def solve(
 ) -> QuantizedWeight:
     """Round `weight` [out_features, in_features] with the feedback of its site.
 
+    grid: the weight's own; its groups are the feedback's
     importance: weights of the scale search, [out_features, in_features]; None: each column's pivot
     panel_rows: rows that are worked on together
 
@@ -166,23 +163,23 @@ def solve(
         InputError: a scale does not fit its stored dtype.
     """
     out_features, n = weight.shape
-    grid, order = feedback.grid, feedback.order
+    order = feedback.order
     result = blank((out_features, n), grid)
     fixed = None
-    if grid.group_size == 0:
-        fixed = _whole_tensor_grid(weight, grid, passes, importance)
-        result.scales[0], result.zeros[0] = fixed
+    if not grid.by_rows:
+        fixed = _fixed_scales(weight, result, passes, importance)
     place = [group.number for group in feedback.groups]
     back = np.argsort(order)
 
     def work(rows: slice) -> None:
-        panel = _Panel(transposed(weight[rows])[order], feedback, passes, fixed)
+        own = None if fixed is None else (fixed[0][:, rows], fixed[1][:, rows])
+        panel = _Panel(transposed(weight[rows])[order], grid, feedback, passes, own)
         if importance is not None:
             panel.importance = transposed(importance[rows].astype(weight.dtype))[order]
         panel.run()
         result.codes[rows] = transposed(panel.codes[back])
         if fixed is None:
-            result.scales[rows, place] = panel.scales.T
+            result.scales[rows, place] = stored_scales(panel.scales.T, grid)
             result.zeros[rows, place] = panel.zeros.T
 
     each(work, strips(out_features, panel_rows))
@@ -193,14 +190,23 @@ def solve(
     return replace(result, g_idx=g_idx)
 
 
-def _whole_tensor_grid(
-    weight: FloatArray, grid: Grid, passes: Passes, importance: FloatArray | None
+def _fixed_scales(
+    weight: FloatArray, result: QuantizedWeight, passes: Passes, importance: FloatArray | None
 ) -> tuple[FloatArray, FloatArray]:
-    """One scale for all rows: it cannot follow one panel's errors, so it looks at the weight."""
+    """Scales that rows share cannot follow one panel's errors, so they look at the weight; they are
+    put into `result`. Those and the zeros of each row, [n_groups, out_features]."""
     if importance is None:
         importance = np.ones(weight.shape[1], weight.dtype)
-    rounded = round_to_nearest(weight, grid, importance if passes.mse else None)
-    return rounded.scales[0].astype(weight.dtype), rounded.zeros[0].astype(weight.dtype)
+    rounded = round_to_nearest(weight, result.grid, importance if passes.mse else None)
+    result.scales[:], result.zeros[:] = rounded.scales, rounded.zeros
+    rows = np.arange(len(weight)) // result.grid.block_rows if len(rounded.scales) > 1 else 0
+    shape = (rounded.scales.shape[1], len(weight))
+
+    def of_rows(values: Array) -> FloatArray:
+        own = values[rows].T if len(values) > 1 else values.T
+        return np.broadcast_to(own, shape).astype(weight.dtype)
+
+    return of_rows(rounded.float_scales()), of_rows(rounded.zeros)
 
 
 def _leaves(start: int, stop: int) -> list[int]:
@@ -237,19 +243,20 @@ class _Panel:
     weight: the panel's weight; importance: what weighs its scale search, or [columns, 1].
     error: weight − dequantized where a column is rounded; before that, what the columns rounded so
         far send it, `Σ_{i<k} E_i U_ik`.
-    centred (in the methods): codes − zeros of the group in hand, as floats.
+    levels (in the methods): those of the group in hand, as floats.
     """
 
     def __init__(
         self,
         weight: FloatArray,
+        grid: Grid,
         feedback: Feedback,
         passes: Passes,
         fixed: tuple[FloatArray, FloatArray] | None,
     ) -> None:
         n, rows = weight.shape
         self.weight, self.feedback, self.passes, self.fixed = weight, feedback, passes, fixed
-        self.grid, self.groups = feedback.grid, feedback.groups
+        self.grid, self.groups, self.numbers = grid, feedback.groups, numbers_of(grid)
         self.error = np.zeros_like(weight)
         self.codes = np.empty((n, rows), np.uint8)
         self.scales = np.empty((len(self.groups), rows), weight.dtype)
@@ -271,10 +278,10 @@ class _Panel:
         refined = self.passes.refine > 0
         compensation = self.error[group].copy() if refined and index else None
         self.scales[index], self.zeros[index] = self._group_grid(index, group)
-        centred = np.empty((stop - start, self.weight.shape[1]), self.weight.dtype)
+        levels = np.empty((stop - start, self.weight.shape[1]), self.weight.dtype)
 
         def visit(a: int, b: int) -> None:
-            self._round_leaf(index, a, b, centred[a - start : b - start])
+            self._round_leaf(index, a, b, levels[a - start : b - start])
 
         _by_halves(_leaves(start, stop), upper, self.error, self.error, visit, base=start)
         if refined:
@@ -284,88 +291,89 @@ class _Panel:
             for _ in range(self.passes.refine):
                 gradient = schur @ self.error[group]
                 gradient += constant
-                self._descend(index, schur, gradient, centred)
-        np.add(centred, self.zeros[index], out=self.codes[group], casting="unsafe")
+                self._descend(index, schur, gradient, levels)
+        self.numbers.write_codes(levels, self.zeros[index], self.grid, self.codes[group])
 
     def _group_grid(self, index: int, group: slice) -> tuple[FloatArray, FloatArray]:
         """Scales and zeros [rows] for the compensated group, `weight_g + A · U_gg⁻¹`."""
         if self.fixed is not None:
-            return self.fixed
+            number = self.groups[index].number
+            return self.fixed[0][number], self.fixed[1][number]
         target, inverse = self.weight[group], self.groups[index].inverse
         if inverse is not None:
             target = target + inverse @ self.error[group]
-        return fit_grid(target, self.grid, 0, self.importance[group] if self.passes.mse else None)
+        importance = self.importance[group] if self.passes.mse else None
+        return self.numbers.fit(target, self.grid, 0, importance)
 
-    def _round_leaf(self, index: int, a: int, b: int, centred: FloatArray) -> None:
+    def _round_leaf(self, index: int, a: int, b: int, levels: FloatArray) -> None:
         """Round columns a … b−1 of a group one by one, each at its target."""
-        scale, low, high = self.scales[index], *self._code_range(index)
+        scale, limits = self.scales[index], self._limits(index)
         upper = self.feedback.upper[a:b, a:b]
         for k, column in enumerate(range(a, b)):
             target = self.weight[column] + self.error[column]
             target += upper[:k, k] @ self.error[a:column]
             target /= scale
-            round_centred(target, low, high, out=centred[k])
-            self.error[column] = self.weight[column] - centred[k] * scale
+            self.numbers.round(target, limits, self.grid, levels[k])
+            self.error[column] = self.weight[column] - levels[k] * scale
 
-    def _code_range(self, index: int) -> tuple[FloatArray, FloatArray]:
-        """The least and the greatest centred code of a group, [rows] each."""
-        zero = self.zeros[index]
-        return self.grid.min_code - zero, self.grid.max_code - zero
+    def _limits(self, index: int) -> Limits:
+        return self.numbers.limits(self.zeros[index], self.grid)
 
     def _descend(
-        self, index: int, quadratic: FloatArray, gradient: FloatArray, centred: FloatArray
+        self, index: int, quadratic: FloatArray, gradient: FloatArray, levels: FloatArray
     ) -> None:
         """One pass of coordinate descent on `tr(E S Eᵀ) + …` over the columns of a group.
 
         quadratic: S [columns, columns]; gradient: P [columns, rows], half the gradient in E, used
-        up. `centred` and the group's errors and scales are changed in place.
+        up. `levels` and the group's errors and scales are changed in place.
         """
         error = self.error[self.groups[index].columns]
         if self.fixed is None:
-            self._refit(index, quadratic, gradient, centred)
-        # From here on in codes: column k goes to the code nearest to where its derivative is zero.
-        scale, low, high = self.scales[index], *self._code_range(index)
+            self._refit(index, quadratic, gradient, levels)
+        # From here on in levels: column k goes to that nearest to where its derivative is zero.
+        scale, limits = self.scales[index], self._limits(index)
         diagonal = quadratic.diagonal()
         coupling, target, change = quadratic / diagonal, gradient, np.empty_like(error)
         target /= scale
         target /= diagonal[:, None]
-        target += centred
+        target += levels
 
         def visit(a: int, b: int) -> None:
             for k in range(a, b):
                 target[k] += coupling[a:k, k] @ change[a:k]
-                change[k] = centred[k] - round_centred(target[k], low, high)
+                change[k] = levels[k] - self.numbers.round(target[k], limits, self.grid, None)
 
         _by_halves(_leaves(0, len(error)), coupling, change, target, visit)
-        centred -= change
+        levels -= change
         error += np.multiply(change, scale, out=change)
 
     def _refit(
-        self, index: int, quadratic: FloatArray, gradient: FloatArray, centred: FloatArray
+        self, index: int, quadratic: FloatArray, gradient: FloatArray, levels: FloatArray
     ) -> None:
-        """The best scales for the codes as they are: `Δs = Σ_k c_k P_k / (c S cᵀ)`, rounded to the
+        """The best scales for the levels as they are: `Δs = Σ_k l_k P_k / (l S lᵀ)`, rounded to the
         stored dtype and kept only where the cost falls."""
         scale, error = self.scales[index], self.error[self.groups[index].columns]
-        spread = quadratic @ centred
-        slope = np.einsum("kr,kr->r", centred, gradient)
-        curvature = np.einsum("kr,kr->r", centred, spread)
+        spread = quadratic @ levels
+        slope = np.einsum("kr,kr->r", levels, gradient)
+        curvature = np.einsum("kr,kr->r", levels, spread)
         moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
-        moved = np.minimum(moved, SCALE_LIMITS[self.grid.scale_dtype][1])  # a refit is no error
+        largest = SCALE_LIMITS[self.grid.scale_dtype][1] / self.grid.global_scale
+        moved = np.minimum(moved, largest)  # a refit is no error
         moved = round_scales(np.where(moved > 0, moved, scale), self.grid)
         delta = moved - scale
         falls = delta * (2 * slope - delta * curvature) > 0
         delta = np.where(falls, delta, 0)
         gradient -= np.multiply(spread, delta, out=spread)
-        error -= np.multiply(centred, delta, out=spread)
+        error -= np.multiply(levels, delta, out=spread)
         self.scales[index] = np.where(falls, moved, scale)
 
     def _sweep_group(self, index: int) -> None:
         group = self.groups[index].columns
-        centred = self.codes[group] - self.zeros[index]
+        levels = self.numbers.read_codes(self.codes[group], self.zeros[index], self.grid)
         hessian = self.feedback.rows(group.start, group.stop)
         gradient = hessian @ self.error
-        self._descend(index, hessian[:, group], gradient, centred)
-        np.add(centred, self.zeros[index], out=self.codes[group], casting="unsafe")
+        self._descend(index, hessian[:, group], gradient, levels)
+        self.numbers.write_codes(levels, self.zeros[index], self.grid, self.codes[group])
 
 
 def transposed(matrix: Array) -> Array:

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError, NumericalError
-from ptq_cli.numerics.activations import ActivationSettings, quantize_activations
+from ptq_cli.numerics.activations import rounded_inputs
 from ptq_cli.numerics.parallel import strips
-from ptq_cli.numerics.rounding import ScaleOverflow, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
+from ptq_cli.numerics.scales import ScaleOverflow
 
 # Channels quieter than this share of the site's loudest are treated as if they were this loud:
 # a channel that calibration never saw would otherwise be divided by nothing.
@@ -103,7 +104,7 @@ def alpha_errors(
     inputs: FloatArray,
     weights: Sequence[FloatArray],
     grid: Grid,
-    activations: ActivationSettings,
+    activation: Activation | None,
     ties: NDArray[np.integer] | None = None,
     alphas: Sequence[float] = ALPHAS,
 ) -> dict[float | None, float]:
@@ -116,6 +117,7 @@ def alpha_errors(
     near 1 always looks best, and on others it is often worse than no smoothing.
 
     inputs: float32 sample [n, in_features]; with a single row, it serves as both halves
+    activation: how inputs are rounded, each with scales of its own; None: not at all
     ties: channels that share a factor (see `tied`)
     Returns the error of each candidate; infinite where a scale did not fit its dtype.
 
@@ -130,7 +132,7 @@ def alpha_errors(
     for alpha in (None, *alphas):
         factors = np.ones_like(loud) if alpha is None else smooth_factors(loud, heavy, alpha)
         try:
-            errors[alpha] = _relative(tried, weights, products, grid, activations, factors)
+            errors[alpha] = _relative(tried, weights, products, grid, activation, factors)
         except ScaleOverflow:
             errors[alpha] = float("inf")
     if not min(errors.values()) < float("inf"):
@@ -186,13 +188,13 @@ def _relative(
     weights: Sequence[FloatArray],
     products: Sequence[FloatArray],
     grid: Grid,
-    activations: ActivationSettings,
+    activation: Activation | None,
     factors: Factors,
 ) -> float:
     """The error with these factors; products: the exact outputs of each linear."""
     smoothed = inputs / factors
-    if activations.scheme != "none":
-        smoothed = quantize_activations(smoothed, activations).dequantized()
+    if activation is not None:
+        smoothed = rounded_inputs(smoothed, activation)
     change = total = 0.0
     for weight, product in zip(weights, products, strict=True):
         for rows in panels(weight, grid):

@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptq_cli.core.grid import Activation
+from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
-
-# What --scheme is short for.
-SCHEMES: dict[str, dict[str, Any]] = {
-    "W4A16": {"bits": 4, "group_size": 128, "sym": True, "activation_scheme": "none"},
-    "W8A8": {"bits": 8, "group_size": -1, "sym": True, "narrow_range": True},
-}
-
-# How a scheme rounds the inputs of the layers when they run.
-SCHEME_INPUTS = {"W8A8": Activation()}
 
 FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
 
@@ -28,8 +19,9 @@ class GridSettings:
     scheme: str = field(
         default="",
         metadata={
-            "help": "Short for: W4A16, 4 bits in groups of 128; W8A8, int8 weights per channel and"
-            " inputs per token.",
+            "help": f"Numbers of weights and inputs: {', '.join(SCHEMES)}. (docs/settings.md says"
+            " what each stands for.)",
+            "metavar": "NAME",
             "choices": tuple(SCHEMES),
         },
     )
@@ -58,6 +50,15 @@ class GridSettings:
             "help": "What scales are stored in; auto: what the format and loaders want, and a wider"
             " range where a weight needs it.",
             "choices": ("auto", "float16", "bfloat16", "float32"),
+        },
+    )
+    global_scale: str = field(
+        default="float32",
+        metadata={
+            "help": "Of NVFP4's scales: as it comes, or the power of two below, with which bfloat16"
+            " holds their products exactly.",
+            "choices": ("float32", "power-of-two"),
+            "needs": ({"scheme": ("NVFP4", "NVFP4A16")},),
         },
     )
     ignore: tuple[str, ...] = field(
@@ -103,7 +104,9 @@ class GridSettings:
 
 
 # What a rule of a recipe's [[layers]] may say; `bits` may be FLOAT_BITS there.
-LAYER_KEYS = ("match", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip")
+LAYER_KEYS = (
+    "match", "scheme", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip",
+)  # fmt: skip
 
 
 def settings_classes(command: str) -> tuple[type[Any], ...]:

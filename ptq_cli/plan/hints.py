@@ -13,7 +13,9 @@ from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import AS_NAMED, Format
 from ptq_cli.errors import InputError
-from ptq_cli.plan.grid_settings import SCHEME_INPUTS, SCHEMES, GridSettings
+from ptq_cli.formats.common import SCALE_NAMES, SCALE_WORDS
+from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.schemes import scheme_grid, scheme_inputs, scheme_settings
 from ptq_cli.registry import FORMATS, format_named
 
 Unread = Callable[[Sequence[Layer], Format], Mapping[str, Misfit]]
@@ -113,6 +115,8 @@ def _is_held(layers: Sequence[Layer], fmt: Format, settings: GridSettings, fits:
     if settings.scale_dtype == "auto":
         layers = [
             replace(layer, grid=replace(layer.grid, scale_dtype=fmt.scale_dtype(layer.dtype)))
+            if layer.grid.scale_dtype in SCALE_WORDS
+            else layer
             for layer in layers
         ]
     return fits(layers, fmt) and _can_declare(layers, (), fmt)
@@ -163,8 +167,12 @@ def _grid(key: str, kind: Callable[[str], Any] = str) -> Callable[[Layer, str], 
 
 
 def _scheme(layer: Layer, name: str) -> Layer:
-    grid = {k: v for k, v in SCHEMES[name].items() if hasattr(layer.grid, k)}
-    return replace(layer, grid=replace(layer.grid, **grid), activation=SCHEME_INPUTS.get(name))
+    grid: dict[str, Any] = {"levels": "integer", "block_rows": 1}
+    if layer.grid.scale_dtype not in SCALE_WORDS:
+        grid["scale_dtype"] = SCALE_NAMES.get(layer.model_dtype or layer.dtype, "float32")
+    grid |= {k: v for k, v in scheme_settings(name).items() if hasattr(layer.grid, k)}
+    grid |= scheme_grid(name)
+    return replace(layer, grid=replace(layer.grid, **grid), activation=scheme_inputs(name))
 
 
 _CHANGES: dict[str, Callable[[Layer, str], Layer]] = {

@@ -13,12 +13,13 @@ from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer, Misfit, Skipped
 from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats import common
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
 from ptq_cli.plan.hints import Unread, helping
+from ptq_cli.plan.schemes import check_fixed, scheme_grid, scheme_inputs, scheme_settings
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
@@ -36,18 +37,25 @@ def make_layer(
 
     transposed: names of the tensors that are stored [in_features, out_features]
     reordered: whether the method forms groups in an order of its own
-    activation: how the layer's inputs are rounded when it runs, or None
+    activation: how the layer's inputs are rounded when it runs, or None; a rule's scheme says that
+        itself
 
     Raises:
-        InputError: --narrow-range without --sym.
+        InputError: --narrow-range without --sym; a scheme that has no such bits.
     """
-    spec = tensor.spec
+    spec, rule = tensor.spec, rule_of(settings, tensor)
     values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
-    values |= {key: own for key, own in rule_of(settings, tensor).items() if key in values}
+    if "scheme" in rule:
+        values |= scheme_settings(rule["scheme"])
+        activation = scheme_inputs(rule["scheme"])
+    values = {key: rule.get(key, own) for key, own in values.items() if key in LAYER_KEYS}
+    scheme = values.pop("scheme")
+    with stated_in(spec.name):
+        check_fixed(scheme, values)
     if values["scale_dtype"] == "auto":
         stated = common.stated_dtype(checkpoint.config)
         values["scale_dtype"] = fmt.scale_dtype(stated or spec.dtype)
-    grid = Grid(**values)
+    grid = Grid(**values | scheme_grid(scheme))
     if grid.narrow_range and not grid.sym:
         hint = "--no-narrow-range"
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only", hint=hint)

@@ -27,7 +27,7 @@ from ptq_cli.plan.layers import (
 )
 from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
-from ptq_cli.plan.units import plan_units, plan_warnings
+from ptq_cli.plan.units import check_calibrated, plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import container_of
 
@@ -76,6 +76,7 @@ def make_plan(
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     units = plan_units(layers, method, source, missing, included.keys(), sites)
+    check_calibrated(units)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
     packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))

@@ -12,6 +12,7 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Method
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.errors import InputError
+from ptq_cli.formats.common import fused_groups
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.numerics.output_errors import ROWS_AT_ONCE
@@ -59,10 +60,50 @@ def plan_units(
             parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
         for (site, _), members in parts.items():
             units.append(_unit(site, members, method, source))
+    units = _with_those_beside(units)
     if source is not None and source.in_sequence:
         order = {site: place for place, site in enumerate(source.sites)}
         units.sort(key=lambda unit: order.get(unit.site or "", len(order)))
     return tuple(units)
+
+
+def _with_those_beside(units: Sequence[Unit]) -> list[Unit]:
+    """The units, each with the layers of others that runtimes fuse with its own under one global
+    scale: those of one input whose statistics came in files of their own."""
+    known = {
+        layer.module: (layer, unit.name)
+        for unit in units
+        for layer in unit.layers
+        if layer.grid.scale_dtype == "e4m3"
+    }
+    beside: dict[str, dict[str, Layer]] = {}
+    for group in fused_groups(known):
+        for unit in {known[module][1] for module in group}:
+            others = {module: known[module][0] for module in group if known[module][1] != unit}
+            beside.setdefault(unit, {}).update(others)
+    return [replace(unit, beside=tuple(beside.get(unit.name, {}).values())) for unit in units]
+
+
+def check_calibrated(units: Iterable[Unit]) -> None:
+    """Refuse layers whose inputs are rounded with a scale that nothing tells."""
+    bare = [
+        layer
+        for unit in units
+        for layer in unit.layers
+        if unit.site is None and layer.activation is not None and layer.activation.calibrated
+    ]
+    if not bare:
+        return
+    inputs = bare[0].activation
+    assert inputs is not None
+    other = "--activation-scheme dynamic-token"
+    if inputs.levels != "integer":
+        other = "--scheme NVFP4A16" if inputs.dynamic else "--scheme FP8_DYNAMIC"
+    names = fold_names([layer.module for layer in bare])
+    raise InputError(
+        f"no statistics to take scales of the inputs from for {len(bare)} layers: {names}",
+        hint=f"calibrate them, or {other}",
+    )
 
 
 def _unit(site: str | None, members: list[Layer], method: Method, source: Source | None) -> Unit:

@@ -22,7 +22,9 @@ from ptq_cli.report.weak import weaknesses, with_weakness
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
 # Away from a row that has none.
-_OF_SOME = ("compared", "best", "activations", "input_bits", "weight_rel_err", "weak", "drift")
+_OF_SOME = (
+    "compared", "best", "activations", "input_bits", "weight_rel_err", "weak", "drift", "levels",
+)  # fmt: skip
 
 
 def totals(

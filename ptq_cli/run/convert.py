@@ -13,7 +13,7 @@ from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 from ptq_cli.run.nearest import same_weight
 
 
@@ -38,7 +38,10 @@ def convert(
 
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
-    dtype = SCALE_DTYPES[grid.scale_dtype]
+    dtype, grid = (
+        SCALE_DTYPES[grid.scale_dtype],
+        replace(grid, global_scale=weight.grid.global_scale),
+    )
     scales = _cast(weight.scales, dtype)
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)

@@ -27,7 +27,7 @@ from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.calibration.source import Source, smoothed_source
 from ptq_cli.core.layer import Plan, Unit
 from ptq_cli.core.report import RunReport
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.report.report import make_report
 from ptq_cli.run.calibrate import calibrate_sites
 from ptq_cli.run.in_sequence import quantize_in_sequence

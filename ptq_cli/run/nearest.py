@@ -20,7 +20,7 @@ from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
-from ptq_cli.numerics.activations import absmax_scale, rounded_inputs
+from ptq_cli.numerics.activations import calibrated_scale, rounded_inputs
 from ptq_cli.numerics.output_errors import (
     Measures,
     Piece,
@@ -30,12 +30,11 @@ from ptq_cli.numerics.output_errors import (
     measure_rows,
 )
 from ptq_cli.numerics.parallel import pieces
-from ptq_cli.numerics.rounding import (
+from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
+from ptq_cli.numerics.scales import (
     ScaleMisfit,
-    blank,
     first_small_scale,
-    round_rows,
-    round_to_nearest,
+    global_scale_of,
     too_small,
 )
 
@@ -56,8 +55,9 @@ def round_layer(
     """
     known = inputs_of(statistics) | {"outputs": outputs}
     scale = input_scale(layer, statistics)
+    layer = with_global_scale(layer, fmt, lambda: absmax_of(weight))
     with misfits_of(layer):
-        if layer.grid.group_size == 0:
+        if not layer.grid.by_rows:
             plain, measures = round_to_nearest(weight[:], layer.grid), None
         elif fmt.by_rows(layer):
             tensors, measures = _row_by_row(weight, layer, fmt, known)
@@ -106,6 +106,27 @@ def as_run(
     )
 
 
+def with_global_scale(
+    layer: Layer, fmt: Format, absmax: Callable[[], float], power_of_two: bool = False
+) -> Layer:
+    """The layer, the global scale of its E4M3 scales known where the format holds one.
+
+    absmax: gives the greatest weight by size of the layer, or of all that share the scale
+    """
+    grid = layer.grid
+    if grid.scale_dtype != "e4m3" or grid.global_scale != 1 or not fmt.global_scale:
+        return layer
+    assert grid.small_float is not None
+    found = global_scale_of(absmax(), grid.small_float, power_of_two)
+    return replace(layer, grid=replace(grid, global_scale=found))
+
+
+def absmax_of(weight: Rows) -> float:
+    """The greatest weight by size."""
+    parts = pieces(0, weight.shape[0], weight.shape[1])
+    return max((float(np.abs(weight[rows]).max(initial=0)) for rows in parts), default=0.0)
+
+
 @contextmanager
 def misfits_of(layer: Layer) -> Iterator[None]:
     """Let scales that do not fit say whose they are."""
@@ -141,12 +162,12 @@ def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
 
 
 def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
-    """The static scale of the layer's inputs, or None where it has none."""
-    if layer.activation is None or layer.activation.dynamic:
+    """What is known beforehand of the scale of the layer's inputs; None where nothing is."""
+    if layer.activation is None or not layer.activation.calibrated:
         return None
     if statistics is None:
         raise InputError("no statistics of its inputs to take a static scale from")
-    return absmax_scale(statistics.absmax, layer.activation.bits)
+    return calibrated_scale(statistics.absmax, layer.activation)
 
 
 def _row_by_row(
@@ -221,7 +242,8 @@ def as_stored(
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether codes, scales, zeros and groups of two rounded weights are equal."""
     return (
-        np.array_equal(a.codes, b.codes)
+        a.grid.global_scale == b.grid.global_scale
+        and np.array_equal(a.codes, b.codes)
         and np.array_equal(a.scales, b.scales)
         and np.array_equal(a.zeros, b.zeros)
         and np.array_equal(a.column_groups(), b.column_groups())

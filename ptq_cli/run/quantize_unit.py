@@ -17,17 +17,20 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
+from ptq_cli.formats.common import fused_groups
 from ptq_cli.numerics.output_errors import Measures, Rows, measure
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note
 from ptq_cli.registry import format_named, method
 from ptq_cli.run.nearest import (
+    absmax_of,
     as_run,
     as_stored,
     input_scale,
     inputs_of,
     misfits_of,
     round_layer,
+    with_global_scale,
 )
 
 
@@ -49,12 +52,14 @@ class Rounding:
     """How layers are rounded: a method's name and its settings, a format's name.
 
     on_failure: "rtn" rounds to nearest where a factorization fails for good; "error" raises
+    global_scale: of E4M3 scales, "float32" or "power-of-two"
     """
 
     method: str
     settings: Any
     format: str
     on_failure: str = "error"
+    global_scale: str = "float32"
 
     @property
     def how(self) -> Method:
@@ -80,6 +85,7 @@ def quantize_unit(
         InputError: a weight is not finite, or a scale does not fit its dtype.
     """
     begin = time.perf_counter()
+    unit = _with_global_scales(unit, load, rounding)
     shared, failure = _prepare(unit, statistics, rounding)
     preparing = (time.perf_counter() - begin) / len(unit.layers)
     few = [] if statistics is None else few_tokens_note(statistics)
@@ -94,6 +100,25 @@ def quantize_unit(
         seconds = preparing + time.perf_counter() - begin
         rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few), weak=weak))
     return tensors, rows
+
+
+def _with_global_scales(
+    unit: Unit, load: Callable[[Layer], LayerWeight], rounding: Rounding
+) -> Unit:
+    """The unit, its E4M3 scales under global ones, which linears that runtimes fuse share."""
+    absmax: dict[str, float] = {}
+    if rounding.fmt.global_scale:
+        every = (*unit.layers, *unit.beside)
+        known = {x.module: x for x in every if x.grid.scale_dtype == "e4m3"}
+        for modules in fused_groups(known):
+            own = [absmax_of(load(known[module]).rows) for module in modules]
+            absmax |= dict.fromkeys(modules, max(own))
+    power = rounding.global_scale == "power-of-two"
+    layers = [
+        with_global_scale(x, rounding.fmt, lambda x=x: absmax[x.module], power)  # type: ignore[misc]
+        for x in unit.layers
+    ]
+    return replace(unit, layers=tuple(layers))
 
 
 def _prepare(
@@ -130,6 +155,7 @@ def choose(
     failure: why they are only rounded to nearest, or None
     """
     how, fmt, settings = rounding.how, rounding.fmt, rounding.settings
+    layer = with_global_scale(layer, fmt, lambda: absmax_of(given.rows))
     plain, rtn = round_layer(given.rows, layer, fmt, statistics, given.outputs)
     nearest = replace(layer_row(layer, fmt, rtn, rtn, statistics), method="rtn")
     if failure is not None or how.is_nearest(settings):
@@ -197,5 +223,6 @@ def layer_row(
         fallback=None,
         seconds=0.0,
         input_bits=None if layer.activation is None else layer.activation.bits,
+        levels=None if layer.grid.small_float is None else layer.grid.levels,
         weight_rel_err=measures.weight_rel_err,
     )

@@ -18,7 +18,7 @@ from ptq_cli.core.layer import Layer, Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
-from ptq_cli.numerics.rounding import ScaleMisfit, ScaleOverflow
+from ptq_cli.numerics.scales import ScaleMisfit, ScaleOverflow
 from ptq_cli.plan.layers import unheld
 from ptq_cli.plan.scale_dtypes import BY_RANGE, is_auto, with_scales
 from ptq_cli.run.nearest import round_layer
@@ -90,6 +90,8 @@ def _misfit(job: Quantization, layer: Layer) -> ScaleMisfit | None:
 
 def _wider(job: Quantization, layer: Layer) -> Iterator[Layer]:
     """The layer with scales of each wider range that the format holds."""
+    if layer.grid.scale_dtype not in BY_RANGE:
+        return
     for dtype in BY_RANGE[BY_RANGE.index(layer.grid.scale_dtype) + 1 :]:
         other = with_scales(layer, dtype)
         if job.rounding.fmt.misfit(other) is None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import Source
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Smoother, SmoothingCase
 from ptq_cli.core.report import LayerReport
@@ -25,7 +25,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.folding import inputs_after, settle_factors
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.output_errors import Measures
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer
@@ -169,7 +169,8 @@ class Group:
         weights = tuple(self.weight(linear, self.folds) for linear in site.linears)
         pairs = zip(site.linears, weights, strict=True)
         rounded = tuple(weight for x, weight in pairs if x.tensor in self.job.layers)
-        case = SmoothingCase(rounded or weights, statistics, site.ties, self._grid(site))
+        grid, activation = self._numbers(site)
+        case = SmoothingCase(rounded or weights, statistics, site.ties, grid, activation)
         choices = self.job.smoother.search(case, self.job.settings)
         outcome = replace(outcome, plain_error=_mean(before), reason="no factors are better")
         feeder = {name: self.job.checkpoint.read(name) for name in site.feeder.tensors}
@@ -201,10 +202,15 @@ class Group:
             )
         return outcome
 
-    def _grid(self, site: Site) -> Grid:
+    def _numbers(self, site: Site) -> tuple[Grid, Activation | None]:
+        """How weights and inputs are rounded while factors are searched. A search needs no global
+        scale: what is tried has another one each time."""
         layers = self.job.layers
-        own = [layers[x.tensor].grid for x in site.linears if x.tensor in layers]
-        return own[0] if own else next(iter(layers.values())).grid
+        own = [layers[x.tensor] for x in site.linears if x.tensor in layers]
+        layer = own[0] if own else next(iter(layers.values()))
+        scale_dtype = layer.grid.scale_dtype
+        known = replace(layer.grid, scale_dtype="float32" if scale_dtype == "e4m3" else scale_dtype)
+        return known, layer.activation
 
     def _function_change(
         self,
@@ -273,7 +279,7 @@ class Group:
         own = self.job.smoother.name
         errors = {"rtn": self.rtn[linear.module].error}
         for name, settings in self.job.compare.items():
-            rounding = Rounding(name, settings, self.job.rounding.format)
+            rounding = replace(self.job.rounding, method=name, settings=settings)
             if name != own:
                 errors[name] = row_error(self._rounded(site, linear, (), rounding))
             label = name if name == own else f"{own}+{name}"

@@ -20,7 +20,7 @@ from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
-from ptq_cli.numerics.rounding import ScaleMisfit
+from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ class UnitJob:
         """The report's rows of the unit, where a run before this one has finished it."""
         if not self.store.exists(self.unit.name):
             return None
-        names = [layer.tensor for layer in self.unit.layers]
+        names = [layer.tensor for layer in (*self.unit.layers, *self.unit.beside)]
         digests = {name: digest_of(self.checkpoint.read_bytes(name)) for name in names}
         if not self.store.reusable(self.unit.name, self.key(digests)):
             return None

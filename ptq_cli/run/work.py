@@ -153,7 +153,7 @@ class Work:
     def unit_job(self, unit: Unit) -> UnitJob:
         """What a worker must know to do the unit."""
         fmt = self.job.rounding.fmt
-        tensors = self.checkpoint.part(layer.tensor for layer in unit.layers)
+        tensors = self.checkpoint.part(layer.tensor for layer in (*unit.layers, *unit.beside))
         names = [spec.name for layer in unit.layers for spec in fmt.specs(layer)]
         places = {name: self.store.places[name] for name in names if self.store.places}
         own = None if self.source is None or unit.site is None else self.source.only(unit.site)

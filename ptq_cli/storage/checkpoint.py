@@ -190,7 +190,7 @@ class Checkpoint:
         """Whether the layer's rows lie in the file one after the other, as they are, and are looked
         at a few at a time."""
         lies_so = self.tensors[layer.tensor].strides is None
-        return lies_so and not layer.transposed and layer.grid.group_size != 0
+        return lies_so and not layer.transposed and layer.grid.by_rows
 
     def output_scale(self, layer: Layer) -> NDArray[np.float32] | None:
         """What a layer's outputs have to be multiplied by to be those of the checkpoint on the

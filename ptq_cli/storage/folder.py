@@ -24,7 +24,7 @@ from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
-from ptq_cli.formats.sources import mlx_weights, quantized_as, small_floats
+from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
 from ptq_cli.registry import FORMATS, format_named
@@ -192,7 +192,8 @@ class QuantizedFolder:
             )
         layer = self.layers[module]
         tensors = {spec.name: self.checkpoint.read(spec.name) for spec in self.fmt.specs(layer)}
-        weight = self.fmt.decode(layer, tensors)
+        with stated_in(self.checkpoint.weights):
+            weight = self.fmt.decode(layer, tensors)
         for values in (weight.scales, weight.offsets):
             if values is not None and not np.isfinite(values.astype(np.float32)).all():
                 raise InputError(f"{self.checkpoint.path}: scales of {module!r} are not finite")
@@ -258,14 +259,9 @@ def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
     config = declared_config(checkpoint)
     contents = Contents({} if own is None else own[1], config, checkpoint.specs, checkpoint.read)
     for name in names:
-        try:
-            with stated_in(checkpoint.weights):
-                fmt = format_named(name)
-                layers = fmt.layers(contents)
-        except InputError:
-            if small_floats(checkpoint.specs):  # FP8 in a layout that has integers too
-                return None
-            raise
+        with stated_in(checkpoint.weights):
+            fmt = format_named(name)
+            layers = fmt.layers(contents)
         if layers:
             return QuantizedFolder(checkpoint, fmt, _by_module(layers))
     return None

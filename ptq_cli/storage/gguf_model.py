@@ -24,7 +24,7 @@ from ptq_cli.formats import common
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
-from ptq_cli.numerics.rounding import LEAST_SCALES, SCALE_LIMITS
+from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_document
 from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - numpy learns the word bfloat16
+import ml_dtypes  # noqa: F401 - numpy learns the words bfloat16 and float8_…
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, serialize_file
@@ -40,10 +40,8 @@ _HEADER_WORDS = {word: header for header, word in _WORDS.items()}
 
 WRITABLE = frozenset(_WORDS)
 
-# What tensors are read as; numpy has no complex numbers or bytes with a point of its own for them.
-NUMPY_DTYPES = {
-    header: np.dtype(word) for header, word in _WORDS.items() if not header.startswith(("F8", "C"))
-}
+# What tensors are read as, but for complex numbers.
+NUMPY_DTYPES = {header: np.dtype(word) for header, word in _WORDS.items() if header != "C64"}
 
 
 @dataclass(frozen=True)

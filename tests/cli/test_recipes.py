@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.storage.folder import open_quantized
 from tests.builders import ROOT, ptq, read_model, small_job
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 NAMES = {
     "w4a16-g128", "w4a16-g32-asym", "w3a16-g128", "w8a8-smoothquant", "w8a8-static", "w4a8",
-    "awq-w4-g128",
+    "awq-w4-g128", "fp8-dynamic", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4",
+    "mxfp4a16", "mxfp8", "mxfp8a16", "w4afp8", "nvfp4-experts-fp8-attention",
 }  # fmt: skip
 
 
@@ -29,10 +31,17 @@ def test_a_recipe_runs_on_the_sample(sample, path):
     outcome = ptq(recipe["method"], sample, "--config", path, "-o", "out", "--top", 1)
     assert outcome.code == 0, outcome.err
     for layer in open_quantized(Path("out")).layers.values():
-        assert layer.grid.bits == recipe["bits"]
-        assert layer.grid.group_size == recipe["group_size"]
-        assert layer.grid.sym == recipe.get("sym", True)
-        assert (layer.activation is not None) == ("activation_scheme" in recipe)
+        rules = [rule for rule in recipe.get("layers", ()) if rule["match"] in layer.module]
+        scheme = SCHEMES.get([recipe, *rules][-1].get("scheme"))
+        if scheme is not None:
+            assert layer.activation == scheme.inputs
+            assert layer.grid.levels == scheme.grid.get("levels", "integer")
+        own = recipe if scheme is None else scheme.settings
+        assert layer.grid.bits == own["bits"]
+        assert layer.grid.group_size == own["group_size"]
+        assert layer.grid.sym == own.get("sym", True)
+        if scheme is None:
+            assert (layer.activation is not None) == ("activation_scheme" in recipe)
 
 
 def grid_of(*arguments):

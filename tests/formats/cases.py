@@ -16,7 +16,7 @@ from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import awq, compressed_tensors, gguf, gptq, mlx, onnx
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VECTORS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text())["vectors"]
@@ -37,6 +37,7 @@ FORMATS: dict[str, Format] = {
 WORDS = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8", "uint8": "U8",
     "int32": "I32", "uint32": "U32", "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
 

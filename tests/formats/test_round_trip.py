@@ -14,7 +14,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.packing import pack_words, unpack_words, words_width
-from ptq_cli.numerics.rounding import SCALE_DTYPES
+from ptq_cli.numerics.scales import SCALE_DTYPES
 from tests.formats.cases import FORMATS, layer, read_back, rounded, specs_of
 
 PLENTY = settings(

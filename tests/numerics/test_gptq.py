@@ -16,8 +16,9 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError
 from ptq_cli.numerics import gptq
 from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve
+from ptq_cli.numerics.integers import SEARCH_RATIOS
 from ptq_cli.numerics.ldl import NotPositiveDefinite
-from ptq_cli.numerics.rounding import SEARCH_RATIOS, round_to_nearest
+from ptq_cli.numerics.rounding import round_to_nearest
 from tests import oracles
 from tests.numerics.cases import DAMP, damped, some_hessian, some_weight
 
@@ -28,7 +29,7 @@ THOROUGH = Passes(mse=True, refine=2, sweeps=2)
 
 def run(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):
     feedback = make_feedback(hessian, damp, grid, act_order, passes.refine > 0)
-    return solve(weight, feedback, passes)
+    return solve(weight, feedback.grid, feedback, passes)
 
 
 def run_twin(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):

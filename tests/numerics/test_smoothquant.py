@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.plugins import SmoothingCase
 from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.methods.smoothquant import SMOOTHER, SmoothquantSettings
@@ -30,6 +30,8 @@ from ptq_cli.numerics.statistics import SiteAccumulator
 W8 = Grid(8, -1, narrow_range=True, scale_dtype="float32")
 TENSOR = ActivationSettings(scheme="dynamic-tensor")
 TOKEN = ActivationSettings(scheme="dynamic-token")
+PER_TOKEN, PER_TENSOR = Activation(), Activation(per_token=False)
+ROUNDED = {"dynamic-token": PER_TOKEN, "dynamic-tensor": PER_TENSOR}
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def searched(inputs, weights, scheme, ties=None):
     """What `--alpha auto` chooses; None: no smoothing."""
     sums = SiteAccumulator(inputs.shape[1], heldout_every=0)
     sums.update(inputs)
-    case = SmoothingCase(tuple(weights), sums.result("site", ("a", "b")), ties, W8)
+    statistics = sums.result("site", ("a", "b"))
+    case = SmoothingCase(tuple(weights), statistics, ties, W8, ROUNDED[scheme])
     found = SMOOTHER.search(case, SmoothquantSettings("auto", scheme))
     return found[0] if found else None
 
@@ -143,7 +146,7 @@ def test_loud_channels_are_smoothed_a_hundredfold(rng):
 @pytest.mark.parametrize("how", [TENSOR, TOKEN])
 def test_the_search_takes_the_best_of_all_alphas(rng, how):
     inputs, weights = site(rng, 32, 48, loud=(1, 30))
-    errors = alpha_errors(inputs, weights, W8, how)
+    errors = alpha_errors(inputs, weights, W8, ROUNDED[how.scheme])
     assert list(errors) == [None, *ALPHAS]
     assert ALPHAS[0] == 0
     assert ALPHAS[-1] == 1
@@ -159,7 +162,7 @@ def test_the_search_takes_the_best_of_all_alphas(rng, how):
     assert errors[choice.strength] == min(errors.values()) < errors[None]
     final = smooth_factors(np.abs(inputs).max(0), heavy, choice.strength)
     np.testing.assert_array_equal(choice.factors, final)
-    assert min(alpha_errors(inputs[:1], weights, W8, how).values()) > 0
+    assert min(alpha_errors(inputs[:1], weights, W8, ROUNDED[how.scheme]).values()) > 0
 
 
 def test_no_smoothing_wins_where_it_is_best(rng):
@@ -169,7 +172,7 @@ def test_no_smoothing_wins_where_it_is_best(rng):
     inputs = rng.integers(-127, 128, (50, 16)).astype(np.float32)
     inputs[:, 0] = 127
     inputs[:, 1:] *= rng.integers(0, 2, (50, 15))
-    errors = alpha_errors(inputs, weights, W8, TOKEN)
+    errors = alpha_errors(inputs, weights, W8, PER_TOKEN)
     assert errors[None] == min(errors.values()) < 1e-12
     assert searched(inputs, weights, "dynamic-token") is None
 
@@ -184,11 +187,13 @@ def test_tied_channels_get_equal_factors(rng):
 def test_a_scale_that_does_not_fit_only_loses(rng):
     inputs, weights = site(rng, 16, 24)
     grid = Grid(8, -1, narrow_range=True)
-    errors = alpha_errors(inputs, [w * np.float32(2e6) for w in weights], grid, TENSOR)
+    errors = alpha_errors(inputs, [w * np.float32(2e6) for w in weights], grid, PER_TENSOR)
     assert np.isfinite(errors[None])
     assert not np.isfinite(list(errors.values())).all()
     with pytest.raises(NumericalError, match="no smoothing"):
-        alpha_errors(inputs, [w * np.float32(1e9) for w in weights], grid, TENSOR, alphas=(1.0,))
+        alpha_errors(
+            inputs, [w * np.float32(1e9) for w in weights], grid, PER_TENSOR, alphas=(1.0,)
+        )
 
 
 def test_importance_is_the_loudest_input_times_the_mean_weight(rng):

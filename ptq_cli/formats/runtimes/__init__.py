@@ -84,17 +84,21 @@ def _vllm(artifact: Artifact) -> Facts:
     yield from undivided(layers, ": it raises")
     if artifact.format == "gptq_v2":
         yield Fact(LIMIT, "gptq_v2 needs a vLLM that knows checkpoint_format; others misread it")
+    yield from _vllm_floats(artifact)
     if artifact.format != "awq" and any(common.may_mirror(x) and x.grid.bits == 4 for x in layers):
         text = (
             "scales of symmetric groups may be negative: VLLM_MARLIN_INPUT_DTYPE=int8, off unless"
             " asked for, misreads those of 4 bits (vLLM issue 48905)"
         )
         yield Fact(NOTE, text)
+    if artifact.format == "fp8":
+        return
     if artifact.format != "compressed-tensors":
         yield from about(artifact.heads, LIMIT, "only some versions read a quantized lm_head")
         return
     yield from undeclared(artifact)
     yield from asymmetric_experts(artifact)
+    layers = [layer for layer in layers if layer.grid.small_float is None]
     rounded = [layer for layer in layers if layer.activation is not None]
     asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
     yield from about(asymmetric, FAILS, "W8A8 weights must be symmetric")
@@ -111,6 +115,16 @@ def _vllm(artifact: Artifact) -> Facts:
     yield from about(asymmetric, FAILS, "asymmetric weights have 4 or 8 bits")
     odd = [layer.module for layer in unrounded]
     yield from about(odd, LIMIT, "widths other than 4 and 8 bits need a recent version")
+
+
+def _vllm_floats(artifact: Artifact) -> Facts:
+    floats = [layer for layer in artifact.layers if layer.grid.small_float is not None]
+    fp4 = [x.module for x in floats if x.activation is not None and x.activation.bits == 4]
+    text = "inputs in FP4 need hardware that has it (Blackwell); elsewhere only weights are in FP4"
+    yield from about(fp4, LIMIT, text)
+    fp8 = [x.module for x in artifact.layers if x.activation and x.activation.levels == "e4m3"]
+    text = "inputs in FP8 need hardware that has it (compute capability 8.9, MI300)"
+    yield from about(fp8, LIMIT, text)
 
 
 def _llama_cpp(artifact: Artifact) -> Facts:
@@ -157,10 +171,11 @@ RUNTIMES: dict[str, dict[str, Callable[[Artifact], Facts]]] = {
         "compressed-tensors": in_transformers.compressed,
         **dict.fromkeys(("gptq", "gptq_v2"), in_transformers.gptq),
         "awq": in_transformers.awq,
+        "fp8": in_transformers.fp8,
         "gguf": in_transformers.gguf,
         "mlx": in_transformers.mlx,
     },
-    "vllm": dict.fromkeys(("compressed-tensors", "gptq", "gptq_v2", "awq"), _vllm),
+    "vllm": dict.fromkeys(("compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"), _vllm),
     "llama.cpp": {"gguf": _llama_cpp},
     "mlx": dict.fromkeys(("mlx", "awq", "gptq", "gptq_v2"), _mlx),
     "gptqmodel": dict.fromkeys(("gptq", "gptq_v2", "awq"), _gptqmodel),

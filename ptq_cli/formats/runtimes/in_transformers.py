@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import natural
-from ptq_cli.formats import common
+from ptq_cli.formats import common, small_floats
 from ptq_cli.formats.declared import entries, left_dense
 from ptq_cli.formats.runtimes.artifact import (
     FAILS,
@@ -95,6 +95,13 @@ def _without_experts(artifact: Artifact) -> Facts:
 def awq(artifact: Artifact) -> Facts:
     yield Fact(NOTE, "needs gptqmodel 7.6 beside transformers")
     yield from _without_experts(artifact)
+    yield from _not_converted(artifact)
+    yield from about(artifact.heads, FAILS, "AWQ loaders leave lm_head dense")
+    yield from gptqmodel_kernels(artifact)
+
+
+def _not_converted(artifact: Artifact) -> Facts:
+    """What `modules_to_not_convert` leaves dense, and what it should."""
     key = "modules_to_not_convert"
     named = common.strings(artifact.declared, key, "quantization_config")
     kept = {name for name, _ in left_dense(map(artifact.name_in_tree, artifact.dense), named)}
@@ -104,8 +111,21 @@ def awq(artifact: Artifact) -> Facts:
     packed = {artifact.name_in_tree(layer.module): layer.module for layer in artifact.layers}
     lost = [packed[name] for name, _ in left_dense(packed, named)]
     yield from about(lost, FAILS, f"is packed, but {key} leaves it dense")
-    yield from about(artifact.heads, FAILS, "AWQ loaders leave lm_head dense")
-    yield from gptqmodel_kernels(artifact)
+
+
+def fp8(artifact: Artifact) -> Facts:
+    yield Fact(NOTE, "needs accelerate beside transformers, and the model's own dtype")
+    text = "without a GPU, FP8 is dequantized when it is loaded, and inputs are not rounded"
+    yield Fact(LIMIT, text)
+    yield from routers(artifact)
+    yield from _not_converted(artifact)
+    uneven = [
+        layer.module
+        for layer in artifact.layers
+        if layer.shape[0] > layer.grid.block_rows > 1 and layer.shape[0] % layer.grid.block_rows
+    ]
+    text = "out_features is no multiple of the block: without a GPU, scales go to the wrong rows"
+    yield from about(uneven, FAILS, text, "--format compressed-tensors")
 
 
 def compressed(artifact: Artifact) -> Facts:
@@ -117,13 +137,19 @@ def compressed(artifact: Artifact) -> Facts:
     yield from undivided(artifact.layers)
     layers = artifact.layers
     narrow = [
-        layer.module for layer in layers if layer.activation is not None and layer.grid.bits != 8
+        layer.module
+        for layer in layers
+        if layer.activation is not None and layer.activation.levels == "integer"
+        if layer.grid.bits != 8
     ]
-    yield from about(narrow, LIMIT, "rounded inputs were tried with weights of 8 bits only")
+    text = "inputs rounded to integers were tried with weights of 8 bits only"
+    yield from about(narrow, LIMIT, text)
     asymmetric = [
         layer.module for layer in layers if layer.activation is None and not layer.grid.sym
     ]
-    if artifact.declared.get("dequantize") and not _mixed(layers):
+    dequantized = artifact.declared.get("dequantize") is True and not _mixed(layers)
+    yield from _in_bfloat16(artifact, dequantized)
+    if dequantized:
         text = "is asymmetric and therefore dequantized when loaded, to the model's dtype"
         yield from about(asymmetric, LIMIT, text)
         return
@@ -141,6 +167,23 @@ def compressed(artifact: Artifact) -> Facts:
         yield from about(packed, FAILS, text)
 
 
+def _in_bfloat16(artifact: Artifact, dequantized: bool) -> Facts:
+    """FP4 and MX, which compressed-tensors unpacks to bfloat16."""
+    found = [x.module for x in artifact.layers if small_floats.unpacked_to_bfloat16(x.grid)]
+    if dequantized:
+        text = "is dequantized when loaded, to the model's dtype"
+        yield from about(found, LIMIT, text)
+    elif common.model_dtype(artifact.config) == "BF16":
+        text = "is unpacked to bfloat16: other dtypes than the model's own raise"
+        yield from about(found, NOTE, text)
+    else:
+        text = (
+            "is unpacked to bfloat16, and the model has another dtype, which loads only with"
+            ' "dequantize": true and one scheme for all layers'
+        )
+        yield from about(found, FAILS, text)
+
+
 def _fused_experts(artifact: Artifact) -> Facts:
     """transformers fuses experts in floating point, from packed symmetric weights of one scheme."""
     fused, layers = set(artifact.fused), artifact.layers
@@ -150,10 +193,29 @@ def _fused_experts(artifact: Artifact) -> Facts:
     text = "has another grid than most layers, which transformers takes for all experts"
     yield from about((m for m in _mixed(layers) if m in fused), FAILS, text)
     experts = [layer for layer in layers if layer.module in fused]
-    plain = [x.module for x in experts if x.activation is not None and x.grid.bits == 8]
+    integers = [x for x in experts if x.activation and x.activation.levels == "integer"]
+    plain = [layer.module for layer in integers if layer.grid.bits == 8]
     text = "is an expert of plain int8, which transformers cannot fuse: it raises"
     yield from about(plain, FAILS, text, "vLLM reads it")
     yield from asymmetric_experts(artifact)
+    yield from _fused_floats(experts)
+
+
+def _fused_floats(experts: Sequence[Layer]) -> Facts:
+    floats = [layer for layer in experts if layer.grid.small_float is not None]
+    text = "is an expert in NVFP4, which transformers fuses without its global scale: noise"
+    divided = [layer.module for layer in floats if layer.grid.scale_dtype == "e4m3"]
+    yield from about(divided, FAILS, text, "vLLM reads it")
+    shared = [
+        layer.module
+        for layer in floats
+        if small_floats.is_block(layer.grid) or small_floats.numbers(layer.grid) == "MXFP8"
+    ]
+    text = "is an expert whose rows have several FP8 scales, which transformers cannot fuse"
+    yield from about(shared, FAILS, text, "vLLM reads it")
+    text = "is an expert, which transformers fuses in floating point: its inputs are not rounded"
+    rounded = (layer.module for layer in experts if layer.activation is not None)
+    yield from about(rounded, LIMIT, text)
 
 
 def undeclared(artifact: Artifact) -> Facts:

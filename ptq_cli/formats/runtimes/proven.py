@@ -13,9 +13,10 @@ from typing import Any
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names, natural
 from ptq_cli.formats.runtimes.artifact import Artifact
+from ptq_cli.formats.small_floats import numbers
 
 BOTH = (True, False)
-Layout = tuple[int, bool, int | None]
+Layout = tuple[int | str, bool, int | str | None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Loaded:
     """Models of which the tests load each, and layouts of which they load each on one of them.
 
     model_types: config.json's
-    layouts: bits of the weights, whether they are symmetric, bits of rounded inputs
+    layouts: bits of the weights (or what small floats are called), whether they are symmetric, bits
+        of rounded inputs (or "FP8" beside integers)
     kinds: what is quantized there though it stays dense unless asked for
     """
 
@@ -119,11 +121,21 @@ def _is_in(layer: Layer, row: Loaded, artifact: Artifact) -> bool:
 
 
 def layout(layer: Layer) -> Layout:
-    inputs = layer.activation
-    return layer.grid.bits, layer.grid.sym, None if inputs is None else inputs.bits
+    grid, inputs = layer.grid, layer.activation
+    if grid.small_float is not None:
+        return numbers(grid), True, None if inputs is None else inputs.bits
+    floats = inputs is not None and inputs.levels != "integer"
+    return (
+        grid.bits,
+        grid.sym,
+        None if inputs is None else f"FP{inputs.bits}" if floats else inputs.bits,
+    )
 
 
 def said(own: Layout) -> str:
     bits, sym, inputs = own
-    rounded = "" if inputs is None else f", inputs of {inputs} bits"
+    width = inputs if isinstance(inputs, str) else f"{inputs} bits"
+    rounded = "" if inputs is None else f", inputs of {width}"
+    if isinstance(bits, str):
+        return f"{bits}{rounded}"
     return f"{bits} bits, {'symmetric' if sym else 'asymmetric'}{rounded}"

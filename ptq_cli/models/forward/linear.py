@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
@@ -22,12 +23,14 @@ class QuantizedLinear:
     `activations`, `inputs` rounded to integers and multiplied with the codes as integers (W8A8).
 
     weight: codes [out_features, in_features]; bias: [out_features] or None
-    activations: how inputs are rounded; None, or the scheme "none": not at all
+    activations: how inputs are rounded to integers; None, or the scheme "none": not at all
+    small_floats: how they are rounded to small floats instead, or None
     """
 
     weight: QuantizedWeight
     bias: NDArray[np.float32] | None = None
     activations: ActivationSettings | None = None
+    small_floats: Activation | None = None
 
     def __call__(self, inputs: Array) -> NDArray[np.float32]:
         """inputs: float [..., in_features] → float32 [..., out_features].
@@ -35,6 +38,10 @@ class QuantizedLinear:
         Raises:
             InputError: inputs of another width.
         """
+        if self.small_floats is not None:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            rows = rounded_inputs(rows, self.small_floats, self.weight.input_scale)
+            inputs = rows.reshape(inputs.shape)
         if self.activations is None:
             return linear_dequantized(inputs, self.weight, self.bias)
         return linear_w8a8(inputs, self.weight, self.bias, self.activations)
