@@ -39,6 +39,11 @@ PACKS = default_settings("pack")
 BITS = range(2, 9)
 GROUPS = (16, 32, 64, 96, 128, 256, -1, 0)
 SYMMETRIES = (True, False)
+FLOATS = [
+    name
+    for name, own in SCHEMES.items()
+    if own.fixed or (own.inputs is not None and own.inputs.levels != "integer")
+]
 
 
 def commands() -> str:
@@ -181,6 +186,31 @@ def _held_layers(name: str) -> Iterator[Layer]:
         own = _held(format_named(name), bits, group, sym, activation=inputs)
         if own is not None:
             yield own
+    yield from _of_schemes(name).values()
+
+
+def _of_schemes(name: str) -> dict[str, Layer]:
+    """A layer of each scheme with small floats that the format holds."""
+    fmt, found = format_named(name), {}
+    for scheme in FLOATS:
+        own = SCHEMES[scheme]
+        plain = _layer(8, -1, True, scale_dtype=fmt.scale_dtype("BF16"))
+        stated = {k: v for k, v in own.settings.items() if hasattr(plain.grid, k)}
+        grid = dataclasses.replace(plain.grid, **{**stated, **own.grid})
+        layer = dataclasses.replace(plain, grid=grid, activation=own.inputs)
+        if fmt.misfit(layer) is None:
+            found[scheme] = layer
+    return found
+
+
+def _integers(layers: Iterable[Layer]) -> list[Layer]:
+    """Those without small floats, of weights or inputs."""
+    return [
+        own
+        for own in layers
+        if own.grid.levels == "integer"
+        and (own.activation is None or own.activation.levels == "integer")
+    ]
 
 
 def _loaded(name: str, runtime: str) -> list[Layer]:
@@ -212,10 +242,12 @@ def runtimes() -> str:
 
 
 def _cell(name: str, runtime: str) -> str:
-    layers = _loaded(name, runtime)
-    packed = [layer for layer in layers if layer.activation is None]
+    integers = _integers(_loaded(name, runtime))
+    packed = [layer for layer in integers if layer.activation is None]
     said = [_symmetries(packed)] if packed else []
-    return "; ".join(said + _rounded(layers))
+    schemes = _of_schemes(name).items()
+    floats = [word for word, own in schemes if loads(facts(_artifact(name, own), runtime))]
+    return "; ".join(said + _rounded(integers) + ([", ".join(floats)] if floats else []))
 
 
 def _rounded(layers: Iterable[Layer]) -> list[str]:
@@ -254,6 +286,7 @@ def holds() -> str:
         "asymmetric",
         "act-order desc",
         "rounded inputs",
+        "small floats",
         "scales",
     ]
     head += ["short last group", "embeddings", "`lm_head`"]
@@ -266,36 +299,43 @@ def _holds(fmt: Format) -> list[str]:
         for bits, group, sym in product(BITS, GROUPS, SYMMETRIES)
         if (own := _held(fmt, bits, group, sym))
     ]
-    common = next(grid for grid in grids if grid[2])
-    bits = {grid[0] for grid in grids}
+    floats = _of_schemes(fmt.name)
+    base = _held(fmt, *next(g for g in grids if g[2])) if grids else next(iter(floats.values()))
+    assert base is not None
+    wide = dataclasses.replace(base, grid=dataclasses.replace(base.grid, group_size=128))
+    uneven = dataclasses.replace(wide, shape=(256, 800), full_shape=(256, 800))
     asym = {grid[0] for grid in grids if not grid[2]}
-    sizes = [size for size in GROUPS if any(grid[1] == size for grid in grids)]
-    scales = [
-        word
-        for word in ("float16", "bfloat16", "float32")
-        if any(
-            fmt.misfit(_layer(*common, scale_dtype=word, dtype=dtype)) is None
-            for dtype in ("F16", "BF16", "F32")
-        )
-    ]
-    even = _held(fmt, common[0], 128, True)
-    assert even is not None
-    uneven = dataclasses.replace(even, shape=(256, 800), full_shape=(256, 800))
+    bits = {grid[0] for grid in grids}
+    scales = [word for word in ("float16", "bfloat16", "float32") if _stores(fmt, base, word)]
+
+    def held(own: Layer) -> str:
+        return "no" if fmt.misfit(own) else "yes"
+
+    def named(module: str) -> str:
+        return held(dataclasses.replace(base, module=module, tensor=f"{module}.weight"))
+
     return [
-        _numbers(bits),
-        _sizes(sizes),
-        "yes" if asym == bits else _numbers(asym) + " bits" if asym else "no",
-        _yes(_held(fmt, *common, reordered=True)),
-        (_rounded(_held_layers(fmt.name)) or ["no"])[0],
+        _numbers(bits) if bits else "none",
+        _sizes([size for size in GROUPS if any(grid[1] == size for grid in grids)]),
+        "yes" if asym and asym == bits else _numbers(asym) + " bits" if asym else "no",
+        held(dataclasses.replace(base, reordered=True)),
+        (_rounded(_integers(_held_layers(fmt.name))) or ["no"])[0],
+        ", ".join(floats) or "no",
         ", ".join(scales) + (" as the model" if fmt.name == "compressed-tensors" else ""),
-        _yes(uneven if fmt.misfit(uneven) is None else None),
-        _yes(_held(fmt, *common, module="model.embed_tokens")),
-        _yes(_held(fmt, *common, module="lm_head")),
+        held(uneven),
+        named("model.embed_tokens"),
+        named("lm_head"),
     ]
 
 
-def _yes(own: Layer | None) -> str:
-    return "no" if own is None else "yes"
+def _stores(fmt: Format, base: Layer, word: str) -> bool:
+    """Whether a format stores scales so, of a model in some dtype."""
+    grid = dataclasses.replace(base.grid, scale_dtype=word)
+    own = dataclasses.replace(base, grid=grid)
+    return any(
+        fmt.misfit(dataclasses.replace(own, dtype=dtype)) is None
+        for dtype in ("F16", "BF16", "F32")
+    )
 
 
 def _sizes(sizes: list[int]) -> str:

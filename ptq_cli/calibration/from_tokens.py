@@ -206,6 +206,8 @@ def token_source(
         couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
         scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
+        attentions=tuple(block.attention for block in arch.blocks),
+        kv_heads=_kv_heads(checkpoint, arch),
     )
 
 
@@ -220,6 +222,15 @@ def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
         )
     transposed = any(linear.transposed for linear in arch.blocks[place.block].qkv)
     return stored.spec.shape[0 if transposed else 1]
+
+
+def _kv_heads(checkpoint: Checkpoint, arch: Architecture) -> int:
+    """Key heads, by the keys' own linear: config.json may state some where the family has none."""
+    linears = arch.blocks[0].qkv
+    if len(linears) == 1:
+        return arch.n_kv_heads
+    shape = checkpoint.tensors[f"{linears[1].name}.weight"].spec.shape
+    return shape[1 if linears[1].transposed else 0] // arch.head_dim
 
 
 def _site(site: str, place: Place, arch: Architecture, in_features: int, n_tokens: int) -> SiteInfo:

@@ -81,6 +81,7 @@ class Source:
     drifts: its statistics have the drift of the inputs from the float model's
     places: where each site is in the model
     scratch: bytes of its own files in the work folder, at most
+    attentions, kv_heads: modules that cache keys and values, one a block, and their key heads
     """
 
     name: str
@@ -97,6 +98,8 @@ class Source:
     drifts: bool = False
     places: Mapping[str, Place] = field(default_factory=dict)
     scratch: int = 0
+    attentions: tuple[str, ...] = ()
+    kv_heads: int = 0
 
     @cached_property
     def fingerprints(self) -> Sequence[str]:

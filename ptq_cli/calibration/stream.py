@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
-from ptq_cli.models.forward.attention import Packing, pack
+from ptq_cli.models.forward.attention import Cache, Packing, pack
+from ptq_cli.models.forward.heads import make_heads
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
+from ptq_cli.numerics.kv_cache import head_absmax
 from ptq_cli.storage.scratch import Rows, Scratch
 
 FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
@@ -61,6 +63,7 @@ class Stream:
 
     read: its tensors by name, before they are rounded
     block, stage: where the states stand; stage k means that the inputs of stage k are there
+    caches: by block, what becomes of the keys and values that attention caches
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Stream:
         self.arch, self.batches = source.arch, source.batches
         self.scratch = Scratch(work / f"{name}.now")
         self.block = self.stage = -1
+        self.caches: dict[int, Cache] = {}
 
     def boundary(self, block: int) -> Rows:
         """The residual before `block`: what survives a kill."""
@@ -144,6 +148,23 @@ class Stream:
         self._in_threads(work)
         return ahead
 
+    def cache_reach(self, rounded: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """The largest absolute values that the attention of the block in hand caches in each head,
+        its first stage in hand: [keys and values, calibration and held-out tokens, n_kv_heads].
+        rounded: as of `advance`"""
+        arch, block = self.arch, self.arch.blocks[self.block]
+        site, found = f"inputs/{block.qkv[0].name}", []
+
+        def work(weights: Held, batch: Batch) -> None:
+            inputs = self.scratch.get(batch.key, site)
+            cached = make_heads(arch, block, weights, inputs, batch.packing, roles="kv")
+            rows = ~batch.held, batch.held
+            found.append([[head_absmax(heads[own]) for own in rows] for heads in cached])
+
+        self._in_threads(work, rounded)
+        reach: NDArray[np.float32] = np.max(found, axis=0)
+        return reach
+
     def cross(self, block: int, source: Rows) -> Rows:
         """The residual after `block`, from that before it, without a stop at its stages."""
         rows = self.boundary(block + 1)
@@ -151,7 +172,8 @@ class Stream:
 
         def work(weights: Held, batch: Batch) -> None:
             hidden = source.read(batch.rows)
-            hidden = forward_block(self.arch, block, weights, hidden, batch.packing)
+            cache = self.caches.get(block)
+            hidden = forward_block(self.arch, block, weights, hidden, batch.packing, cache=cache)
             rows.write(batch.rows.start, hidden)
 
         self._in_threads(work)
@@ -181,7 +203,7 @@ class Stream:
         return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.batches)
 
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
-        return stages(self.arch, self.block, batch.packing)
+        return stages(self.arch, self.block, batch.packing, self.caches.get(self.block))
 
     def _in_threads(
         self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Tensor] = {}

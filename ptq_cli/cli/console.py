@@ -20,7 +20,7 @@ from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import common_parents, middle, number, printable, size
 from ptq_cli.errors import FileError
 from ptq_cli.report.report import row_error, row_rtn_error
-from ptq_cli.report.words import measured_on, of_site, predicted, smoothed, times
+from ptq_cli.report.words import cached, measured_on, of_site, predicted, smoothed, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,8 +147,12 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
             line(f"... and {len(rows) - len(shown)} {others} layers (--top 0 shows all)")
         _show_compared(rows)
         _show_totals(report)
+    if report.kv_cache:
+        line(cached(report.kv_cache))
     if report.quality is not None:
         _show_quality(report.quality)
+        if report.settings.get("kv_cache"):
+            line("keys and values were cached in FP8, but for the original")
     if output is not None:
         line(f"written: {output}")
 

@@ -72,7 +72,8 @@ def evaluate(original: Path, quantized: Path, **options: Any) -> None:
     grid: perplexity, its increase with a standard error (clustered by sequence), KL divergence of
     the next-token distributions, and the share of equal top tokens. Where QUANTIZED says that its
     inputs are rounded too (W8A8), they are in these runs: per token, with the static scale of the
-    file, or with one scale for each batch that the forward takes at once.
+    file, or with one scale for each batch that the forward takes at once. So are the keys and
+    values that attention caches, where it has scales of them (--kv-cache).
 
     \b
     ptq eval model/ model-gptq-w4g128 --tokens tokens.npy --max-kl 0.01

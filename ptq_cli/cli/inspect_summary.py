@@ -47,6 +47,8 @@ def _paragraphs(document: Mapping[str, Any], width: int, sites: bool) -> list[st
     if document["kind"] == "quantized":
         found += [grids(document["format"], document["layers"])]
         found += _layers(document["layers"], width)
+        if document["kv_cache"]:
+            found.append(f"keys and values are cached in FP8 ({document['kv_cache']})")
     else:
         chosen = [entry["tensor"] for entry in tensors if not entry["left_alone"]]
         found += [f"family: {document['family']}"] if document["family"] else []
@@ -81,15 +83,16 @@ def _layers(layers: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     """Layers with one grid, method and rounding of inputs together."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:
-        key = (*_grid(layer), layer["sym"], layer["method"], layer["inputs"])
+        symmetry = "symmetric" if layer["sym"] else "asymmetric"
+        words = (_grid(layer), None if layer["numbers"] else symmetry, layer["method"])
+        key = (*words, layer["inputs"] and f"inputs of {layer['inputs']}")
         groups.setdefault(key, []).append(layer)
     found = []
-    for (bits, group, sym, method, inputs), own in groups.items():
-        words = [_said(bits, group), "symmetric" if sym else "asymmetric"]
-        words += [method] if method else []
-        words += [f"inputs of {inputs}"] if inputs else []
+    for key, own in groups.items():
         names = _folded((layer["module"] for layer in own), width)
-        found.append(f"  {', '.join(words)}, {size(sum(x['bytes'] for x in own))}: {names}")
+        found.append(
+            f"  {', '.join(filter(None, key))}, {size(sum(x['bytes'] for x in own))}: {names}"
+        )
     return found
 
 
@@ -138,16 +141,17 @@ def _fisher(rows: Sequence[Mapping[str, Any]], shown: int = 5) -> list[str]:
 def grids(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
     """How many layers have which grid."""
     counted = Counter(map(_grid, layers)).most_common()
-    said = ", ".join(f"{n} with {_said(bits, group)}" for (bits, group), n in counted)
+    said = ", ".join(f"{n} with {grid}" for grid, n in counted)
     return f"{name}: {len(layers)} layers, {said}"
 
 
-def _grid(layer: Mapping[str, Any]) -> tuple[int, int]:
-    return layer["bits"], layer["group_size"]
-
-
-def _said(bits: int, group: int) -> str:
-    return f"{bits} bits " + {-1: "per row", 0: "per tensor"}.get(group, f"in groups of {group}")
+def _grid(layer: Mapping[str, Any]) -> str:
+    """The numbers of a layer: what small floats are called, else bits and groups."""
+    if layer["numbers"]:
+        return str(layer["numbers"])
+    group = layer["group_size"]
+    shared = {-1: "per row", 0: "per tensor"}.get(group, f"in groups of {group}")
+    return f"{layer['bits']} bits {shared}"
 
 
 def quantizing(entry: Mapping[str, Any]) -> str:

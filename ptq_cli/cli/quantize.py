@@ -134,8 +134,8 @@ def _parameters(name: str) -> list[click.Parameter]:
         *setting_options("Numbers", classes[0], defaults=defaults),
         *setting_options("Method", *classes[1:], defaults=defaults),
     ]
-    if name == "pack":  # without calibration there is nothing else to weigh errors with
-        settings = [setting for setting in settings if setting.name != "weight"]
+    if name == "pack":  # without calibration there is nothing to weigh errors with, and no cache
+        settings = [x for x in settings if x.name not in ("weight", "kv_cache")]
     if may_stay_float(name):
         (bits,) = (setting for setting in settings if setting.name == "bits")
         bits.type = click.IntRange(2, FLOAT_BITS)

@@ -67,7 +67,11 @@ def prepare(
         missing=fallback,
         activation=scheme_inputs(settings.scheme),
     )
-    facts = {"calibration": found is not None, "in_sequence": source.in_sequence}
+    facts = {
+        "calibration": found is not None,
+        "in_sequence": source.in_sequence,
+        "tokens": source.tokens.given,
+    }
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = jobs.with_warnings(plan, checkpoint, found, runtime)
     target = jobs.default_output(checkpoint, command, settings) if output is None else output

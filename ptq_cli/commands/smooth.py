@@ -95,6 +95,7 @@ def prepare_smoothing(
             f"--runtime: --bits {FLOAT_BITS} writes float weights, which are checked"
             " once they are quantized"
         )
+    _check_cache(command, told, source)
     if told.floats:  # nothing is rounded that could feed what comes after it
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
@@ -104,7 +105,11 @@ def prepare_smoothing(
     _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)
     read = (told.grid, told.rounding.settings, told.own)
-    facts = {"calibration": True, "in_sequence": source.in_sequence}
+    facts = {
+        "calibration": True,
+        "in_sequence": source.in_sequence,
+        "tokens": source.tokens.given,
+    }
     refuse_unused(command, given, recipe, read, **facts)
     target = jobs.default_output(checkpoint, command, told.grid)
     if told.floats:
@@ -177,6 +182,21 @@ def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
         )
     groups = {rule["group_size"] for rule in told.grid.layers if "group_size" in rule}
     told.how.check(told.own, {told.grid.group_size, *groups})
+
+
+def _check_cache(command: str, told: _Settings, source: SourceSettings) -> None:
+    """Refuse a rounded cache where the run does not compute what will be cached."""
+    if told.grid.kv_cache and told.floats:
+        raise InputError(
+            f"--kv-cache: --bits {FLOAT_BITS} writes float weights",
+            hint="give it where these weights are quantized",
+        )
+    if told.grid.kv_cache and source.parallel_layers:
+        raise InputError(
+            f"--kv-cache: {command} changes the values that are cached, so their scales come from"
+            " the model as it is smoothed and rounded",
+            hint="leave --parallel-layers out",
+        )
 
 
 def _rounded(told: _Settings, checkpoint: Checkpoint, source: Source | None, sites: Sites) -> Plan:

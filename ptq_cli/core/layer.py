@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Plan:
     """Everything that is known before the first weight is read.
 
     untried: warnings that say no more than that nobody tried: no error with --strict
+    kv_cache: how the keys and values that attention caches are rounded too, or None
     """
 
     method: str
@@ -101,6 +103,7 @@ class Plan:
     untried: tuple[str, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
+    kv_cache: KVCache | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:

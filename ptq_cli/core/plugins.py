@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.core.layer import Layer, Misfit
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray, TensorSpec
@@ -162,6 +163,20 @@ AS_NAMED = ModuleTree()
 
 
 @dataclass(frozen=True)
+class CacheLayout:
+    """How a format holds the scales of a rounded key-value cache; the tensors are those that
+    `KVCache` names.
+
+    declare: what `Format.config` states besides
+    read: the cache of a checkpoint in the format, or None. Raises InputError where it is not
+        understood
+    """
+
+    declare: Callable[[KVCache], Mapping[str, Any]]
+    read: Callable[[Contents], KVCache | None]
+
+
+@dataclass(frozen=True)
 class Format:
     """A layout of quantized weights in safetensors files: a plug-in record (formats/).
 
@@ -186,6 +201,7 @@ class Format:
     global_scale: whether it holds one beside "e4m3" scales; without, theirs is 1
     mirrored: whether it holds the mirrored groups of a layer's symmetric grid (`Grid.mirrored`), as
         zeros or as negative scales, and its runtimes compute with them
+    kv_cache: how it holds the scales of a rounded key-value cache; None: it does not
     """
 
     name: str
@@ -208,3 +224,4 @@ class Format:
     by_rows: Callable[[Layer], bool] = lambda layer: False
     global_scale: bool = True
     mirrored: Callable[[Layer], bool] = lambda layer: False
+    kv_cache: CacheLayout | None = None

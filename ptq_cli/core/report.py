@@ -85,6 +85,7 @@ class RunReport:
     sites: what smoothing made of each site (run/settle.SiteOutcome)
     earlier: whether an earlier run had made the output already, and this is its report
     weak: why its errors say little of the model (report/weak.py); they stand among `warnings`, too
+    kv_cache: how much of FP8's range the keys and values of each block use (run/kv_cache.py)
     """
 
     command: str
@@ -97,3 +98,4 @@ class RunReport:
     sites: tuple[Mapping[str, Any], ...] = ()
     earlier: bool = False
     weak: tuple[str, ...] = ()
+    kv_cache: tuple[Mapping[str, Any], ...] = ()

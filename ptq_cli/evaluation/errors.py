@@ -88,9 +88,15 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
             *dead_inputs(ordered),
             *of_rows,
         ),
-        settings={"format": quantized.fmt.name},
+        settings=_settings(quantized),
         weak=(*(() if source is None else source.weak), *of_rows),
     )
+
+
+def _settings(quantized: QuantizedFolder) -> dict[str, str]:
+    """What the folder says of itself."""
+    cache = quantized.kv_cache
+    return {"format": quantized.fmt.name} | ({} if cache is None else {"kv_cache": cache.setting})
 
 
 @dataclass(frozen=True)

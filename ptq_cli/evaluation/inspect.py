@@ -13,6 +13,7 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.names import by_number
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
+from ptq_cli.formats.small_floats import numbers
 from ptq_cli.models.linears import left_alone
 from ptq_cli.models.sites import Site, SiteLinear
 from ptq_cli.numerics.smoothquant import channel_importance
@@ -54,13 +55,14 @@ def inspect_model(checkpoint: Checkpoint, source: Source | None) -> dict[str, An
 
 def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
     """Of a quantized folder: `tensors`, `format`, `layers` with grid, method, size (`bytes` of
-    all their tensors, `bits_per_weight`), `totals`."""
+    all their tensors, `bits_per_weight`), `kv_cache` where its cache is rounded, `totals`."""
     packed, methods = folder.packed_names, _methods(folder.checkpoint)
     layers = [
         {
             "module": layer.module,
             "shape": list(layer.full_shape),
             "bits": layer.grid.bits,
+            "numbers": None if layer.grid.small_float is None else numbers(layer.grid),
             "group_size": layer.grid.group_size,
             "sym": layer.grid.sym,
             "method": layer.method or methods.get(layer.module),
@@ -76,6 +78,7 @@ def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
         "kind": "quantized",
         "format": folder.fmt.name,
         "layers": layers,
+        "kv_cache": None if folder.kv_cache is None else folder.kv_cache.setting,
         "tensors": _tensors(folder.checkpoint, packed),
         "totals": _totals(folder.checkpoint),
     }
@@ -94,9 +97,12 @@ def _methods(checkpoint: Checkpoint) -> dict[str, str]:
 def _inputs(activation: Any) -> str | None:
     if activation is None:
         return None
+    kind = f"{activation.bits} bits" if activation.levels == "integer" else f"FP{activation.bits}"
     if not activation.dynamic:
-        return f"{activation.bits} bits, static"
-    return f"{activation.bits} bits, dynamic per {'token' if activation.per_token else 'tensor'}"
+        return f"{kind}, static"
+    if activation.group_size:
+        return f"{kind}, dynamic in groups of {activation.group_size}"
+    return f"{kind}, dynamic per {'token' if activation.per_token else 'tensor'}"
 
 
 def _quantizing(checkpoint: Checkpoint) -> dict[str, Any]:

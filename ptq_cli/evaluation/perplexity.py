@@ -24,6 +24,7 @@ from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.errors import InputError
+from ptq_cli.evaluation.kv_cache import nearest_caches, stored_caches
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
 from ptq_cli.models.forward.linear import as_tensor
@@ -83,16 +84,22 @@ def _versions(
 ) -> list[_Version]:
     original, n_threads = source.checkpoint, source.n_threads()
     rounded = quantized_tensors(original, quantized)
+    caches = stored_caches(source.attentions, quantized)
+    plain = nearest_caches(caches, quantized.kv_cache)
     reads: list[tuple[str, Read, int | None]] = [
         ("original", original.read, None),
         ("quantized", rounded, None),
         ("rtn", nearest_tensors(original, quantized), None),
     ]
     reads += [(f"block {block}", rounded, block) for block in blocks]
-    return [
+    versions = [
         _Version(name, Stream(name, read, source, work, n_threads), block)
         for name, read, block in reads
     ]
+    for version in versions[1:]:
+        own = plain if version.name == "rtn" else caches
+        version.stream.caches = {k: v for k, v in own.items() if version.block in (None, k)}
+    return versions
 
 
 def quantized_tensors(original: Checkpoint, quantized: QuantizedFolder) -> Read:

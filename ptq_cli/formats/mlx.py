@@ -109,8 +109,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
 def _encode_floats(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     if rounded.grid.global_scale != 1:
         raise InputError(
-            f"{layer.module}: mlx has no global scale of NVFP4, which is"
-            f" {rounded.grid.global_scale:g} here",
+            f"{layer.module}: mlx has no global scale of NVFP4, and this weight has one",
             hint="quantize the float model with --format mlx, or --format compressed-tensors",
         )
     return {

@@ -14,6 +14,11 @@ Per linear `<module>`:
                           `input ≈ input_scale · code`, codes within ±127 (±7); or the global
                           scale that the E4M3 scales of groups of inputs are divided by
 
+and per attention whose keys and values are cached in FP8:
+
+    <attention>.k_scale  F16, BF16 or F32  [1], or [key heads, 1, 1]: `key ≈ k_scale · level`, a
+    <attention>.v_scale                    level being an E4M3; the same of values
+
 `weight ≈ scales · (codes − zeros)`; where `levels` says so, codes are the bits of a small float
 (E2M1, E4M3), and `weight ≈ scales · level`. `width` is the group size, or in_features where the
 group is a row or the tensor. The true shape and the grid stand in the file's metadata under
@@ -39,9 +44,10 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.grid import Activation, Grid
+from ptq_cli.core.kv_cache import find_kv_cache
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.levels import SMALL_FLOATS
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.plugins import CacheLayout, Contents, Format
 from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
@@ -210,4 +216,7 @@ FORMAT = Format(
     layers=_layers,
     by_rows=_by_rows,
     mirrored=common.may_mirror,
+    kv_cache=CacheLayout(
+        declare=lambda cache: {}, read=lambda contents: find_kv_cache(contents.specs)
+    ),
 )

@@ -66,7 +66,7 @@ def mlx_weights(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def small_floats(specs: Mapping[str, TensorSpec]) -> list[TensorSpec]:
-    """Tensors of floats of 8 bits or less, in which no layout here stores anything."""
+    """Tensors of floats of 8 bits or less."""
     floats = (spec for spec in specs.values() if spec.dtype.startswith("F"))
     return [spec for spec in floats if DTYPE_BITS[spec.dtype] <= 8]
 

@@ -9,6 +9,8 @@ from typing import Any
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
 
+KV_CACHES = ("fp8", "fp8-head")  # of `kv_cache`
+
 FLOAT_BITS = 16  # of a layer, or of all that `ptq smoothquant` writes: nothing is rounded
 
 
@@ -83,6 +85,15 @@ class GridSettings:
     sites: tuple[Mapping[str, Any], ...] = field(
         default=(),
         metadata={"help": "Linears that share an input, and what feeds them.", "recipe_only": True},
+    )
+    kv_cache: str = field(
+        default="",
+        metadata={
+            "help": "Round the keys and values that attention caches, too, with scales from the"
+            " tokens: fp8, E4M3 with a scale for each block; fp8-head, with one for each key head.",
+            "choices": KV_CACHES,
+            "needs": ({"tokens": (True,)},),
+        },
     )
     format: str = field(
         default="ptq",

@@ -17,6 +17,7 @@ from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.kv_cache import plan_kv_cache
 from ptq_cli.plan.layers import (
     check_fisher,
     check_layers,
@@ -75,11 +76,12 @@ def make_plan(
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
+    cache = plan_kv_cache(checkpoint, settings, fmt, source)
     units = plan_units(layers, method, source, missing, included.keys(), sites)
     check_calibrated(units)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
-    packed = sum(spec.nbytes for layer in layers for spec in fmt.specs(layer))
+    specs = [*(cache.specs() if cache else ()), *(x for own in layers for x in fmt.specs(own))]
     return Plan(
         method=method.name,
         settings=(settings, method_settings),
@@ -88,5 +90,6 @@ def make_plan(
         skipped=tuple(skipped),
         warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
         bytes_before=before,
-        bytes_after=before - rounded + packed,
+        bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
+        kv_cache=cache,
     )

@@ -22,6 +22,7 @@ Field = dataclasses.Field[Any]
 FACTS = {
     "calibration": "calibration (--tokens, --calibration or --activations)",
     "in_sequence": "--tokens or --text, without --parallel-layers",
+    "tokens": "--tokens or --text",
 }
 
 

@@ -155,6 +155,8 @@ def as_document(report: RunReport, *, times: bool) -> dict[str, Any]:
         document["sites"] = _jsonable(report.sites)
     if report.weak:
         document["weak"] = list(report.weak)
+    if report.kv_cache:
+        document["kv_cache"] = _jsonable(report.kv_cache)
     if not times:
         for part in (document["totals"], *document["layers"]):
             del part["seconds"]
@@ -224,4 +226,5 @@ def report_from_document(document: JsonObject) -> RunReport:
         quality=document.get("quality"),
         sites=tuple(document.get("sites", ())),
         weak=tuple(document.get("weak", ())),
+        kv_cache=tuple(document.get("kv_cache", ())),
     )

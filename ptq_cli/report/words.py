@@ -41,6 +41,17 @@ def smoothed(sites: Sequence[Mapping[str, Any]]) -> str:
     return f"{count} of {len(sites)} sites smoothed"
 
 
+def cached(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How much of FP8's range the keys and values of all blocks use."""
+    words = []
+    for what in ("keys", "values"):
+        own = [block[what] for block in blocks]
+        held = [each["heldout_used"] for each in own if each["heldout_used"] is not None]
+        most = f", held-out tokens at most {max(held):.0%}" if held else ""
+        words.append(f"{what}: every head at least {min(each['used'] for each in own):.0%}{most}")
+    return f"FP8 range used by the cache: {'; '.join(words)}"
+
+
 def of_site(site: Mapping[str, Any]) -> str:
     """Why a site was not smoothed, and notes."""
     return "; ".join(filter(None, (site["reason"], *site["notes"])))

@@ -18,6 +18,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.parallel import use_threads
+from ptq_cli.run.kv_cache import CacheInSequence
 from ptq_cli.run.smooth_in_sequence import BEFORE, Order, SmoothInSequence
 from ptq_cli.run.unit_job import finish
 from ptq_cli.run.work import Work
@@ -31,6 +32,7 @@ def quantize_in_sequence(work: Work) -> None:
     assert isinstance(source, TokenSource)  # it is one in sequence
     smoothing = work.job.smoothing
     smooth = None if smoothing is None else SmoothInSequence(work, smoothing)
+    cache = None if work.plan.kv_cache is None else CacheInSequence(work, work.plan.kv_cache)
     missing = []
     for unit in work.plan.units:
         rows = work.unit_job(unit).kept()
@@ -44,24 +46,32 @@ def quantize_in_sequence(work: Work) -> None:
         if smooth is not None:
             streams.divisors = smooth.divisors
             smooth.settle(BEFORE, streams)
-        _through_blocks(work, streams, smooth, {unit.name for unit in missing})
+        _through_blocks(work, streams, smooth, cache, {unit.name for unit in missing})
         for unit in missing:
             if unit.site is None:
                 work.add(unit.name, _round(work, unit, None), kept=False)
     if smooth is not None:
         work.smoothed = smooth.result()
+    if cache is not None:
+        work.kv_cache = cache.rows()
 
 
 def _through_blocks(
-    work: Work, streams: Streams, smooth: SmoothInSequence | None, missing: Collection[str]
+    work: Work,
+    streams: Streams,
+    smooth: SmoothInSequence | None,
+    cache: CacheInSequence | None,
+    missing: Collection[str],
 ) -> None:
-    """for block: for stage: smooth → (statistics → round → prove → stage) → both models go on."""
+    """for block: for stage: smooth → (statistics → round → prove → stage) → scales of the cache →
+    both models go on."""
     units_at: dict[Order, list[Unit]] = {}
     for unit in work.plan.units:
         if unit.site is not None:
             units_at.setdefault(streams.place(unit.site).order, []).append(unit)
     todo = [order for order, units in units_at.items() if any(u.name in missing for u in units)]
     todo += [] if smooth is None else smooth.orders
+    todo += [] if cache is None else cache.orders
     if not todo:
         return
     streams.enter(min(todo)[0])
@@ -75,8 +85,11 @@ def _through_blocks(
                 if smooth is not None:
                     smooth.keep_plain(statistics)
                 work.add(unit.name, _round(work, unit, statistics), kept=False)
+        rounded = _decoded(work, here) if order < max(todo) or cache is not None else {}
+        if cache is not None:
+            cache.settle(streams, rounded)
         if order < max(todo):
-            streams.advance(_decoded(work, here))
+            streams.advance(rounded)
 
 
 def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> list[LayerReport]:

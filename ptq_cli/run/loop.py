@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -159,8 +160,9 @@ def _with_tokens(unit: Unit, statistics: Source) -> Unit:
 def _report(work: Work, seconds: float) -> RunReport:
     rows = [work.rows[layer.module] for layer in work.plan.layers]
     weak = () if work.job.source is None else work.job.source.weak
-    if work.smoothed is None:
-        return make_report(work.job.command, work.plan, rows, seconds, weak)
-    rows = [work.smoothed.annotate(row) for row in rows]
+    sites: Sequence[Mapping[str, Any]] = ()
+    if work.smoothed is not None:
+        rows = [work.smoothed.annotate(row) for row in rows]
+        sites = work.smoothed.outcomes
     report = make_report(work.job.command, work.plan, rows, seconds, weak)
-    return replace(report, sites=tuple(work.smoothed.outcomes))
+    return replace(report, sites=tuple(sites), kv_cache=work.kv_cache)

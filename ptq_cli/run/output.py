@@ -44,13 +44,17 @@ def lay_out(staging: Staging, job: Quantization, max_shard: int) -> Shards | Non
 
 
 def _parts(plan: Plan, written: Mapping[str, StoredTensor]) -> list[Part]:
-    """Modules that are quantized and tensors that are not, in the order of the checkpoint."""
+    """Modules that are quantized and tensors that are not, in the order of the checkpoint; then the
+    attentions whose cache is rounded."""
     specs = format_named(plan.format).specs
     layers = {layer.tensor: layer for layer in plan.layers}
-    return [
+    parts: list[Part] = [
         (layers[name].module, specs(layers[name])) if name in layers else (name, [own.spec])
         for name, own in written.items()
     ]
+    if plan.kv_cache is not None:
+        parts += [(module, plan.kv_cache.specs_of(module)) for module in plan.kv_cache.modules]
+    return parts
 
 
 def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
@@ -70,7 +74,7 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     ]
     documents = run_documents(plan, report, work.job.inputs, layers.values())
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    assembly = Assembly(parts, layers, dense, fmt, documents)
+    assembly = Assembly(parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache)
     write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
     if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
         write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)

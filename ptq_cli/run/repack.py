@@ -29,6 +29,7 @@ from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.output_errors import measure
 from ptq_cli.numerics.rounding import grid_by_zeros
 from ptq_cli.plan.experts import expert_misfits
+from ptq_cli.plan.kv_cache import check_kv_cache
 from ptq_cli.plan.layers import check_misfits, keep_together, unheld
 from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
 from ptq_cli.registry import format_named
@@ -77,6 +78,8 @@ def plan_repack(
 
     trial: without it, only what headers say is known: enough to see that there is nothing to do
     """
+    if folder.kv_cache is not None:
+        check_kv_cache(fmt)
     grids = _grids(folder, fmt) if trial else {}
     config = folder.checkpoint.config
     if every_expert_is_linear(config, fmt.name):
@@ -114,7 +117,9 @@ def plan_repack(
         bytes_before=sum(t.spec.nbytes for t in folder.checkpoint.tensors.values()),
         bytes_after=sum(s.nbytes for layer in packed for s in fmt.specs(layer))
         + sum(wanted[m].size * NUMPY_DTYPES[wanted[m].dtype].itemsize for m in kept)
-        + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched()),
+        + sum(folder.checkpoint.tensors[n].spec.nbytes for n in folder.untouched())
+        + (folder.kv_cache.nbytes if folder.kv_cache else 0),
+        kv_cache=folder.kv_cache,
     )
     return Repack(folder, fmt, plan, wanted, kept)
 
@@ -310,4 +315,4 @@ def _assembly(
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config)
+    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config, folder.kv_cache)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import Layer, Plan, Unit
@@ -136,6 +136,7 @@ class Work:
     checkpoint, source: as smoothed, as soon as that is known
     rows: of the report, by module; done: weights of their layers
     smoothed: what the smoothing has found
+    kv_cache: what the report says of each block's cache
     """
 
     job: Quantization
@@ -149,6 +150,7 @@ class Work:
     rows: dict[str, LayerReport] = field(default_factory=dict)
     done: int = 0
     smoothed: Smoothed | None = None
+    kv_cache: tuple[Mapping[str, Any], ...] = ()
 
     def unit_job(self, unit: Unit) -> UnitJob:
         """What a worker must know to do the unit."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format
@@ -49,7 +50,8 @@ _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 
 @dataclass(frozen=True)
 class Assembly:
-    """What goes into an output folder: modules in order, each with its tensors."""
+    """What goes into an output folder: modules in order, each with its tensors; the scales of the
+    cache are parts, too."""
 
     parts: Sequence[tuple[str, Sequence[Bytes | StoredTensor]]]
     layers: Mapping[str, Layer]
@@ -57,6 +59,7 @@ class Assembly:
     fmt: Format
     documents: dict[str, Any]
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
+    kv_cache: KVCache | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     declared = fmt.config(list(assembly.layers.values()), assembly.dense, module_tree(own))
     if declared is None:
         return {} if own is source_config else {"config.json": own}
+    if assembly.kv_cache is not None and fmt.kv_cache is not None:
+        declared = {**declared, **fmt.kv_cache.declare(assembly.kv_cache)}
     config = {**own, **fmt.model_config(own), **dict.fromkeys(fmt.config_keys, declared)}
     documents: dict[str, Any] = {"config.json": config}
     if fmt.config_file is not None:
@@ -177,11 +182,13 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class QuantizedFolder:
-    """An opened output: its layers, and their weights one by one."""
+    """An opened output: its layers, and their weights one by one; kv_cache: how the keys and values
+    that its attentions cache are rounded too, or None."""
 
     checkpoint: Checkpoint
     fmt: Format
     layers: Mapping[str, Layer]
+    kv_cache: KVCache | None = None
 
     def load(self, module: str) -> QuantizedWeight:
         """The rounded weight of one module. Raises InputError for an unknown name."""
@@ -207,10 +214,12 @@ class QuantizedFolder:
 
     @property
     def packed_names(self) -> set[str]:
-        return {spec.name for layer in self.layers.values() for spec in self.fmt.specs(layer)}
+        """Names of the tensors that a layer or the cache owns."""
+        names = {spec.name for layer in self.layers.values() for spec in self.fmt.specs(layer)}
+        return names.union(spec.name for spec in self.kv_cache.specs()) if self.kv_cache else names
 
     def untouched(self) -> Iterator[str]:
-        """Names of the tensors that no layer owns."""
+        """Names of the tensors that neither a layer nor the cache owns."""
         packed = self.packed_names
         return (name for name in self.checkpoint.tensors if name not in packed)
 
@@ -262,8 +271,9 @@ def find_quantized(checkpoint: Checkpoint) -> QuantizedFolder | None:
         with stated_in(checkpoint.weights):
             fmt = format_named(name)
             layers = fmt.layers(contents)
+            cache = fmt.kv_cache.read(contents) if layers and fmt.kv_cache else None
         if layers:
-            return QuantizedFolder(checkpoint, fmt, _by_module(layers))
+            return QuantizedFolder(checkpoint, fmt, _by_module(layers), cache)
     return None
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ptq_cli.formats.runtimes.proven import PROVEN
+from ptq_cli.formats.runtimes.proven import PROVEN, layout
 from tests.builders import ptq
 from tests.cli.tiny_folders import llama, llava, mixtral
-from tests.interop import test_architectures, test_runtimes
+from tests.formats.float_weights import float_layer
+from tests.interop import test_architectures, test_runtimes, test_small_floats
 
 LOADED, UNLOADED, UNTRIED = "loaded in our tests", "known not to load", "not tried"
 CT = ("--format", "compressed-tensors", "--group-size", 32)
@@ -60,7 +61,25 @@ def test_what_is_proven_is_what_the_interop_tests_load():
         )
     (heads,) = (row for row in PROVEN["transformers", "compressed-tensors"] if row.kinds)
     assert set(heads.model_types) == set(test_architectures.WITH_HEADS.values())
-    assert PROVEN.keys() - of_cases.keys() == {("llama.cpp", "gguf")}
+    floats = {(case.client, case.format) for case in test_small_floats.CASES}
+    assert PROVEN.keys() - of_cases.keys() - floats == {("llama.cpp", "gguf")}
+
+
+def test_what_is_proven_of_small_floats_is_what_the_interop_tests_load():
+    of_cases = defaultdict(set)
+    for case in test_small_floats.CASES:
+        own = {layout(float_layer(scheme)) for scheme in case.scheme.split(" and ")}
+        model = case.model.split(" ")[0]
+        dense = model in ("llama", "qwen2")
+        if dense or "and" not in case.scheme:
+            of_cases[case.client, case.format, "dense" if dense else model] |= own
+    proven = {}
+    for (client, fmt), rows in PROVEN.items():
+        for row in rows:
+            if any(isinstance(part, str) for own in row.layouts for part in own):
+                dense = set(row.model_types) == {"llama", "qwen2"}
+                proven[client, fmt, "dense" if dense else row.model_types[0]] = set(row.layouts)
+    assert proven == of_cases
 
 
 def test_loaded(tmp_path):

@@ -14,10 +14,12 @@ from ptq_cli.formats.runtimes import facts, loads
 from ptq_cli.formats.runtimes.artifact import Artifact
 from ptq_cli.registry import FORMATS, format_named
 from tests.formats.cases import layer
-from tests.interop import test_onnx, test_runtimes
+from tests.formats.float_weights import GRIDS, float_layer
+from tests.interop import test_onnx, test_runtimes, test_small_floats
 
 ROOT = Path(__file__).parents[2]
 TITLE = "## What was tried: format × bits × symmetry × runtime"
+FLOATS = "## Small floats: format × scheme × runtime"
 TRIED, UNTRIED, REFUSED, BLANK = "●", "○", "–", ""
 BITS = range(2, 9)
 SYMMETRIES = {"symmetric": (True,), "asymmetric": (False,), "both": (True, False)}
@@ -41,8 +43,8 @@ class Cell(NamedTuple):
     column: str
 
 
-def rows() -> list[list[str]]:
-    section = (ROOT / "docs" / "formats.md").read_text("utf-8").split(TITLE + "\n")[1]
+def rows(title: str = TITLE) -> list[list[str]]:
+    section = (ROOT / "docs" / "formats.md").read_text("utf-8").split(title + "\n")[1]
     lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
     return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
 
@@ -139,3 +141,41 @@ def test_blank_is_what_the_runtime_does_not_read(column: str) -> None:
         if cell.column == column:
             # A refused cell says nothing of the runtime but that it reads the format otherwise.
             assert loaded(cell) == (text[:1] != BLANK), cell
+
+
+def of_schemes() -> dict[tuple[str, str, str], str]:
+    """(format, scheme, client) of the table of small floats → its mark and figure."""
+    head, _, *body = rows(FLOATS)
+    clients = [heading.split(" ")[0].removesuffix("-lm") for heading in head[2:]]
+    return {
+        (fmt.strip("`"), scheme, client): mark
+        for fmt, schemes, *marks in body
+        for scheme in re.findall(r"`([^`]+)`", schemes)
+        for client, mark in zip(clients, marks, strict=True)
+    }
+
+
+def test_schemes_that_were_tried_have_a_case() -> None:
+    table = of_schemes()
+    tried = {
+        (case.format, scheme, case.client): test_small_floats.TOLERANCES[case.client]
+        for case in test_small_floats.CASES
+        for scheme in case.scheme.split(" and ")
+    }
+    assert {key for key, mark in table.items() if mark[:1] == TRIED} == tried.keys()
+    for key, most in tried.items():
+        figure = re.match(r"● (\S*?),?(?: |$)", table[key])
+        assert figure is not None
+        assert float(figure[1]) <= most
+
+
+def test_schemes_that_are_refused() -> None:
+    table = of_schemes()
+    schemes = [name for name in GRIDS if name != "FP8A16"]  # which has no name of its own
+    formats = {"compressed-tensors": "transformers", "fp8": "transformers", "mlx": "mlx"}
+    for fmt, client in formats.items():
+        for scheme in schemes:
+            own, record = float_layer(scheme), format_named(fmt)
+            if own.grid.scale_dtype == "bfloat16":
+                own = float_layer(scheme, scale_dtype=record.scale_dtype("BF16"))
+            assert (record.misfit(own) is None) == (table[fmt, scheme, client][:1] == TRIED)

@@ -4,6 +4,7 @@ from the greatest weight that shares them."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import Array
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.plan.schemes import SCHEMES
+from ptq_cli.registry import format_named
 
 SCALES = {
     "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32,
@@ -102,3 +104,44 @@ def rounded_float(
         grid=grid,
         input_scale=input_scale if static else None,
     )
+
+
+def own_layer(fmt: str, scheme: str, shape: tuple[int, int] = (24, 256), **more: Any) -> Layer:
+    """A layer of a scheme, with the scales that the format wants."""
+    own = float_layer(scheme, shape, **more)
+    if own.grid.scale_dtype == "bfloat16" and fmt == "fp8":
+        own = replace(own, grid=replace(own.grid, scale_dtype="float32"))
+    return own
+
+
+def any_codes(own: Layer, seed: int = 0) -> QuantizedWeight:
+    """Every code that means something, and any scales."""
+    rng, grid = np.random.default_rng(seed), own.grid
+    table = grid.small_float
+    assert table is not None
+    codes = np.flatnonzero(np.isfinite(table.values)).astype(np.uint8)
+    shape = grid.scales_shape(own.shape)
+    scales = np.exp2(rng.integers(-8, 8, shape)).astype(SCALES[grid.scale_dtype])
+    if grid.scale_dtype == "e4m3":
+        scales[0, 0] = 0
+    calibrated = own.activation is not None and own.activation.calibrated
+    return QuantizedWeight(
+        codes=rng.permutation(np.resize(codes, own.size)).reshape(own.shape),
+        scales=scales,
+        zeros=np.zeros(shape, np.uint8),
+        grid=replace(grid, global_scale=512.5) if grid.scale_dtype == "e4m3" else grid,
+        input_scale=0.25 if calibrated else None,
+    )
+
+
+def written(fmt: str, layers: list[Layer]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What a model folder in this format has: config.json and tensors."""
+    record, tensors = format_named(fmt), {}
+    for own in layers:
+        weight = any_codes(own)
+        if not record.global_scale:
+            weight = replace(weight, grid=own.grid)
+        tensors |= record.encode(own, weight)
+    config: dict[str, Any] = {"dtype": "bfloat16"}
+    config |= dict.fromkeys(record.config_keys, record.config(layers, ["lm_head"]))
+    return config, tensors

@@ -106,7 +106,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     (CT, change(config_groups={}), "config_groups is missing"),
     (CT, change(ignore=["re:.*down_proj"]), "'re:.*down_proj' in ignore leaves it dense"),
     (CT, change(ignore=["Linear"]), "'Linear' in ignore"),
-    (CT, change(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is not a setting"),
     (CT, change(sparsity_config={"format": "sparse-24"}), "'sparse-24' is not understood"),
     (CT, change(transform_config={"u": 1}), "transform_config is not a setting"),
     (CT, weights(num_bits=8), r"is \[64, 16\]; 64 × 128 codes of 8 bits ask for \[64, 32\]"),

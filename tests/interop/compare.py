@@ -4,7 +4,9 @@ JOBS is a list of `{"name", "client", "float", "folder"}`; the client is transfo
 otherwise. For each OUT has `missing` and `unexpected` keys, and `error`, the largest difference of
 the logits from those of the twin, over the largest of them. The twin is the float model with what
 this tool's decoder gives and the folder's own dense tensors: in the model's own dtype for
-plain transformers, in float32 for the other clients, which compute in it.
+plain transformers, in float32 for the other clients, which compute in it. Where the folder says
+that inputs are rounded to small floats, the twin's are (unless the job has `inputs: "float"`, for
+clients that do not round them).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.interop.rounded_inputs import round_inputs
 
 Job = dict[str, str]
 
@@ -106,6 +110,8 @@ def _twin(job: Job, tokens: Any, folder: Path) -> Any:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text((source / "config.json").read_text())
     model = _kind(folder).from_pretrained(folder, dtype="auto" if plain else torch.float32)
+    if job.get("inputs") != "float":
+        round_inputs(model, quantized)
     return model.eval()(**_given(model, tokens)).logits.float()
 
 

@@ -24,7 +24,7 @@ BLOCKS = re.findall(r"```sh\n(ptq .*?)```\n\n```python\n(.*?)```", SECTION, re.D
 
 def test_there_is_a_block_for_each() -> None:
     formats = [command.split()[-1] for command, _ in BLOCKS]
-    assert formats == ["compressed-tensors", "gptq", "awq", "gguf", "mlx"]
+    assert formats == ["compressed-tensors", "fp8", "gptq", "awq", "gguf", "mlx"]
 
 
 @pytest.mark.parametrize(("command", "code"), BLOCKS, ids=[c.split()[-1] for c, _ in BLOCKS])

@@ -11,6 +11,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward import architecture, attention, layers, stages
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import pack
+from ptq_cli.numerics import kv_cache
 
 RANDOM = np.random.default_rng(7)
 LLAMA = {
@@ -213,12 +214,16 @@ def test_a_block_stays_within_its_stated_memory(config: Any, monkeypatch: Any) -
     monkeypatch.setattr(architecture, "WORKSPACE", 0)
     monkeypatch.setattr(attention, "QUERY_ROWS", 8)
     monkeypatch.setattr(layers, "CHUNK", 64)
+    monkeypatch.setattr(kv_cache, "_CHUNK", 64)
     arch = read_architecture({**config, "num_hidden_layers": 1})
     weights = random_weights(arch)
     packing = pack((200, 10))
     hidden = random_array(2000, 32)
+    scales = np.ones(arch.n_kv_heads, np.float32)
     tracemalloc.start()
-    stages.forward_block(arch, 0, weights, hidden, packing)
+    stages.forward_block(
+        arch, 0, weights, hidden, packing, cache=kv_cache.rounded_cache(scales, scales)
+    )
     peak = tracemalloc.get_traced_memory()[1] + hidden.nbytes
     tracemalloc.stop()
     assert 0.3 * arch.block_memory(2000) < peak < arch.block_memory(2000)

@@ -35,6 +35,10 @@ and in any, where inputs have a static scale:
     <module>.input_zero_point   I8 [1]                        zero − 128; asymmetric inputs only
     <module>.input_global_scale F32 [1]; nvfp4: divides the scales that groups of 16 find
 
+and of an attention whose cache is rounded to FP8, each [1] or [key heads, 1, 1]:
+
+    <attention>.k_scale, <attention>.v_scale    as kv_cache.py says
+
 `weight ≈ scales · (codes − zeros)`, or for floats `scales · code`. A symmetric grid stores no
 zeros: a mirrored group of `pack-quantized` is `max − code` with a negative scale. config.py and
 schemes.py have the declaration in config.json and its reading.
@@ -53,6 +57,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.formats import common
 from ptq_cli.formats.compressed_tensors import floats, integers
 from ptq_cli.formats.compressed_tensors.config import declare, recognise
+from ptq_cli.formats.compressed_tensors.kv_cache import KV_CACHE
 
 _NAME = "compressed-tensors"
 _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # models of other dtypes hold every scale
@@ -110,9 +115,9 @@ def _as_written(spec: TensorSpec) -> TensorSpec:
 
 
 def _by_rows(layer: Layer) -> bool:
-    """FP8 with a scale for each row or group of it, and nothing for the whole tensor."""
-    alone = layer.activation is None or not layer.activation.calibrated
-    return layer.grid.levels == "e4m3" and layer.grid.by_rows and alone
+    """Small floats with nothing for the whole tensor: no global scale, no static one of inputs."""
+    grid, alone = layer.grid, layer.activation is None or not layer.activation.calibrated
+    return grid.small_float is not None and grid.by_rows and grid.scale_dtype != "e4m3" and alone
 
 
 FORMAT = Format(
@@ -128,4 +133,5 @@ FORMAT = Format(
     scale_dtype=lambda model: common.SCALE_NAMES.get(model, "float32"),
     by_rows=_by_rows,
     file_metadata={"format": "pt"},
+    kv_cache=KV_CACHE,
 )

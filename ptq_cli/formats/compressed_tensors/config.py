@@ -26,7 +26,7 @@ from ptq_cli.numerics.packing import words_width
 _WHERE = "quantization_config"
 _KNOWN = (
     "quant_method", "format", "quantization_status", "config_groups", "ignore", "version",
-    "global_compression_ratio", "sparsity_config", "dequantize",
+    "global_compression_ratio", "sparsity_config", "dequantize", "kv_cache_scheme",
 )  # fmt: skip
 _OLD_ODD_BITS = (3, 5, 6, 7)  # their streams changed in version 0.18
 

@@ -30,6 +30,7 @@ from ptq_cli.formats.runtimes.proven import untried
 
 LOADED, UNTRIED = "loaded in our tests", "not tried"
 UNLOADED = "known not to load"
+_BEFORE_OTHERS = ("q_proj", "k_proj", "gate_proj", "q_a_proj")  # in what vLLM makes one matrix
 
 
 def facts(artifact: Artifact, runtime: str) -> list[Fact]:
@@ -125,6 +126,14 @@ def _vllm_floats(artifact: Artifact) -> Facts:
     fp8 = [x.module for x in artifact.layers if x.activation and x.activation.levels == "e4m3"]
     text = "inputs in FP8 need hardware that has it (compute capability 8.9, MI300)"
     yield from about(fp8, LIMIT, text)
+    blocks = [x for x in floats if x.grid.block_rows > 1 and x.shape[0] % x.grid.block_rows]
+    merged = [x.module for x in blocks if x.module.endswith(_BEFORE_OTHERS)]
+    text = "out_features is no multiple of the block, in a matrix that vLLM fuses: it raises"
+    yield from about(merged, FAILS, text, "--scheme FP8_DYNAMIC")
+    if artifact.format == "fp8":
+        whole = [layer.module for layer in floats if layer.grid.group_size == 0]
+        text = "vLLM has other names for the scales of whole tensors"
+        yield from about(whole, FAILS, text, "--format compressed-tensors")
 
 
 def _llama_cpp(artifact: Artifact) -> Facts:

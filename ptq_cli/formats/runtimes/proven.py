@@ -41,6 +41,15 @@ def _layouts(widths: Iterable[int], *symmetries: bool) -> frozenset[Layout]:
 _DENSE = ("llama", "qwen2")
 _WITH_IMAGES = ("qwen3", "llava", "llama")  # LLaVA with a Llama
 _FOUR = _layouts((4,), True)
+_FP8: frozenset[Layout] = frozenset(
+    (f"FP8 by {shared}", True, 8) for shared in ("row", "tensor", "block")
+)
+_FP4_AND_MX: frozenset[Layout] = frozenset(
+    (name, True, None) for name in ("NVFP4", "MXFP4", "MXFP8")
+)
+_ROUNDED: frozenset[Layout] = frozenset(
+    {("NVFP4", True, 4), ("MXFP4", True, 4), ("MXFP8", True, 8), (4, True, "FP8")}
+)
 _LEGACY_BLOCKS = _layouts((4, 5), *BOTH) | _layouts((8,), True)
 
 PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
@@ -48,6 +57,8 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(_DENSE, _layouts(range(2, 9), *BOTH)),
         Loaded(("llama",), frozenset({(8, True, 8)})),
         Loaded(("llama", "gpt_neox"), _layouts((4,), True), ("output head",)),
+        Loaded(_DENSE, _FP8 | _FP4_AND_MX | _ROUNDED),
+        Loaded(("qwen3_moe",), frozenset({("FP8 by row", True, 8), ("MXFP4", True, None)})),
         Loaded(
             (
                 "bamba", "bart", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3",
@@ -66,6 +77,10 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(_DENSE, _layouts((2, 3, 4, 8), False) | _layouts((4,), True)),
     ),
     ("transformers", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)), Loaded(_WITH_IMAGES, _FOUR)),
+    ("transformers", "fp8"): (
+        Loaded(_DENSE, frozenset({("FP8 by tensor", True, 8), ("FP8 by block", True, 8)})),
+        Loaded(("qwen3_moe",), frozenset({("FP8 by tensor", True, 8)})),
+    ),
     ("transformers", "gguf"): (Loaded(_DENSE, _LEGACY_BLOCKS),),
     ("gptqmodel", "gptq"): (
         Loaded(_DENSE, _layouts((2, 3, 4, 8), True), ("output head",)),
@@ -76,6 +91,8 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
     ("mlx", "awq"): (Loaded(_DENSE, _layouts((4,), *BOTH)),),
     ("mlx", "mlx"): (
         Loaded(_DENSE, _layouts((2, 3, 4, 5, 6, 8), *BOTH), ("embedding",)),
+        Loaded(_DENSE, _FP4_AND_MX),
+        Loaded(("mixtral",), frozenset({("MXFP4", True, None)})),
         Loaded((*_WITH_IMAGES, "mixtral"), _FOUR),
     ),
     ("llama.cpp", "gguf"): (Loaded(("llama",), _LEGACY_BLOCKS),),

@@ -54,6 +54,11 @@ class Block:
     window: int | None
     scale: float
 
+    @property
+    def attention(self) -> str:
+        """The module that caches keys and values."""
+        return self.qkv[0].name.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -7,6 +7,7 @@ The query heads that share a key head are rows of one product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from ptq_cli.models.forward.layers import cap
 
 QUERY_ROWS = 256  # rows (queries × heads that share a key head) of a block of scores
 SCORES = 1 << 18  # values of a block of scores, at most, where one head does not need more
+
+Cache = Callable[[FloatArray, FloatArray], None]
+"""Changes, in place, the keys and values that are cached, float32 [n_tokens, n_kv_heads, head_dim]:
+keys are normed and rotated by then. Attention reads what it leaves."""
 
 
 @dataclass(frozen=True)

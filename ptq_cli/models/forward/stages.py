@@ -30,9 +30,9 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.architecture import Architecture, Block, Experts
-from ptq_cli.models.forward.attention import Packing, attend
+from ptq_cli.models.forward.attention import Cache, Packing, attend
+from ptq_cli.models.forward.heads import make_heads
 from ptq_cli.models.forward.layers import Linear, Weights
-from ptq_cli.models.forward.rope import rotate, rotations
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,16 @@ def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) 
     return State(hidden, {block.qkv[0].name: inputs})
 
 
-def stages(arch: Architecture, index: int, packing: Packing) -> tuple[Stage, ...]:
-    """The stages of block `index`, in order."""
+def stages(
+    arch: Architecture, index: int, packing: Packing, cache: Cache | None = None
+) -> tuple[Stage, ...]:
+    """The stages of block `index`, in order. cache: what becomes of the keys and values that its
+    attention caches; None: nothing"""
     block = arch.blocks[index]
 
     def attention_in(weights: Weights, state: State) -> State:
-        mixed = _attention(arch, block, weights, state.inputs[block.qkv[0].name], packing)
+        inputs = state.inputs[block.qkv[0].name]
+        mixed = _attention(arch, block, weights, inputs, packing, cache)
         return State(state.hidden, {block.output.name: mixed})
 
     def attention_out(weights: Weights, state: State) -> State:
@@ -132,13 +136,15 @@ def forward_block(
     hidden: FloatArray,
     packing: Packing,
     observe: Callable[[str, FloatArray], None] | None = None,
+    cache: Cache | None = None,
 ) -> FloatArray:
     """The residual after block `index`; `hidden` is left as it is.
 
     observe: called with each site's first linear and its inputs, before they are used.
+    cache: as of `stages`
     """
     state = begin(arch, index, weights, hidden)
-    for stage in stages(arch, index, packing):
+    for stage in stages(arch, index, packing, cache):
         if observe is not None:
             for site, inputs in state.inputs.items():
                 observe(site, inputs)
@@ -187,24 +193,17 @@ def _add(
 
 
 def _attention(
-    arch: Architecture, block: Block, weights: Weights, inputs: FloatArray, packing: Packing
+    arch: Architecture,
+    block: Block,
+    weights: Weights,
+    inputs: FloatArray,
+    packing: Packing,
+    cache: Cache | None,
 ) -> FloatArray:
     """From the inputs of qkv to those of the output linear."""
-    query, shared = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    parts = [layers.apply_linear(linear, weights, inputs) for linear in block.qkv]
-    if len(parts) == 1:
-        parts = np.split(parts[0], [query, query + shared], axis=1)
-    queries, keys, values = (
-        np.ascontiguousarray(part).reshape(len(inputs), -1, arch.head_dim) for part in parts
-    )
-    for role, heads in (("q", queries), ("k", keys)):
-        if role in block.norms:
-            flat = heads.reshape(-1, arch.head_dim)
-            flat[...] = layers.apply_norm(block.norms[role], weights, flat)
-    if block.rope is not None:
-        cosine, sine = rotations(block.rope, packing.positions, packing.mask.shape[1])
-        rotate(queries, cosine, sine)
-        rotate(keys, cosine, sine)
+    queries, keys, values = make_heads(arch, block, weights, inputs, packing)
+    if cache is not None:
+        cache(keys, values)
     return attend(
         queries,
         keys,

@@ -71,6 +71,7 @@ def _one_run(subject: Subject) -> Sequence[str]:
         section("Predictions", tables.quality_table(document.get("quality"))),
         section("Layers", tables.layers_table(document["layers"])),
         section("Smoothed sites", tables.sites_table(document.get("sites", ()))),
+        section("Key-value cache", tables.cache_table(document.get("kv_cache", ()))),
         section(
             "Details",
             tables.settings_table([subject]) + tables.left_alone_table(document) + tables.READING,

@@ -12,7 +12,7 @@ from ptq_cli.core.text import common_parents
 from ptq_cli.report.html.subject import Subject, worst_first
 from ptq_cli.report.html.text import details, escaped, kind_of, section
 from ptq_cli.report.report import JsonObject, row_error, row_rtn_error, value_at
-from ptq_cli.report.words import of_site, predicted, smoothed, times
+from ptq_cli.report.words import cached, of_site, predicted, smoothed, times
 
 _MOST_ROWS = 2000  # layers in the page's table: a browser sorts so many at once
 _MOST_LISTED = 500
@@ -183,6 +183,25 @@ def sites_table(sites: Sequence[JsonObject]) -> str:
         Column("Notes", of_site, "long"),
     ]
     return details(smoothed(sites), table(columns, sites[:_MOST_ROWS], "Smoothed sites"))
+
+
+def cache_table(blocks: Sequence[JsonObject]) -> str:
+    """How much of FP8's range the keys and values of each block use."""
+    if not blocks:
+        return ""
+    columns = [Column("Attention", itemgetter("module"), "name")]
+    for what, title in (("keys", "Keys"), ("values", "Values")):
+        columns += [
+            Column(f"{title}, largest", value_at(what, "absmax")),
+            Column("used", value_at(what, "used"), form="{:.0%}".format),
+            Column("held-out", value_at(what, "heldout_used"), form="{:.0%}".format),
+        ]
+    about = (
+        '<p class="hint">Used: how much of the range of its scale (\u00b1448) the head reaches'
+        " that reaches least of it; held-out: the most that a head reaches on tokens that the"
+        " scales were not taken from, above 100 % it is clipped.</p>"
+    )
+    return details(cached(blocks), table(columns, blocks[:_MOST_ROWS], "Key-value cache") + about)
 
 
 def settings_table(subjects: Sequence[Subject]) -> str:
