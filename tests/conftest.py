@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 import ptq_cli
 from tests import builders
@@ -19,6 +20,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # whose disk is full or that is killed could leave half of one.
 compileall.compile_dir(Path(ptq_cli.__file__).parent, quiet=2)
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+# Of several test workers each has a core: with threads of their own, BLAS and torch would wait for
+# one another, spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    threadpool_limits(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, by the seconds of their mark `slow`, so that all workers end together."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("slow")
+        return mark.args[0] if mark and mark.args else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ lines above its own, and no two modules of one room import each other in a circl
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -331,3 +332,18 @@ def test_no_function_has_many_parameters():
         if parameters_of(function) > MOST_PARAMETERS and here not in PUBLIC
     }
     assert not found
+
+
+def test_marks_that_ci_looks_for_by_path_stand_there():
+    """.ci/run collects no other tests for them."""
+    tests = Path(__file__).parent
+    script = (tests.parent / ".ci" / "run").read_text("utf-8")
+    for mark, places in {
+        "interop": ("tests/interop", "tests/run/test_cluster.py"),
+        "browser": ("tests/report/html/test_browser.py",),
+    }.items():
+        marked = [path for path in tests.rglob("*.py") if f"pytest.mark.{mark}" in path.read_text()]
+        names = [path.relative_to(tests.parent).as_posix() for path in marked]
+        assert names
+        assert [name for name in names if not name.startswith(places)] == []
+        assert all(re.search(rf"-m {mark} .*{place}", script) for place in places)

@@ -116,7 +116,7 @@ def test_every_seventh_call(tmp_path, command, kind, old):
         (check_kill if kind == "kill" else check_failure)(case)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @OLD
 @pytest.mark.parametrize("command", ["gptq", "calibrate", "calibrate in parts"])
 def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, old, command):
@@ -124,7 +124,7 @@ def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, 
         check_kill(case)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 @OLD
 @pytest.mark.parametrize(("command", "kind"), [("gptq", "ENOSPC"), ("calibrate", "EIO")])
 def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, old, command, kind):
@@ -144,7 +144,7 @@ def test_other_containers(tmp_path, old, command, step, kind):
         (check_kill if kind == "kill" else check_failure)(case)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 @OLD
 @pytest.mark.parametrize("kind", ["EIO", "EACCES"])
 def test_other_failures(tmp_path, old, kind):

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 
-from tests.builders import ROOT, copy_sample
+from tests.builders import ROOT, SAMPLE, copy_sample
 
 CI = ROOT / "docs" / "ci"
 WORKFLOW = yaml.safe_load((CI / "quantize.yml").read_text())
@@ -23,6 +24,8 @@ STEPS = WORKFLOW["jobs"]["quantize"]["steps"]
 def place(tmp_path) -> Path:
     """A checkout's folder: sample_data, docs/ci, and `ptq` and `python` on the PATH."""
     copy_sample(tmp_path / "sample_data")
+    few = np.load(SAMPLE / "eval_tokens.npy")[:8]
+    np.save(tmp_path / "sample_data" / "eval_tokens.npy", few)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "ci").symlink_to(CI)
     (tmp_path / "bin").mkdir()

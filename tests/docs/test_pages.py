@@ -140,7 +140,7 @@ def test_the_first_command_ends_with_what_the_readme_shows(folder: Path) -> None
 SHOWING = [page for page in PAGES if SHELL.search(page.read_text("utf-8"))]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
 def test_page_runs(folder: Path, page: Path) -> None:
     for script, shown in SHELL.findall(page.read_text("utf-8")):

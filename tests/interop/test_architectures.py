@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.builders import ROOT, ptq
+from tests.interop.clients import ENVIRONMENT
 from tests.interop.tiny_models import MODELS
 
 NEEDED = ("torch", "transformers", "compressed_tensors", "gptqmodel", "mlx_lm")
@@ -51,7 +53,7 @@ WITH_HEADS = {"tied_llama": "llama", "llama": "llama", "gpt_neox": "gpt_neox"}
 
 
 def _run(module: str, *words: object) -> None:
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    own = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"tests.interop.{module}", *map(str, words)]
     ended = subprocess.run(command, env=own, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -77,11 +79,29 @@ def tried(folder: Path) -> dict[str, Any]:
             assert outcome.code == 1
             assert not list(folder.glob(f"{out.name}*"))
             found[out.name] = {"refused": outcome.errors[0]}
+    jobs["transformers"] += [with_head(folder, name) for name in WITH_HEADS]
     for client, own in jobs.items():
         (folder / f"{client}.json").write_text(json.dumps(own))
         _run("compare", folder / f"{client}.json", folder / "out.json")
         found |= json.loads((folder / "out.json").read_text())
     return found
+
+
+def with_head(folder: Path, name: str) -> dict[str, str]:
+    """A head that was tied has a tensor of its own first, equal to the embedding."""
+    from safetensors.numpy import load_file, save_file
+
+    source, out = folder / "untied" / name, folder / f"heads-{name}"
+    shutil.copytree(folder / "float" / name, source)
+    if name.startswith("tied"):
+        weights = source / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    options = ["--format", "compressed-tensors", "--group-size", 32]
+    head = "embed_out" if name == "gpt_neox" else "lm_head"
+    assert ptq("pack", source, "-o", out, *options, "--include", head).code == 0
+    return {"name": out.name, "float": str(source), "folder": str(out)}
 
 
 @pytest.mark.parametrize(("command", "name", "fmt", "client"), CASES)
@@ -99,24 +119,8 @@ def test_the_client_computes_what_was_written(
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)
-def test_heads_that_are_quantized(tmp_path: Path, name: str) -> None:
-    """A head that was tied has a tensor of its own first, equal to the embedding."""
-    from safetensors.numpy import load_file, save_file
-
-    _run("tiny_models", tmp_path / "float", name)
-    source, out = tmp_path / "float" / name, tmp_path / "out"
-    if name.startswith("tied"):
-        weights = source / "model.safetensors"
-        tensors = load_file(weights)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-        save_file(tensors, weights, metadata={"format": "pt"})
-    options = ["--format", "compressed-tensors", "--group-size", 32]
-    head = "embed_out" if name == "gpt_neox" else "lm_head"
-    assert ptq("pack", source, "-o", out, *options, "--include", head).code == 0
-    jobs = [{"name": "out", "float": str(source), "folder": str(out)}]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    _run("compare", tmp_path / "jobs.json", tmp_path / "out.json")
-    result = json.loads((tmp_path / "out.json").read_text())["out"]
+def test_heads_that_are_quantized(results: dict[str, Any], name: str) -> None:
+    result = results[f"heads-{name}"]
     assert "raised" not in result, result
     assert (result["missing"], result["unexpected"]) == ([], [])
     assert result["error"] <= TOLERANCE

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.builders import ROOT, SAMPLE
+from tests.interop.clients import ENVIRONMENT
 
 pytestmark = [
     pytest.mark.interop,
@@ -112,7 +113,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[st
     ended = subprocess.run(
         [sys.executable, "-m", "tests.interop.test_kv_cache", str(folder)],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
     )

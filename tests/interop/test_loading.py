@@ -35,7 +35,7 @@ def test_block(tmp_path: Path, command: str, code: str) -> None:
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m ptq_cli "$@"\n')
     tool.chmod(0o755)
     path = f"{tool.parent}:{os.environ['PATH']}"
-    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
     subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=own, check=True)
     (tmp_path / "block.py").write_text(code)
     ended = subprocess.run(

@@ -21,7 +21,7 @@ import pytest
 
 from ptq_cli.commands import api
 from ptq_cli.storage.folder import open_quantized
-from tests.interop.clients import NEW_TOKENS, PROMPT
+from tests.interop.clients import ENVIRONMENT, NEW_TOKENS, PROMPT
 
 NEEDED = ("torch", "transformers", "gptqmodel", "compressed_tensors", "gguf", "mlx_lm")
 # Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where none is installed.
@@ -200,9 +200,9 @@ def mirrored_share(out: Path) -> float:
 def run_client(client: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     path, out = folder / f"{client}.json", folder / f"{client}.npz"
     path.write_text(json.dumps(jobs))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "tests.interop.clients", client, str(path), str(out)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    own = {**os.environ, **ENVIRONMENT}
+    ended = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     with np.load(out) as results:
         return {key: results[key] for key in results.files}

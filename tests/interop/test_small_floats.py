@@ -4,9 +4,6 @@ missing, and logits are those of the twin with our decoded weights, inputs round
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.builders import ROOT, ptq
+from tests.interop.test_architectures import _run
 from tests.interop.test_runtimes import make_qwen
 
 NEEDED = ("torch", "transformers", "compressed_tensors", "accelerate", "mlx_lm")
@@ -77,13 +75,6 @@ CASES = [
     ),
     Case("mlx", MLX, MIXTRAL, "MXFP4A16"),
 ]  # fmt: skip
-
-
-def _run(module: str, *words: object) -> None:
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", f"tests.interop.{module}", *map(str, words)]
-    ended = subprocess.run(command, env=own, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -430,7 +430,7 @@ def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
         ptq_cli.awq(SAMPLE, activations=[SAMPLE / "activations"], output=tmp_path / "o", **TOKENS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 @pytest.mark.parametrize(("then", "part"), [("awq", 1.03), ("gptq", 0.85)])
 def test_in_sequence_predictions_change_no_more_than_in_parallel(
     tmp_path: Path, then: str, part: float
