@@ -231,7 +231,7 @@ def damaged(data: bytearray, number: int) -> bytes:
     if number == 0:
         data[0] = 0
     elif number == 1:
-        data[at["version"] : 8] = struct.pack("<I", 2)
+        data[at["version"] : 8] = struct.pack("<I", 1)  # whose counts are half as wide
     elif number < 5:
         start = list(at.values())[number]
         data[start : start + 8] = struct.pack("<Q", 2**60)
