@@ -16,7 +16,7 @@ from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
-from ptq_cli.plan.schemes import scheme_inputs
+from ptq_cli.plan.schemes import scheme_inputs, scheme_settings
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
@@ -110,6 +110,7 @@ def _prepare_repack(
             f"{path}: {_kept(folder, words)}",
             hint="start from the float model, or take it as a source: ptq rtn",
         )
+    own = {"format": scheme_settings(own.get("scheme", "")).get("format", "ptq"), **own}
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)

@@ -23,6 +23,8 @@ def convert(
     """The target's tensors of a weight, and what they unpack to. Raises InputError where they would
     not say the same."""
     moved = _regrouped(weight, target.grid)
+    if target.activation is None:  # another scheme may leave inputs as they are
+        moved = replace(moved, input_scale=None, input_zero=None)
     tensors = fmt.encode(target, moved)
     back = fmt.decode(target, tensors)
     inputs = (back.input_scale, back.input_zero) == (moved.input_scale, moved.input_zero)
@@ -38,11 +40,12 @@ def convert(
 
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
-    dtype, grid = (
-        SCALE_DTYPES[grid.scale_dtype],
-        replace(grid, global_scale=weight.grid.global_scale),
-    )
-    scales = _cast(weight.scales, dtype)
+    scales, before = weight.scales, weight.grid
+    if grid.scale_dtype == before.scale_dtype:
+        grid = replace(grid, global_scale=before.global_scale)
+    elif "e4m3" in (grid.scale_dtype, before.scale_dtype):
+        scales = weight.float_scales().astype(np.float32) * np.float32(grid.global_scale)
+    scales = _cast(scales, SCALE_DTYPES[grid.scale_dtype])
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)
     if weight.g_idx is not None:
@@ -79,8 +82,11 @@ def _cast(scales: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore"):
         result: Array = scales.astype(dtype)
     if (result.astype(np.float64) != scales.astype(np.float64)).any():
+        small = dtype.itemsize == 1
         raise InputError(
             f"its scales are {scales.dtype}, some of which {dtype} cannot hold exactly",
-            hint=f"--scale-dtype {dtype} when the float model is quantized",
+            hint="round it anew: ptq rtn --scheme"
+            if small
+            else f"--scale-dtype {dtype} when the float model is quantized",
         )
     return result

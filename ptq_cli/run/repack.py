@@ -35,6 +35,7 @@ from ptq_cli.plan.scale_dtypes import fitting, layers_to_repack, with_scales
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import make_report, row_from_json
 from ptq_cli.run.convert import convert
+from ptq_cli.run.in_scheme import in_scheme
 from ptq_cli.run.output import run_documents
 from ptq_cli.run.quantize_unit import layer_row
 from ptq_cli.run.schedule import RunOptions
@@ -51,12 +52,16 @@ _DECLARATIONS = ("quantization_config", "quantization")
 
 @dataclass(frozen=True)
 class RepackSettings:
-    """What may be chosen where the codes are given. None is "as it is"."""
+    """What may be chosen where the codes are given. None is "as it is".
+
+    scheme: another one of small floats with the same levels; ""
+    """
 
     format: str = "ptq"
     group_size: int | None = None
     scale_dtype: str = "auto"
     on_misfit: str = "error"
+    scheme: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,14 @@ def plan_repack(
     if every_expert_is_linear(config, fmt.name):
         folder = replace(folder, checkpoint=one_by_one(folder.checkpoint))
     wanted, misfits = {}, {}
-    for layer in layers_to_repack(folder):
-        target = replace(layer, grid=grids.get(layer.module, layer.grid))
-        target = _target(target, fmt, settings)
+    layers = [
+        replace(layer, grid=grids.get(layer.module, layer.grid))
+        for layer in layers_to_repack(folder)
+    ]
+    if settings.scheme:
+        layers = in_scheme(layers, settings.scheme, folder, fmt)
+    for layer in layers:
+        target = _target(layer, fmt, settings)
         misfit = fmt.misfit(target) or _mirrored_misfit(target, fmt)
         if misfit is None and trial:
             try:

@@ -180,7 +180,40 @@ def test_it_is_packed_for_runtimes_without_loss(model, scheme):
     assert read_model(Path("back/model.safetensors")) == read_model(Path("out/model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("MXFP4A16", "NVFP4A16"), ("MXFP4", "NVFP4A16"), ("NVFP4", "NVFP4A16")]
+)
+@pytest.mark.parametrize("name", ["ptq", "compressed-tensors"])
+def test_levels_are_packed_in_another_scheme_without_loss(model, before, after, name):
+    assert quantize(model, before, "--activations", "acts").code == 0
+    outcome = ptq("pack", "out", "--scheme", after, "--format", name, "-o", "other")
+    assert outcome.code == 0, outcome.err
+    first, second = open_quantized(Path("out")), open_quantized(Path("other"))
+    for module, layer in second.layers.items():
+        assert (layer.grid.group_size, layer.activation) == (16, None)
+        np.testing.assert_array_equal(
+            first.load(module).dequantized(), second.load(module).dequantized()
+        )
+
+
 # ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("FP8_DYNAMIC", "its codes are FP4 numbers (E2M1), which FP8_DYNAMIC does not have"),
+        ("W4A16", "which W4A16 does not have"),
+        ("MXFP4A16", "some of which float8_e8m0fnu cannot hold exactly"),
+    ],
+)
+def test_no_other_scheme_without_loss(model, scheme, words):
+    assert quantize(model, "NVFP4A16").code == 0
+    outcome = ptq("pack", "out", "--scheme", scheme, "-o", "other")
+    assert outcome.code == 1
+    assert words in outcome.err
+    assert "round it anew: ptq rtn" in outcome.err
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize(
