@@ -11,6 +11,7 @@ from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.source import HELDOUT
 from ptq_cli.commands.estimate import Estimate, estimate_evaluation
 from ptq_cli.commands.job import origin_note
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.progress import Listener
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import InputError
@@ -78,6 +79,13 @@ def prepare_evaluation(
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",
             hint="it needs --tokens, --calibration or --activations",
+        )
+    floats = [x.module for x in folder.layers.values() if x.grid.small_float is not None]
+    if activation is not None and floats:
+        raise InputError(
+            f"--activation-scheme {activation.scheme} rounds inputs to integers, and the codes of"
+            f" {len(floats)} layers are small floats: {fold_names(floats)}",
+            hint="leave it out: inputs are rounded as the folder says",
         )
     sides = open_sides(checkpoint, folder, statistics, activation)
     return EvalJob(sides, tokens, per_block)

@@ -16,7 +16,7 @@ from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.plan.plan import make_plan
-from ptq_cli.plan.schemes import scheme_inputs, scheme_settings
+from ptq_cli.plan.schemes import SCHEMES, scheme_inputs, scheme_settings
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
@@ -103,6 +103,9 @@ def _prepare_repack(
     folder = open_quantized(path)
     known = {field.name for field in dataclasses.fields(RepackSettings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
+    scheme = SCHEMES.get(own.get("scheme", ""))
+    if scheme is not None and not scheme.fixed:
+        known -= {"scheme"}
     other = sorted(own.keys() - known)
     if other:
         words = ", ".join("--" + key.replace("_", "-") for key in other)

@@ -22,7 +22,7 @@ from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
 from ptq_cli.plan.plan import make_plan
-from ptq_cli.plan.schemes import scheme_inputs
+from ptq_cli.plan.schemes import says_inputs, scheme_inputs
 from ptq_cli.plan.unused_options import refuse_unused
 from ptq_cli.registry import method, smoother
 from ptq_cli.run.quantize_unit import Rounding
@@ -59,9 +59,9 @@ class _Settings:
 
     @property
     def activation(self) -> Activation | None:
-        """The same as layers state it; a scheme of small floats says it itself."""
-        if (inputs := scheme_inputs(self.grid.scheme)) and inputs.levels != "integer":
-            return inputs
+        """The same as layers state it, or as the scheme says."""
+        if says_inputs(self.grid.scheme):
+            return scheme_inputs(self.grid.scheme)
         scheme = self.inputs.scheme
         if scheme == "none":
             return None
@@ -164,9 +164,8 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
 
 def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
     """Refuse options that say how inputs are rounded where the scheme says it."""
-    inputs = scheme_inputs(grid.scheme)
     for name in ("activation_scheme", "activation_bits"):
-        if inputs is not None and inputs.levels != "integer" and given.get(name) is not None:
+        if says_inputs(grid.scheme) and given.get(name) is not None:
             word = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{grid.scheme} says how inputs are rounded, and so does {word}",

@@ -50,6 +50,7 @@ class QuantizedWeight:
             self, codes=self.codes[rows], scales=self.scales[blocks], zeros=self.zeros[blocks]
         )
 
+    @np.errstate(over="ignore")  # who looks at it finds what is not finite
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """`scales · level` (or with offsets) as float32 [rows, in_features]."""
         table = self.grid.small_float

@@ -41,7 +41,8 @@ def check_fused(layers: Sequence[Layer], dense: Sequence[str] = ()) -> None:
                 raise InputError(
                     f"{other} {_said(schemes[other])} and {module} {_said(own)}, but runtimes"
                     " (vLLM) fuse the two",
-                    hint="give them the same bits, group size and symmetry, or quantize neither",
+                    hint="give them the same scheme, bits, group size and symmetry, or quantize"
+                    " neither",
                 )
 
 

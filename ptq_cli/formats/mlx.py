@@ -186,6 +186,10 @@ def _layers(contents: Contents) -> tuple[Layer, ...]:
     modules = common.modules_with(
         contents.specs, ".scales", ".biases", declared="config.json has a quantization"
     )
+    packed = [name for name, spec in contents.specs.items() if spec.dtype == "U32"]
+    lone = [name for name in packed if name.removesuffix(".weight") not in modules]
+    if lone:
+        raise InputError(f"tensor {lone[0]!r} is packed, but has no scales beside it")
     return tuple(_layer(module, settings, contents) for module in modules)
 
 

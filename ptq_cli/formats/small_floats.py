@@ -131,10 +131,10 @@ def e4m3_scales(name: str, stored: Array) -> Array:
 
 
 def positive(name: str, stored: Array) -> float:
-    """One number that scales or divides everything. Raises InputError unless it is finite and
-    greater than zero."""
+    """One number that scales or divides everything. Raises InputError unless it is a normal float32
+    greater than zero, with room for what it scales or divides."""
     value = float(stored.reshape(-1)[0])
-    if not 0 < value < np.inf:
+    if not 2.0**-110 < value < 2.0**110:
         raise InputError(f"tensor {name!r} is {value:g}; a finite number above 0 was expected")
     return value
 

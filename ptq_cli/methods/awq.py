@@ -87,7 +87,7 @@ def _apply(
 
 
 def _check(settings: AwqSettings, group_sizes: Collection[int]) -> None:
-    if settings.clip and settings.then == "awq" and 0 in group_sizes:
+    if settings.clip and (settings.then == "awq" or settings.compare) and 0 in group_sizes:
         raise InputError(
             "the clip search cuts the range of a group or row; group_size 0 has one for the tensor",
             hint="--no-clip, or --group-size -1",

@@ -137,7 +137,7 @@ def calibrated_scale(absmax: Array, activation: Activation) -> float:
     most = float(absmax.max(initial=0))
     if activation.scale_dtype == "e4m3":
         return global_scale_of(most, small)
-    return most / small.largest
+    return most / small.largest or 1.0  # of inputs that are all zero any will do
 
 
 def with_static_scale(settings: ActivationSettings, absmax: Array) -> ActivationSettings:

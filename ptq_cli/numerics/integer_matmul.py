@@ -71,12 +71,14 @@ def linear_w8a8(
     sums are exact int32, the rest is float32.
 
     Raises:
-        InputError: inputs or bias of the wrong width.
+        InputError: inputs or bias of the wrong width; codes that are no integers.
         NumericalError: inputs hold NaN or infinity, or a sum might not fit int32.
     """
     settings = ActivationSettings() if activations is None else activations
     if settings.scheme == "none":
         return linear_dequantized(inputs, weight, bias)
+    if weight.grid.small_float is not None:
+        raise InputError(f"its codes are small floats ({weight.grid.levels}), not integers")
     rows = _as_rows(inputs, weight, bias)
     rounded = quantize_activations(rows, settings)
     outputs = np.zeros((rows.shape[0], weight.codes.shape[0]), np.float32)

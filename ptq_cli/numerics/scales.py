@@ -103,6 +103,21 @@ def global_scale_of(absmax: float, small: SmallFloat, power_of_two: bool = False
     return float(2.0 ** np.floor(np.log2(found))) if power_of_two else float(found)
 
 
+def check_lone_scale(greatest: float) -> None:
+    """Refuse a tensor whose greatest scale E4M3 cannot hold without a global one, or hardly: below
+    2^-7, of steps of 2^-9. Zeros fit.
+
+    Raises:
+        ScaleMisfit: it does not fit.
+    """
+    if greatest == 0 or 2.0**-7 <= greatest <= SCALE_LIMITS["e4m3"][1]:
+        return
+    raise ScaleMisfit(
+        f"a scale of {greatest:.2g} does not fit E4M3 without a global scale (2^-7 to 448)",
+        hint="--scheme MXFP4A16",
+    )
+
+
 def stored_scales(scales: FloatArray, grid: Grid) -> Array:
     """Scales in the dtype they are stored in: that of E4M3 holds them times the global scale."""
     if grid.scale_dtype == "e4m3":

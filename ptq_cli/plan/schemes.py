@@ -121,6 +121,14 @@ def scheme_inputs(name: str) -> Activation | None:
     return SCHEMES[name].inputs if name in SCHEMES else None
 
 
+def says_inputs(name: str) -> bool:
+    """Whether a scheme says how inputs are rounded in a way that no settings could: those of small
+    floats, or weights of small floats alone."""
+    inputs = scheme_inputs(name)
+    small = inputs is not None and inputs.levels != "integer"
+    return small or (name in SCHEMES and SCHEMES[name].fixed)
+
+
 def check_fixed(name: str, values: Mapping[str, Any]) -> None:
     """Refuse settings of a grid that a scheme of small floats does not have.
 
@@ -135,9 +143,10 @@ def check_fixed(name: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key in own and value != own[key]:
             word = key.replace("_", "-")
+            option = "asym" if (key, value) == ("sym", False) else word
             raise InputError(
                 f"{name} has {word} {_said(own[key])}, not {_said(value)}",
-                hint=f"leave --{word} out, or --scheme",
+                hint=f"leave --{option} out, or --scheme",
             )
     wanted = values.get("scale_dtype", "auto")
     if "scale_dtype" in SCHEMES[name].grid and wanted != "auto":

@@ -102,7 +102,7 @@ def check_calibrated(units: Iterable[Unit]) -> None:
     names = fold_names([layer.module for layer in bare])
     raise InputError(
         f"no statistics to take scales of the inputs from for {len(bare)} layers: {names}",
-        hint=f"calibrate them, or {other}",
+        hint=f"calibrate them, leave them out with --ignore, or {other}",
     )
 
 

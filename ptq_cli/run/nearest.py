@@ -33,6 +33,7 @@ from ptq_cli.numerics.parallel import pieces
 from ptq_cli.numerics.rounding import blank, round_rows, round_to_nearest
 from ptq_cli.numerics.scales import (
     ScaleMisfit,
+    check_lone_scale,
     first_small_scale,
     global_scale_of,
     too_small,
@@ -112,11 +113,18 @@ def with_global_scale(
     """The layer, the global scale of its E4M3 scales known where the format holds one.
 
     absmax: gives the greatest weight by size of the layer, or of all that share the scale
+
+    Raises:
+        ScaleMisfit: the format holds none, and the layer's scales do not fit E4M3 by themselves.
     """
     grid = layer.grid
-    if grid.scale_dtype != "e4m3" or grid.global_scale != 1 or not fmt.global_scale:
+    if grid.scale_dtype != "e4m3" or grid.global_scale != 1:
         return layer
     assert grid.small_float is not None
+    if not fmt.global_scale:
+        with misfits_of(layer):
+            check_lone_scale(absmax() / grid.small_float.largest)
+        return layer
     found = global_scale_of(absmax(), grid.small_float, power_of_two)
     return replace(layer, grid=replace(grid, global_scale=found))
 
@@ -166,7 +174,10 @@ def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None
     if layer.activation is None or not layer.activation.calibrated:
         return None
     if statistics is None:
-        raise InputError("no statistics of its inputs to take a static scale from")
+        raise InputError(
+            "no token reaches it, so nothing tells the scale of its inputs",
+            hint="calibrate on more tokens, or --scheme FP8_DYNAMIC or NVFP4A16",
+        )
     return calibrated_scale(statistics.absmax, layer.activation)
 
 

@@ -106,13 +106,14 @@ def _with_global_scales(
     unit: Unit, load: Callable[[Layer], LayerWeight], rounding: Rounding
 ) -> Unit:
     """The unit, its E4M3 scales under global ones, which linears that runtimes fuse share."""
+    if not rounding.fmt.global_scale:
+        return unit
     absmax: dict[str, float] = {}
-    if rounding.fmt.global_scale:
-        every = (*unit.layers, *unit.beside)
-        known = {x.module: x for x in every if x.grid.scale_dtype == "e4m3"}
-        for modules in fused_groups(known):
-            own = [absmax_of(load(known[module]).rows) for module in modules]
-            absmax |= dict.fromkeys(modules, max(own))
+    every = (*unit.layers, *unit.beside)
+    known = {x.module: x for x in every if x.grid.scale_dtype == "e4m3"}
+    for modules in fused_groups(known):
+        own = [absmax_of(load(known[module]).rows) for module in modules]
+        absmax |= dict.fromkeys(modules, max(own))
     power = rounding.global_scale == "power-of-two"
     layers = [
         with_global_scale(x, rounding.fmt, lambda x=x: absmax[x.module], power)  # type: ignore[misc]

@@ -7,6 +7,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.storage.folder import open_quantized
@@ -203,7 +205,6 @@ def test_levels_are_packed_in_another_scheme_without_loss(model, before, after, 
     ("scheme", "words"),
     [
         ("FP8_DYNAMIC", "its codes are FP4 numbers (E2M1), which FP8_DYNAMIC does not have"),
-        ("W4A16", "which W4A16 does not have"),
         ("MXFP4A16", "some of which float8_e8m0fnu cannot hold exactly"),
     ],
 )
@@ -256,3 +257,57 @@ def test_a_weight_that_is_not_finite_is_named(model, scheme, value, tmp_path):
     assert outcome.code == 1
     assert "NaN or inf at index [3, 5], 1 in all" in outcome.err
     assert not Path("out").exists()
+
+
+def test_integer_inputs_have_no_product_with_small_floats(model):
+    assert quantize(model, "NVFP4A16", "--activations", "acts").code == 0
+    options = ("--activations", "acts", "--activation-scheme", "dynamic-token")
+    outcome = ptq("eval", model, "out", *options)
+    assert outcome.code == 1
+    assert "the codes of 4 layers are small floats" in outcome.err
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_smoothquant_leaves_inputs_alone_where_the_scheme_does(model, scheme):
+    Path("r.toml").write_text('[[sites]]\nlinears = ["layers.0.o_proj"]\n')
+    options = ("--activations", "acts", "--config", "r.toml")
+    assert quantize(model, scheme, *options, command="smoothquant").code == 0
+    layers = open_quantized(Path("out")).layers.values()
+    assert {layer.activation for layer in layers} == {None}
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1, 0), (1e-3, 1), (1e6, 1), (0, 0)])
+def test_mlx_has_no_global_scale_to_help_out(tmp_path, factor, code):
+    weight = {"layers.0.q_proj.weight": random_weight(16, 128, dtype=np.float32) * 8 * factor}
+    model = write_model(tmp_path / "m.safetensors", weight)
+    outcome = quantize(model, "NVFP4A16", "--format", "mlx")
+    assert outcome.code == code, outcome.err
+    assert not code or "does not fit E4M3 without a global scale" in outcome.err
+    assert quantize(model, "NVFP4A16").code == 0
+
+
+def test_mlx_holds_no_global_scale(model):
+    options = ("--format", "mlx", "--global-scale", "power-of-two")
+    outcome = quantize(model, "NVFP4A16", *options)
+    assert (outcome.code, "mlx holds no global scale" in outcome.err) == (1, True)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_a_packed_tensor_that_lost_its_scales_is_named(model, scheme):
+    assert quantize(model, scheme, "--format", "mlx").code == 0
+    path = next(Path("out").glob("*.safetensors"))
+    with safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["layers.0.o_proj.scales"]
+    save_file(tensors, path)
+    outcome = ptq("dequantize", "out", "-o", "floats")
+    assert outcome.code == 1
+    assert "'layers.0.o_proj.weight' is packed, but has no scales beside it" in outcome.err
+
+
+def test_inputs_that_are_all_zero(model):
+    for path in Path("acts").glob("*.npy"):
+        np.save(path, np.zeros_like(np.load(path)))
+    for scheme in ("FP8", "NVFP4"):
+        outcome = quantize(model, scheme, "--activations", "acts")
+        assert outcome.code == 0, outcome.err
