@@ -52,6 +52,10 @@ def make_layer(
     scheme = values.pop("scheme")
     with stated_in(spec.name):
         check_fixed(scheme, values)
+    if settings.global_scale != "float32" and not fmt.global_scale:
+        raise InputError(
+            f"format {fmt.name} holds no global scale", hint="leave --global-scale out"
+        )
     if values["scale_dtype"] == "auto":
         stated = common.stated_dtype(checkpoint.config)
         values["scale_dtype"] = fmt.scale_dtype(stated or spec.dtype)

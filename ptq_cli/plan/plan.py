@@ -14,7 +14,6 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.layer import Layer, Misfit, Plan
 from ptq_cli.core.plugins import Format, Method
-from ptq_cli.errors import InputError
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
@@ -54,10 +53,6 @@ def make_plan(
     Raises:
         InputError: whatever cannot work, with names and numbers.
     """
-    if settings.global_scale != "float32" and not fmt.global_scale:
-        raise InputError(
-            f"format {fmt.name} holds no global scale", hint="leave --global-scale out"
-        )
     chosen, skipped = choose_tensors(checkpoint, settings)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
