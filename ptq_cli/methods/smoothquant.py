@@ -62,8 +62,11 @@ def _best_alpha(case: SmoothingCase, settings: SmoothquantSettings) -> float | N
     """The alpha with the least error on the sample, the lowest of equal ones; None where no
     smoothing at all is as good."""
     activation = case.activation
-    if activation is not None and activation.calibrated:  # the sample's own range stands for it
-        activation = replace(activation, dynamic=True, scale_dtype="float32")
+    if activation is not None and not activation.dynamic:
+        # the sample's own range stands for a static one
+        activation = replace(activation, dynamic=True, per_token=False)
+    elif activation is not None and activation.calibrated:
+        activation = replace(activation, scale_dtype="float32")  # which wants no global scale
     sample = case.statistics.sample.astype(np.float32)
     errors = alpha_errors(sample, case.weights, case.grid, activation, case.ties)
     return min(errors, key=errors.__getitem__)

@@ -177,6 +177,23 @@ def test_no_smoothing_wins_where_it_is_best(rng):
     assert searched(inputs, weights, "dynamic-token") is None
 
 
+def test_the_range_of_the_whole_sample_stands_for_a_static_one(rng):
+    inputs, weights = site(rng, 32, 48, loud=(1, 30))
+    statistics = SiteAccumulator(48, heldout_every=0)
+    loudness = rng.permutation(np.geomspace(0.01, 9, 32, dtype=np.float32))  # of each token
+    statistics.update(inputs * loudness[:, None])
+    found = statistics.result("site", ("a", "b"))
+    cases = {
+        scheme: SmoothingCase(tuple(weights), found, None, W8, activation)
+        for scheme, activation in {"static": Activation(dynamic=False), **ROUNDED}.items()
+    }
+    chosen = {
+        scheme: SMOOTHER.search(case, SmoothquantSettings("auto", scheme))[0].strength
+        for scheme, case in cases.items()
+    }
+    assert chosen["static"] == chosen["dynamic-tensor"] != chosen["dynamic-token"]
+
+
 def test_tied_channels_get_equal_factors(rng):
     inputs, weights = site(rng, 32, 48, loud=(1,))
     ties = np.tile(np.arange(24), 2)
