@@ -27,7 +27,7 @@ class Grid:
     scale_dtype: "float16", "bfloat16", "float32"; "e8m0", powers of two; or "e4m3", which are
         divided by a `global_scale` of the tensor. Scales are rounded to it before codes are
         chosen.
-    global_scale: of "e4m3" scales, a float32; 1 where it is not known yet.
+    global_scale: of "e4m3" scales, a float32; 0 where a plan does not know it yet.
     mirrored: symmetric only, without narrow_range; a group may have the longer side of its codes
         above zero: its zero is then `2^(bits−1) − 1`.
     """

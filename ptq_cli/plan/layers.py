@@ -60,6 +60,8 @@ def make_layer(
         stated = common.stated_dtype(checkpoint.config)
         values["scale_dtype"] = fmt.scale_dtype(stated or spec.dtype)
     grid = Grid(**values | scheme_grid(scheme))
+    if grid.scale_dtype == "e4m3" and fmt.global_scale:
+        grid = replace(grid, global_scale=0.0)  # the weights will tell
     if grid.narrow_range and not grid.sym:
         hint = "--no-narrow-range"
         raise InputError(f"{spec.name}: --narrow-range goes with --sym only", hint=hint)

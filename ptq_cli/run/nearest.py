@@ -118,7 +118,7 @@ def with_global_scale(
         ScaleMisfit: the format holds none, and the layer's scales do not fit E4M3 by themselves.
     """
     grid = layer.grid
-    if grid.scale_dtype != "e4m3" or grid.global_scale != 1:
+    if grid.scale_dtype != "e4m3" or (fmt.global_scale and grid.global_scale):
         return layer
     assert grid.small_float is not None
     if not fmt.global_scale:

@@ -140,6 +140,17 @@ def test_a_global_scale_may_be_a_power_of_two(model):
     assert np.log2(power) == np.floor(np.log2(plain))
 
 
+def test_a_shared_global_scale_may_be_one(tmp_path):
+    """Weights up to 2000 have the power of two 1, their siblings would have 2^13 by themselves."""
+    weights = {f"{name}.weight": random_weight(16, 128, dtype=np.float32) for name in ATTENTION}
+    weights["layers.0.k_proj.weight"][0, 0] = 2000
+    model = write_model(tmp_path / "m.safetensors", weights)
+    options = ("--format", "ptq", "--global-scale", "power-of-two")
+    assert quantize(model, "NVFP4A16", *options).code == 0
+    folder = open_quantized(Path("out"))
+    assert {folder.load(name).grid.global_scale for name in ATTENTION} == {1.0}
+
+
 def test_the_format_is_the_schemes_unless_another_is_named(model):
     assert ptq("rtn", model, "--scheme", "NVFP4A16").code == 0
     assert open_quantized(Path("model-rtn-nvfp4a16")).fmt.name == "compressed-tensors"
