@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from scale import show, timed
+from scale import show, timed, without_activations
 
 SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK")
 
@@ -49,10 +49,7 @@ def main() -> None:
     parser.add_argument("--options", default="", help="further options of ptq rtn")
     given = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="fp8-", dir=given.folder.resolve().parent))
-    bare = work / "bare"  # the same weights without activations beside them
-    bare.mkdir()
-    for path in given.folder.glob("*.*"):
-        (bare / path.name).symlink_to(path.resolve())
+    bare = without_activations(given.folder, work)
     try:
         for scheme in SCHEMES:
             measure(scheme, bare, work, given.repeat, given.options.split())

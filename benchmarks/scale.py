@@ -131,14 +131,19 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="scale-", dir=given.folder.resolve().parent))
-    bare = work / "bare"  # the same weights without activations beside them
-    bare.mkdir()
-    for path in given.folder.glob("*.*"):
-        (bare / path.name).symlink_to(path.resolve())
     try:
-        measure(given, work, bare)
+        measure(given, work, without_activations(given.folder, work))
     finally:
         shutil.rmtree(work)
+
+
+def without_activations(folder: Path, work: Path) -> Path:
+    """The same weights in a folder of their own, without activations beside them."""
+    bare = work / "bare"
+    bare.mkdir()
+    for path in folder.glob("*.*"):
+        (bare / path.name).symlink_to(path.resolve())
+    return bare
 
 
 def measure(given: argparse.Namespace, work: Path, bare: Path) -> None:

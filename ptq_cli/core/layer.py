@@ -44,6 +44,16 @@ class Layer:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def static_inputs(self) -> bool:
+        """Whether its inputs are rounded with one scale, known beforehand."""
+        return self.activation is not None and not self.activation.dynamic
+
+    @property
+    def calibrated_inputs(self) -> bool:
+        """Whether a scale of its inputs is known beforehand: that, or a global one of groups."""
+        return self.activation is not None and self.activation.calibrated
+
     def as_stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """A weight [out_features, in_features] in the shape of the checkpoint's tensor."""
         return (weight.T if self.transposed else weight).reshape(self.full_shape)

@@ -60,10 +60,6 @@ def _inputs(block: bool) -> tuple[Activation, ...]:
     return (FP8_GROUPS,) if block else (FP8_TOKENS, FP8_TENSOR)
 
 
-def _is_static(layer: Layer) -> bool:
-    return layer.activation is not None and not layer.activation.dynamic
-
-
 def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     grid, module = layer.grid, layer.module
     shape = grid.scales_shape(layer.shape) if small_floats.is_block(grid) else ()
@@ -71,7 +67,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
         TensorSpec(f"{module}.weight", "F8_E4M3", layer.shape),
         TensorSpec(f"{module}.weight_scale_inv", _WORDS[grid.scale_dtype], shape),
     ]
-    if _is_static(layer):
+    if layer.static_inputs:
         specs.append(TensorSpec(f"{module}.activation_scale", "F32", ()))
     return tuple(specs)
 
@@ -84,7 +80,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
             scales if small_floats.is_block(layer.grid) else scales.reshape(())
         ),
     }
-    if _is_static(layer):
+    if layer.static_inputs:
         if rounded.input_scale is None:
             raise InputError(
                 f"{module}: static inputs want a scale from calibration, and there is none",
@@ -105,7 +101,7 @@ def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
         zeros=small_floats.no_zeros(layer),
         grid=grid,
         input_scale=(
-            small_floats.positive(divisor, tensors[divisor]) if _is_static(layer) else None
+            small_floats.positive(divisor, tensors[divisor]) if layer.static_inputs else None
         ),
     )
 
@@ -127,7 +123,7 @@ def _config(
     block = [grid.block_rows, grid.group_size] if small_floats.is_block(grid) else None
     return {
         "quant_method": "fp8",
-        "activation_scheme": "static" if _is_static(layers[0]) else "dynamic",
+        "activation_scheme": "static" if layers[0].static_inputs else "dynamic",
         "weight_block_size": block,
         "fmt": "e4m3",
         "modules_to_not_convert": left,

@@ -73,7 +73,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
         specs.append(TensorSpec(f"{layer.module}.global_scale", "F32", (1,)))
     if layer.reordered:
         specs.append(TensorSpec(f"{layer.module}.g_idx", "I32", (columns,)))
-    if layer.activation is not None and layer.activation.calibrated:
+    if layer.calibrated_inputs:
         specs.append(TensorSpec(f"{layer.module}.input_scale", "F32", (1,)))
     return tuple(specs)
 
@@ -90,7 +90,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         tensors[f"{layer.module}.global_scale"] = np.array([rounded.grid.global_scale], np.float32)
     if layer.reordered:
         tensors[f"{layer.module}.g_idx"] = rounded.column_groups()
-    if layer.activation is not None and layer.activation.calibrated:
+    if layer.calibrated_inputs:
         if rounded.input_scale is None:
             raise InputError(f"{layer.module}: no static scale of its inputs")
         tensors[f"{layer.module}.input_scale"] = np.array([rounded.input_scale], np.float32)
@@ -124,7 +124,7 @@ def _global_scale(layer: Layer, tensors: Mapping[str, Array]) -> float:
 
 
 def _by_rows(layer: Layer) -> bool:
-    static = layer.activation is not None and layer.activation.calibrated
+    static = layer.calibrated_inputs
     own = layer.reordered or static or layer.grid.scale_dtype == "e4m3"
     return layer.grid.by_rows and not own
 

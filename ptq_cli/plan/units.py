@@ -90,7 +90,7 @@ def check_calibrated(units: Iterable[Unit]) -> None:
         layer
         for unit in units
         for layer in unit.layers
-        if unit.site is None and layer.activation is not None and layer.activation.calibrated
+        if unit.site is None and layer.calibrated_inputs
     ]
     if not bare:
         return

@@ -25,15 +25,11 @@ def has_global(layer: Layer) -> bool:
     return layer.activation is not None and layer.activation.scale_dtype == "e4m3"
 
 
-def is_static(layer: Layer) -> bool:
-    return layer.activation is not None and not layer.activation.dynamic
-
-
 def input_specs(layer: Layer) -> list[TensorSpec]:
     """The tensors that say how inputs are rounded."""
     if has_global(layer):
         return [TensorSpec(f"{layer.module}.input_global_scale", "F32", (1,))]
-    if layer.activation is None or not is_static(layer):
+    if layer.activation is None or not layer.static_inputs:
         return []
     scale = common.SCALE_WORDS[layer.grid.scale_dtype]
     found = [TensorSpec(f"{layer.module}.input_scale", scale, (1,))]
@@ -53,7 +49,7 @@ def encode_inputs(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
     if activation is None or not activation.calibrated:
         return {}
     if rounded.input_scale is None or (
-        is_static(layer) and rounded.input_zero is None and not activation.sym
+        layer.static_inputs and rounded.input_zero is None and not activation.sym
     ):
         raise InputError(
             f"{layer.module}: static inputs want a scale from calibration, and there is none",
