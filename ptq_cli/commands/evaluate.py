@@ -80,7 +80,7 @@ def prepare_evaluation(
             f"--activation-scheme {activation.scheme} does nothing here",
             hint="it needs --tokens, --calibration or --activations",
         )
-    floats = [x.module for x in folder.layers.values() if x.grid.small_float is not None]
+    floats = [x.module for x in folder.layers.values() if not x.grid.integers]
     if activation is not None and floats:
         raise InputError(
             f"--activation-scheme {activation.scheme} rounds inputs to integers, and the codes of"

@@ -9,15 +9,19 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.levels import SMALL_FLOATS, SmallFloat
+from ptq_cli.core.levels import SMALL_FLOATS, TABLES, SmallFloat
+
+SUPER_BLOCK = 256  # columns
+# Least and greatest multiple of a super-block's scale (and the greatest of its offset).
+MULTIPLES = {"uint4": (0, 15), "uint6": (0, 63), "int6": (-32, 31), "int8": (-128, 127)}
 
 
 @dataclass(frozen=True)
 class Grid:
     """The points a weight may be rounded to: `weight ≈ scales · level`.
 
-    levels: what codes mean: "integer", `code − zero`; or a small float, "e2m1" or "e4m3", which has
-        no zeros (theirs are 0)
+    levels: what codes mean: "integer", `code − zero`; or a table, which has no zeros (theirs are
+        0): the small floats "e2m1" and "e4m3", or "iq4_nl"
     bits: width of a code, 2 to 8.
     group_size: columns that share a scale; −1 a whole row, 0 the whole tensor. The last group of
         a row may be short.
@@ -25,11 +29,14 @@ class Grid:
     sym: zero in the middle, `zeros = 2^(bits−1)`; else zeros are chosen per group.
     narrow_range: symmetric only; codes stay within ±(2^(bits−1) − 1) of zero (±127, ±7).
     scale_dtype: "float16", "bfloat16", "float32"; "e8m0", powers of two; or "e4m3", which are
-        divided by a `global_scale` of the tensor. Scales are rounded to it before codes are
-        chosen.
+        divided by a `global_scale` of the tensor. Or integers ("uint4", "uint6", "int6", "int8"),
+        multiples of a float16 that SUPER_BLOCK columns of a row share. Scales are rounded to it
+        before codes are chosen.
     global_scale: of "e4m3" scales, a float32; 0 where a plan does not know it yet.
     mirrored: symmetric only, without narrow_range; a group may have the longer side of its codes
         above zero: its zero is then `2^(bits−1) − 1`.
+    own_offsets: not symmetric; `weight ≈ scales · code + offsets` with offsets of any size, stored
+        as scales are, multiples as those of another float16 of the super-block; zeros are 0.
     """
 
     bits: int
@@ -41,10 +48,26 @@ class Grid:
     levels: str = "integer"
     block_rows: int = 1
     global_scale: float = 1.0
+    own_offsets: bool = False
+
+    @property
+    def integers(self) -> bool:
+        """Whether levels are integers."""
+        return self.levels == "integer"
+
+    @property
+    def table(self) -> NDArray[np.float32] | None:
+        """What each code means where levels are no integers."""
+        return TABLES.get(self.levels)
+
+    @property
+    def multiples(self) -> tuple[int, int] | None:
+        """The least and greatest scale where scales are multiples of a super-block's."""
+        return MULTIPLES.get(self.scale_dtype)
 
     @property
     def small_float(self) -> SmallFloat | None:
-        """What codes mean where they are no integers."""
+        """What codes mean where they are small floats."""
         return SMALL_FLOATS.get(self.levels)
 
     @cached_property

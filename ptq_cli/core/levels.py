@@ -1,7 +1,7 @@
-"""Small floats as levels: what a code of 4 or 8 bits means where levels are a table.
+"""Levels that are no integers: what a code of 4 or 8 bits means where levels are a table.
 
-A code is sign, exponent and mantissa, as IEEE has them, the subnormal ones included; neither has an
-infinity. (OCP Microscaling Formats v1.0; E4M3 as in arXiv 2209.05433.)
+A code of a small float is sign, exponent and mantissa, as IEEE has them, the subnormal ones
+included; neither has an infinity. (OCP Microscaling Formats v1.0; E4M3 as in arXiv 2209.05433.)
 """
 
 from __future__ import annotations
@@ -44,4 +44,15 @@ class SmallFloat:
 SMALL_FLOATS = {
     "e2m1": SmallFloat(bits=4, mantissa_bits=1, bias=1, largest=6.0),
     "e4m3": SmallFloat(bits=8, mantissa_bits=3, bias=7, largest=448.0),
+}
+
+# ggml's IQ4_NL: 16 levels, closer to each other near zero, and no two sides alike.
+IQ4_NL: NDArray[np.float32] = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+
+# What each code means.
+TABLES: dict[str, NDArray[np.float32]] = {
+    **{name: small.values for name, small in SMALL_FLOATS.items()},
+    "iq4_nl": IQ4_NL,
 }

@@ -8,7 +8,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import SUPER_BLOCK, Grid
 from ptq_cli.core.tensors import Array, Codes
 
 
@@ -17,12 +17,16 @@ class QuantizedWeight:
     """A rounded weight.
 
     codes: uint8 [out_features, in_features], 0 … 2^bits − 1
-    scales: as `grid.scale_dtype` stores them (ml_dtypes' for "e8m0" and "e4m3"), of
-        `grid.scales_shape`: [out_features, n_groups], [1, 1] for a whole-tensor grid
-    zeros: uint8, the same shape as scales; 0 where levels are no integers
+    scales: as `grid.scale_dtype` stores them (ml_dtypes' for "e8m0" and "e4m3"; uint8 or int8
+        multiples), of `grid.scales_shape`: [out_features, n_groups], [1, 1] for a whole-tensor grid
+    zeros: uint8, the same shape as scales; 0 where levels are no integers or offsets their own
     g_idx: int32 [in_features] where `act_order desc` reordered the groups, else None
-    offsets: the dtype and shape of scales, where the layout it was read from stores
-        `scales · codes + offsets` and no zeros say the same exactly; zeros then are the nearest
+    offsets: the dtype and shape of scales, `weight ≈ scales · codes + offsets`: of a grid with
+        `own_offsets`; or where the layout it was read from stores them and no zeros say the same
+        exactly, zeros then are the nearest
+    super_scales, super_offsets: float16 [out_features, in_features / SUPER_BLOCK], where scales are
+        multiples of the former; offsets are multiples of the latter and are subtracted:
+        `weight ≈ super_scales · scales · code − super_offsets · offsets`
     input_scale, input_zero: of inputs with a static scale: `input ≈ input_scale · (code −
         input_zero)`; the zero is unsigned like all codes and only where the inputs are not
         symmetric
@@ -36,6 +40,8 @@ class QuantizedWeight:
     offsets: Array | None = None
     input_scale: float | None = None
     input_zero: int | None = None
+    super_scales: NDArray[np.float16] | None = None
+    super_offsets: NDArray[np.float16] | None = None
 
     def column_groups(self) -> NDArray[np.int32]:
         """Group of each column, int32 [in_features]."""
@@ -47,23 +53,29 @@ class QuantizedWeight:
         first = rows.start // self.grid.block_rows
         blocks = slice(first, ceil(rows.stop / self.grid.block_rows))
         return replace(
-            self, codes=self.codes[rows], scales=self.scales[blocks], zeros=self.zeros[blocks]
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[blocks],
+            zeros=self.zeros[blocks],
+            offsets=None if self.offsets is None else self.offsets[blocks],
+            super_scales=None if self.super_scales is None else self.super_scales[rows],
+            super_offsets=None if self.super_offsets is None else self.super_offsets[rows],
         )
 
     @np.errstate(over="ignore")  # who looks at it finds what is not finite
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """`scales · level` (or with offsets) as float32 [rows, in_features]."""
-        table = self.grid.small_float
+        table, offsets = self.grid.table, self.float_offsets()
         result: NDArray[np.float32]
         if table is not None:
-            result = table.values[self.codes[rows]]
+            result = table[self.codes[rows]]
         else:
             result = self.codes[rows].astype(np.float32)
-            if self.offsets is None:
+            if offsets is None:
                 self._by_group(np.subtract, result, self.zeros, rows)
         self._by_group(np.multiply, result, self.float_scales(), rows)
-        if self.offsets is not None:
-            self._by_group(np.add, result, self.offsets, rows)
+        if offsets is not None:
+            self._by_group(np.add, result, offsets, rows)
         return result
 
     def float_scales(self) -> Array:
@@ -72,7 +84,20 @@ class QuantizedWeight:
             return self.scales.astype(np.float32)
         if self.grid.scale_dtype == "e4m3":
             return self.scales.astype(np.float32) / np.float32(self.grid.global_scale)
+        if self.super_scales is not None:
+            return self._multiplied(self.scales, self.super_scales)
         return self.scales
+
+    def float_offsets(self) -> Array | None:
+        """The offsets as they are added, in a dtype that numpy computes in, where there are any."""
+        if self.offsets is not None and self.super_offsets is not None:
+            return -self._multiplied(self.offsets, self.super_offsets)
+        return self.offsets
+
+    def _multiplied(self, multiples: Array, of_block: NDArray[np.float16]) -> NDArray[np.float32]:
+        """Multiples of a super-block's float16, exact in float32."""
+        own = np.repeat(of_block.astype(np.float32), SUPER_BLOCK // self.grid.group_size, axis=1)
+        return own * multiples.astype(np.float32)
 
     def _by_group(
         self, operation: np.ufunc, result: NDArray[np.float32], values: Array, rows: slice

@@ -66,7 +66,7 @@ def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
             "module": layer.module,
             "shape": list(layer.full_shape),
             "bits": layer.grid.bits,
-            "numbers": None if layer.grid.small_float is None else numbers(layer.grid),
+            "numbers": None if layer.grid.integers else numbers(layer.grid),
             "group_size": layer.grid.group_size,
             "sym": layer.grid.sym,
             "method": layer.method or methods.get(layer.module),

@@ -83,7 +83,7 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
         held = " or ".join(limits.scale_dtypes)
         reason = f"{name} stores scales as {held}, not {grid.scale_dtype}"
         return Misfit(reason, f"--scale-dtype {limits.scale_dtypes[0]}")
-    return _group_misfit(layer, name, limits) if grid.small_float is None else None
+    return _group_misfit(layer, name, limits) if grid.integers else None
 
 
 def _group_misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
@@ -249,7 +249,7 @@ def may_mirror(layer: Layer) -> bool:
     """Whether runtimes compute with mirrored groups of such a layer (`Grid.mirrored`). Not where
     inputs are rounded too: kernels of integers take scales for positive."""
     grid = layer.grid
-    whole = grid.small_float is None and grid.sym and not grid.narrow_range
+    whole = grid.integers and grid.sym and not grid.narrow_range
     return whole and layer.activation is None
 
 

@@ -61,7 +61,7 @@ def _said(own: tuple[Grid, Activation | None] | None) -> str:
         return "is left dense"
     grid, activation = own
     inputs = "" if activation is None else f" with {activation.bits}-bit inputs"
-    if grid.small_float is None:
+    if grid.integers:
         return f"has {grid.bits} bits, group_size {grid.group_size}, sym {grid.sym}{inputs}"
     rows = f" × {grid.block_rows} rows" if grid.block_rows > 1 else ""
     return f"has {common.NUMBERS[grid.levels]}, group_size {grid.group_size}{rows}{inputs}"

@@ -60,7 +60,7 @@ _MODES = {
 
 def _misfit(layer: Layer) -> Misfit | None:
     grid = layer.grid
-    if grid.small_float is not None:
+    if not grid.integers:
         return _float_misfit(layer)
     if grid.bits == 8 and not grid.sym and grid.scale_dtype == "bfloat16":
         return Misfit(
@@ -83,7 +83,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
     (rows, columns), grid, module = layer.shape, layer.grid, layer.module
     weight = TensorSpec(f"{module}.weight", "U32", (rows, words_width(columns, grid.bits)))
     scales = grid.scales_shape(layer.shape)
-    if grid.small_float is not None:
+    if not grid.integers:
         return weight, TensorSpec(f"{module}.scales", "U8", scales)
     word = common.SCALE_WORDS[grid.scale_dtype]
     return (
@@ -94,7 +94,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
 
 
 def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
-    if layer.grid.small_float is not None:
+    if not layer.grid.integers:
         return _encode_floats(layer, rounded)
     zeros, mid = rounded.zeros, layer.grid.mid_code
     if rounded.offsets is None and np.isin(zeros, (mid - 1, mid)).all():
@@ -124,7 +124,7 @@ def _as_mirrored(layer: Layer) -> Layer:
 
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
-    if layer.grid.small_float is not None:
+    if not layer.grid.integers:
         return _decode_floats(layer, tensors)
     words = tensors[f"{layer.module}.weight"].view(np.uint32)
     scales = tensors[f"{layer.module}.scales"]
@@ -148,7 +148,7 @@ def _decode_floats(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeigh
 
 
 def _mode(grid: Grid) -> str:
-    if grid.small_float is None:
+    if grid.integers:
         return "affine"
     key = (grid.levels, grid.scale_dtype)
     return next(mode for mode, own in _MODES.items() if (own.levels, own.scale_dtype) == key)
@@ -223,7 +223,7 @@ def _layer(module: str, settings: Mapping[str, Any], contents: Contents) -> Laye
 
 
 def _by_rows(layer: Layer) -> bool:
-    return layer.grid.small_float is not None
+    return not layer.grid.integers
 
 
 FORMAT = Format(

@@ -67,7 +67,7 @@ def _specs(layer: Layer) -> tuple[TensorSpec, ...]:
         TensorSpec(f"{layer.module}.qweight", "U8", (rows, row_bytes)),
         TensorSpec(f"{layer.module}.scales", _SCALE_WORDS[grid.scale_dtype], scales),
     ]
-    if grid.small_float is None:
+    if grid.integers:
         specs.append(TensorSpec(f"{layer.module}.zeros", "U8", scales))
     if grid.scale_dtype == "e4m3":
         specs.append(TensorSpec(f"{layer.module}.global_scale", "F32", (1,)))
@@ -84,7 +84,7 @@ def _encode(layer: Layer, rounded: QuantizedWeight) -> dict[str, Array]:
         f"{layer.module}.qweight": pack_groups(rounded.codes, layer.grid.bits, width),
         f"{layer.module}.scales": rounded.scales,
     }
-    if layer.grid.small_float is None:
+    if layer.grid.integers:
         tensors[f"{layer.module}.zeros"] = common.integer_zeros(layer, rounded)
     if layer.grid.scale_dtype == "e4m3":
         tensors[f"{layer.module}.global_scale"] = np.array([rounded.grid.global_scale], np.float32)
@@ -140,7 +140,7 @@ def _metadata(layers: Sequence[Layer]) -> dict[str, Any]:
         }
         | ({"transposed": True} if layer.transposed else {})
         | ({"mirrored": True} if layer.grid.mirrored else {})
-        | ({} if layer.grid.small_float is None else {"levels": layer.grid.levels})
+        | ({} if layer.grid.integers else {"levels": layer.grid.levels})
         | ({"block_rows": layer.grid.block_rows} if layer.grid.block_rows > 1 else {})
         | ({"activation": _activation(layer.activation)} if layer.activation else {})
         for layer in layers

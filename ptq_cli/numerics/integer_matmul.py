@@ -77,7 +77,7 @@ def linear_w8a8(
     settings = ActivationSettings() if activations is None else activations
     if settings.scheme == "none":
         return linear_dequantized(inputs, weight, bias)
-    if weight.grid.small_float is not None:
+    if not weight.grid.integers:
         raise InputError(f"its codes are small floats ({weight.grid.levels}), not integers")
     rows = _as_rows(inputs, weight, bias)
     rounded = quantize_activations(rows, settings)

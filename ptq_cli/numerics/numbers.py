@@ -44,7 +44,7 @@ class Numbers:
 
 def numbers_of(grid: Grid) -> Numbers:
     """The kind of the grid's numbers."""
-    return INTEGERS if grid.small_float is None else SMALL_FLOATS
+    return INTEGERS if grid.integers else SMALL_FLOATS
 
 
 def _round_integers(

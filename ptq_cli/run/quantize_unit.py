@@ -224,6 +224,6 @@ def layer_row(
         fallback=None,
         seconds=0.0,
         input_bits=None if layer.activation is None else layer.activation.bits,
-        levels=None if layer.grid.small_float is None else layer.grid.levels,
+        levels=None if layer.grid.integers else layer.grid.levels,
         weight_rel_err=measures.weight_rel_err,
     )

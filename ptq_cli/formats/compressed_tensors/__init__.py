@@ -65,7 +65,7 @@ _HELD = {"BF16": ("bfloat16",), "F16": ("float16",)}  # models of other dtypes h
 
 def _of(layer: Layer) -> ModuleType:
     """Where the layouts of its numbers are."""
-    return integers if layer.grid.small_float is None else floats
+    return integers if layer.grid.integers else floats
 
 
 def _misfit(layer: Layer) -> Misfit | None:
@@ -117,7 +117,7 @@ def _as_written(spec: TensorSpec) -> TensorSpec:
 def _by_rows(layer: Layer) -> bool:
     """Small floats with nothing for the whole tensor: no global scale, no static one of inputs."""
     grid, alone = layer.grid, layer.activation is None or not layer.activation.calibrated
-    return grid.small_float is not None and grid.by_rows and grid.scale_dtype != "e4m3" and alone
+    return not grid.integers and grid.by_rows and grid.scale_dtype != "e4m3" and alone
 
 
 FORMAT = Format(

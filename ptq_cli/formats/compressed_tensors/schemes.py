@@ -37,7 +37,7 @@ def _weights(grid: Grid) -> dict[str, Any]:
     size = grid.group_size
     said = {
         "num_bits": grid.bits,
-        "type": "int" if grid.small_float is None else "float",
+        "type": "int" if grid.integers else "float",
         "symmetric": grid.sym,
         "dynamic": False,
     }

@@ -98,7 +98,7 @@ def _vllm(artifact: Artifact) -> Facts:
         return
     yield from undeclared(artifact)
     yield from asymmetric_experts(artifact)
-    layers = [layer for layer in layers if layer.grid.small_float is None]
+    layers = [layer for layer in layers if layer.grid.integers]
     rounded = [layer for layer in layers if layer.activation is not None]
     asymmetric = [layer.module for layer in rounded if not layer.grid.sym]
     yield from about(asymmetric, FAILS, "W8A8 weights must be symmetric")
@@ -118,7 +118,7 @@ def _vllm(artifact: Artifact) -> Facts:
 
 
 def _vllm_floats(artifact: Artifact) -> Facts:
-    floats = [layer for layer in artifact.layers if layer.grid.small_float is not None]
+    floats = [layer for layer in artifact.layers if not layer.grid.integers]
     fp4 = [x.module for x in floats if x.activation is not None and x.activation.bits == 4]
     text = "inputs in FP4 need hardware that has it (Blackwell); elsewhere only weights are in FP4"
     yield from about(fp4, LIMIT, text)

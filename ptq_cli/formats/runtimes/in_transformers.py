@@ -202,7 +202,7 @@ def _fused_experts(artifact: Artifact) -> Facts:
 
 
 def _fused_floats(experts: Sequence[Layer]) -> Facts:
-    floats = [layer for layer in experts if layer.grid.small_float is not None]
+    floats = [layer for layer in experts if not layer.grid.integers]
     text = "is an expert in NVFP4, which transformers fuses without its global scale: noise"
     divided = [layer.module for layer in floats if layer.grid.scale_dtype == "e4m3"]
     yield from about(divided, FAILS, text, "vLLM reads it")

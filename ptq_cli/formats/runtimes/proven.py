@@ -139,7 +139,7 @@ def _is_in(layer: Layer, row: Loaded, artifact: Artifact) -> bool:
 
 def layout(layer: Layer) -> Layout:
     grid, inputs = layer.grid, layer.activation
-    if grid.small_float is not None:
+    if not grid.integers:
         return numbers(grid), True, None if inputs is None else inputs.bits
     floats = inputs is not None and inputs.levels != "integer"
     return (
