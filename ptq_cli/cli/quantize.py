@@ -26,8 +26,7 @@ from ptq_cli.plan.grid_settings import (
     settings_classes,
 )
 from ptq_cli.plan.recipe import load_recipe
-from ptq_cli.registry import SMOOTHERS, format_named
-from ptq_cli.storage.folder import container_of
+from ptq_cli.registry import SMOOTHERS
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -190,9 +189,6 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
 
 def _refuse_unread(job: Job, options: dict[str, Any]) -> None:
     """Options of the run that do nothing for what is done, or how it is stored."""
-    fmt = format_named(job.plan.format)
-    if options["max_shard_size"] is not None and not container_of(fmt).filled:
-        raise click.UsageError(f"--max-shard-size does nothing here: {fmt.name} is one file")
     if job.plan.method != "repack":
         return
     _refuse_gates(

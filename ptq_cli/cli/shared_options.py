@@ -99,7 +99,7 @@ REPLACING = in_section(
     option(
         "--max-shard-size",
         metavar="SIZE",
-        help="Weights files hold at most SIZE.  [default: 4GB]",
+        help="Weights files hold at most SIZE.  [default: 4GB; gguf: one file]",
     ),
 )
 

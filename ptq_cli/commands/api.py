@@ -33,7 +33,7 @@ from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import MAX_SHARD, gguf_of, holds_quantized, open_quantized
+from ptq_cli.storage.folder import gguf_of, holds_quantized, open_quantized
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -61,7 +61,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "force": (bool, False),
     "restart": (bool, False),
-    "max_shard_size": (str | int, MAX_SHARD),
+    "max_shard_size": (str | int | None, None),
     "listen": (Listener, nobody),
     "workers": (int | None, None),
     "max_memory": (str | int | None, None),
@@ -187,7 +187,7 @@ def dequantize(
     output: AnyPath | None = None,
     *,
     dtype: str | None = None,
-    max_shard_size: str | int = MAX_SHARD,
+    max_shard_size: str | int | None = None,
     force: bool = False,
     restart: bool = False,
     listen: Listener = nobody,

@@ -325,4 +325,6 @@ def _assembly(
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config, folder.kv_cache)
+    said = staging.said(documents["report.json"])
+    own = list(parts.items())
+    return Assembly(own, layers, dense, job.fmt, documents, config, folder.kv_cache, said)
