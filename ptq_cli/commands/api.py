@@ -270,7 +270,7 @@ def inspect(
             checkpoint = open_float(Path(path))
     if checkpoint is None:
         is_gguf, place = gguf_of(Path(path)) is not None, Path(path)
-        checkpoint = open_float(place) if is_gguf else one_by_one(open_checkpoint(place))
+        checkpoint = open_float(place, any_architecture=True) if is_gguf else one_by_one(open_checkpoint(place))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

@@ -239,6 +239,11 @@ def open_quantized(path: Path) -> QuantizedFolder:
         opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
+        if opened.scaled:
+            raise NotRead(
+                f"{gguf}: {fold_names(opened.scaled)} have scales beside them",
+                hint="as a source it may be read: ptq rtn, ptq gptq, ptq dequantize",
+            )
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
     folder = None if find_read_only(checkpoint) else find_quantized(checkpoint)

@@ -35,15 +35,8 @@ def check_copied(view: GgufView, layers: Sequence[Layer]) -> None:
     """What could keep the file from being written, found before any work.
 
     Raises:
-        InputError: a tensor of all experts of which some are rounded, or in different types; a
-            tensor that is no matrix.
+        InputError: a tensor of all experts of which some are rounded, or in different types.
     """
-    for layer in layers:
-        if len(layer.full_shape) != 2:
-            raise InputError(
-                f"tensor {layer.tensor!r} {list(layer.full_shape)} is no matrix, which a type of"
-                " GGUF needs"
-            )
     kinds = {layer.tensor: block_type(layer.grid).name for layer in layers}
     for stored, names in view.members().items():
         found = {kinds.get(name, "left alone") for name in names}

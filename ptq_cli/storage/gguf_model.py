@@ -46,9 +46,11 @@ class GgufCheckpoint(Checkpoint):
     """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row].
 
     heads: tensors whose rows are reordered in the file, with the number of heads
+    scaled: quantized tensors whose values another tensor multiplies
     """
 
     heads: Mapping[str, int] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         data = super().read_bytes(name)
@@ -74,9 +76,7 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
         metadata = {**header.metadata, "ptq": own}
         layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
-        for layer in layers:
-            if view.scale_of(layer.tensor) is not None:
-                raise InputError(f"tensor {specs[layer.tensor].name!r} has a scale beside it")
+        scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
     tensors = {}
     for name, tensor in view.tensors.items():
         spec = replace(tensor.spec, name=name)
@@ -84,7 +84,8 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
             rows = prod(spec.shape[:-1])
             spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
         tensors[name] = StoredTensor(spec, tensor.file, tensor.offset)
-    return GgufCheckpoint(path, root, path, tensors, {}, heads=view.heads), list(layers)
+    opened = GgufCheckpoint(path, root, path, tensors, {}, heads=view.heads, scaled=scaled)
+    return opened, list(layers)
 
 
 def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
