@@ -135,9 +135,9 @@ def _parameters(name: str) -> list[click.Parameter]:
         bits.type = click.IntRange(2, FLOAT_BITS)
     fallback = [_FALLBACK] if name == "gptq" else []
     required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
-    sources = (
-        [] if name == "pack" else [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *required]
-    )
+    imatrix = [] if name in SMOOTHERS else [shared.IMATRIX]  # these need inputs themselves
+    sources = [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *imatrix, *required]
+    sources = [] if name == "pack" else sources
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]

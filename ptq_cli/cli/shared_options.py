@@ -88,6 +88,15 @@ SOURCES = in_section(
     BF16,
 )
 
+(IMATRIX,) = in_section(
+    "Calibration",
+    option(
+        "--imatrix",
+        type=FILE,
+        help="Importance matrix of llama.cpp, as the diagonal of the Hessian.",
+    ),
+)
+
 REPLACING = in_section(
     "Output",
     option("--force", is_flag=True, help="Replace an existing output."),

@@ -8,6 +8,7 @@ one alone will do.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -57,6 +58,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "mask": (AnyPath | None, None),
     "parallel_layers": (bool, False),
     "require_calibration": (bool, False),
+    "imatrix": (AnyPath | None, None),
 }
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "force": (bool, False),
@@ -149,6 +151,7 @@ def calibrate(
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
     missing: str = "error",
+    imatrix_out: AnyPath | None = None,
     force: bool = False,
     restart: bool = False,
     resources: Resources = ALL_THERE_IS,
@@ -161,6 +164,7 @@ def calibrate(
     output: default `<model>.calibration.safetensors` beside the model
     gradients: folders of per-sample gradients `<module>.npy`; their diagonal Fisher information is
         stored too, and alone where there are no activations
+    imatrix_out: an importance matrix for llama.cpp is written there, too
 
     Returns:
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
@@ -176,6 +180,8 @@ def calibrate(
         missing=missing,
         output=output,
     )
+    place = None if imatrix_out is None else Path(imatrix_out)
+    job = dataclasses.replace(job, imatrix_out=place)
     for warning in job.warnings:
         warn(warning)
     options = RunOptions(resources, listen=listen, force=force, restart=restart)
@@ -269,8 +275,11 @@ def inspect(
         with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
             checkpoint = open_float(Path(path))
     if checkpoint is None:
-        is_gguf, place = gguf_of(Path(path)) is not None, Path(path)
-        checkpoint = open_float(place, any_architecture=True) if is_gguf else one_by_one(open_checkpoint(place))
+        place = Path(path)
+        if gguf_of(place) is not None:
+            checkpoint = open_float(place, any_architecture=True)
+        else:
+            checkpoint = one_by_one(open_checkpoint(place))
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     source = find_source(checkpoint, take_source(named))
     return inspect_model(checkpoint, source)

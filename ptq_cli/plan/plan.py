@@ -78,7 +78,7 @@ def make_plan(
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
     units = plan_units(layers, method, source, missing, included.keys(), sites)
-    check_calibrated(units)
+    check_calibrated(units, source)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
     specs = [*(cache.specs() if cache else ()), *(x for own in layers for x in fmt.specs(own))]

@@ -78,7 +78,7 @@ class GgufHeader:
         return data.tobytes()
 
 
-class _Cursor:
+class Cursor:
     """Reads a file from its start; every read is checked against what is left of it."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
@@ -90,6 +90,13 @@ class _Cursor:
             raise InputError(f"{self.path}: cut short, or a length in its header is wrong")
         self.at += count
         return data
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes that must be there."""
+        if count > self.size - self.at:
+            self.take(count)
+        self.file.seek(count, 1)
+        self.at += count
 
     def number(self, letter: str) -> Any:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))[0]
@@ -174,7 +181,7 @@ def _read_header(path: Path) -> GgufHeader:
     """Read and check the header of one file."""
     size = regular_file(path)
     with named(path), open(path, "rb") as file:
-        cursor = _Cursor(file, path, size)
+        cursor = Cursor(file, path, size)
         if size < 24 or cursor.take(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
         version = cursor.number("I")
@@ -198,7 +205,7 @@ def _read_header(path: Path) -> GgufHeader:
         return GgufHeader(metadata, placed, (path,), places)
 
 
-def _tensor_info(cursor: _Cursor) -> GgufTensor:
+def _tensor_info(cursor: Cursor) -> GgufTensor:
     """The next tensor; its offset counts from the start of the data."""
     name, rank = cursor.string(), int(cursor.number("I"))
     where = f"{cursor.path}: tensor {name[:80]!r}"

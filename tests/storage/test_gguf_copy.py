@@ -114,7 +114,11 @@ def test_a_quantized_source_and_a_scale_beside_a_tensor() -> None:
     packed = {f"{name}.weight": ("Q8_0", gguf.quantize(wide, kinds.Q8_0)),
               f"{other}.weight": ("Q8_0", gguf.quantize(wide, kinds.Q8_0))}  # fmt: skip
     half = np.array([0.5], np.float32)
-    arrays |= {f"{name}.scale": half, f"{other}.scale": half, "extra.weight": np.ones(3, np.float32)}
+    arrays |= {
+        f"{name}.scale": half,
+        f"{other}.scale": half,
+        "extra.weight": np.ones(3, np.float32),
+    }
     write_gguf_file(Path("m.gguf"), arrays, packed)
     refused("pack", "m.gguf", words=("m.gguf", "have scales beside them"))
     outcome = ptq("rtn", "m.gguf", "--format", "gguf", "-b", 5, "-g", 32, "--ignore", "ffn_up",
