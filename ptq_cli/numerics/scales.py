@@ -20,6 +20,10 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "uint4": np.dtype(np.uint8),
+    "uint6": np.dtype(np.uint8),
+    "int6": np.dtype(np.int8),
+    "int8": np.dtype(np.int8),
 }
 
 # Smallest positive value a stored scale may take (float16: its subnormals, which every runtime
@@ -88,6 +92,21 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     if np.minimum.reduce(scales, axis=None) == 0:
         result[scales == 0] = 1
     return result
+
+
+def round_offsets(offsets: FloatArray, grid: Grid) -> FloatArray:
+    """Offsets as they are stored, beside scales of 16 or 32 bits, in the dtype they came in.
+
+    Raises:
+        ScaleOverflow: one is too large.
+    """
+    largest, greatest = SCALE_LIMITS[grid.scale_dtype][1], float(np.abs(offsets).max(initial=0))
+    if not greatest <= largest:
+        raise ScaleOverflow(
+            f"an offset of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",
+            hint="--scale-dtype float32",
+        )
+    return offsets.astype(SCALE_DTYPES[grid.scale_dtype]).astype(offsets.dtype)
 
 
 def global_scale_of(absmax: float, small: SmallFloat, power_of_two: bool = False) -> float:
