@@ -14,8 +14,8 @@ from ptq_cli.numerics import super_blocks
 from ptq_cli.numerics.feedback import Block, Feedback, Group
 from ptq_cli.numerics.numbers import Limits, Scales, numbers_of
 from ptq_cli.numerics.range_search import nonzero
-from ptq_cli.numerics.refit import Sums, best_change, best_offset, cost
-from ptq_cli.numerics.scales import SCALE_LIMITS, round_offsets, round_scales, stored_scales
+from ptq_cli.numerics.refit import Sums, better_pair, better_scale
+from ptq_cli.numerics.scales import stored_scales
 from ptq_cli.numerics.super_blocks import Multiples, Shared
 
 LEAF_COLUMNS = 16
@@ -144,7 +144,7 @@ class Panel:
         target = self._compensated(block).reshape(shape)
         importance = self._importance(block)
         if importance is not None:
-            importance = importance.reshape(*shape[:2], -1)
+            importance = importance.reshape(*target.shape[:2], -1)
         fitted = super_blocks.fit_groups(target, self.grid, 1, importance)
         self.shared[block.number] = super_blocks.share(fitted, self.grid, 0)
 
@@ -220,14 +220,14 @@ class Panel:
         if self.shared:
             self._refit_shared(block, quadratic, gradient, levels)
         for group, own in self._parts(block):
-            later, before = slice(own.stop, None), self.error[group.columns].copy()
-            square = quadratic[own, own]
+            square, last = quadratic[own, own], group is block.groups[-1]
+            before = None if last else self.error[group.columns].copy()
             if self.fixed is None:
                 self._refit(group, square, gradient[own], levels[own])
             self._move_codes(group, square, gradient[own], levels[own])
-            if group is not block.groups[-1]:
+            if before is not None:
                 change = self.error[group.columns] - before
-                gradient[later] += quadratic[later, own] @ change
+                gradient[own.stop :] += quadratic[own.stop :, own] @ change
 
     def _move_codes(
         self, group: Group, quadratic: FloatArray, gradient: FloatArray, levels: FloatArray
@@ -259,14 +259,17 @@ class Panel:
         spread = quadratic @ levels
         slope = np.einsum("kr,kr->r", levels, gradient)
         curvature = np.einsum("kr,kr->r", levels, spread)
-        moved = scale
         if not (self.with_offsets or self.shared):
-            moved = self._better_scale(scale, slope, curvature)
+            moved = better_scale(scale, slope, curvature, self.grid)
         else:
             ones = quadratic.sum(1)
-            square = np.full_like(scale, ones.sum() if self.grid.own_offsets else 0)
+            square = np.full_like(scale, ones.sum() if self.with_offsets else 0)
             sums = Sums(curvature, ones @ levels, square, slope, gradient.sum(0))
-            moved, moved_offset = self._better_pair(group, scale, offset, sums)
+            if self.shared:
+                own, shared = Multiples(scale, offset), self.shared[self._block_of(group)]
+                moved, moved_offset = super_blocks.refit_multiples(own, shared, sums, self.grid)
+            else:
+                moved, moved_offset = better_pair(scale, offset, sums, self.grid)
             gradient -= np.multiply.outer(ones, moved_offset - offset)
             error -= moved_offset - offset
             self.offsets[index] = moved_offset
@@ -274,38 +277,6 @@ class Panel:
         gradient -= np.multiply(spread, delta, out=spread)
         error -= np.multiply(levels, delta, out=spread)
         self.scales[index] = moved
-
-    def _better_scale(
-        self, scale: FloatArray, slope: FloatArray, curvature: FloatArray
-    ) -> FloatArray:
-        """`scale + Σ_k l_k P_k / (l S lᵀ)` as it is stored, of the same sign, or the scale."""
-        moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
-        largest = SCALE_LIMITS[self.grid.scale_dtype][1] / self.grid.global_scale
-        moved = moved.clip(-largest, largest)  # a refit is no error
-        same_side = (np.signbit(moved) == np.signbit(scale)) & (moved != 0)
-        moved = np.where(same_side, moved, scale)
-        moved = np.copysign(round_scales(np.abs(moved), self.grid), moved)
-        delta = moved - scale
-        falls = delta * (2 * slope - delta * curvature) > 0
-        better: FloatArray = np.where(falls, moved, scale)
-        return better
-
-    def _better_pair(
-        self, group: Group, scale: FloatArray, offset: FloatArray, sums: Sums
-    ) -> tuple[FloatArray, FloatArray]:
-        """A better scale and offset as they are stored, or the same."""
-        if self.shared:
-            shared = self.shared[self._block_of(group)]
-            own = Multiples(scale, offset)
-            return super_blocks.refit_multiples(own, shared, sums, self.grid)
-        largest = SCALE_LIMITS[self.grid.scale_dtype][1]
-        moved = scale + best_change(sums)
-        moved = np.where(moved > 0, np.minimum(moved, largest), scale)
-        moved = round_scales(moved, self.grid)
-        other = offset + best_offset(sums, moved - scale)
-        other = round_offsets(other.clip(-largest, largest), self.grid)
-        falls = cost(sums, moved - scale, other - offset) < 0
-        return np.where(falls, moved, scale), np.where(falls, other, offset)
 
     def _refit_shared(
         self, block: Block, quadratic: FloatArray, gradient: FloatArray, levels: FloatArray

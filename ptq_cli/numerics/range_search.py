@@ -13,8 +13,9 @@ import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 
-# Of the whole range, or of what lies above or below its other end.
-SEARCH_RATIOS = tuple(float(ratio) for ratio in np.linspace(1.0, 0.6, 6))
+# Of the whole range, drawn in or a little widened, at both ends or at one.
+SEARCH_RATIOS = (1.0, 1.05, 1.02, 0.96, 0.9, 0.75)
+REFITS = 2  # of the best of them
 
 
 def offset_range(
@@ -34,16 +35,19 @@ def search_offsets(
     weight: FloatArray, importance: FloatArray, max_code: int, axis: int, positive: bool
 ) -> tuple[FloatArray, FloatArray]:
     """Scales and offsets: codes are chosen in each range tried, and the line `scale · code +
-    offset` through the weights is fitted to those; the fit with the least weighted squared error.
+    offset` through the weights is fitted to those; the fit with the least weighted squared error,
+    whose codes are then chosen and fitted again.
 
     importance: weight of each column's squared error, broadcastable to `weight`
     """
     weighted = weight * importance
     heaviness = np.broadcast_to(importance, weight.shape).sum(axis)
     mass = weighted.sum(axis)
-    best, best_offset = offset_range(weight, max_code, axis, positive)
-    least = np.full_like(best, np.inf)
-    for low, step in _ranges(weight, max_code, axis, positive):
+    best = offset_range(weight, max_code, axis, positive)
+    least = np.full_like(mass, np.inf)
+
+    def attempt(step: FloatArray, low: FloatArray) -> None:
+        nonlocal best, least
         codes = weight - np.expand_dims(low, axis)
         codes /= np.expand_dims(nonzero(step), axis)
         np.rint(codes, out=codes)
@@ -60,9 +64,14 @@ def search_offsets(
         error = scale * (scale * square + 2 * (offset * total - product))
         error += offset * (offset * heaviness - 2 * mass)  # less what no choice changes
         better = error < least
-        best, best_offset = np.where(better, scale, best), np.where(better, offset, best_offset)
+        best = np.where(better, scale, best[0]), np.where(better, offset, best[1])
         least = np.where(better, error, least)
-    return best, best_offset
+
+    for low, step in _ranges(weight, max_code, axis, positive):
+        attempt(step, low)
+    for _ in range(REFITS):
+        attempt(*best)
+    return best
 
 
 def _line(
@@ -118,26 +127,33 @@ def search_signed(
     nearest: Callable[[FloatArray], FloatArray],
 ) -> FloatArray:
     """Scales of either sign: levels are chosen with the greatest weight by size at either end, or
-    beyond it, and the scale is fitted to those; the fit with the least weighted squared error.
+    beyond it, and the scale is fitted to those; the fit with the least weighted squared error,
+    whose levels are then chosen and fitted again.
 
     nearest: gives the levels nearest to weights that are divided by a scale
     """
     farthest, weighted = _farthest(weight, axis), weight * importance
     best = signed_range(weight, ends, axis)
     most = np.full_like(best, -np.inf)
+
+    def attempt(scale: FloatArray) -> None:
+        nonlocal best, most
+        levels = nearest(weight / np.expand_dims(nonzero(scale), axis))
+        product = (weighted * levels).sum(axis)
+        levels *= levels
+        levels *= importance
+        square = levels.sum(axis)
+        told = square > 0
+        fitted = np.divide(product, square, out=best.copy(), where=told)
+        explained = np.where(told, product * fitted, 0)  # of Σ importance · weight²
+        better = explained > most
+        best, most = np.where(better, fitted, best), np.where(better, explained, most)
+
     for end in ends:
         for ratio in SEARCH_RATIOS:
-            scale = nonzero(farthest * weight.dtype.type(ratio / end))
-            levels = nearest(weight / np.expand_dims(scale, axis))
-            product = (weighted * levels).sum(axis)
-            levels *= levels
-            levels *= importance
-            square = levels.sum(axis)
-            told = square > 0
-            fitted = np.divide(product, square, out=best.copy(), where=told)
-            explained = np.where(told, product * fitted, 0)  # of Σ importance · weight²
-            better = explained > most
-            best, most = np.where(better, fitted, best), np.where(better, explained, most)
+            attempt(farthest * weight.dtype.type(ratio / end))
+    for _ in range(REFITS):
+        attempt(best)
     return best
 
 

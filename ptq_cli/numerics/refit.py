@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ptq_cli.core.grid import Grid
 from ptq_cli.core.tensors import FloatArray
+from ptq_cli.numerics.scales import SCALE_LIMITS, round_offsets, round_scales
 
 
 class Sums(NamedTuple):
@@ -47,6 +49,39 @@ def cost(sums: Sums, change: FloatArray, other: FloatArray) -> FloatArray:
     added = change * (change * sums.uu + 2 * (other * sums.uv - sums.up))
     added += other * (other * sums.vv - 2 * sums.vp)
     return added
+
+
+def better_scale(
+    scale: FloatArray, slope: FloatArray, curvature: FloatArray, grid: Grid
+) -> FloatArray:
+    """The best scale alone, `scale + uP / uSu`, of the same sign and as it is stored; or the same
+    where the loss does not fall.
+
+    slope, curvature: uP, uSu
+    """
+    moved = scale + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+    largest = SCALE_LIMITS[grid.scale_dtype][1] / grid.global_scale
+    moved = moved.clip(-largest, largest)  # a refit is no error
+    same_side = (np.signbit(moved) == np.signbit(scale)) & (moved != 0)
+    moved = np.where(same_side, moved, scale)
+    moved = np.copysign(round_scales(np.abs(moved), grid), moved)
+    delta = moved - scale
+    falls = delta * (2 * slope - delta * curvature) > 0
+    better: FloatArray = np.where(falls, moved, scale)
+    return better
+
+
+def better_pair(
+    scale: FloatArray, offset: FloatArray, sums: Sums, grid: Grid
+) -> tuple[FloatArray, FloatArray]:
+    """The best positive scale and its best offset, as they are stored; or the same."""
+    largest = SCALE_LIMITS[grid.scale_dtype][1]
+    moved: FloatArray = scale + best_change(sums)
+    moved = round_scales(np.where(moved > 0, np.minimum(moved, largest), scale), grid)
+    other: FloatArray = offset + best_offset(sums, moved - scale)
+    other = round_offsets(other.clip(-largest, largest), grid)
+    falls = cost(sums, moved - scale, other - offset) < 0
+    return np.where(falls, moved, scale), np.where(falls, other, offset)
 
 
 def _quotient(a: FloatArray, b: FloatArray) -> FloatArray:

@@ -14,7 +14,7 @@ import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import gptq, panel
+from ptq_cli.numerics import gptq, refit
 from ptq_cli.numerics.feedback import column_order, make_feedback
 from ptq_cli.numerics.gptq import solve
 from ptq_cli.numerics.integers import SEARCH_RATIOS
@@ -290,7 +290,7 @@ def test_inputs_of_low_rank_equal_the_twin(rank):
 def test_a_refit_is_kept_only_where_the_cost_falls(monkeypatch):
     """Rounding to the nearest stored scale can hardly raise the cost; a coarser one could."""
     weight, hessian = some_weight(8, 37), some_hessian(37)
-    monkeypatch.setattr(panel, "round_scales", lambda scales, grid: 2 ** np.ceil(np.log2(scales)))
+    monkeypatch.setattr(refit, "round_scales", lambda scales, grid: 2 ** np.ceil(np.log2(scales)))
     for what in ("refine", "sweeps"):
         losses = row_losses(weight, hessian, Grid(3, -1, sym=False), what)
         assert (losses[1:] <= losses[:-1] * (1 + 1e-12)).all()
