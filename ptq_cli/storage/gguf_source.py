@@ -28,12 +28,11 @@ from ptq_cli.models.gguf_names import GgufNames, names_of_file
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
-from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
 _ROPE_FACTORS = "rope_freqs.weight"
-_SCALES = (".scale", ".input_scale")  # of NVFP4's tensors and of their inputs
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def _named(header: GgufHeader, names: GgufNames) -> dict[str, GgufTensor]:
     return {
         f"{names.module_of(own)}.{own.rpartition('.')[2]}": tensor
         for tensor in header.tensors
-        if (own := tensor.spec.name) != _ROPE_FACTORS and not own.endswith(_SCALES)
+        if (own := tensor.spec.name) != _ROPE_FACTORS and not own.endswith(SCALES)
     }
 
 
