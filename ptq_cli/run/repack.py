@@ -211,7 +211,7 @@ def _grids(folder: QuantizedFolder, fmt: Format) -> dict[str, Grid]:
     stated = {module: layer.grid for module, layer in folder.layers.items()}
     by_zeros = dict(stated)
     for module, layer in folder.layers.items():
-        if not layer.grid.sym:
+        if not layer.grid.sym and not layer.grid.own_offsets:
             weight = folder.load(module)
             grid = by_zeros[module] = grid_by_zeros(weight)
             lost = _mirrored_misfit(replace(layer, grid=grid), fmt)
@@ -238,7 +238,7 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings) -> Layer:
     target = replace(layer, grid=grid)
     if settings.scale_dtype != "auto":
         return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
-    if fmt.misfit(target) is not None:
+    if not grid.multiples and fmt.misfit(target) is not None:
         return fitting(with_scales(target, fmt.scale_dtype(layer.dtype)), fmt, otherwise=target)
     return target
 
