@@ -54,6 +54,8 @@ def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     elif "e4m3" in (grid.scale_dtype, before.scale_dtype):
         scales = weight.float_scales().astype(np.float32) * np.float32(grid.global_scale)
     scales = _cast(scales, SCALE_DTYPES[grid.scale_dtype])
+    if grid.own_offsets and not before.own_offsets:  # whatever zeros were nearest to them
+        weight = replace(weight, zeros=np.zeros_like(weight.zeros))
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)
     if weight.g_idx is not None:

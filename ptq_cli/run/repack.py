@@ -101,7 +101,7 @@ def plan_repack(
         misfit = fmt.misfit(target) or _mirrored_misfit(target, fmt)
         if misfit is None and trial:
             try:
-                convert(folder.load(layer.module), target, fmt)
+                target = _tried(folder.load(layer.module), target, fmt)
             except InputError as error:
                 misfit = Misfit(error.message.removeprefix(f"{layer.module}: "), error.hint)
         if misfit is not None:
@@ -132,6 +132,20 @@ def plan_repack(
         kv_cache=folder.kv_cache,
     )
     return Repack(folder, fmt, plan, wanted, kept)
+
+
+def _tried(weight: QuantizedWeight, target: Layer, fmt: Format) -> Layer:
+    """The target, which holds the weight: with offsets of its own where whole zeros cannot say them
+    and the format has such. Raises InputError where it does not hold it."""
+    try:
+        convert(weight, target, fmt)
+    except InputError:
+        own = replace(target, grid=replace(target.grid, own_offsets=True))
+        if weight.offsets is None or target.grid.own_offsets or fmt.misfit(own) is not None:
+            raise
+        convert(weight, own, fmt)
+        return own
+    return target
 
 
 def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dict[str, Misfit]:
