@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,9 @@ class Plan:
 
     untried: warnings that say no more than that nobody tried: no error with --strict
     kv_cache: how the keys and values that attention caches are rounded too, or None
+    stored_as: the type that a GGUF file gets of tensors that are copied, where one was asked for
+    file_type: what such a file says of the types in it (general.file_type), or None: it is told by
+        most of them
     """
 
     method: str
@@ -114,6 +118,8 @@ class Plan:
     bytes_before: int = 0
     bytes_after: int = 0
     kv_cache: KVCache | None = None
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    file_type: int | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:

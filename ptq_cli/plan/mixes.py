@@ -218,13 +218,41 @@ NEEDS_IMPORTANCE = ("Q2_K_S",)  # llama.cpp refuses it without an importance mat
 _EXPERTS_ONLY = "MXFP4_MOE"  # its type is that of experts
 
 
+@dataclass(frozen=True)
+class TensorTypes:
+    """The types of a file's tensors, by their names in the checkpoint; empty without a mix.
+
+    mix: its name; names: GGUF's, of all tensors that have one
+    types: of those that the mix rounds, and of those that are left dense in a type that was asked
+        for
+    """
+
+    mix: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, tensor: str) -> str:
+        """The type of a tensor that is quantized."""
+        return self.types.get(tensor, mix_named(self.mix).main)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """Those that are left dense."""
+        return {name: kind for name, kind in self.types.items() if kind in DENSE_TYPES}
+
+
 def is_mix(scheme: str) -> bool:
     return scheme in MIX_NAMES
 
 
+def mix_name(name: str) -> str:
+    """The name itself, or that which it is short for."""
+    return ALIASES.get(name, name)
+
+
 def mix_named(name: str) -> Mix:
-    """The mix of that name, or of the one that it is short for."""
-    return MIXES[ALIASES.get(name, name)]
+    """The mix of that name."""
+    return MIXES[mix_name(name)]
 
 
 def role_of(name: str) -> str:
