@@ -24,7 +24,7 @@ from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.tensors import FLOAT_DTYPES
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
-from ptq_cli.formats.gguf import TYPES as BLOCK_TYPES
+from ptq_cli.formats.gguf.types import TYPES as BLOCK_TYPES
 from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
@@ -299,7 +299,7 @@ def holds_quantized(path: Path) -> bool:
     gguf = gguf_of(path)
     if gguf is not None:
         kinds = {t.spec.dtype for t in read_gguf_header(gguf).tensors}.difference(FLOAT_DTYPES)
-        return bool(kinds) and kinds <= {kind.name for kind in BLOCK_TYPES}
+        return bool(kinds) and kinds <= BLOCK_TYPES.keys()
     checkpoint = open_checkpoint(path)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
     return own not in (None, _SMOOTHED) or already_quantized(checkpoint) is not None
