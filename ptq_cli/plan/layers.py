@@ -20,9 +20,9 @@ from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import GRID_KEYS, GridSettings
 from ptq_cli.plan.hints import Unread, helping
-from ptq_cli.plan.mixes import TensorTypes
 from ptq_cli.plan.schemes import check_fixed, scheme_grid, scheme_inputs, scheme_settings
 from ptq_cli.plan.select_tensors import rule_of
+from ptq_cli.plan.tensor_types import TensorTypes
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
 

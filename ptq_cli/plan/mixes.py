@@ -83,10 +83,6 @@ class _Place:
     count: int
     facts: ModelFacts
 
-    def within(self, part: int) -> bool:
-        """Whether it is in the first 1/part of the blocks."""
-        return self.index < self.count // part
-
 
 _Rule = tuple[Callable[[_Place], bool], str]
 
@@ -105,20 +101,13 @@ def _heads_share(place: _Place) -> bool:
     return place.facts.heads_share
 
 
-def _first_eighth(place: _Place) -> bool:
-    return place.within(8)
+def _within(part: int, important: bool | None = None) -> Callable[[_Place], bool]:
+    """In the first 1/part of the blocks, and where it is known, or not, which inputs matter."""
 
+    def holds_at(place: _Place) -> bool:
+        return place.index < place.count // part and important in (None, place.facts.important)
 
-def _first_sixteenth(place: _Place) -> bool:
-    return place.within(16)
-
-
-def _first_eighth_known(place: _Place) -> bool:
-    return place.within(8) and place.facts.important
-
-
-def _first_eighth_unknown(place: _Place) -> bool:
-    return place.within(8) and not place.facts.important
+    return holds_at
 
 
 def _first(count: int) -> Callable[[_Place], bool]:
@@ -150,12 +139,12 @@ def _all(kind: str) -> tuple[_Rule, ...]:
 
 
 _SIX = ((_outer, "Q6_K"),)
-_IQ4 = {"attn_v": ((_heads_share, "Q5_K"),), "ffn_down": ((_first_eighth_unknown, "Q5_K"),)}
+_IQ4 = {"attn_v": ((_heads_share, "Q5_K"),), "ffn_down": ((_within(8, False), "Q5_K"),)}
 
 MIXES = {
-    "Q4_0": Mix(2, "Q4_0", {"ffn_down": ((_first_eighth_known, "Q4_1"),)}),
+    "Q4_0": Mix(2, "Q4_0", {"ffn_down": ((_within(8, True), "Q4_1"),)}),
     "Q4_1": Mix(3, "Q4_1"),
-    "Q5_0": Mix(8, "Q5_0", {"ffn_down": ((_first_eighth_known, "Q5_1"),)}),
+    "Q5_0": Mix(8, "Q5_0", {"ffn_down": ((_within(8, True), "Q5_1"),)}),
     "Q5_1": Mix(9, "Q5_1"),
     "Q8_0": Mix(7, "Q8_0"),
     "Q2_K": Mix(
@@ -171,7 +160,7 @@ MIXES = {
     "Q2_K_S": Mix(
         21,
         "Q2_K",
-        {"attn_v": ((_heads_share, "Q4_K"),), "ffn_down": ((_first_eighth, "Q4_K"),)},
+        {"attn_v": ((_heads_share, "Q4_K"),), "ffn_down": ((_within(8), "Q4_K"),)},
     ),
     "Q3_K_S": Mix(11, "Q3_K", eight="Q5_K"),
     "Q3_K_M": Mix(
@@ -179,10 +168,10 @@ MIXES = {
         "Q3_K",
         {
             "attn_v": ((_first(2), "Q5_K"), (_always, "Q4_K")),
-            "ffn_down": ((_first_sixteenth, "Q5_K"), (_always, "Q4_K")),
+            "ffn_down": ((_within(16), "Q5_K"), (_always, "Q4_K")),
             "attn_output": _all("Q4_K"),
         },
-        falcon={"ffn_down": ((_first_sixteenth, "Q5_K"), (_outer, "Q4_K"))},
+        falcon={"ffn_down": ((_within(16), "Q5_K"), (_outer, "Q4_K"))},
         eight="Q5_K",
     ),
     "Q3_K_L": Mix(
@@ -194,7 +183,7 @@ MIXES = {
     "Q4_K_S": Mix(
         14,
         "Q4_K",
-        {"attn_v": ((_first(4), "Q5_K"),), "ffn_down": ((_first_eighth, "Q5_K"),)},
+        {"attn_v": ((_first(4), "Q5_K"),), "ffn_down": ((_within(8), "Q5_K"),)},
         falcon={"ffn_down": ()},
         eight="Q5_K",
     ),
@@ -202,7 +191,7 @@ MIXES = {
         15,
         "Q4_K",
         {"attn_v": _SIX, "ffn_down": _SIX},
-        falcon={"ffn_down": ((_first_sixteenth, "Q6_K"), (_outer, "Q5_K"))},
+        falcon={"ffn_down": ((_within(16), "Q6_K"), (_outer, "Q5_K"))},
         eight="Q5_K",
     ),
     "Q5_K_S": Mix(16, "Q5_K"),
@@ -216,29 +205,6 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 MIX_NAMES = (*MIXES, *ALIASES)
 NEEDS_IMPORTANCE = ("Q2_K_S",)  # llama.cpp refuses it without an importance matrix
 _EXPERTS_ONLY = "MXFP4_MOE"  # its type is that of experts
-
-
-@dataclass(frozen=True)
-class TensorTypes:
-    """The types of a file's tensors, by their names in the checkpoint; empty without a mix.
-
-    mix: its name; names: GGUF's, of all tensors that have one
-    types: of those that the mix rounds, and of those that are left dense in a type that was asked
-        for
-    """
-
-    mix: str = ""
-    names: Mapping[str, str] = field(default_factory=dict)
-    types: Mapping[str, str] = field(default_factory=dict)
-
-    def of(self, tensor: str) -> str:
-        """The type of a tensor that is quantized."""
-        return self.types.get(tensor, mix_named(self.mix).main)
-
-    @property
-    def dense(self) -> dict[str, str]:
-        """Those that are left dense."""
-        return {name: kind for name, kind in self.types.items() if kind in DENSE_TYPES}
 
 
 def is_mix(scheme: str) -> bool:

@@ -27,7 +27,6 @@ from ptq_cli.plan.layers import (
     of_type,
     unheld,
 )
-from ptq_cli.plan.mixes import mix_named
 from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.tensor_types import tensor_types
@@ -78,7 +77,8 @@ def make_plan(
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
+    types = mixed.told_of(entry.tensor for entry in skipped)
+    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
@@ -98,6 +98,5 @@ def make_plan(
         bytes_before=before,
         bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
         kv_cache=cache,
-        stored_as={x.tensor: mixed.dense[x.tensor] for x in skipped if x.tensor in mixed.dense},
-        file_type=mix_named(mixed.mix).file_type if mixed.mix else None,
+        types=types,
     )

@@ -17,7 +17,7 @@ from ptq_cli.plan.grid_settings import (
     may_stay_float,
     settings_classes,
 )
-from ptq_cli.plan.select_tensors import compiled
+from ptq_cli.plan.name_patterns import compiled
 from ptq_cli.plan.tensor_types import known_type
 from ptq_cli.storage.files import read_small
 

@@ -7,11 +7,13 @@ that name one tensor the later counts, options after the recipe's rules, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from ptq_cli.calibration.source import Source
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.errors import InputError
@@ -24,20 +26,51 @@ from ptq_cli.plan.mixes import (
     LAST_RESORT,
     NEEDS_IMPORTANCE,
     ModelFacts,
-    TensorTypes,
     fallback,
     holds,
     is_mix,
     mix_name,
+    mix_named,
     mix_types,
     role_of,
 )
-from ptq_cli.plan.select_tensors import matches, patterns
+from ptq_cli.plan.name_patterns import matches, patterns
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX
 from ptq_cli.storage.gguf_file import read_gguf_header
 
 HOLDING = ("gguf", "ptq")  # formats that hold every type
+
+
+@dataclass(frozen=True)
+class TensorTypes:
+    """The types of a file's tensors, by their names in the checkpoint; empty without a mix.
+
+    mix: its name; names: GGUF's, of all tensors that have one
+    types: of those that the mix rounds, and of those that are left dense in a type that was asked
+        for
+    """
+
+    mix: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, tensor: str) -> str:
+        """The type of a tensor that is quantized."""
+        return self.types.get(tensor, mix_named(self.mix).main)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """Those that are left dense."""
+        return {name: kind for name, kind in self.types.items() if kind in DENSE_TYPES}
+
+    def told_of(self, skipped: Iterable[str]) -> GgufTypes:
+        """What the layers of the file do not tell. skipped: tensors that are copied"""
+        if not self.mix:
+            return ALL_TOLD
+        dense = self.dense
+        stored_as = {name: dense[name] for name in skipped if name in dense}
+        return GgufTypes(stored_as, mix_named(self.mix).file_type)
 
 
 def tensor_types(
