@@ -239,4 +239,5 @@ FORMAT = Format(
     global_scale=False,
     mirrored=common.may_mirror,
     container="gguf",
+    type_of=lambda layer: block_type(layer.grid).name,
 )
