@@ -32,7 +32,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 from ptq_cli.formats.gguf.pack import pack
 from ptq_cli.formats.gguf.types import TYPES, BlockType
-from ptq_cli.formats.gguf.unpack import unpack
+from ptq_cli.formats.gguf.unpack import check_blocks, unpack
 
 BLOCK = 32  # columns, of the types whose scales are float16
 _LIMITS = common.Limits(
@@ -128,7 +128,8 @@ def _by_block(layer: Layer, kind: BlockType, rounded: QuantizedWeight) -> Quanti
 
 def _decode(layer: Layer, tensors: Mapping[str, Array]) -> QuantizedWeight:
     kind, grid, name = block_type(layer.grid), layer.grid, f"{layer.module}.weight"
-    stored = unpack(kind, name, tensors[name])
+    check_blocks(kind, name, tensors[name])
+    stored = unpack(kind, tensors[name])
     if not _repeats(kind):
         return replace(stored, grid=grid)
     scales, offsets = _of_groups(layer, stored.scales), None

@@ -28,7 +28,7 @@ def pack(kind: BlockType, weight: QuantizedWeight) -> NDArray[np.uint8]:
         stored = np.ascontiguousarray(weight.scales)
         own = blocks["d"]
         own[...] = stored.view(own.dtype).reshape(own.shape)
-        if "m" in kind.parts.fields:
+        if kind.grid.own_offsets:
             blocks["m"] = weight.offsets
     else:
         blocks["d"] = weight.super_scales
@@ -40,13 +40,13 @@ def pack(kind: BlockType, weight: QuantizedWeight) -> NDArray[np.uint8]:
 
 def _put(blocks: NDArray[np.void], place: Bits, numbers: Codes) -> None:
     """Put some bits of each number, uint8 [rows, blocks, numbers], where they belong."""
-    per_byte = 8 // place.bits
-    of_runs = numbers.reshape(*blocks.shape, -1, per_byte, place.run // per_byte)
+    per_byte, runs = 8 // place.bits, numbers.shape[-1] // place.run
+    of_runs = numbers.reshape(*blocks.shape, runs, per_byte, place.run // per_byte)
     taken = of_runs >> np.uint8(place.shift) & np.uint8(2**place.bits - 1)
     packed = taken[..., 0, :]
     for nth in range(1, per_byte):
         packed = packed | taken[..., nth, :] << np.uint8(nth * place.bits)
-    blocks[place.part] = packed.reshape(*blocks.shape, -1)
+    blocks[place.part] = packed.reshape(blocks[place.part].shape)
 
 
 def _put_multiples(blocks: NDArray[np.void], kind: BlockType, weight: QuantizedWeight) -> None:

@@ -2,24 +2,24 @@
 
 A row is cut into blocks, which lie back to back; all parts are little endian:
 
-    type    columns  bytes  parts                                           value of a column
-    Q4_0     32       18    d F16, qs [16]                                  d · (code − 8)
-    Q4_1     32       20    d F16, m F16, qs [16]                           d · code + m
-    Q5_0     32       22    d F16, qh [4], qs [16]                          d · (code − 16)
-    Q5_1     32       24    d F16, m F16, qh [4], qs [16]                   d · code + m
-    Q8_0     32       34    d F16, qs I8 [32], codes − 128                  d · (code − 128)
-    Q2_K    256       84    scales [16], qs [64], d F16, dmin F16           d · sc · code − dmin · mn
-    Q3_K    256      110    qh [32], qs [64], scales [12], d F16            d · sc · (code − 4)
-    Q4_K    256      144    d F16, dmin F16, scales [12], qs [128]          d · sc · code − dmin · mn
-    Q5_K    256      176    d F16, dmin F16, scales [12], qh [32], qs [128] d · sc · code − dmin · mn
-    Q6_K    256      210    qs [128], qh [64], scales I8 [16], d F16        d · sc · (code − 32)
-    IQ4_NL   32       18    d F16, qs [16]                                  d · table[code]
-    IQ4_XS  256      136    d F16, scales_h [2], scales_l [4], qs [128]     d · sc · table[code]
-    MXFP4    32       17    d E8M0, qs [16]                                 d · E2M1
-    NVFP4    64       36    d E4M3 [4], qs [32]                             d · E2M1
+    type    columns  bytes  parts                                            value of a column
+    Q4_0     32       18    d F16, qs [16]                                   d (code − 8)
+    Q4_1     32       20    d F16, m F16, qs [16]                            d code + m
+    Q5_0     32       22    d F16, qh [4], qs [16]                           d (code − 16)
+    Q5_1     32       24    d F16, m F16, qh [4], qs [16]                    d code + m
+    Q8_0     32       34    d F16, qs I8 [32], of codes − 128                d (code − 128)
+    Q2_K    256       84    scales [16], qs [64], d F16, dmin F16            d sc code − dmin mn
+    Q3_K    256      110    qh [32], qs [64], scales [12], d F16             d sc (code − 4)
+    Q4_K    256      144    d F16, dmin F16, scales [12], qs [128]           d sc code − dmin mn
+    Q5_K    256      176    d F16, dmin F16, scales [12], qh [32], qs [128]  d sc code − dmin mn
+    Q6_K    256      210    qs [128], qh [64], scales I8 [16], d F16         d sc (code − 32)
+    IQ4_NL   32       18    d F16, qs [16]                                   d table[code]
+    IQ4_XS  256      136    d F16, scales_h [2], scales_l [4], qs [128]      d sc table[code]
+    MXFP4    32       17    d E8M0, qs [16]                                  d E2M1
+    NVFP4    64       36    d E4M3 [4], qs [32]                              d E2M1
 
-sc and mn are whole numbers of the column's group, as many groups as the grid says. qs holds the low
-bits of codes, qh the others; which ones a byte holds, `Bits` says for each type.
+sc and mn are whole numbers of the column's group, as many groups as the grid says (Q3_K and IQ4_XS
+store sc + 32). qs holds the low bits of codes, qh the others; which ones a byte holds, `Bits` says.
 """
 
 from __future__ import annotations
