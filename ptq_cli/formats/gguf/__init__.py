@@ -42,7 +42,7 @@ _OTHERS = replace(  # what is more than integers with a float16
     _LIMITS,
     bits=(2, 3, 4, 5, 6),
     scale_dtypes=("float16", "e8m0", "e4m3", *MULTIPLES),
-    levels=("integer", "iq4_nl", "e2m1"),
+    levels=("integer", "e2m1", "iq4_nl"),
 )
 
 
