@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.kv_cache import KVCache
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format, PackedTensor
 from ptq_cli.core.progress import Listener, Progress, nobody
@@ -61,6 +61,7 @@ class Assembly:
     documents: dict[str, Any]
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
     kv_cache: KVCache | None = None
+    types: GgufTypes = ALL_TOLD
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Container:
     complete: adds what belongs beside the filled files
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], None] = lambda *_: None
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
 
@@ -127,7 +128,7 @@ def write_folder(
         whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
         size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
         listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
-        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
+        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source, assembly.types)
         listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
     else:
         _write_weights(out, assembly, shards, listen)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
@@ -94,7 +94,12 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
         raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
 
 
-def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
+def check_gguf(
+    source: Checkpoint,
+    layers: Sequence[Layer],
+    dense: Sequence[str],
+    types: GgufTypes = ALL_TOLD,
+) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
     check_model(source, layers, dense)
@@ -102,7 +107,7 @@ def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]
         if name in source.tensors and not name.endswith(_DROPPED):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                _dense(name, source.read(name))
+                _dense(name, source.read(name), types.stored_as.get(name))
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -156,9 +161,10 @@ def _metadata(
     return {**model, **words, **own}
 
 
-def _dense(name: str, values: Array) -> Array:
-    """A tensor in the type that it gets. Raises InputError where a value does not fit."""
-    kind = _dense_type(values)
+def _dense(name: str, values: Array, kind: str | None = None) -> Array:
+    """A tensor in the type that it gets; kind: that which was asked for. Raises InputError where a
+    value does not fit."""
+    kind = kind or _dense_type(values)
     with np.errstate(over="ignore"):
         result: Array = values.astype(NUMPY_DTYPES[kind])
     if not np.isfinite(result).all():
@@ -181,7 +187,9 @@ def _dense_type(values: Array) -> str:
     return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
 
 
-def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
+def _outgoing(
+    parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
+) -> Iterator[tuple[TensorSpec, Bytes]]:
     """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
     as they are staged."""
     for name, tensors in parts:
@@ -190,16 +198,24 @@ def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[Tenso
                 kind = block_type(layers[name].grid).name
                 yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
             elif not name.endswith(_DROPPED):
-                yield replace(tensor.spec, dtype=_dense_type(_stored_values(tensor))), tensor
+                kind = stored_as.get(name) or _dense_type(_stored_values(tensor))
+                yield replace(tensor.spec, dtype=kind), tensor
 
 
 def write_gguf_model(
-    out: Path, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+    out: Path,
+    parts: Parts,
+    layers: Mapping[str, Layer],
+    fmt: Format,
+    source: Checkpoint,
+    types: GgufTypes = ALL_TOLD,
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names = names_of_model(source.config)
-    own = quantized_metadata(fmt, list(layers.values()))
-    outgoing = list(_outgoing(parts, layers))
+    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values())))
+    if types.file_type is not None:
+        own["general.file_type"] = types.file_type
+    outgoing = list(_outgoing(parts, layers, types.stored_as))
     specs = [
         (
             replace(spec, name=names.tensor_name(spec.name)),
@@ -208,22 +224,22 @@ def write_gguf_model(
         for spec, tensor in outgoing
     ]
 
-    def in_order(name: str, tensor: Bytes) -> Array:
-        heads = names.permuted_heads(name.rpartition(".")[0], source.config)
-        values = _values(name, tensor)
+    def in_order(spec: TensorSpec, tensor: Bytes) -> Array:
+        heads = names.permuted_heads(spec.name.rpartition(".")[0], source.config)
+        values = _values(spec, tensor)
         return values if heads is None else permute_rows(values, heads)
 
     path = out / NAME
     metadata = _metadata(source, list(layers.values()), own)
-    arrays = (in_order(spec.name, tensor) for spec, tensor in outgoing)
+    arrays = (in_order(spec, tensor) for spec, tensor in outgoing)
     write_gguf(path, names.architecture, metadata, specs, arrays)
     _verify(path, outgoing, layers, fmt)
 
 
-def _values(name: str, tensor: Bytes) -> Array:
+def _values(spec: TensorSpec, tensor: Bytes) -> Array:
     """Packed rows as bytes, dense tensors in the type they get."""
     values = _stored_values(tensor)
-    return values if tensor.spec.dtype == "U8" else _dense(name, values)
+    return values if tensor.spec.dtype == "U8" else _dense(spec.name, values, spec.dtype)
 
 
 def _stored_values(tensor: Bytes) -> Array:
@@ -241,7 +257,7 @@ def _verify(
     if not same or list(opened.tensors) != [spec.name for spec, _ in outgoing]:
         raise FileError(f"{path}: does not hold the layers that were written")
     for spec, tensor in outgoing:
-        if not np.array_equal(opened.read(spec.name), _values(spec.name, tensor)):
+        if not np.array_equal(opened.read(spec.name), _values(spec, tensor)):
             raise FileError(f"{path}: tensor {spec.name!r} reads back different")
 
 
