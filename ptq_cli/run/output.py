@@ -84,8 +84,10 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     ]
     documents = run_documents(plan, report, work.job.inputs, layers.values())
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    said = staging.said(documents["report.json"])
-    assembly = Assembly(parts, layers, dense, fmt, documents, None, plan.kv_cache, said)
+    assembly = Assembly(
+        parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache, types=plan.types,
+        alone=staging.said(documents["report.json"]),
+    )  # fmt: skip
     options = work.options
     write_folder(staging.out, assembly, work.checkpoint, options.max_shard, shards, options.listen)
     if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them

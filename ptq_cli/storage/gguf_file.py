@@ -39,6 +39,7 @@ TYPES = {
 }  # fmt: skip
 ALIGNMENT = 32
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+SCALES = (".scale", ".input_scale")  # endings of what NVFP4's tensors, and inputs, may have beside
 
 _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # kind -> struct's letter
 _STRING, _ARRAY = 8, 9

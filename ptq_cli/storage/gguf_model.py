@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
@@ -29,7 +29,7 @@ from ptq_cli.models.gguf_names import names_of_model
 from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_into
-from ptq_cli.storage.gguf_copy import check_copied, copied_keys, copied_tensors, file_type
+from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
 from ptq_cli.storage.gguf_file import ALIGNMENT, read_gguf_header
 from ptq_cli.storage.gguf_view import view_of
 from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
@@ -88,16 +88,21 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
     return opened, list(layers)
 
 
-def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
+def check_gguf(
+    source: Checkpoint,
+    layers: Sequence[Layer],
+    dense: Sequence[str],
+    types: GgufTypes = ALL_TOLD,
+) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     check_model(source, layers, dense)
     if source.gguf is not None:
-        return
+        dense = [name for name in dense if name in types.stored_as]
     for name in dense:
         if name in source.tensors and not name.endswith(_DROPPED):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                _dense(name, source.read(name))
+                _dense(name, source.read(name), types.stored_as.get(name))
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -154,16 +159,10 @@ def _metadata(
     return {**model, **words, **own}
 
 
-def _dense(name: str, values: Array) -> Array:
-    """A tensor in the type that it gets. Raises InputError where a value does not fit."""
-    kind = _dense_type(values)
-    with np.errstate(over="ignore"):
-        result: Array = values.astype(NUMPY_DTYPES[kind])
-    if not np.isfinite(result).all():
-        raise InputError(
-            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
-        )
-    return result
+def _dense(name: str, values: Array, kind: str | None = None) -> Array:
+    """A tensor in the type that it gets; kind: that which was asked for. Raises InputError where a
+    value does not fit."""
+    return cast(name, values, kind or _dense_type(values))
 
 
 def _dense_type(values: Array) -> str:
@@ -179,7 +178,9 @@ def _dense_type(values: Array) -> str:
     return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
 
 
-def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
+def _outgoing(
+    parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
+) -> Iterator[tuple[TensorSpec, Bytes]]:
     """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
     as they are staged."""
     for name, tensors in parts:
@@ -188,7 +189,8 @@ def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[Tenso
                 kind = block_type(layers[name].grid).name
                 yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
             elif not name.endswith(_DROPPED):
-                yield replace(tensor.spec, dtype=_dense_type(_stored_values(tensor))), tensor
+                kind = stored_as.get(name) or _dense_type(_stored_values(tensor))
+                yield replace(tensor.spec, dtype=kind), tensor
 
 
 @dataclass(frozen=True)
@@ -196,26 +198,29 @@ class GgufOutput:
     """Where a model is written, and what is said of it.
 
     path: the file, or what those of several are named by; max_shard: bytes of tensors in one
-    said: what the key `ptq` says beside the layers
+    said: what the key `ptq` says beside the layers; types: what the layers do not tell
     """
 
     path: Path
     max_shard: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
+    types: GgufTypes = ALL_TOLD
 
 
 def write_gguf_model(
     out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write a GGUF file, then open it and compare every tensor with what was staged."""
-    own = quantized_metadata(fmt, list(layers.values()), out.said)
+    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values()), out.said))
+    if out.types.file_type is not None:
+        own["general.file_type"] = out.types.file_type
     if source.gguf is not None:
         keys = copied_keys(source.gguf, layers, own)
-        tensors, data = copied_tensors(source.gguf, parts, layers)
+        tensors, data = copied_tensors(source, parts, layers, out.types.stored_as)
         alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
     else:
         keys = encoded_keys(_metadata(source, list(layers.values()), own))
-        tensors, data = _made_tensors(source, parts, layers)
+        tensors, data = _made_tensors(source, parts, layers, out.types.stored_as)
         alignment = ALIGNMENT
     written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
     _verify(written[0], tensors, data, keys)
@@ -223,22 +228,22 @@ def write_gguf_model(
 
 
 def _made_tensors(
-    source: Checkpoint, parts: Parts, layers: Mapping[str, Layer]
+    source: Checkpoint, parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
 ) -> tuple[list[Outgoing], list[Callable[[], Data]]]:
     """What is written of a checkpoint: GGUF's names and types, and what gives the data."""
     names = names_of_model(source.config)
     tensors: list[Outgoing] = []
     data: list[Callable[[], Data]] = []
-    for spec, tensor in _outgoing(parts, layers):
+    for spec, tensor in _outgoing(parts, layers, stored_as):
         nbytes = spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes
         tensors.append(Outgoing(replace(spec, name=names.tensor_name(spec.name)), nbytes))
         heads = names.permuted_heads(spec.name.rpartition(".")[0], source.config)
-        data.append(partial(_in_order, spec.name, tensor, heads))
+        data.append(partial(_in_order, spec, tensor, heads))
     return tensors, data
 
 
-def _in_order(name: str, tensor: Bytes, heads: int | None) -> Array:
-    values = _values(name, tensor)
+def _in_order(spec: TensorSpec, tensor: Bytes, heads: int | None) -> Array:
+    values = _values(spec, tensor)
     return values if heads is None else permute_rows(values, heads)
 
 
@@ -246,10 +251,10 @@ def _read(data: Callable[[], Data]) -> Data:
     return data()
 
 
-def _values(name: str, tensor: Bytes) -> Array:
+def _values(spec: TensorSpec, tensor: Bytes) -> Array:
     """Packed rows as bytes, dense tensors in the type they get."""
     values = _stored_values(tensor)
-    return values if tensor.spec.dtype == "U8" else _dense(name, values)
+    return values if tensor.spec.dtype == "U8" else _dense(spec.name, values, spec.dtype)
 
 
 def _stored_values(tensor: Bytes) -> Array:

@@ -1,8 +1,8 @@
 """A GGUF file as the model that it was made from: names, shapes, config.json and the tokenizer as
 transformers has them. Of an architecture that is not known here tensors have the names in the file.
 
-Floats are seen in the dtype they are stored in, quantized tensors as BF16. The gguf library decodes
-them when they are read, `matrix` gives them unrounded.
+Floats are seen in the dtype they are stored in, quantized tensors as BF16. They are decoded when
+they are read, `matrix` gives them unrounded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf import unpermute_rows
 from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
+from ptq_cli.formats.gguf.types import TYPES, BlockType
+from ptq_cli.formats.gguf.unpack import check_blocks, unpack
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
-from ptq_cli.storage.gguf_file import GgufTensor, library, read_gguf_header
+from ptq_cli.storage.gguf_file import GgufTensor, read_gguf_header
 from ptq_cli.storage.gguf_view import ROPE_FACTORS, GgufView, view_by_family, view_of
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
@@ -58,12 +60,12 @@ class _Rows:
     """
 
     data: NDArray[np.uint8]
-    kind: Any
+    kind: BlockType
     scale: np.float32
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        values = unpack(self.kind, self.data[rows]).dequantized()
         with np.errstate(over="ignore", invalid="ignore"):  # whoever asked looks for NaN and inf
-            values: NDArray[np.float32] = library().dequantize(self.data[rows], self.kind)
             return values if self.scale == 1 else values * self.scale
 
 
@@ -116,7 +118,10 @@ class GgufSource(Checkpoint):
         scale = np.ones(1, np.float32)
         if place.scale is not None:
             read_into(place.scale.file, place.scale.offset, scale.view(np.uint8))
-        return _Rows(self._in_order(place), _library_type(place.tensor.spec.dtype), scale[0])
+        kind, data = TYPES[place.tensor.spec.dtype], self._in_order(place)
+        with stated_in(place.tensor.file):
+            check_blocks(kind, name, data)
+        return _Rows(data, kind, scale[0])
 
     def _in_order(self, place: GgufPlace) -> NDArray[np.uint8]:
         """Bytes of the file, [rows, bytes of a row], in the order that is seen."""
@@ -243,21 +248,9 @@ def _places(view: GgufView) -> dict[str, GgufPlace]:
     places = {}
     for name, tensor in view.tensors.items():
         place = GgufPlace(tensor, view.heads.get(name), view.scale_of(name))
-        if place.packed:
-            _library_type(tensor.spec.dtype)
         if place.packed or place.heads is not None:
             places[name] = place
     return places
-
-
-def _library_type(kind: str) -> Any:
-    """The gguf library's word for a type. Raises InputError where it cannot decode it."""
-    found = getattr(library("a quantized GGUF model").GGMLQuantizationType, kind, None)
-    if found is None:
-        raise InputError(
-            f"the gguf library here does not decode {kind}", hint="pip install -U gguf"
-        )
-    return found
 
 
 def _seen(name: str, tensor: GgufTensor) -> TensorSpec:

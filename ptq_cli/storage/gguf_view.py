@@ -15,10 +15,9 @@ from pathlib import Path
 from ptq_cli.errors import InputError
 from ptq_cli.models.gguf_names import GgufNames, names_of_file
 from ptq_cli.models.gguf_tensors import ARCHITECTURE, expert_name, holds_experts
-from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor
+from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
-SCALES = (".scale", ".input_scale")  # of NVFP4's tensors and of their inputs
 
 
 @dataclass(frozen=True)
