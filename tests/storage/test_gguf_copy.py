@@ -120,7 +120,7 @@ def test_a_quantized_source_and_a_scale_beside_a_tensor() -> None:
         "extra.weight": np.ones(3, np.float32),
     }
     write_gguf_file(Path("m.gguf"), arrays, packed)
-    refused("pack", "m.gguf", words=("m.gguf", "have scales beside them"))
+    refused("eval", "m.gguf", "m.gguf", words=("m.gguf", "have scales beside them"))
     outcome = ptq("rtn", "m.gguf", "--format", "gguf", "-b", 5, "-g", 32, "--ignore", "ffn_up",
                   "-o", "out.gguf", "--on-misfit", "keep")  # fmt: skip
     assert outcome.code == 0, outcome.err
