@@ -72,7 +72,9 @@ def make_plan(
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
+    dense, container = [entry.tensor for entry in skipped], container_of(fmt)
+    container.check(checkpoint, layers, dense)
+    left_out = container.warnings(checkpoint, dense)
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
@@ -88,7 +90,7 @@ def make_plan(
         format=fmt.name,
         units=units,
         skipped=tuple(skipped),
-        warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
+        warnings=(*checkpoint.warnings, *left_out, *plan_warnings(units, method, source)),
         bytes_before=before,
         bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
         kv_cache=cache,

@@ -17,49 +17,69 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
+from ptq_cli.core.tensors import FLOAT_DTYPES, Array, FloatArray, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats import fused
-from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
+from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.models.gguf_names import names_of_file, names_of_model
-from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
+from ptq_cli.models.gguf_names import GgufNames, Placing, is_stack, names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
-from ptq_cli.storage.files import listing, named
-from ptq_cli.storage.gguf_file import library, read_gguf_header, write_gguf
+from ptq_cli.storage.files import listing, named, read_into
+from ptq_cli.storage.gguf_file import GgufTensor, library, read_gguf_header, write_gguf
+from ptq_cli.storage.gguf_placing import (
+    Outgoing,
+    Parts,
+    check_stacks,
+    dense,
+    dense_type,
+    outgoing,
+    tensors_of,
+    unplaced,
+)
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
 NAME = "model.gguf"
-_DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
 _MAX_TOKENIZER = 256 << 20
-
-Parts = Sequence[tuple[str, Sequence[Bytes]]]
 
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row].
+    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row], each
+    expert's tensors are its own.
 
-    heads: tensors whose rows are reordered in the file, with the number of heads
+    placings: of tensors that stand in the file otherwise than in the checkpoint
     """
 
-    heads: Mapping[str, int] = field(default_factory=dict)
+    placings: Mapping[str, Placing] = field(default_factory=dict)
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
-        data = super().read_bytes(name)
-        if name not in self.heads:
+        data, spec = super().read_bytes(name), self.tensors[name].spec
+        if name not in self.placings:
             return data
-        rows = data.reshape(self.tensors[name].spec.shape[0], -1)
-        return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
+        placing = self.placings[name]
+        shape = spec.shape[::-1] if placing.transposed else spec.shape
+        values = data.view(NUMPY_DTYPES[spec.dtype]).reshape(shape)
+        return np.ascontiguousarray(unplaced(values, placing)).reshape(-1).view(np.uint8)
 
     def copyable(self, name: str) -> StoredTensor | Bytes:
         stored = self.tensors[name]
-        return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
+        return Bytes(stored.spec, self.read_bytes(name)) if name in self.placings else stored
 
 
-def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
-    """Open a GGUF file of a known architecture. Raises InputError."""
+def open_gguf(
+    path: Path, root: Path | None, fmt: Format, names: GgufNames | None = None
+) -> tuple[GgufCheckpoint, list[Layer]]:
+    """Open a GGUF file of a known architecture.
+
+    names: of its family, where that is known from elsewhere
+
+    Raises:
+        InputError: another architecture, or a tensor that is not understood.
+    """
     header = read_gguf_header(path)
     _, own = quantized_entry(path, header.metadata) or ("", {})
     metadata = {**header.metadata, "ptq": own}
@@ -69,24 +89,36 @@ def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoin
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
     with stated_in(path):
-        names = names_of_file(architecture)
-        found = {
-            f"{names.module_of(tensor.spec.name)}.{tensor.spec.name.rpartition('.')[2]}": tensor
-            for tensor in header.tensors
-        }
+        names = names or names_of_file(metadata)
+        found = dict(tensors_of(header, names))
         specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
-        tensors, heads = {}, {}
+        tensors, placings, transposed = {}, {}, set()
         for name, tensor in found.items():
-            spec, rows = replace(tensor.spec, name=name), tensor.spec.shape[0]
-            if spec.dtype not in FLOAT_DTYPES:
-                spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
-            tensors[name] = StoredTensor(spec, path, tensor.offset)
-            count = names.permuted_heads(name.rpartition(".")[0], config)
-            if count is not None:
-                heads[name] = count
-                _check_heads(tensor.spec, count)
-    return GgufCheckpoint(path, root, path, tensors, {}, heads=heads), list(layers)
+            placing = names.placing(name, config)
+            if placing.transposed and tensor.spec.dtype not in FLOAT_DTYPES:
+                transposed.add(name)  # packed rows are those of the transposed matrix
+                placing = replace(placing, transposed=False)
+            if placing.heads is not None:
+                _check_heads(tensor.spec, placing.heads)
+            tensors[name] = StoredTensor(_seen(name, tensor, placing), path, tensor.offset)
+            if replace(placing, exact=False) != Placing():
+                placings[name] = placing
+    opened = GgufCheckpoint(path, root, path, tensors, {}, placings=placings)
+    return opened, [
+        replace(layer, transposed=True, full_shape=layer.shape[::-1])
+        if layer.tensor in transposed
+        else layer
+        for layer in layers
+    ]
+
+
+def _seen(name: str, tensor: GgufTensor, placing: Placing) -> TensorSpec:
+    """A tensor as it is in a checkpoint."""
+    spec = replace(tensor.spec, name=name)
+    if spec.dtype not in FLOAT_DTYPES:
+        return TensorSpec(name, "U8", (spec.shape[0], tensor.nbytes // spec.shape[0]))
+    return replace(spec, shape=spec.shape[::-1]) if placing.transposed else spec
 
 
 def _check_heads(spec: TensorSpec, heads: int) -> None:
@@ -94,15 +126,24 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
         raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
 
 
-def check_gguf(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
+def check_gguf(source: Checkpoint, layers: Sequence[Layer], skipped: Sequence[str]) -> None:
     """Whatever could keep the file from being written, found before any work. Raises InputError."""
     library()
-    check_model(source, layers, dense)
-    for name in dense:
-        if name in source.tensors and not name.endswith(_DROPPED):
+    check_model(source, layers, skipped)
+    names = names_of_model(source.config)
+    for name in skipped:
+        if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                _dense(name, source.read(name))
+                values = source.read(name)
+                dense(name, values, dense_type(values, names.placing(name, {})))
+
+
+def left_out_of_gguf(source: Checkpoint, dense: Sequence[str]) -> tuple[str, ...]:
+    """A warning where a model has towers beside its text, which are no part of the file."""
+    names = names_of_model(source.config)
+    modules = fold_names([name for name in dense if names.in_a_tower(name)])
+    return (f"not in the GGUF file, which holds the text model: {modules}",) if modules else ()
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -110,17 +151,17 @@ def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str
     InputError."""
     _metadata(source, layers, {})
     names = names_of_model(source.config)
-    for layer in layers:
-        names.tensor_name(layer.tensor)
+    kinds = {layer.tensor: block_type(layer.grid).name for layer in layers}
     for name in dense:
-        if name.endswith(_DROPPED):
+        if names.is_dropped(name):
             continue
-        names.tensor_name(name)
+        kinds[name] = "floats"
         if name not in source.tensors:
             continue
         spec = source.tensors[name].spec
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
+    check_stacks(names, kinds)
 
 
 def _metadata(
@@ -145,10 +186,11 @@ def _metadata(
         settings = {"chat_template": template, **settings}
     kind = block_type(fused.commonest(layers).grid).name
     name = (source.root or source.folder).resolve().name
-    architecture = names_of_model(source.config).architecture
+    own_names, config = names_of_model(source.config), text_config(source.config)
     try:
-        model = model_metadata(source.config, architecture, name, kind)
-        words = tokenizer_metadata(source.config, tokenizer, settings)
+        keys = hyperparameters(own_names, config)
+        model = model_metadata(keys, own_names.architecture, name, kind)
+        words = tokenizer_metadata({**source.config, **config}, tokenizer, settings)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
@@ -156,93 +198,66 @@ def _metadata(
     return {**model, **words, **own}
 
 
-def _dense(name: str, values: Array) -> Array:
-    """A tensor in the type that it gets. Raises InputError where a value does not fit."""
-    kind = _dense_type(values)
-    with np.errstate(over="ignore"):
-        result: Array = values.astype(NUMPY_DTYPES[kind])
-    if not np.isfinite(result).all():
-        raise InputError(
-            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
-        )
-    return result
-
-
-def _dense_type(values: Array) -> str:
-    """F16 for a matrix, but F32 where float16 has no digits for one of its rows; F32 for vectors.
-
-    values: the tensor as it is stored
-    """
-    if values.ndim != 2 or values.dtype == np.float16:
-        return "F16" if values.ndim == 2 else "F32"
-    with np.errstate(over="ignore"):
-        largest = np.abs(values).max(axis=1, initial=0).astype(np.float32)
-    small = (largest > 0) & (largest < LEAST_SCALES["float16"])
-    return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
-
-
-def _outgoing(parts: Parts, layers: Mapping[str, Layer]) -> Iterator[tuple[TensorSpec, Bytes]]:
-    """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
-    as they are staged."""
-    for name, tensors in parts:
-        for tensor in tensors:
-            if name in layers:
-                kind = block_type(layers[name].grid).name
-                yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
-            elif not name.endswith(_DROPPED):
-                yield replace(tensor.spec, dtype=_dense_type(_stored_values(tensor))), tensor
-
-
 def write_gguf_model(
     out: Path, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
-    names = names_of_model(source.config)
-    own = quantized_metadata(fmt, list(layers.values()))
-    outgoing = list(_outgoing(parts, layers))
+    names, config = names_of_model(source.config), text_config(source.config)
+    usual = [_usual(layer, names) for layer in layers.values()]
+    tensors = outgoing(parts, layers, names, config)
+    factors = frequency_factors(names, config)
     specs = [
-        (
-            replace(spec, name=names.tensor_name(spec.name)),
-            spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes,
-        )
-        for spec, tensor in outgoing
+        (_stacked(name, stack), sum(p.nbytes for p in stack)) for name, stack in tensors.items()
     ]
+    specs += [(TensorSpec(n, "F32", v.shape), v.nbytes) for n, v in factors.items()]
 
-    def in_order(name: str, tensor: Bytes) -> Array:
-        heads = names.permuted_heads(name.rpartition(".")[0], source.config)
-        values = _values(name, tensor)
-        return values if heads is None else permute_rows(values, heads)
+    def arrays() -> Iterator[Array]:
+        for stack in tensors.values():
+            yield stack[0].placed() if len(stack) == 1 else np.stack([p.placed() for p in stack])
+        yield from factors.values()
 
     path = out / NAME
-    metadata = _metadata(source, list(layers.values()), own)
-    arrays = (in_order(spec.name, tensor) for spec, tensor in outgoing)
-    write_gguf(path, names.architecture, metadata, specs, arrays)
-    _verify(path, outgoing, layers, fmt)
+    metadata = _metadata(source, list(layers.values()), quantized_metadata(fmt, usual))
+    write_gguf(path, names.architecture, metadata, specs, arrays())
+    _verify(path, tensors, usual, fmt, names)
+    _verify_factors(path, factors)
 
 
-def _values(name: str, tensor: Bytes) -> Array:
-    """Packed rows as bytes, dense tensors in the type they get."""
-    values = _stored_values(tensor)
-    return values if tensor.spec.dtype == "U8" else _dense(name, values)
+def _usual(layer: Layer, names: GgufNames) -> Layer:
+    name = names.usual_name(layer.tensor)
+    return replace(layer, module=name.removesuffix(".weight"), tensor=name)
 
 
-def _stored_values(tensor: Bytes) -> Array:
-    return tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
+def _stacked(name: str, stack: Sequence[Outgoing]) -> TensorSpec:
+    spec = stack[0].spec
+    experts = (len(stack),) if is_stack(name) else ()
+    return TensorSpec(name, spec.dtype, (*experts, *spec.shape))
 
 
 def _verify(
     path: Path,
-    outgoing: Sequence[tuple[TensorSpec, Bytes]],
-    layers: Mapping[str, Layer],
+    tensors: Mapping[str, Sequence[Outgoing]],
+    layers: Sequence[Layer],
     fmt: Format,
+    names: GgufNames,
 ) -> None:
-    opened, found = open_gguf(path, None, fmt)
-    same = set(map(_told_by_headers, found)) == set(map(_told_by_headers, layers.values()))
-    if not same or list(opened.tensors) != [spec.name for spec, _ in outgoing]:
+    opened, found = open_gguf(path, None, fmt, names)
+    written = [part for stack in tensors.values() for part in stack]
+    same = set(map(_told_by_headers, found)) == set(map(_told_by_headers, layers))
+    if not same or list(opened.tensors) != [part.spec.name for part in written]:
         raise FileError(f"{path}: does not hold the layers that were written")
-    for spec, tensor in outgoing:
-        if not np.array_equal(opened.read(spec.name), _values(spec.name, tensor)):
-            raise FileError(f"{path}: tensor {spec.name!r} reads back different")
+    for part in written:
+        if not np.array_equal(opened.read(part.spec.name), part.reads_as()):
+            raise FileError(f"{path}: tensor {part.spec.name!r} reads back different")
+
+
+def _verify_factors(path: Path, factors: Mapping[str, FloatArray]) -> None:
+    found = {tensor.spec.name: tensor for tensor in read_gguf_header(path).tensors}
+    for name, values in factors.items():
+        back = np.empty_like(values)
+        read_into(path, found[name].offset, back.view(np.uint8))
+        if not np.array_equal(back, values):
+            raise FileError(f"{path}: tensor {name!r} reads back different")
 
 
 def _told_by_headers(layer: Layer) -> tuple[str, tuple[int, int], Grid]:

@@ -39,7 +39,9 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats import common
 
 BLOCK = 32
-_LIMITS = common.Limits(bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True)
+_LIMITS = common.Limits(
+    bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True, transposed=True
+)
 
 
 @dataclass(frozen=True)

@@ -27,51 +27,17 @@ SPLITS = {
 
 
 def model_metadata(
-    config: Mapping[str, Any], architecture: str, name: str, file_type: str
+    keys: Mapping[str, Any], architecture: str, name: str, file_type: str
 ) -> dict[str, Any]:
-    """Keys of the architecture; `file_type` is the type that most weights have."""
-    rope = _rope(config)
-    plain = {"partial_rotary_factor": 1.0, "hidden_act": "silu", "use_sliding_window": False}
-    for key, value in plain.items():
-        found = {**config, **rope}.get(key, value)
-        if found != value:
-            raise InputError(f"gguf: {key} {found!r} in config.json is not covered")
-    heads = int(config["num_attention_heads"])
-    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-    numbers = {
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "block_count": config["num_hidden_layers"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
-        "attention.key_length": head_size,
-        "attention.value_length": head_size,
-        "rope.dimension_count": head_size,
-        "vocab_size": config["vocab_size"],
-    }
+    """Keys of the model: `keys` are those of its architecture, without that before them (the
+    families know them: models/gguf_keys.py); `file_type` is the type that most weights have."""
     return {
         "general.architecture": architecture,
         "general.name": name,
         "general.file_type": FILE_TYPES[file_type],
         "general.quantization_version": 2,
-        **{f"{architecture}.{key}": int(size) for key, size in numbers.items()},
-        f"{architecture}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        f"{architecture}.rope.freq_base": float(rope["rope_theta"]),
+        **{f"{architecture}.{key}": value for key, value in keys.items()},
     }
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the rotary embedding, which older and newer versions of config.json have in
-    different places, as `rope_theta`, `rope_type` and more."""
-    found: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
-    for key in ("rope_scaling", "rope_parameters"):
-        own = dict(config.get(key) or {})
-        kind = own.pop("type", None) or own.pop("rope_type", None)
-        if kind not in (None, "default"):
-            raise InputError(f"gguf: rope_type {kind!r} in config.json is not covered")
-        found |= own
-    return found
 
 
 def tokenizer_metadata(
