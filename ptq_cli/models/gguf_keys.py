@@ -26,7 +26,10 @@ _SIZES = {
     "vocab_size": "vocab_size",
 }  # fmt: skip
 _ASSUMED = {
-    "use_sliding_window": False, "use_bidirectional_attention": False, "local_rope_type": "default",
+    "use_windows": False, "use_bidirectional_attention": False, "local_rope_type": "default",
+}  # fmt: skip
+_NORM_EPS = {
+    True: "attention.layer_norm_epsilon", False: "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
 _SCALINGS = ("linear", "yarn")  # of every architecture; others divide frequencies by a tensor
 
@@ -42,8 +45,7 @@ def hyperparameters(names: GgufNames, config: Config) -> dict[str, Any]:
     _check(gguf, settings)
     keys: dict[str, Any] = {key: int(settings[own]) for key, own in _SIZES.items()}
     keys |= _window(gguf, settings)
-    norm = "layer_norm_epsilon" if gguf.layer_norms else "layer_norm_rms_epsilon"
-    keys[f"attention.{norm}"] = float(settings["norm_eps"])
+    keys[_NORM_EPS[gguf.layer_norms]] = float(settings["norm_eps"])
     if names.family.names.experts is not None:
         keys["expert_count"] = int(settings["num_experts"])
         keys["expert_used_count"] = int(settings["num_experts_per_tok"])
@@ -108,7 +110,7 @@ def _window(gguf: GgufFamily, settings: Mapping[str, Any]) -> dict[str, int]:
     window would begin to hide tokens."""
     window = settings.get("sliding_window")
     if not gguf.window_period:
-        if window is None or not settings.get("use_sliding_window", True):
+        if window is None or not settings.get("use_windows", True):
             return {}
         return {"context_length": min(int(settings["max_position_embeddings"]), int(window))}
     period, blocks = gguf.window_period, range(1, int(settings["num_hidden_layers"]) + 1)

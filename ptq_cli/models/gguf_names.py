@@ -14,8 +14,8 @@ from ptq_cli.models.family import Family, Names, model_type
 from ptq_cli.models.gguf_family import GgufFamily
 
 TWO_STEPS = (
-    "llama.cpp's convert_hf_to_gguf.py MODEL --outtype bf16, then the .gguf as MODEL;"
-    " or --format ptq, which holds every model"
+    "--format ptq, which holds every model; or make a GGUF file of the model with llama.cpp's"
+    " convert_hf_to_gguf.py, and give that as MODEL"
 )
 _NORMS = {
     "attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm",
@@ -202,11 +202,9 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     return replace(_names(family, family.gguf), towers=towers)
 
 
-def names_of_file(metadata: Mapping[str, Any]) -> GgufNames:
-    """The names in a file, by its key-values. Raises InputError for an architecture that is not
-    known."""
-    architecture = metadata.get("general.architecture")
-    experts = bool(metadata.get(f"{architecture}.expert_count"))
+def names_of_file(architecture: str, experts: bool = False) -> GgufNames:
+    """The names in a file, by its `general.architecture` and whether it has experts. Raises
+    InputError for an architecture that is not known."""
     for family in FAMILIES:
         if family.gguf is None or family.gguf.architecture != architecture:
             continue

@@ -72,9 +72,7 @@ def make_plan(
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    dense, container = [entry.tensor for entry in skipped], container_of(fmt)
-    container.check(checkpoint, layers, dense)
-    left_out = container.warnings(checkpoint, dense)
+    left_out = container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)

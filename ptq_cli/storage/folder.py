@@ -34,12 +34,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.decoded import decoded_weight
 from ptq_cli.storage.gguf_file import read_gguf_header
-from ptq_cli.storage.gguf_model import (
-    check_gguf,
-    left_out_of_gguf,
-    open_gguf,
-    write_gguf_model,
-)
+from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
@@ -73,23 +68,27 @@ class Assembly:
 class Container:
     """A way to store weights.
 
-    check: raises InputError for whatever could keep it from being written
-    warnings: what is said of the tensors that are left dense
+    check: raises InputError for whatever could keep it from being written; what is to be said
+        of tensors that are left dense
     filled: whether tensors go to their places one by one, as they are; else it is written whole,
         and those that are not quantized are cast
     complete: adds what belongs beside the filled files
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
-    warnings: Callable[[Checkpoint, Sequence[str]], tuple[str, ...]] = lambda *_: ()
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], tuple[str, ...]] = lambda *_: ()
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
 
 
+def _check_onnx(*_: object) -> tuple[str, ...]:
+    onnx_library()
+    return ()
+
+
 CONTAINERS = {
     "safetensors": Container(),
-    "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
-    "gguf": Container(check=check_gguf, warnings=left_out_of_gguf, filled=False),
+    "onnx": Container(check=_check_onnx, complete=write_graph),
+    "gguf": Container(check=check_gguf, filled=False),
 }
 
 

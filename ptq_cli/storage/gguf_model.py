@@ -89,7 +89,7 @@ def open_gguf(
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
     with stated_in(path):
-        names = names or names_of_file(metadata)
+        names = names or names_of_file(architecture, f"{architecture}.expert_count" in metadata)
         found = dict(tensors_of(header, names))
         specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
@@ -126,24 +126,22 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
         raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
 
 
-def check_gguf(source: Checkpoint, layers: Sequence[Layer], skipped: Sequence[str]) -> None:
-    """Whatever could keep the file from being written, found before any work. Raises InputError."""
+def check_gguf(
+    source: Checkpoint, layers: Sequence[Layer], skipped: Sequence[str]
+) -> tuple[str, ...]:
+    """Whatever could keep the file from being written, found before any work: raises InputError.
+    Else a warning where a model has towers beside its text, which are no part of the file."""
     library()
     check_model(source, layers, skipped)
-    names = names_of_model(source.config)
+    names, config = names_of_model(source.config), text_config(source.config)
     for name in skipped:
         if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
                 values = source.read(name)
-                dense(name, values, dense_type(values, names.placing(name, {})))
-
-
-def left_out_of_gguf(source: Checkpoint, dense: Sequence[str]) -> tuple[str, ...]:
-    """A warning where a model has towers beside its text, which are no part of the file."""
-    names = names_of_model(source.config)
-    modules = fold_names([name for name in dense if names.in_a_tower(name)])
-    return (f"not in the GGUF file, which holds the text model: {modules}",) if modules else ()
+                dense(name, values, dense_type(values, names.placing(name, config)))
+    left = fold_names([name for name in skipped if names.in_a_tower(name)])
+    return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:

@@ -165,7 +165,7 @@ def open_gguf_source(path: Path, root: Path | None = None) -> GgufSource:
     header = read_gguf_header(path)
     whole = root is not None and "config.json" in listing(root)
     with stated_in(path):
-        names = names_of_file(header.metadata)
+        names = names_of_file(str(header.metadata.get("general.architecture")))
         found = _named(header, names)
         settings = _settings(path, header, names, found)
         places = _places(header, names, found, settings)

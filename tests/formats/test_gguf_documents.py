@@ -14,12 +14,14 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.metadata import SPLITS, model_metadata, tokenizer_metadata
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import names_of_model
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
 TOKENIZER = json.loads((SAMPLE / "tokenizer.json").read_text())
 SETTINGS = json.loads((SAMPLE / "tokenizer_config.json").read_text())
-METADATA = model_metadata(CONFIG, "llama", "tiny", "Q4_0")
+METADATA = model_metadata(hyperparameters(names_of_model(CONFIG), CONFIG), "llama", "tiny", "Q4_0")
 
 
 def float32(value: Any) -> Any:

@@ -17,6 +17,8 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import FORMAT, TYPES, block_type, permute_rows, unpermute_rows
 from ptq_cli.formats.gguf.metadata import FILE_TYPES, model_metadata, tokenizer_metadata
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import names_of_model
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
@@ -42,8 +44,12 @@ def test_row_order(heads: int, half: int, width: int) -> None:
     np.testing.assert_array_equal(permute_rows(rows[:, 0], heads), stored[:, 0])
 
 
+def keys(config: dict[str, Any]) -> dict[str, Any]:
+    return hyperparameters(names_of_model(config), config)
+
+
 def test_model_metadata() -> None:
-    assert model_metadata(CONFIG, "llama", "tiny", "Q4_0") == {
+    assert model_metadata(keys(CONFIG), "llama", "tiny", "Q4_0") == {
         "general.architecture": "llama",
         "general.name": "tiny",
         "general.file_type": 2,
@@ -68,23 +74,25 @@ def test_model_metadata_of_older_configs() -> None:
         key: value for key, value in CONFIG.items() if key not in ("rope_parameters", "head_dim")
     }
     own |= {"model_type": "qwen2", "rope_theta": 1_000_000, "rope_scaling": None}
-    found = model_metadata(own, "qwen2", "tiny", "F16")
+    found = model_metadata(keys(own), "qwen2", "tiny", "F16")
     assert found["qwen2.rope.freq_base"] == 1e6
     assert type(found["qwen2.rope.freq_base"]) is float  # an F32 in the file
     assert found["qwen2.attention.key_length"] == 32
 
 
 @pytest.mark.parametrize("change", [
-    {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-    {"rope_scaling": {"type": "linear", "factor": 2}},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 8}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8}, "model_type": "qwen2"},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 16}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}},
     {"partial_rotary_factor": 0.5},
     {"hidden_act": "gelu"},
-    {"use_sliding_window": True},
+    {"use_sliding_window": True, "model_type": "qwen2"},
+    {"use_bidirectional_attention": True},
 ])  # fmt: skip
 def test_what_has_no_key_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"in config.json is not covered"):
-        model_metadata(CONFIG | change, "llama", "tiny", "F16")
+        keys(CONFIG | change)
 
 
 def test_tokenizer_of_bytes() -> None:

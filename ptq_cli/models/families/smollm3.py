@@ -18,6 +18,7 @@ FAMILY = Family(
         "tie_word_embeddings": True, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 2e6, "no_rope_layer_interval": 4,
     },
+    keys={"use_windows": "use_sliding_window"},
     folds=Folds(),
     gguf=GgufFamily("smollm3", permuted=True, assumed=every_fourth_without),
 )  # fmt: skip
