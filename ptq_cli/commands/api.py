@@ -34,6 +34,7 @@ from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
 from ptq_cli.storage.folder import MAX_SHARD, gguf_of, holds_quantized, open_quantized
+from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -257,12 +258,22 @@ def inspect(
     activations: Paths = (),
     bf16: bool = False,
 ) -> dict[str, Any]:
-    """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what)."""
+    """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what); of
+    a GGUF file also its types, as `gguf` (ptq_cli/evaluation/file_types.py)."""
+    from ptq_cli.evaluation.file_types import file_types
+
+    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
+    document, gguf = _inspect(path, named), gguf_of(Path(path))
+    return document if gguf is None else document | {"gguf": file_types(read_gguf_header(gguf))}
+
+
+def _inspect(path: AnyPath, named: dict[str, Any]) -> dict[str, Any]:
+    """named: where calibration is"""
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
     checkpoint = None
     if holds_quantized(Path(path)):
-        if calibration is not None or as_paths(activations) or bf16:
+        if named["calibration"] is not None or as_paths(named["activations"]) or named["bf16"]:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
         with contextlib.suppress(NotRead):
             return inspect_quantized(open_quantized(Path(path)))
@@ -271,8 +282,7 @@ def inspect(
     if checkpoint is None:
         is_gguf, place = gguf_of(Path(path)) is not None, Path(path)
         checkpoint = open_float(place) if is_gguf else one_by_one(open_checkpoint(place))
-    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
-    source = find_source(checkpoint, take_source(named))
+    source = find_source(checkpoint, take_source(dict(named)))
     return inspect_model(checkpoint, source)
 
 

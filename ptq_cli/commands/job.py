@@ -18,7 +18,8 @@ from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.left_dense import dense_warnings
-from ptq_cli.plan.schemes import SCHEMES, scheme_settings
+from ptq_cli.plan.mixes import is_mix, mix_name
+from ptq_cli.plan.schemes import SCHEMES, check_alone, scheme_settings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
@@ -150,11 +151,21 @@ def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str
     return {**scheme_settings(recipe.get("scheme", "")), **recipe}
 
 
+def check_mix(scheme: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Refuse settings of a grid beside a mix: options, and those of the recipe that names it."""
+    asked = {key: value for key, value in given.items() if value is not None}
+    check_alone(scheme, asked if "scheme" in asked else {**recipe, **asked})
+
+
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
-    """`<model>-gptq-w4g128` or `<model>-gptq-nvfp4`, in the current directory."""
+    """`<model>-gptq-w4g128`, `<model>-gptq-nvfp4` or `<model>-gptq-Q4_K_M`, in the current
+    directory."""
     stem = checkpoint.stem
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
+    if is_mix(settings.scheme):
+        name = f"{stem}-{command}-{mix_name(settings.scheme)}"
+        return name if settings.format == "gguf" else f"{name}-{settings.format}"
     scheme = SCHEMES.get(settings.scheme)
     if scheme is not None and scheme.fixed:
         name = f"{stem}-{command}-{settings.scheme.lower().replace('_', '-')}"

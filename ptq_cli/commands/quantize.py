@@ -15,6 +15,7 @@ from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.schemes import SCHEMES, scheme_inputs, scheme_settings
 from ptq_cli.plan.unused_options import refuse_unused
@@ -52,6 +53,7 @@ def prepare(
     how = method("rtn" if packs else command)
     values = {**default_settings(command), **jobs.with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
+    jobs.check_mix(settings.scheme, given, recipe)
     own = make_settings(how.settings, given, values)
     checkpoint = open_float(Path(model))
     found = None
@@ -72,6 +74,7 @@ def prepare(
         "calibration": found is not None,
         "in_sequence": source.in_sequence,
         "tokens": source.tokens.given,
+        "mix": is_mix(settings.scheme),
     }
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = jobs.with_warnings(plan, checkpoint, found, runtime)
@@ -104,7 +107,7 @@ def _prepare_repack(
     known = {field.name for field in dataclasses.fields(RepackSettings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
     scheme = SCHEMES.get(own.get("scheme", ""))
-    if scheme is not None and not scheme.fixed:
+    if is_mix(own.get("scheme", "")) or (scheme is not None and not scheme.fixed):
         known -= {"scheme"}
     other = sorted(own.keys() - known)
     if other:

@@ -21,6 +21,7 @@ from ptq_cli.models.detect import Sites
 from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.schemes import says_inputs, scheme_inputs
 from ptq_cli.plan.unused_options import refuse_unused
@@ -109,6 +110,7 @@ def prepare_smoothing(
         "calibration": True,
         "in_sequence": source.in_sequence,
         "tokens": source.tokens.given,
+        "mix": is_mix(told.grid.scheme),
     }
     refuse_unused(command, given, recipe, read, **facts)
     target = jobs.default_output(checkpoint, command, told.grid)
@@ -136,7 +138,7 @@ def prepare_smoothing(
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
-    how = smoother(command)
+    how, own_recipe = smoother(command), recipe
     defaults, recipe = dict(how.defaults), jobs.with_scheme(given, recipe)
     if not (recipe.get("sym", True) if given.get("sym") is None else given["sym"]):
         defaults.pop("narrow_range", None)  # which is of symmetric codes only
@@ -150,6 +152,7 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="--weight hessian",
         )
     grid = make_settings(GridSettings, given, recipe)
+    jobs.check_mix(grid.scheme, given, own_recipe)
     if floats and grid.format != "ptq":
         raise InputError(
             f"--bits {FLOAT_BITS} writes float weights, which format {grid.format} does not hold",

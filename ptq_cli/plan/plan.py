@@ -24,10 +24,12 @@ from ptq_cli.plan.layers import (
     check_names,
     make_layer,
     mirrored_where_held,
+    of_type,
     unheld,
 )
 from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
+from ptq_cli.plan.tensor_types import tensor_types
 from ptq_cli.plan.units import check_calibrated, plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import container_of
@@ -53,13 +55,15 @@ def make_plan(
     Raises:
         InputError: whatever cannot work, with names and numbers.
     """
-    chosen, skipped = choose_tensors(checkpoint, settings)
+    mixed = tensor_types(checkpoint, settings, fmt, source)
+    chosen, skipped = choose_tensors(checkpoint, settings, mixed)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
     wanted = [
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
+    wanted = [of_type(layer, mixed) for layer in wanted]
     wanted = with_scale_dtypes(wanted, settings, fmt, checkpoint, sites)
     fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
     included = left_alone(checkpoint.specs, checkpoint.config)
@@ -67,12 +71,15 @@ def make_plan(
     def unread(layers: Sequence[Layer], other: Format) -> Mapping[str, Misfit]:
         return expert_misfits(layers, other, checkpoint.config, fused)
 
-    kept = check_layers(wanted, fmt, settings, sites, included, unread)
+    unasked = {} if mixed.mix else included
+    kept = check_layers(wanted, fmt, settings, sites, unasked, unread)
     layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    left_out = container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
+    dense = [entry.tensor for entry in skipped]
+    types = mixed.told_of(dense)
+    left_out = container_of(fmt).check(checkpoint, layers, dense, types)
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
@@ -92,4 +99,5 @@ def make_plan(
         bytes_before=before,
         bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
         kv_cache=cache,
+        types=types,
     )

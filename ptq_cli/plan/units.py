@@ -15,6 +15,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.fused import fused_groups
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
+from ptq_cli.models.ties import is_embedding
 from ptq_cli.numerics.output_errors import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT, SAMPLE_LIMIT
 
@@ -54,11 +55,12 @@ def plan_units(
         )
     units = []
     for group in group_modules(by_module, sites):
-        parts: dict[tuple[str | None, int], list[Layer]] = {}
+        parts: dict[tuple[str | None, int, bool], list[Layer]] = {}
         for module in group:
             layer = by_module[module]  # what a method prepares once may depend on the groups
-            parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
-        for (site, _), members in parts.items():
+            own = (layer.grid.group_size, layer.grid.multiples is None)
+            parts.setdefault((site_of.get(module), *own), []).append(layer)
+        for (site, *_), members in parts.items():
             units.append(_unit(site, members, method, source))
     units = _with_those_beside(units)
     if source is not None and source.in_sequence:
@@ -110,6 +112,8 @@ def _unit(site: str | None, members: list[Layer], method: Method, source: Source
     nearest = None
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
+        if is_embedding(members[0].module):
+            nearest = "it has no inputs"
         members = [replace(layer, reordered=False) for layer in members]
     return Unit(
         name=members[0].module,
@@ -177,7 +181,12 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
             "NO CALIBRATION: every layer is rounded to nearest. Give --calibration FILE or"
             " --activations DIR; --require-calibration makes this an error"
         ]
-    nearest = [layer.module for unit in units if unit.nearest for layer in unit.layers]
+    nearest = [
+        layer.module
+        for unit in units
+        for layer in unit.layers
+        if unit.nearest and not is_embedding(layer.module)  # which has no inputs
+    ]
     warnings = []
     if nearest:
         warnings.append(

@@ -76,7 +76,9 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     ]
     documents = run_documents(plan, report, work.job.inputs, layers.values())
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    assembly = Assembly(parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache)
+    assembly = Assembly(
+        parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache, types=plan.types
+    )
     write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
     if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
         write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)

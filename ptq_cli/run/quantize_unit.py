@@ -194,6 +194,7 @@ def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
         "module": layer.module,
         "shape": layer.full_shape,
         "bits": layer.grid.bits,
+        "type": fmt.type_of(layer),
         "group_size": layer.grid.group_size,
         "bytes": size,
         "bits_per_weight": 8 * size / layer.size,

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.kv_cache import KVCache
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format, PackedTensor
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.tensors import FLOAT_DTYPES
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
-from ptq_cli.formats.gguf import TYPES as BLOCK_TYPES
 from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
@@ -33,7 +32,7 @@ from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.decoded import decoded_weight
-from ptq_cli.storage.gguf_file import read_gguf_header
+from ptq_cli.storage.gguf_file import SCALES, read_gguf_header
 from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
@@ -62,6 +61,7 @@ class Assembly:
     documents: dict[str, Any]
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
     kv_cache: KVCache | None = None
+    types: GgufTypes = ALL_TOLD
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class Container:
     complete: adds what belongs beside the filled files
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], tuple[str, ...]] = lambda *_: ()
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], tuple[str, ...]] = (
+        lambda *_: ()
+    )
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
 
@@ -134,7 +136,7 @@ def write_folder(
         whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
         size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
         listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
-        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
+        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source, assembly.types)
         listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
     else:
         _write_weights(out, assembly, shards, listen)
@@ -299,13 +301,14 @@ def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
 def holds_quantized(path: Path) -> bool:
     """Whether a path holds quantized weights, in whatever layout. Raises InputError.
 
-    An output of this tool without one quantized layer, like a smoothed float model, does not; a
-    GGUF file does where its types are those that are written here, others are decoded only.
+    An output of this tool without one quantized layer, like a smoothed float model, does not. A
+    GGUF file whose NVFP4 tensors have scales of their own, too, is decoded only.
     """
     gguf = gguf_of(path)
     if gguf is not None:
-        kinds = {t.spec.dtype for t in read_gguf_header(gguf).tensors}.difference(FLOAT_DTYPES)
-        return bool(kinds) and kinds <= {kind.name for kind in BLOCK_TYPES}
+        specs = [tensor.spec for tensor in read_gguf_header(gguf).tensors]
+        kinds = {spec.dtype for spec in specs}.difference(FLOAT_DTYPES)
+        return bool(kinds) and not any(spec.name.endswith(SCALES) for spec in specs)
     checkpoint = open_checkpoint(path)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
     return own not in (None, _SMOOTHED) or already_quantized(checkpoint) is not None

@@ -33,6 +33,7 @@ TYPES = {
     30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+SCALES = (".scale", ".input_scale")  # endings of what NVFP4's tensors, and inputs, may have beside
 
 _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # kind -> struct's letter
 _STRING, _ARRAY = 8, 9

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Contents, Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, FloatArray, TensorSpec
@@ -127,7 +127,10 @@ def _check_heads(spec: TensorSpec, heads: int) -> None:
 
 
 def check_gguf(
-    source: Checkpoint, layers: Sequence[Layer], skipped: Sequence[str]
+    source: Checkpoint,
+    layers: Sequence[Layer],
+    skipped: Sequence[str],
+    types: GgufTypes = ALL_TOLD,
 ) -> tuple[str, ...]:
     """Whatever could keep the file from being written, found before any work: raises InputError.
     Else a warning where a model has towers beside its text, which are no part of the file."""
@@ -139,7 +142,8 @@ def check_gguf(
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
                 values = source.read(name)
-                dense(name, values, dense_type(values, names.placing(name, config)))
+                usual = dense_type(values, names.placing(name, config))
+                dense(name, values, types.stored_as.get(name, usual))
     left = fold_names([name for name in skipped if names.in_a_tower(name)])
     return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
@@ -197,12 +201,20 @@ def _metadata(
 
 
 def write_gguf_model(
-    out: Path, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+    out: Path,
+    parts: Parts,
+    layers: Mapping[str, Layer],
+    fmt: Format,
+    source: Checkpoint,
+    types: GgufTypes = ALL_TOLD,
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names, config = names_of_model(source.config), text_config(source.config)
     usual = [_usual(layer, names) for layer in layers.values()]
-    tensors = outgoing(parts, layers, names, config)
+    own: dict[str, Any] = dict(quantized_metadata(fmt, usual))
+    if types.file_type is not None:
+        own["general.file_type"] = types.file_type
+    tensors = outgoing(parts, layers, names, config, types.stored_as)
     factors = frequency_factors(names, config)
     specs = [
         (_stacked(name, stack), sum(p.nbytes for p in stack)) for name, stack in tensors.items()
@@ -215,8 +227,9 @@ def write_gguf_model(
         yield from factors.values()
 
     path = out / NAME
-    metadata = _metadata(source, list(layers.values()), quantized_metadata(fmt, usual))
-    write_gguf(path, names.architecture, metadata, specs, arrays())
+    write_gguf(
+        path, names.architecture, _metadata(source, list(layers.values()), own), specs, arrays()
+    )
     _verify(path, tensors, usual, fmt, names)
     _verify_factors(path, factors)
 

@@ -148,7 +148,11 @@ class Outgoing:
 
 
 def outgoing(
-    parts: Parts, layers: Mapping[str, Layer], names: GgufNames, config: Mapping[str, Any]
+    parts: Parts,
+    layers: Mapping[str, Layer],
+    names: GgufNames,
+    config: Mapping[str, Any],
+    stored_as: Mapping[str, str],
 ) -> dict[str, list[Outgoing]]:
     """The tensors of the checkpoint by the names in the file, those of experts in order."""
     found: dict[str, list[tuple[int, Outgoing]]] = {}
@@ -161,7 +165,8 @@ def outgoing(
             if module in layers:
                 spec = TensorSpec(own, block_type(layers[module].grid).name, layers[module].shape)
             else:
-                kind = dense_type(_stored_values(tensor), placing)
+                usual = dense_type(_stored_values(tensor), placing)
+                kind = stored_as.get(name, usual)
                 shape = tensor.spec.shape[:: -1 if placing.transposed else 1]
                 spec = TensorSpec(own, kind, shape)
             place = names.expert(name) or 0, Outgoing(spec, tensor, placing)

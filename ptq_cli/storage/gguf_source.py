@@ -1,8 +1,8 @@
 """A GGUF file as the model that it was made from: names, shapes, config.json and the tokenizer as
 transformers has them.
 
-Floats are seen in the dtype they are stored in, quantized tensors as BF16. The gguf library decodes
-them when they are read, `matrix` gives them unrounded.
+Floats are seen in the dtype they are stored in, quantized tensors as BF16. They are decoded when
+they are read, `matrix` gives them unrounded.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf import unpermute_rows
 from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
+from ptq_cli.formats.gguf.types import TYPES, BlockType
+from ptq_cli.formats.gguf.unpack import check_blocks, unpack
 from ptq_cli.models.gguf_names import GgufNames, names_of_file
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
-from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor, library, read_gguf_header
+from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
 _ROPE_FACTORS = "rope_freqs.weight"
-_SCALES = (".scale", ".input_scale")  # of NVFP4's tensors and of their inputs
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class _Rows:
     """
 
     data: NDArray[np.uint8]
-    kind: Any
+    kind: BlockType
     scale: np.float32
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        values = unpack(self.kind, self.data[rows]).dequantized()
         with np.errstate(over="ignore", invalid="ignore"):  # whoever asked looks for NaN and inf
-            values: NDArray[np.float32] = library().dequantize(self.data[rows], self.kind)
             return values if self.scale == 1 else values * self.scale
 
 
@@ -109,7 +110,10 @@ class GgufSource(Checkpoint):
         scale = np.ones(1, np.float32)
         if place.scale is not None:
             read_into(self.weights, place.scale.offset, scale.view(np.uint8))
-        return _Rows(self._in_order(place), _library_type(place.tensor.spec.dtype), scale[0])
+        kind, data = TYPES[place.tensor.spec.dtype], self._in_order(place)
+        with stated_in(self.weights):
+            check_blocks(kind, name, data)
+        return _Rows(data, kind, scale[0])
 
     def _in_order(self, place: GgufPlace) -> NDArray[np.uint8]:
         """Bytes of the file, [rows, bytes of a row], in the order that is seen."""
@@ -186,7 +190,7 @@ def _named(header: GgufHeader, names: GgufNames) -> dict[str, GgufTensor]:
     return {
         f"{names.module_of(own)}.{own.rpartition('.')[2]}": tensor
         for tensor in header.tensors
-        if (own := tensor.spec.name) != _ROPE_FACTORS and not own.endswith(_SCALES)
+        if (own := tensor.spec.name) != _ROPE_FACTORS and not own.endswith(SCALES)
     }
 
 
@@ -237,17 +241,6 @@ def _check_packed(place: GgufPlace) -> None:
     if scale is not None and (scale.spec.dtype, scale.spec.shape) != ("F32", (1,)):
         stated = f"{scale.spec.dtype} {list(scale.spec.shape)}"
         raise InputError(f"tensor {scale.spec.name!r} is {stated}, not F32 [1]")
-    _library_type(spec.dtype)
-
-
-def _library_type(kind: str) -> Any:
-    """The gguf library's word for a type. Raises InputError where it cannot decode it."""
-    found = getattr(library("a quantized GGUF model").GGMLQuantizationType, kind, None)
-    if found is None:
-        raise InputError(
-            f"the gguf library here does not decode {kind}", hint="pip install -U gguf"
-        )
-    return found
 
 
 def _seen(name: str, tensor: GgufTensor) -> TensorSpec:

@@ -115,7 +115,7 @@ def worst_first(rows: Iterable[JsonObject]) -> list[JsonObject]:
 def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
     weight = folder.load(module)
     codes = np.bincount(weight.codes.reshape(-1), minlength=1 << weight.grid.bits)
-    scales = np.abs(weight.scales.astype(np.float64)).reshape(-1)
+    scales = np.abs(weight.float_scales().astype(np.float64)).reshape(-1)
     low, high = float(scales.min()), float(scales.max())
     if low < high:
         space = np.geomspace if low > 0 and high > 8 * low else np.linspace
