@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.text import TWO_STEPS
 from ptq_cli.errors import InputError
 from ptq_cli.models.family import Config, Family
 from ptq_cli.models.forward.rope import KINDS, Rope, read_rope
 from ptq_cli.models.gguf_family import GgufFamily
-from ptq_cli.models.gguf_names import TWO_STEPS, GgufNames
+from ptq_cli.models.gguf_names import GgufNames
 
 _SIZES = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",

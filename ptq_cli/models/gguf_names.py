@@ -8,15 +8,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ptq_cli.core.text import TWO_STEPS
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
 from ptq_cli.models.family import Family, Names, model_type
 from ptq_cli.models.gguf_family import GgufFamily
 
-TWO_STEPS = (
-    "--format ptq, which holds every model; or make a GGUF file of the model with llama.cpp's"
-    " convert_hf_to_gguf.py, and give that as MODEL"
-)
 _NORMS = {
     "attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm",
     "attention_out": "post_attention_norm", "mlp_out": "post_ffw_norm",

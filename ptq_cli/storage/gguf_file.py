@@ -188,7 +188,7 @@ def write_gguf(
     gguf = library()
     writer = gguf.GGUFWriter(None, architecture)
     kinds = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool,
-             str: writer.add_string, list: writer.add_array}  # fmt: skip
+             str: writer.add_string, list: writer.add_array, bytes: writer.add_array}  # fmt: skip
     for key, value in metadata.items():
         if key != "general.architecture":
             kinds[type(value)](key, value)
