@@ -234,7 +234,7 @@ def test_tokenizer_of_likeliest_pieces() -> None:
     {"pre_tokenizer": {"type": "WhitespaceSplit"}},
 ])  # fmt: skip
 def test_other_unigrams_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="a Unigram that .* is not covered"):
+    with pytest.raises(InputError, match=r"a Unigram that .* is not covered"):
         tokenizer_metadata({"vocab_size": 4}, UNIGRAM | change, {})
 
 
