@@ -77,8 +77,9 @@ def make_plan(
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     tree = module_tree(checkpoint.config)
     fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    types = mixed.told_of(entry.tensor for entry in skipped)
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
+    dense = [entry.tensor for entry in skipped]
+    types = mixed.told_of(dense)
+    left_out = container_of(fmt).check(checkpoint, layers, dense, types)
     check_names(checkpoint, layers, skipped, fmt)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
@@ -94,7 +95,7 @@ def make_plan(
         format=fmt.name,
         units=units,
         skipped=tuple(skipped),
-        warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
+        warnings=(*checkpoint.warnings, *left_out, *plan_warnings(units, method, source)),
         bytes_before=before,
         bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
         kv_cache=cache,

@@ -33,7 +33,8 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_NAME, GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.decoded import decoded_weight
 from ptq_cli.storage.gguf_file import SCALES, first_shard, read_gguf_header
-from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, write_gguf_model
+from ptq_cli.storage.gguf_opened import open_gguf
 from ptq_cli.storage.made import REPORT
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
@@ -74,22 +75,30 @@ class Assembly:
 class Container:
     """A way to store weights.
 
-    check: raises InputError for whatever could keep it from being written
+    check: raises InputError for whatever could keep it from being written; what is to be said
+        of tensors that are left dense
     filled: whether tensors go to their places one by one, as they are; else it is written whole,
         and those that are not quantized are cast
     complete: adds what belongs beside the filled files
     max_shard: bytes of tensors in one file, unless asked for; None: all
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], None] = lambda *_: None
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], tuple[str, ...]] = (
+        lambda *_: ()
+    )
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
     max_shard: int | None = MAX_SHARD
 
 
+def _check_onnx(*_: object) -> tuple[str, ...]:
+    onnx_library()
+    return ()
+
+
 CONTAINERS = {
     "safetensors": Container(),
-    "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
+    "onnx": Container(check=_check_onnx, complete=write_graph),
     "gguf": Container(check=check_gguf, filled=False, max_shard=None),
 }
 
@@ -227,8 +236,10 @@ class QuantizedFolder:
         return (name for name in self.checkpoint.tensors if name not in packed)
 
 
-def open_quantized(path: Path) -> QuantizedFolder:
+def open_quantized(path: Path, *, by_file: bool = False) -> QuantizedFolder:
     """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
+
+    by_file: tensors of a GGUF file have the names in it, though those of its family are known
 
     Raises:
         InputError: something else, or layers that contradict the tensors.
@@ -236,7 +247,8 @@ def open_quantized(path: Path) -> QuantizedFolder:
     gguf = gguf_of(path)
     if gguf is not None:
         fmt = format_named("gguf")
-        opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
+        root = path if path.is_dir() else None
+        opened, found = open_gguf(gguf, root, fmt, by_file=by_file)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         if opened.scaled:

@@ -1,108 +1,73 @@
-"""A model as a GGUF file: names, types and row order on the way out and back.
+"""A model as a GGUF file, written and proven (gguf_opened.py reads it back).
 
 Matrices that are not quantized become F16 (F32 where that cannot hold them), vectors F32; q and k
-of some families have their rows reordered inside each head, weights and biases alike. What is read
-back has the checkpoint's names and order. Of a model that came as GGUF everything but the rounded
-matrices is copied: storage/gguf_copy.py.
+of some families have their rows reordered inside each head, weights and biases alike. Of a model
+that came as GGUF everything but the rounded matrices is copied: gguf_copy.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
-from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.names import fold_names
+from ptq_cli.core.plugins import Format
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
-from ptq_cli.errors import FileError, InputError, stated_in
-from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
+from ptq_cli.errors import FileError, InputError
+from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.models.gguf_names import names_of_model
-from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
-from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
+from ptq_cli.models.gguf_names import GgufNames, is_stack, names_of_model
+from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, read_into
-from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
+from ptq_cli.storage.gguf_copy import check_copied, copied_keys, copied_tensors, file_type
 from ptq_cli.storage.gguf_file import ALIGNMENT, read_gguf_header
-from ptq_cli.storage.gguf_view import view_of
-from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
-from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
+from ptq_cli.storage.gguf_opened import open_gguf
+from ptq_cli.storage.gguf_placing import (
+    Outgoing,
+    Parts,
+    check_stacks,
+    dense,
+    dense_type,
+    outgoing,
+)
+from ptq_cli.storage.gguf_write import Data, OutgoingTensor, encoded_keys, pieces_of, write_gguf
+from ptq_cli.storage.tensors import quantized_metadata
 
-_DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
 _MAX_TOKENIZER = 256 << 20
-
-Parts = Sequence[tuple[str, Sequence[Bytes]]]
-
-
-@dataclass(frozen=True)
-class GgufCheckpoint(Checkpoint):
-    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row].
-
-    heads: tensors whose rows are reordered in the file, with the number of heads
-    scaled: quantized tensors whose values another tensor multiplies
-    """
-
-    heads: Mapping[str, int] = field(default_factory=dict)
-    scaled: Sequence[str] = ()
-
-    def read_bytes(self, name: str) -> NDArray[np.uint8]:
-        data = super().read_bytes(name)
-        if name not in self.heads:
-            return data
-        rows = data.reshape(self.tensors[name].spec.shape[0], -1)
-        return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
-
-    def copyable(self, name: str) -> StoredTensor | Bytes:
-        stored = self.tensors[name]
-        return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
-
-
-def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
-    """Open a GGUF file; of an architecture that is not known here, tensors have the names in the
-    file. Raises InputError."""
-    header = read_gguf_header(path)
-    _, own = quantized_entry(path, header.metadata) or ("", {})
-    view = view_of(header)
-    with stated_in(path):
-        # a block's own name is GGUF's, whatever it is called in the checkpoint
-        specs = {name: tensor.spec for name, tensor in view.tensors.items()}
-        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
-        metadata = {**header.metadata, "ptq": own}
-        layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
-        scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
-    tensors = {}
-    for name, tensor in view.tensors.items():
-        spec = replace(tensor.spec, name=name)
-        if spec.dtype not in FLOAT_DTYPES:
-            rows = prod(spec.shape[:-1])
-            spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
-        tensors[name] = StoredTensor(spec, tensor.file, tensor.offset)
-    opened = GgufCheckpoint(path, root, path, tensors, {}, heads=view.heads, scaled=scaled)
-    return opened, list(layers)
 
 
 def check_gguf(
     source: Checkpoint,
     layers: Sequence[Layer],
-    dense: Sequence[str],
+    skipped: Sequence[str],
     types: GgufTypes = ALL_TOLD,
-) -> None:
-    """Whatever could keep the file from being written, found before any work. Raises InputError."""
-    check_model(source, layers, dense)
+) -> tuple[str, ...]:
+    """Whatever could keep the file from being written, found before any work: raises InputError.
+    Else a warning where a model has towers beside its text, which are no part of the file."""
+    check_model(source, layers, skipped)
     if source.gguf is not None:
-        dense = [name for name in dense if name in types.stored_as]
-    for name in dense:
-        if name in source.tensors and not name.endswith(_DROPPED):
+        for name in types.stored_as:
+            dense(name, source.read(name), types.stored_as[name])
+        return ()
+    names, config = names_of_model(source.config), text_config(source.config)
+    for name in skipped:
+        if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                _dense(name, source.read(name), types.stored_as.get(name))
+                values = source.read(name)
+                usual = dense_type(values, names.placing(name, config))
+                dense(name, values, types.stored_as.get(name, usual))
+    left = fold_names([name for name in skipped if names.in_a_tower(name)])
+    return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -113,17 +78,17 @@ def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str
         return
     _metadata(source, layers, {})
     names = names_of_model(source.config)
-    for layer in layers:
-        names.tensor_name(layer.tensor)
+    kinds = {layer.tensor: block_type(layer.grid).name for layer in layers}
     for name in dense:
-        if name.endswith(_DROPPED):
+        if names.is_dropped(name):
             continue
-        names.tensor_name(name)
+        kinds[name] = "floats"
         if name not in source.tensors:
             continue
         spec = source.tensors[name].spec
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
+    check_stacks(names, kinds)
 
 
 def _metadata(
@@ -148,49 +113,16 @@ def _metadata(
         settings = {"chat_template": template, **settings}
     kind = file_type(layers)
     name = (source.root or source.folder).resolve().name
-    architecture = names_of_model(source.config).architecture
+    own_names, config = names_of_model(source.config), text_config(source.config)
     try:
-        model = model_metadata(source.config, architecture, name, kind)
-        words = tokenizer_metadata(source.config, tokenizer, settings)
+        keys = hyperparameters(own_names, config)
+        model = model_metadata(keys, own_names.architecture, name, kind)
+        words = tokenizer_metadata({**source.config, **config}, tokenizer, settings)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None
     return {**model, **words, **own}
-
-
-def _dense(name: str, values: Array, kind: str | None = None) -> Array:
-    """A tensor in the type that it gets; kind: that which was asked for. Raises InputError where a
-    value does not fit."""
-    return cast(name, values, kind or _dense_type(values))
-
-
-def _dense_type(values: Array) -> str:
-    """F16 for a matrix, but F32 where float16 has no digits for one of its rows; F32 for vectors.
-
-    values: the tensor as it is stored
-    """
-    if values.ndim != 2 or values.dtype == np.float16:
-        return "F16" if values.ndim == 2 else "F32"
-    with np.errstate(over="ignore"):
-        largest = np.abs(values).max(axis=1, initial=0).astype(np.float32)
-    small = (largest > 0) & (largest < LEAST_SCALES["float16"])
-    return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
-
-
-def _outgoing(
-    parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
-) -> Iterator[tuple[TensorSpec, Bytes]]:
-    """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
-    as they are staged."""
-    for name, tensors in parts:
-        for tensor in tensors:
-            if name in layers:
-                kind = block_type(layers[name].grid).name
-                yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
-            elif not name.endswith(_DROPPED):
-                kind = stored_as.get(name) or _dense_type(_stored_values(tensor))
-                yield replace(tensor.spec, dtype=kind), tensor
 
 
 @dataclass(frozen=True)
@@ -207,63 +139,92 @@ class GgufOutput:
     types: GgufTypes = ALL_TOLD
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What is written. tensors: each with what gives its data; names: of the family, None: tensors
+    go by their names in the file; layers: as they are told when the file is opened so"""
+
+    keys: Mapping[str, bytes]
+    tensors: Sequence[tuple[OutgoingTensor, Callable[[], Data]]]
+    names: GgufNames | None
+    layers: Sequence[Layer]
+    alignment: int = ALIGNMENT
+
+
 def write_gguf_model(
     out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write a GGUF file, then open it and compare every tensor with what was staged."""
-    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values()), out.said))
+    made = _copied if source.gguf is not None else _made
+    content = made(out, parts, layers, fmt, source)
+    tensors, data = zip(*content.tensors, strict=True)
+    arrays = (give() for give in data)
+    paths = write_gguf(out.path, content.keys, tensors, arrays, content.alignment, out.max_shard)
+    _verify(paths[0], tensors, data, content.keys)
+    _verify_layers(paths[0], content, fmt)
+
+
+def _copied(
+    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+) -> _Content:
+    """Of a model that came as GGUF."""
+    assert source.gguf is not None
+    view, own = source.gguf, _own_keys(out, list(layers.values()), fmt)
+    return _Content(
+        copied_keys(view, layers, own),
+        copied_tensors(source, parts, layers, out.types.stored_as),
+        view.names,
+        list(layers.values()),
+        view.header.metadata.get("general.alignment", ALIGNMENT),
+    )
+
+
+def _made(
+    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+) -> _Content:
+    """Of a model with a config.json."""
+    names, config = names_of_model(source.config), text_config(source.config)
+    usual = [_usual(layer, names) for layer in layers.values()]
+    metadata = _metadata(source, list(layers.values()), _own_keys(out, usual, fmt))
+    tensors: list[tuple[OutgoingTensor, Callable[[], Data]]] = []
+    for name, stack in outgoing(parts, layers, names, config, out.types.stored_as).items():
+        size = sum(part.nbytes for part in stack)
+        tensors.append((OutgoingTensor(_stacked(name, stack), size), partial(_placed, stack)))
+    for name, values in frequency_factors(names, config).items():
+        spec = TensorSpec(name, "F32", values.shape)
+        tensors.append((OutgoingTensor(spec, values.nbytes), partial(_as_it_is, values)))
+    return _Content(encoded_keys(metadata), tensors, names, usual)
+
+
+def _own_keys(out: GgufOutput, layers: Sequence[Layer], fmt: Format) -> dict[str, Any]:
+    own: dict[str, Any] = dict(quantized_metadata(fmt, layers, out.said))
     if out.types.file_type is not None:
         own["general.file_type"] = out.types.file_type
-    if source.gguf is not None:
-        keys = copied_keys(source.gguf, layers, own)
-        tensors, data = copied_tensors(source, parts, layers, out.types.stored_as)
-        alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
-    else:
-        keys = encoded_keys(_metadata(source, list(layers.values()), own))
-        tensors, data = _made_tensors(source, parts, layers, out.types.stored_as)
-        alignment = ALIGNMENT
-    written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
-    _verify(written[0], tensors, data, keys)
-    _verify_layers(written[0], layers, fmt)
+    return own
 
 
-def _made_tensors(
-    source: Checkpoint, parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
-) -> tuple[list[Outgoing], list[Callable[[], Data]]]:
-    """What is written of a checkpoint: GGUF's names and types, and what gives the data."""
-    names = names_of_model(source.config)
-    tensors: list[Outgoing] = []
-    data: list[Callable[[], Data]] = []
-    for spec, tensor in _outgoing(parts, layers, stored_as):
-        nbytes = spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes
-        tensors.append(Outgoing(replace(spec, name=names.tensor_name(spec.name)), nbytes))
-        heads = names.permuted_heads(spec.name.rpartition(".")[0], source.config)
-        data.append(partial(_in_order, spec, tensor, heads))
-    return tensors, data
+def _placed(stack: Sequence[Outgoing]) -> Data:
+    return [part.placed() for part in stack]
 
 
-def _in_order(spec: TensorSpec, tensor: Bytes, heads: int | None) -> Array:
-    values = _values(spec, tensor)
-    return values if heads is None else permute_rows(values, heads)
+def _as_it_is(values: Array) -> Data:
+    return values
 
 
-def _read(data: Callable[[], Data]) -> Data:
-    return data()
+def _usual(layer: Layer, names: GgufNames) -> Layer:
+    name = names.usual_name(layer.tensor)
+    return replace(layer, module=name.removesuffix(".weight"), tensor=name)
 
 
-def _values(spec: TensorSpec, tensor: Bytes) -> Array:
-    """Packed rows as bytes, dense tensors in the type they get."""
-    values = _stored_values(tensor)
-    return values if tensor.spec.dtype == "U8" else _dense(spec.name, values, spec.dtype)
-
-
-def _stored_values(tensor: Bytes) -> Array:
-    return tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
+def _stacked(name: str, stack: Sequence[Outgoing]) -> TensorSpec:
+    spec = stack[0].spec
+    experts = (len(stack),) if is_stack(name) else ()
+    return TensorSpec(name, spec.dtype, (*experts, *spec.shape))
 
 
 def _verify(
     path: Path,
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[OutgoingTensor],
     data: Sequence[Callable[[], Data]],
     keys: Mapping[str, bytes],
 ) -> None:
@@ -285,10 +246,10 @@ def _verify(
                 raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
 
 
-def _verify_layers(path: Path, layers: Mapping[str, Layer], fmt: Format) -> None:
+def _verify_layers(path: Path, content: _Content, fmt: Format) -> None:
     """The layers are told from the file. (What was copied may be quantized, too.)"""
-    _, found = open_gguf(path, None, fmt)
-    if not set(map(_told_by_headers, layers.values())) <= set(map(_told_by_headers, found)):
+    _, found = open_gguf(path, None, fmt, content.names, by_file=content.names is None)
+    if not set(map(_told_by_headers, content.layers)) <= set(map(_told_by_headers, found)):
         raise FileError(f"{path}: does not hold the layers that were written")
 
 

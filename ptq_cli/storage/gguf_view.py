@@ -12,25 +12,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.models.gguf_names import GgufNames, names_of_file
+from ptq_cli.models.gguf_names import FREQUENCY_FACTORS, GgufNames, Placing, names_of_file
 from ptq_cli.models.gguf_tensors import ARCHITECTURE, expert_name, holds_experts
 from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufView:
     """names: of the family, None: tensors go by the names in the file
     tensors: by their names in the checkpoint, `spec.name` is that in the file
-    heads: of the tensors whose rows the file orders otherwise in each head, how many
+    placings: how they stand in the file, where that may be otherwise than in the checkpoint
     """
 
     header: GgufHeader
     names: GgufNames | None
     tensors: Mapping[str, GgufTensor]
-    heads: Mapping[str, int]
+    placings: Mapping[str, Placing]
+
+    def heads(self, name: str) -> int | None:
+        """Of a tensor whose rows the file orders otherwise in each head: how many."""
+        placing = self.placings.get(name)
+        return None if placing is None else placing.heads
 
     def members(self) -> dict[str, list[str]]:
         """Each tensor of the file → its own name in the checkpoint, or that of each expert."""
@@ -79,28 +83,50 @@ def view_by_family(header: GgufHeader) -> GgufView:
     """By the names of the architecture's family. Raises InputError where it is not known, or a
     tensor is not understood."""
     architecture = str(header.metadata.get(ARCHITECTURE))
-    names = names_of_file(architecture)
-    tensors = {
-        f"{names.module_of(own)}.{own.rpartition('.')[2]}": tensor
-        for tensor in header.tensors
-        if (own := tensor.spec.name) != ROPE_FACTORS and not own.endswith(SCALES)
-    }
+    experts = bool(header.metadata.get(f"{architecture}.expert_count"))
+    return view_by_names(header, names_of_file(architecture, experts))
+
+
+def view_by_names(header: GgufHeader, names: GgufNames) -> GgufView:
+    """By a family's names. Raises InputError where a tensor is not understood."""
+    architecture = str(header.metadata.get(ARCHITECTURE))
     config = {
         "num_attention_heads": header.metadata.get(f"{architecture}.attention.head_count", 1),
         "num_key_value_heads": header.metadata.get(f"{architecture}.attention.head_count_kv"),
     }
-    heads = {}
-    for name, tensor in tensors.items():
-        if names.permuted_heads(name.rpartition(".")[0], {"num_attention_heads": 1}) is None:
+    if not all(isinstance(value, int | None) for value in config.values()):
+        raise InputError(f"{architecture}.attention.head_count is no number")
+    tensors: dict[str, GgufTensor] = {}
+    for tensor in header.tensors:
+        own, shape = tensor.spec.name, tensor.spec.shape
+        if own in FREQUENCY_FACTORS or own.endswith(SCALES):
             continue
-        if not all(isinstance(value, int | None) for value in config.values()):
-            raise InputError(f"{architecture}.attention.head_count is no number")
-        count = names.permuted_heads(name.rpartition(".")[0], config)
-        if count is None or count < 1 or tensor.spec.shape[0] % (2 * count):
-            shown = list(tensor.spec.shape)
-            raise InputError(f"tensor {tensor.spec.name!r} {shown} does not hold {count} heads")
-        heads[name] = count
-    return GgufView(header, names, tensors, heads)
+        found = names.checkpoint_names(own, shape)
+        if len(found) == 1 and len(shape) < 3:
+            tensors[found[0]] = tensor
+        elif len(shape) == 3 and shape[0] == len(found):
+            tensors |= zip(found, _experts(tensor), strict=True)
+        else:
+            raise InputError(f"tensor {own!r} has shape {list(shape)}")
+    placings = {name: names.placing(name, config) for name in tensors}
+    for name, placing in placings.items():
+        _check_heads(tensors[name].spec, placing.heads)
+    return GgufView(header, names, tensors, placings)
+
+
+def _check_heads(spec: TensorSpec, heads: int | None) -> None:
+    if heads is not None and (heads < 1 or spec.shape[0] % (2 * heads)):
+        raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
+
+
+def _experts(tensor: GgufTensor) -> list[GgufTensor]:
+    """The tensor of each expert, from that of all."""
+    count, *shape = tensor.spec.shape
+    size, spec = tensor.nbytes // count, replace(tensor.spec, shape=tuple(shape))
+    return [
+        replace(tensor, spec=spec, offset=tensor.offset + number * size, nbytes=size)
+        for number in range(count)
+    ]
 
 
 def view_by_file(header: GgufHeader) -> GgufView:
@@ -112,12 +138,8 @@ def view_by_file(header: GgufHeader) -> GgufView:
         if not holds_experts(tensor.spec):
             tensors[tensor.spec.name] = tensor
             continue
-        count, *shape = tensor.spec.shape
-        size = tensor.nbytes // count
-        for number in range(count):
-            spec = replace(tensor.spec, shape=tuple(shape))
-            part = replace(tensor, spec=spec, offset=tensor.offset + number * size, nbytes=size)
-            tensors[expert_name(spec.name, number)] = part
+        parts = _experts(tensor)
+        tensors |= {expert_name(tensor.spec.name, i): part for i, part in enumerate(parts)}
     return GgufView(header, None, tensors, {})
 
 

@@ -31,7 +31,7 @@ Data = Array | Sequence[Array] | GgufTensor
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class OutgoingTensor:
     """A tensor to be written. spec: its name in the file, ggml's type and its shape"""
 
     spec: TensorSpec
@@ -39,7 +39,8 @@ class Outgoing:
 
 
 def encoded(value: Any) -> bytes:
-    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, or a list of these (I32).
+    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, a list of these (I32), or
+    `bytes` as a list of U8.
 
     Raises:
         FileError: a number that does not fit.
@@ -47,6 +48,8 @@ def encoded(value: Any) -> bytes:
     try:
         if isinstance(value, str):
             return struct.pack("<I", _STRING) + _string(value)
+        if isinstance(value, bytes):
+            return struct.pack("<IIQ", _ARRAY, 0, len(value)) + value
         if isinstance(value, list):
             return struct.pack("<I", _ARRAY) + _list(value)
         kind, letter = _KINDS[type(value)]
@@ -75,7 +78,7 @@ def encoded_keys(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 def write_gguf(
     path: Path,
     keys: Mapping[str, bytes],
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[OutgoingTensor],
     data: Iterable[Data],
     alignment: int = ALIGNMENT,
     max_shard: int | None = None,
@@ -108,9 +111,9 @@ def write_gguf(
     return paths
 
 
-def _cut(tensors: Sequence[Outgoing], max_shard: int | None) -> list[list[Outgoing]]:
+def _cut(tensors: Sequence[OutgoingTensor], max_shard: int | None) -> list[list[OutgoingTensor]]:
     """Tensors in order, in shards of at most `max_shard` bytes; a larger one is alone in its."""
-    shards: list[list[Outgoing]] = [[]]
+    shards: list[list[OutgoingTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if max_shard is not None and shards[-1] and size + tensor.nbytes > max_shard:
@@ -137,7 +140,7 @@ def _split_keys(number: int, count: int, n_tensors: int) -> dict[str, bytes]:
     }
 
 
-def _header(keys: Mapping[str, bytes], tensors: Sequence[Outgoing], alignment: int) -> bytes:
+def _header(keys: Mapping[str, bytes], tensors: Sequence[OutgoingTensor], alignment: int) -> bytes:
     """All that stands before the data, filled up to the alignment."""
     parts = [b"GGUF", struct.pack("<IQQ", _VERSION, len(tensors), len(keys))]
     parts += [_string(key) + value for key, value in keys.items()]
@@ -152,7 +155,7 @@ def _header(keys: Mapping[str, bytes], tensors: Sequence[Outgoing], alignment: i
     return header.ljust(aligned(len(header), alignment), b"\0")
 
 
-def _put(file: BinaryIO, data: Data, tensor: Outgoing, alignment: int) -> None:
+def _put(file: BinaryIO, data: Data, tensor: OutgoingTensor, alignment: int) -> None:
     """Write a tensor's data, and zeros up to the alignment."""
     written = 0
     for piece in pieces_of(data):

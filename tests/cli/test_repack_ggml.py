@@ -1,5 +1,5 @@
-"""`ptq pack` of GGUF's types: into the native format and back every byte is kept; what holds them not
-says so in one line."""
+"""`ptq pack` of GGUF's types: every byte is kept in the native format and back; formats that do not
+hold them say so in one line."""
 
 from __future__ import annotations
 

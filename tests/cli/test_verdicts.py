@@ -174,7 +174,9 @@ def test_what_is_packed_and_declared_dense_by_its_name_in_the_runtime(tmp_path):
 
 
 def test_formats_are_offered_only_where_they_hold_the_model(tmp_path):
-    for source, hint in ((llama(tmp_path / "m"), True), (mixtral(tmp_path / "x"), False)):
+    unheld = llama(tmp_path / "x", "stablelm")
+    sources = ((llama(tmp_path / "m"), True), (mixtral(tmp_path / "y"), True), (unheld, False))
+    for source, hint in sources:
         outcome = ptq("pack", source, "-g", 32, "--runtime", "llama.cpp", "-o", "out", "--force")
         assert ("--format gguf" in outcome.err) is hint
         found, why = verdict("out", "llama.cpp")
