@@ -6,12 +6,13 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
+from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.core.layer import Layer, Misfit, Plan
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
@@ -86,8 +87,6 @@ def make_plan(
     units = plan_units(layers, method, source, missing, included.keys(), sites)
     check_calibrated(units)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-    rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
-    specs = [*(cache.specs() if cache else ()), *(x for own in layers for x in fmt.specs(own))]
     return Plan(
         method=method.name,
         settings=(settings, method_settings),
@@ -96,7 +95,18 @@ def make_plan(
         skipped=tuple(skipped),
         warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
         bytes_before=before,
-        bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
+        bytes_after=before + _growth(checkpoint, layers, fmt, cache),
         kv_cache=cache,
         types=types,
     )
+
+
+def _growth(
+    checkpoint: Checkpoint, layers: Iterable[Layer], fmt: Format, cache: KVCache | None
+) -> int:
+    """Bytes by which a checkpoint grows where layers are packed: below 0 as a rule."""
+    grown = sum(spec.nbytes for spec in cache.specs()) if cache else 0
+    for layer in layers:
+        grown += sum(spec.nbytes for spec in fmt.specs(layer))
+        grown -= checkpoint.tensors[layer.tensor].spec.nbytes
+    return grown
