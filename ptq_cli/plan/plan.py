@@ -13,7 +13,7 @@ from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.kv_cache import KVCache
-from ptq_cli.core.layer import Layer, Misfit, Plan
+from ptq_cli.core.layer import GgufTypes, Layer, Misfit, Plan, Skipped
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
@@ -76,11 +76,8 @@ def make_plan(
     kept = check_layers(wanted, fmt, settings, sites, unasked, unread)
     layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
-    tree = module_tree(checkpoint.config)
-    fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
     types = mixed.told_of(entry.tensor for entry in skipped)
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
-    check_names(checkpoint, layers, skipped, fmt)
+    _check_writable(checkpoint, layers, skipped, fmt, types)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
@@ -99,6 +96,19 @@ def make_plan(
         kv_cache=cache,
         types=types,
     )
+
+
+def _check_writable(
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    skipped: Sequence[Skipped],
+    fmt: Format,
+    types: GgufTypes,
+) -> None:
+    """Refuse what could not be declared, stored or named. Raises InputError."""
+    fmt.config(layers, dense_modules(skipped), module_tree(checkpoint.config))
+    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
+    check_names(checkpoint, layers, skipped, fmt)
 
 
 def _growth(
