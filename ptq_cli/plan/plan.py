@@ -82,7 +82,7 @@ def make_plan(
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
     units = plan_units(layers, method, source, missing, included.keys(), sites)
-    check_calibrated(units)
+    check_calibrated(units, source)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     return Plan(
         method=method.name,
