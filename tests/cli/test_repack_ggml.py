@@ -15,8 +15,16 @@ from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
 from tests.builders import ptq
 from tests.formats.ggml_weights import ggml_layer, ggml_weight, same_numbers
-from tests.storage.gguf_files import HEAD, HEADS, INNER, SHAPES, VOCAB, WIDTH, tensors
-from tests.storage.gguf_files import write_gguf_file
+from tests.storage.gguf_files import (
+    HEAD,
+    HEADS,
+    INNER,
+    SHAPES,
+    VOCAB,
+    WIDTH,
+    tensors,
+    write_gguf_file,
+)
 
 pytest.importorskip("gguf")
 
