@@ -113,8 +113,8 @@ def _unit(site: str | None, members: list[Layer], method: Method, source: Source
     nearest = None
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
-        if is_embedding(members[0].module):
-            nearest = "it has no inputs"
+        if source is not None and is_embedding(members[0].module):
+            nearest = None  # its rows are looked up: there are no inputs, all columns count alike
         members = [replace(layer, reordered=False) for layer in members]
     return Unit(
         name=members[0].module,
@@ -182,12 +182,7 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
             "NO CALIBRATION: every layer is rounded to nearest. Give --calibration FILE or"
             " --activations DIR; --require-calibration makes this an error"
         ]
-    nearest = [
-        layer.module
-        for unit in units
-        for layer in unit.layers
-        if unit.nearest and not is_embedding(layer.module)  # which has no inputs
-    ]
+    nearest = [layer.module for unit in units for layer in unit.layers if unit.nearest]
     warnings = []
     if nearest:
         warnings.append(

@@ -367,6 +367,10 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return config
 
 
+def is_gguf_file(path: Path) -> bool:
+    return path.suffix == GGUF_SUFFIX and not path.is_dir()
+
+
 def gguf_of(path: Path) -> Path | None:
     """The GGUF file that `path` names, or holds as its only weights."""
     if not path.is_dir():
