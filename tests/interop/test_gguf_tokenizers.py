@@ -29,7 +29,8 @@ SIZE = 800
 TEXTS = [
     "Hello world", "two  spaces   here ", "I'm you'RE they've 12345 67", "", "x",
     "tabs\tand\nnew\n\n\nlines  \n x", "def f(x):\n    return x + 1  # ünï", "a/b//c\r\n\r\n",
-    "Ünïcödé straße été русский язык 日本語 中文 العربية 🙂", "one</s> <s> two <unk>three", "one</s><s>two<unk>three",
+    "Ünïcödé straße été русский язык 日本語 中文 العربية 🙂", "one</s> <s> two <unk>three",
+    "one</s><s>two<unk>three",
     "don't WON'T HelloWorld XMLHttp 3.14159 $%^&*()_+", "ａｂｃ ① ½", "\u00a0nbsp\u3000wide",
 ]  # fmt: skip
 KINDS = [*SPLITS, "gpt-2", "smollm", "command-r", "llama", "gemma", "t5"]
@@ -37,7 +38,7 @@ KINDS = [*SPLITS, "gpt-2", "smollm", "command-r", "llama", "gemma", "t5"]
 
 def corpus() -> list[str]:
     texts = [path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))[:6]]
-    return [*texts, *TEXTS * 20]
+    return [*texts, *[text for text in TEXTS if "</s>" not in text] * 20]
 
 
 def of_bytes(kind: str) -> Any:
