@@ -231,7 +231,7 @@ def _names(family: Family, gguf: GgufFamily) -> GgufNames:
 def _inside_a_block(names: Names) -> dict[str, str]:
     inside = {names.output: "attn_output"}
     inside |= zip(names.qkv, _QKV[len(names.qkv)], strict=True)
-    if names.mlp_out:
+    if names.experts is None:  # in llama.cpp all blocks of a mixture have experts
         inside |= zip(names.mlp_in, _MLP_IN[len(names.mlp_in)], strict=True)
         inside[names.mlp_out] = "ffn_down"
     if experts := names.experts:

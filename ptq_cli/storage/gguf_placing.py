@@ -72,14 +72,13 @@ def check_stacks(names: GgufNames, kinds: Mapping[str, str]) -> None:
     for own, stack in stacks.items():
         if sorted(stack) != list(range(len(stack))):
             raise InputError(f"gguf has one tensor of all experts, {own}, and some are missing")
-        first, *others = (stack[expert] for expert in sorted(stack))
-        for other in others:
-            if kinds[other] != kinds[first]:
-                raise InputError(
-                    f"{first} has {kinds[first]} and {other} {kinds[other]}, but gguf has one"
-                    f" tensor of all experts, {own}",
-                    hint="give all experts of a block the same bits and symmetry",
-                )
+        found = {kinds[name]: expert for expert, name in sorted(stack.items(), reverse=True)}
+        if len(found) > 1:
+            said = ", ".join(f"{expert} has {kind}" for kind, expert in list(found.items())[::-1])
+            raise InputError(
+                f"gguf has one tensor of all experts, {own}: {said}",
+                hint="give all experts of a block the same bits and symmetry, or leave out all",
+            )
 
 
 def dense(name: str, values: Array, kind: str) -> Array:
