@@ -89,7 +89,9 @@ def open_gguf(
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
     }
     with stated_in(path):
-        names = names or names_of_file(architecture, f"{architecture}.expert_count" in metadata)
+        if names is None:
+            names = names_of_file(architecture, f"{architecture}.expert_count" in metadata)
+            names = names.called_as([f"{module}.weight" for module in own])
         found = dict(tensors_of(header, names))
         specs = {name: tensor.spec for name, tensor in found.items()}
         layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
@@ -210,8 +212,8 @@ def write_gguf_model(
 ) -> None:
     """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
     names, config = names_of_model(source.config), text_config(source.config)
-    usual = [_usual(layer, names) for layer in layers.values()]
-    own: dict[str, Any] = dict(quantized_metadata(fmt, usual))
+    names = names.called_as([layer.tensor for layer in layers.values()])
+    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values())))
     if types.file_type is not None:
         own["general.file_type"] = types.file_type
     tensors = outgoing(parts, layers, names, config, types.stored_as)
@@ -230,13 +232,8 @@ def write_gguf_model(
     write_gguf(
         path, names.architecture, _metadata(source, list(layers.values()), own), specs, arrays()
     )
-    _verify(path, tensors, usual, fmt, names)
+    _verify(path, tensors, list(layers.values()), fmt, names)
     _verify_factors(path, factors)
-
-
-def _usual(layer: Layer, names: GgufNames) -> Layer:
-    name = names.usual_name(layer.tensor)
-    return replace(layer, module=name.removesuffix(".weight"), tensor=name)
 
 
 def _stacked(name: str, stack: Sequence[Outgoing]) -> TensorSpec:

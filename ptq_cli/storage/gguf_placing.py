@@ -111,7 +111,7 @@ def dense_type(values: Array, placing: Placing) -> str:
 class Outgoing:
     """A tensor on its way into the file.
 
-    spec: its usual name in checkpoints, ggml's type, and its shape in the file
+    spec: its name in the checkpoint, ggml's type, and its shape in the file
     tensor: as it is staged
     """
 
@@ -160,14 +160,14 @@ def outgoing(
             name = tensor.spec.name
             if module not in layers and names.is_dropped(name):
                 continue
-            placing, own = names.placing(name, config), names.usual_name(name)
+            placing = names.placing(name, config)
             if module in layers:
-                spec = TensorSpec(own, block_type(layers[module].grid).name, layers[module].shape)
+                spec = TensorSpec(name, block_type(layers[module].grid).name, layers[module].shape)
             else:
                 usual = dense_type(_stored_values(tensor), placing)
                 kind = stored_as.get(name, usual)
                 shape = tensor.spec.shape[:: -1 if placing.transposed else 1]
-                spec = TensorSpec(own, kind, shape)
+                spec = TensorSpec(name, kind, shape)
             place = names.expert(name) or 0, Outgoing(spec, tensor, placing)
             found.setdefault(names.tensor_name(name), []).append(place)
     return {own: _of_one_type(sorted(stack, key=itemgetter(0))) for own, stack in found.items()}

@@ -98,7 +98,8 @@ def test_experts_are_parts_of_one_tensor() -> None:
     ]
     as_in_memory = "model.layers.3.mlp.experts.12.w2.weight"
     assert names.tensor_name(as_in_memory) == "blk.3.ffn_down_exps.weight"
-    assert names.usual_name(as_in_memory) == expert
+    called = names.called_as([as_in_memory]).checkpoint_names("blk.0.ffn_up_exps.weight", (1, 8, 8))
+    assert called == ["model.layers.0.mlp.experts.0.w3.weight"]
     assert names_of_file("llama", experts=True).modules == names.modules
 
 
@@ -107,7 +108,8 @@ def test_other_prefixes() -> None:
     for prefix in ("", "transformer."):
         assert gpt2.tensor_name(f"{prefix}wpe.weight") == "position_embd.weight"
         assert gpt2.tensor_name(f"{prefix}h.1.attn.c_attn.bias") == "blk.1.attn_qkv.bias"
-        assert gpt2.usual_name(f"{prefix}h.1.ln_2.bias") == "transformer.h.1.ln_2.bias"
+        called = gpt2.called_as([f"{prefix}h.1.mlp.c_fc.weight"])
+        assert called.checkpoint_names("blk.0.ffn_norm.bias", (8,)) == [f"{prefix}h.0.ln_2.bias"]
         assert gpt2.is_dropped(f"{prefix}h.1.attn.bias")
     gemma3 = names_of_model({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
     for prefix in ("model.", "language_model.model.", "model.language_model."):

@@ -137,6 +137,8 @@ def test_conv1d_is_transposed() -> None:
     assert keys["gpt2.feed_forward_length"] == 256
     assert keys["gpt2.attention.layer_norm_epsilon"] == np.float32(1e-5)
     assert not any("mask" in name for name in values)
+    outcome = ptq("eval", "model", "out")
+    assert outcome.code == 0, outcome.err
 
 
 def test_gains_that_are_one_more() -> None:
