@@ -155,15 +155,16 @@ def _grid(layer: Mapping[str, Any]) -> str:
     return f"{layer['bits']} bits {shared}"
 
 
+def type_counts(found: Mapping[str, Any]) -> str:
+    """`25 Q4_K, 5 Q6_K, 9 F32, 4.92 bits per weight`"""
+    types = ", ".join(f"{own['tensors']} {kind}" for kind, own in found["types"].items())
+    bits = found["bits_per_weight"]
+    return types if bits is None else f"{types}, {bits:.2f} bits per weight"
+
+
 def mixed(found: Mapping[str, Any], width: int) -> list[str]:
     """The types of a GGUF file, and which of llama.cpp's mixes it is."""
-    types = ", ".join(f"{own['tensors']} {kind}" for kind, own in found["types"].items())
-    bits = (
-        ""
-        if found["bits_per_weight"] is None
-        else f", {found['bits_per_weight']:.2f} bits per weight"
-    )
-    lines = [f"types: {types}{bits}", _mix(found)]
+    lines = [f"types: {type_counts(found)}", _mix(found)]
     groups: dict[tuple[str, str], list[str]] = {}
     for name, (kind, wanted) in found["differing"].items():
         groups.setdefault((kind, wanted), []).append(name)
@@ -171,7 +172,7 @@ def mixed(found: Mapping[str, Any], width: int) -> list[str]:
         f"  {kind} instead of {wanted} ({len(names)}): {_folded(names, width)}"
         for (kind, wanted), names in groups.items()
     ]
-    return [line for line in lines if line]
+    return lines
 
 
 def _mix(found: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def prepare(
     settings = make_settings(GridSettings, given, values)
     jobs.check_mix(settings.scheme, given, recipe)
     own = make_settings(how.settings, given, values)
-    checkpoint = open_float(Path(model))
+    checkpoint = open_float(Path(model), any_architecture=by_names_alone(settings, source))
     found = None
     if not packs:
         correct, couple = how.corrects_drift(own), how.couples_rows(own)
@@ -83,6 +83,11 @@ def prepare(
     inputs = jobs.fingerprints(checkpoint, found)
     work = Quantization(command, plan, checkpoint, found, rounding, settings, inputs)
     return jobs.quantization_job(work, target, {"fallback": fallback})
+
+
+def by_names_alone(settings: GridSettings, source: SourceSettings) -> bool:
+    """Whether a model in GGUF need not be understood: its file is copied, and nobody runs it."""
+    return format_named(settings.format).container == "gguf" and not source.tokens.given
 
 
 def _kept(folder: QuantizedFolder, words: str) -> str:
@@ -120,6 +125,7 @@ def _prepare_repack(
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
+    jobs.check_output_name(target, settings.format)
     checkpoint, fmt = folder.checkpoint, format_named(settings.format)
 
     def job(*, trial: bool) -> jobs.Job:

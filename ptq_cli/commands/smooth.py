@@ -101,6 +101,8 @@ def prepare_smoothing(
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
     couple = told.rounding.how.couples_rows(told.rounding.settings)
+    if source.imatrix is not None:
+        raise InputError(f"--imatrix does nothing for {command}, which needs inputs themselves")
     found = find_source(checkpoint, source, correct=True, couple=couple)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, checkpoint.path)

@@ -48,6 +48,11 @@ class Placing:
     plus_one: bool = False
     exact: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether bytes of the file are others than those of the checkpoint."""
+        return self.heads is not None or self.transposed or self.plus_one
+
 
 @dataclass(frozen=True)
 class GgufNames:
@@ -203,30 +208,27 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     return replace(_names(family, family.gguf), towers=towers)
 
 
-def names_of_file(architecture: str, experts: bool = False) -> GgufNames:
-    """The names in a file, by its `general.architecture` and whether it has experts. Raises
-    InputError for an architecture that is not known."""
-    for family in FAMILIES:
-        if family.gguf is None or family.gguf.architecture != architecture:
-            continue
-        if (family.names.experts is not None) == experts:
-            return _names(family, family.gguf)
-    known = ", ".join(dict.fromkeys(f.gguf.architecture for f in FAMILIES if f.gguf))
+def names_of_file(architecture: str) -> GgufNames:
+    """The names in a file of which a checkpoint is made again, by its `general.architecture`.
+    Raises InputError for another one."""
+    known = {f.gguf.architecture: f for f in FAMILIES if f.gguf and f.gguf.readable}
+    family = known.get(architecture)
+    if family is not None and family.gguf is not None:
+        return _names(family, family.gguf)
     message = f"gguf: general.architecture {architecture!r} is not understood"
-    raise InputError(message, hint=f"known are {known}; or start from the float model")
+    words = ", ".join(known)
+    hint = f"known are {words}; every other one becomes GGUF again: --format gguf, no --tokens"
+    raise InputError(message, hint=hint)
 
 
 def _names(family: Family, gguf: GgufFamily) -> GgufNames:
     names, inside = family.names, _inside_a_block(family.names)
     variants = []
     for prefix in names.prefixes:
+        block = f"{prefix}{names.blocks}.{{}}."
         for own, usual in (("", ""), *gguf.aliases):
-            block = f"{prefix}{names.blocks}.{{}}."
-            modules = {
-                f"{block}{own + name.removeprefix(usual) if name.startswith(usual) else name}": stored
-                for name, stored in inside.items()
-            }
-            variants.append({**modules, **_beside_blocks(names, gguf, prefix)})
+            modules = {block + name.replace(usual, own, 1): to for name, to in inside.items()}
+            variants.append(modules | _beside_blocks(names, gguf, prefix))
     return GgufNames(family, gguf, tuple(variants))
 
 

@@ -36,8 +36,6 @@ from ptq_cli.plan.mixes import (
 )
 from ptq_cli.plan.name_patterns import matches, patterns
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.companions import GGUF_SUFFIX
-from ptq_cli.storage.gguf_file import read_gguf_header
 
 HOLDING = ("gguf", "ptq")  # formats that hold every type
 
@@ -121,21 +119,14 @@ def known_type(where: str, word: Any) -> str:
 def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:
     """GGUF's names of those tensors that have one. Raises InputError for a model that GGUF does
     not hold here."""
-    try:
-        names = names_of_model(checkpoint.config)
-    except InputError:
-        if not _is_gguf(checkpoint):
-            raise
-        return {name: name for name in checkpoint.tensors}
+    if checkpoint.gguf is not None:
+        return {name: tensor.spec.name for name, tensor in checkpoint.gguf.tensors.items()}
+    names = names_of_model(checkpoint.config)
     found = {}
     for name in checkpoint.tensors:
         with suppress(InputError):
             found[name] = names.tensor_name(name)
     return found
-
-
-def _is_gguf(checkpoint: Checkpoint) -> bool:
-    return checkpoint.weights.name.endswith(GGUF_SUFFIX)
 
 
 def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -145,7 +136,7 @@ def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple
         members.setdefault(own, []).append(name)
     shapes = {}
     family = family_of(checkpoint.config)
-    transposed = family is not None and family.transposed and not _is_gguf(checkpoint)
+    transposed = family is not None and family.transposed and checkpoint.gguf is None
     for own, stored in members.items():
         shape = checkpoint.tensors[stored[0]].spec.shape
         if transposed and own.startswith("blk."):
@@ -156,8 +147,8 @@ def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple
 
 def model_facts(checkpoint: Checkpoint, important: bool) -> ModelFacts:
     """What a mix asks of a model, from a GGUF file's key-values or from config.json."""
-    if _is_gguf(checkpoint):
-        return facts_of_metadata(read_gguf_header(checkpoint.weights).metadata, important)
+    if checkpoint.gguf is not None:
+        return facts_of_metadata(checkpoint.gguf.header.metadata, important)
     family = family_of(checkpoint.config)
     settings = dict(checkpoint.config) if family is None else family.settings(checkpoint.config)
     heads = _whole(settings.get("num_attention_heads"), 1)

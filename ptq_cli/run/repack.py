@@ -341,4 +341,6 @@ def _assembly(
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config, folder.kv_cache)
+    own, said = list(parts.items()), staging.said(documents["report.json"])
+    cache = folder.kv_cache
+    return Assembly(own, layers, dense, job.fmt, documents, config, cache, alone=said)

@@ -1,14 +1,15 @@
-"""A model as one GGUF file: names, types and row order on the way out and back.
+"""A model as a GGUF file: names, types and row order on the way out and back.
 
-Matrices that are not quantized become F16 (F32 where that cannot hold them), vectors F32; q and k
-of some families have their rows reordered inside each head, weights and biases alike. What is read
-back has the checkpoint's names and order.
+How tensors stand there is told in storage/gguf_placing.py. What is read back has the checkpoint's
+names and order. Of a model that came as GGUF everything but the rounded matrices is copied:
+storage/gguf_copy.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,29 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, FloatArray, TensorSpec
+from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
-from ptq_cli.formats import fused
 from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.family import text_config
-from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
-from ptq_cli.models.gguf_names import GgufNames, Placing, is_stack, names_of_file, names_of_model
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import Placing, names_of_model
+from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_into
-from ptq_cli.storage.gguf_file import GgufTensor, library, read_gguf_header, write_gguf
+from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
+from ptq_cli.storage.gguf_file import ALIGNMENT, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.gguf_placing import (
-    Outgoing,
     Parts,
     check_stacks,
-    dense,
     dense_type,
-    outgoing,
-    tensors_of,
+    made_tensors,
     unplaced,
 )
+from ptq_cli.storage.gguf_view import GgufView, view_by_names, view_of
+from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
-NAME = "model.gguf"
 _MAX_TOKENIZER = 256 << 20
 
 
@@ -52,9 +52,11 @@ class GgufCheckpoint(Checkpoint):
     expert's tensors are its own.
 
     placings: of tensors that stand in the file otherwise than in the checkpoint
+    scaled: quantized tensors whose values another tensor multiplies
     """
 
     placings: Mapping[str, Placing] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         data, spec = super().read_bytes(name), self.tensors[name].spec
@@ -71,61 +73,62 @@ class GgufCheckpoint(Checkpoint):
 
 
 def open_gguf(
-    path: Path, root: Path | None, fmt: Format, names: GgufNames | None = None
+    path: Path, root: Path | None, fmt: Format, config: Mapping[str, Any] | None = None
 ) -> tuple[GgufCheckpoint, list[Layer]]:
-    """Open a GGUF file of a known architecture.
+    """Open a GGUF file; of an architecture that is not known here, tensors have the names in the
+    file.
 
-    names: of its family, where that is known from elsewhere
+    config: the model's config.json where there is one: it tells more families
 
     Raises:
-        InputError: another architecture, or a tensor that is not understood.
+        InputError: a damaged file, or blocks of a type that is not understood.
     """
     header = read_gguf_header(path)
     _, own = quantized_entry(path, header.metadata) or ("", {})
-    metadata = {**header.metadata, "ptq": own}
-    architecture = str(metadata.get("general.architecture"))
-    config = {
-        "num_attention_heads": metadata.get(f"{architecture}.attention.head_count", 1),
-        "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv"),
-    }
+    view = _view(header, config or {}, [f"{module}.weight" for module in own])
     with stated_in(path):
-        if names is None:
-            names = names_of_file(architecture, f"{architecture}.expert_count" in metadata)
-            names = names.called_as([f"{module}.weight" for module in own])
-        found = dict(tensors_of(header, names))
-        specs = {name: tensor.spec for name, tensor in found.items()}
-        layers = fmt.layers(Contents(metadata, config, specs, lambda name: np.empty(0)))
-        tensors, placings, transposed = {}, {}, set()
-        for name, tensor in found.items():
-            placing = names.placing(name, config)
-            if placing.transposed and tensor.spec.dtype not in FLOAT_DTYPES:
-                transposed.add(name)  # packed rows are those of the transposed matrix
-                placing = replace(placing, transposed=False)
-            if placing.heads is not None:
-                _check_heads(tensor.spec, placing.heads)
-            tensors[name] = StoredTensor(_seen(name, tensor, placing), path, tensor.offset)
-            if replace(placing, exact=False) != Placing():
-                placings[name] = placing
-    opened = GgufCheckpoint(path, root, path, tensors, {}, placings=placings)
+        # a block's own name is GGUF's, whatever it is called in the checkpoint
+        specs = {name: tensor.spec for name, tensor in view.tensors.items()}
+        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
+        metadata = {**header.metadata, "ptq": own}
+        layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
+        scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
+    placings = {name: place for name, place in view.placings.items() if place.changes}
+    packed = {layer.tensor: placings.get(layer.tensor, Placing()) for layer in layers}
+    # packed rows are those of the transposed matrix already
+    placings |= {name: replace(p, transposed=False) for name, p in packed.items() if p.changes}
+    tensors = {
+        name: StoredTensor(_seen(name, tensor, placings), tensor.file, tensor.offset)
+        for name, tensor in view.tensors.items()
+    }
+    opened = GgufCheckpoint(path, root, path, tensors, {}, placings=placings, scaled=scaled)
     return opened, [
         replace(layer, transposed=True, full_shape=layer.shape[::-1])
-        if layer.tensor in transposed
+        if packed[layer.tensor].transposed
         else layer
         for layer in layers
     ]
 
 
-def _seen(name: str, tensor: GgufTensor, placing: Placing) -> TensorSpec:
-    """A tensor as it is in a checkpoint."""
+def _view(header: GgufHeader, config: Mapping[str, Any], names: Sequence[str]) -> GgufView:
+    """By the names of the family that config.json names, where it is that of the file and all
+    tensors have one. names: of some tensors, for families that have several"""
+    try:
+        family = names_of_model(config)
+        if family.architecture == header.metadata.get(ARCHITECTURE):
+            return view_by_names(header, family.called_as(names))
+    except InputError:
+        pass
+    return view_of(header)
+
+
+def _seen(name: str, tensor: GgufTensor, placings: Mapping[str, Placing]) -> TensorSpec:
     spec = replace(tensor.spec, name=name)
     if spec.dtype not in FLOAT_DTYPES:
-        return TensorSpec(name, "U8", (spec.shape[0], tensor.nbytes // spec.shape[0]))
-    return replace(spec, shape=spec.shape[::-1]) if placing.transposed else spec
-
-
-def _check_heads(spec: TensorSpec, heads: int) -> None:
-    if not isinstance(heads, int) or heads < 1 or spec.shape[0] % (2 * heads):
-        raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
+        rows = prod(spec.shape[:-1])
+        return TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
+    turned = name in placings and placings[name].transposed
+    return replace(spec, shape=spec.shape[::-1]) if turned else spec
 
 
 def check_gguf(
@@ -136,16 +139,19 @@ def check_gguf(
 ) -> tuple[str, ...]:
     """Whatever could keep the file from being written, found before any work: raises InputError.
     Else a warning where a model has towers beside its text, which are no part of the file."""
-    library()
     check_model(source, layers, skipped)
+    if source.gguf is not None:
+        for name in [name for name in skipped if name in types.stored_as]:
+            if name in source.tensors and len(source.tensors[name].spec.shape) == 2:
+                cast(name, source.read(name), types.stored_as[name])
+        return ()
     names, config = names_of_model(source.config), text_config(source.config)
     for name in skipped:
         if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                values = source.read(name)
-                usual = dense_type(values, names.placing(name, config))
-                dense(name, values, types.stored_as.get(name, usual))
+                values, placing = source.read(name), names.placing(name, config)
+                cast(name, values, types.stored_as.get(name) or dense_type(values, placing))
     left = fold_names([name for name in skipped if names.in_a_tower(name)])
     return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
@@ -153,6 +159,9 @@ def check_gguf(
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
     """What has no place in a GGUF file by config.json, the tokenizer, names and headers. Raises
     InputError."""
+    if source.gguf is not None:
+        check_copied(source.gguf, layers)
+        return
     _metadata(source, layers, {})
     names = names_of_model(source.config)
     kinds = {layer.tensor: block_type(layer.grid).name for layer in layers}
@@ -188,7 +197,7 @@ def _metadata(
         with named(source.folder / "chat_template.jinja"):
             template = (source.folder / "chat_template.jinja").read_text("utf-8")
         settings = {"chat_template": template, **settings}
-    kind = block_type(fused.commonest(layers).grid).name
+    kind = file_type(layers)
     name = (source.root or source.folder).resolve().name
     own_names, config = names_of_model(source.config), text_config(source.config)
     try:
@@ -202,70 +211,75 @@ def _metadata(
     return {**model, **words, **own}
 
 
+@dataclass(frozen=True)
+class GgufOutput:
+    """Where a model is written, and what is said of it.
+
+    path: the file, or what those of several are named by; max_shard: bytes of tensors in one
+    said: what the key `ptq` says beside the layers; types: what the layers do not tell
+    """
+
+    path: Path
+    max_shard: int | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+    types: GgufTypes = ALL_TOLD
+
+
 def write_gguf_model(
-    out: Path,
-    parts: Parts,
-    layers: Mapping[str, Layer],
-    fmt: Format,
-    source: Checkpoint,
-    types: GgufTypes = ALL_TOLD,
+    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
-    """Write model.gguf into `out`, then open it and compare every tensor with what was staged."""
-    names, config = names_of_model(source.config), text_config(source.config)
-    names = names.called_as([layer.tensor for layer in layers.values()])
-    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values())))
-    if types.file_type is not None:
-        own["general.file_type"] = types.file_type
-    tensors = outgoing(parts, layers, names, config, types.stored_as)
-    factors = frequency_factors(names, config)
-    specs = [
-        (_stacked(name, stack), sum(p.nbytes for p in stack)) for name, stack in tensors.items()
-    ]
-    specs += [(TensorSpec(n, "F32", v.shape), v.nbytes) for n, v in factors.items()]
-
-    def arrays() -> Iterator[Array]:
-        for stack in tensors.values():
-            yield stack[0].placed() if len(stack) == 1 else np.stack([p.placed() for p in stack])
-        yield from factors.values()
-
-    path = out / NAME
-    write_gguf(
-        path, names.architecture, _metadata(source, list(layers.values()), own), specs, arrays()
-    )
-    _verify(path, tensors, list(layers.values()), fmt, names)
-    _verify_factors(path, factors)
+    """Write a GGUF file, then open it and compare every tensor with what was staged."""
+    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values()), out.said))
+    if out.types.file_type is not None:
+        own["general.file_type"] = out.types.file_type
+    if source.gguf is not None:
+        keys = copied_keys(source.gguf, layers, own)
+        tensors, data = copied_tensors(source, parts, layers, out.types.stored_as)
+        alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
+    else:
+        keys = encoded_keys(_metadata(source, list(layers.values()), own))
+        tensors, data = made_tensors(source, parts, layers, out.types.stored_as)
+        alignment = ALIGNMENT
+    written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
+    _verify(written[0], tensors, data, keys)
+    _verify_layers(written[0], layers, fmt, source.config)
 
 
-def _stacked(name: str, stack: Sequence[Outgoing]) -> TensorSpec:
-    spec = stack[0].spec
-    experts = (len(stack),) if is_stack(name) else ()
-    return TensorSpec(name, spec.dtype, (*experts, *spec.shape))
+def _read(data: Callable[[], Data]) -> Data:
+    return data()
 
 
 def _verify(
     path: Path,
-    tensors: Mapping[str, Sequence[Outgoing]],
-    layers: Sequence[Layer],
-    fmt: Format,
-    names: GgufNames,
+    tensors: Sequence[Outgoing],
+    data: Sequence[Callable[[], Data]],
+    keys: Mapping[str, bytes],
 ) -> None:
-    opened, found = open_gguf(path, None, fmt, names)
-    written = [part for stack in tensors.values() for part in stack]
-    same = set(map(_told_by_headers, found)) == set(map(_told_by_headers, layers))
-    if not same or list(opened.tensors) != [part.spec.name for part in written]:
+    """Raises FileError where the file does not hold what was to be written."""
+    header = read_gguf_header(path)
+    if any(header.encoded(key) != value for key, value in keys.items()):
+        raise FileError(f"{path}: its key-values read back different")
+    if [(tensor.spec, tensor.nbytes) for tensor in header.tensors] != [
+        (tensor.spec, tensor.nbytes) for tensor in tensors
+    ]:
+        raise FileError(f"{path}: does not hold the tensors that were written")
+    for tensor, own in zip(header.tensors, data, strict=True):
+        place = tensor.offset
+        for piece in pieces_of(own()):
+            back = np.empty(len(piece), np.uint8)
+            read_into(tensor.file, place, back)
+            place += len(piece)
+            if not np.array_equal(back, piece):
+                raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
+
+
+def _verify_layers(
+    path: Path, layers: Mapping[str, Layer], fmt: Format, config: Mapping[str, Any]
+) -> None:
+    """The layers are told from the file. (What was copied may be quantized, too.)"""
+    _, found = open_gguf(path, None, fmt, config)
+    if not set(map(_told_by_headers, layers.values())) <= set(map(_told_by_headers, found)):
         raise FileError(f"{path}: does not hold the layers that were written")
-    for part in written:
-        if not np.array_equal(opened.read(part.spec.name), part.reads_as()):
-            raise FileError(f"{path}: tensor {part.spec.name!r} reads back different")
-
-
-def _verify_factors(path: Path, factors: Mapping[str, FloatArray]) -> None:
-    found = {tensor.spec.name: tensor for tensor in read_gguf_header(path).tensors}
-    for name, values in factors.items():
-        back = np.empty_like(values)
-        read_into(path, found[name].offset, back.view(np.uint8))
-        if not np.array_equal(back, values):
-            raise FileError(f"{path}: tensor {name!r} reads back different")
 
 
 def _told_by_headers(layer: Layer) -> tuple[str, tuple[int, int], Grid]:

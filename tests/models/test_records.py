@@ -108,8 +108,8 @@ def test_gguf_names_every_tensor_once(family):
     stored = [gguf.tensor_name(f"{module}.weight") for module in modules]
     assert [gguf.module_of(name) for name in stored] == modules
     assert len(set(stored)) == len(stored)
-    told = names_of_file(family.gguf.architecture, names.experts is not None)
-    assert told.modules == gguf.modules  # of families with one architecture too
+    if family.gguf.readable:
+        assert gguf == names_of_file(family.gguf.architecture)
 
 
 @EACH
