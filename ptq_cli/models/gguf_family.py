@@ -28,6 +28,7 @@ class GgufFamily:
     frequency_factors: a tensor may hold what each frequency is divided by (Llama 3, LongRoPE)
     own_head: the head has to be a tensor of its own (true), must be none (false), or may be (None)
     aliases: other beginnings of names inside a block, and the family's own for them
+    readable: config.json is made again of a file (formats/gguf/config.py)
     dropped: ends of names of tensors that are no part of the file
     """
 
@@ -43,4 +44,5 @@ class GgufFamily:
     frequency_factors: bool = False
     own_head: bool | None = None
     aliases: tuple[tuple[str, str], ...] = ()
+    readable: bool = False
     dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)  # computed anew by every loader

@@ -21,7 +21,6 @@ _NORMS = {
 _QKV = {1: ("attn_qkv",), 3: ("attn_q", "attn_k", "attn_v")}
 _MLP_IN = {0: (), 1: ("ffn_up",), 2: ("ffn_gate", "ffn_up")}
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
-ANY_ARCHITECTURE = "every other one becomes GGUF again: --format gguf, no --tokens"  # a hint
 _STACKED = "_exps"  # ends the names of the linears of all experts in one tensor
 # What the frequencies of rotary embeddings are divided by: no tensor of a checkpoint.
 FREQUENCY_FACTORS = (
@@ -49,20 +48,31 @@ class Placing:
     plus_one: bool = False
     exact: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether bytes of the file are others than those of the checkpoint."""
+        return self.heads is not None or self.transposed or self.plus_one
+
 
 @dataclass(frozen=True)
 class GgufNames:
     """The names of one family.
 
     towers: modules beside the text model, which are no part of the file
-    modules: module → name in GGUF; the first "{}" stands for the number of a block, the second for
-        that of an expert, whose tensors are stacked in one of all
+    variants: module → name in GGUF, for each of the ways in which checkpoints call them; the first
+        "{}" stands for the number of a block, the second for that of an expert, whose tensors are
+        stacked in one of all
     """
 
     family: Family
     gguf: GgufFamily
-    modules: Mapping[str, str]
+    variants: tuple[Mapping[str, str], ...]
     towers: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> Mapping[str, str]:
+        """Those that a checkpoint has which is made from a file."""
+        return self.variants[0]
 
     @property
     def architecture(self) -> str:
@@ -74,18 +84,22 @@ class GgufNames:
 
     def tensor_name(self, name: str) -> str:
         """The name in GGUF of a tensor in a checkpoint. Raises InputError where it has none."""
-        module, ending, numbers = self._found(name)
-        return f"{self.modules[module].format(*numbers)}.{ending}"
+        _, own, ending, numbers = self._found(name)
+        return f"{own.format(*numbers)}.{ending}"
 
     def expert(self, name: str) -> int | None:
         """Which part of the tensor of all experts a tensor in a checkpoint is, or None."""
-        module, _, numbers = self._found(name)
-        return numbers[1] if self.modules[module].endswith(_STACKED) else None
+        _, own, _, numbers = self._found(name)
+        return numbers[1] if own.endswith(_STACKED) else None
 
-    def usual_name(self, name: str) -> str:
-        """The first of the names that a tensor may have in checkpoints."""
-        module, ending, numbers = self._found(name)
-        return f"{module.format(*numbers)}.{ending}"
+    def called_as(self, names: Collection[str]) -> GgufNames:
+        """The same, but with the names that these tensors have before others."""
+        patterns = {_NUMBER.sub(".{}", name).rpartition(".")[0] for name in names}
+
+        def others(variant: Mapping[str, str]) -> int:
+            return len(patterns.difference(variant))
+
+        return replace(self, variants=tuple(sorted(self.variants, key=others)))
 
     def checkpoint_names(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The tensors in a checkpoint that one in GGUF is: one, or each expert's. Raises InputError
@@ -109,27 +123,21 @@ class GgufNames:
         """Whether a tensor of a checkpoint is of the parts for images or sound."""
         return any(tower in name.split(".") for tower in self.towers)
 
-    def _found(self, name: str) -> tuple[str, str, list[int]]:
-        """The pattern of a module, what ends the tensor's name, and the numbers in it."""
-        ending = name.rpartition(".")[2]
-        numbers = [int(number) for number in _NUMBER.findall(name)]
-        pattern = _NUMBER.sub(".{}", name).removesuffix(f".{ending}")
-        usual = self.family.names.prefixes[0]
-        beginnings = [(p, usual) for p in self.family.names.prefixes if pattern.startswith(p)]
-        for old, new in [("", ""), *beginnings, *self._inside_blocks()]:
-            found = pattern.replace(old, new, 1)
-            if found in self.modules and ending in ("weight", "bias"):
-                return found, ending, numbers
+    def _found(self, name: str) -> tuple[str, str, str, list[int]]:
+        """The pattern of a module, GGUF's name for it, what ends the tensor's, and the numbers in
+        it."""
+        pattern, _, ending = _NUMBER.sub(".{}", name).rpartition(".")
+        for variant in self.variants:
+            if pattern in variant and ending in ("weight", "bias"):
+                numbers = [int(number) for number in _NUMBER.findall(name)]
+                return pattern, variant[pattern], ending, numbers
         where = f"gguf's architecture {self.architecture}"
         raise InputError(f"tensor {name!r} has no name in {where}", hint=TWO_STEPS)
 
-    def _inside_blocks(self) -> list[tuple[str, str]]:
-        return [(f".{{}}.{old}", f".{{}}.{new}") for old, new in self.gguf.aliases]
-
     def placing(self, name: str, config: Mapping[str, Any]) -> Placing:
         """How a tensor of a checkpoint stands in the file. config: config.json's of the model"""
-        module, ending, numbers = self._found(name)
-        names, own = self.family.names, self.modules[module]
+        module, own, ending, numbers = self._found(name)
+        names = self.family.names
         inside = module.rpartition(".{}.")[2] if numbers else ""
         is_norm = inside in names.norms.values() or own == "output_norm"
         linears = (*names.qkv, names.output, *names.mlp_in, names.mlp_out)
@@ -200,39 +208,46 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     return replace(_names(family, family.gguf), towers=towers)
 
 
-def names_of_file(architecture: str, experts: bool = False) -> GgufNames:
-    """The names in a file, by its `general.architecture` and whether it has experts. Raises
-    InputError for an architecture that is not known."""
-    for family in FAMILIES:
-        if family.gguf is None or family.gguf.architecture != architecture:
-            continue
-        if (family.names.experts is not None) == experts:
-            return _names(family, family.gguf)
-    known = ", ".join(dict.fromkeys(f.gguf.architecture for f in FAMILIES if f.gguf))
+def names_of_file(architecture: str) -> GgufNames:
+    """The names in a file of which a checkpoint is made again, by its `general.architecture`.
+    Raises InputError for another one."""
+    known = {f.gguf.architecture: f for f in FAMILIES if f.gguf and f.gguf.readable}
+    family = known.get(architecture)
+    if family is not None and family.gguf is not None:
+        return _names(family, family.gguf)
     message = f"gguf: general.architecture {architecture!r} is not understood"
-    raise InputError(message, hint=f"known are {known}; {ANY_ARCHITECTURE}")
+    words = ", ".join(known)
+    hint = f"known are {words}; every other one becomes GGUF again: --format gguf, no --tokens"
+    raise InputError(message, hint=hint)
 
 
 def _names(family: Family, gguf: GgufFamily) -> GgufNames:
-    names = family.names
-    prefix = names.prefixes[0]
-    modules = {
-        f"{prefix}{names.blocks}.{{}}.{name}": f"blk.{{}}.{own}"
-        for name, own in _inside_a_block(names).items()
+    names, inside = family.names, _inside_a_block(family.names)
+    variants = []
+    for prefix in names.prefixes:
+        block = f"{prefix}{names.blocks}.{{}}."
+        for own, usual in (("", ""), *gguf.aliases):
+            modules = {block + name.replace(usual, own, 1): to for name, to in inside.items()}
+            variants.append(modules | _beside_blocks(names, gguf, prefix))
+    return GgufNames(family, gguf, tuple(variants))
+
+
+def _beside_blocks(names: Names, gguf: GgufFamily, prefix: str) -> dict[str, str]:
+    found = {
+        f"{prefix}{names.embedding}": "token_embd",
+        f"{prefix}{names.final_norm}": "output_norm",
     }
-    modules[f"{prefix}{names.embedding}"] = "token_embd"
     if gguf.own_head is not False:
-        modules[names.head] = "output"
-    modules[f"{prefix}{names.final_norm}"] = "output_norm"
+        found[names.head] = "output"
     if names.positions is not None:
-        modules[f"{prefix}{names.positions}"] = "position_embd"
-    return GgufNames(family, gguf, modules)
+        found[f"{prefix}{names.positions}"] = "position_embd"
+    return found
 
 
 def _inside_a_block(names: Names) -> dict[str, str]:
     inside = {names.output: "attn_output"}
     inside |= zip(names.qkv, _QKV[len(names.qkv)], strict=True)
-    if names.mlp_out:
+    if names.experts is None:  # in llama.cpp all blocks of a mixture have experts
         inside |= zip(names.mlp_in, _MLP_IN[len(names.mlp_in)], strict=True)
         inside[names.mlp_out] = "ffn_down"
     if experts := names.experts:
@@ -247,4 +262,4 @@ def _inside_a_block(names: Names) -> dict[str, str]:
     for role, own in _NORMS.items():
         if role in names.norms:
             inside.setdefault(names.norms[role], own)  # one norm may feed both
-    return inside
+    return {name: f"blk.{{}}.{own}" for name, own in inside.items()}

@@ -109,9 +109,9 @@ def _check_writable(
     said of tensors that are left dense."""
     fmt.config(layers, dense_modules(skipped), module_tree(checkpoint.config))
     dense = [entry.tensor for entry in skipped]
-    said = container_of(fmt).check(checkpoint, layers, dense, types)
+    left_out = container_of(fmt).check(checkpoint, layers, dense, types)
     check_names(checkpoint, layers, skipped, fmt)
-    return said
+    return left_out
 
 
 def _growth(

@@ -33,8 +33,7 @@ from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.companions import GGUF_NAME, GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.decoded import decoded_weight
 from ptq_cli.storage.gguf_file import SCALES, first_shard, read_gguf_header
-from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, write_gguf_model
-from ptq_cli.storage.gguf_opened import open_gguf
+from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, open_gguf, write_gguf_model
 from ptq_cli.storage.made import REPORT
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
@@ -236,10 +235,16 @@ class QuantizedFolder:
         return (name for name in self.checkpoint.tensors if name not in packed)
 
 
-def open_quantized(path: Path, *, by_file: bool = False) -> QuantizedFolder:
-    """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
+def _config_in(folder: Path) -> Mapping[str, Any] | None:
+    """config.json of a folder, where it has one."""
+    if "config.json" not in files.listing(folder):
+        return None
+    found = files.read_document(folder / "config.json")
+    return found if isinstance(found, dict) else None
 
-    by_file: tensors of a GGUF file have the names in it, though those of its family are known
+
+def open_quantized(path: Path) -> QuantizedFolder:
+    """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
 
     Raises:
         InputError: something else, or layers that contradict the tensors.
@@ -248,7 +253,7 @@ def open_quantized(path: Path, *, by_file: bool = False) -> QuantizedFolder:
     if gguf is not None:
         fmt = format_named("gguf")
         root = path if path.is_dir() else None
-        opened, found = open_gguf(gguf, root, fmt, by_file=by_file)
+        opened, found = open_gguf(gguf, root, fmt, None if root is None else _config_in(root))
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         if opened.scaled:

@@ -14,17 +14,19 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
+from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.formats import fused
 from ptq_cli.formats.gguf import block_type, permute_rows
 from ptq_cli.formats.gguf.metadata import FILE_TYPES
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gguf_file import SPLIT_KEYS, GgufTensor
-from ptq_cli.storage.gguf_placing import dense
 from ptq_cli.storage.gguf_view import GgufView, scaled_away
-from ptq_cli.storage.gguf_write import Data, OutgoingTensor, encoded_keys
+from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 
 _QUANTIZATION_VERSION = 2  # of ggml's types
@@ -52,6 +54,17 @@ def check_copied(view: GgufView, layers: Sequence[Layer]) -> None:
             )
 
 
+def cast(name: str, values: Array, kind: str) -> Array:
+    """A dense tensor in another type. Raises InputError where a value does not fit."""
+    with np.errstate(over="ignore"):
+        result: Array = values.astype(NUMPY_DTYPES[kind])
+    if not np.isfinite(result).all():
+        raise InputError(
+            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
+        )
+    return result
+
+
 def copied_keys(
     view: GgufView, layers: Mapping[str, Layer], own: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -68,7 +81,7 @@ def copied_tensors(
     parts: Sequence[tuple[str, Sequence[Bytes]]],
     layers: Mapping[str, Layer],
     stored_as: Mapping[str, str],
-) -> list[tuple[OutgoingTensor, Callable[[], Data]]]:
+) -> tuple[list[Outgoing], list[Callable[[], Data]]]:
     """The tensors of the output, and what gives the data of each.
 
     source: a view of a GGUF file
@@ -80,26 +93,27 @@ def copied_tensors(
     anew = {tensor.spec.name: tensor for _, own in parts for tensor in own}
     kinds = {layer.tensor: block_type(layer.grid).name for layer in layers.values()}
     members, dropped = view.members(), scaled_away(view, anew)
-    tensors: list[tuple[OutgoingTensor, Callable[[], Data]]] = []
+    tensors: list[Outgoing] = []
+    data: list[Callable[[], Data]] = []
     for stored in view.header.tensors:
         names = members.get(stored.spec.name, [])
         if stored.spec.name in dropped:
             continue
-        heads = view.heads(names[0]) if names else None
+        heads = view.heads.get(names[0]) if names else None
         if anew.keys() & names:
             own = [anew[name] for name in names]
             kind = kinds.get(names[0], own[0].spec.dtype)
             nbytes = sum(tensor.spec.nbytes for tensor in own)
-            spec = replace(stored.spec, dtype=kind)
-            tensors.append((OutgoingTensor(spec, nbytes), partial(_in_order, own, heads)))
+            tensors.append(Outgoing(replace(stored.spec, dtype=kind), nbytes))
+            data.append(partial(_in_order, own, heads))
         elif names and stored_as.get(names[0], stored.spec.dtype) != stored.spec.dtype:
             spec = replace(stored.spec, dtype=stored_as[names[0]])
-            give = partial(_cast, source, names, spec.dtype, heads)
-            tensors.append((OutgoingTensor(spec, spec.nbytes), give))
+            tensors.append(Outgoing(spec, spec.nbytes))
+            data.append(partial(_cast, source, names, spec.dtype, heads))
         else:
-            give_place = partial(_where_it_lies, stored)
-            tensors.append((OutgoingTensor(stored.spec, stored.nbytes), give_place))
-    return tensors
+            tensors.append(Outgoing(stored.spec, stored.nbytes))
+            data.append(partial(_where_it_lies, stored))
+    return tensors, data
 
 
 def _cast(source: Checkpoint, names: Sequence[str], kind: str, heads: int | None) -> Data:
@@ -107,7 +121,7 @@ def _cast(source: Checkpoint, names: Sequence[str], kind: str, heads: int | None
     parts = []
     for name in names:
         shape = source.specs[name].shape
-        values = dense(name, source.matrix(name, (prod(shape[:-1]), shape[-1])), kind)
+        values = cast(name, source.matrix(name, (prod(shape[:-1]), shape[-1])), kind)
         parts.append(values if heads is None else permute_rows(values, heads))
     return parts
 

@@ -1,48 +1,134 @@
-"""A model as a GGUF file, written and proven (gguf_opened.py reads it back).
+"""A model as a GGUF file: names, types and row order on the way out and back.
 
-Matrices that are not quantized become F16 (F32 where that cannot hold them), vectors F32; q and k
-of some families have their rows reordered inside each head, weights and biases alike. Of a model
-that came as GGUF everything but the rounded matrices is copied: gguf_copy.py.
+How tensors stand there is told in storage/gguf_placing.py. What is read back has the checkpoint's
+names and order. Of a model that came as GGUF everything but the rounded matrices is copied:
+storage/gguf_copy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.plugins import Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
-from ptq_cli.errors import FileError, InputError
+from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec
+from ptq_cli.errors import FileError, InputError, stated_in
 from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
 from ptq_cli.models.family import text_config
-from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
-from ptq_cli.models.gguf_names import GgufNames, is_stack, names_of_model
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import Placing, names_of_model
+from ptq_cli.models.gguf_tensors import ARCHITECTURE
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_into
-from ptq_cli.storage.gguf_copy import check_copied, copied_keys, copied_tensors, file_type
-from ptq_cli.storage.gguf_file import ALIGNMENT, read_gguf_header
-from ptq_cli.storage.gguf_opened import open_gguf
+from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
+from ptq_cli.storage.gguf_file import ALIGNMENT, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.gguf_placing import (
-    Outgoing,
     Parts,
     check_stacks,
-    dense,
     dense_type,
-    outgoing,
+    made_tensors,
+    unplaced,
 )
-from ptq_cli.storage.gguf_write import Data, OutgoingTensor, encoded_keys, pieces_of, write_gguf
-from ptq_cli.storage.tensors import quantized_metadata
+from ptq_cli.storage.gguf_view import GgufView, view_by_names, view_of
+from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
+from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
 _MAX_TOKENIZER = 256 << 20
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row], each
+    expert's tensors are its own.
+
+    placings: of tensors that stand in the file otherwise than in the checkpoint
+    scaled: quantized tensors whose values another tensor multiplies
+    """
+
+    placings: Mapping[str, Placing] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        data, spec = super().read_bytes(name), self.tensors[name].spec
+        if name not in self.placings:
+            return data
+        placing = self.placings[name]
+        shape = spec.shape[::-1] if placing.transposed else spec.shape
+        values = data.view(NUMPY_DTYPES[spec.dtype]).reshape(shape)
+        return np.ascontiguousarray(unplaced(values, placing)).reshape(-1).view(np.uint8)
+
+    def copyable(self, name: str) -> StoredTensor | Bytes:
+        stored = self.tensors[name]
+        return Bytes(stored.spec, self.read_bytes(name)) if name in self.placings else stored
+
+
+def open_gguf(
+    path: Path, root: Path | None, fmt: Format, config: Mapping[str, Any] | None = None
+) -> tuple[GgufCheckpoint, list[Layer]]:
+    """Open a GGUF file; of an architecture that is not known here, tensors have the names in the
+    file.
+
+    config: the model's config.json where there is one: it tells more families
+
+    Raises:
+        InputError: a damaged file, or blocks of a type that is not understood.
+    """
+    header = read_gguf_header(path)
+    _, own = quantized_entry(path, header.metadata) or ("", {})
+    view = _view(header, config or {}, [f"{module}.weight" for module in own])
+    with stated_in(path):
+        # a block's own name is GGUF's, whatever it is called in the checkpoint
+        specs = {name: tensor.spec for name, tensor in view.tensors.items()}
+        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
+        metadata = {**header.metadata, "ptq": own}
+        layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
+        scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
+    placings = {name: place for name, place in view.placings.items() if place.changes}
+    packed = {layer.tensor: placings.get(layer.tensor, Placing()) for layer in layers}
+    # packed rows are those of the transposed matrix already
+    placings |= {name: replace(p, transposed=False) for name, p in packed.items() if p.changes}
+    tensors = {
+        name: StoredTensor(_seen(name, tensor, placings), tensor.file, tensor.offset)
+        for name, tensor in view.tensors.items()
+    }
+    opened = GgufCheckpoint(path, root, path, tensors, {}, placings=placings, scaled=scaled)
+    return opened, [
+        replace(layer, transposed=True, full_shape=layer.shape[::-1])
+        if packed[layer.tensor].transposed
+        else layer
+        for layer in layers
+    ]
+
+
+def _view(header: GgufHeader, config: Mapping[str, Any], names: Sequence[str]) -> GgufView:
+    """By the names of the family that config.json names, where it is that of the file and all
+    tensors have one. names: of some tensors, for families that have several"""
+    try:
+        family = names_of_model(config)
+        if family.architecture == header.metadata.get(ARCHITECTURE):
+            return view_by_names(header, family.called_as(names))
+    except InputError:
+        pass
+    return view_of(header)
+
+
+def _seen(name: str, tensor: GgufTensor, placings: Mapping[str, Placing]) -> TensorSpec:
+    spec = replace(tensor.spec, name=name)
+    if spec.dtype not in FLOAT_DTYPES:
+        rows = prod(spec.shape[:-1])
+        return TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
+    turned = name in placings and placings[name].transposed
+    return replace(spec, shape=spec.shape[::-1]) if turned else spec
 
 
 def check_gguf(
@@ -55,17 +141,17 @@ def check_gguf(
     Else a warning where a model has towers beside its text, which are no part of the file."""
     check_model(source, layers, skipped)
     if source.gguf is not None:
-        for name in types.stored_as:
-            dense(name, source.read(name), types.stored_as[name])
+        for name in [name for name in skipped if name in types.stored_as]:
+            if name in source.tensors and len(source.tensors[name].spec.shape) == 2:
+                cast(name, source.read(name), types.stored_as[name])
         return ()
     names, config = names_of_model(source.config), text_config(source.config)
     for name in skipped:
         if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                values = source.read(name)
-                usual = dense_type(values, names.placing(name, config))
-                dense(name, values, types.stored_as.get(name, usual))
+                values, placing = source.read(name), names.placing(name, config)
+                cast(name, values, types.stored_as.get(name) or dense_type(values, placing))
     left = fold_names([name for name in skipped if names.in_a_tower(name)])
     return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
@@ -139,92 +225,33 @@ class GgufOutput:
     types: GgufTypes = ALL_TOLD
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What is written. tensors: each with what gives its data; names: of the family, None: tensors
-    go by their names in the file; layers: as they are told when the file is opened so"""
-
-    keys: Mapping[str, bytes]
-    tensors: Sequence[tuple[OutgoingTensor, Callable[[], Data]]]
-    names: GgufNames | None
-    layers: Sequence[Layer]
-    alignment: int = ALIGNMENT
-
-
 def write_gguf_model(
     out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write a GGUF file, then open it and compare every tensor with what was staged."""
-    made = _copied if source.gguf is not None else _made
-    content = made(out, parts, layers, fmt, source)
-    tensors, data = zip(*content.tensors, strict=True)
-    arrays = (give() for give in data)
-    paths = write_gguf(out.path, content.keys, tensors, arrays, content.alignment, out.max_shard)
-    _verify(paths[0], tensors, data, content.keys)
-    _verify_layers(paths[0], content, fmt)
-
-
-def _copied(
-    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
-) -> _Content:
-    """Of a model that came as GGUF."""
-    assert source.gguf is not None
-    view, own = source.gguf, _own_keys(out, list(layers.values()), fmt)
-    return _Content(
-        copied_keys(view, layers, own),
-        copied_tensors(source, parts, layers, out.types.stored_as),
-        view.names,
-        list(layers.values()),
-        view.header.metadata.get("general.alignment", ALIGNMENT),
-    )
-
-
-def _made(
-    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
-) -> _Content:
-    """Of a model with a config.json."""
-    names, config = names_of_model(source.config), text_config(source.config)
-    usual = [_usual(layer, names) for layer in layers.values()]
-    metadata = _metadata(source, list(layers.values()), _own_keys(out, usual, fmt))
-    tensors: list[tuple[OutgoingTensor, Callable[[], Data]]] = []
-    for name, stack in outgoing(parts, layers, names, config, out.types.stored_as).items():
-        size = sum(part.nbytes for part in stack)
-        tensors.append((OutgoingTensor(_stacked(name, stack), size), partial(_placed, stack)))
-    for name, values in frequency_factors(names, config).items():
-        spec = TensorSpec(name, "F32", values.shape)
-        tensors.append((OutgoingTensor(spec, values.nbytes), partial(_as_it_is, values)))
-    return _Content(encoded_keys(metadata), tensors, names, usual)
-
-
-def _own_keys(out: GgufOutput, layers: Sequence[Layer], fmt: Format) -> dict[str, Any]:
-    own: dict[str, Any] = dict(quantized_metadata(fmt, layers, out.said))
+    own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values()), out.said))
     if out.types.file_type is not None:
         own["general.file_type"] = out.types.file_type
-    return own
+    if source.gguf is not None:
+        keys = copied_keys(source.gguf, layers, own)
+        tensors, data = copied_tensors(source, parts, layers, out.types.stored_as)
+        alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
+    else:
+        keys = encoded_keys(_metadata(source, list(layers.values()), own))
+        tensors, data = made_tensors(source, parts, layers, out.types.stored_as)
+        alignment = ALIGNMENT
+    written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
+    _verify(written[0], tensors, data, keys)
+    _verify_layers(written[0], layers, fmt, source.config)
 
 
-def _placed(stack: Sequence[Outgoing]) -> Data:
-    return [part.placed() for part in stack]
-
-
-def _as_it_is(values: Array) -> Data:
-    return values
-
-
-def _usual(layer: Layer, names: GgufNames) -> Layer:
-    name = names.usual_name(layer.tensor)
-    return replace(layer, module=name.removesuffix(".weight"), tensor=name)
-
-
-def _stacked(name: str, stack: Sequence[Outgoing]) -> TensorSpec:
-    spec = stack[0].spec
-    experts = (len(stack),) if is_stack(name) else ()
-    return TensorSpec(name, spec.dtype, (*experts, *spec.shape))
+def _read(data: Callable[[], Data]) -> Data:
+    return data()
 
 
 def _verify(
     path: Path,
-    tensors: Sequence[OutgoingTensor],
+    tensors: Sequence[Outgoing],
     data: Sequence[Callable[[], Data]],
     keys: Mapping[str, bytes],
 ) -> None:
@@ -246,10 +273,12 @@ def _verify(
                 raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
 
 
-def _verify_layers(path: Path, content: _Content, fmt: Format) -> None:
+def _verify_layers(
+    path: Path, layers: Mapping[str, Layer], fmt: Format, config: Mapping[str, Any]
+) -> None:
     """The layers are told from the file. (What was copied may be quantized, too.)"""
-    _, found = open_gguf(path, None, fmt, content.names, by_file=content.names is None)
-    if not set(map(_told_by_headers, content.layers)) <= set(map(_told_by_headers, found)):
+    _, found = open_gguf(path, None, fmt, config)
+    if not set(map(_told_by_headers, layers.values())) <= set(map(_told_by_headers, found)):
         raise FileError(f"{path}: does not hold the layers that were written")
 
 

@@ -1,5 +1,5 @@
 """How a model's tensors stand in a GGUF file: their types, the order of their rows, experts stacked
-in one tensor of all; there and back.
+in one tensor of all.
 
 Matrices that are not quantized become F16 (F32 where that cannot hold them, and those that choose
 experts), vectors F32.
@@ -7,8 +7,9 @@ experts), vectors F32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -18,8 +19,13 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
-from ptq_cli.models.gguf_names import GgufNames, Placing
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_keys import frequency_factors
+from ptq_cli.models.gguf_names import GgufNames, Placing, is_stack, names_of_model
 from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.gguf_copy import cast
+from ptq_cli.storage.gguf_write import Data, Outgoing
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 
 Parts = Sequence[tuple[str, Sequence[Bytes]]]
@@ -56,25 +62,13 @@ def check_stacks(names: GgufNames, kinds: Mapping[str, str]) -> None:
     for own, stack in stacks.items():
         if sorted(stack) != list(range(len(stack))):
             raise InputError(f"gguf has one tensor of all experts, {own}, and some are missing")
-        first, *others = (stack[expert] for expert in sorted(stack))
-        for other in others:
-            if kinds[other] != kinds[first]:
-                raise InputError(
-                    f"{first} has {kinds[first]} and {other} {kinds[other]}, but gguf has one"
-                    f" tensor of all experts, {own}",
-                    hint="give all experts of a block the same bits and symmetry",
-                )
-
-
-def dense(name: str, values: Array, kind: str) -> Array:
-    """A tensor in the type that it gets. Raises InputError where a value does not fit."""
-    with np.errstate(over="ignore"):
-        result: Array = values.astype(NUMPY_DTYPES[kind])
-    if not np.isfinite(result).all():
-        raise InputError(
-            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
-        )
-    return result
+        found = {kinds[name]: expert for expert, name in sorted(stack.items(), reverse=True)}
+        if len(found) > 1:
+            said = ", ".join(f"{expert} has {kind}" for kind, expert in list(found.items())[::-1])
+            raise InputError(
+                f"gguf has one tensor of all experts, {own}: {said}",
+                hint="give all experts of a block the same bits and symmetry, or leave out all",
+            )
 
 
 def dense_type(values: Array, placing: Placing) -> str:
@@ -93,76 +87,86 @@ def dense_type(values: Array, placing: Placing) -> str:
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """A tensor on its way into the file.
+class _Part:
+    """A tensor on its way into the file, alone or as one of all experts.
 
-    spec: its usual name in checkpoints, ggml's type, and its shape in the file
-    tensor: as it is staged
+    kind: ggml's type; tensor: as it is staged
     """
 
-    spec: TensorSpec
+    kind: str
     tensor: Bytes
     placing: Placing
 
-    def values(self) -> Array:
-        """As in the checkpoint: packed rows as bytes, dense ones in the type that they get."""
+    @property
+    def is_packed(self) -> bool:
+        """Rows of blocks, which are those of the transposed matrix where that is stored."""
+        return self.kind not in FLOAT_DTYPES
+
+    def data(self, kind: str) -> Array:
         stored = _stored_values(self.tensor)
-        if self.tensor.spec.dtype == "U8":
-            return stored
-        return dense(self.tensor.spec.name, stored, self.spec.dtype)
-
-    def placed(self) -> Array:
-        """As in the file."""
-        return placed(self.values(), self._placing)
-
-    @property
-    def _placing(self) -> Placing:
-        """Packed rows are those of the transposed matrix already."""
-        packed = self.tensor.spec.dtype == "U8"
-        return replace(self.placing, transposed=False) if packed else self.placing
-
-    def reads_as(self) -> Array:
-        """What is read back: `values`, but for the digits that gain − 1 loses in the gain."""
-        return unplaced(self.placed(), self._placing)
-
-    @property
-    def nbytes(self) -> int:
-        floats = self.spec.dtype in FLOAT_DTYPES
-        return self.spec.nbytes if floats else self.tensor.spec.nbytes
+        values = stored if self.is_packed else cast(self.tensor.spec.name, stored, kind)
+        return placed(values, Placing(self.placing.heads) if self.is_packed else self.placing)
 
 
-def outgoing(
+def made_tensors(
+    source: Checkpoint, parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
+) -> tuple[list[Outgoing], list[Callable[[], Data]]]:
+    """What is written of a checkpoint: GGUF's names and types, and what gives the data.
+
+    parts: tensors by the layers that they are, or by their own names
+    stored_as: types of dense tensors, where one was asked for
+    """
+    names, config = names_of_model(source.config), text_config(source.config)
+    tensors: list[Outgoing] = []
+    data: list[Callable[[], Data]] = []
+    for own, stack in _stacks(parts, layers, stored_as, names, config).items():
+        kinds = {part.kind for part in stack}
+        kind = kinds.pop() if len(kinds) == 1 else "F32"  # one of all floats has to be
+        spec = TensorSpec(own, kind, _shape(own, stack, layers))
+        packed = sum(part.tensor.spec.nbytes for part in stack)
+        tensors.append(Outgoing(spec, spec.nbytes if kind in FLOAT_DTYPES else packed))
+        data.append(partial(_in_file, stack, kind))
+    for own, values in frequency_factors(names, config).items():
+        tensors.append(Outgoing(TensorSpec(own, "F32", values.shape), values.nbytes))
+        data.append(partial(np.asarray, values))
+    return tensors, data
+
+
+def _stacks(
     parts: Parts,
     layers: Mapping[str, Layer],
+    stored_as: Mapping[str, str],
     names: GgufNames,
     config: Mapping[str, Any],
-    stored_as: Mapping[str, str],
-) -> dict[str, list[Outgoing]]:
+) -> dict[str, list[_Part]]:
     """The tensors of the checkpoint by the names in the file, those of experts in order."""
-    found: dict[str, list[tuple[int, Outgoing]]] = {}
+    found: dict[str, list[tuple[int, _Part]]] = {}
     for module, tensors in parts:
         for tensor in tensors:
             name = tensor.spec.name
             if module not in layers and names.is_dropped(name):
                 continue
-            placing, own = names.placing(name, config), names.usual_name(name)
+            placing = names.placing(name, config)
             if module in layers:
-                spec = TensorSpec(own, block_type(layers[module].grid).name, layers[module].shape)
+                kind = block_type(layers[module].grid).name
             else:
-                usual = dense_type(_stored_values(tensor), placing)
-                kind = stored_as.get(name, usual)
-                shape = tensor.spec.shape[:: -1 if placing.transposed else 1]
-                spec = TensorSpec(own, kind, shape)
-            place = names.expert(name) or 0, Outgoing(spec, tensor, placing)
+                kind = stored_as.get(name) or dense_type(_stored_values(tensor), placing)
+            place = names.expert(name) or 0, _Part(kind, tensor, placing)
             found.setdefault(names.tensor_name(name), []).append(place)
-    return {own: _of_one_type(sorted(stack, key=itemgetter(0))) for own, stack in found.items()}
+    return {own: [part for _, part in sorted(x, key=itemgetter(0))] for own, x in found.items()}
 
 
-def _of_one_type(stack: Sequence[tuple[int, Outgoing]]) -> list[Outgoing]:
-    """Floats that are stacked are all F32 where one of them has to be."""
-    kinds = {part.spec.dtype for _, part in stack}
-    kind = kinds.pop() if len(kinds) == 1 else "F32"
-    return [replace(part, spec=replace(part.spec, dtype=kind)) for _, part in stack]
+def _shape(own: str, stack: Sequence[_Part], layers: Mapping[str, Layer]) -> tuple[int, ...]:
+    """The shape in the file: rows and columns of the matrix, behind the number of experts."""
+    spec = stack[0].tensor.spec
+    shape = spec.shape[::-1] if stack[0].placing.transposed else spec.shape
+    if stack[0].is_packed:
+        shape = layers[spec.name.removesuffix(".weight")].shape
+    return (len(stack), *shape) if is_stack(own) else shape
+
+
+def _in_file(stack: Sequence[_Part], kind: str) -> Data:
+    return [part.data(kind) for part in stack]
 
 
 def _stored_values(tensor: Bytes) -> Array:

@@ -21,20 +21,20 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, FloatArray, TensorSpec
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf import unpermute_rows
-from ptq_cli.formats.gguf.config import READ, model_config
+from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
 from ptq_cli.formats.gguf.types import TYPES, BlockType
 from ptq_cli.formats.gguf.unpack import check_blocks, unpack
-from ptq_cli.models.gguf_names import ANY_ARCHITECTURE, FREQUENCY_FACTORS, names_of_file
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
-from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor, read_gguf_header
-from ptq_cli.storage.gguf_view import GgufView, view_by_file, view_by_names
+from ptq_cli.storage.gguf_file import GgufTensor, read_gguf_header
+from ptq_cli.storage.gguf_view import GgufView, view_by_family, view_of
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def open_gguf_source(
     header = read_gguf_header(path)
     whole = root is not None and "config.json" in listing(root)
     with stated_in(path):
-        view = _view(header, any_architecture)
+        view = view_of(header) if any_architecture else view_by_family(header)
         settings = _settings(view, any_architecture)
         places = _places(view)
     why = None if whole or "model_type" not in settings else unread(header.metadata)
@@ -193,24 +193,6 @@ def open_gguf_source(
         root or path, root if whole else None, path, _tensors(view), {}, warnings,
         places=places, settings=settings, view=view,
     )  # fmt: skip
-
-
-def _view(header: GgufHeader, any_architecture: bool) -> GgufView:
-    """By the names of a family whose settings are understood, too; else, where that may be, by the
-    names in the file."""
-    try:
-        architecture = str(header.metadata.get(ARCHITECTURE))
-        names = names_of_file(architecture)
-        if names.model_type not in READ:
-            raise InputError(
-                f"gguf: {ARCHITECTURE} {architecture!r} is written, but not understood as a source",
-                hint=ANY_ARCHITECTURE,
-            )
-        return view_by_names(header, names)
-    except InputError:
-        if any_architecture:
-            return view_by_file(header)
-        raise
 
 
 def _tensors(view: GgufView) -> dict[str, StoredTensor]:
@@ -250,7 +232,7 @@ def _settings(view: GgufView, any_architecture: bool) -> dict[str, Any]:
 def _config(view: GgufView) -> dict[str, Any]:
     factors: FloatArray | None = None
     for tensor in view.header.tensors:
-        if tensor.spec.name in FREQUENCY_FACTORS and tensor.spec.dtype == "F32":
+        if tensor.spec.name == _ROPE_FACTORS and tensor.spec.dtype == "F32":
             factors = np.empty(tensor.spec.shape, np.float32)
             read_into(tensor.file, tensor.offset, factors.reshape(-1).view(np.uint8))
     found = view.tensors
@@ -266,7 +248,7 @@ def _places(view: GgufView) -> dict[str, GgufPlace]:
     """Of tensors that are quantized or reordered. Raises InputError for what cannot be decoded."""
     places = {}
     for name, tensor in view.tensors.items():
-        place = GgufPlace(tensor, view.heads(name), view.scale_of(name))
+        place = GgufPlace(tensor, view.heads.get(name), view.scale_of(name))
         if place.packed or place.heads is not None:
             places[name] = place
     return places

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
-from ptq_cli.models.gguf_names import FREQUENCY_FACTORS, GgufNames, Placing, names_of_file
+from ptq_cli.models.gguf_names import (
+    FREQUENCY_FACTORS,
+    GgufNames,
+    Placing,
+    is_stack,
+    names_of_file,
+)
 from ptq_cli.models.gguf_tensors import ARCHITECTURE, expert_name, holds_experts
 from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor
 
@@ -23,18 +28,19 @@ from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor
 class GgufView:
     """names: of the family, None: tensors go by the names in the file
     tensors: by their names in the checkpoint, `spec.name` is that in the file
-    placings: how they stand in the file, where that may be otherwise than in the checkpoint
+    placings: of the tensors that stand in the file otherwise than in a checkpoint
     """
 
     header: GgufHeader
     names: GgufNames | None
     tensors: Mapping[str, GgufTensor]
-    placings: Mapping[str, Placing]
+    placings: Mapping[str, Placing] = field(default_factory=dict)
 
-    def heads(self, name: str) -> int | None:
-        """Of a tensor whose rows the file orders otherwise in each head: how many."""
-        placing = self.placings.get(name)
-        return None if placing is None else placing.heads
+    @property
+    def heads(self) -> dict[str, int]:
+        """Of the tensors whose rows the file orders otherwise in each head, how many."""
+        found = ((name, placing.heads) for name, placing in self.placings.items())
+        return {name: heads for name, heads in found if heads is not None}
 
     def members(self) -> dict[str, list[str]]:
         """Each tensor of the file → its own name in the checkpoint, or that of each expert."""
@@ -82,45 +88,39 @@ class GgufView:
 def view_by_family(header: GgufHeader) -> GgufView:
     """By the names of the architecture's family. Raises InputError where it is not known, or a
     tensor is not understood."""
-    architecture = str(header.metadata.get(ARCHITECTURE))
-    experts = bool(header.metadata.get(f"{architecture}.expert_count"))
-    return view_by_names(header, names_of_file(architecture, experts))
+    return view_by_names(header, names_of_file(str(header.metadata.get(ARCHITECTURE))))
 
 
 def view_by_names(header: GgufHeader, names: GgufNames) -> GgufView:
-    """By a family's names. Raises InputError where a tensor is not understood."""
-    architecture = str(header.metadata.get(ARCHITECTURE))
-    config = {
-        "num_attention_heads": header.metadata.get(f"{architecture}.attention.head_count", 1),
-        "num_key_value_heads": header.metadata.get(f"{architecture}.attention.head_count_kv"),
-    }
-    if not all(isinstance(value, int | None) for value in config.values()):
-        raise InputError(f"{architecture}.attention.head_count is no number")
+    """By these names. Raises InputError where a tensor is not understood."""
     tensors: dict[str, GgufTensor] = {}
     for tensor in header.tensors:
-        own, shape = tensor.spec.name, tensor.spec.shape
-        if own in FREQUENCY_FACTORS or own.endswith(SCALES):
-            continue
-        found = names.checkpoint_names(own, shape)
-        if len(found) == 1 and len(shape) < 3:
-            tensors[found[0]] = tensor
-        elif len(shape) == 3 and shape[0] == len(found):
-            tensors |= zip(found, _experts(tensor), strict=True)
-        else:
-            raise InputError(f"tensor {own!r} has shape {list(shape)}")
+        own = tensor.spec.name
+        if own not in FREQUENCY_FACTORS and not own.endswith(SCALES):
+            found = names.checkpoint_names(own, tensor.spec.shape)
+            parts = _parts(tensor) if is_stack(own) else [tensor]
+            tensors |= zip(found, parts, strict=True)
+    config = _head_counts(header)
     placings = {name: names.placing(name, config) for name in tensors}
     for name, placing in placings.items():
-        _check_heads(tensors[name].spec, placing.heads)
+        spec, heads = tensors[name].spec, placing.heads
+        if heads is not None and (heads < 1 or spec.shape[0] % (2 * heads)):
+            raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
     return GgufView(header, names, tensors, placings)
 
 
-def _check_heads(spec: TensorSpec, heads: int | None) -> None:
-    if heads is not None and (heads < 1 or spec.shape[0] % (2 * heads)):
-        raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
+def _head_counts(header: GgufHeader) -> dict[str, int]:
+    """What config.json says of heads. Raises InputError where it is no number."""
+    architecture = str(header.metadata.get(ARCHITECTURE))
+    heads = header.metadata.get(f"{architecture}.attention.head_count", 1)
+    key_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        raise InputError(f"{architecture}.attention.head_count is no number")
+    return {"num_attention_heads": heads, "num_key_value_heads": key_heads}
 
 
-def _experts(tensor: GgufTensor) -> list[GgufTensor]:
-    """The tensor of each expert, from that of all."""
+def _parts(tensor: GgufTensor) -> list[GgufTensor]:
+    """The experts of a tensor of all."""
     count, *shape = tensor.spec.shape
     size, spec = tensor.nbytes // count, replace(tensor.spec, shape=tuple(shape))
     return [
@@ -138,9 +138,9 @@ def view_by_file(header: GgufHeader) -> GgufView:
         if not holds_experts(tensor.spec):
             tensors[tensor.spec.name] = tensor
             continue
-        parts = _experts(tensor)
-        tensors |= {expert_name(tensor.spec.name, i): part for i, part in enumerate(parts)}
-    return GgufView(header, None, tensors, {})
+        for number, part in enumerate(_parts(tensor)):
+            tensors[expert_name(tensor.spec.name, number)] = part
+    return GgufView(header, None, tensors)
 
 
 def view_of(header: GgufHeader) -> GgufView:

@@ -20,7 +20,7 @@ from ptq_cli.storage.files import named, read_into
 from ptq_cli.storage.gguf_file import ALIGNMENT, NUMBERS, GgufTensor, aligned
 
 _VERSION = 3
-_STRING, _ARRAY = 8, 9
+_UINT8, _STRING, _ARRAY = 0, 8, 9
 # The type of a value → its kind in the file and struct's letter; of whole numbers in lists I32.
 _KINDS = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}
 _KINDS_IN_LISTS = {**_KINDS, int: (5, "i")}
@@ -31,7 +31,7 @@ Data = Array | Sequence[Array] | GgufTensor
 
 
 @dataclass(frozen=True)
-class OutgoingTensor:
+class Outgoing:
     """A tensor to be written. spec: its name in the file, ggml's type and its shape"""
 
     spec: TensorSpec
@@ -39,8 +39,8 @@ class OutgoingTensor:
 
 
 def encoded(value: Any) -> bytes:
-    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, a list of these (I32), or
-    `bytes` as a list of U8.
+    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, `bytes` as a list of U8, or a
+    list of the others (I32).
 
     Raises:
         FileError: a number that does not fit.
@@ -48,10 +48,10 @@ def encoded(value: Any) -> bytes:
     try:
         if isinstance(value, str):
             return struct.pack("<I", _STRING) + _string(value)
-        if isinstance(value, bytes):
-            return struct.pack("<IIQ", _ARRAY, 0, len(value)) + value
         if isinstance(value, list):
             return struct.pack("<I", _ARRAY) + _list(value)
+        if isinstance(value, bytes):
+            return struct.pack("<IIQ", _ARRAY, _UINT8, len(value)) + value
         kind, letter = _KINDS[type(value)]
         return struct.pack(f"<I{letter}", kind, value)
     except struct.error as error:
@@ -78,7 +78,7 @@ def encoded_keys(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 def write_gguf(
     path: Path,
     keys: Mapping[str, bytes],
-    tensors: Sequence[OutgoingTensor],
+    tensors: Sequence[Outgoing],
     data: Iterable[Data],
     alignment: int = ALIGNMENT,
     max_shard: int | None = None,
@@ -111,9 +111,9 @@ def write_gguf(
     return paths
 
 
-def _cut(tensors: Sequence[OutgoingTensor], max_shard: int | None) -> list[list[OutgoingTensor]]:
+def _cut(tensors: Sequence[Outgoing], max_shard: int | None) -> list[list[Outgoing]]:
     """Tensors in order, in shards of at most `max_shard` bytes; a larger one is alone in its."""
-    shards: list[list[OutgoingTensor]] = [[]]
+    shards: list[list[Outgoing]] = [[]]
     size = 0
     for tensor in tensors:
         if max_shard is not None and shards[-1] and size + tensor.nbytes > max_shard:
@@ -140,7 +140,7 @@ def _split_keys(number: int, count: int, n_tensors: int) -> dict[str, bytes]:
     }
 
 
-def _header(keys: Mapping[str, bytes], tensors: Sequence[OutgoingTensor], alignment: int) -> bytes:
+def _header(keys: Mapping[str, bytes], tensors: Sequence[Outgoing], alignment: int) -> bytes:
     """All that stands before the data, filled up to the alignment."""
     parts = [b"GGUF", struct.pack("<IQQ", _VERSION, len(tensors), len(keys))]
     parts += [_string(key) + value for key, value in keys.items()]
@@ -155,7 +155,7 @@ def _header(keys: Mapping[str, bytes], tensors: Sequence[OutgoingTensor], alignm
     return header.ljust(aligned(len(header), alignment), b"\0")
 
 
-def _put(file: BinaryIO, data: Data, tensor: OutgoingTensor, alignment: int) -> None:
+def _put(file: BinaryIO, data: Data, tensor: Outgoing, alignment: int) -> None:
     """Write a tensor's data, and zeros up to the alignment."""
     written = 0
     for piece in pieces_of(data):

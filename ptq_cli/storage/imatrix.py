@@ -25,7 +25,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.storage.files import named, read_into, regular_file, replacing
 from ptq_cli.storage.gguf_file import Cursor, GgufTensor, read_gguf_header
-from ptq_cli.storage.gguf_write import OutgoingTensor, encoded, encoded_keys, write_gguf
+from ptq_cli.storage.gguf_write import Outgoing, encoded, encoded_keys, write_gguf
 
 CHUNK = 512  # tokens of a call, unless asked otherwise
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -144,7 +144,7 @@ def write_imatrix(
             (_COUNTS, np.array(counts, np.float32).reshape(-1, 1)),
         ):
             spec = TensorSpec(name + ending, "F32", array.shape)
-            tensors.append(OutgoingTensor(spec, array.nbytes))
+            tensors.append(Outgoing(spec, array.nbytes))
             data.append(array)
     most = max((max(counts) for _, counts in sums.values()), default=0)
     keys = {"general.type": "imatrix", "imatrix.chunk_count": -(-most // CHUNK)}

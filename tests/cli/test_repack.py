@@ -274,7 +274,7 @@ def test_the_whole_file_by_ggufwriter():
     from safetensors.numpy import load_file
 
     from ptq_cli.storage.gguf_file import read_gguf_header
-    from ptq_cli.storage.gguf_write import OutgoingTensor, encoded_keys, write_gguf
+    from ptq_cli.storage.gguf_write import Outgoing, encoded_keys, write_gguf
 
     golden = Path(__file__).parent.parent / "golden"
     arrays = load_file(golden / "gguf_file_by_ggufwriter.safetensors")
@@ -283,7 +283,7 @@ def test_the_whole_file_by_ggufwriter():
     ordered = [arrays["q4_0"], arrays["b"], arrays["a"].astype(np.float16)]
     for tensor, own in zip(header.tensors, ordered, strict=True):
         assert data[tensor.offset : tensor.offset + tensor.nbytes] == own.tobytes()
-    tensors = [OutgoingTensor(tensor.spec, tensor.nbytes) for tensor in header.tensors]
+    tensors = [Outgoing(tensor.spec, tensor.nbytes) for tensor in header.tensors]
     keys = encoded_keys(header.metadata)
     assert keys == {key: header.encoded(key) for key in header.metadata}
     write_gguf(Path("own.gguf"), keys, tensors, ordered)

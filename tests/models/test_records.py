@@ -101,14 +101,15 @@ def test_gguf_names_every_tensor_once(family):
     modules = [f"{prefix}{names.embedding}", f"{prefix}{names.final_norm}"]
     modules += [names.head] if family.gguf.own_head is not False else []
     inside = [name for group in inner_names(family) for name in group]
-    inside = [name for name in inside if names.experts is None or "mlp.down" not in name]
+    if names.experts is not None:
+        inside = [name for name in inside if name not in (*names.mlp_in, names.mlp_out)]
     modules += [path_of(family, name) for name in (*inside, *names.norms.values())]
     modules = list(dict.fromkeys(modules))  # one norm may have two roles
     stored = [gguf.tensor_name(f"{module}.weight") for module in modules]
     assert [gguf.module_of(name) for name in stored] == modules
     assert len(set(stored)) == len(stored)
-    told = names_of_file(family.gguf.architecture, names.experts is not None)
-    assert told.modules == gguf.modules  # of families with one architecture too
+    if family.gguf.readable:
+        assert gguf == names_of_file(family.gguf.architecture)
 
 
 @EACH

@@ -26,7 +26,6 @@ _PLAIN = {  # what changes nothing
     "attention.causal": True, "attention.scale": 0.0, "logit_scale": 0.0, "residual_scale": 0.0,
     "embedding_scale": 0.0, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
 }  # fmt: skip
-READ = ("llama", "qwen2", "qwen3")  # model types that are understood
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
