@@ -138,20 +138,19 @@ def with_decoded(model: Any, out: Path) -> Any:
     places = dict(where_experts_are(state))
     for module, layer in quantized.layers.items():
         weight = torch.from_numpy(layer.as_stored(quantized.load(module).dequantized()))
-        name = module if f"{module}.weight" in state else in_memory(module, state)
+        name = module if f"{module}.weight" in state else in_memory(module)
         (places.get(name) if name in places else state[f"{name}.weight"]).copy_(weight)
         places.pop(name, None)
     assert not places  # every expert is in the file
     return model
 
 
-def in_memory(module: str, state: dict[str, Any]) -> str:
+def in_memory(module: str) -> str:
     """A module's name in transformers."""
     name = module.replace("block_sparse_moe", "mlp")
     for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
         name = name.removesuffix(old) + new if name.endswith(f".{old}") else name
-    own = name.replace("model.", "model.language_model.", 1)
-    return own if f"{own}.weight" in state else name
+    return name.replace("language_model.model.", "model.language_model.")
 
 
 def where_experts_are(state: dict[str, Any]) -> Any:
