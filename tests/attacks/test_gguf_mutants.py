@@ -25,7 +25,7 @@ from tests.storage.gguf_files import tensors, write_gguf_file, write_unknown_ggu
 
 gguf = pytest.importorskip("gguf")
 
-FEW, SECONDS, MEMORY = 150, 2.0, 200 << 20
+FEW, SECONDS, MEMORY = 60, 2.0, 200 << 20
 WORDS = [struct.pack("<Q", number) for number in (0, 1, 2**24, 2**32, 2**60, 2**64 - 1)]
 WORDS += [struct.pack("<I", number) for number in (0, 1, 2, 5, 8, 9, 12, 99, 2**31, 2**32 - 1)]
 WORDS += [b"general.alignment", b"\xff", b"GGUF", struct.pack("<IQ", 9, 9), b"weight", b"blk.0."]
