@@ -167,9 +167,9 @@ def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def library(what: str = "--format gguf") -> Any:
+def library() -> Any:
     """The gguf library. Raises InputError that names the extra where it is not installed."""
-    return import_extra("gguf", what, "gguf")
+    return import_extra("gguf", "--format gguf", "gguf")
 
 
 def write_gguf(
