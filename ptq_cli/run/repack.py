@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
+from ptq_cli.core.layer import ALL_TOLD, Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
@@ -116,7 +116,9 @@ def plan_repack(
     skipped = _skipped(folder, wanted, kept, fmt)
     if trial:
         fmt.config(packed, dense_modules(skipped), module_tree(folder.checkpoint.config))
-        container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
+        container_of(fmt).check(
+            folder.checkpoint, packed, [entry.tensor for entry in skipped], ALL_TOLD
+        )
     plan = Plan(
         method="repack",
         settings=(settings,),
@@ -339,4 +341,6 @@ def _assembly(
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config, folder.kv_cache)
+    own, said = list(parts.items()), staging.said(documents["report.json"])
+    cache = folder.kv_cache
+    return Assembly(own, layers, dense, job.fmt, documents, config, cache, alone=said)

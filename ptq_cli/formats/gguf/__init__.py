@@ -240,4 +240,5 @@ FORMAT = Format(
     global_scale=False,
     mirrored=common.may_mirror,
     container="gguf",
+    type_of=lambda layer: block_type(layer.grid).name,
 )
