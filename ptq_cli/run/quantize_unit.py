@@ -171,10 +171,11 @@ def choose(
     damp, notes = result.damp_percent, result.notes
     if measures.error <= rtn.error:
         row = layer_row(layer, fmt, measures, rtn, statistics)
-        row = replace(row, method=how.name, damp_percent=damp, drift=result.drift, notes=notes)
+        name = "rtn" if how.needs_hessian and statistics is None else how.name
+        row = replace(row, method=name, damp_percent=damp, drift=result.drift, notes=notes)
         return tensors, row
     nearest = replace(nearest, damp_percent=damp, notes=notes)
-    if how.searches_ranges:
+    if how.searches_ranges or (how.needs_hessian and statistics is None):
         note = "the whole range of each group is better than the searched one"
         return plain, replace(nearest, notes=(*notes, note))
     where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
