@@ -1,0 +1,112 @@
+"""ggml's own decoder and its check of rows, and llama.cpp's forward, in the wheel of xllamacpp.
+
+Its functions are called through ctypes. Structures of parameters that are handed over by value are
+opaque here, longer than any version of them, filled by the library: of a context's the first four
+words are n_ctx, n_batch, n_ubatch and n_seq_max, and a pair of fours the numbers of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_cli.storage.gguf_file import NUMBERS
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint32 * 128)]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+_SIGNATURES = {
+    "llama_model_default_params": (_Parameters, []),
+    "llama_context_default_params": (_Parameters, []),
+    "llama_model_load_from_file": (ctypes.c_void_p, [ctypes.c_char_p, _Parameters]),
+    "llama_init_from_model": (ctypes.c_void_p, [ctypes.c_void_p, _Parameters]),
+    "llama_batch_init": (_Batch, [ctypes.c_int32] * 3),
+    "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
+    "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_free": (None, [ctypes.c_void_p]),
+    "llama_model_free": (None, [ctypes.c_void_p]),
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    spec = find_spec("xllamacpp")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("xllamacpp*.so")
+    library = ctypes.CDLL(str(path))
+    library.llama_log_set(_SILENT, None)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def decoded(kind: str, packed: NDArray[np.uint8], columns: int) -> NDArray[np.float32]:
+    """Values [rows, columns] of rows of blocks, uint8 [rows, bytes]."""
+    lower = kind.lower()
+    name = f"dequantize_row_{lower[:-1]}K" if kind.endswith("_K") else f"dequantize_row_{lower}"
+    decode = getattr(_library(), name)
+    decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    decode.restype = None
+    rows, values = np.ascontiguousarray(packed), np.empty((len(packed), columns), np.float32)
+    decode(rows.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def is_valid(kind: str, packed: NDArray[np.uint8]) -> bool:
+    """Whether llama.cpp takes these rows for sound (`--check-tensors`)."""
+    check = _library().ggml_validate_row_data
+    check.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    check.restype = ctypes.c_bool
+    rows = np.ascontiguousarray(packed)
+    return bool(check(NUMBERS[kind], rows.ctypes.data, rows.nbytes))
+
+
+def logits(path: Path, tokens: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
+    """What llama.cpp gives at every place of one sequence, [length, vocabulary]."""
+    library, length = _library(), len(tokens)
+    model = library.llama_model_load_from_file(
+        str(path).encode(), library.llama_model_default_params()
+    )
+    assert model, f"llama.cpp does not load {path}"
+    parameters = library.llama_context_default_params()
+    words = parameters.words
+    threads = next(i for i in range(4, 12) if words[i] == words[i + 1] == 4)
+    words[0] = words[1] = words[2] = length
+    words[3] = words[threads] = words[threads + 1] = 1
+    context = library.llama_init_from_model(model, parameters)
+    assert context
+    batch = library.llama_batch_init(length, 0, 1)
+    batch.n_tokens = length
+    for place, token in enumerate(tokens):
+        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
+        batch.seq_id[place][0], batch.logits[place] = 0, 1
+    assert library.llama_decode(context, batch) == 0
+    found = np.ctypeslib.as_array(library.llama_get_logits(context), (length, vocabulary)).copy()
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
+    return found
