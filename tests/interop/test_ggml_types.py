@@ -21,7 +21,7 @@ from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.gguf_model import write_gguf_model
+from ptq_cli.storage.gguf_model import GgufOutput, write_gguf_model
 from ptq_cli.storage.tensors import as_bytes
 from tests.builders import write_model
 from tests.formats.ggml_weights import ggml_layer, ggml_weight
@@ -116,7 +116,7 @@ def write_types(names: list[str], source: Path, out: Path) -> NDArray[np.float32
             weights[key] = checkpoint.read(key)
             parts.append((key, [as_bytes(key, weights[key])]))
     out.mkdir()
-    write_gguf_model(out, parts, layers, gguf.FORMAT, checkpoint)
+    write_gguf_model(GgufOutput(out / "model.gguf"), parts, layers, gguf.FORMAT, checkpoint)
     architecture, tokens = read_architecture(CONFIG, weights), np.array(PROMPT)
     packing = pack(tokens.shape, np.ones_like(tokens))
     hidden = embed(architecture, weights, tokens, packing)
