@@ -139,8 +139,12 @@ def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple
     for name, own in names.items():
         members.setdefault(own, []).append(name)
     shapes = {}
+    family = family_of(checkpoint.config)
+    transposed = family is not None and family.transposed and checkpoint.gguf is None
     for own, stored in members.items():
         shape = checkpoint.tensors[stored[0]].spec.shape
+        if transposed and own.startswith("blk."):
+            shape = shape[::-1]  # [in_features, out_features]
         shapes[own] = (len(stored), *shape) if len(stored) > 1 else shape
     return shapes
 

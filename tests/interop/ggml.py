@@ -126,3 +126,32 @@ def logits(path: Path, tokens: Sequence[int], vocabulary: int) -> NDArray[np.flo
     """What llama.cpp gives at every place of one sequence, [length, vocabulary]."""
     with opened(path, len(tokens), vocabulary) as decode:
         return decode(tokens)
+
+
+class Vocabulary:
+    """The tokenizer of a GGUF file, as llama.cpp reads it."""
+
+    def __init__(self, path: Path) -> None:
+        library = _library()
+        library.llama_model_get_vocab.restype = ctypes.c_void_p
+        library.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
+        library.llama_tokenize.argtypes = [
+            ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_int32, ctypes.c_bool, ctypes.c_bool,
+        ]  # fmt: skip
+        self._model = library.llama_model_load_from_file(
+            str(path).encode(), library.llama_model_default_params()
+        )
+        assert self._model, f"llama.cpp does not load {path}"
+        self._vocabulary = library.llama_model_get_vocab(self._model)
+
+    def tokens(self, text: str, special: bool = True) -> list[int]:
+        """special: with what the tokenizer puts before and behind a text"""
+        data, found = text.encode(), (ctypes.c_int32 * (len(text.encode()) + 8))()
+        tokenize = _library().llama_tokenize
+        count = tokenize(self._vocabulary, data, len(data), found, len(found), special, True)
+        assert count >= 0
+        return list(found[:count])
+
+    def close(self) -> None:
+        _library().llama_model_free(self._model)
