@@ -107,7 +107,7 @@ def tensor_types(
     asked = dict(_asked(checkpoint, settings, names, types))
     _check_experts(names, types | asked)
     if settings.on_misfit == "error":
-        _check_widths(asked, {name: checkpoint.tensors[name].spec.shape for name in asked})
+        _check_widths(asked, {name: shapes[names[name]] for name in asked})
     return TensorTypes(settings.scheme, names, types | asked)
 
 

@@ -253,6 +253,24 @@ def test_a_type_that_the_width_does_not_allow_names_what_would_fit(tmp_path):
     assert "model.layers.0.mlp.down_proj" not in found
 
 
+def test_a_row_is_in_features_long_however_it_is_stored(tmp_path):
+    shapes = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 256)}
+    shapes["mlp.c_proj"] = (256, 64)
+    tensors = {f"h.0.{name}.weight": random_weight(*shape) for name, shape in shapes.items()}
+    tensors |= {f"h.0.{name}.bias": random_weight(shape[1]) for name, shape in shapes.items()}
+    norms = [f"{name}.{part}" for name in ("h.0.ln_1", "h.0.ln_2", "ln_f") for part in
+             ("weight", "bias")]  # fmt: skip
+    tensors |= {name: random_weight(64) for name in norms}
+    tensors |= {"wte.weight": random_weight(96, 64), "wpe.weight": random_weight(32, 64)}
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "n_ctx": 32}
+    model = model_folder(tmp_path / "m", "gpt2", tensors, **sizes)
+    found = types(model, "--scheme", "Q4_0", "--tensor-type", "ffn_down=Q3_K")
+    assert found["h.0.mlp.c_proj"] == "Q3_K"
+    assert "wpe" not in found
+    options = ("--scheme", "Q4_0", "--tensor-type", "ffn_up=Q3_K")
+    assert "do not divide 64; Q4_0, as llama.cpp" in refusal("rtn", model, *options)
+
+
 def test_a_mix_that_has_nothing_to_fall_back_to_is_refused(tmp_path):
     tensors = {
         name: random_weight(*(48 if size == WIDTH else size for size in array.shape))
