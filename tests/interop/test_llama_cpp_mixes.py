@@ -17,6 +17,7 @@ from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.plan.mixes import MIXES, NEEDS_IMPORTANCE
+from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.gguf_source import open_gguf_source
 from tests.builders import SAMPLE, write_model
 from tests.interop import ggml
@@ -102,3 +103,33 @@ def test_mix(model: str, mix: str, models: dict[str, Path], tmp_path: Path) -> N
     print(f"{model} {mix}: at most {error:.3f}, {same:.0%} equal top tokens")
     assert error < 0.1  # it rounds inputs to 8 bits
     assert same >= 0.97
+
+
+WIDE: dict[str, dict[str, Any]] = {  # rows of whole super-blocks, but of Gemma's heads
+    "Qwen2": {"tie_word_embeddings": True},
+    "Gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16},
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs the extra interop")
+@pytest.mark.parametrize("kind", WIDE)
+def test_a_mix_of_another_family(kind: str, tmp_path: Path) -> None:
+    """Biases, an embedding that is the head, eight experts."""
+    import torch
+
+    families = pytest.importorskip("tests.interop.test_gguf_families")
+    build = families._causal(kind, hidden_size=256, intermediate_size=512, **WIDE[kind])
+    model = families.saved(kind.lower(), tmp_path / "model", build)
+    api.rtn(tmp_path / "model", scheme="Q4_K_M", format="gguf", output=tmp_path / "out")
+    tokens = families.TOKENS
+    with torch.no_grad():
+        logits = families.with_decoded(model, tmp_path / "out")(torch.tensor([tokens])).logits
+    expected = log_softmax(logits[0].numpy())
+    path = tmp_path / "out" / "model.gguf"
+    worst = np.abs(log_softmax(ggml.logits(path, tokens, expected.shape[1])) - expected).max(-1)
+    print(f"{kind}: at most {worst.max():.3f} of a spread of {expected.std():.2f}")
+    kinds = {tensor.spec.dtype for tensor in read_gguf_header(path).tensors}
+    assert {"Q4_K", "Q6_K"} <= kinds
+    assert ("Q8_0" in kinds) == (kind == "Mixtral")  # k and v of eight experts
+    assert (worst < 0.1).mean() >= (0.5 if kind == "Mixtral" else 1.0)  # another expert is chosen
