@@ -40,6 +40,11 @@ def _layouts(widths: Iterable[int], *symmetries: bool) -> frozenset[Layout]:
 
 _DENSE = ("llama", "qwen2")
 _WITH_IMAGES = ("qwen3", "llava", "llama")  # LLaVA with a Llama
+_IN_LLAMA_CPP = (  # and the words of GGUF files for them
+    *("cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "gpt2", "granite", "llama"),
+    *("mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen2moe", "qwen3"),
+    *("qwen3_moe", "qwen3moe", "smollm3", "starcoder2"),
+)
 _FOUR = _layouts((4,), True)
 _FP8: frozenset[Layout] = frozenset(
     (f"FP8 by {shared}", True, 8) for shared in ("row", "tensor", "block")
@@ -105,7 +110,8 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded((*_WITH_IMAGES, "mixtral"), _FOUR),
     ),
     ("llama.cpp", "gguf"): (
-        Loaded(("llama",), _GGML_TYPES, ("embedding",)),
+        Loaded(("llama",), _GGML_TYPES, ("embedding", "output head")),
+        Loaded(_IN_LLAMA_CPP, _layouts((8,), True)),
     ),
 }  # fmt: skip
 
