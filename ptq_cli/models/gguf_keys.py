@@ -92,6 +92,10 @@ def gguf_settings(family: Family, config: Config) -> dict[str, Any]:
 def _check(gguf: GgufFamily, settings: Mapping[str, Any]) -> None:
     """Raises InputError for a setting that is not what llama.cpp computes."""
     assumed = {**_ASSUMED, **gguf.assumed(settings)}
+    if not gguf.biases:
+        assumed |= {"attention_bias": False, "mlp_bias": False}
+    if gguf.usual_heads:
+        assumed["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
     if gguf.own_head is not None:
         assumed["tie_word_embeddings"] = not gguf.own_head
     for key, value in assumed.items():

@@ -211,6 +211,8 @@ def test_a_tower_is_left_out_with_a_warning() -> None:
     ("smollm3", {"no_rope_layers": [0]}, r"no_rope_layers \[0\]"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings True"),
     ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_slow": 2}}, "beta_slow"),
+    ("phi3", {"head_dim": 32}, "head_dim 32"),
+    ("smollm3", {"no_rope_layers": [1], "attention_bias": True}, "attention_bias True"),
     ("granite", {"attention_multiplier": "much"}, "lacks or garbles"),
 ])  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(
