@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_cli.storage.folder import open_quantized
 from tests.builders import ptq, random_weight, write_model
 from tests.storage.test_gguf_model import in_gguf_order
 
@@ -56,6 +57,17 @@ def written(*options: object) -> tuple[dict[str, Any], dict[str, Any]]:
     reader = gguf.GGUFReader("out/model.gguf")
     values = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     return values, {name: field.contents() for name, field in reader.fields.items()}
+
+
+def read_back(folder: str, modules: list[str]) -> dict[str, np.ndarray]:
+    """Weights of an output as the checkpoint had them, decoded."""
+    opened = open_quantized(Path(folder))
+    return {
+        module: opened.layers[module].as_stored(opened.load(module).dequantized())
+        if module in opened.layers
+        else opened.checkpoint.read(f"{module}.weight")
+        for module in modules
+    }
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -139,6 +151,11 @@ def test_conv1d_is_transposed() -> None:
     assert not any("mask" in name for name in values)
     outcome = ptq("eval", "model", "out")
     assert outcome.code == 0, outcome.err
+    back = read_back("out", ["h.0.attn.c_attn", "h.0.mlp.c_fc"])
+    close(back["h.0.attn.c_attn"], tensors["h.0.attn.c_attn.weight"])
+    np.testing.assert_array_equal(
+        back["h.0.mlp.c_fc"], tensors["h.0.mlp.c_fc.weight"].astype(np.float16)
+    )
 
 
 def test_gains_that_are_one_more() -> None:
@@ -154,6 +171,10 @@ def test_gains_that_are_one_more() -> None:
         wanted = tensors[f"{BLOCK}.{name}.weight"] + np.float32(1)
         np.testing.assert_array_equal(values[f"blk.0.{own}.weight"], wanted)
     assert "output.weight" not in values
+    name = f"{BLOCK}.input_layernorm"
+    np.testing.assert_allclose(
+        read_back("out", [name])[name], tensors[f"{name}.weight"], rtol=0, atol=1e-7
+    )
     assert keys["gemma2.attention.sliding_window"] == 4096
     assert keys["gemma2.final_logit_softcapping"] == 30
 
