@@ -6,7 +6,7 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
@@ -115,11 +115,15 @@ def _check_writable(
 
 
 def _growth(
-    checkpoint: Checkpoint, layers: Iterable[Layer], fmt: Format, cache: KVCache | None
+    checkpoint: Checkpoint, layers: Sequence[Layer], fmt: Format, cache: KVCache | None
 ) -> int:
     """Bytes by which a checkpoint grows where layers are packed: below 0 as a rule."""
     grown = sum(spec.nbytes for spec in cache.specs()) if cache else 0
     for layer in layers:
         grown += sum(spec.nbytes for spec in fmt.specs(layer))
         grown -= checkpoint.tensors[layer.tensor].spec.nbytes
+    if checkpoint.gguf is not None and not container_of(fmt).filled:  # all else is copied
+        rounded = {layer.tensor for layer in layers}
+        for name in checkpoint.tensors.keys() - rounded:
+            grown += checkpoint.extent(name) - checkpoint.tensors[name].spec.nbytes
     return grown

@@ -89,7 +89,7 @@ def open_gguf(
     with stated_in(path):
         # a block's own name is GGUF's, whatever it is called in the checkpoint
         specs = {name: tensor.spec for name, tensor in view.tensors.items()}
-        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
+        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or _is_linear(n, s)}
         metadata = {**header.metadata, "ptq": own}
         layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
         scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
@@ -108,6 +108,10 @@ def open_gguf(
         else layer
         for layer in layers
     ]
+
+
+def _is_linear(name: str, spec: TensorSpec) -> bool:
+    return len(spec.shape) == 2 and name.endswith(".weight")
 
 
 def _view(header: GgufHeader, config: Mapping[str, Any], names: Sequence[str]) -> GgufView:

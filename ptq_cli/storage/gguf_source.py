@@ -241,7 +241,10 @@ def _config(view: GgufView) -> dict[str, Any]:
         raise InputError("tensor 'token_embd.weight' is missing")
     assert view.names is not None
     settings = model_config(view.header.metadata, view.names.model_type, sizes[0], factors)
-    return settings | view.names.told_by_tensors(found, settings["num_hidden_layers"])
+    blocks = settings["num_hidden_layers"]
+    if blocks > len(found):  # told before so many names are made
+        raise InputError(f"block_count is {blocks}, but there are {len(found)} tensors")
+    return settings | view.names.told_by_tensors(found, blocks)
 
 
 def _places(view: GgufView) -> dict[str, GgufPlace]:

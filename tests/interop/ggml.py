@@ -76,6 +76,23 @@ def decoded(kind: str, packed: NDArray[np.uint8], columns: int) -> NDArray[np.fl
     return values
 
 
+def quantized(
+    kind: str, weight: NDArray[np.float32], importance: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Blocks by ggml's own quantizer, uint8 [rows, bytes]; importance: of columns, float32"""
+    library, (rows, columns) = _library(), weight.shape
+    library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.ggml_row_size.restype = ctypes.c_size_t
+    make = library.ggml_quantize_chunk
+    make.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    make.restype = ctypes.c_size_t
+    packed = np.zeros((rows, library.ggml_row_size(NUMBERS[kind], columns)), np.uint8)
+    values, weights = (np.ascontiguousarray(x, np.float32) for x in (weight, importance))
+    places = (values.ctypes.data, packed.ctypes.data)
+    assert make(NUMBERS[kind], *places, 0, rows, columns, weights.ctypes.data) == packed.nbytes
+    return packed
+
+
 def is_valid(kind: str, packed: NDArray[np.uint8]) -> bool:
     """Whether llama.cpp takes these rows for sound (`--check-tensors`)."""
     check = _library().ggml_validate_row_data

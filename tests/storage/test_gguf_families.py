@@ -107,6 +107,9 @@ def test_experts_are_stacked_and_routers_exact() -> None:
         "expert_shared_feed_forward_length": 96,
     }  # fmt: skip
     assert ptq("eval", "model", "out").code == 0
+    assert ptq("check", "out", "--runtime", "llama.cpp", "--json").document["loads"] is True
+    said = ptq("check", "out", "--runtime", "transformers", "--json").document
+    assert (said["loads"], "qwen2_moe" in said["why"]) == (None, True)
 
 
 @pytest.mark.parametrize(("options", "words"), [
