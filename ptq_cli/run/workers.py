@@ -39,7 +39,7 @@ _BLAS_THREADS = (
 
 # Pages that one unit gives back serve the next; the C library would return them to the system. Huge
 # ones are filled faster.
-_KEEP_MEMORY = {
+KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
@@ -181,7 +181,7 @@ def _environment() -> dict[str, str]:
     """One BLAS thread from the start, and modules found where this process finds them."""
     paths = [path or os.getcwd() for path in sys.path]
     one = dict.fromkeys(_BLAS_THREADS, "1")
-    return {**_KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _cluster(address: str) -> Crew:
