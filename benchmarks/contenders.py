@@ -29,7 +29,9 @@ Run = Callable[[Weights, Weights], Timed]
 def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
     """This engine, by the calls its gptq method makes."""
     from ptq_cli.core.grid import Grid
-    from ptq_cli.numerics.gptq import Passes, make_feedback, solve
+    from ptq_cli.numerics.feedback import make_feedback
+    from ptq_cli.numerics.gptq import solve
+    from ptq_cli.numerics.panel import Passes
 
     grid, passes = Grid(BITS, GROUP, sym=False), Passes(mse, refine, sweeps)
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import product
+from math import prod
 from typing import Any
 
 import click
@@ -25,12 +27,14 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.formats import ptq
+from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.formats.runtimes import RUNTIMES, facts, loads
 from ptq_cli.formats.runtimes.artifact import FAILS, LIMIT, NOTE, Artifact, Fact
 from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Family
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
+from ptq_cli.plan.mixes import MIXES, ModelFacts, mix_types, role_of
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 
@@ -105,6 +109,33 @@ def schemes() -> str:
             for name, scheme in SCHEMES.items()
         ],
     )
+
+
+def mixes() -> str:
+    """What each mix makes of a Llama 3 of 8 billion parameters: types by role, bits per weight."""
+    facts = ModelFacts("llama", 32, 32, 8)
+    widths = {"attn_q": 4096, "attn_k": 1024, "attn_v": 1024, "attn_output": 4096}
+    shapes = {f"blk.{i}.{name}.weight": (n, 4096) for i in range(32) for name, n in widths.items()}
+    for i in range(32):
+        shapes |= {f"blk.{i}.ffn_{name}.weight": (14336, 4096) for name in ("gate", "up")}
+        shapes[f"blk.{i}.ffn_down.weight"] = (4096, 14336)
+    shapes |= {f"{name}.weight": (128256, 4096) for name in ("token_embd", "output")}
+    return _table(
+        ["scheme", "most tensors", "`attn_v`", "`ffn_down`", "`attn_output`", "`output`", "bits"],
+        [_mix(name, shapes, facts) for name in MIXES],
+    )
+
+
+def _mix(name: str, shapes: dict[str, tuple[int, ...]], facts: ModelFacts) -> list[str]:
+    types = mix_types(name, facts, shapes)
+    cells = []
+    for role in ("attn_v", "ffn_down", "attn_output", "output"):
+        found = Counter(types[tensor] for tensor in shapes if role_of(tensor) == role)
+        many = len(found) > 1
+        cells.append(", ".join(f"{n} {kind}" if many else kind for kind, n in found.items()))
+    bits = sum(prod(shape) * TYPES[types[name]].bits_per_weight for name, shape in shapes.items())
+    mean = f"{bits / sum(map(prod, shapes.values())):.2f}"
+    return [f"`{name}`", types["blk.0.ffn_up.weight"], *cells, mean]
 
 
 def _defaults(name: str) -> str:

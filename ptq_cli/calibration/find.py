@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.calibration.from_file import CalibrationFile, beside, open_calibration
+from ptq_cli.calibration.from_imatrix import imatrix_source
 from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.sites import match_activations
 from ptq_cli.calibration.source import HELDOUT, Source
@@ -27,6 +28,7 @@ class SourceSettings:
 
     calibration: a statistics file; activations: folders of `<module>.npy`, bf16: uint16 is bfloat16
     tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
+    imatrix: an importance matrix of llama.cpp
     required: none at all is an error
     """
 
@@ -36,6 +38,7 @@ class SourceSettings:
     tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
     parallel_layers: bool = False
     required: bool = False
+    imatrix: Path | None = None
 
     @property
     def in_sequence(self) -> bool:
@@ -66,6 +69,7 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
         take_tokens(options),
         bool(options.pop("parallel_layers", False)),
         bool(options.pop("require_calibration", False)),
+        None if (imatrix := options.pop("imatrix", None)) is None else Path(imatrix),
     )
     if settings.parallel_layers and not settings.tokens.given:
         raise InputError("--parallel-layers needs --tokens or --text")
@@ -109,6 +113,10 @@ def find_source(
     correct, couple: with tokens, the drift and the coupling of rows are wanted too (`token_source`)
     """
     folders, path = list(settings.activations), settings.calibration
+    if settings.imatrix is not None:
+        if settings.tokens.given or path is not None or folders:
+            raise InputError("--imatrix excludes tokens, --calibration and --activations")
+        return imatrix_source(checkpoint, settings.imatrix)
     if settings.bf16 and (settings.tokens.given or path is not None):
         raise InputError("--bf16 is about activations", hint="it needs --activations")
     if settings.tokens.given:

@@ -110,7 +110,9 @@ class TokenSource(Source):
         between the inputs and outputs of a block for each, and the weights of a stage, which all
         share."""
         n_threads = self.n_threads(workers, memory)
-        weights = max(4 * self._size(place) for place in self.places.values())
+        n_blocks = len(self.arch.blocks)  # behind them is the head, which nothing goes through
+        inside = (place for place in self.places.values() if place.block < n_blocks)
+        weights = max(4 * self._size(place) for place in inside)
         running = n_threads * self.arch.block_memory(self._largest_batch) + weights
         if not self.couples:
             return running
@@ -176,7 +178,7 @@ def token_source(
     arch, parts = model_architecture(checkpoint), batches(tokens, heldout)
     places = {
         site: Place(block, number, linears, len(stage.sites) > 1, stage.adds)
-        for block in range(len(arch.blocks))
+        for block in range(len(arch.blocks) + arch.has_head(checkpoint.tensors))
         for number, stage in enumerate(stages(arch, block, parts[0].packing))
         for site, linears in stage.sites.items()
     }
@@ -220,7 +222,8 @@ def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
             f" {arch.family!r} has",
             hint="bring activations with --activations, which works for any model",
         )
-    transposed = any(linear.transposed for linear in arch.blocks[place.block].qkv)
+    blocks = arch.blocks[place.block : place.block + 1]  # none is the head's
+    transposed = any(linear.transposed for block in blocks for linear in block.qkv)
     return stored.spec.shape[0 if transposed else 1]
 
 
@@ -236,8 +239,8 @@ def _kv_heads(checkpoint: Checkpoint, arch: Architecture) -> int:
 def _site(site: str, place: Place, arch: Architecture, in_features: int, n_tokens: int) -> SiteInfo:
     """What is known of a site. Experts get an equal share of the tokens, as far as one can say
     beforehand; where that is too few, they share the statistics of all."""
-    experts = arch.blocks[place.block].experts
-    if experts is None or not place.expert:
+    experts = arch.blocks[place.block].experts if place.expert else None
+    if experts is None:
         return SiteInfo(site, place.linears, in_features, n_tokens)
     routed = n_tokens * experts.top_k
     own = routed // len(experts.outputs)

@@ -75,6 +75,7 @@ class Source:
     files: what it reads; surplus: what of it fits no linear; warnings: what is odd about it
     weak: why errors measured on it say little (these stand among `warnings`, too)
     fisher: modules whose Fisher information it has
+    diagonal: of the Hessian it knows the diagonal alone, and nothing else of the inputs
 
     in_sequence: sites are made on the way, in their order; then
     feedback: rounded layers feed those after them
@@ -92,6 +93,7 @@ class Source:
     warnings: tuple[str, ...] = ()
     weak: tuple[str, ...] = ()
     fisher: Mapping[str, FisherInfo] = field(default_factory=dict)
+    diagonal: bool = False
 
     in_sequence: ClassVar[bool] = False
     feedback: bool = False

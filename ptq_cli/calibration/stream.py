@@ -80,9 +80,9 @@ class Stream:
         n = self.batches[-1].rows.stop
         return Rows(self.work / f"{self.name}.{block}", n, self.arch.hidden_size)
 
-    def embed(self) -> None:
-        """Make the residual before the first block."""
-        weights = Held(self.read, float32=False)
+    def embed(self, rounded: Mapping[str, Tensor] = {}) -> None:
+        """Make the residual before the first block. rounded: as of `advance`"""
+        weights = Held(self.read, float32=False, instead=rounded)
         rows = self.boundary(0)
         rows.begin()
         for batch in self.batches:

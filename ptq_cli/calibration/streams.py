@@ -46,6 +46,7 @@ class Streams:
 
     streams: the first one gives the sites their inputs; a second one is the float model, and what
         it sees beside the first is the drift
+    embedded: tensors that are rounded in the first version before any site
     divisors: of sites whose inputs are smoothed in the first version, [in_features]: what the float
         model's inputs are divided by before they are compared
     """
@@ -65,6 +66,7 @@ class Streams:
         self.source = source
         self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
         self.main = self.streams[0]
+        self.embedded: Mapping[str, Tensor] = {}
         self.divisors: dict[str, NDArray[np.float32]] = {}
         self._shared: SiteStatistics | None = None  # of all experts at the stage in hand
 
@@ -89,8 +91,9 @@ class Streams:
                 break
         else:
             start = 0
-            for stream in self.streams:
-                stream.embed()
+            self.main.embed(self.embedded)
+            for other in self.streams[1:]:
+                other.embed()
         for stream in self.streams:
             stream.enter(start)
 

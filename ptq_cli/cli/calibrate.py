@@ -32,6 +32,11 @@ _PARAMETERS = (
             type=shared.FILE,
             help="[default: <model>.calibration.safetensors beside MODEL]",
         ),
+        option(
+            "--imatrix-out",
+            type=shared.FILE,
+            help="Write an importance matrix for llama.cpp, too.",
+        ),
     ),
     *shared.REPLACING,
     *in_section(
@@ -134,7 +139,7 @@ def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
         raise click.UsageError(
             "--merge excludes --activations and --gradients, and --tokens excludes all of them"
         )
-    return prepare_calibration(
+    job = prepare_calibration(
         model,
         source,
         merge=merge,
@@ -146,6 +151,7 @@ def _job(model: Path, options: dict[str, Any]) -> CalibrateJob:
         missing=options["fallback"] or "error",
         output=options["output"],
     )
+    return replace(job, imatrix_out=options["imatrix_out"])
 
 
 def _refuse_unread(given: Mapping[str, Any]) -> None:

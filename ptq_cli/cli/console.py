@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
@@ -163,7 +164,8 @@ def is_repack(report: RunReport) -> bool:
 
 
 def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> None:
-    titles = (_under("layer", common), "method", "bits/w", "rel err", "rtn", "gain", "weight only")
+    width = "type" if all(row.type for row in rows) else "bits/w"
+    titles = (_under("layer", common), "method", width, "rel err", "rtn", "gain", "weight only")
     left_out = set(titles[3:]) if repacked else set()
     if _console().width < 100 or all(row.weight_rel_err is None for row in rows):
         left_out |= {"weight only"}  # reports and pages have it
@@ -174,7 +176,7 @@ def _show_layers(rows: Sequence[LayerReport], common: str, repacked: bool) -> No
         [
             row.module.removeprefix(common),
             row.method + ("*" if row.fallback else ""),
-            f"{row.bits_per_weight:.2f}",
+            row.type or f"{row.bits_per_weight:.2f}",
             number(row_error(row)),
             number(row_rtn_error(row)),
             times(row.gain_vs_rtn),
@@ -237,8 +239,8 @@ def _show_totals(report: RunReport) -> None:
     totals = report.totals
     ratio = totals["compression_ratio"]
     line(
-        f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight,"
-        f" {totals['left_alone']} tensors left alone"
+        f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight"
+        f"{_types(report)}, {totals['left_alone']} tensors left alone"
     )
     line(
         f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
@@ -256,6 +258,12 @@ def _show_totals(report: RunReport) -> None:
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
     line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
+
+
+def _types(report: RunReport) -> str:
+    """How many layers have which type, where types have names."""
+    counted = Counter(row.type for row in report.rows if row.type).most_common()
+    return f" ({', '.join(f'{count} {kind}' for kind, count in counted)})" if counted else ""
 
 
 def _fallbacks(report: RunReport) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from ptq_cli.cli import console
+from ptq_cli.cli.diff_files import document_of_files, show_files
 from ptq_cli.cli.shared_options import PATH
 from ptq_cli.core.names import fold_names
-from ptq_cli.errors import GateMissed
+from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.report.compare import Change, Difference, difference
+from ptq_cli.storage.folder import gguf_of, is_gguf_file
 from ptq_cli.storage.reports import read_report
 
 _SHOWN = 5
@@ -53,11 +55,20 @@ def diff(
     became worse by more than --tolerance, or where the errors of one were measured on inputs that
     say little.
 
+    Two GGUF files of one model are compared themselves where a report of either is missing: types,
+    sizes, key-values, and how far the values of each tensor are apart. Nothing of that is better or
+    worse.
+
     \b
     ptq diff model-gptq-w4g128 candidate --tolerance 0.02
+    ptq diff theirs-Q4_K_M.gguf model-gptq-Q4_K_M/model.gguf
     """
     if not isfinite(tolerance):
         raise click.UsageError("--tolerance is a number like 0.01")
+    sides = (before, after)
+    if any(map(is_gguf_file, sides)) and not all(map(_has_report, sides)):
+        _diff_files(before, after, top, as_json)
+        return
     found = difference(read_report(before)[0], read_report(after)[0])
     worse = found.worse(tolerance)
     if as_json:
@@ -73,6 +84,32 @@ def diff(
             f"not comparable, on weak calibration: {'; '.join(found.weak)}",
             hint="--allow-weak-calibration",
         )
+
+
+def _has_report(path: Path) -> bool:
+    try:
+        read_report(path)
+    except InputError:
+        return False
+    return True
+
+
+def _diff_files(before: Path, after: Path, top: int, as_json: bool) -> None:
+    """Two GGUF files, or what an output folder holds."""
+    from ptq_cli.evaluation.gguf_difference import gguf_difference
+
+    files = [gguf_of(path) for path in (before, after)]
+    for path, file in zip((before, after), files, strict=True):
+        if file is None:
+            raise InputError(
+                f"{path} is no GGUF file, and the other one is",
+                hint="compare two, or the reports of two outputs",
+            )
+    found = gguf_difference(*[file for file in files if file is not None])
+    if as_json:
+        console.print_json(document_of_files(found))
+    else:
+        show_files(found, top)
 
 
 def _document(found: Difference, tolerance: float, worse: list[Change]) -> dict[str, Any]:

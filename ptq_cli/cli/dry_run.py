@@ -65,7 +65,9 @@ def _groups(content: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _grid(row: dict[str, Any]) -> str:
-    """`4 bits g128`, `8 bits row`, `3 bits g64 asym`"""
+    """`4 bits g128`, `8 bits row`, `3 bits g64 asym`; `Q4_K`"""
+    if row["type"]:
+        return str(row["type"])
     groups = {-1: "row", 0: "tensor"}.get(row["group_size"], f"g{row['group_size']}")
     return f"{row['bits']} bits {groups}" + ("" if row["sym"] else " asym")
 

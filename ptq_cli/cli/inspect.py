@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ptq_cli.cli import console
-from ptq_cli.cli.inspect_summary import grids, quantizing, summary, totals
+from ptq_cli.cli.inspect_summary import grids, mixed, quantizing, summary, totals
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.shared_options import JSON, SOURCES, path_argument
 from ptq_cli.commands import api
@@ -56,6 +56,8 @@ def _show(document: dict[str, Any]) -> None:
         _show_layers(document["format"], document["layers"])
     if document.get("sites"):
         _show_sites(document["sites"])
+    for text in mixed(document["gguf"], console.text_width()) if "gguf" in document else ():
+        console.line(text)
     if document.get("fisher"):
         _show_fisher(document["fisher"])
     for note in document.get("notes", []):
@@ -67,13 +69,17 @@ def _show(document: dict[str, Any]) -> None:
 
 def _show_layers(name: str, layers: list[dict[str, Any]]) -> None:
     """Grid, method and size per layer, and how many have which grid."""
-    titles = ("layer", "shape", "bits", "group", "sym", "method", "inputs", "bits/weight", "size")
+    titles = (
+        *("layer", "shape", "bits", "group", "sym", "type", "method", "inputs", "bits/weight"),
+        "size",
+    )
     rows = [
         [
             layer["module"],
             str(layer["shape"]),
             *(str(layer[key]) for key in ("bits", "group_size")),
             "yes" if layer["sym"] else "no",
+            layer["type"] or layer["numbers"] or "-",
             layer["method"] or "-",
             layer["inputs"] or "-",
             f"{layer['bits_per_weight']:.2f}",

@@ -42,7 +42,7 @@ def _wrapped(text: str, columns: int) -> list[str]:
 
 
 def _paragraphs(document: Mapping[str, Any], width: int, sites: bool) -> list[str]:
-    found = []
+    found = mixed(document["gguf"], width) if "gguf" in document else []
     tensors = document["tensors"]
     if document["kind"] == "quantized":
         found += [grids(document["format"], document["layers"])]
@@ -84,7 +84,8 @@ def _layers(layers: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:
         symmetry = "symmetric" if layer["sym"] else "asymmetric"
-        words = (_grid(layer), None if layer["numbers"] else symmetry, layer["method"])
+        named = layer["type"] or layer["numbers"]
+        words = (_grid(layer), None if named else symmetry, layer["method"])
         key = (*words, layer["inputs"] and f"inputs of {layer['inputs']}")
         groups.setdefault(key, []).append(layer)
     found = []
@@ -146,12 +147,47 @@ def grids(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _grid(layer: Mapping[str, Any]) -> str:
-    """The numbers of a layer: what small floats are called, else bits and groups."""
-    if layer["numbers"]:
-        return str(layer["numbers"])
+    """The numbers of a layer: what types and small floats are called, else bits and groups."""
+    if layer["type"] or layer["numbers"]:
+        return str(layer["type"] or layer["numbers"])
     group = layer["group_size"]
     shared = {-1: "per row", 0: "per tensor"}.get(group, f"in groups of {group}")
     return f"{layer['bits']} bits {shared}"
+
+
+def type_counts(found: Mapping[str, Any]) -> str:
+    """`25 Q4_K, 5 Q6_K, 9 F32, 4.92 bits per weight`"""
+    types = ", ".join(f"{own['tensors']} {kind}" for kind, own in found["types"].items())
+    bits = found["bits_per_weight"]
+    return types if bits is None else f"{types}, {bits:.2f} bits per weight"
+
+
+def mixed(found: Mapping[str, Any], width: int) -> list[str]:
+    """The types of a GGUF file, and which of llama.cpp's mixes it is."""
+    lines = [f"types: {type_counts(found)}", _mix(found)]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (kind, wanted) in found["differing"].items():
+        groups.setdefault((kind, wanted), []).append(name)
+    lines += [
+        f"  {kind} instead of {wanted} ({len(names)}): {_folded(names, width)}"
+        for (kind, wanted), names in groups.items()
+    ]
+    return lines
+
+
+def _mix(found: Mapping[str, Any]) -> str:
+    stated, nearest = found["stated"], found["nearest"]
+    if stated is None:
+        said = "says no mix that is known here" if found["file_type"] is not None else "is missing"
+        said = f"general.file_type {said}"
+    else:
+        said = f"general.file_type says {stated}"
+    if nearest is None:
+        return said
+    if not found["differing"]:
+        same = " or ".join(found["mixes"])
+        return f"{said}, and the types are those of {'it' if same == stated else same}"
+    return f"{said}; {len(found['differing'])} tensors have other types than in {nearest}:"
 
 
 def quantizing(entry: Mapping[str, Any]) -> str:

@@ -26,8 +26,7 @@ from ptq_cli.plan.grid_settings import (
     settings_classes,
 )
 from ptq_cli.plan.recipe import load_recipe
-from ptq_cli.registry import SMOOTHERS, format_named
-from ptq_cli.storage.folder import container_of
+from ptq_cli.registry import SMOOTHERS
 
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
@@ -136,9 +135,9 @@ def _parameters(name: str) -> list[click.Parameter]:
         bits.type = click.IntRange(2, FLOAT_BITS)
     fallback = [_FALLBACK] if name == "gptq" else []
     required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
-    sources = (
-        [] if name == "pack" else [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *required]
-    )
+    imatrix = [] if name in SMOOTHERS else [shared.IMATRIX]  # these need inputs themselves
+    sources = [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *imatrix, *required]
+    sources = [] if name == "pack" else sources
     place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
@@ -190,9 +189,6 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
 
 def _refuse_unread(job: Job, options: dict[str, Any]) -> None:
     """Options of the run that do nothing for what is done, or how it is stored."""
-    fmt = format_named(job.plan.format)
-    if options["max_shard_size"] is not None and not container_of(fmt).filled:
-        raise click.UsageError(f"--max-shard-size does nothing here: {fmt.name} is one file")
     if job.plan.method != "repack":
         return
     _refuse_gates(

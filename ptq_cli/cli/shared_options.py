@@ -88,6 +88,15 @@ SOURCES = in_section(
     BF16,
 )
 
+(IMATRIX,) = in_section(
+    "Calibration",
+    option(
+        "--imatrix",
+        type=FILE,
+        help="Importance matrix of llama.cpp, as the diagonal of the Hessian.",
+    ),
+)
+
 REPLACING = in_section(
     "Output",
     option("--force", is_flag=True, help="Replace an existing output."),
@@ -99,7 +108,7 @@ REPLACING = in_section(
     option(
         "--max-shard-size",
         metavar="SIZE",
-        help="Weights files hold at most SIZE.  [default: 4GB]",
+        help="Weights files hold at most SIZE.  [default: 4GB; gguf: one file]",
     ),
 )
 

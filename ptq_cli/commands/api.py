@@ -8,6 +8,7 @@ one alone will do.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -33,7 +34,8 @@ from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import MAX_SHARD, gguf_of, holds_quantized, open_quantized
+from ptq_cli.storage.folder import gguf_of, holds_quantized, open_quantized
+from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
@@ -57,11 +59,12 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "mask": (AnyPath | None, None),
     "parallel_layers": (bool, False),
     "require_calibration": (bool, False),
+    "imatrix": (AnyPath | None, None),
 }
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "force": (bool, False),
     "restart": (bool, False),
-    "max_shard_size": (str | int, MAX_SHARD),
+    "max_shard_size": (str | int | None, None),
     "listen": (Listener, nobody),
     "workers": (int | None, None),
     "max_memory": (str | int | None, None),
@@ -149,6 +152,7 @@ def calibrate(
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
     missing: str = "error",
+    imatrix_out: AnyPath | None = None,
     force: bool = False,
     restart: bool = False,
     resources: Resources = ALL_THERE_IS,
@@ -161,6 +165,7 @@ def calibrate(
     output: default `<model>.calibration.safetensors` beside the model
     gradients: folders of per-sample gradients `<module>.npy`; their diagonal Fisher information is
         stored too, and alone where there are no activations
+    imatrix_out: an importance matrix for llama.cpp is written there, too
 
     Returns:
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
@@ -176,6 +181,8 @@ def calibrate(
         missing=missing,
         output=output,
     )
+    place = None if imatrix_out is None else Path(imatrix_out)
+    job = dataclasses.replace(job, imatrix_out=place)
     for warning in job.warnings:
         warn(warning)
     options = RunOptions(resources, listen=listen, force=force, restart=restart)
@@ -187,7 +194,7 @@ def dequantize(
     output: AnyPath | None = None,
     *,
     dtype: str | None = None,
-    max_shard_size: str | int = MAX_SHARD,
+    max_shard_size: str | int | None = None,
     force: bool = False,
     restart: bool = False,
     listen: Listener = nobody,
@@ -257,22 +264,34 @@ def inspect(
     activations: Paths = (),
     bf16: bool = False,
 ) -> dict[str, Any]:
-    """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what)."""
+    """What a float model or a quantized folder holds (ptq_cli/evaluation/inspect.py says what); of
+    a GGUF file also its types, as `gguf` (ptq_cli/evaluation/file_types.py)."""
+    from ptq_cli.evaluation.file_types import file_types
+
+    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
+    document, gguf = _inspect(path, named), gguf_of(Path(path))
+    return document if gguf is None else document | {"gguf": file_types(read_gguf_header(gguf))}
+
+
+def _inspect(path: AnyPath, named: dict[str, Any]) -> dict[str, Any]:
+    """named: where calibration is"""
     from ptq_cli.evaluation.inspect import inspect_model, inspect_quantized
 
     checkpoint = None
     if holds_quantized(Path(path)):
-        if calibration is not None or as_paths(activations) or bf16:
+        if named["calibration"] is not None or as_paths(named["activations"]) or named["bf16"]:
             raise InputError(f"{path}: quantized already: calibration says nothing of its codes")
         with contextlib.suppress(NotRead):
             return inspect_quantized(open_quantized(Path(path)))
         with contextlib.suppress(NotRead):  # its tensors can be shown still, and what it is
             checkpoint = open_float(Path(path))
     if checkpoint is None:
-        is_gguf, place = gguf_of(Path(path)) is not None, Path(path)
-        checkpoint = open_float(place) if is_gguf else one_by_one(open_checkpoint(place))
-    named = {"calibration": calibration, "activations": activations, "bf16": bf16}
-    source = find_source(checkpoint, take_source(named))
+        place = Path(path)
+        if gguf_of(place) is not None:
+            checkpoint = open_float(place, any_architecture=True)
+        else:
+            checkpoint = one_by_one(open_checkpoint(place))
+    source = find_source(checkpoint, take_source(dict(named)))
     return inspect_model(checkpoint, source)
 
 

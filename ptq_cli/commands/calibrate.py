@@ -16,6 +16,7 @@ from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.merged import merge_calibrations
 from ptq_cli.calibration.sites import match_activations, missing_error
 from ptq_cli.calibration.source import HELDOUT, Source
+from ptq_cli.calibration.to_imatrix import check_importance, write_importance
 from ptq_cli.commands.estimate import Estimate, estimate_calibration
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.errors import InputError
@@ -38,6 +39,7 @@ class CalibrateJob:
     """A calibration that is planned and ready to run.
 
     fingerprints: of what the source reads
+    imatrix_out: where the statistics go as an importance matrix, too
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,7 @@ class CalibrateJob:
     fingerprints: Sequence[str]
     warnings: tuple[str, ...]
     output: Path
+    imatrix_out: Path | None = None
 
     def target(self, options: RunOptions) -> Target:
         """Where the run works, and what makes another the same."""
@@ -67,6 +70,8 @@ class CalibrateJob:
         """Do the work, and give the file its name; what it holds. Raises PtqError."""
         target = self.target(options)
         earlier = target.finished()
+        if self.imatrix_out is not None:
+            check_importance(self.checkpoint, self.imatrix_out, options.force or earlier)
         if earlier:
             sites = dict(open_calibration(self.output).content["sites"])
             bare = [site for site in self.source.sites if site not in sites]
@@ -77,6 +82,8 @@ class CalibrateJob:
                 result = calibrate_sites(
                     self.source, model, staging, options.listen, options.resources
                 )
+        if self.imatrix_out is not None:
+            write_importance(self.output, self.checkpoint, self.imatrix_out, options.force)
         order = by_number(self.source.sites)  # a file has them by letter
         result["sites"] = {site: result["sites"][site] for site in order if site in result["sites"]}
         late = []

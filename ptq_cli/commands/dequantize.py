@@ -15,6 +15,7 @@ from ptq_cli.run.dequantize import FLOATS, Dequantization, planned, run_dequanti
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.companions import companions
 from ptq_cli.storage.files import without_constants
+from ptq_cli.storage.folder import MAX_SHARD
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.staging import Staging
@@ -34,7 +35,7 @@ class DequantizeJob:
         job = {
             "command": "dequantize",
             "version": __version__,
-            "max_shard_size": options.max_shard,
+            "max_shard_size": options.max_shard or MAX_SHARD,
             "dtype": self.work.dtype,
             "model": source.fingerprint,
             "config": without_constants(source.config),

@@ -69,7 +69,7 @@ def prepare_evaluation(
     """Open both sides; see `api.evaluate`. Tokens measure predictions, and the errors of layers
     where there are no other statistics of their inputs."""
     activation = _rounded_inputs(scheme, bits, percentile)
-    checkpoint = open_float(Path(original))
+    checkpoint = open_float(Path(original), any_architecture=not source.tokens.given)
     folder = open_quantized(Path(quantized))
     statistics = find_source(checkpoint, dataclasses.replace(source, tokens=TokenSettings()))
     tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None

@@ -16,18 +16,20 @@ from ptq_cli.commands.estimate import Estimate, estimate_quantization
 from ptq_cli.core.layer import Plan
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import RunReport
+from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.left_dense import dense_warnings
-from ptq_cli.plan.schemes import SCHEMES, scheme_settings
+from ptq_cli.plan.mixes import is_mix, mix_name
+from ptq_cli.plan.schemes import SCHEMES, check_alone, scheme_settings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
 from ptq_cli.run.schedule import Resources, RunOptions, take_resources
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.companions import companions
+from ptq_cli.storage.companions import GGUF_SUFFIX, companions
 from ptq_cli.storage.files import without_constants
-from ptq_cli.storage.folder import MAX_SHARD
+from ptq_cli.storage.folder import container_of
 from ptq_cli.storage.machine import parse_size
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
@@ -53,21 +55,28 @@ class Job:
 
     def target(self, options: RunOptions = DEFAULTS) -> Target:
         """Where the run works, and what makes another the same."""
+        fmt = format_named(self.plan.format)
         job = {
             "command": self.command,
             "version": __version__,
-            "max_shard_size": options.max_shard,
+            "max_shard_size": options.max_shard or container_of(fmt).max_shard,
             **self.identity,
         }
         for part in self.plan.settings:
             job |= dataclasses.asdict(part)
         job |= fingerprints(self.checkpoint, self.source)
         job["config"] = without_constants(self.checkpoint.config)
+        if self.checkpoint.gguf is not None:
+            job["metadata"] = self.checkpoint.gguf.digest
         keep = [*self.checkpoint.files, self.checkpoint.weights]
         if self.source is not None:
             keep += self.source.files
-        beside = companions(self.checkpoint, format_named(self.plan.format))
-        return Target(self.output, job, options.force, options.restart, keep, beside.files)
+        alone = names_a_file(self.output)
+        if alone and options.max_shard is not None:
+            hint = "name a folder with -o, which then holds several"
+            raise InputError(f"{self.output}: one file, but --max-shard-size is given", hint=hint)
+        beside = {} if alone else companions(self.checkpoint, fmt).files
+        return Target(self.output, job, options.force, options.restart, keep, beside, alone)
 
     def run(self, options: RunOptions = DEFAULTS) -> RunReport:
         """Do the work, and give the output its name, unless the same run has. Raises PtqError."""
@@ -97,10 +106,29 @@ class Job:
         ]
 
 
+def names_a_file(output: Path) -> bool:
+    """Whether an output is the weights file itself, not a folder that holds it."""
+    return output.suffix == GGUF_SUFFIX
+
+
+def check_output_name(output: Path, fmt: str, smoothed: bool = False) -> None:
+    """Refuse a GGUF file as the output where it would not be one, or not all."""
+    if not names_a_file(output):
+        return
+    if container_of(format_named(fmt)).filled:
+        raise InputError(f"-o {output} names a GGUF file", hint="--format gguf, or name a folder")
+    if smoothed:
+        raise InputError(
+            f"-o {output} names a file, but the factors of a smoothing go beside the weights",
+            hint="name a folder",
+        )
+
+
 def quantization_job(work: Quantization, output: AnyPath, identity: Mapping[str, Any]) -> Job:
     """A planned quantization as a job."""
     start, look = partial(quantize, work), partial(estimate_quantization, work)
     target = Path(output)
+    check_output_name(target, work.plan.format, work.smoothing is not None)
     return Job(work.command, work.plan, work.checkpoint, work.source, target, identity, start, look)
 
 
@@ -109,7 +137,7 @@ def take_run_options(options: dict[str, Any]) -> RunOptions:
     names = ("listen", "force", "restart")
     own = {name: options.pop(name) for name in names if name in options}
     size = options.pop("max_shard_size", None)
-    max_shard = MAX_SHARD if size is None else parse_size(str(size))
+    max_shard = None if size is None else parse_size(str(size))
     return RunOptions(take_resources(options), max_shard, **own)
 
 
@@ -150,11 +178,21 @@ def with_scheme(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str
     return {**scheme_settings(recipe.get("scheme", "")), **recipe}
 
 
+def check_mix(scheme: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Refuse settings of a grid beside a mix: options, and those of the recipe that names it."""
+    asked = {key: value for key, value in given.items() if value is not None}
+    check_alone(scheme, asked if "scheme" in asked else {**recipe, **asked})
+
+
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
-    """`<model>-gptq-w4g128` or `<model>-gptq-nvfp4`, in the current directory."""
+    """`<model>-gptq-w4g128`, `<model>-gptq-nvfp4` or `<model>-gptq-Q4_K_M`, in the current
+    directory."""
     stem = checkpoint.stem
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
+    if is_mix(settings.scheme):
+        name = f"{stem}-{command}-{mix_name(settings.scheme)}"
+        return name if settings.format == "gguf" else f"{name}-{settings.format}"
     scheme = SCHEMES.get(settings.scheme)
     if scheme is not None and scheme.fixed:
         name = f"{stem}-{command}-{settings.scheme.lower().replace('_', '-')}"

@@ -15,6 +15,7 @@ from ptq_cli.commands.smooth import prepare_smoothing
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.schemes import SCHEMES, scheme_inputs, scheme_settings
 from ptq_cli.plan.unused_options import refuse_unused
@@ -52,8 +53,9 @@ def prepare(
     how = method("rtn" if packs else command)
     values = {**default_settings(command), **jobs.with_scheme(given, recipe)}
     settings = make_settings(GridSettings, given, values)
+    jobs.check_mix(settings.scheme, given, recipe)
     own = make_settings(how.settings, given, values)
-    checkpoint = open_float(Path(model))
+    checkpoint = open_float(Path(model), any_architecture=by_names_alone(settings, source))
     found = None
     if not packs:
         correct, couple = how.corrects_drift(own), how.couples_rows(own)
@@ -72,6 +74,7 @@ def prepare(
         "calibration": found is not None,
         "in_sequence": source.in_sequence,
         "tokens": source.tokens.given,
+        "mix": is_mix(settings.scheme),
     }
     refuse_unused(command, given, recipe, (settings, own), **facts)
     plan = jobs.with_warnings(plan, checkpoint, found, runtime)
@@ -80,6 +83,11 @@ def prepare(
     inputs = jobs.fingerprints(checkpoint, found)
     work = Quantization(command, plan, checkpoint, found, rounding, settings, inputs)
     return jobs.quantization_job(work, target, {"fallback": fallback})
+
+
+def by_names_alone(settings: GridSettings, source: SourceSettings) -> bool:
+    """Whether a model in GGUF need not be understood: its file is copied, and nobody runs it."""
+    return format_named(settings.format).container == "gguf" and not source.tokens.given
 
 
 def _kept(folder: QuantizedFolder, words: str) -> str:
@@ -104,7 +112,7 @@ def _prepare_repack(
     known = {field.name for field in dataclasses.fields(RepackSettings)}
     own = {**recipe, **{key: value for key, value in given.items() if value not in (None, ())}}
     scheme = SCHEMES.get(own.get("scheme", ""))
-    if scheme is not None and not scheme.fixed:
+    if is_mix(own.get("scheme", "")) or (scheme is not None and not scheme.fixed):
         known -= {"scheme"}
     other = sorted(own.keys() - known)
     if other:
@@ -117,6 +125,7 @@ def _prepare_repack(
     settings = RepackSettings(**{key: own[key] for key in known & own.keys()})
     stem = path.resolve().name.removesuffix(".gguf").removesuffix(".safetensors")
     target = Path(f"{stem}-{settings.format}") if output is None else Path(output)
+    jobs.check_output_name(target, settings.format)
     checkpoint, fmt = folder.checkpoint, format_named(settings.format)
 
     def job(*, trial: bool) -> jobs.Job:

@@ -21,6 +21,7 @@ from ptq_cli.models.detect import Sites
 from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.plan import make_plan
 from ptq_cli.plan.schemes import says_inputs, scheme_inputs
 from ptq_cli.plan.unused_options import refuse_unused
@@ -100,6 +101,8 @@ def prepare_smoothing(
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
     couple = told.rounding.how.couples_rows(told.rounding.settings)
+    if source.imatrix is not None:
+        raise InputError(f"--imatrix does nothing for {command}, which needs inputs themselves")
     found = find_source(checkpoint, source, correct=True, couple=couple)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, checkpoint.path)
@@ -109,6 +112,7 @@ def prepare_smoothing(
         "calibration": True,
         "in_sequence": source.in_sequence,
         "tokens": source.tokens.given,
+        "mix": is_mix(told.grid.scheme),
     }
     refuse_unused(command, given, recipe, read, **facts)
     target = jobs.default_output(checkpoint, command, told.grid)
@@ -136,7 +140,7 @@ def prepare_smoothing(
 
 
 def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> _Settings:
-    how = smoother(command)
+    how, own_recipe = smoother(command), recipe
     defaults, recipe = dict(how.defaults), jobs.with_scheme(given, recipe)
     if not (recipe.get("sym", True) if given.get("sym") is None else given["sym"]):
         defaults.pop("narrow_range", None)  # which is of symmetric codes only
@@ -150,6 +154,7 @@ def _settings(command: str, given: Mapping[str, Any], recipe: Mapping[str, Any])
             hint="--weight hessian",
         )
     grid = make_settings(GridSettings, given, recipe)
+    jobs.check_mix(grid.scheme, given, own_recipe)
     if floats and grid.format != "ptq":
         raise InputError(
             f"--bits {FLOAT_BITS} writes float weights, which format {grid.format} does not hold",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -97,11 +98,27 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class GgufTypes:
+    """What of a GGUF file's types its layers do not tell.
+
+    stored_as: types of dense tensors, where one was asked for, by their names in the checkpoint
+    file_type: general.file_type, or None: that of most layers
+    """
+
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    file_type: int | None = None
+
+
+ALL_TOLD = GgufTypes()
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is known before the first weight is read.
 
     untried: warnings that say no more than that nobody tried: no error with --strict
     kv_cache: how the keys and values that attention caches are rounded too, or None
+    types: of a GGUF file
     """
 
     method: str
@@ -114,6 +131,7 @@ class Plan:
     bytes_before: int = 0
     bytes_after: int = 0
     kv_cache: KVCache | None = None
+    types: GgufTypes = ALL_TOLD
 
     @property
     def layers(self) -> tuple[Layer, ...]:

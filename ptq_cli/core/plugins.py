@@ -202,6 +202,7 @@ class Format:
     mirrored: whether it holds the mirrored groups of a layer's symmetric grid (`Grid.mirrored`), as
         zeros or as negative scales, and its runtimes compute with them
     kv_cache: how it holds the scales of a rounded key-value cache; None: it does not
+    type_of: what it calls the numbers of a layer (ggml's types), or None
     """
 
     name: str
@@ -225,6 +226,7 @@ class Format:
     global_scale: bool = True
     mirrored: Callable[[Layer], bool] = lambda layer: False
     kv_cache: CacheLayout | None = None
+    type_of: Callable[[Layer], str | None] = lambda layer: None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class LayerReport:
     activations: of `ptq eval --activation-scheme`
     input_bits: what the layer's inputs are rounded to when it runs, or None
     levels: the small floats that codes are ("e2m1", "e4m3"), or None where they are integers
+    type: what the format calls its numbers (ggml's types), or None
     weight_rel_err: where that was measured, the errors are those of the outputs with rounded
         inputs, and this is that of the weight alone, with float inputs
     weak: why errors on these inputs say little (numerics/weak_inputs.py), or None
@@ -55,6 +56,7 @@ class LayerReport:
     weak: Mapping[str, float] | None = None
     drift: float | None = None
     levels: str | None = None
+    type: str | None = None
 
 
 @dataclass(frozen=True)

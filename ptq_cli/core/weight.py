@@ -62,6 +62,13 @@ class QuantizedWeight:
             super_offsets=None if self.super_offsets is None else self.super_offsets[rows],
         )
 
+    def put(self, rows: NDArray[np.intp], part: QuantizedWeight) -> None:
+        """Fill some of its rows with those of another on the same grid."""
+        for name in ("codes", "scales", "zeros", "offsets", "super_scales", "super_offsets"):
+            values = getattr(self, name)
+            if values is not None:
+                values[rows] = getattr(part, name)
+
     @np.errstate(over="ignore")  # who looks at it finds what is not finite
     def dequantized(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """`scales · level` (or with offsets) as float32 [rows, in_features]."""

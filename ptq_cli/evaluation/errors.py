@@ -24,6 +24,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.evaluation.sides import Sides, compare_untouched
+from ptq_cli.models.ties import is_embedding
 from ptq_cli.numerics.activations import ActivationSettings, calibrated_scale, with_static_scale
 from ptq_cli.numerics.integer_matmul import linear_dequantized, linear_w8a8
 from ptq_cli.numerics.output_errors import Measures, measure, output_errors
@@ -234,7 +235,7 @@ def _warnings(
         warnings.append("no calibration: errors are those of the weights, not of the outputs")
         return warnings
     warnings += [f"{source.name}: {reason}" for reason in source.weak]
-    bare = [module for module in quantized.layers if module not in site_of]
+    bare = [x for x in quantized.layers if x not in site_of and not is_embedding(x)]
     if bare:
         warnings.append(
             f"{len(bare)} layers have no statistics, their errors are those of the weights:"

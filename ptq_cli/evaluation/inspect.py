@@ -67,6 +67,7 @@ def inspect_quantized(folder: QuantizedFolder) -> dict[str, Any]:
             "shape": list(layer.full_shape),
             "bits": layer.grid.bits,
             "numbers": None if layer.grid.integers else numbers(layer.grid),
+            "type": folder.fmt.type_of(layer),
             "group_size": layer.grid.group_size,
             "sym": layer.grid.sym,
             "method": layer.method or methods.get(layer.module),

@@ -33,7 +33,10 @@ _EMBEDDING = re.compile(
     r"|(position|token|patch)_embeddings?)$"
 )
 _KERNEL_GROUPS = (32, 64, 128, 256)
-NUMBERS = {"integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)"}
+NUMBERS = {
+    "integer": "integers", "e2m1": "FP4 numbers (E2M1)", "e4m3": "FP8 numbers (E4M3)",
+    "iq4_nl": "levels of IQ4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Limits:
     embeddings: bool = False
     activations: bool = False
     levels: tuple[str, ...] = ("integer",)
+    own_offsets: bool = False
 
 
 def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
@@ -70,7 +74,14 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
     if grid.levels not in limits.levels:
         held = " or ".join(NUMBERS[levels] for levels in limits.levels)
         reason = f"{name} holds {held}, not {NUMBERS[grid.levels]}"
-        return Misfit(reason, "--format compressed-tensors")
+        holder = "gguf" if grid.levels == "iq4_nl" else "compressed-tensors"
+        return Misfit(reason, f"--format {holder}")
+    if grid.multiples and grid.scale_dtype not in limits.scale_dtypes:
+        reason = f"{name} has no scales that are multiples of another (K-quants, IQ4_XS)"
+        return Misfit(reason, "--format gguf")
+    if grid.own_offsets and not limits.own_offsets:
+        reason = f"{name} holds whole zeros, not offsets of any size (Q4_1, Q5_1)"
+        return Misfit(reason, "--format gguf")
     if grid.bits not in limits.bits:
         held = ", ".join(map(str, limits.bits))
         return Misfit(f"{name} holds {held} bits, not {grid.bits}", "--bits 4")
@@ -249,7 +260,7 @@ def may_mirror(layer: Layer) -> bool:
     """Whether runtimes compute with mirrored groups of such a layer (`Grid.mirrored`). Not where
     inputs are rounded too: kernels of integers take scales for positive."""
     grid = layer.grid
-    whole = grid.integers and grid.sym and not grid.narrow_range
+    whole = grid.integers and grid.sym and not grid.narrow_range and not grid.multiples
     return whole and layer.activation is None
 
 

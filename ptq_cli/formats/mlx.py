@@ -72,8 +72,11 @@ def _misfit(layer: Layer) -> Misfit | None:
 
 
 def _float_misfit(layer: Layer) -> Misfit | None:
-    if layer.grid.scale_dtype in common.SCALE_WORDS:  # no option of scales would help
-        reason = f"mlx has no FP8 with {layer.grid.scale_dtype} scales"
+    grid = layer.grid
+    if (
+        grid.levels == "e4m3" and grid.scale_dtype in common.SCALE_WORDS
+    ):  # no option of scales would help
+        reason = f"mlx has no FP8 with {grid.scale_dtype} scales"
         return Misfit(reason, "--format compressed-tensors")
     found = common.misfit(layer, "mlx", _FLOAT_LIMITS)
     return small_floats.grid_misfit(layer, "mlx", _WIDTHS) if found is None else found

@@ -81,7 +81,10 @@ def _apply(
 ) -> MethodResult:
     """Round to nearest, each group within the range that the clip search gives it."""
     if root is None:
-        return MethodResult(round_to_nearest(weight, grid))
+        return MethodResult(round_to_nearest(weight, grid, np.ones(weight.shape[1], weight.dtype)))
+    if grid.own_offsets or grid.multiples:  # their range is searched from both ends
+        energy = (root * root).sum(0).astype(weight.dtype)
+        return MethodResult(round_to_nearest(weight, grid, energy))
     limits = search_clip(root, weight.astype(np.float32), grid, settings.n_grid)
     return MethodResult(round_to_nearest(clip(weight, limits, grid), grid))
 

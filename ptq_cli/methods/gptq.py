@@ -17,8 +17,10 @@ from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.coupling import solve_coupled
 from ptq_cli.numerics.drift import correction, proven_strength
-from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, make_feedback, solve
+from ptq_cli.numerics.feedback import Feedback, make_feedback
+from ptq_cli.numerics.gptq import PANEL_ROWS, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.rounding import round_to_nearest
 
 # Up to this width the arithmetic is float64: it costs little there, and codes do not depend on the

@@ -96,7 +96,8 @@ def names_of_file(architecture: str) -> GgufNames:
             return _names(family)
     known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES if family.gguf))
     message = f"gguf: general.architecture {architecture!r} is not understood"
-    raise InputError(message, hint=f"known are {known}; or start from the float model")
+    hint = f"known are {known}; every other one becomes GGUF again: --format gguf, no --tokens"
+    raise InputError(message, hint=hint)
 
 
 def _names(family: Family) -> GgufNames:

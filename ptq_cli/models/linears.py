@@ -13,6 +13,7 @@ from ptq_cli.core.plugins import ModuleTree
 from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
 from ptq_cli.models.family import Config
+from ptq_cli.models.gguf_tensors import goes_by_gguf_names, left_alone_in_gguf
 from ptq_cli.models.sites import Site
 
 OTHER_TOWER = "not of the text model"
@@ -59,6 +60,9 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
     What no runtime has as a Linear must stay as it is: routers above all. The family says what
     that is; names say it of families that are not known.
     """
+    if goes_by_gguf_names(config):
+        kinds = ((name, _by_kind(spec) or left_alone_in_gguf(spec)) for name, spec in specs.items())
+        return {name: reason for name, reason in kinds if reason is not None}
     family, multimodal = family_of(config), multimodal_of(config)
     routers = tuple(f".{name}" for name in family.names.routers) if family else ()
     towers = multimodal.towers if multimodal else ()

@@ -24,8 +24,10 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Coupling
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
-from ptq_cli.numerics.gptq import PANEL_ROWS, Feedback, Passes, solve
+from ptq_cli.numerics.feedback import Feedback
+from ptq_cli.numerics.gptq import PANEL_ROWS, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite, ldl_upper
+from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.rounding import blank
 
 LEVELS = 8
@@ -75,8 +77,6 @@ def solve_coupled(
         own = None if importance is None else importance[rows]
         part = solve(target, grid, feedback, passes, own, panel_rows)
         error[start:stop] = weight[rows] - part.dequantized()
-        result.codes[rows] = part.codes
-        result.scales[rows] = part.scales
-        result.zeros[rows] = part.zeros
+        result.put(rows, part)
         start = stop
     return replace(result, g_idx=part.g_idx)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from ptq_cli.core.statistics import Drift
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.gptq import Feedback
+from ptq_cli.numerics.feedback import Feedback
 from ptq_cli.numerics.ldl import solve_right
 from ptq_cli.numerics.output_errors import inner
 from ptq_cli.numerics.parallel import each, strips

@@ -8,12 +8,14 @@ they are stored in before a code is chosen, so what a runtime decodes is what wa
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import SUPER_BLOCK, Grid
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.core.weight import QuantizedWeight
+from ptq_cli.numerics import super_blocks
 from ptq_cli.numerics.numbers import numbers_of
 from ptq_cli.numerics.parallel import each, pieces, strips
 from ptq_cli.numerics.scales import SCALE_DTYPES, stored_scales
@@ -31,14 +33,14 @@ def round_to_nearest(
     into = blank((weight.shape[0], weight.shape[1]), grid)
     if weight.size == 0:
         into.scales.fill(1)
-        into.zeros.fill(grid.mid_code if grid.sym else 0)
+        into.zeros.fill(grid.mid_code if grid.sym and grid.integers else 0)
         return into
     numbers = numbers_of(grid)
     whole_tensor = grid.group_size == 0
     if whole_tensor:
         if importance is not None:
             importance = np.broadcast_to(importance, weight.shape).reshape(1, -1)
-        scale, zero = numbers.fit(weight.reshape(1, -1), grid, -1, importance)
+        scale, zero, _ = numbers.fit(weight.reshape(1, -1), grid, -1, importance)
         into.scales[:, 0], into.zeros[:, 0] = stored_scales(scale, grid), zero
 
     def work(rows: slice) -> None:
@@ -64,7 +66,12 @@ def blank(shape: tuple[int, int], grid: Grid) -> QuantizedWeight:
     """Room for a rounded weight of `shape`, to be filled a few rows at a time."""
     scales = np.empty(grid.scales_shape(shape), SCALE_DTYPES[grid.scale_dtype])
     zeros = np.empty(scales.shape, np.uint8)
-    return QuantizedWeight(np.empty(shape, np.uint8), scales, zeros, grid)
+    own: dict[str, Any] = {"offsets": np.empty_like(scales)} if grid.own_offsets else {}
+    if grid.multiples:
+        of_blocks = (shape[0], shape[1] // SUPER_BLOCK)
+        own["super_scales"] = np.empty(of_blocks, np.float16)
+        own |= {"super_offsets": np.empty(of_blocks, np.float16)} if grid.own_offsets else {}
+    return QuantizedWeight(np.empty(shape, np.uint8), scales, zeros, grid, **own)
 
 
 def round_rows(
@@ -76,6 +83,9 @@ def round_rows(
 ) -> None:
     """Round a few rows of a weight, each group by itself, into those rows of `into`; `decoded`, of
     the shape of `weight`, receives what they decode to. (`Grid.by_rows`.)"""
+    if into.grid.multiples:
+        super_blocks.round_rows(weight, into.panel(rows), decoded, importance)
+        return
     codes, scales, zeros, grid = into.codes[rows], into.scales[rows], into.zeros[rows], into.grid
     numbers = numbers_of(grid)
     for columns, groups in grid.runs(weight.shape[1]):
@@ -84,16 +94,20 @@ def round_rows(
         if importance is not None:
             own = importance[..., columns]
             weights = own.reshape(*own.shape[:-1], *shape[1:])
-        scale, zero = numbers.fit(part, grid, -1, weights)
+        scale, zero, offset = numbers.fit(part, grid, -1, weights)
         scales[:, groups], zeros[:, groups] = stored_scales(scale, grid), zero
+        own = decoded[:, columns].reshape(shape)
         numbers.round_groups(
-            part,
+            part if offset is None else part - offset[..., None],
             scale[..., None],
             zero[..., None],
             grid,
             codes[:, columns].reshape(shape),
-            decoded[:, columns].reshape(shape),
+            own,
         )
+        if offset is not None and into.offsets is not None:
+            into.offsets[rows, groups] = offset
+            own += offset[..., None]
 
 
 def _round_block(
@@ -112,7 +126,7 @@ def _round_block(
         if importance is not None:
             own = np.broadcast_to(importance[..., columns], (len(weight), part[0].size))
             weights = _side_by_side(own.reshape(shape))
-        scale, zero = numbers.fit(_side_by_side(part), grid, -1, weights)
+        scale, zero, _ = numbers.fit(_side_by_side(part), grid, -1, weights)
         into.scales[block, groups], into.zeros[block, groups] = stored_scales(scale, grid), zero
         numbers.round_groups(
             part,

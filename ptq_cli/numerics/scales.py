@@ -3,12 +3,13 @@ under one scale of the tensor."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import SUPER_BLOCK, Grid
 from ptq_cli.core.levels import SmallFloat
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.core.weight import QuantizedWeight
@@ -20,6 +21,10 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "uint4": np.dtype(np.uint8),
+    "uint6": np.dtype(np.uint8),
+    "int6": np.dtype(np.int8),
+    "int8": np.dtype(np.int8),
 }
 
 # Smallest positive value a stored scale may take (float16: its subnormals, which every runtime
@@ -90,6 +95,21 @@ def round_scales(scales: FloatArray, grid: Grid) -> FloatArray:
     return result
 
 
+def round_offsets(offsets: FloatArray, grid: Grid) -> FloatArray:
+    """Offsets as they are stored, beside scales of 16 or 32 bits, in the dtype they came in.
+
+    Raises:
+        ScaleOverflow: one is too large.
+    """
+    largest, greatest = SCALE_LIMITS[grid.scale_dtype][1], float(np.abs(offsets).max(initial=0))
+    if not greatest <= largest:
+        raise ScaleOverflow(
+            f"an offset of {greatest:.4g} does not fit {grid.scale_dtype} (at most {largest:.4g})",
+            hint="--scale-dtype float32",
+        )
+    return offsets.astype(SCALE_DTYPES[grid.scale_dtype]).astype(offsets.dtype)
+
+
 def global_scale_of(absmax: float, small: SmallFloat, power_of_two: bool = False) -> float:
     """What E4M3 scales of a tensor are divided by, a float32: its greatest weight by size is then
     the largest scale times the largest level. 1 where all are zero (or not finite).
@@ -129,21 +149,35 @@ def stored_scales(scales: FloatArray, grid: Grid) -> Array:
 def first_small_scale(rounded: QuantizedWeight) -> tuple[int, int] | None:
     """Row and group of the first scale that is too small for its dtype (what it decodes to are
     zeros, or hardly a bit), or None. Groups of nothing but zeros have a scale of 1."""
-    small = rounded.scales.astype(np.float32) <= TOO_SMALL[rounded.grid.scale_dtype]
+    scales, dtype = rounded.scales, rounded.grid.scale_dtype
+    if rounded.super_scales is None:
+        small = np.abs(scales.astype(np.float32)) <= TOO_SMALL[dtype]
+    else:  # of those whose groups are not all zeros
+        least = np.repeat(np.abs(rounded.super_scales), _groups_of_block(rounded), axis=1)
+        small = (least <= TOO_SMALL["float16"]) & (scales != 0)
     if not small.any():
         return None
     row, group = np.argwhere(small)[0]
     return int(row), int(group)
 
 
+def _groups_of_block(rounded: QuantizedWeight) -> int:
+    return SUPER_BLOCK // rounded.grid.group_size
+
+
 def too_small(group: FloatArray, grid: Grid) -> str:
     """What is to be said of a group of weights whose scale is too small."""
     low, high = (float(end) for end in (group.min(initial=0), group.max(initial=0)))
-    if grid.small_float is not None:
-        needed = max(-low, high) / grid.small_float.largest
+    dtype = grid.scale_dtype
+    if grid.multiples is not None:
+        largest = max(map(abs, grid.multiples))
+        single = replace(grid, scale_dtype="float16")
+        return f"under a super-block's float16, {too_small(group / largest, single)}"
+    if grid.table is not None:
+        needed = max(-low, high) / float(np.nanmax(np.abs(grid.table)))
     elif grid.sym:
         needed = max(-low, high) * 2 / grid.max_code
     else:
         needed = (high - low) / grid.max_code
-    least = LEAST_SCALES[grid.scale_dtype]
-    return f"a scale of {needed:.2g} is too small for {grid.scale_dtype} (at least {least:.2g})"
+    least = LEAST_SCALES[dtype]
+    return f"a scale of {needed:.2g} is too small for {dtype} (at least {least:.2g})"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq_cli.plan.mixes import MIX_NAMES, MIXES
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
 
@@ -21,10 +22,11 @@ class GridSettings:
     scheme: str = field(
         default="",
         metadata={
-            "help": f"Numbers of weights and inputs: {', '.join(SCHEMES)}. (docs/settings.md says"
-            " what each stands for.)",
+            "help": f"Numbers of weights and inputs: {', '.join(SCHEMES)}; or a type for each"
+            f" tensor of a GGUF file, as llama.cpp mixes them: {', '.join(MIXES)}."
+            " (docs/settings.md says what each stands for.)",
             "metavar": "NAME",
-            "choices": tuple(SCHEMES),
+            "choices": (*SCHEMES, *MIX_NAMES),
         },
     )
     bits: int = field(
@@ -61,6 +63,39 @@ class GridSettings:
             " holds their products exactly.",
             "choices": ("float32", "power-of-two"),
             "needs": ({"scheme": ("NVFP4", "NVFP4A16")},),
+        },
+    )
+    tensor_type: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Another of ggml's types than the mix's for tensors whose name, here or in"
+            " GGUF, holds REGEX; may be repeated, a later one wins. F16, BF16 and F32 leave them"
+            " dense.",
+            "metavar": "REGEX=TYPE",
+            "needs": ({"mix": (True,)},),
+        },
+    )
+    output_tensor_type: str = field(
+        default="",
+        metadata={
+            "help": "The same for the output head.",
+            "metavar": "TYPE",
+            "needs": ({"mix": (True,)},),
+        },
+    )
+    token_embedding_type: str = field(
+        default="",
+        metadata={
+            "help": "The same for the embedding of the tokens.",
+            "metavar": "TYPE",
+            "needs": ({"mix": (True,)},),
+        },
+    )
+    pure: bool = field(
+        default=False,
+        metadata={
+            "help": "The mix's main type for every tensor, head and embedding included.",
+            "needs": ({"mix": (True,)},),
         },
     )
     ignore: tuple[str, ...] = field(
@@ -115,9 +150,8 @@ class GridSettings:
 
 
 # What a rule of a recipe's [[layers]] may say; `bits` may be FLOAT_BITS there.
-LAYER_KEYS = (
-    "match", "scheme", "bits", "group_size", "sym", "narrow_range", "scale_dtype", "skip",
-)  # fmt: skip
+GRID_KEYS = ("scheme", "bits", "group_size", "sym", "narrow_range", "scale_dtype")
+LAYER_KEYS = ("match", *GRID_KEYS, "type", "skip")
 
 
 def settings_classes(command: str) -> tuple[type[Any], ...]:

@@ -15,12 +15,14 @@ from ptq_cli.core.names import fold_names, fold_reasons
 from ptq_cli.core.plugins import Format
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats import common
+from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
-from ptq_cli.plan.grid_settings import LAYER_KEYS, GridSettings
+from ptq_cli.plan.grid_settings import GRID_KEYS, GridSettings
 from ptq_cli.plan.hints import Unread, helping
 from ptq_cli.plan.schemes import check_fixed, scheme_grid, scheme_inputs, scheme_settings
 from ptq_cli.plan.select_tensors import rule_of
+from ptq_cli.plan.tensor_types import TensorTypes
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
 
@@ -44,11 +46,11 @@ def make_layer(
         InputError: --narrow-range without --sym; a scheme that has no such bits.
     """
     spec, rule = tensor.spec, rule_of(settings, tensor)
-    values = {key: getattr(settings, key) for key in LAYER_KEYS[1:-1]}
+    values = {key: getattr(settings, key) for key in GRID_KEYS}
     if "scheme" in rule:
         values |= scheme_settings(rule["scheme"])
         activation = scheme_inputs(rule["scheme"])
-    values = {key: rule.get(key, own) for key, own in values.items() if key in LAYER_KEYS}
+    values = {key: rule.get(key, own) for key, own in values.items() if key in GRID_KEYS}
     scheme = values.pop("scheme")
     with stated_in(spec.name):
         check_fixed(scheme, values)
@@ -77,6 +79,11 @@ def make_layer(
         activation=activation,
         transposed=spec.name in transposed,
     )
+
+
+def of_type(layer: Layer, mixed: TensorTypes) -> Layer:
+    """The layer as a block type of a mix has it, if there is one."""
+    return replace(layer, grid=TYPES[mixed.of(layer.tensor)].grid) if mixed.mix else layer
 
 
 def mirrored_where_held(layer: Layer, fmt: Format) -> Layer:

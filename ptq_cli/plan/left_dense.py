@@ -9,7 +9,7 @@ from ptq_cli.core.names import fold_reasons
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.models.linears import OTHER_TOWER
 from ptq_cli.plan.layers import cannot_hold
-from ptq_cli.plan.select_tensors import IGNORED, KEPT_FLOAT
+from ptq_cli.plan.select_tensors import IGNORED, KEPT_FLOAT, STORED_AS
 
 LIMIT = 0.2  # of the bytes of all matrices in the blocks
 _WORTH_SAYING = 0.1  # of those that stay dense, for one reason
@@ -52,7 +52,8 @@ def _way(fmt: str, reasons: Mapping[str, Sequence[Skipped]]) -> str:
 def _counts(entry: Skipped) -> bool:
     """Whether it is a matrix, or several, in a block, and nobody wanted it to stay."""
     vector = len(entry.shape) < 2 or entry.tensor.endswith("bias") or entry.dtype == "BOOL"
-    return _in_block(entry.tensor) and not vector and entry.reason not in _MEANT
+    meant = entry.reason in _MEANT or entry.reason.startswith(STORED_AS)
+    return _in_block(entry.tensor) and not vector and not meant
 
 
 def _sum(tensors: Sequence[Layer] | Sequence[Skipped]) -> int:

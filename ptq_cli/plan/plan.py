@@ -6,13 +6,14 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.source import Source
 from ptq_cli.core.grid import Activation
-from ptq_cli.core.layer import Layer, Misfit, Plan
+from ptq_cli.core.kv_cache import KVCache
+from ptq_cli.core.layer import GgufTypes, Layer, Misfit, Plan, Skipped
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.plan.experts import expert_misfits
@@ -24,10 +25,12 @@ from ptq_cli.plan.layers import (
     check_names,
     make_layer,
     mirrored_where_held,
+    of_type,
     unheld,
 )
 from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
+from ptq_cli.plan.tensor_types import tensor_types
 from ptq_cli.plan.units import check_calibrated, plan_units, plan_warnings
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import container_of
@@ -53,13 +56,15 @@ def make_plan(
     Raises:
         InputError: whatever cannot work, with names and numbers.
     """
-    chosen, skipped = choose_tensors(checkpoint, settings)
+    mixed = tensor_types(checkpoint, settings, fmt, source)
+    chosen, skipped = choose_tensors(checkpoint, settings, mixed)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
     wanted = [
         make_layer(tensor, settings, fmt, checkpoint, transposed, reordered, activation)
         for tensor in chosen
     ]
+    wanted = [of_type(layer, mixed) for layer in wanted]
     wanted = with_scale_dtypes(wanted, settings, fmt, checkpoint, sites)
     fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
     included = left_alone(checkpoint.specs, checkpoint.config)
@@ -67,21 +72,18 @@ def make_plan(
     def unread(layers: Sequence[Layer], other: Format) -> Mapping[str, Misfit]:
         return expert_misfits(layers, other, checkpoint.config, fused)
 
-    kept = check_layers(wanted, fmt, settings, sites, included, unread)
+    unasked = {} if mixed.mix else included
+    kept = check_layers(wanted, fmt, settings, sites, unasked, unread)
     layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
-    tree = module_tree(checkpoint.config)
-    fmt.config(layers, dense_modules(skipped), tree)  # refuses what cannot be declared
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped])
-    check_names(checkpoint, layers, skipped, fmt)
+    types = mixed.told_of(entry.tensor for entry in skipped)
+    _check_writable(checkpoint, layers, skipped, fmt, types)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
     units = plan_units(layers, method, source, missing, included.keys(), sites)
-    check_calibrated(units)
+    check_calibrated(units, source)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
-    rounded = sum(checkpoint.tensors[layer.tensor].spec.nbytes for layer in layers)
-    specs = [*(cache.specs() if cache else ()), *(x for own in layers for x in fmt.specs(own))]
     return Plan(
         method=method.name,
         settings=(settings, method_settings),
@@ -90,6 +92,31 @@ def make_plan(
         skipped=tuple(skipped),
         warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
         bytes_before=before,
-        bytes_after=before - rounded + sum(spec.nbytes for spec in specs),
+        bytes_after=before + _growth(checkpoint, layers, fmt, cache),
         kv_cache=cache,
+        types=types,
     )
+
+
+def _check_writable(
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    skipped: Sequence[Skipped],
+    fmt: Format,
+    types: GgufTypes,
+) -> None:
+    """Refuse what could not be declared, stored or named. Raises InputError."""
+    fmt.config(layers, dense_modules(skipped), module_tree(checkpoint.config))
+    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
+    check_names(checkpoint, layers, skipped, fmt)
+
+
+def _growth(
+    checkpoint: Checkpoint, layers: Iterable[Layer], fmt: Format, cache: KVCache | None
+) -> int:
+    """Bytes by which a checkpoint grows where layers are packed: below 0 as a rule."""
+    grown = sum(spec.nbytes for spec in cache.specs()) if cache else 0
+    for layer in layers:
+        grown += sum(spec.nbytes for spec in fmt.specs(layer))
+        grown -= checkpoint.tensors[layer.tensor].spec.nbytes
+    return grown

@@ -11,12 +11,14 @@ from ptq_cli.core.settings import check_keys, make_settings, settings_fields
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.plan.grid_settings import (
     FLOAT_BITS,
+    GRID_KEYS,
     LAYER_KEYS,
     GridSettings,
     may_stay_float,
     settings_classes,
 )
-from ptq_cli.plan.select_tensors import compiled
+from ptq_cli.plan.name_patterns import compiled
+from ptq_cli.plan.tensor_types import known_type
 from ptq_cli.storage.files import read_small
 
 
@@ -71,6 +73,8 @@ def _check_rule(rule: Mapping[str, Any]) -> None:
     compiled("[[layers]] match =", pattern)
     if not isinstance(rule.get("skip", False), bool):
         raise InputError(f"skip = {rule['skip']!r}: not bool")
-    own = {k: v for k, v in rule.items() if k in LAYER_KEYS[1:-1]}
+    own = {k: v for k, v in rule.items() if k in GRID_KEYS}
+    if "type" in rule:
+        known_type(f"[[layers]] match = {pattern!r}", rule["type"])
     with stated_in(f"[[layers]] match = {pattern!r}"):
         make_settings(GridSettings, {}, _without_floats(own))

@@ -14,6 +14,7 @@ from ptq_cli.models.family import Config
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
 from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.schemes import scheme_grid
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
@@ -25,6 +26,8 @@ BY_RANGE = ("float16", "bfloat16", "float32")
 
 def is_auto(settings: GridSettings, tensor: StoredTensor) -> bool:
     """Whether the dtype of a tensor's scales is left to the tool: no scheme has one of its own."""
+    if is_mix(settings.scheme):
+        return False
     rule = rule_of(settings, tensor)
     if "scale_dtype" in scheme_grid(rule.get("scheme", settings.scheme)):
         return False

@@ -12,6 +12,7 @@ from typing import Any
 
 from ptq_cli.core.grid import Activation
 from ptq_cli.errors import InputError
+from ptq_cli.plan.mixes import is_mix
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def _small_floats(bits: int, group_size: int) -> dict[str, Any]:
         "format": "compressed-tensors",
     }
 
+
+EXAMPLE = "ffn_down=Q6_K"  # of --tensor-type
 
 _FP8_INPUTS = Activation(levels="e4m3")
 _FP8 = {"levels": "e4m3"}
@@ -108,6 +111,8 @@ SCHEMES = {
 
 def scheme_settings(name: str) -> dict[str, Any]:
     """The settings that a scheme is short for; none of "", which is no scheme."""
+    if is_mix(name):
+        return {"format": "gguf"}
     return dict(SCHEMES[name].settings) if name in SCHEMES else {}
 
 
@@ -123,7 +128,9 @@ def scheme_inputs(name: str) -> Activation | None:
 
 def says_inputs(name: str) -> bool:
     """Whether a scheme says how inputs are rounded in a way that no settings could: those of small
-    floats, or weights of small floats alone."""
+    floats, or weights of small floats alone, or of GGUF's types."""
+    if is_mix(name):
+        return True
     inputs = scheme_inputs(name)
     small = inputs is not None and inputs.levels != "integer"
     return small or (name in SCHEMES and SCHEMES[name].fixed)
@@ -153,6 +160,23 @@ def check_fixed(name: str, values: Mapping[str, Any]) -> None:
         raise InputError(
             f"{name} has scales of its own, not {wanted}", hint="leave --scale-dtype out"
         )
+
+
+def check_alone(scheme: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings of a grid beside a mix, which says the numbers of every tensor.
+
+    given: settings by name, None and () are "not given"
+
+    Raises:
+        InputError: the first of them.
+    """
+    for key in ("bits", "group_size", "sym", "narrow_range", "scale_dtype"):
+        if is_mix(scheme) and given.get(key) is not None:
+            word = "asym" if (key, given[key]) == ("sym", False) else key.replace("_", "-")
+            raise InputError(
+                f"--{word} has no place beside {scheme}, which says the numbers of every tensor",
+                hint=f"leave it out, or --scheme; --tensor-type {EXAMPLE} changes single tensors",
+            )
 
 
 def _said(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -13,34 +13,44 @@ from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
 from ptq_cli.models.linears import left_alone
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
+from ptq_cli.plan.name_patterns import matches, patterns
+from ptq_cli.plan.tensor_types import TensorTypes
 from ptq_cli.plan.tied_heads import refuse_lone_head, refuse_missing_head
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
 IGNORED, KEPT_FLOAT = "ignored", f"bits = {FLOAT_BITS}"  # as the user wished
+STORED_AS = "kept as"  # a dense type of GGUF
 
 
 def choose_tensors(
-    checkpoint: Checkpoint, settings: GridSettings
+    checkpoint: Checkpoint, settings: GridSettings, mixed: TensorTypes
 ) -> tuple[list[StoredTensor], list[Skipped]]:
-    """The tensors to quantize and those that are copied, layer 10 after layer 9."""
-    ignore = _patterns("--ignore", settings.ignore, checkpoint)
+    """The tensors to quantize and those that are copied, layer 10 after layer 9.
+
+    mixed: what a mix rounds, of which more counts than what is left alone by default
+    """
+    names, dense = mixed.names, mixed.dense
+    ignore = patterns("--ignore", settings.ignore, checkpoint, names)
     refuse_missing_head(checkpoint, settings.include)
-    include = _patterns("--include", settings.include, checkpoint)
-    rules = _patterns("[[layers]] match", [rule["match"] for rule in settings.layers], checkpoint)
+    include = patterns("--include", settings.include, checkpoint, names)
+    words = [rule["match"] for rule in settings.layers]
+    rules = patterns("[[layers]] match", words, checkpoint, names)
     pairs = zip(rules, settings.layers, strict=True)
     ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
-    reasons = left_alone(checkpoint.specs, checkpoint.config)
+    reasons = _left_alone(checkpoint, mixed)
     chosen, skipped = [], []
     for name in by_number(checkpoint.tensors):
         tensor = checkpoint.tensors[name]
         spec, reason = tensor.spec, reasons.get(name)
         possible = is_float(spec) and len(spec.shape) >= 2 and prod(spec.shape) > 0
-        if reason and possible and any(_matches(p, tensor) for p in include):
+        if reason and possible and any(matches(p, tensor, names) for p in include):
             reason = None
-        if any(_matches(p, tensor) for p in ignore):
+        if any(matches(p, tensor, names) for p in ignore):
             reason = IGNORED
-        if not reason and rule_of(settings, tensor).get("bits") == FLOAT_BITS:
+        if not reason and rule_of(settings, tensor, names).get("bits") == FLOAT_BITS:
             reason = KEPT_FLOAT
+        if not reason and name in dense:
+            reason = f"{STORED_AS} {dense[name]}"
         if reason:
             skipped.append(Skipped(spec.name, spec.shape, spec.dtype, reason))
         else:
@@ -51,7 +61,7 @@ def choose_tensors(
             hint="--include REGEX takes tensors in",
         )
     for pattern in include:
-        if not any(_matches(pattern, tensor) for tensor in chosen):
+        if not any(matches(pattern, tensor, names) for tensor in chosen):
             raise InputError(
                 f"--include {pattern.pattern!r} matches no tensor that could be quantized in"
                 f" {checkpoint.path}"
@@ -60,34 +70,19 @@ def choose_tensors(
     return chosen, skipped
 
 
-def rule_of(settings: GridSettings, tensor: StoredTensor) -> dict[str, Any]:
-    """What the recipe's rules say of a tensor; a later rule wins over an earlier one."""
-    matching = [rule for rule in settings.layers if _matches(re.compile(rule["match"]), tensor)]
+def _left_alone(checkpoint: Checkpoint, mixed: TensorTypes) -> dict[str, str]:
+    """Tensors that are left alone unless asked for, and why."""
+    reasons = left_alone(checkpoint.specs, checkpoint.config)
+    if not mixed.types:
+        return reasons
+    others = dict.fromkeys(checkpoint.tensors, "llama.cpp keeps it") | reasons
+    return {name: why for name, why in others.items() if name not in mixed.types}
+
+
+def rule_of(
+    settings: GridSettings, tensor: StoredTensor, names: Mapping[str, str] = {}
+) -> dict[str, Any]:
+    """What the recipe's rules say of a tensor; a later rule wins over an earlier one. names: GGUF's
+    of tensors, which a rule may mean too"""
+    matching = [r for r in settings.layers if matches(re.compile(r["match"]), tensor, names)]
     return {key: value for rule in matching for key, value in rule.items()}
-
-
-def _matches(pattern: re.Pattern[str], tensor: StoredTensor) -> bool:
-    """Whether a pattern names it, or the tensor of all experts that it is stored in."""
-    whole = tensor.part_of
-    return bool(pattern.search(tensor.spec.name) or (whole and pattern.search(whole.spec.name)))
-
-
-def compiled(where: str, word: str) -> re.Pattern[str]:
-    """A user's regular expression. Raises InputError where it is none."""
-    try:
-        return re.compile(word)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{where} {word!r}: not a regular expression: {error}") from None
-
-
-def _patterns(setting: str, words: Sequence[str], checkpoint: Checkpoint) -> list[re.Pattern[str]]:
-    patterns = []
-    for word in words:
-        pattern = compiled(setting, word)
-        if not any(_matches(pattern, tensor) for tensor in checkpoint.tensors.values()):
-            raise InputError(
-                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
-                hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
-            )
-        patterns.append(pattern)
-    return patterns

@@ -15,6 +15,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.fused import fused_groups
 from ptq_cli.models.linears import group_modules
 from ptq_cli.models.sites import Site
+from ptq_cli.models.ties import is_embedding
 from ptq_cli.numerics.output_errors import ROWS_AT_ONCE
 from ptq_cli.numerics.statistics import HELDOUT_LIMIT, SAMPLE_LIMIT
 
@@ -54,11 +55,12 @@ def plan_units(
         )
     units = []
     for group in group_modules(by_module, sites):
-        parts: dict[tuple[str | None, int], list[Layer]] = {}
+        parts: dict[tuple[str | None, int, bool], list[Layer]] = {}
         for module in group:
             layer = by_module[module]  # what a method prepares once may depend on the groups
-            parts.setdefault((site_of.get(module), layer.grid.group_size), []).append(layer)
-        for (site, _), members in parts.items():
+            own = (layer.grid.group_size, layer.grid.multiples is None)
+            parts.setdefault((site_of.get(module), *own), []).append(layer)
+        for (site, *_), members in parts.items():
             units.append(_unit(site, members, method, source))
     units = _with_those_beside(units)
     if source is not None and source.in_sequence:
@@ -84,13 +86,14 @@ def _with_those_beside(units: Sequence[Unit]) -> list[Unit]:
     return [replace(unit, beside=tuple(beside.get(unit.name, {}).values())) for unit in units]
 
 
-def check_calibrated(units: Iterable[Unit]) -> None:
+def check_calibrated(units: Iterable[Unit], source: Source | None) -> None:
     """Refuse layers whose inputs are rounded with a scale that nothing tells."""
+    diagonal = source is not None and source.diagonal
     bare = [
         layer
         for unit in units
         for layer in unit.layers
-        if unit.site is None and layer.calibrated_inputs
+        if (unit.site is None or diagonal) and layer.calibrated_inputs
     ]
     if not bare:
         return
@@ -110,6 +113,8 @@ def _unit(site: str | None, members: list[Layer], method: Method, source: Source
     nearest = None
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
+        if source is not None and is_embedding(members[0].module):
+            nearest = None  # its rows are looked up: there are no inputs, all columns count alike
         members = [replace(layer, reordered=False) for layer in members]
     return Unit(
         name=members[0].module,
@@ -171,13 +176,13 @@ def sites_of(layers: Mapping[str, Layer], source: Source | None) -> dict[str, st
 
 def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) -> list[str]:
     if not method.needs_hessian:
-        return []
+        return _without_importance(units, source)
     if source is None:
         return [
             "NO CALIBRATION: every layer is rounded to nearest. Give --calibration FILE or"
             " --activations DIR; --require-calibration makes this an error"
         ]
-    nearest = [layer.module for unit in units if unit.nearest for layer in unit.layers]
+    nearest = [layer.module for unit in units for layer in unit.layers if unit.nearest]
     warnings = []
     if nearest:
         warnings.append(
@@ -186,6 +191,17 @@ def plan_warnings(units: Sequence[Unit], method: Method, source: Source | None) 
         )
     used = [source.sites[unit.site] for unit in units if unit.site is not None]
     return [*warnings, *few_tokens(used)]
+
+
+def _without_importance(units: Sequence[Unit], source: Source | None) -> list[str]:
+    """What an importance matrix lacks, where nothing needs it."""
+    bare = [layer.module for unit in units if unit.site is None for layer in unit.layers]
+    if source is None or not source.diagonal or not bare:
+        return []
+    return [
+        f"{source.name}: no entries for {len(bare)} layers, which are rounded without:"
+        f" {fold_names(bare)}"
+    ]
 
 
 def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:

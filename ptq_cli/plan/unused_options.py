@@ -23,6 +23,7 @@ FACTS = {
     "calibration": "calibration (--tokens, --calibration or --activations)",
     "in_sequence": "--tokens or --text, without --parallel-layers",
     "tokens": "--tokens or --text",
+    "mix": "a mix of GGUF's types (--scheme Q4_K_M and its like)",
 }
 
 

@@ -18,7 +18,15 @@ from ptq_cli.report.report import row_error
 
 MAX_REL_ERR = "--max-rel-err"
 _NUMBERS = (
-    *("bits", "group_size", "rel_err", "heldout_rel_err", "rtn_rel_err", "rtn_heldout_rel_err"),
+    *(
+        "bits",
+        "type",
+        "group_size",
+        "rel_err",
+        "heldout_rel_err",
+        "rtn_rel_err",
+        "rtn_heldout_rel_err",
+    ),
     *("weight_rel_err", "gain_vs_rtn", "sqnr_db", "max_abs_err", "tokens", "bits_per_weight"),
 )
 _SITE_NUMBERS = ("strength", "error", "plain_error", "function_change")

@@ -18,12 +18,15 @@ from ptq_cli._version import __version__
 from ptq_cli.core.layer import Plan, Skipped
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.report import ActivationErrors, LayerReport, OutputErrors, RunReport
+from ptq_cli.plan.grid_settings import GRID_KEYS
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.report.weak import weaknesses, with_weakness
 
 JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
 # Away from a row that has none.
 _OF_SOME = (
     "compared", "best", "activations", "input_bits", "weight_rel_err", "weak", "drift", "levels",
+    "type",
 )  # fmt: skip
 
 
@@ -107,6 +110,8 @@ def make_report(
     rows = with_weakness(rows)
     of_rows = weaknesses(rows)
     settings = {key: value for part in plan.settings for key, value in asdict(part).items()}
+    if is_mix(settings.get("scheme", "")):  # which says the numbers of every tensor
+        settings = {k: v for k, v in settings.items() if k == "scheme" or k not in GRID_KEYS}
     return RunReport(
         command=command,
         rows=tuple(rows),

@@ -41,11 +41,21 @@ def convert(
 def _regrouped(weight: QuantizedWeight, grid: Grid) -> QuantizedWeight:
     """The weight on a grid of other groups and another dtype of scales, if that loses nothing."""
     scales, before = weight.scales, weight.grid
+    if grid.multiples or before.multiples:
+        if (grid.scale_dtype, grid.group_size) != (before.scale_dtype, before.group_size):
+            raise InputError(
+                "its scales are multiples of super-blocks', and stay in groups of"
+                f" {before.group_size}",
+                hint="leave --group-size and --scale-dtype out",
+            )
+        return replace(weight, grid=grid)
     if grid.scale_dtype == before.scale_dtype:
         grid = replace(grid, global_scale=before.global_scale)
     elif "e4m3" in (grid.scale_dtype, before.scale_dtype):
         scales = weight.float_scales().astype(np.float32) * np.float32(grid.global_scale)
     scales = _cast(scales, SCALE_DTYPES[grid.scale_dtype])
+    if grid.own_offsets and not before.own_offsets:  # whatever zeros were nearest to them
+        weight = replace(weight, zeros=np.zeros_like(weight.zeros))
     if grid.group_size == weight.grid.group_size:
         return replace(weight, scales=scales, grid=grid)
     if weight.g_idx is not None:

@@ -24,7 +24,7 @@ from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.decoded import decoded_as
 from ptq_cli.storage.experts import fused_again
-from ptq_cli.storage.folder import Assembly, begin_weights, write_folder
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, write_folder
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_bytes
@@ -84,7 +84,7 @@ def run_dequantize(job: Dequantization, staging: Staging, options: RunOptions) -
     begin, size = time.perf_counter(), sum(spec.nbytes for spec in job.specs)
     staging.check_space(0, size)
     parts = [(spec.name, [spec]) for spec in job.specs]
-    shards = begin_weights(staging.out, parts, {}, FLOATS, options.max_shard)
+    shards = begin_weights(staging.out, parts, {}, FLOATS, options.max_shard or MAX_SHARD)
     assert shards is not None
     store = replace(staging.store, places=shards.places, placing=True)
     names = [name for name in job.source.tensors if job.source.is_decoded(name)]

@@ -1,4 +1,5 @@
-"""The loop where each unit needs those before it: calibrated on what the rounded model computes.
+"""The loop where each unit needs those before it: calibrated on what the rounded model computes,
+from rounded embeddings up to the head.
 
 Beside the model that is rounded runs the float model, where the drift is made up for; after a stage
 both go on, the one through the rounded weights, the other through its own. A run that was
@@ -17,6 +18,7 @@ from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import stated_in
 from ptq_cli.models.forward.layers import Tensor
+from ptq_cli.models.ties import is_embedding
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.kv_cache import CacheInSequence
 from ptq_cli.run.smooth_in_sequence import BEFORE, Order, SmoothInSequence
@@ -43,17 +45,29 @@ def quantize_in_sequence(work: Work) -> None:
     folder, memory = work.staging.folder / "stream", resources.max_memory
     streams = Streams(source, folder, resources.workers, memory, work.checkpoint)
     with use_threads(resources.crew_for(cores())):
+        streams.embedded = _embedded(work, missing)
         if smooth is not None:
             streams.divisors = smooth.divisors
             smooth.settle(BEFORE, streams)
         _through_blocks(work, streams, smooth, cache, {unit.name for unit in missing})
         for unit in missing:
-            if unit.site is None:
+            if unit.site is None and not _embeds(unit):
                 work.add(unit.name, _round(work, unit, None), kept=False)
     if smooth is not None:
         work.smoothed = smooth.result()
     if cache is not None:
         work.kv_cache = cache.rows()
+
+
+def _embeds(unit: Unit) -> bool:
+    return unit.site is None and is_embedding(unit.layers[0].module)
+
+
+def _embedded(work: Work, missing: Sequence[Unit]) -> Mapping[str, Tensor]:
+    """Embeddings have no inputs and come before all that has: round them first."""
+    for unit in filter(_embeds, missing):
+        work.add(unit.name, _round(work, unit, None), kept=False)
+    return _decoded(work, [unit for unit in work.plan.units if _embeds(unit)])
 
 
 def _through_blocks(

@@ -251,11 +251,18 @@ def as_stored(
 
 
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    """Whether codes, scales, zeros and groups of two rounded weights are equal."""
+    """Whether codes, scales, zeros, groups and own offsets of two rounded weights are equal."""
     return (
         a.grid.global_scale == b.grid.global_scale
         and np.array_equal(a.codes, b.codes)
         and np.array_equal(a.scales, b.scales)
         and np.array_equal(a.zeros, b.zeros)
         and np.array_equal(a.column_groups(), b.column_groups())
+        and (not a.grid.own_offsets or _equal(a.offsets, b.offsets))
+        and _equal(a.super_scales, b.super_scales)
+        and _equal(a.super_offsets, b.super_offsets)
     )
+
+
+def _equal(a: Array | None, b: Array | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)

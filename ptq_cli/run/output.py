@@ -16,7 +16,13 @@ from ptq_cli.run.schedule import Resources
 from ptq_cli.run.work import Quantization, Work
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.folded import FOLDS_FILE, write_folds
-from ptq_cli.storage.folder import Assembly, begin_weights, container_of, write_folder
+from ptq_cli.storage.folder import (
+    MAX_SHARD,
+    Assembly,
+    begin_weights,
+    container_of,
+    write_folder,
+)
 from ptq_cli.storage.shards import Part, Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes
@@ -36,11 +42,12 @@ def staged_bytes(plan: Plan, resources: Resources) -> int:
     return sum(spec.nbytes for layer in plan.layers for spec in specs(layer))
 
 
-def lay_out(staging: Staging, job: Quantization, max_shard: int) -> Shards | None:
+def lay_out(staging: Staging, job: Quantization, max_shard: int | None) -> Shards | None:
     """The weights files, to be filled while units are worked on; None where the container is
     written whole."""
     layers, fmt = {layer.module: layer for layer in job.plan.layers}, format_named(job.plan.format)
-    return begin_weights(staging.out, _parts(job.plan, job.written), layers, fmt, max_shard)
+    size = max_shard or MAX_SHARD
+    return begin_weights(staging.out, _parts(job.plan, job.written), layers, fmt, size)
 
 
 def _parts(plan: Plan, written: Mapping[str, StoredTensor]) -> list[Part]:
@@ -62,24 +69,40 @@ def write_output(work: Work, report: RunReport, shards: Shards | None) -> None:
     plan, staging = work.plan, work.staging
     methods = {row.module: row.method for row in report.rows}
     layers = {layer.module: replace(layer, method=methods[layer.module]) for layer in plan.layers}
-    tensors: dict[str, Bytes | StoredTensor] = dict(work.job.written)
+    written = written_anew(work)
+    tensors: dict[str, Bytes | StoredTensor] = dict(written)
     if shards is not None:
         tensors |= shards.places  # where all is by now
     else:
         rounded, held = {layer.tensor for layer in plan.layers}, work.checkpoint
-        tensors |= {name: held.copyable(name) for name in held.tensors if name not in rounded}
+        left = [name for name in held.tensors if name in written and name not in rounded]
+        tensors |= {name: held.copyable(name) for name in left}
         for unit in plan.units:
             tensors |= {tensor.spec.name: tensor for tensor in work.store.tensors(unit.name)}
     parts = [
-        (name, [tensors[spec.name] for spec in specs])
-        for name, specs in _parts(plan, work.job.written)
+        (name, [tensors[spec.name] for spec in specs]) for name, specs in _parts(plan, written)
     ]
     documents = run_documents(plan, report, work.job.inputs, layers.values())
     fmt, dense = format_named(plan.format), dense_modules(plan.skipped)
-    assembly = Assembly(parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache)
-    write_folder(staging.out, assembly, work.checkpoint, shards=shards, listen=work.options.listen)
+    assembly = Assembly(
+        parts, layers, dense, fmt, documents, kv_cache=plan.kv_cache, types=plan.types,
+        alone=staging.said(documents["report.json"]),
+    )  # fmt: skip
+    options = work.options
+    write_folder(staging.out, assembly, work.checkpoint, options.max_shard, shards, options.listen)
     if work.smoothed is not None and work.smoothed.folds:  # an evaluation needs them
         write_folds(staging.out / FOLDS_FILE, work.smoothed.folds)
+
+
+def written_anew(work: Work) -> Mapping[str, StoredTensor]:
+    """The tensors that are written, rounded ones included: all, but of a GGUF file that becomes
+    another those alone that are no longer as they lie in it."""
+    written, view = work.job.written, work.checkpoint.gguf
+    if view is None or container_of(format_named(work.plan.format)).filled:
+        return written
+    anew = {layer.tensor for layer in work.plan.layers}
+    anew |= {*view.changed({name: own.file for name, own in work.checkpoint.tensors.items()})}
+    return {name: own for name, own in work.checkpoint.tensors.items() if name in anew}
 
 
 def run_documents(

@@ -171,10 +171,11 @@ def choose(
     damp, notes = result.damp_percent, result.notes
     if measures.error <= rtn.error:
         row = layer_row(layer, fmt, measures, rtn, statistics)
-        row = replace(row, method=how.name, damp_percent=damp, drift=result.drift, notes=notes)
+        name = "rtn" if how.needs_hessian and statistics is None else how.name
+        row = replace(row, method=name, damp_percent=damp, drift=result.drift, notes=notes)
         return tensors, row
     nearest = replace(nearest, damp_percent=damp, notes=notes)
-    if how.searches_ranges:
+    if how.searches_ranges or (how.needs_hessian and statistics is None):
         note = "the whole range of each group is better than the searched one"
         return plain, replace(nearest, notes=(*notes, note))
     where = "held-out inputs" if rtn.heldout_rel_err is not None else "the calibration inputs"
@@ -194,6 +195,7 @@ def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
         "module": layer.module,
         "shape": layer.full_shape,
         "bits": layer.grid.bits,
+        "type": fmt.type_of(layer),
         "group_size": layer.grid.group_size,
         "bytes": size,
         "bits_per_weight": 8 * size / layer.size,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ptq_cli.core.grid import Grid
-from ptq_cli.core.layer import Layer, Misfit, Plan, Skipped, Unit
+from ptq_cli.core.layer import ALL_TOLD, Layer, Misfit, Plan, Skipped, Unit
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
 from ptq_cli.core.progress import Progress
@@ -101,7 +101,7 @@ def plan_repack(
         misfit = fmt.misfit(target) or _mirrored_misfit(target, fmt)
         if misfit is None and trial:
             try:
-                convert(folder.load(layer.module), target, fmt)
+                target = _tried(folder.load(layer.module), target, fmt)
             except InputError as error:
                 misfit = Misfit(error.message.removeprefix(f"{layer.module}: "), error.hint)
         if misfit is not None:
@@ -116,7 +116,9 @@ def plan_repack(
     skipped = _skipped(folder, wanted, kept, fmt)
     if trial:
         fmt.config(packed, dense_modules(skipped), module_tree(folder.checkpoint.config))
-        container_of(fmt).check(folder.checkpoint, packed, [entry.tensor for entry in skipped])
+        container_of(fmt).check(
+            folder.checkpoint, packed, [entry.tensor for entry in skipped], ALL_TOLD
+        )
     plan = Plan(
         method="repack",
         settings=(settings,),
@@ -132,6 +134,20 @@ def plan_repack(
         kv_cache=folder.kv_cache,
     )
     return Repack(folder, fmt, plan, wanted, kept)
+
+
+def _tried(weight: QuantizedWeight, target: Layer, fmt: Format) -> Layer:
+    """The target, which holds the weight: with offsets of its own where whole zeros cannot say them
+    and the format has such. Raises InputError where it does not hold it."""
+    try:
+        convert(weight, target, fmt)
+    except InputError:
+        own = replace(target, grid=replace(target.grid, own_offsets=True))
+        if weight.offsets is None or target.grid.own_offsets or fmt.misfit(own) is not None:
+            raise
+        convert(weight, own, fmt)
+        return own
+    return target
 
 
 def _unread_experts(layers: Sequence[Layer], fmt: Format, config: Config) -> dict[str, Misfit]:
@@ -211,7 +227,7 @@ def _grids(folder: QuantizedFolder, fmt: Format) -> dict[str, Grid]:
     stated = {module: layer.grid for module, layer in folder.layers.items()}
     by_zeros = dict(stated)
     for module, layer in folder.layers.items():
-        if not layer.grid.sym:
+        if not layer.grid.sym and not layer.grid.own_offsets:
             weight = folder.load(module)
             grid = by_zeros[module] = grid_by_zeros(weight)
             lost = _mirrored_misfit(replace(layer, grid=grid), fmt)
@@ -238,7 +254,7 @@ def _target(layer: Layer, fmt: Format, settings: RepackSettings) -> Layer:
     target = replace(layer, grid=grid)
     if settings.scale_dtype != "auto":
         return replace(target, grid=replace(grid, scale_dtype=settings.scale_dtype))
-    if fmt.misfit(target) is not None:
+    if not grid.multiples and fmt.misfit(target) is not None:
         return fitting(with_scales(target, fmt.scale_dtype(layer.dtype)), fmt, otherwise=target)
     return target
 
@@ -325,4 +341,6 @@ def _assembly(
     if config:
         documents["config.json"] = config
     dense = dense_modules(job.plan.skipped)
-    return Assembly(list(parts.items()), layers, dense, job.fmt, documents, config, folder.kv_cache)
+    own, said = list(parts.items()), staging.said(documents["report.json"])
+    cache = folder.kv_cache
+    return Assembly(own, layers, dense, job.fmt, documents, config, cache, alone=said)

@@ -24,7 +24,6 @@ from ptq_cli.errors import FileError, PtqError, stated_in
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
 from ptq_cli.storage import interruption
-from ptq_cli.storage.folder import MAX_SHARD
 from ptq_cli.storage.machine import cores, memory_available, parse_size
 from ptq_cli.storage.units import ChangedInput
 
@@ -63,12 +62,12 @@ ALL_THERE_IS = Resources()
 class RunOptions:
     """What a run is given besides its plan.
 
-    max_shard: bytes of tensors in one weights file
+    max_shard: bytes of tensors in one weights file; None: the container's usual
     force: replace an existing output; restart: drop an interrupted run's work
     """
 
     resources: Resources = ALL_THERE_IS
-    max_shard: int = MAX_SHARD
+    max_shard: int | None = None
     listen: Listener = nobody
     force: bool = False
     restart: bool = False

@@ -35,6 +35,7 @@ from ptq_cli.storage.files import (
     read_json,
     regular_file,
 )
+from ptq_cli.storage.gguf_view import GgufView
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 from ptq_cli.storage.weights import INDEX_SUFFIX, SUFFIX, lone_shard, weights_of
 
@@ -161,6 +162,11 @@ class Checkpoint:
     def is_decoded(self, name: str) -> bool:
         """Whether the file holds a tensor quantized, and it is decoded when it is read."""
         return False
+
+    @property
+    def gguf(self) -> GgufView | None:
+        """The GGUF file that it is a view of; None: it is of something else, or a part of one."""
+        return None
 
     @property
     def origin(self) -> str | None:

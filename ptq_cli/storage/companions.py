@@ -25,6 +25,7 @@ from ptq_cli.storage.made import JOB
 from ptq_cli.storage.weights import ADAPTER_CONFIG, SUFFIX
 
 GGUF_SUFFIX = ".gguf"
+GGUF_NAME = f"model{GGUF_SUFFIX}"  # in an output folder
 _WEIGHTS = (  # of whatever framework, and their indexes; none is what this run makes
     *(SUFFIX, GGUF_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".h5", ".ot"),
     *(".msgpack", ".tflite", ".onnx", ".onnx_data", ".onnx.data", ".mlmodel", ".index.json"),

@@ -218,7 +218,7 @@ def decoded_weight(checkpoint: Checkpoint, fmt: Format, layer: Layer) -> Quantiz
     tensors = {spec.name: checkpoint.read(spec.name) for spec in fmt.specs(layer)}
     with stated_in(checkpoint.weights):
         weight = fmt.decode(layer, tensors)
-    for values in (weight.scales, weight.offsets):
+    for values in (weight.scales, weight.offsets, weight.super_scales, weight.super_offsets):
         if values is not None and not np.isfinite(values.astype(np.float32)).all():
             raise InputError(f"{checkpoint.path}: scales of {layer.module!r} are not finite")
     groups, there = weight.g_idx, weight.scales.shape[1]

@@ -22,6 +22,7 @@ from ptq_cli.models.sites import Norm, Preceding, Rows, Site, SiteLinear
 from ptq_cli.numerics.smoothquant import check_factors
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from ptq_cli.storage.files import listing, named, regular_file
+from ptq_cli.storage.gguf_view import GgufView
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes, as_bytes, own_metadata, serialize
 
@@ -49,6 +50,10 @@ class FoldedCheckpoint(Checkpoint):
     @property
     def origin(self) -> str | None:
         return self.base.origin
+
+    @property
+    def gguf(self) -> GgufView | None:
+        return self.base.gguf
 
     @property
     def documents(self) -> Mapping[str, Any]:

@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.kv_cache import KVCache
-from ptq_cli.core.layer import Layer
+from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
 from ptq_cli.core.names import by_number, fold_names
 from ptq_cli.core.plugins import Contents, Format, PackedTensor
 from ptq_cli.core.progress import Listener, Progress, nobody
 from ptq_cli.core.tensors import FLOAT_DTYPES
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, NotRead, stated_in
-from ptq_cli.formats.gguf import TYPES as BLOCK_TYPES
 from ptq_cli.formats.sources import mlx_weights, quantized_as
 from ptq_cli.models.linears import adapter_tensors, module_tree
 from ptq_cli.models.ties import untied
 from ptq_cli.registry import FORMATS, READ_ONLY, format_named, read_only_layout
 from ptq_cli.storage import files
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from ptq_cli.storage.companions import GGUF_SUFFIX, companions, copy_companions
+from ptq_cli.storage.companions import GGUF_NAME, GGUF_SUFFIX, companions, copy_companions
 from ptq_cli.storage.decoded import decoded_weight
-from ptq_cli.storage.gguf_file import read_gguf_header
-from ptq_cli.storage.gguf_model import check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.gguf_file import SCALES, first_shard, read_gguf_header
+from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, open_gguf, write_gguf_model
+from ptq_cli.storage.made import REPORT
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
 from ptq_cli.storage.shards import Part, Shards, mapped
@@ -53,7 +53,11 @@ _LONGEST = "m" * 16  # a method's name in the metadata, at its longest
 @dataclass(frozen=True)
 class Assembly:
     """What goes into an output folder: modules in order, each with its tensors; the scales of the
-    cache are parts, too."""
+    cache are parts, too.
+
+    alone: what a weights file says that becomes the whole output, the folder is then no more than
+        its place for a while; None: the folder is the output
+    """
 
     parts: Sequence[tuple[str, Sequence[Bytes | StoredTensor]]]
     layers: Mapping[str, Layer]
@@ -62,6 +66,8 @@ class Assembly:
     documents: dict[str, Any]
     config: Mapping[str, Any] | None = None  # config.json to extend, if it is not the source's
     kv_cache: KVCache | None = None
+    types: GgufTypes = ALL_TOLD
+    alone: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,17 +78,19 @@ class Container:
     filled: whether tensors go to their places one by one, as they are; else it is written whole,
         and those that are not quantized are cast
     complete: adds what belongs beside the filled files
+    max_shard: bytes of tensors in one file, unless asked for; None: all
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str]], None] = lambda *_: None
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], None] = lambda *_: None
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
+    max_shard: int | None = MAX_SHARD
 
 
 CONTAINERS = {
     "safetensors": Container(),
     "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
-    "gguf": Container(check=check_gguf, filled=False),
+    "gguf": Container(check=check_gguf, filled=False, max_shard=None),
 }
 
 
@@ -110,7 +118,7 @@ def write_folder(
     out: Path,
     assembly: Assembly,
     source: Checkpoint,
-    max_shard: int = MAX_SHARD,
+    max_shard: int | None = None,
     shards: Shards | None = None,
     listen: Listener = nobody,
 ) -> None:
@@ -123,15 +131,20 @@ def write_folder(
         with files.named(out):
             out.mkdir()
         parts = [(name, [tensor.spec for tensor in own]) for name, own in assembly.parts]
-        shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard)
+        shards = begin_weights(out, parts, assembly.layers, assembly.fmt, max_shard or MAX_SHARD)
     if shards is None:
         whole = [(name, [mapped(tensor) for tensor in own]) for name, own in assembly.parts]
         size = sum(tensor.spec.nbytes for _, tensors in whole for tensor in tensors)
-        listen(Progress("write", 0, 1, f"model{GGUF_SUFFIX}", 0, size))
-        write_gguf_model(out, whole, assembly.layers, assembly.fmt, source)
-        listen(Progress("write", 1, 1, f"model{GGUF_SUFFIX}", size, size))
+        listen(Progress("write", 0, 1, GGUF_NAME, 0, size))
+        place = GgufOutput(out / GGUF_NAME, max_shard, assembly.alone or {}, assembly.types)
+        write_gguf_model(place, whole, assembly.layers, assembly.fmt, source)
+        listen(Progress("write", 1, 1, GGUF_NAME, size, size))
     else:
         _write_weights(out, assembly, shards, listen)
+    if assembly.alone is not None:
+        files.write_file(out / REPORT, files.to_json(assembly.documents[REPORT]))
+        files.sync_folder(out)
+        return
     for name, document in (assembly.documents | _declaration(assembly, source)).items():
         if name == "config.json":
             files.write_file(out / name, files.like_document(document, source.config))
@@ -172,7 +185,7 @@ def _declaration(assembly: Assembly, source: Checkpoint) -> dict[str, Any]:
     own = untied(source_config, assembly.layers, assembly.dense)
     declared = fmt.config(list(assembly.layers.values()), assembly.dense, module_tree(own))
     if declared is None:
-        same = own is source_config and source.origin is None
+        same = own is source_config and (source.origin is None or source.gguf is not None)
         return {} if same else {"config.json": own}
     if assembly.kv_cache is not None and fmt.kv_cache is not None:
         declared = {**declared, **fmt.kv_cache.declare(assembly.kv_cache)}
@@ -226,6 +239,11 @@ def open_quantized(path: Path) -> QuantizedFolder:
         opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
+        if opened.scaled:
+            raise NotRead(
+                f"{gguf}: {fold_names(opened.scaled)} have scales beside them",
+                hint="as a source it may be read: ptq rtn, ptq gptq, ptq dequantize",
+            )
         return QuantizedFolder(opened, fmt, _by_module(found))
     checkpoint = open_checkpoint(path)
     folder = None if find_read_only(checkpoint) else find_quantized(checkpoint)
@@ -293,13 +311,14 @@ def _by_module(layers: Iterable[Layer]) -> dict[str, Layer]:
 def holds_quantized(path: Path) -> bool:
     """Whether a path holds quantized weights, in whatever layout. Raises InputError.
 
-    An output of this tool without one quantized layer, like a smoothed float model, does not; a
-    GGUF file does where its types are those that are written here, others are decoded only.
+    An output of this tool without one quantized layer, like a smoothed float model, does not. A
+    GGUF file whose NVFP4 tensors have scales of their own, too, is decoded only.
     """
     gguf = gguf_of(path)
     if gguf is not None:
-        kinds = {t.spec.dtype for t in read_gguf_header(gguf).tensors}.difference(FLOAT_DTYPES)
-        return bool(kinds) and kinds <= {kind.name for kind in BLOCK_TYPES}
+        specs = [tensor.spec for tensor in read_gguf_header(gguf).tensors]
+        kinds = {spec.dtype for spec in specs}.difference(FLOAT_DTYPES)
+        return bool(kinds) and not any(spec.name.endswith(SCALES) for spec in specs)
     checkpoint = open_checkpoint(path)
     own = quantized_entry(checkpoint.path, checkpoint.metadata)
     return own not in (None, _SMOOTHED) or already_quantized(checkpoint) is not None
@@ -336,6 +355,10 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return config
 
 
+def is_gguf_file(path: Path) -> bool:
+    return path.suffix == GGUF_SUFFIX and not path.is_dir()
+
+
 def gguf_of(path: Path) -> Path | None:
     """The GGUF file that `path` names, or holds as its only weights."""
     if not path.is_dir():
@@ -344,6 +367,8 @@ def gguf_of(path: Path) -> Path | None:
     found = [name for name in names if name.endswith(GGUF_SUFFIX)]
     if any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names) or not found:
         return None
+    if shard := first_shard(found):
+        return path / shard
     if len(found) > 1:
         raise InputError(
             f"{path}: several candidates: {', '.join(found)}", hint="name the file itself"

@@ -1,8 +1,8 @@
 """A GGUF file as the model that it was made from: names, shapes, config.json and the tokenizer as
-transformers has them.
+transformers has them. Of an architecture that is not known here tensors have the names in the file.
 
-Floats are seen in the dtype they are stored in, quantized tensors as BF16. The gguf library decodes
-them when they are read, `matrix` gives them unrounded.
+Floats are seen in the dtype they are stored in, quantized tensors as BF16. They are decoded when
+they are read, `matrix` gives them unrounded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf import unpermute_rows
 from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
-from ptq_cli.models.gguf_names import GgufNames, names_of_file
+from ptq_cli.formats.gguf.types import TYPES, BlockType
+from ptq_cli.formats.gguf.unpack import check_blocks, unpack
+from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
-from ptq_cli.storage.gguf_file import GgufHeader, GgufTensor, library, read_gguf_header
+from ptq_cli.storage.gguf_file import GgufTensor, read_gguf_header
+from ptq_cli.storage.gguf_view import ROPE_FACTORS, GgufView, view_by_family, view_of
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
-_ROPE_FACTORS = "rope_freqs.weight"
-_SCALES = (".scale", ".input_scale")  # of NVFP4's tensors and of their inputs
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,27 @@ class _Rows:
     """
 
     data: NDArray[np.uint8]
-    kind: Any
+    kind: BlockType
     scale: np.float32
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        values = unpack(self.kind, self.data[rows]).dequantized()
         with np.errstate(over="ignore", invalid="ignore"):  # whoever asked looks for NaN and inf
-            values: NDArray[np.float32] = library().dequantize(self.data[rows], self.kind)
             return values if self.scale == 1 else values * self.scale
 
 
 @dataclass(frozen=True)
 class GgufSource(Checkpoint):
     """places: of tensors that are quantized or reordered; settings: what `config` is without a
-    model folder"""
+    model folder; view: of the whole file, None in a part of it"""
 
     places: Mapping[str, GgufPlace] = field(kw_only=True)
     settings: Mapping[str, Any] = field(kw_only=True)
+    view: GgufView | None = field(kw_only=True)
+
+    @property
+    def gguf(self) -> GgufView | None:
+        return self.view
 
     @property
     def stem(self) -> str:
@@ -86,6 +93,8 @@ class GgufSource(Checkpoint):
     @cached_property
     def documents(self) -> Mapping[str, Any]:
         if self.root is not None:
+            return {}
+        if "model_type" not in self.settings:
             return {}
         tokenizer = tokenizer_documents(read_gguf_header(self.weights).metadata)
         return {"config.json": self.settings, **tokenizer}
@@ -108,15 +117,20 @@ class GgufSource(Checkpoint):
             return super().rows(name, shape)
         scale = np.ones(1, np.float32)
         if place.scale is not None:
-            read_into(self.weights, place.scale.offset, scale.view(np.uint8))
-        return _Rows(self._in_order(place), _library_type(place.tensor.spec.dtype), scale[0])
+            read_into(place.scale.file, place.scale.offset, scale.view(np.uint8))
+        kind, data = TYPES[place.tensor.spec.dtype], self._in_order(place)
+        with stated_in(place.tensor.file):
+            check_blocks(kind, name, data)
+        return _Rows(data, kind, scale[0])
 
     def _in_order(self, place: GgufPlace) -> NDArray[np.uint8]:
         """Bytes of the file, [rows, bytes of a row], in the order that is seen."""
         data = np.empty(place.tensor.nbytes, np.uint8)
-        read_into(self.weights, place.tensor.offset, data)
-        rows = data.reshape(place.tensor.spec.shape[0], -1)
-        return rows if place.heads is None else unpermute_rows(rows, place.heads)
+        read_into(place.tensor.file, place.tensor.offset, data)
+        shape = place.tensor.spec.shape
+        if place.heads is None:
+            return data.reshape(prod(shape[:-1]), -1)
+        return unpermute_rows(data.reshape(shape[0], -1), place.heads)
 
     def read(self, name: str) -> Array:
         place, spec = self.places.get(name), self.tensors[name].spec
@@ -124,8 +138,8 @@ class GgufSource(Checkpoint):
             return super().read(name)
         if not place.packed:
             return self._in_order(place).view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
-        rows, columns = spec.shape
-        return self.rows(name, (rows, columns))[:].astype(NUMPY_DTYPES[SEEN_AS])
+        matrix = self.rows(name, (prod(spec.shape[:-1]), spec.shape[-1]))[:]
+        return matrix.astype(NUMPY_DTYPES[SEEN_AS]).reshape(spec.shape)
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         if name not in self.places:
@@ -151,13 +165,17 @@ class GgufSource(Checkpoint):
         return replace(self, tensors=tensors, places=places)
 
     def part(self, names: Iterable[str]) -> GgufSource:
-        return self.holding({name: self.tensors[name] for name in names})
+        return replace(self.holding({name: self.tensors[name] for name in names}), view=None)
 
 
-def open_gguf_source(path: Path, root: Path | None = None) -> GgufSource:
-    """Open a GGUF file of a known architecture.
+def open_gguf_source(
+    path: Path, root: Path | None = None, *, any_architecture: bool = False
+) -> GgufSource:
+    """Open a GGUF file, the first of several that hold a model.
 
     root: the folder that the user named; its config.json goes before what the file says
+    any_architecture: what the file says of its model need not be understood; `config` is then
+        without its settings
 
     Raises:
         InputError: another architecture, a setting or a tensor that is not understood.
@@ -165,89 +183,74 @@ def open_gguf_source(path: Path, root: Path | None = None) -> GgufSource:
     header = read_gguf_header(path)
     whole = root is not None and "config.json" in listing(root)
     with stated_in(path):
-        names = names_of_file(str(header.metadata.get("general.architecture")))
-        found = _named(header, names)
-        settings = _settings(path, header, names, found)
-        places = _places(header, names, found, settings)
-    tensors = {
-        name: StoredTensor(_seen(name, tensor), path, tensor.offset)
-        for name, tensor in found.items()
-    }
-    why = None if whole else unread(header.metadata)
+        view = view_of(header) if any_architecture else view_by_family(header)
+        settings = _settings(view, any_architecture)
+        places = _places(view)
+    why = None if whole or "model_type" not in settings else unread(header.metadata)
     warnings = () if why is None else (f"{path}: its tokenizer is left out: {why}",)
     return GgufSource(
-        root or path, root if whole else None, path, tensors, {}, warnings,
-        places=places, settings=settings,
+        root or path, root if whole else None, path, _tensors(view), {}, warnings,
+        places=places, settings=settings, view=view,
     )  # fmt: skip
 
 
-def _named(header: GgufHeader, names: GgufNames) -> dict[str, GgufTensor]:
-    """The model's tensors by their names in a checkpoint."""
+def _tensors(view: GgufView) -> dict[str, StoredTensor]:
+    """The tensors as they are seen, experts as parts of the tensor of all."""
+    whole = {
+        tensor.spec.name: StoredTensor(_seen(tensor.spec.name, tensor), tensor.file, tensor.offset)
+        for tensor in view.header.tensors
+    }
     return {
-        f"{names.module_of(own)}.{own.rpartition('.')[2]}": tensor
-        for tensor in header.tensors
-        if (own := tensor.spec.name) != _ROPE_FACTORS and not own.endswith(_SCALES)
+        name: StoredTensor(
+            _seen(name, tensor),
+            tensor.file,
+            tensor.offset,
+            part_of=whole[tensor.spec.name] if _is_part(tensor, whole[tensor.spec.name]) else None,
+        )
+        for name, tensor in view.tensors.items()
     }
 
 
-def _settings(
-    path: Path, header: GgufHeader, names: GgufNames, found: Mapping[str, GgufTensor]
-) -> dict[str, Any]:
-    """What config.json would be."""
+def _is_part(tensor: GgufTensor, whole: StoredTensor) -> bool:
+    return len(tensor.spec.shape) < len(whole.spec.shape)
+
+
+def _settings(view: GgufView, any_architecture: bool) -> dict[str, Any]:
+    """What config.json would be; where it cannot be known, and need not be, the architecture alone
+    (of names that are those of a checkpoint not even that)."""
+    if view.names is None:
+        return {ARCHITECTURE: view.header.metadata.get(ARCHITECTURE)}
+    try:
+        return _config(view)
+    except InputError:
+        if any_architecture:
+            return {}
+        raise
+
+
+def _config(view: GgufView) -> dict[str, Any]:
     factors: FloatArray | None = None
-    for tensor in header.tensors:
-        if tensor.spec.name == _ROPE_FACTORS and tensor.spec.dtype == "F32":
+    for tensor in view.header.tensors:
+        if tensor.spec.name == ROPE_FACTORS and tensor.spec.dtype == "F32":
             factors = np.empty(tensor.spec.shape, np.float32)
-            read_into(path, tensor.offset, factors.view(np.uint8))
+            read_into(tensor.file, tensor.offset, factors.reshape(-1).view(np.uint8))
+    found = view.tensors
     sizes = [t.spec.shape[0] for t in found.values() if t.spec.name == "token_embd.weight"]
     if not sizes:
         raise InputError("tensor 'token_embd.weight' is missing")
-    settings = model_config(header.metadata, names.model_type, sizes[0], factors)
-    return settings | names.told_by_tensors(found, settings["num_hidden_layers"])
+    assert view.names is not None
+    settings = model_config(view.header.metadata, view.names.model_type, sizes[0], factors)
+    return settings | view.names.told_by_tensors(found, settings["num_hidden_layers"])
 
 
-def _places(
-    header: GgufHeader,
-    names: GgufNames,
-    found: Mapping[str, GgufTensor],
-    settings: Mapping[str, Any],
-) -> dict[str, GgufPlace]:
+def _places(view: GgufView) -> dict[str, GgufPlace]:
     """Of tensors that are quantized or reordered. Raises InputError for what cannot be decoded."""
-    by_name = {tensor.spec.name: tensor for tensor in header.tensors}
     places = {}
-    for name, tensor in found.items():
-        module, spec = name.rpartition(".")[0], tensor.spec
-        heads = names.permuted_heads(module, settings)
-        if heads is not None and spec.shape[0] % (2 * heads):
-            raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
-        scale = by_name.get(f"{spec.name.removesuffix('.weight')}.scale")
-        place = GgufPlace(tensor, heads, scale)
-        if place.packed:
-            _check_packed(place)
-        if place.packed or heads is not None:
+    for name, tensor in view.tensors.items():
+        place = GgufPlace(tensor, view.heads.get(name), view.scale_of(name))
+        if place.packed or place.heads is not None:
             places[name] = place
     return places
-
-
-def _check_packed(place: GgufPlace) -> None:
-    """Raises InputError for a quantized tensor that cannot be decoded."""
-    spec, scale = place.tensor.spec, place.scale
-    if len(spec.shape) != 2:
-        raise InputError(f"tensor {spec.name!r} of type {spec.dtype} has shape {list(spec.shape)}")
-    if scale is not None and (scale.spec.dtype, scale.spec.shape) != ("F32", (1,)):
-        stated = f"{scale.spec.dtype} {list(scale.spec.shape)}"
-        raise InputError(f"tensor {scale.spec.name!r} is {stated}, not F32 [1]")
-    _library_type(spec.dtype)
-
-
-def _library_type(kind: str) -> Any:
-    """The gguf library's word for a type. Raises InputError where it cannot decode it."""
-    found = getattr(library("a quantized GGUF model").GGMLQuantizationType, kind, None)
-    if found is None:
-        raise InputError(
-            f"the gguf library here does not decode {kind}", hint="pip install -U gguf"
-        )
-    return found
 
 
 def _seen(name: str, tensor: GgufTensor) -> TensorSpec:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.files import file_error, named, read_json
-from ptq_cli.storage.made import JOB, damage_of, job_of, why_unknown
+from ptq_cli.storage.made import JOB, damage_of, job_of, report_beside, why_unknown
 from ptq_cli.storage.scratch import temporary_place
 from ptq_cli.storage.units import differing, plain
 
@@ -186,6 +186,7 @@ class Target:
     job: what makes two runs the same
     keep: what is read, and may not be replaced
     companions: files that are copied along with the weights, byte for byte, by their names there
+    alone: whether the output is the one weights file, with its report beside it
     """
 
     output: Path
@@ -194,6 +195,7 @@ class Target:
     restart: bool = False
     keep: Sequence[Path] = ()
     companions: Mapping[str, Path] = field(default_factory=dict)
+    alone: bool = False
 
     def complete(self) -> bool:
         """Whether the same run has made the output already, and it is not to be made anew."""
@@ -207,7 +209,7 @@ class Target:
         earlier = {key: made[key] for key in made if key not in ("files", "sha256")}
         if other := _other(earlier, self.job):
             return f"made {other}"
-        damage = damage_of(self.output, made) if self.output.is_dir() else ""
+        damage = damage_of(self.output, made)
         if damage:
             return f"but {damage}"
         for name, path in self.companions.items():
@@ -222,6 +224,8 @@ class Target:
     def check_output(self) -> None:
         """Refuse an output that exists, or holds what is being read."""
         output = self.output
+        if self.alone:
+            self._check_report()
         if not os.path.lexists(output):
             return
         if output.is_symlink() and not output.exists():
@@ -238,6 +242,16 @@ class Target:
                 f"{output}: a folder that this tool did not write; --force does not replace it",
                 hint="remove it yourself, or choose another output with -o",
             )
+
+    def _check_report(self) -> None:
+        """Refuse to put a report in the place of another file, but for what a killed run left."""
+        report = report_beside(self.output)
+        left = (work_folder(self.output) / "job.json").exists()
+        if os.path.lexists(report) and not (self.force or left or os.path.lexists(self.output)):
+            hint = "--force replaces it, -o chooses another output"
+            raise InputError(f"{report}: exists already, the report would go there", hint=hint)
+        if report.is_dir():
+            raise InputError(f"{report}: a folder, the report would go there")
 
     def exists_already(self) -> InputError:
         """The error of a run whose output is there; it says what differs."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.errors import InputError
+from ptq_cli.storage.companions import GGUF_SUFFIX
 from ptq_cli.storage.files import listing, parse_json, read_json
+from ptq_cli.storage.made import REPORT, report_beside
 
-REPORT = "report.json"
 MAX_REPORT = 256 << 20
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,),
@@ -25,7 +26,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 def read_report(path: Path) -> tuple[dict[str, Any], Path | None]:
     """A report, and the output folder it lies in, if it is a folder's own.
 
-    path: the folder, or the file
+    path: the folder, the GGUF file that it lies beside, or the file
 
     Raises:
         InputError: no report, or one that does not follow the schema.
@@ -38,6 +39,8 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path | None]:
                 hint="ptq eval ORIGINAL QUANTIZED --report FILE.json writes one",
             )
         path = path / REPORT
+    elif path.suffix == GGUF_SUFFIX:
+        path = report_beside(path)
     document = read_json(path, MAX_REPORT)
     schema = parse_json(
         resources.files("ptq_cli.report").joinpath("report.schema.json").read_bytes(),

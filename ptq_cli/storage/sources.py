@@ -32,15 +32,18 @@ _OF_RUNTIMES = re.compile(
 )
 
 
-def open_float(path: Path) -> Checkpoint:
+def open_float(path: Path, *, any_architecture: bool = False) -> Checkpoint:
     """Open the model that a command works on, its experts one by one. What is quantized already is
     seen as the float model that it stands for, and decoded tensor by tensor when it is read.
+
+    any_architecture: as for `open_gguf_source`
 
     Raises InputError, FileError: in a layout that is not read, or as `check_float`.
     """
     gguf = gguf_of(path)
     if gguf is not None:
-        return open_gguf_source(gguf, path if path.is_dir() else None)
+        root = path if path.is_dir() else None
+        return open_gguf_source(gguf, root, any_architecture=any_architecture)
     checkpoint = open_checkpoint(path)
     check_whole(checkpoint.weights)
     found = already_quantized(checkpoint)

@@ -24,7 +24,8 @@ from typing import Any, Self
 
 from ptq_cli.errors import FileError, InputError, NumericalError
 from ptq_cli.storage import files, interruption
-from ptq_cli.storage.made import JOB, files_of
+from ptq_cli.storage.companions import GGUF_NAME
+from ptq_cli.storage.made import JOB, REPORT, files_of, report_beside, said_in_file
 from ptq_cli.storage.output import (
     Target,
     check_free,
@@ -140,40 +141,51 @@ class Staging:
 
     # ---- publish ----
 
+    def said(self, report: Any) -> dict[str, Any] | None:
+        """What the output says of its run in itself, where it is a file; None: it is a folder.
+        report: the document that goes beside it"""
+        return said_in_file(self.job, report) if self.target.alone else None
+
     def publish(self) -> None:
-        """Give `out` (a file or a folder) its name, in one step, and remove the work folder."""
-        if self.out.is_dir():
+        """Give `out` (a file or a folder) its name, in one step, and remove the work folder. Where
+        one file of the folder is the output, its report goes to its place before."""
+        made = self.out / GGUF_NAME if self.target.alone else self.out
+        if made.is_dir():
             files.write_file(self.out / JOB, files.to_json({**self.job, **files_of(self.out)}))
         files.sync_folder(self.out if self.out.is_dir() else self.folder)
+        if os.path.lexists(self.output) and not self.target.force:
+            raise self.target.exists_already()
+        if self.target.alone:
+            report = report_beside(self.output)
+            with files.named(report):
+                os.replace(self.out / REPORT, report)
         if os.path.lexists(self.output):
-            if not self.target.force:
-                raise self.target.exists_already()
-            self._exchange()
+            self._exchange(made)
         else:
             with files.named(self.output):
-                os.rename(self.out, self.output)
+                os.rename(made, self.output)
         try:
             files.sync_folder(self.output.parent)
         finally:
             self._drop()
 
-    def _exchange(self) -> None:
+    def _exchange(self, made: Path) -> None:
         """Take the older output's place: in one step where the file system can do that (NFS and
         most of FUSE cannot); else the older one goes aside first, and comes back after a kill."""
         try:
-            files.exchange(self.out, self.output)
+            files.exchange(made, self.output)
             return
         except FileError as error:
             code = getattr(error.__cause__, "errno", None)
             if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                 raise
         with files.named(self.output):
-            if not self.out.is_dir():
-                os.replace(self.out, self.output)
+            if not made.is_dir():
+                os.replace(made, self.output)
                 return
             os.rename(self.output, self._aside)
             try:
-                os.rename(self.out, self.output)
+                os.rename(made, self.output)
             except OSError:
                 os.rename(self._aside, self.output)
                 raise

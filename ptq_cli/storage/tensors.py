@@ -72,9 +72,11 @@ def own_metadata(content: Mapping[str, Any]) -> dict[str, str]:
     return {"ptq": json.dumps(content, sort_keys=True, allow_nan=False)}
 
 
-def quantized_metadata(fmt: Format, layers: Sequence[Layer]) -> dict[str, str]:
-    """The metadata of a weights file with these layers."""
-    entry = {"kind": "quantized", "version": 1, "format": fmt.name}
+def quantized_metadata(
+    fmt: Format, layers: Sequence[Layer], said: Mapping[str, Any] = {}
+) -> dict[str, str]:
+    """The metadata of a weights file with these layers, and with what else is to be said."""
+    entry = {**said, "kind": "quantized", "version": 1, "format": fmt.name}
     return own_metadata({**entry, "layers": fmt.metadata(layers)})
 
 

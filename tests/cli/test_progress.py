@@ -182,7 +182,7 @@ def test_quiet_says_nothing(job):
 def test_every_long_phase_is_told(sample):
     tokens = ("--tokens", SAMPLE / "eval_tokens.npy", "--nsamples", 2)
     phases = {
-        ("calibrate", sample, *tokens, "-o", "c.safetensors"): {"calibrated": 8},
+        ("calibrate", sample, *tokens, "-o", "c.safetensors"): {"calibrated": 9},
         ("smoothquant", sample, "-o", "smooth"): {"smoothed": 4, "layer": 14, "wrote": 1},
         ("gptq", sample, *tokens, "-o", "out"): {"layer": 14, "wrote": 1},
         ("eval", sample, "out", *tokens): {"layer": 14, "ran": 6, "predicted": 1},

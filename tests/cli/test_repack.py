@@ -270,10 +270,11 @@ def test_damaged_gguf_files(sample, made, number):
 
 
 def test_the_whole_file_by_ggufwriter():
-    """Our reader on the peer's file; the writer is the peer's library itself."""
+    """Our reader and our writer on the peer's file."""
     from safetensors.numpy import load_file
 
-    from ptq_cli.storage.gguf_file import read_gguf_header, write_gguf
+    from ptq_cli.storage.gguf_file import read_gguf_header
+    from ptq_cli.storage.gguf_write import Outgoing, encoded_keys, write_gguf
 
     golden = Path(__file__).parent.parent / "golden"
     arrays = load_file(golden / "gguf_file_by_ggufwriter.safetensors")
@@ -282,10 +283,10 @@ def test_the_whole_file_by_ggufwriter():
     ordered = [arrays["q4_0"], arrays["b"], arrays["a"].astype(np.float16)]
     for tensor, own in zip(header.tensors, ordered, strict=True):
         assert data[tensor.offset : tensor.offset + tensor.nbytes] == own.tobytes()
-    specs = [(tensor.spec, tensor.nbytes) for tensor in header.tensors]
-    architecture = header.metadata["general.architecture"]
-    write_gguf(Path("own.gguf"), architecture, header.metadata, specs, ordered)
-    assert read_gguf_header(Path("own.gguf")) == header
+    tensors = [Outgoing(tensor.spec, tensor.nbytes) for tensor in header.tensors]
+    keys = encoded_keys(header.metadata)
+    assert keys == {key: header.encoded(key) for key in header.metadata}
+    write_gguf(Path("own.gguf"), keys, tensors, ordered)
     assert Path("own.gguf").read_bytes() == data
 
 

@@ -59,7 +59,7 @@ def test_calibrate_with_tokens(capsys: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "stats.safetensors")
     code, text, _ = ptq(capsys, "calibrate", str(SAMPLE), *TOKENS, "-o", out)
     assert code == 0
-    assert "16 sites" in text
+    assert "17 sites" in text
 
 
 @pytest.mark.parametrize(

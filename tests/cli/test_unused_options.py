@@ -97,7 +97,6 @@ OTHERS = [
     ("pack PACKED --min-gain 1", 2, "--min-gain: repacking measures nothing"),
     ("pack PACKED --workers 2", 2, "--workers does nothing here: one process repacks"),
     ("pack PACKED --max-memory 1GB", 2, "--max-memory does nothing here"),
-    ("pack MODEL --format gguf -g 32 --max-shard-size 1GB", 2, "--max-shard-size does nothing"),
     ("inspect PACKED --bf16", 1, "quantized already"),
     ("eval MODEL PACKED --max-kl 0", 2, "perplexity and KL need --tokens or --text"),
     ("eval MODEL PACKED --percentile 1.0", 2, "--percentile need --activation-scheme"),

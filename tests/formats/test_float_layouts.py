@@ -158,10 +158,10 @@ MISFITS = [
     *(
         (fmt, own_layer(CT, "NVFP4A16"), "holds integers, not FP4.*--format compressed-tensors")
         for fmt in FORMATS
-        if fmt not in ("ptq", CT, MLX, FP8)
+        if fmt not in ("ptq", CT, MLX, FP8, "gguf")
     ),
     *(
-        (fmt, own_layer(CT, "FP8_DYNAMIC"), "holds integers, not FP8.*--format compressed-tensors")
+        (fmt, own_layer(CT, "FP8_DYNAMIC"), "integers.*, not FP8.*--format compressed-tensors")
         for fmt in FORMATS
         if fmt not in ("ptq", CT, MLX, FP8)
     ),

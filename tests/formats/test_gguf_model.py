@@ -181,8 +181,7 @@ def test_no_tokenizer() -> None:
 
 
 def test_every_type_has_a_file_type() -> None:
-    assert {kind.name for kind in TYPES} | {"F16", "F32"} == set(FILE_TYPES)
-    assert [kind.parts.itemsize for kind in TYPES] == [18, 20, 22, 24, 34]
+    assert TYPES.keys() | {"F16", "F32"} == set(FILE_TYPES)
     with pytest.raises(InputError, match="no type for 3 bits"):
         block_type(Grid(3))
 
@@ -204,7 +203,7 @@ def test_layers_of_a_file() -> None:
 
 
 def test_layers_of_a_file_that_is_not_understood() -> None:
-    with pytest.raises(InputError, match=r"blk.0.attn_q.weight' is of type Q4_K, which"):
-        read(TensorSpec("blk.0.attn_q.weight", "Q4_K", (32, 256)))
+    with pytest.raises(InputError, match=r"blk.0.attn_q.weight' is of type IQ2_XS, which"):
+        read(TensorSpec("blk.0.attn_q.weight", "IQ2_XS", (32, 256)))
     with pytest.raises(InputError, match=r"has shape \[32, 40\]"):
         read(TensorSpec("blk.0.attn_q.weight", "Q4_0", (32, 40)))

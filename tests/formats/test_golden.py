@@ -11,11 +11,12 @@ import pytest
 
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
-from ptq_cli.core.plugins import Format
-from ptq_cli.core.tensors import Array
+from ptq_cli.core.plugins import Contents, Format
+from ptq_cli.core.tensors import Array, TensorSpec
 from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError
 from ptq_cli.formats import gguf
+from ptq_cli.formats.gguf.types import TYPES as BLOCK_TYPES
 from ptq_cli.storage.gguf_file import TYPES
 from tests.formats.cases import FORMATS, GOLDEN, VECTORS, golden, unmirrored, vectors
 
@@ -138,26 +139,85 @@ def test_mlx(name: str) -> None:
 @pytest.mark.parametrize("name", vectors("gguf"))
 def test_gguf(name: str) -> None:
     info, tensors = golden(name)
-    kind = next(kind for kind in gguf.TYPES if kind.name == info["type_name"])
+    kind = BLOCK_TYPES[info["type_name"]]
     assert TYPES[info["ggml_type"]] == (kind.name, gguf.BLOCK, info["bytes_per_block"])
-    assert kind.parts.itemsize == info["bytes_per_block"]
-    shape = tensors["codes"].shape
-    grid = Grid(kind.bits, 32, kind.sym, mirrored=kind.sym)
+    assert kind.nbytes == info["bytes_per_block"]
+    shape, sym = tensors["codes"].shape, kind.grid.sym
+    grid = Grid(kind.grid.bits, 32, sym, mirrored=sym)
     layer = Layer(MODULE, f"{MODULE}.weight", shape, shape, "F16", grid)
     record, peer = FORMATS["gguf"], {f"{MODULE}.weight": tensors["packed"]}
     back = record.decode(layer, peer)
-    unsigned = tensors["codes"].astype(np.int16) + (128 if kind.bits == 8 else 0)
+    unsigned = tensors["codes"].astype(np.int16) + (128 if grid.bits == 8 else 0)
     peer_codes = replace(
         back, codes=unsigned.astype(np.uint8), scales=tensors["scales"],
         zeros=np.full_like(back.zeros, grid.mid_code),
     )  # fmt: skip
-    expected = unmirrored(peer_codes) if kind.sym else peer_codes
+    expected = unmirrored(peer_codes) if sym else peer_codes
     np.testing.assert_array_equal(back.codes, expected.codes)
     np.testing.assert_array_equal(back.scales, expected.scales)
-    if kind.sym:
+    if sym:
         np.testing.assert_array_equal(back.zeros, expected.zeros)
     np.testing.assert_array_equal(back.dequantized(), tensors["dequant"])
     assert record.encode(layer, back)[f"{MODULE}.weight"].tobytes() == tensors["packed"].tobytes()
+
+
+def stored(info: dict[str, Any], packed: Array) -> Layer:
+    """A layer whose rows are such blocks, as a file's header tells it."""
+    shape = (len(packed), packed.shape[1] // info["bytes_per_block"] * info["block"])
+    spec = TensorSpec(f"{MODULE}.weight", info["type_name"], shape)
+    found = {"general.architecture": "llama"}
+    (own,) = gguf.FORMAT.layers(Contents(found, {}, {spec.name: spec}, lambda name: np.empty(0)))
+    return own
+
+
+@pytest.mark.parametrize("part", ["", "random"])
+@pytest.mark.parametrize("name", vectors("ggml"))
+def test_ggml(name: str, part: str) -> None:
+    """Fields at random, too: d negative, subnormal, zero, huge."""
+    info, tensors = golden(name)
+    packed = tensors[part or "packed"]
+    values = tensors[f"{part}_dequant" if part else "dequant"]
+    own = stored(info, packed)
+    if own.grid.sym:
+        own = replace(own, grid=replace(own.grid, mirrored=gguf.FORMAT.mirrored(own)))
+    assert gguf.FORMAT.misfit(own) is None
+    assert TYPES[info["ggml_type"]] == (info["type_name"], info["block"], info["bytes_per_block"])
+    assert [spec.shape for spec in gguf.FORMAT.specs(own)] == [packed.shape]
+    back = gguf.FORMAT.decode(own, {f"{MODULE}.weight": packed})
+    assert back.grid == own.grid
+    np.testing.assert_array_equal(back.dequantized(), values)
+    ours = gguf.FORMAT.encode(own, back)[f"{MODULE}.weight"]
+    if name == "ggml_nvfp4" and part:  # 0x7F, which is no number, ggml reads as zero
+        scales = packed.view(BLOCK_TYPES["NVFP4"].parts)["d"]
+        assert (scales == 0x7F).sum() == 1
+        scales[scales == 0x7F] = 0
+    np.testing.assert_array_equal(ours, packed)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_numbers_of_super_blocks(name: str) -> None:
+    """Codes, multiples and floats where the solver wants them, in the simplest of words."""
+    info, tensors = golden(f"ggml_{name.lower()}")
+    own = stored(info, tensors["packed"])
+    back = gguf.FORMAT.decode(own, {f"{MODULE}.weight": tensors["packed"]})
+    wide = own.grid.group_size
+    for row, column in ((0, 0), (1, 255), (2, 256), (3, 511), (1, 100)):
+        block, group, level = column // 256, column // wide, int(back.codes[row, column])
+        d = np.float32(back.super_scales[row, block])
+        scale = np.float32(d * np.float32(back.scales[row, group]))
+        if name == "IQ4_XS":
+            value = scale * own.grid.table[level]
+        elif back.super_offsets is None:
+            value = scale * np.float32(level - int(back.zeros[row, group]))
+        else:
+            dmin = np.float32(back.super_offsets[row, block])
+            value = scale * np.float32(level) - dmin * np.float32(back.offsets[row, group])
+        assert value == tensors["dequant"][row, column]
+    low, high = own.grid.multiples
+    assert low <= back.scales.min() <= back.scales.max() <= high
+    assert back.scales.dtype == (np.int8 if low < 0 else np.uint8)
+    assert back.scales.shape == own.grid.scales_shape(own.shape)
+    assert back.super_scales.dtype == np.float16
 
 
 @pytest.mark.parametrize("name", list(VECTORS))

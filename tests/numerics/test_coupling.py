@@ -8,7 +8,9 @@ import pytest
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Coupling
 from ptq_cli.numerics.coupling import DAMPING, make_coupling, solve_coupled
-from ptq_cli.numerics.gptq import Passes, make_feedback, solve
+from ptq_cli.numerics.feedback import make_feedback
+from ptq_cli.numerics.gptq import solve
+from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.parallel import use_threads
 
 RANDOM = np.random.default_rng(11)

@@ -9,7 +9,7 @@ from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import DriftSum, correction, proven_strength
-from ptq_cli.numerics.gptq import make_feedback
+from ptq_cli.numerics.feedback import make_feedback
 from ptq_cli.numerics.output_errors import error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
 

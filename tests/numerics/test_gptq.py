@@ -14,10 +14,12 @@ import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import gptq
-from ptq_cli.numerics.gptq import Passes, column_order, make_feedback, solve
+from ptq_cli.numerics import gptq, refit
+from ptq_cli.numerics.feedback import column_order, make_feedback
+from ptq_cli.numerics.gptq import solve
 from ptq_cli.numerics.integers import SEARCH_RATIOS
 from ptq_cli.numerics.ldl import NotPositiveDefinite
+from ptq_cli.numerics.panel import Panel, Passes
 from ptq_cli.numerics.rounding import round_to_nearest
 from tests import oracles
 from tests.numerics.cases import DAMP, damped, some_hessian, some_weight
@@ -248,10 +250,10 @@ def row_losses(weight, hessian, grid, what, act_order="none"):
 def test_every_pass_lowers_the_cost_it_was_given(monkeypatch):
     """`tr(E S Eᵀ) + 2 tr(E Cᵀ)` of each group and row, where `P = E S + C` is the half gradient
     the engine handed in."""
-    descend, rises = gptq._Panel._descend, []
+    descend, rises = Panel._descend, []
 
-    def watched(panel, index, quadratic, gradient, centred):
-        group = panel.groups[index].columns
+    def watched(panel, block, quadratic, gradient, centred):
+        group = block.columns
         constant = gradient - quadratic @ panel.error[group]
 
         def cost():
@@ -259,10 +261,10 @@ def test_every_pass_lowers_the_cost_it_was_given(monkeypatch):
             return (error * (quadratic @ error + 2 * constant)).sum(axis=0)
 
         before = cost()
-        descend(panel, index, quadratic, gradient, centred)
+        descend(panel, block, quadratic, gradient, centred)
         rises.append((cost() - before).max() / np.abs(before).max())
 
-    monkeypatch.setattr(gptq._Panel, "_descend", watched)
+    monkeypatch.setattr(Panel, "_descend", watched)
     weight, hessian = some_weight(16, 72), some_hessian(72)
     for sym in (False, True):
         for bits in (2, 3, 4):
@@ -288,7 +290,7 @@ def test_inputs_of_low_rank_equal_the_twin(rank):
 def test_a_refit_is_kept_only_where_the_cost_falls(monkeypatch):
     """Rounding to the nearest stored scale can hardly raise the cost; a coarser one could."""
     weight, hessian = some_weight(8, 37), some_hessian(37)
-    monkeypatch.setattr(gptq, "round_scales", lambda scales, grid: 2 ** np.ceil(np.log2(scales)))
+    monkeypatch.setattr(refit, "round_scales", lambda scales, grid: 2 ** np.ceil(np.log2(scales)))
     for what in ("refine", "sweeps"):
         losses = row_losses(weight, hessian, Grid(3, -1, sym=False), what)
         assert (losses[1:] <= losses[:-1] * (1 + 1e-12)).all()
@@ -483,11 +485,11 @@ def test_what_groups_need_of_the_hessian_is_made_once():
     assert [group.columns for group in feedback.groups] == [
         slice(a, b) for a, b in pairwise(starts)
     ]
-    for group in feedback.groups:
-        own = group.columns
+    for block in feedback.blocks:
+        own, (group,) = block.columns, block.groups
         upper, pivots = feedback.upper[own, own], feedback.pivots[own]
-        np.testing.assert_allclose(group.schur, upper * pivots @ upper.T)
+        np.testing.assert_allclose(block.schur, upper * pivots @ upper.T)
         if own.start:
             np.testing.assert_allclose(group.inverse.T @ upper, np.eye(len(pivots)), atol=1e-12)
     assert feedback.groups[0].inverse is None
-    assert make_feedback(hessian, DAMP, grid, "static", False).groups[0].schur.size == 0
+    assert make_feedback(hessian, DAMP, grid, "static", False).blocks[0].schur.size == 0

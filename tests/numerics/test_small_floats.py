@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.levels import SMALL_FLOATS
-from ptq_cli.numerics.gptq import Passes, make_feedback, solve
+from ptq_cli.numerics.feedback import make_feedback
+from ptq_cli.numerics.gptq import solve
+from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.numerics.scales import round_scales, stored_scales
 from ptq_cli.numerics.small_floats import (

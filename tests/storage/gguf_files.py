@@ -57,3 +57,46 @@ def write_gguf_file(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+EXPERTS = 3
+
+
+def write_unknown_gguf(
+    path: Path, dtype: Any = np.float32, alignment: int | None = None
+) -> dict[str, np.ndarray]:
+    """A file of an architecture that nobody knows, with experts, key-values of every kind and
+    tensors of many; its arrays by name."""
+    import gguf
+
+    rng = np.random.default_rng(5)
+    writer = gguf.GGUFWriter(path, "phi9")
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"phi9.{kind}", 7)
+    writer.add_float32("phi9.float32", 0.1)
+    writer.add_float64("phi9.float64", 0.1)
+    writer.add_bool("phi9.bool", True)
+    writer.add_array("phi9.floats", [0.5, 0.1])
+    writer.add_array("phi9.flags", [True, False])
+    writer.add_key_value("phi9.bytes", b"\x00\xff\x07", gguf.GGUFValueType.ARRAY)
+    writer.add_token_list(["a", "\u2581b", "<0x0A>"])
+    writer.add_chat_template("{{ messages }}")
+    writer.add_file_type(0)
+    matrices = {
+        "token_embd.weight": (16, 64), "blk.0.attn_qkv.weight": (48, 64),
+        "blk.0.ssm_conv1d.weight": (64, 32), "blk.0.ffn_gate_inp.weight": (EXPERTS, 64),
+        "blk.0.ffn_up_exps.weight": (EXPERTS, 32, 64), "blk.0.attn_k_b.weight": (2, 8, 64),
+        "blk.0.ffn_down_exps.weight": (EXPERTS, 64, 32), "output.weight": (16, 64),
+    }  # fmt: skip
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in matrices.items()}
+    arrays["blk.0.attn_norm.weight"] = np.ones(64, np.float32)
+    arrays["blk.0.attn_qkv.bias"] = rng.standard_normal(48).astype(np.float32)
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arrays

@@ -86,6 +86,19 @@ class Architecture:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
+    @property
+    def head_module(self) -> str:
+        return self.head.removesuffix(".weight")
+
+    def has_head(self, tensors: Collection[str]) -> bool:
+        """Whether there is a head of its own, and what its inputs come from.
+
+        tensors: names in the checkpoint
+        """
+        norm = self.final_norm
+        normed = norm is None or not norm.affine or f"{norm.name}.weight" in tensors
+        return self.head != self.embedding and self.head in tensors and normed
+
     def block_memory(self, n_tokens: int) -> int:
         """Bytes, at most, that `forward_block` needs for `n_tokens` packed tokens: its input, its
         output and what lies between, in float32, without the block's weights."""

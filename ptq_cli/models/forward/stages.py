@@ -100,7 +100,9 @@ def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
 
 
 def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) -> State:
-    """Block `index` before its first stage."""
+    """Block `index` before its first stage; behind the last block, the head before its own."""
+    if index == len(arch.blocks):
+        return State(hidden, {arch.head_module: finish(arch, weights, hidden)})
     block = arch.blocks[index]
     inputs = layers.apply_norm(block.norms.get("attention_in"), weights, hidden)
     return State(hidden, {block.qkv[0].name: inputs})
@@ -109,8 +111,11 @@ def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) 
 def stages(
     arch: Architecture, index: int, packing: Packing, cache: Cache | None = None
 ) -> tuple[Stage, ...]:
-    """The stages of block `index`, in order. cache: what becomes of the keys and values that its
-    attention caches; None: nothing"""
+    """The stages of block `index`, in order; behind the last block, the head's, which ends the
+    model. cache: what becomes of the keys and values that its attention caches; None: nothing"""
+    if index == len(arch.blocks):
+        head = arch.head_module
+        return (Stage({head: (head,)}, lambda weights, state: State(state.hidden)),)
     block = arch.blocks[index]
 
     def attention_in(weights: Weights, state: State) -> State:

@@ -14,7 +14,8 @@ from ptq_cli.report.gates import Gate
 from ptq_cli.report.report import JsonObject, row_error
 from ptq_cli.storage.folded import read_folds
 from ptq_cli.storage.folder import QuantizedFolder, open_quantized
-from ptq_cli.storage.reports import REPORT, read_report
+from ptq_cli.storage.made import REPORT
+from ptq_cli.storage.reports import read_report
 
 WORST = 3  # layers whose codes and scales are shown, sites whose channels are
 _SCALE_BINS = 24
@@ -115,7 +116,7 @@ def worst_first(rows: Iterable[JsonObject]) -> list[JsonObject]:
 def _distribution(folder: QuantizedFolder, module: str) -> Distribution:
     weight = folder.load(module)
     codes = np.bincount(weight.codes.reshape(-1), minlength=1 << weight.grid.bits)
-    scales = np.abs(weight.scales.astype(np.float64)).reshape(-1)
+    scales = np.abs(weight.float_scales().astype(np.float64)).reshape(-1)
     low, high = float(scales.min()), float(scales.max())
     if low < high:
         space = np.geomspace if low > 0 and high > 8 * low else np.linspace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -122,6 +123,7 @@ def layers_table(rows: Sequence[JsonObject]) -> str:
     columns += [
         Column("Kind", lambda row: kind_of(row["module"]), "text"),
         Column("Method", itemgetter("method"), "text"),
+        *_types(rows),
         Column("Bits/w", itemgetter("bits_per_weight"), form="{:.2f}".format),
         Column("SQNR, dB", itemgetter("sqnr_db"), form="{:.1f}".format),
         Column("Max |error|", itemgetter("max_abs_err")),
@@ -129,6 +131,12 @@ def layers_table(rows: Sequence[JsonObject]) -> str:
         Column("Notes", _notes, "long"),
     ]
     return sortable_table(columns, worst_first(rows), common)
+
+
+def _types(rows: Sequence[JsonObject]) -> list[Column]:
+    """What a format calls the numbers of layers, where it has names for them."""
+    named = any(row.get("type") for row in rows)
+    return [Column("Type", lambda row: row.get("type") or "-", "text")] if named else []
 
 
 def sortable_table(columns: Sequence[Column], rows: Sequence[Any], common: str) -> str:
@@ -251,7 +259,10 @@ def described(document: JsonObject) -> str:
     if settings.get("method") and settings["method"] != document["command"]:
         words.append(f"method {settings['method']}")
     grids = sorted({(r["bits"], r["group_size"], r["sym"]) for r in rows})
-    if len(grids) == 1:
+    types = Counter(row.get("type") or "" for row in rows).most_common()
+    if types and all(kind for kind, _ in types):
+        words += [f"{count} {kind}" for kind, count in types]
+    elif len(grids) == 1:
         bits, group, sym = grids[0]
         groups = {-1: "a scale per row", 0: "a scale per tensor"}.get(group, f"groups of {group}")
         words += [f"{bits} bits", groups, "symmetric" if sym else "asymmetric"]
