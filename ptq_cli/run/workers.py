@@ -45,6 +45,8 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
 
+ANSWER_SECONDS = 10.0  # a scheduler that does not answer is asked again and again for so long
+
 
 class WorkerLost(PtqError):
     """A worker ended without an answer (killed, most likely for lack of memory)."""
@@ -188,7 +190,7 @@ def _cluster(address: str) -> Crew:
     """A Dask cluster's workers, one unit a worker at a time; a lost worker's unit is done again."""
     distributed = import_extra("distributed", "--scheduler", "distributed", "Dask")
     try:
-        client = distributed.Client(address, timeout=10, set_as_default=False)
+        client = distributed.Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"{address}: no Dask scheduler answers: {error}") from None
     workers = client.scheduler_info(n_workers=-1)["workers"]
