@@ -18,6 +18,8 @@ class GgufFamily:
     architecture: `general.architecture`
     permuted: inside each head, the rows of q and k stand there in another order
     layer_norms: norms are LayerNorms, else RMSNorms
+    biases: config.json's `attention_bias` and `mlp_bias` may be true
+    usual_heads: heads have hidden_size / num_attention_heads channels, whatever `head_dim` says
     activations: config.json's words for the one activation that is computed
     assumed: from config.json's settings, those of which llama.cpp knows one value → that value
     sizes, factors: further keys, after the architecture's name → the setting that they hold, a
@@ -35,6 +37,8 @@ class GgufFamily:
     architecture: str
     permuted: bool = False
     layer_norms: bool = False
+    biases: bool = False
+    usual_heads: bool = False
     activations: tuple[str, ...] = ("silu",)
     assumed: Callable[[Mapping[str, Any]], Mapping[str, object]] = lambda settings: {}
     sizes: Mapping[str, str] = field(default_factory=dict)

@@ -54,6 +54,12 @@ def hyperparameters(names: GgufNames, config: Config) -> dict[str, Any]:
     keys |= {key: float(settings[own]) for key, own in gguf.factors.items()}
     if names.family.names.positions is None:
         keys |= _rope_keys(gguf, rope_of(gguf, settings), settings)
+        frequency_factors(names, config)  # refuses what they cannot be made of
+    numbers = {key: value for key, value in keys.items() if not isinstance(value, str)}
+    with np.errstate(over="ignore"):
+        odd = [key for key, value in numbers.items() if not np.isfinite(np.float32(value))]
+    if odd:
+        raise ValueError(f"a number: {odd[0]} is {keys[odd[0]]}")
     return keys
 
 
@@ -66,10 +72,14 @@ def frequency_factors(names: GgufNames, config: Config) -> dict[str, FloatArray]
     plain = KINDS["default"](rope, 0)
     lengths = {"llama3": {"rope_freqs": 0}}
     lengths["longrope"] = {"rope_factors_long": rope.original_length + 1, "rope_factors_short": 0}
-    return {
-        f"{name}.weight": (plain / KINDS[rope.kind](rope, length)).astype(np.float32)
-        for name, length in lengths.get(rope.kind, {}).items()
-    }
+    with np.errstate(all="ignore"):
+        found = {
+            f"{name}.weight": (plain / KINDS[rope.kind](rope, length)).astype(np.float32)
+            for name, length in lengths.get(rope.kind, {}).items()
+        }
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise _uncovered("rope_type", rope.kind, "its factors give frequencies of 0")
+    return found
 
 
 def gguf_settings(family: Family, config: Config) -> dict[str, Any]:
@@ -92,6 +102,10 @@ def gguf_settings(family: Family, config: Config) -> dict[str, Any]:
 def _check(gguf: GgufFamily, settings: Mapping[str, Any]) -> None:
     """Raises InputError for a setting that is not what llama.cpp computes."""
     assumed = {**_ASSUMED, **gguf.assumed(settings)}
+    if not gguf.biases:
+        assumed |= {"attention_bias": False, "mlp_bias": False}
+    if gguf.usual_heads:
+        assumed["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
     if gguf.own_head is not None:
         assumed["tie_word_embeddings"] = not gguf.own_head
     for key, value in assumed.items():
@@ -135,6 +149,9 @@ def rope_of(gguf: GgufFamily, settings: Mapping[str, Any]) -> Rope:
     if parameters["partial_rotary_factor"] != 1 and not gguf.partly_rotary:
         value = parameters["partial_rotary_factor"]
         raise _uncovered("partial_rotary_factor", value, "whole heads turn")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in (*KINDS, "su", "none"):
+        raise _uncovered("rope_type", kind, f"known are {', '.join(KINDS)}")
     length = int(settings["max_position_embeddings"])
     original = settings.get("original_max_position_embeddings")
     return read_rope(parameters, int(settings["head_dim"]), length, original)

@@ -179,6 +179,11 @@ def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
     check_stacks(names, kinds)
+    for name in kinds:
+        heads = names.placing(name, text_config(source.config)).heads
+        shape = source.specs[name].shape if name in source.specs else (0,)
+        if heads is not None and (heads < 1 or shape[0] % (2 * heads)):
+            raise InputError(f"tensor {name!r} {list(shape)} does not hold {heads} heads")
 
 
 def _metadata(
@@ -208,7 +213,7 @@ def _metadata(
         keys = hyperparameters(own_names, config)
         model = model_metadata(keys, own_names.architecture, name, kind)
         words = tokenizer_metadata({**source.config, **config}, tokenizer, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.formats.runtimes.proven import PROVEN, layout
 from ptq_cli.models.families import FAMILIES
 from tests.builders import ptq
 from tests.cli.tiny_folders import llama, llava, mixtral
 from tests.formats.float_weights import float_layer
+from tests.formats.ggml_weights import ggml_layer
 from tests.interop import test_architectures, test_gguf_families, test_runtimes, test_small_floats
 
 LOADED, UNLOADED, UNTRIED = "loaded in our tests", "known not to load", "not tried"
@@ -77,6 +79,8 @@ def test_what_is_proven_of_small_floats_is_what_the_interop_tests_load():
         dense = model in ("llama", "qwen2")
         if dense or "and" not in case.scheme:
             of_cases[case.client, case.format, "dense" if dense else model] |= own
+    for client in ("transformers", "llama.cpp"):  # tests/interop/test_ggml_types.py
+        of_cases[client, "gguf", "llama"] = {layout(ggml_layer(name)) for name in TYPES}
     proven = {}
     for (client, fmt), rows in PROVEN.items():
         for row in rows:

@@ -255,6 +255,15 @@ def test_other_tokenizers_are_refused() -> None:
         tokenizer_metadata({"vocab_size": 5}, TOKENIZER, {})
 
 
+def test_one_of_several_chat_templates() -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ y }}"}]
+    found = tokenizer_metadata(CONFIG, TOKENIZER, {"chat_template": named})
+    assert found["tokenizer.chat_template"] == "{{ y }}"
+    assert "tokenizer.chat_template" not in tokenizer_metadata(
+        CONFIG, TOKENIZER, {"chat_template": named[:1]}
+    )
+
+
 def test_no_tokenizer() -> None:
     assert tokenizer_metadata(CONFIG, None, {}) == {"tokenizer.ggml.model": "no_vocab"}
 

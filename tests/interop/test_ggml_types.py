@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.gguf_model import write_gguf_model
+from ptq_cli.storage.gguf_model import GgufOutput, write_gguf_model
 from ptq_cli.storage.tensors import as_bytes
 from tests.builders import write_model
 from tests.formats.ggml_weights import ggml_layer, ggml_weight
 from tests.interop import ggml
-from tests.interop.clients import PROMPT
-from tests.interop.test_runtimes import run_client
+from tests.interop.clients import PROMPT, transformers_plain
 
 pytestmark = [
     pytest.mark.interop,
@@ -92,18 +92,20 @@ def test_what_ggml_refuses_is_refused(name: str) -> None:
     assert (0 < refused < 200) or name == "NVFP4"
 
 
-def layers_of(name: str) -> dict[str, Layer]:
+def layers_of(*names: str) -> dict[str, Layer]:
+    """The model's matrices, of these types one after the other."""
     modules = {
         f"model.layers.{i}.{part}": shape for i in range(2) for part, shape in SHAPES.items()
     }
     modules |= {"model.embed_tokens": (2048, 256)}
-    return {module: ggml_layer(name, shape, module) for module, shape in modules.items()}
+    kinds = zip(modules.items(), cycle(names), strict=False)
+    return {module: ggml_layer(name, shape, module) for (module, shape), name in kinds}
 
 
-def write_type(name: str, source: Path, out: Path) -> NDArray[np.float32]:
-    """Write a model all of whose matrices are of a type; what the NumPy forward gives of what they
+def write_types(names: list[str], source: Path, out: Path) -> NDArray[np.float32]:
+    """Write a model whose matrices are of these types; what the NumPy forward gives of what they
     decode to, float32 [1, length, vocabulary]."""
-    checkpoint, layers, parts, weights = open_checkpoint(source), layers_of(name), [], {}
+    checkpoint, layers, parts, weights = open_checkpoint(source), layers_of(*names), [], {}
     for seed, (module, layer) in enumerate(layers.items()):
         weight = ggml_weight(layer, seed, 0.06 if module.endswith("embed_tokens") else 0.02)
         packed = gguf.FORMAT.encode(layer, weight)
@@ -114,7 +116,7 @@ def write_type(name: str, source: Path, out: Path) -> NDArray[np.float32]:
             weights[key] = checkpoint.read(key)
             parts.append((key, [as_bytes(key, weights[key])]))
     out.mkdir()
-    write_gguf_model(out, parts, layers, gguf.FORMAT, checkpoint)
+    write_gguf_model(GgufOutput(out / "model.gguf"), parts, layers, gguf.FORMAT, checkpoint)
     architecture, tokens = read_architecture(CONFIG, weights), np.array(PROMPT)
     packing = pack(tokens.shape, np.ones_like(tokens))
     hidden = embed(architecture, weights, tokens, packing)
@@ -124,33 +126,22 @@ def write_type(name: str, source: Path, out: Path) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What llama.cpp, transformers and the NumPy forward gave of each type."""
-    folder = tmp_path_factory.mktemp("types")
-    source = folder / "float"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(CONFIG))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the float model, whose matrices are zero."""
+    folder = tmp_path_factory.mktemp("float")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_bytes((SAMPLE / name).read_bytes())
+        (folder / name).write_bytes((SAMPLE / name).read_bytes())
+    tensors = {
+        f"{module}.weight": np.zeros(layer.shape, np.float16)
+        for module, layer in layers_of("Q4_0").items()
+    }
     norms = [
         f"model.layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "post_attention")
     ]
-    write_model(
-        source / "model.safetensors",
-        {f"{norm}.weight": np.ones(256, np.float32) for norm in (*norms, "model.norm")}
-        | {
-            f"{module}.weight": np.zeros(layer.shape, np.float16)
-            for module, layer in layers_of("Q4_0").items()
-        },
-    )
-    found: dict[str, dict[str, Any]] = {
-        "numpy": {name: write_type(name, source, folder / name) for name in TYPES}
-    }
-    found["llama.cpp"] = {
-        name: ggml.logits(folder / name / "model.gguf", PROMPT[0], 2048) for name in TYPES
-    }
-    jobs = [{"name": name, "folder": str(folder / name), "gguf": True} for name in TYPES]
-    return found | {"transformers": run_client("transformers", jobs, folder)}
+    tensors |= {f"{norm}.weight": np.ones(256, np.float32) for norm in (*norms, "model.norm")}
+    write_model(folder / "model.safetensors", tensors)
+    return folder
 
 
 def log_probabilities(values: NDArray[Any]) -> NDArray[Any]:
@@ -159,19 +150,20 @@ def log_probabilities(values: NDArray[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("name", list(TYPES))
-def test_llama_cpp(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    one = log_probabilities(outcomes["numpy"][name][0])
-    other = log_probabilities(outcomes["llama.cpp"][name])
+def test_llama_cpp(name: str, source: Path, tmp_path: Path) -> None:
+    ours = write_types([name], source, tmp_path / "out")
+    theirs = ggml.logits(tmp_path / "out" / "model.gguf", PROMPT[0], CONFIG["vocab_size"])
+    one, other = log_probabilities(ours[0]), log_probabilities(theirs)
     print(f"{name}: at most {np.abs(one - other).max():.3f}, spread {one.std():.2f}")
     assert one.std() > 0.8  # they are not all alike
     assert np.abs(one - other).max() < 0.1
 
 
-@pytest.mark.parametrize("name", list(TYPES))
-def test_transformers(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    theirs = outcomes["transformers"]
-    assert f"{name}.error" not in theirs, theirs[f"{name}.error"]
-    ours = outcomes["numpy"][name]
-    error = np.linalg.norm(theirs[name] - ours) / np.linalg.norm(ours)
-    print(f"{name}: {error:.1e}")
-    assert error < 1e-5
+def test_a_model_of_all_types(source: Path, tmp_path: Path) -> None:
+    out, own = tmp_path / "out", layers_of(*TYPES)
+    assert {layer.grid for layer in own.values()} == {kind.grid for kind in TYPES.values()}
+    ours = write_types(list(TYPES), source, out)
+    theirs, _ = transformers_plain({"folder": out, "gguf": True})
+    assert np.linalg.norm(theirs - ours) / np.linalg.norm(ours) < 1e-5
+    found = ggml.logits(out / "model.gguf", PROMPT[0], CONFIG["vocab_size"])
+    assert np.abs(log_probabilities(found) - log_probabilities(ours[0])).max() < 0.1

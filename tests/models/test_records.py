@@ -146,12 +146,14 @@ def test_what_runtimes_fuse_are_linears_that_share_an_input():
     assert groups == set(FUSED)
 
 
-# What is no family's name where it stands: a GGUF tokenizer's kind; what vLLM fuses, and how
+# What is no family's name where it stands: a GGUF tokenizer's kind, and llama.cpp's words of
+# architectures that its mixes are made for; what vLLM fuses, and how
 # experts are stored as one tensor, in any model; parameters of transformers' modules; what tests
 # load.
 ELSEWHERE = {
     *("formats/gguf/metadata.py", "formats/gguf/tokenizer.py", "formats/fused.py"),
     *("models/experts.py", "calibration/torch_experts.py", "formats/runtimes/proven.py"),
+    "plan/mixes.py",
 }
 
 

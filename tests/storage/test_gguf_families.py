@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptq_cli.storage.folder import open_quantized
 from tests.builders import ptq, random_weight, write_model
 from tests.storage.test_gguf_model import in_gguf_order
 
@@ -58,6 +59,17 @@ def written(*options: object) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, {name: field.contents() for name, field in reader.fields.items()}
 
 
+def read_back(folder: str, modules: list[str]) -> dict[str, np.ndarray]:
+    """Weights of an output as the checkpoint had them, decoded."""
+    opened = open_quantized(Path(folder))
+    return {
+        module: opened.layers[module].as_stored(opened.load(module).dequantized())
+        if module in opened.layers
+        else opened.checkpoint.read(f"{module}.weight")
+        for module in modules
+    }
+
+
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, atol=2e-3)
@@ -95,6 +107,9 @@ def test_experts_are_stacked_and_routers_exact() -> None:
         "expert_shared_feed_forward_length": 96,
     }  # fmt: skip
     assert ptq("eval", "model", "out").code == 0
+    assert ptq("check", "out", "--runtime", "llama.cpp", "--json").document["loads"] is True
+    said = ptq("check", "out", "--runtime", "transformers", "--json").document
+    assert (said["loads"], "qwen2_moe" in said["why"]) == (None, True)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -139,6 +154,11 @@ def test_conv1d_is_transposed() -> None:
     assert not any("mask" in name for name in values)
     outcome = ptq("eval", "model", "out")
     assert outcome.code == 0, outcome.err
+    back = read_back("out", ["h.0.attn.c_attn", "h.0.mlp.c_fc"])
+    close(back["h.0.attn.c_attn"], tensors["h.0.attn.c_attn.weight"])
+    np.testing.assert_array_equal(
+        back["h.0.mlp.c_fc"], tensors["h.0.mlp.c_fc.weight"].astype(np.float16)
+    )
 
 
 def test_gains_that_are_one_more() -> None:
@@ -154,6 +174,10 @@ def test_gains_that_are_one_more() -> None:
         wanted = tensors[f"{BLOCK}.{name}.weight"] + np.float32(1)
         np.testing.assert_array_equal(values[f"blk.0.{own}.weight"], wanted)
     assert "output.weight" not in values
+    name = f"{BLOCK}.input_layernorm"
+    np.testing.assert_allclose(
+        read_back("out", [name])[name], tensors[f"{name}.weight"], rtol=0, atol=1e-7
+    )
     assert keys["gemma2.attention.sliding_window"] == 4096
     assert keys["gemma2.final_logit_softcapping"] == 30
 
@@ -211,6 +235,13 @@ def test_a_tower_is_left_out_with_a_warning() -> None:
     ("smollm3", {"no_rope_layers": [0]}, r"no_rope_layers \[0\]"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings True"),
     ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_slow": 2}}, "beta_slow"),
+    ("phi3", {"head_dim": 32}, "head_dim 32"),
+    ("smollm3", {"no_rope_layers": [1], "attention_bias": True}, "attention_bias True"),
+    ("llama", {"num_attention_heads": 0}, "does not hold 0 heads"),
+    ("llama", {"num_attention_heads": 5, "head_dim": 16}, "does not hold 5 heads"),
+    ("llama", {"rms_norm_eps": 1e300}, "lacks or garbles"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 0}}, "frequencies of 0"),
+    ("llama", {"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope'"),
     ("granite", {"attention_multiplier": "much"}, "lacks or garbles"),
 ])  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(

@@ -225,8 +225,11 @@ def _special(
         )
         added = end is not None and number is not None and end == tokens[number]
         result[f"tokenizer.ggml.add_{name}_token"] = added if stated is None else bool(stated)
-    if isinstance(settings.get("chat_template"), str):
-        result["tokenizer.chat_template"] = settings["chat_template"]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of several by name
+        template = {own["name"]: own["template"] for own in template}.get("default")
+    if isinstance(template, str):
+        result["tokenizer.chat_template"] = template
     return result
 
 

@@ -18,6 +18,7 @@ FAMILY = replace(
     gguf=GgufFamily(
         "cohere2",
         layer_norms=True,
+        usual_heads=True,
         factors={"logit_scale": "logit_scale"},
         window_period=4,
         own_head=False,

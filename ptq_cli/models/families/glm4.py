@@ -21,5 +21,5 @@ FAMILY = Family(
         "partial_rotary_factor": 0.5,
     },
     folds=Folds(inner="second half"),
-    gguf=GgufFamily("glm4", partly_rotary=True),
+    gguf=GgufFamily("glm4", biases=True, partly_rotary=True),
 )  # fmt: skip

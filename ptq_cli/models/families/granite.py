@@ -17,6 +17,7 @@ FAMILY = Family(
     gguf=GgufFamily(
         "granite",
         permuted=True,
+        biases=True,
         frequency_factors=True,
         factors={
             "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",

@@ -20,5 +20,7 @@ FAMILY = Family(
     forward=Forward(
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
     ),
-    gguf=GgufFamily("llama", permuted=True, frequency_factors=True, readable=True),
+    gguf=GgufFamily(
+        "llama", permuted=True, biases=True, frequency_factors=True, readable=True
+    ),
 )  # fmt: skip

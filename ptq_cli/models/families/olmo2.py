@@ -6,6 +6,8 @@ from ptq_cli.models.families import llama, qwen3
 from ptq_cli.models.family import Family, Folds
 from ptq_cli.models.gguf_family import GgufFamily
 
+GGUF = GgufFamily("olmo2", usual_heads=True, own_head=True)
+
 FAMILY = Family(
     name="olmo2",
     names=replace(
@@ -18,5 +20,5 @@ FAMILY = Family(
     ),
     defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     folds=Folds(),
-    gguf=GgufFamily("olmo2", own_head=True),
+    gguf=GGUF,
 )

@@ -18,6 +18,7 @@ FAMILY = Family(
     folds=Folds(),
     gguf=GgufFamily(
         "qwen2moe",
+        usual_heads=True,
         assumed=lambda settings: {**qwen3_moe.EVERYWHERE, "norm_topk_prob": False},
         sizes={
             "expert_feed_forward_length": "expert_size",

@@ -20,6 +20,7 @@ FAMILY = Family(
     gguf=GgufFamily(
         "starcoder2",
         layer_norms=True,
+        usual_heads=True,
         activations=("gelu_pytorch_tanh", "gelu_new"),
         assumed=lambda settings: {"use_bias": True},
     ),
