@@ -99,11 +99,15 @@ def tensor_types(
     shapes = _shapes(checkpoint, names)
     facts = model_facts(checkpoint, important=source is not None)
     of_gguf = mix_types(settings.scheme, facts, shapes, settings.pure)
-    types = {name: of_gguf[own] for name, own in names.items() if own in of_gguf}
+    types = {
+        name: of_gguf[own]
+        for name, own in names.items()
+        if own in of_gguf and len(checkpoint.tensors[name].spec.shape) == 2
+    }
     asked = dict(_asked(checkpoint, settings, names, types))
     _check_experts(names, types | asked)
     if settings.on_misfit == "error":
-        _check_widths(asked, {name: checkpoint.tensors[name].spec.shape for name in asked})
+        _check_widths(asked, {name: shapes[names[name]] for name in asked})
     return TensorTypes(settings.scheme, names, types | asked)
 
 

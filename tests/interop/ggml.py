@@ -8,15 +8,19 @@ words are n_ctx, n_batch, n_ubatch and n_seq_max, and a pair of fours the number
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.storage.gguf_file import NUMBERS
+
+Decode = Callable[[Sequence[int]], NDArray[np.float32]]
 
 
 class _Parameters(ctypes.Structure):
@@ -102,9 +106,11 @@ def is_valid(kind: str, packed: NDArray[np.uint8]) -> bool:
     return bool(check(NUMBERS[kind], rows.ctypes.data, rows.nbytes))
 
 
-def logits(path: Path, tokens: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
-    """What llama.cpp gives at every place of one sequence, [length, vocabulary]."""
-    library, length = _library(), len(tokens)
+@contextmanager
+def opened(path: Path, length: int, vocabulary: int) -> Iterator[Decode]:
+    """A model that llama.cpp has loaded, and a sequence in it of at most so many tokens. What is
+    yielded takes the next tokens and gives logits, [tokens, vocabulary]."""
+    library, place = _library(), count()
     model = library.llama_model_load_from_file(
         str(path).encode(), library.llama_model_default_params()
     )
@@ -117,16 +123,26 @@ def logits(path: Path, tokens: Sequence[int], vocabulary: int) -> NDArray[np.flo
     context = library.llama_init_from_model(model, parameters)
     assert context
     batch = library.llama_batch_init(length, 0, 1)
-    batch.n_tokens = length
-    for place, token in enumerate(tokens):
-        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-        batch.seq_id[place][0], batch.logits[place] = 0, 1
-    assert library.llama_decode(context, batch) == 0
-    found = np.ctypeslib.as_array(library.llama_get_logits(context), (length, vocabulary)).copy()
+
+    def decode(tokens: Sequence[int]) -> NDArray[np.float32]:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, next(place), 1
+            batch.seq_id[i][0], batch.logits[i] = 0, 1
+        assert library.llama_decode(context, batch) == 0
+        found = library.llama_get_logits(context)
+        return np.ctypeslib.as_array(found, (len(tokens), vocabulary)).copy()
+
+    yield decode
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)
-    return found
+
+
+def logits(path: Path, tokens: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
+    """What llama.cpp gives at every place of one sequence, [length, vocabulary]."""
+    with opened(path, len(tokens), vocabulary) as decode:
+        return decode(tokens)
 
 
 class Vocabulary:

@@ -113,13 +113,16 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def saved(name: str, folder: Path) -> Any:
+def saved(name: str, folder: Path, build: Callable[[], Any] | None = None) -> Any:
     """A model of random weights as its publisher would save it, in float32 again. Its logits are
-    small, and so is what llama.cpp changes by rounding inputs to 8 bits."""
+    small, and so is what llama.cpp changes by rounding inputs to 8 bits.
+
+    build: makes another one than MODELS has of that family
+    """
     import torch
 
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = (build or MODELS[name])().eval()
     _fill(model)
     with torch.no_grad():
         for own, values in model.named_parameters():

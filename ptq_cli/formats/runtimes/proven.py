@@ -110,7 +110,7 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded((*_WITH_IMAGES, "mixtral"), _FOUR),
     ),
     ("llama.cpp", "gguf"): (
-        Loaded(("llama",), _GGML_TYPES, ("embedding",)),
+        Loaded(("llama",), _GGML_TYPES, ("embedding", "output head")),
         Loaded(_IN_LLAMA_CPP, _layouts((8,), True)),
     ),
 }  # fmt: skip
