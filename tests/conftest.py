@@ -11,6 +11,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import ptq_cli
+from ptq_cli.run import workers
 from tests import builders
 
 # A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
@@ -20,6 +21,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # whose disk is full or that is killed could leave half of one.
 compileall.compile_dir(Path(ptq_cli.__file__).parent, quiet=2)
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+# Tests and the processes that they start keep memory that is freed, as the tool's own workers do: a
+# fifth of the time of a run would go into fetching pages again. The C library reads it at the start.
+os.environ.update(workers.KEEP_MEMORY)
 
 # Of several test workers each has a core: with threads of their own, BLAS and torch would wait for
 # one another, spinning.

@@ -39,11 +39,13 @@ _BLAS_THREADS = (
 
 # Pages that one unit gives back serve the next; the C library would return them to the system. Huge
 # ones are filled faster.
-_KEEP_MEMORY = {
+KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
+
+ANSWER_SECONDS = 10.0  # a scheduler that does not answer is asked again and again for so long
 
 
 class WorkerLost(PtqError):
@@ -181,14 +183,14 @@ def _environment() -> dict[str, str]:
     """One BLAS thread from the start, and modules found where this process finds them."""
     paths = [path or os.getcwd() for path in sys.path]
     one = dict.fromkeys(_BLAS_THREADS, "1")
-    return {**_KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**KEEP_MEMORY, **os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _cluster(address: str) -> Crew:
     """A Dask cluster's workers, one unit a worker at a time; a lost worker's unit is done again."""
     distributed = import_extra("distributed", "--scheduler", "distributed", "Dask")
     try:
-        client = distributed.Client(address, timeout=10, set_as_default=False)
+        client = distributed.Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(f"{address}: no Dask scheduler answers: {error}") from None
     workers = client.scheduler_info(n_workers=-1)["workers"]

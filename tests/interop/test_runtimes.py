@@ -149,23 +149,21 @@ CASES = [
 
 def make_qwen(folder: Path) -> None:
     """A small random Qwen2 with biases and tied embeddings, saved by transformers."""
-    script = """if True:
-        import sys, torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-        torch.manual_seed(1)
-        config = Qwen2Config(
-            vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-            tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e5}, initializer_range=0.08,
-        )
-        model = Qwen2ForCausalLM(config)
-        for name, values in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(values, std=0.1)
-        model.half().save_pretrained(sys.argv[1])
-    """
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, initializer_range=0.08,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for name, values in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(values, std=0.1)
+    model.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((ROOT / "sample_data" / name).read_bytes())
 

@@ -15,6 +15,7 @@ import pytest
 from tests.builders import ROOT, ptq
 from tests.interop.test_architectures import _run
 from tests.interop.test_runtimes import make_qwen
+from tests.interop.tiny_models import write_models
 
 NEEDED = ("torch", "transformers", "compressed_tensors", "accelerate", "mlx_lm")
 pytestmark = [
@@ -80,7 +81,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("float")
-    _run("tiny_models", folder, QWEN, MOE, MIXTRAL)
+    write_models(folder, [QWEN, MOE, MIXTRAL])
     make_qwen(folder / "half")
     tiny = {name: folder / name for name in (QWEN, MOE, MIXTRAL)}
     return {SAMPLE: ROOT / "sample_data", HALF: folder / "half", **tiny}

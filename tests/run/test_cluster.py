@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq_cli.calibration import from_activations
+from ptq_cli.run import workers
 from ptq_cli.storage.units import UnitStore
 from tests.builders import ROOT, SAMPLE, ptq, tree
 from tests.stopping import STAGED, TOLD, end_here, stop_at, stopped
@@ -62,12 +63,13 @@ def test_parts_of_a_site_are_summed_by_all_workers_with_the_same_bytes(
     assert one != (tmp_path / "uncut").read_bytes()
 
 
-def test_a_dry_run_asks_the_cluster(tmp_path, cluster):
+def test_a_dry_run_asks_the_cluster(tmp_path, cluster, monkeypatch):
     words = ("gptq", MODEL, "-o", tmp_path / "out", "--dry-run", "--json", "--scheduler")
     outcome = ptq(*words, cluster.scheduler_address)
     assert outcome.code == 0, outcome.err
     assert outcome.document["memory"]["workers"] == 2
     assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.5)
     assert ptq(*words, "tcp://127.0.0.1:1").code == 1
 
 
@@ -117,7 +119,8 @@ def test_interrupted_here_and_gone_on_with_on_the_cluster(tmp_path, cluster, mon
     assert tree(tmp_path / "o") == tree(tmp_path / "p")
 
 
-def test_no_scheduler_there_is_one_line(tmp_path):
+def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.5)
     outcome = ptq("gptq", MODEL, "-o", tmp_path / "o", "--scheduler", "tcp://127.0.0.1:9")
     assert outcome.code == 1
     assert "no Dask scheduler answers" in outcome.errors[0]
