@@ -145,7 +145,7 @@ def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, old, command, kind
 @pytest.mark.parametrize("kind", ["kill", "ENOSPC"])
 @pytest.mark.parametrize(
     ("command", "step"),
-    [("onnx", 3), ("gguf", 29), ("gguf file", 2), ("repack", 3), ("dequantize", 2)],
+    [("onnx", 3), ("gguf", 29), ("gguf file", 7), ("repack", 3), ("dequantize", 2)],
 )
 def test_other_containers(tmp_path, old, command, step, kind):
     needed = {"onnx": "onnx", "gguf file": "gguf"}

@@ -13,6 +13,7 @@ import pytest
 
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.folded import folded_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import TYPES
 from ptq_cli.storage.gguf_source import GgufSource, open_gguf_source
@@ -148,6 +149,9 @@ def test_what_a_worker_gets_is_small() -> None:
     assert part.tensors.keys() == part.places.keys() == {K}
     np.testing.assert_array_equal(part.read(K), opened.read(K))
     assert len(pickle.dumps(opened.part([K]))) < 3000
+    folded = folded_checkpoint(opened, ()).part([K])
+    np.testing.assert_array_equal(folded.read(K), opened.read(K))
+    assert len(pickle.dumps(folded)) < 4000
 
 
 def test_the_fingerprint_tells_weights_apart() -> None:
