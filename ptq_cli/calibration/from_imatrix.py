@@ -6,7 +6,9 @@ Experts that no token reaches have the statistics of all experts of their tensor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +19,10 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.source import Parts, Source, only_entry
 from ptq_cli.core.names import first_and_others
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
-from ptq_cli.core.tensors import TensorSpec, is_float
+from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
-from ptq_cli.models.gguf_names import GgufNames, names_of_model
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_names import names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import Digest
 from ptq_cli.storage.imatrix import Importance, digest_of_file, read_imatrix
@@ -28,6 +31,17 @@ _WEAK = (
     "an importance matrix holds the diagonal of the Hessian alone, and no inputs to measure errors"
     " on"
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix is in a GGUF file: number `number` of the `of` that the tensor `stored` holds.
+    width: its in_features"""
+
+    stored: str
+    number: int
+    of: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -98,21 +112,22 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     entries, used, wrong = {}, set(), {}
     found = read_imatrix(path)
     sites = {}
-    for name, (stored, number, of) in gguf_places(checkpoint).items():
-        spec, importance = checkpoint.tensors[name].spec, found.get(stored)
+    for name, place in gguf_places(checkpoint).items():
+        importance, module = found.get(place.stored), name.removesuffix(".weight")
         if importance is None:
             continue
-        module, width = name.removesuffix(".weight"), spec.shape[1]
-        used.add(stored)
-        fits = importance.n_values == of * width and len(importance.counts) in (1, of)
-        if not fits:
-            wrong[module] = _misfit(path, stored, importance, spec, of)
+        used.add(place.stored)
+        sizes = importance.n_values, len(importance.counts)
+        if sizes[0] != place.of * place.width or sizes[1] not in (1, place.of):
+            whole = f"{place.of} experts of {place.width}" if place.of > 1 else f"{place.width}"
+            said = f"{sizes[0]} values for tensor {name!r}, which has {whole} columns"
+            wrong[module] = f"{path}: {place.stored}: {said}"
             continue
-        entries[module] = Entry(importance, number, of)
+        entries[module] = Entry(importance, place.number, place.of)
         n_tokens = entries[module].own_tokens
         alone = n_tokens or sum(map(int, importance.counts)) * importance.per_count
         own = None if n_tokens else 0
-        sites[module] = SiteInfo(module, (module,), width, alone, own)
+        sites[module] = SiteInfo(module, (module,), place.width, alone, own)
     if wrong:
         raise InputError(first_and_others(wrong), hint="it was made for another model")
     if not sites:
@@ -128,36 +143,26 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     )  # fmt: skip
 
 
-def _misfit(path: Path, name: str, importance: Importance, spec: TensorSpec, of: int) -> str:
-    """Why an entry is not of this tensor."""
-    values, width = importance.n_values, spec.shape[1]
-    whole = f"{of} experts of {width}" if of > 1 else f"{width} columns"
-    return f"{path}: {name}: {values} values for tensor {spec.name!r}, which has {whole}"
-
-
-def gguf_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int, int]]:
-    """Each matrix of a model → the tensor of a GGUF file that it is stored in, as which of how
-    many.
+def gguf_places(checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where each matrix of a model is in a GGUF file.
 
     Raises:
         InputError: a model that is not in GGUF, and whose names there are not known.
     """
-    matrices = {n for n, s in checkpoint.specs.items() if is_float(s) and len(s.shape) == 2}
+    specs = {n: s for n, s in checkpoint.specs.items() if is_float(s) and len(s.shape) == 2}
     if checkpoint.gguf is not None:
         members = checkpoint.gguf.members()
         return {
-            name: (stored, number, len(names))
+            name: Place(stored, number, len(names), specs[name].shape[1])
             for stored, names in members.items()
             for number, name in enumerate(names)
-            if name in matrices
+            if name in specs
         }
-    names = names_of_model(checkpoint.config)
-    found = {name: _name_in_gguf(names, name) for name in matrices}
-    return {name: (stored, 0, 1) for name, stored in found.items() if stored is not None}
-
-
-def _name_in_gguf(names: GgufNames, name: str) -> str | None:
-    try:
-        return names.tensor_name(name)
-    except InputError:
-        return None
+    names, config = names_of_model(checkpoint.config), text_config(checkpoint.config)
+    found = {}
+    for name, spec in specs.items():
+        with suppress(InputError):  # what is no part of the file
+            width = spec.shape[0 if names.placing(name, config).transposed else 1]
+            found[name] = Place(names.tensor_name(name), names.expert(name) or 0, 1, width)
+    counts = Counter(place.stored for place in found.values())
+    return {name: replace(place, of=counts[place.stored]) for name, place in found.items()}

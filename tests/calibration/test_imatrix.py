@@ -16,7 +16,9 @@ from ptq_cli.calibration.from_imatrix import imatrix_source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.gguf_source import open_gguf_source
+from ptq_cli.storage.sources import open_float
 from tests.builders import SAMPLE, half_sample, ptq
+from tests.cli import tiny_folders
 from tests.refusals import refused
 from tests.storage.gguf_files import EXPERTS, WIDTH, tensors, write_gguf_file, write_unknown_gguf
 
@@ -199,6 +201,28 @@ def test_names_of_a_model_folder_and_of_a_known_architecture() -> None:
     write_imatrix("i.gguf", {"blk.0.attn_q.weight": (np.full((1, WIDTH), 3.0), np.ones(1))})
     source = imatrix_source(open_gguf_source(Path("m.gguf")), Path("i.gguf"))
     assert set(source.sites) == {"model.layers.0.self_attn.q_proj"}
+
+
+def test_experts_of_a_model_folder() -> None:
+    """Read, and written from activations, as parts of the tensors of all."""
+    tiny_folders.mixtral(Path("m"))
+    up = "blk.0.ffn_up_exps.weight"
+    sums = np.arange(2 * 64, dtype=np.float32).reshape(2, 64)
+    write_imatrix("i.gguf", {up: (sums, np.array([2, 4]))})
+    source = imatrix_source(open_float(Path("m")), Path("i.gguf"))
+    module = "model.layers.0.block_sparse_moe.experts.{}.w3"
+    assert set(source.sites) == {module.format(0), module.format(1)}
+    np.testing.assert_array_equal(source.load(module.format(1)).hessian.diagonal(), sums[1] / 4)
+    np.save("tokens.npy", np.random.default_rng(0).integers(0, 48, (4, 32)))
+    words = ("calibrate", "m", "--tokens", "tokens.npy", "-o", "s.safetensors")
+    outcome = ptq(*words, "--imatrix-out", "o.gguf")
+    assert outcome.code == 0, outcome.err
+    found = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader("o.gguf").tensors}
+    assert found[f"{up}.in_sum2"].shape == (2, 64)
+    back = imatrix_source(open_float(Path("m")), Path("o.gguf"))
+    known = open_calibration(Path("s.safetensors"))
+    assert set(back.sites) >= {module.format(0), module.format(1)}
+    assert set(back.sites) == {linear for x in known.sites.values() for linear in x.linears}
 
 
 def test_written_from_statistics() -> None:
