@@ -283,6 +283,19 @@ def test_a_mix_that_has_nothing_to_fall_back_to_is_refused(tmp_path):
     assert kept == {"model.layers.0.mlp.down_proj": "Q5_0"}  # the others are F16, as llama.cpp's
 
 
+def test_a_scale_that_does_not_fit_asks_for_another_type(tmp_path):
+    tensors = {**ends(), **dense_block("model.layers.0.")}
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"] / 64
+    model = model_folder(tmp_path / "m", "llama", tensors, num_hidden_layers=1)
+    options = ("--scheme", "Q8_0", "--tensor-type", "attn_q=NVFP4")
+    error = refusal("rtn", model, *options)
+    assert "does not fit E4M3 without a global scale" in error
+    assert f"--tensor-type {name}=F32" in error
+    options = (*options, "--tensor-type", f"{name}=F32")
+    assert ptq("rtn", model, *options, "-o", "other").code == 0
+
+
 def test_q2_k_s_needs_calibration(tmp_path):
     model = wide_llama(tmp_path / "m")
     error = refusal("rtn", model, "--scheme", "Q2_K_S")
