@@ -53,7 +53,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sample():
-    half_sample(Path("model"))
+    half_sample(Path("model"), blocks=1)
 
 
 @pytest.fixture
