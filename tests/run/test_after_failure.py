@@ -16,6 +16,7 @@ from ptq_cli.storage.units import UnitStore
 from tests.builders import SAMPLE, ptq, random_weight, small_job, small_model, tree
 
 MODEL = SAMPLE / "model.safetensors"
+PLAINLY = ("--refine", 0, "--sweeps", 0, "--no-mse")  # so that a run takes less
 
 
 def full():
@@ -26,13 +27,13 @@ def full():
 def whole(tmp_path_factory):
     """What the command makes when nothing disturbs it."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert ptq("gptq", MODEL, "-o", out, "--workers", 1).code == 0
+    assert ptq("gptq", MODEL, *PLAINLY, "-o", out, "--workers", 1).code == 0
     return tree(out)
 
 
 @pytest.fixture
 def command(tmp_path):
-    return "gptq", MODEL, "-o", tmp_path / "out", "--workers", 1
+    return "gptq", MODEL, *PLAINLY, "-o", tmp_path / "out", "--workers", 1
 
 
 def disturbed(monkeypatch, command, number, error):
