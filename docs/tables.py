@@ -406,5 +406,5 @@ def _family(family: Family) -> list[str]:
         _counted(len(kind) for kind in blocks),
         _counted(sum(site.reason is None for site in kind) for kind in blocks),
         "yes" if family.forward else "no",
-        f"`{family.gguf}`" if family.gguf else "no",
+        f"`{family.gguf.architecture}`" if family.gguf else "no",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ptq_cli.formats import common
 from ptq_cli.formats.runtimes import LOADED, UNTRIED, facts, verdict
 from ptq_cli.formats.runtimes.artifact import NOTE, Artifact, Fact
 from ptq_cli.models.experts import experts_to_fuse
+from ptq_cli.models.gguf_names import names_of_model
+from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
 from ptq_cli.models.ties import ties, untied
 from ptq_cli.registry import FORMATS, format_named
@@ -66,12 +69,15 @@ def _checked(artifact: Artifact, runtime: str) -> Checked:
 
 
 def _config(folder: QuantizedFolder) -> Mapping[str, Any]:
-    """config.json; of a GGUF file, the architecture that it names goes before."""
+    """config.json; of a GGUF file, the architecture that it names goes before that of another."""
     config = declared_config(folder.checkpoint)
     if folder.fmt.container != "gguf":
         return config
-    metadata = read_gguf_header(folder.checkpoint.path).metadata
-    return {**config, "model_type": metadata.get("general.architecture")}
+    architecture = read_gguf_header(folder.checkpoint.path).metadata.get(ARCHITECTURE)
+    with suppress(InputError):
+        if names_of_model(config).architecture == architecture:
+            return config
+    return {**config, "model_type": architecture}
 
 
 def _artifact(

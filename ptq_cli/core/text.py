@@ -6,6 +6,12 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 
+# The way out where a model cannot become a GGUF file here.
+TWO_STEPS = (
+    "--format ptq, which holds every model; or make a GGUF file of the model with llama.cpp's"
+    " convert_hf_to_gguf.py, and give that as MODEL"
+)
+
 
 def middle(text: str, width: int) -> str:
     """Text cut in its middle to at most `width` characters."""

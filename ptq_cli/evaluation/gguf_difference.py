@@ -65,7 +65,7 @@ def gguf_difference(before: Path, after: Path) -> GgufDifference:
     both = [name for name in by_number(first) if name in second]
     for name in both:
         _check_shapes(before, first[name].spec, after, second[name].spec)
-    found = [_compared((before, first[name]), (after, second[name])) for name in both]
+    found = [_compared(first[name], second[name]) for name in both]
     differing = [entry for entry in found if entry.rel_diff or entry.before[0] != entry.after[0]]
     return GgufDifference(
         before=file_types(headers[0]),
@@ -85,15 +85,14 @@ def _check_shapes(before: Path, first: TensorSpec, after: Path, second: TensorSp
         )
 
 
-def _compared(first: tuple[Path, GgufTensor], second: tuple[Path, GgufTensor]) -> TensorDifference:
+def _compared(first: GgufTensor, second: GgufTensor) -> TensorDifference:
     difference, size = 0.0, 0.0
-    for ours, theirs in zip(values_of(*first), values_of(*second), strict=True):
+    for ours, theirs in zip(values_of(first), values_of(second), strict=True):
         difference += float(np.square(theirs - ours, dtype=np.float64).sum())
         size += float(np.square(ours, dtype=np.float64).sum())
     rel_diff = difference / size if size else (inf if difference else 0.0)
-    (_, one), (_, other) = first, second
-    sides = [(tensor.spec.dtype, tensor.nbytes) for tensor in (one, other)]
-    return TensorDifference(one.spec.name, sides[0], sides[1], rel_diff)
+    sides = [(tensor.spec.dtype, tensor.nbytes) for tensor in (first, second)]
+    return TensorDifference(first.spec.name, sides[0], sides[1], rel_diff)
 
 
 def _keys(first: GgufHeader, second: GgufHeader) -> dict[str, tuple[str | None, str | None]]:

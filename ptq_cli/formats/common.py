@@ -53,6 +53,7 @@ class Limits:
     short_group: bool = False
     reordered: bool = False
     embeddings: bool = False
+    transposed: bool = False
     activations: bool = False
     levels: tuple[str, ...] = ("integer",)
     own_offsets: bool = False
@@ -67,7 +68,7 @@ def misfit(layer: Layer, name: str, limits: Limits) -> Misfit | None:
         return Misfit(
             f"{name} holds weights of Linears, not bare parameters", f"--ignore {layer.tensor}"
         )
-    if layer.transposed:
+    if layer.transposed and not limits.transposed:
         return Misfit(f"{name} holds weights stored [out, in], not [in, out]", "--format ptq")
     if not limits.embeddings and _EMBEDDING.search(layer.module):
         return Misfit(f"{name} holds linears, not embeddings", f"--ignore {layer.module}")

@@ -33,7 +33,11 @@ def unpacked_to_bfloat16(grid: Grid) -> bool:
 
 
 def numbers(grid: Grid) -> str:
-    """What people call the numbers of a grid of small floats."""
+    """What people call the numbers of a grid of small floats, or of ggml's types."""
+    if grid.levels == "iq4_nl":
+        return "IQ4_XS" if grid.multiples else "IQ4_NL"
+    if grid.multiples:
+        return f"Q{grid.bits}_K"
     if grid.scale_dtype in ("e8m0", "e4m3") and grid.block_rows == 1:
         return f"{'NV' if grid.scale_dtype == 'e4m3' else 'MX'}FP{grid.bits}"
     shared = {-1: "row", 0: "tensor"}.get(grid.group_size, "block" if is_block(grid) else "group")

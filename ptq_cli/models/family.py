@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.sites import Layout, SitePattern
 
 Config = Mapping[str, Any]
@@ -227,8 +228,7 @@ class Family:
         block's number), attention_softcap, logit_softcap, num_experts, expert_size, dense_blocks
         (numbers of blocks without experts), sparse_step (every n-th has experts), use_windows,
         local_rope_theta (of blocks with windows)
-    gguf: its architecture in GGUF files, where names follow from roles (models/gguf_names.py)
-    gguf_permuted: inside each head, the rows of q and k stand there in another order
+    gguf: how GGUF files hold it (models/gguf_family.py)
     """
 
     name: str
@@ -242,8 +242,7 @@ class Family:
     defaults: Config = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     forward: Forward | None = None
-    gguf: str | None = None
-    gguf_permuted: bool = False
+    gguf: GgufFamily | None = None
 
     @property
     def model_types(self) -> tuple[str, ...]:

@@ -1,54 +1,170 @@
-"""What GGUF files call the tensors of the families that they hold: names follow from roles."""
+"""What GGUF files call the tensors of the families that they hold, and how these stand there: names
+follow from roles."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ptq_cli.core.text import TWO_STEPS
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Family
+from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
+from ptq_cli.models.family import Family, Names, model_type
+from ptq_cli.models.gguf_family import GgufFamily
 
-_NORMS = {"attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm"}
+_NORMS = {
+    "attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm",
+    "attention_out": "post_attention_norm", "mlp_out": "post_ffw_norm",
+}  # fmt: skip
+_QKV = {1: ("attn_qkv",), 3: ("attn_q", "attn_k", "attn_v")}
+_MLP_IN = {0: (), 1: ("ffn_up",), 2: ("ffn_gate", "ffn_up")}
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_STACKED = "_exps"  # ends the names of the linears of all experts in one tensor
+# What the frequencies of rotary embeddings are divided by: no tensor of a checkpoint.
+FREQUENCY_FACTORS = (
+    "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+)  # fmt: skip
+
+
+def is_stack(name: str) -> bool:
+    """Whether a tensor in GGUF is one of all experts, by its name."""
+    return name.rpartition(".")[0].endswith(_STACKED)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How a tensor stands in the file, where that is not as in the checkpoint.
+
+    heads: its rows have another order inside each of so many heads
+    transposed: it is [in_features, out_features] in the checkpoint
+    plus_one: the checkpoint has gain − 1
+    exact: a matrix that stays in float32, however small a type others get
+    """
+
+    heads: int | None = None
+    transposed: bool = False
+    plus_one: bool = False
+    exact: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether bytes of the file are others than those of the checkpoint."""
+        return self.heads is not None or self.transposed or self.plus_one
 
 
 @dataclass(frozen=True)
 class GgufNames:
     """The names of one family.
 
-    architecture: GGUF's word for the family; model_type: config.json's
-    modules: module → name in GGUF, with "{}" for the number of a block
-    permuted: modules inside a block whose rows GGUF orders otherwise in each head → config.json's
-        key for the number of heads
-    biases: modules inside a block → config.json's key for whether they have biases, or whether
-        they always have
+    towers: modules beside the text model, which are no part of the file
+    variants: module → name in GGUF, for each of the ways in which checkpoints call them; the first
+        "{}" stands for the number of a block, the second for that of an expert, whose tensors are
+        stacked in one of all
     """
 
-    architecture: str
-    model_type: str
-    modules: Mapping[str, str]
-    permuted: Mapping[str, str]
-    biases: Mapping[str, bool | str]
+    family: Family
+    gguf: GgufFamily
+    variants: tuple[Mapping[str, str], ...]
+    towers: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> Mapping[str, str]:
+        """Those that a checkpoint has which is made from a file."""
+        return self.variants[0]
+
+    @property
+    def architecture(self) -> str:
+        return self.gguf.architecture
+
+    @property
+    def model_type(self) -> str:
+        return self.family.name
 
     def tensor_name(self, name: str) -> str:
         """The name in GGUF of a tensor in a checkpoint. Raises InputError where it has none."""
-        return self._translated(name, self.modules, "has no name")
+        _, own, ending, numbers = self._found(name)
+        return f"{own.format(*numbers)}.{ending}"
+
+    def expert(self, name: str) -> int | None:
+        """Which part of the tensor of all experts a tensor in a checkpoint is, or None."""
+        _, own, _, numbers = self._found(name)
+        return numbers[1] if own.endswith(_STACKED) else None
+
+    def called_as(self, names: Collection[str]) -> GgufNames:
+        """The same, but with the names that these tensors have before others."""
+        patterns = {_NUMBER.sub(".{}", name).rpartition(".")[0] for name in names}
+
+        def others(variant: Mapping[str, str]) -> int:
+            return len(patterns.difference(variant))
+
+        return replace(self, variants=tuple(sorted(self.variants, key=others)))
+
+    def checkpoint_names(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The tensors in a checkpoint that one in GGUF is: one, or each expert's. Raises InputError
+        for a name that is not known."""
+        own, _, ending = name.rpartition(".")
+        block = _NUMBER.search(name)
+        pattern = own if block is None else own.replace(block[0], ".{}", 1)
+        modules = {found: module for module, found in self.modules.items()}
+        if pattern not in modules or ending not in ("weight", "bias"):
+            where = f"gguf's architecture {self.architecture}"
+            raise InputError(f"tensor {name!r} is not understood in {where}")
+        number = () if block is None else (int(block[1]),)
+        experts = [(e,) for e in range(shape[0])] if pattern.endswith(_STACKED) else [()]
+        return [f"{modules[pattern].format(*number, *e)}.{ending}" for e in experts]
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is no part of the file."""
+        return name.endswith(self.gguf.dropped) or self.in_a_tower(name)
+
+    def in_a_tower(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is of the parts for images or sound."""
+        return any(tower in name.split(".") for tower in self.towers)
+
+    def _found(self, name: str) -> tuple[str, str, str, list[int]]:
+        """The pattern of a module, GGUF's name for it, what ends the tensor's, and the numbers in
+        it."""
+        pattern, _, ending = _NUMBER.sub(".{}", name).rpartition(".")
+        for variant in self.variants:
+            if pattern in variant and ending in ("weight", "bias"):
+                numbers = [int(number) for number in _NUMBER.findall(name)]
+                return pattern, variant[pattern], ending, numbers
+        where = f"gguf's architecture {self.architecture}"
+        raise InputError(f"tensor {name!r} has no name in {where}", hint=TWO_STEPS)
+
+    def placing(self, name: str, config: Mapping[str, Any]) -> Placing:
+        """How a tensor of a checkpoint stands in the file. config: config.json's of the model"""
+        module, own, ending, numbers = self._found(name)
+        names = self.family.names
+        inside = module.rpartition(".{}.")[2] if numbers else ""
+        is_norm = inside in names.norms.values() or own == "output_norm"
+        linears = (*names.qkv, names.output, *names.mlp_in, names.mlp_out)
+        return Placing(
+            heads=self._heads(inside, config),
+            transposed=self.family.transposed and ending == "weight" and inside in linears,
+            plus_one=self.family.plus_one and is_norm,
+            exact="ffn_gate_inp" in own or own == "position_embd",
+        )
+
+    def _heads(self, inside: str, config: Mapping[str, Any]) -> int | None:
+        """Heads within which GGUF orders the rows of a linear otherwise, its biases too; or
+        None."""
+        keys = ("num_attention_heads", "num_key_value_heads")
+        for name, key in zip(self.family.names.qkv, keys, strict=False):
+            if self.gguf.permuted and inside == name:
+                return int(config.get(key) or config["num_attention_heads"])
+        return None
+
+    def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
+        """`Placing.heads` of a module's weights and biases."""
+        return self.placing(f"{module}.weight", config).heads
 
     def module_of(self, name: str) -> str:
-        """The module of a tensor in GGUF. Raises InputError for a name that is not known."""
-        modules = {own: module for module, own in self.modules.items()}
-        return self._translated(name, modules, "is not understood").rpartition(".")[0]
-
-    def _translated(self, name: str, modules: Mapping[str, str], problem: str) -> str:
-        module, _, ending = name.rpartition(".")
-        block = re.search(r"\.(\d+)\.", module)
-        found = modules.get(module.replace(block[0], ".{}.", 1) if block else module)
-        if found is None or ending not in ("weight", "bias"):
-            where = f"gguf's architecture {self.architecture}"
-            raise InputError(f"tensor {name!r} {problem} in {where}")
-        return f"{found.format(block[1] if block else '')}.{ending}"
+        """The module of a tensor in GGUF that holds one of the checkpoint. Raises InputError for a
+        name that is not known."""
+        return self.checkpoint_names(name, (1,))[0].rpartition(".")[0]
 
     def told_by_tensors(self, names: Collection[str], n_blocks: int) -> dict[str, bool]:
         """What config.json says of biases and of a tied head, by a checkpoint's names. Raises
@@ -62,7 +178,7 @@ class GgufNames:
             name = self.tensor_name(f"{missing[0]}.weight")
             raise InputError(f"tensor {name!r} is missing; {len(missing)} of {len(wanted)} are")
         settings: dict[str, bool] = {"tie_word_embeddings": f"{head}.weight" not in names}
-        for module, key in self.biases.items():
+        for module, key in self._biases().items():
             found = any(name.endswith(f".{module}.bias") for name in names)
             stated = settings.setdefault(key, found) if isinstance(key, str) else key
             if found != stated:
@@ -70,51 +186,80 @@ class GgufNames:
                 raise InputError(f"{module} {what}, which a {self.model_type} cannot")
         return settings
 
-    def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
-        """Heads within which GGUF orders the rows of this module otherwise, weights and biases; or
-        None."""
-        for name, key in self.permuted.items():
-            if module.endswith(f".{name}"):
-                return int(config.get(key) or config["num_attention_heads"])
-        return None
+    def _biases(self) -> dict[str, bool | str]:
+        """Modules inside a block → config.json's key for whether they have biases, or whether they
+        always have."""
+        names, forward = self.family.names, self.family.forward
+        own = {} if forward is None else forward.biases
+        parts = {"qkv": names.qkv[0], "output": names.output, "mlp": names.mlp_out}
+        return {module: own.get(part, False) for part, module in parts.items()}
 
 
 def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     """The names for a config.json. Raises InputError for a model that GGUF does not hold here."""
-    kind = str(config.get("model_type"))
-    known = {kind: family for family in FAMILIES if family.gguf for kind in family.model_types}
-    if kind not in known:
-        message = f"gguf: model_type {kind!r} is not known, only {', '.join(sorted(known))}"
-        raise InputError(message, hint="--format ptq, which holds every model")
-    return _names(known[kind])
+    kind = model_type(config)
+    family = family_of(config)
+    if family is None or family.gguf is None or kind not in family.model_types:
+        known = sorted(kind for f in FAMILIES if f.gguf for kind in f.model_types)
+        message = f"gguf: model_type {kind!r} is not known, only {', '.join(known)}"
+        raise InputError(message, hint=TWO_STEPS)
+    multimodal = multimodal_of(config)
+    towers = () if multimodal is None else multimodal.towers
+    return replace(_names(family, family.gguf), towers=towers)
 
 
 def names_of_file(architecture: str) -> GgufNames:
-    """The names in a file, by its `general.architecture`. Raises InputError for another one."""
-    for family in FAMILIES:
-        if family.gguf == architecture:
-            return _names(family)
-    known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES if family.gguf))
+    """The names in a file of which a checkpoint is made again, by its `general.architecture`.
+    Raises InputError for another one."""
+    known = {f.gguf.architecture: f for f in FAMILIES if f.gguf and f.gguf.readable}
+    family = known.get(architecture)
+    if family is not None and family.gguf is not None:
+        return _names(family, family.gguf)
     message = f"gguf: general.architecture {architecture!r} is not understood"
-    hint = f"known are {known}; every other one becomes GGUF again: --format gguf, no --tokens"
+    words = ", ".join(known)
+    hint = f"known are {words}; every other one becomes GGUF again: --format gguf, no --tokens"
     raise InputError(message, hint=hint)
 
 
-def _names(family: Family) -> GgufNames:
-    names = family.names
-    prefix = names.prefixes[0]
-    inside = {names.output: "attn_output", names.mlp_out: "ffn_down"}
-    inside |= zip(names.qkv, ("attn_q", "attn_k", "attn_v"), strict=True)
-    inside |= zip(names.mlp_in, ("ffn_gate", "ffn_up"), strict=True)
-    inside |= {names.norms[role]: own for role, own in _NORMS.items() if role in names.norms}
-    modules = {
-        f"{prefix}{names.blocks}.{{}}.{name}": f"blk.{{}}.{own}" for name, own in inside.items()
+def _names(family: Family, gguf: GgufFamily) -> GgufNames:
+    names, inside = family.names, _inside_a_block(family.names)
+    variants = []
+    for prefix in names.prefixes:
+        block = f"{prefix}{names.blocks}.{{}}."
+        for own, usual in (("", ""), *gguf.aliases):
+            modules = {block + name.replace(usual, own, 1): to for name, to in inside.items()}
+            variants.append(modules | _beside_blocks(names, gguf, prefix))
+    return GgufNames(family, gguf, tuple(variants))
+
+
+def _beside_blocks(names: Names, gguf: GgufFamily, prefix: str) -> dict[str, str]:
+    found = {
+        f"{prefix}{names.embedding}": "token_embd",
+        f"{prefix}{names.final_norm}": "output_norm",
     }
-    modules |= {f"{prefix}{names.embedding}": "token_embd", names.head: "output"}
-    modules[f"{prefix}{names.final_norm}"] = "output_norm"
-    keys = ("num_attention_heads", "num_key_value_heads") if family.gguf_permuted else ()
-    permuted = dict(zip(names.qkv, keys, strict=False))
-    own = {} if family.forward is None else family.forward.biases
-    parts = {"qkv": names.qkv[0], "output": names.output, "mlp": names.mlp_out}
-    biases = {module: own.get(part, False) for part, module in parts.items()}
-    return GgufNames(str(family.gguf), family.name, modules, permuted, biases)
+    if gguf.own_head is not False:
+        found[names.head] = "output"
+    if names.positions is not None:
+        found[f"{prefix}{names.positions}"] = "position_embd"
+    return found
+
+
+def _inside_a_block(names: Names) -> dict[str, str]:
+    inside = {names.output: "attn_output"}
+    inside |= zip(names.qkv, _QKV[len(names.qkv)], strict=True)
+    if names.experts is None:  # in llama.cpp all blocks of a mixture have experts
+        inside |= zip(names.mlp_in, _MLP_IN[len(names.mlp_in)], strict=True)
+        inside[names.mlp_out] = "ffn_down"
+    if experts := names.experts:
+        inside[experts.router] = "ffn_gate_inp"
+        linears = (*experts.inputs, experts.output)
+        for own, name in zip(("ffn_gate", "ffn_up", "ffn_down"), linears, strict=True):
+            inside[f"{experts.expert}.{name}"] = f"{own}{_STACKED}"
+            if experts.shared:
+                inside[f"{experts.shared}.{name}"] = f"{own}_shexp"
+        if experts.shared_gate:
+            inside[experts.shared_gate] = "ffn_gate_inp_shexp"
+    for role, own in _NORMS.items():
+        if role in names.norms:
+            inside.setdefault(names.norms[role], own)  # one norm may feed both
+    return {name: f"blk.{{}}.{own}" for name, own in inside.items()}

@@ -12,6 +12,7 @@ import numpy as np
 
 from ptq_cli.core.levels import IQ4_NL
 from ptq_cli.core.tensors import Codes, FloatArray
+from ptq_cli.numerics.range_search import nonzero
 
 ENDS = (float(IQ4_NL[0]), float(IQ4_NL[-1]))
 
@@ -48,7 +49,7 @@ def read_codes(codes: Codes, dtype: np.dtype[Any]) -> FloatArray:
 
 def round_groups(weight: FloatArray, scale: FloatArray, codes: Codes, decoded: FloatArray) -> None:
     """Codes and what they decode to of weights whose scales are known."""
-    levels = np.divide(weight, scale, out=decoded)
+    levels = np.divide(weight, nonzero(scale), out=decoded)
     round_levels(levels, out=levels)
     write_codes(levels, codes)
     levels *= scale

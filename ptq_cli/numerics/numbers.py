@@ -101,8 +101,9 @@ def _fit_signed(weight: FloatArray, grid: Grid, axis: int, importance: FloatArra
         scales = range_search.signed_range(weight, ends, axis)
     else:
         scales = range_search.search_signed(weight, importance, ends, axis, nearest)
-    if grid.multiples is None:
-        scales = np.copysign(round_scales(np.abs(scales), grid), scales)
+    if grid.multiples is None:  # no level is 0: zeros have a scale of 0
+        stored = np.copysign(round_scales(np.abs(scales), grid), scales)
+        scales = np.where(scales == 0, 0, stored)
     return Scales(scales, np.full_like(scales, zero))
 
 

@@ -151,7 +151,8 @@ def first_small_scale(rounded: QuantizedWeight) -> tuple[int, int] | None:
     zeros, or hardly a bit), or None. Groups of nothing but zeros have a scale of 1."""
     scales, dtype = rounded.scales, rounded.grid.scale_dtype
     if rounded.super_scales is None:
-        small = np.abs(scales.astype(np.float32)) <= TOO_SMALL[dtype]
+        own = np.abs(scales.astype(np.float32))
+        small = (own <= TOO_SMALL[dtype]) & (own != 0)  # 0: a group of zeros on a table without 0
     else:  # of those whose groups are not all zeros
         least = np.repeat(np.abs(rounded.super_scales), _groups_of_block(rounded), axis=1)
         small = (least <= TOO_SMALL["float16"]) & (scales != 0)

@@ -209,6 +209,8 @@ def round_rows(
             break
         own, shared = _refit(part, weights, levels, own, shared, grid)
         levels = _nearest_levels(part, own, grid)
+    if weights is not None:
+        own, shared = _unshrunken(part, weights, levels, own, shared)
     store(own, shared, grid, into)
     zero = np.full((), zero_of(grid), levels.dtype)
     numbers_of(grid).write_codes(levels, zero, grid, into.codes.reshape(part.shape))
@@ -255,6 +257,31 @@ def _refit(
     change, other = moved.scales - own.scales, moved.offsets - own.offsets
     up, vp = up - change * uu - other * uv, vp - change * uv - other * heaviness
     return refit_multiples(moved, wide, Sums(uu, uv, moves, up, vp), grid), shared
+
+
+def _unshrunken(
+    weight: FloatArray,
+    importance: FloatArray,
+    levels: FloatArray,
+    own: Multiples,
+    shared: Shared,
+) -> tuple[Multiples, Shared]:
+    """d and e such that `Σ importance · weight · rounded` is `Σ importance · weight²`.
+
+    A least squares fit is shorter than what it fits, by the share of its error; the outputs of all
+    layers would be, too. A little more error of the weights is far less of the predictions: KL
+    falls by 26, 10 and 4 % at 2, 3 and 4 bits (benchmarks/gguf.py).
+    """
+    weighed = weight * importance
+    decoded = levels * own.scales[..., None]
+    decoded += own.offsets[..., None]
+    wanted, found = (np.einsum("rbgk,rbgk->rb", weighed, x) for x in (weight, decoded))
+    stretch = np.divide(wanted, found, out=np.ones_like(wanted), where=found > 0.5 * wanted)
+    scales, offsets = (_stored((x * stretch).clip(-_LARGEST, _LARGEST)) for x in shared)
+    n, m = own.scales / _of_groups(shared).scales, own.offsets / _of_groups(shared).offsets
+    moved = Shared(scales, offsets)
+    wide = _of_groups(moved)
+    return Multiples(n * wide.scales, m * wide.offsets), moved
 
 
 def store(own: Multiples, shared: Shared, grid: Grid, into: QuantizedWeight) -> None:

@@ -32,7 +32,7 @@ _ROLES = (
 )
 # Matrices that stay as they are: norms, routers, places, and what is small.
 _KEPT = re.compile(
-    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
+    r"_norm\.weight|ffn_gate_inp(_shexp)?\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj"
     r"|^position_embd\.weight|^token_types\.weight|ssm_conv1d|shortconv\.conv\.weight"
     r"|indexer\.[kq]_proj\.weight|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
     r"|attn_rel_b\.weight|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd"

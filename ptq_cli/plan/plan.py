@@ -6,7 +6,7 @@ will weigh. Every mistake a user can make is found here, before a weight is read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
@@ -77,7 +77,7 @@ def make_plan(
     layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
     skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
     types = mixed.told_of(entry.tensor for entry in skipped)
-    _check_writable(checkpoint, layers, skipped, fmt, types)
+    left_out = _check_writable(checkpoint, layers, skipped, fmt, types)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
@@ -90,7 +90,7 @@ def make_plan(
         format=fmt.name,
         units=units,
         skipped=tuple(skipped),
-        warnings=(*checkpoint.warnings, *plan_warnings(units, method, source)),
+        warnings=(*checkpoint.warnings, *left_out, *plan_warnings(units, method, source)),
         bytes_before=before,
         bytes_after=before + _growth(checkpoint, layers, fmt, cache),
         kv_cache=cache,
@@ -104,19 +104,26 @@ def _check_writable(
     skipped: Sequence[Skipped],
     fmt: Format,
     types: GgufTypes,
-) -> None:
-    """Refuse what could not be declared, stored or named. Raises InputError."""
+) -> tuple[str, ...]:
+    """Refuse what could not be declared, stored or named: raises InputError. Else what is to be
+    said of tensors that are left dense."""
     fmt.config(layers, dense_modules(skipped), module_tree(checkpoint.config))
-    container_of(fmt).check(checkpoint, layers, [entry.tensor for entry in skipped], types)
+    dense = [entry.tensor for entry in skipped]
+    left_out = container_of(fmt).check(checkpoint, layers, dense, types)
     check_names(checkpoint, layers, skipped, fmt)
+    return left_out
 
 
 def _growth(
-    checkpoint: Checkpoint, layers: Iterable[Layer], fmt: Format, cache: KVCache | None
+    checkpoint: Checkpoint, layers: Sequence[Layer], fmt: Format, cache: KVCache | None
 ) -> int:
     """Bytes by which a checkpoint grows where layers are packed: below 0 as a rule."""
     grown = sum(spec.nbytes for spec in cache.specs()) if cache else 0
     for layer in layers:
         grown += sum(spec.nbytes for spec in fmt.specs(layer))
         grown -= checkpoint.tensors[layer.tensor].spec.nbytes
+    if checkpoint.gguf is not None and not container_of(fmt).filled:  # all else is copied
+        rounded = {layer.tensor for layer in layers}
+        for name in checkpoint.tensors.keys() - rounded:
+            grown += checkpoint.extent(name) - checkpoint.tensors[name].spec.nbytes
     return grown

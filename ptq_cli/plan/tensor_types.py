@@ -99,11 +99,15 @@ def tensor_types(
     shapes = _shapes(checkpoint, names)
     facts = model_facts(checkpoint, important=source is not None)
     of_gguf = mix_types(settings.scheme, facts, shapes, settings.pure)
-    types = {name: of_gguf[own] for name, own in names.items() if own in of_gguf}
+    types = {
+        name: of_gguf[own]
+        for name, own in names.items()
+        if own in of_gguf and len(checkpoint.tensors[name].spec.shape) == 2
+    }
     asked = dict(_asked(checkpoint, settings, names, types))
     _check_experts(names, types | asked)
     if settings.on_misfit == "error":
-        _check_widths(asked, {name: checkpoint.tensors[name].spec.shape for name in asked})
+        _check_widths(asked, {name: shapes[names[name]] for name in asked})
     return TensorTypes(settings.scheme, names, types | asked)
 
 
@@ -135,8 +139,12 @@ def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple
     for name, own in names.items():
         members.setdefault(own, []).append(name)
     shapes = {}
+    family = family_of(checkpoint.config)
+    transposed = family is not None and family.transposed and checkpoint.gguf is None
     for own, stored in members.items():
         shape = checkpoint.tensors[stored[0]].spec.shape
+        if transposed and own.startswith("blk."):
+            shape = shape[::-1]  # [in_features, out_features]
         shapes[own] = (len(stored), *shape) if len(stored) > 1 else shape
     return shapes
 

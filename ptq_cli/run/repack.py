@@ -114,18 +114,18 @@ def plan_repack(
     kept = frozenset(keep_together(group_modules(list(wanted)), misfits))
     packed = [layer for module, layer in wanted.items() if module not in kept]
     skipped = _skipped(folder, wanted, kept, fmt)
+    left_out: tuple[str, ...] = ()
     if trial:
         fmt.config(packed, dense_modules(skipped), module_tree(folder.checkpoint.config))
-        container_of(fmt).check(
-            folder.checkpoint, packed, [entry.tensor for entry in skipped], ALL_TOLD
-        )
+        dense = [entry.tensor for entry in skipped]
+        left_out = container_of(fmt).check(folder.checkpoint, packed, dense, ALL_TOLD)
     plan = Plan(
         method="repack",
         settings=(settings,),
         format=fmt.name,
         units=tuple(Unit(layer.module, (layer,), None, 0) for layer in packed),
         skipped=skipped,
-        warnings=folder.checkpoint.warnings,
+        warnings=(*folder.checkpoint.warnings, *left_out),
         bytes_before=sum(t.spec.nbytes for t in folder.checkpoint.tensors.values()),
         bytes_after=sum(s.nbytes for layer in packed for s in fmt.specs(layer))
         + sum(wanted[m].size * NUMPY_DTYPES[wanted[m].dtype].itemsize for m in kept)

@@ -74,22 +74,30 @@ class Assembly:
 class Container:
     """A way to store weights.
 
-    check: raises InputError for whatever could keep it from being written
+    check: raises InputError for whatever could keep it from being written; what is to be said
+        of tensors that are left dense
     filled: whether tensors go to their places one by one, as they are; else it is written whole,
         and those that are not quantized are cast
     complete: adds what belongs beside the filled files
     max_shard: bytes of tensors in one file, unless asked for; None: all
     """
 
-    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], None] = lambda *_: None
+    check: Callable[[Checkpoint, Sequence[Layer], Sequence[str], GgufTypes], tuple[str, ...]] = (
+        lambda *_: ()
+    )
     filled: bool = True
     complete: Callable[[Path, Sequence[str], Mapping[str, Layer], Format], None] = lambda *_: None
     max_shard: int | None = MAX_SHARD
 
 
+def _check_onnx(*_: object) -> tuple[str, ...]:
+    onnx_library()
+    return ()
+
+
 CONTAINERS = {
     "safetensors": Container(),
-    "onnx": Container(check=lambda *_: onnx_library(), complete=write_graph),
+    "onnx": Container(check=_check_onnx, complete=write_graph),
     "gguf": Container(check=check_gguf, filled=False, max_shard=None),
 }
 
@@ -227,6 +235,14 @@ class QuantizedFolder:
         return (name for name in self.checkpoint.tensors if name not in packed)
 
 
+def _config_in(folder: Path) -> Mapping[str, Any] | None:
+    """config.json of a folder, where it has one."""
+    if "config.json" not in files.listing(folder):
+        return None
+    found = files.read_document(folder / "config.json")
+    return found if isinstance(found, dict) else None
+
+
 def open_quantized(path: Path) -> QuantizedFolder:
     """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
 
@@ -236,7 +252,8 @@ def open_quantized(path: Path) -> QuantizedFolder:
     gguf = gguf_of(path)
     if gguf is not None:
         fmt = format_named("gguf")
-        opened, found = open_gguf(gguf, path if path.is_dir() else None, fmt)
+        root = path if path.is_dir() else None
+        opened, found = open_gguf(gguf, root, fmt, None if root is None else _config_in(root))
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         if opened.scaled:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.tensors import TensorSpec
-from ptq_cli.errors import InputError, import_extra
+from ptq_cli.errors import InputError
 from ptq_cli.storage.files import listing, named, read_into, regular_file
 
 # ggml's types: number -> name, columns in a block, bytes of a block
@@ -260,8 +260,3 @@ def _refuse_twice(path: Path, tensors: Sequence[GgufTensor]) -> None:
 
 def aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
-
-
-def library(what: str = "--format gguf") -> Any:
-    """The gguf library. Raises InputError that names the extra where it is not installed."""
-    return import_extra("gguf", what, "gguf")

@@ -1,16 +1,14 @@
 """A model as a GGUF file: names, types and row order on the way out and back.
 
-Matrices that are not quantized become F16 (F32 where that cannot hold them), vectors F32; q and k
-of some families have their rows reordered inside each head, weights and biases alike. What is read
-back has the checkpoint's names and order. Of a model that came as GGUF everything but the rounded
-matrices is copied: storage/gguf_copy.py.
+How tensors stand there is told in storage/gguf_placing.py. What is read back has the checkpoint's
+names and order. Of a model that came as GGUF everything but the rounded matrices is copied:
+storage/gguf_copy.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,89 +18,146 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes, Layer
+from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Contents, Format
-from ptq_cli.core.tensors import FLOAT_DTYPES, Array, TensorSpec
+from ptq_cli.core.tensors import FLOAT_DTYPES, TensorSpec
 from ptq_cli.errors import FileError, InputError, stated_in
-from ptq_cli.formats.gguf import block_type, permute_rows, unpermute_rows
+from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import model_metadata, tokenizer_metadata
-from ptq_cli.models.gguf_names import names_of_model
-from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import Placing, names_of_model
+from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_into
 from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
-from ptq_cli.storage.gguf_file import ALIGNMENT, read_gguf_header
-from ptq_cli.storage.gguf_view import view_of
+from ptq_cli.storage.gguf_file import ALIGNMENT, GgufHeader, GgufTensor, read_gguf_header
+from ptq_cli.storage.gguf_placing import (
+    Parts,
+    check_stacks,
+    dense_type,
+    made_tensors,
+    unplaced,
+)
+from ptq_cli.storage.gguf_view import GgufView, view_by_names, view_of
 from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
-_DROPPED = ".rotary_emb.inv_freq"  # computed anew by every loader
 _MAX_TOKENIZER = 256 << 20
-
-Parts = Sequence[tuple[str, Sequence[Bytes]]]
 
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row].
+    """A GGUF file as a checkpoint: quantized tensors are U8 [out_features, bytes of a row], each
+    expert's tensors are its own.
 
-    heads: tensors whose rows are reordered in the file, with the number of heads
+    placings: of tensors that stand in the file otherwise than in the checkpoint
     scaled: quantized tensors whose values another tensor multiplies
     """
 
-    heads: Mapping[str, int] = field(default_factory=dict)
+    placings: Mapping[str, Placing] = field(default_factory=dict)
     scaled: Sequence[str] = ()
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
-        data = super().read_bytes(name)
-        if name not in self.heads:
+        data, spec = super().read_bytes(name), self.tensors[name].spec
+        if name not in self.placings:
             return data
-        rows = data.reshape(self.tensors[name].spec.shape[0], -1)
-        return np.ascontiguousarray(unpermute_rows(rows, self.heads[name])).reshape(-1)
+        placing = self.placings[name]
+        shape = spec.shape[::-1] if placing.transposed else spec.shape
+        values = data.view(NUMPY_DTYPES[spec.dtype]).reshape(shape)
+        return np.ascontiguousarray(unplaced(values, placing)).reshape(-1).view(np.uint8)
 
     def copyable(self, name: str) -> StoredTensor | Bytes:
         stored = self.tensors[name]
-        return Bytes(stored.spec, self.read_bytes(name)) if name in self.heads else stored
+        return Bytes(stored.spec, self.read_bytes(name)) if name in self.placings else stored
 
 
-def open_gguf(path: Path, root: Path | None, fmt: Format) -> tuple[GgufCheckpoint, list[Layer]]:
+def open_gguf(
+    path: Path, root: Path | None, fmt: Format, config: Mapping[str, Any] | None = None
+) -> tuple[GgufCheckpoint, list[Layer]]:
     """Open a GGUF file; of an architecture that is not known here, tensors have the names in the
-    file. Raises InputError."""
+    file.
+
+    config: the model's config.json where there is one: it tells more families
+
+    Raises:
+        InputError: a damaged file, or blocks of a type that is not understood.
+    """
     header = read_gguf_header(path)
     _, own = quantized_entry(path, header.metadata) or ("", {})
-    view = view_of(header)
+    view = _view(header, config or {}, [f"{module}.weight" for module in own])
     with stated_in(path):
         # a block's own name is GGUF's, whatever it is called in the checkpoint
         specs = {name: tensor.spec for name, tensor in view.tensors.items()}
-        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or len(s.shape) == 2}
+        matrices = {n: s for n, s in specs.items() if s.dtype in FLOAT_DTYPES or _is_linear(n, s)}
         metadata = {**header.metadata, "ptq": own}
         layers = fmt.layers(Contents(metadata, {}, matrices, lambda name: np.empty(0)))
         scaled = [layer.tensor for layer in layers if view.scale_of(layer.tensor) is not None]
-    tensors = {}
-    for name, tensor in view.tensors.items():
-        spec = replace(tensor.spec, name=name)
-        if spec.dtype not in FLOAT_DTYPES:
-            rows = prod(spec.shape[:-1])
-            spec = TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
-        tensors[name] = StoredTensor(spec, tensor.file, tensor.offset)
-    opened = GgufCheckpoint(path, root, path, tensors, {}, heads=view.heads, scaled=scaled)
-    return opened, list(layers)
+    placings = {name: place for name, place in view.placings.items() if place.changes}
+    packed = {layer.tensor: placings.get(layer.tensor, Placing()) for layer in layers}
+    # packed rows are those of the transposed matrix already
+    placings |= {name: replace(p, transposed=False) for name, p in packed.items() if p.changes}
+    tensors = {
+        name: StoredTensor(_seen(name, tensor, placings), tensor.file, tensor.offset)
+        for name, tensor in view.tensors.items()
+    }
+    opened = GgufCheckpoint(path, root, path, tensors, {}, placings=placings, scaled=scaled)
+    return opened, [
+        replace(layer, transposed=True, full_shape=layer.shape[::-1])
+        if packed[layer.tensor].transposed
+        else layer
+        for layer in layers
+    ]
+
+
+def _is_linear(name: str, spec: TensorSpec) -> bool:
+    return len(spec.shape) == 2 and name.endswith(".weight")
+
+
+def _view(header: GgufHeader, config: Mapping[str, Any], names: Sequence[str]) -> GgufView:
+    """By the names of the family that config.json names, where it is that of the file and all
+    tensors have one. names: of some tensors, for families that have several"""
+    try:
+        family = names_of_model(config)
+        if family.architecture == header.metadata.get(ARCHITECTURE):
+            return view_by_names(header, family.called_as(names))
+    except InputError:
+        pass
+    return view_of(header)
+
+
+def _seen(name: str, tensor: GgufTensor, placings: Mapping[str, Placing]) -> TensorSpec:
+    spec = replace(tensor.spec, name=name)
+    if spec.dtype not in FLOAT_DTYPES:
+        rows = prod(spec.shape[:-1])
+        return TensorSpec(name, "U8", (rows, tensor.nbytes // rows))
+    turned = name in placings and placings[name].transposed
+    return replace(spec, shape=spec.shape[::-1]) if turned else spec
 
 
 def check_gguf(
     source: Checkpoint,
     layers: Sequence[Layer],
-    dense: Sequence[str],
+    skipped: Sequence[str],
     types: GgufTypes = ALL_TOLD,
-) -> None:
-    """Whatever could keep the file from being written, found before any work. Raises InputError."""
-    check_model(source, layers, dense)
+) -> tuple[str, ...]:
+    """Whatever could keep the file from being written, found before any work: raises InputError.
+    Else a warning where a model has towers beside its text, which are no part of the file."""
+    check_model(source, layers, skipped)
     if source.gguf is not None:
-        dense = [name for name in dense if name in types.stored_as]
-    for name in dense:
-        if name in source.tensors and not name.endswith(_DROPPED):
+        for name in [name for name in skipped if name in types.stored_as]:
+            if name in source.tensors and len(source.tensors[name].spec.shape) == 2:
+                cast(name, source.read(name), types.stored_as[name])
+        return ()
+    names, config = names_of_model(source.config), text_config(source.config)
+    for name in skipped:
+        if name in source.tensors and not names.is_dropped(name):
             spec = source.tensors[name].spec
             if len(spec.shape) == 2 and spec.dtype != "F16":
-                _dense(name, source.read(name), types.stored_as.get(name))
+                values, placing = source.read(name), names.placing(name, config)
+                cast(name, values, types.stored_as.get(name) or dense_type(values, placing))
+    left = fold_names([name for name in skipped if names.in_a_tower(name)])
+    return (f"not in the GGUF file, which holds the text model: {left}",) if left else ()
 
 
 def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str]) -> None:
@@ -113,17 +168,22 @@ def check_model(source: Checkpoint, layers: Sequence[Layer], dense: Sequence[str
         return
     _metadata(source, layers, {})
     names = names_of_model(source.config)
-    for layer in layers:
-        names.tensor_name(layer.tensor)
+    kinds = {layer.tensor: block_type(layer.grid).name for layer in layers}
     for name in dense:
-        if name.endswith(_DROPPED):
+        if names.is_dropped(name):
             continue
-        names.tensor_name(name)
+        kinds[name] = "floats"
         if name not in source.tensors:
             continue
         spec = source.tensors[name].spec
         if spec.dtype not in FLOAT_DTYPES or len(spec.shape) > 2:
             raise InputError(f"tensor {name!r} {spec.dtype} has no place in a GGUF file")
+    check_stacks(names, kinds)
+    for name in kinds:
+        heads = names.placing(name, text_config(source.config)).heads
+        shape = source.specs[name].shape if name in source.specs else (0,)
+        if heads is not None and (heads < 1 or shape[0] % (2 * heads)):
+            raise InputError(f"tensor {name!r} {list(shape)} does not hold {heads} heads")
 
 
 def _metadata(
@@ -148,49 +208,16 @@ def _metadata(
         settings = {"chat_template": template, **settings}
     kind = file_type(layers)
     name = (source.root or source.folder).resolve().name
-    architecture = names_of_model(source.config).architecture
+    own_names, config = names_of_model(source.config), text_config(source.config)
     try:
-        model = model_metadata(source.config, architecture, name, kind)
-        words = tokenizer_metadata(source.config, tokenizer, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        keys = hyperparameters(own_names, config)
+        model = model_metadata(keys, own_names.architecture, name, kind)
+        words = tokenizer_metadata({**source.config, **config}, tokenizer, settings)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{source.folder}: gguf: config.json or the tokenizer lacks or garbles {error}"
         ) from None
     return {**model, **words, **own}
-
-
-def _dense(name: str, values: Array, kind: str | None = None) -> Array:
-    """A tensor in the type that it gets; kind: that which was asked for. Raises InputError where a
-    value does not fit."""
-    return cast(name, values, kind or _dense_type(values))
-
-
-def _dense_type(values: Array) -> str:
-    """F16 for a matrix, but F32 where float16 has no digits for one of its rows; F32 for vectors.
-
-    values: the tensor as it is stored
-    """
-    if values.ndim != 2 or values.dtype == np.float16:
-        return "F16" if values.ndim == 2 else "F32"
-    with np.errstate(over="ignore"):
-        largest = np.abs(values).max(axis=1, initial=0).astype(np.float32)
-    small = (largest > 0) & (largest < LEAST_SCALES["float16"])
-    return "F32" if small.any() or (largest > SCALE_LIMITS["float16"][1]).any() else "F16"
-
-
-def _outgoing(
-    parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
-) -> Iterator[tuple[TensorSpec, Bytes]]:
-    """Each tensor that is written: its name in the checkpoint, ggml type and shape, and its bytes
-    as they are staged."""
-    for name, tensors in parts:
-        for tensor in tensors:
-            if name in layers:
-                kind = block_type(layers[name].grid).name
-                yield TensorSpec(tensor.spec.name, kind, layers[name].shape), tensor
-            elif not name.endswith(_DROPPED):
-                kind = stored_as.get(name) or _dense_type(_stored_values(tensor))
-                yield replace(tensor.spec, dtype=kind), tensor
 
 
 @dataclass(frozen=True)
@@ -220,45 +247,15 @@ def write_gguf_model(
         alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
     else:
         keys = encoded_keys(_metadata(source, list(layers.values()), own))
-        tensors, data = _made_tensors(source, parts, layers, out.types.stored_as)
+        tensors, data = made_tensors(source, parts, layers, out.types.stored_as)
         alignment = ALIGNMENT
     written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
     _verify(written[0], tensors, data, keys)
-    _verify_layers(written[0], layers, fmt)
-
-
-def _made_tensors(
-    source: Checkpoint, parts: Parts, layers: Mapping[str, Layer], stored_as: Mapping[str, str]
-) -> tuple[list[Outgoing], list[Callable[[], Data]]]:
-    """What is written of a checkpoint: GGUF's names and types, and what gives the data."""
-    names = names_of_model(source.config)
-    tensors: list[Outgoing] = []
-    data: list[Callable[[], Data]] = []
-    for spec, tensor in _outgoing(parts, layers, stored_as):
-        nbytes = spec.nbytes if spec.dtype in FLOAT_DTYPES else tensor.spec.nbytes
-        tensors.append(Outgoing(replace(spec, name=names.tensor_name(spec.name)), nbytes))
-        heads = names.permuted_heads(spec.name.rpartition(".")[0], source.config)
-        data.append(partial(_in_order, spec, tensor, heads))
-    return tensors, data
-
-
-def _in_order(spec: TensorSpec, tensor: Bytes, heads: int | None) -> Array:
-    values = _values(spec, tensor)
-    return values if heads is None else permute_rows(values, heads)
+    _verify_layers(written[0], layers, fmt, source.config)
 
 
 def _read(data: Callable[[], Data]) -> Data:
     return data()
-
-
-def _values(spec: TensorSpec, tensor: Bytes) -> Array:
-    """Packed rows as bytes, dense tensors in the type they get."""
-    values = _stored_values(tensor)
-    return values if tensor.spec.dtype == "U8" else _dense(spec.name, values, spec.dtype)
-
-
-def _stored_values(tensor: Bytes) -> Array:
-    return tensor.data.view(NUMPY_DTYPES[tensor.spec.dtype]).reshape(tensor.spec.shape)
 
 
 def _verify(
@@ -285,9 +282,11 @@ def _verify(
                 raise FileError(f"{path}: tensor {tensor.spec.name!r} reads back different")
 
 
-def _verify_layers(path: Path, layers: Mapping[str, Layer], fmt: Format) -> None:
+def _verify_layers(
+    path: Path, layers: Mapping[str, Layer], fmt: Format, config: Mapping[str, Any]
+) -> None:
     """The layers are told from the file. (What was copied may be quantized, too.)"""
-    _, found = open_gguf(path, None, fmt)
+    _, found = open_gguf(path, None, fmt, config)
     if not set(map(_told_by_headers, layers.values())) <= set(map(_told_by_headers, found)):
         raise FileError(f"{path}: does not hold the layers that were written")
 

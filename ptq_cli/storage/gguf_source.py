@@ -30,10 +30,11 @@ from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gguf_file import GgufTensor, read_gguf_header
-from ptq_cli.storage.gguf_view import ROPE_FACTORS, GgufView, view_by_family, view_of
+from ptq_cli.storage.gguf_view import GgufView, view_by_family, view_of
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _settings(view: GgufView, any_architecture: bool) -> dict[str, Any]:
 def _config(view: GgufView) -> dict[str, Any]:
     factors: FloatArray | None = None
     for tensor in view.header.tensors:
-        if tensor.spec.name == ROPE_FACTORS and tensor.spec.dtype == "F32":
+        if tensor.spec.name == _ROPE_FACTORS and tensor.spec.dtype == "F32":
             factors = np.empty(tensor.spec.shape, np.float32)
             read_into(tensor.file, tensor.offset, factors.reshape(-1).view(np.uint8))
     found = view.tensors
@@ -240,7 +241,10 @@ def _config(view: GgufView) -> dict[str, Any]:
         raise InputError("tensor 'token_embd.weight' is missing")
     assert view.names is not None
     settings = model_config(view.header.metadata, view.names.model_type, sizes[0], factors)
-    return settings | view.names.told_by_tensors(found, settings["num_hidden_layers"])
+    blocks = settings["num_hidden_layers"]
+    if blocks > len(found):  # told before so many names are made
+        raise InputError(f"block_count is {blocks}, but there are {len(found)} tensors")
+    return settings | view.names.told_by_tensors(found, blocks)
 
 
 def _places(view: GgufView) -> dict[str, GgufPlace]:

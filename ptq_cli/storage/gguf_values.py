@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from ptq_cli.storage.tensors import NUMPY_DTYPES
 _PIECE = 1 << 20  # values
 
 
-def values_of(path: Path, tensor: GgufTensor) -> Iterator[NDArray[np.float32]]:
+def values_of(tensor: GgufTensor) -> Iterator[NDArray[np.float32]]:
     """A tensor's rows, float32 [rows, columns], about a million values at a time.
 
     Raises:
@@ -28,12 +27,14 @@ def values_of(path: Path, tensor: GgufTensor) -> Iterator[NDArray[np.float32]]:
     """
     kind, columns = tensor.spec.dtype, tensor.spec.shape[-1]
     if kind not in (*TYPES, *FLOAT_DTYPES):
-        raise InputError(f"{path}: tensor {tensor.spec.name!r} is of type {kind}, not decoded here")
+        raise InputError(
+            f"{tensor.file}: tensor {tensor.spec.name!r} is of type {kind}, not decoded here"
+        )
     rows = prod(tensor.spec.shape[:-1])
     width, step = tensor.nbytes // rows, max(1, _PIECE // columns)
     for start in range(0, rows, step):
         data = np.empty((min(step, rows - start), width), np.uint8)
-        read_into(path, tensor.offset + start * width, data.reshape(-1))
+        read_into(tensor.file, tensor.offset + start * width, data.reshape(-1))
         if kind in FLOAT_DTYPES:
             yield data.view(NUMPY_DTYPES[kind]).astype(np.float32)
         else:

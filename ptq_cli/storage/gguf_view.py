@@ -8,29 +8,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.gguf_names import GgufNames, names_of_file
+from ptq_cli.models.gguf_names import (
+    FREQUENCY_FACTORS,
+    GgufNames,
+    Placing,
+    is_stack,
+    names_of_file,
+)
 from ptq_cli.models.gguf_tensors import ARCHITECTURE, expert_name, holds_experts
 from ptq_cli.storage.gguf_file import SCALES, GgufHeader, GgufTensor
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufView:
     """names: of the family, None: tensors go by the names in the file
     tensors: by their names in the checkpoint, `spec.name` is that in the file
-    heads: of the tensors whose rows the file orders otherwise in each head, how many
+    placings: of the tensors that stand in the file otherwise than in a checkpoint
     """
 
     header: GgufHeader
     names: GgufNames | None
     tensors: Mapping[str, GgufTensor]
-    heads: Mapping[str, int]
+    placings: Mapping[str, Placing] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Of the tensors whose rows the file orders otherwise in each head, how many."""
+        found = ((name, placing.heads) for name, placing in self.placings.items())
+        return {name: heads for name, heads in found if heads is not None}
 
     def members(self) -> dict[str, list[str]]:
         """Each tensor of the file → its own name in the checkpoint, or that of each expert."""
@@ -78,29 +88,45 @@ class GgufView:
 def view_by_family(header: GgufHeader) -> GgufView:
     """By the names of the architecture's family. Raises InputError where it is not known, or a
     tensor is not understood."""
+    return view_by_names(header, names_of_file(str(header.metadata.get(ARCHITECTURE))))
+
+
+def view_by_names(header: GgufHeader, names: GgufNames) -> GgufView:
+    """By these names. Raises InputError where a tensor is not understood."""
+    tensors: dict[str, GgufTensor] = {}
+    for tensor in header.tensors:
+        own = tensor.spec.name
+        if own not in FREQUENCY_FACTORS and not own.endswith(SCALES):
+            found = names.checkpoint_names(own, tensor.spec.shape)
+            parts = _parts(tensor) if is_stack(own) else [tensor]
+            tensors |= zip(found, parts, strict=True)
+    config = _head_counts(header)
+    placings = {name: names.placing(name, config) for name in tensors}
+    for name, placing in placings.items():
+        spec, heads = tensors[name].spec, placing.heads
+        if heads is not None and (heads < 1 or spec.shape[0] % (2 * heads)):
+            raise InputError(f"tensor {spec.name!r} {list(spec.shape)} does not hold {heads} heads")
+    return GgufView(header, names, tensors, placings)
+
+
+def _head_counts(header: GgufHeader) -> dict[str, int]:
+    """What config.json says of heads. Raises InputError where it is no number."""
     architecture = str(header.metadata.get(ARCHITECTURE))
-    names = names_of_file(architecture)
-    tensors = {
-        f"{names.module_of(own)}.{own.rpartition('.')[2]}": tensor
-        for tensor in header.tensors
-        if (own := tensor.spec.name) != ROPE_FACTORS and not own.endswith(SCALES)
-    }
-    config = {
-        "num_attention_heads": header.metadata.get(f"{architecture}.attention.head_count", 1),
-        "num_key_value_heads": header.metadata.get(f"{architecture}.attention.head_count_kv"),
-    }
-    heads = {}
-    for name, tensor in tensors.items():
-        if names.permuted_heads(name.rpartition(".")[0], {"num_attention_heads": 1}) is None:
-            continue
-        if not all(isinstance(value, int | None) for value in config.values()):
-            raise InputError(f"{architecture}.attention.head_count is no number")
-        count = names.permuted_heads(name.rpartition(".")[0], config)
-        if count is None or count < 1 or tensor.spec.shape[0] % (2 * count):
-            shown = list(tensor.spec.shape)
-            raise InputError(f"tensor {tensor.spec.name!r} {shown} does not hold {count} heads")
-        heads[name] = count
-    return GgufView(header, names, tensors, heads)
+    heads = header.metadata.get(f"{architecture}.attention.head_count", 1)
+    key_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", heads)
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        raise InputError(f"{architecture}.attention.head_count is no number")
+    return {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+
+
+def _parts(tensor: GgufTensor) -> list[GgufTensor]:
+    """The experts of a tensor of all."""
+    count, *shape = tensor.spec.shape
+    size, spec = tensor.nbytes // count, replace(tensor.spec, shape=tuple(shape))
+    return [
+        replace(tensor, spec=spec, offset=tensor.offset + number * size, nbytes=size)
+        for number in range(count)
+    ]
 
 
 def view_by_file(header: GgufHeader) -> GgufView:
@@ -112,13 +138,9 @@ def view_by_file(header: GgufHeader) -> GgufView:
         if not holds_experts(tensor.spec):
             tensors[tensor.spec.name] = tensor
             continue
-        count, *shape = tensor.spec.shape
-        size = tensor.nbytes // count
-        for number in range(count):
-            spec = replace(tensor.spec, shape=tuple(shape))
-            part = replace(tensor, spec=spec, offset=tensor.offset + number * size, nbytes=size)
-            tensors[expert_name(spec.name, number)] = part
-    return GgufView(header, None, tensors, {})
+        for number, part in enumerate(_parts(tensor)):
+            tensors[expert_name(tensor.spec.name, number)] = part
+    return GgufView(header, None, tensors)
 
 
 def view_of(header: GgufHeader) -> GgufView:

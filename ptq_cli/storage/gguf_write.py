@@ -20,7 +20,7 @@ from ptq_cli.storage.files import named, read_into
 from ptq_cli.storage.gguf_file import ALIGNMENT, NUMBERS, GgufTensor, aligned
 
 _VERSION = 3
-_STRING, _ARRAY = 8, 9
+_UINT8, _STRING, _ARRAY = 0, 8, 9
 # The type of a value → its kind in the file and struct's letter; of whole numbers in lists I32.
 _KINDS = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}
 _KINDS_IN_LISTS = {**_KINDS, int: (5, "i")}
@@ -39,7 +39,8 @@ class Outgoing:
 
 
 def encoded(value: Any) -> bytes:
-    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, or a list of these (I32).
+    """Kind and value: `int` as U32, `float` as F32, `bool`, `str`, `bytes` as a list of U8, or a
+    list of the others (I32).
 
     Raises:
         FileError: a number that does not fit.
@@ -49,6 +50,8 @@ def encoded(value: Any) -> bytes:
             return struct.pack("<I", _STRING) + _string(value)
         if isinstance(value, list):
             return struct.pack("<I", _ARRAY) + _list(value)
+        if isinstance(value, bytes):
+            return struct.pack("<IIQ", _ARRAY, _UINT8, len(value)) + value
         kind, letter = _KINDS[type(value)]
         return struct.pack(f"<I{letter}", kind, value)
     except struct.error as error:

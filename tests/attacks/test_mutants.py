@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -21,9 +22,15 @@ WORDS = [b"0", b"-1", b"1e3", b"18446744073709551616", b"null", b"[]", b"{}", b'
 WORDS += [b"F32", b"BF16", b"__metadata__", b'"a"', b"4294967296", b"true", b",", b":"]
 
 
-def mutants(seed: bytes, rng: np.random.Generator, upto: int):
+def mutants(
+    seed: bytes,
+    rng: np.random.Generator,
+    upto: int,
+    words: Sequence[bytes] = WORDS,
+    count: int = MUTANTS,
+):
     """Bits flipped, bytes replaced, cut out, put in; most in the first `upto` bytes."""
-    for _ in range(MUTANTS):
+    for _ in range(count):
         content = bytearray(seed)
         for _ in range(int(rng.integers(1, 4))):
             place = int(
@@ -37,9 +44,9 @@ def mutants(seed: bytes, rng: np.random.Generator, upto: int):
             elif kind == 2:
                 del content[place : place + int(rng.integers(1, 9))]
             elif kind == 3:
-                content[place:place] = WORDS[int(rng.integers(len(WORDS)))]
+                content[place:place] = words[int(rng.integers(len(words)))]
             elif kind == 4:
-                word = WORDS[int(rng.integers(len(WORDS)))]
+                word = words[int(rng.integers(len(words)))]
                 content[place : place + len(word)] = word
             else:
                 content = content[: int(rng.integers(1, len(content) + 1))]

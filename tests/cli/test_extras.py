@@ -15,7 +15,6 @@ from tests.builders import ROOT, ptq
 EXTRAS = {
     "text": ("tokenizers", "--text", "text.txt"),
     "report": ("matplotlib", "--html", "page.html"),
-    "gguf": ("gguf", "--format", "gguf"),
     "onnx": ("onnx", "--format", "onnx"),
     "distributed": ("distributed", "--scheduler", "tcp://127.0.0.1:1"),
 }

@@ -46,6 +46,7 @@ def test_there_and_back(scheme: str, first: str, others: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(("scheme", "fmt", "words"), [
     ("FP8_DYNAMIC", "gptq", ("gptq holds integers, not FP8", f"hint: --format {CT}")),
     ("NVFP4A16", "awq", ("awq holds integers, not FP4", f"hint: --format {CT}")),
+    ("FP8_DYNAMIC", "gguf", ("gguf holds integers", "not FP8 numbers", f"hint: --format {CT}")),
     ("MXFP4A16", "gptq", ("gptq holds integers, not FP4", f"hint: --format {CT}")),
     ("MXFP8", "onnx", ("onnx holds integers, not FP8", f"hint: --format {CT}")),
     ("FP8_DYNAMIC", "mlx", ("no FP8 with bfloat16 scales", f"hint: --format {CT}")),

@@ -11,6 +11,7 @@ import pytest
 from ptq_cli.storage.gguf_file import read_gguf_header
 from tests.builders import ptq, random_inputs, random_weight
 from tests.cli.tiny_folders import WIDTH, dense_block, ends, llama, model_folder
+from tests.storage.gguf_files import EXPERTS, write_unknown_gguf
 
 DRY = ("--dry-run", "--json")
 
@@ -97,6 +98,43 @@ def test_knowing_which_inputs_matter_changes_a_mix(tmp_path):
     known = types(model, "--scheme", "IQ4_XS", "--activations", acts)
     down = "model.layers.0.mlp.down_proj"
     assert (plain[down], known[down]) == ("Q5_K", "IQ4_XS")
+
+
+# ---- files of any architecture, experts ----
+
+
+@pytest.fixture
+def unknown(here) -> Path:
+    """Of an architecture that nobody knows, with experts."""
+    pytest.importorskip("gguf")
+    write_unknown_gguf(Path("model.gguf"))
+    return Path("model.gguf")
+
+
+def test_experts_have_one_type(unknown):
+    found = types(unknown, "--scheme", "MXFP4_MOE")
+    experts = {f"blk.0.ffn_{way}_exps.{n}" for way in ("up", "down") for n in range(EXPERTS)}
+    assert {name for name, kind in found.items() if kind == "MXFP4"} == experts
+    others = {"blk.0.attn_qkv", "token_embd", "output"}
+    assert {name for name, kind in found.items() if kind == "Q8_0"} == others
+    one = ("--scheme", "Q4_0", "--tensor-type", r"up_exps\.1\.=Q8_0")
+    error = refusal("rtn", unknown, *one)
+    assert "blk.0.ffn_up_exps.weight holds all experts of a block, and would be" in error
+    found = types(unknown, "--scheme", "Q4_0", "--tensor-type", "up_exps=Q8_0")
+    assert {found[f"blk.0.ffn_up_exps.{n}"] for n in range(EXPERTS)} == {"Q8_0"}
+
+
+def test_a_mix_of_a_file_of_any_architecture_is_told_again(unknown):
+    outcome = ptq(
+        "rtn", unknown, "--scheme", "Q4_K_M", "--no-mse", "--token-embedding-type", "BF16",
+        "-o", "out.gguf",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    found = ptq("inspect", "out.gguf", "--json").document["gguf"]
+    assert found["stated"] == "Q4_K_M"
+    assert found["differing"] == {
+        "token_embd.weight": ["BF16", "Q5_0"], "blk.0.attn_k_b.weight": ["F32", "Q5_0"],
+    }  # fmt: skip
 
 
 # ---- types that are asked for ----
@@ -213,6 +251,24 @@ def test_a_type_that_the_width_does_not_allow_names_what_would_fit(tmp_path):
     assert "Q4_K has blocks of 256 columns, which do not divide 288; Q5_0, as llama.cpp" in error
     found = types(model, *options, "--on-misfit", "keep")
     assert "model.layers.0.mlp.down_proj" not in found
+
+
+def test_a_row_is_in_features_long_however_it_is_stored(tmp_path):
+    shapes = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 256)}
+    shapes["mlp.c_proj"] = (256, 64)
+    tensors = {f"h.0.{name}.weight": random_weight(*shape) for name, shape in shapes.items()}
+    tensors |= {f"h.0.{name}.bias": random_weight(shape[1]) for name, shape in shapes.items()}
+    norms = [f"{name}.{part}" for name in ("h.0.ln_1", "h.0.ln_2", "ln_f") for part in
+             ("weight", "bias")]  # fmt: skip
+    tensors |= {name: random_weight(64) for name in norms}
+    tensors |= {"wte.weight": random_weight(96, 64), "wpe.weight": random_weight(32, 64)}
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "n_ctx": 32}
+    model = model_folder(tmp_path / "m", "gpt2", tensors, **sizes)
+    found = types(model, "--scheme", "Q4_0", "--tensor-type", "ffn_down=Q3_K")
+    assert found["h.0.mlp.c_proj"] == "Q3_K"
+    assert "wpe" not in found
+    options = ("--scheme", "Q4_0", "--tensor-type", "ffn_up=Q3_K")
+    assert "do not divide 64; Q4_0, as llama.cpp" in refusal("rtn", model, *options)
 
 
 def test_a_mix_that_has_nothing_to_fall_back_to_is_refused(tmp_path):

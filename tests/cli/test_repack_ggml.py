@@ -1,5 +1,5 @@
-"""`ptq pack` of GGUF's types: into the native format and back every byte is kept; what holds them not
-says so in one line."""
+"""`ptq pack` of GGUF's types: every byte is kept in the native format and back; formats that do not
+hold them say so in one line."""
 
 from __future__ import annotations
 
@@ -123,3 +123,11 @@ def test_small_floats_change_their_files_without_loss(kind: str) -> None:
         outcome = ptq("pack", source, "--format", name, "-o", out)
         assert outcome.code == 0, outcome.err
     assert stored(Path("back/model.gguf")) == stored(folder / "model.gguf")
+
+
+@pytest.mark.parametrize("first", [0, 6, 9])
+def test_they_are_said_to_load_where_tests_load_them(first: int) -> None:
+    folder = model(*[*TYPES][first : first + len(PLACES)])
+    for runtime in ("llama.cpp", "transformers"):
+        document = ptq("check", folder, "--runtime", runtime, "--json").document
+        assert (document["verdict"], document["why"]) == ("loaded in our tests", None)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.formats.runtimes.proven import PROVEN, layout
+from ptq_cli.models.families import FAMILIES
 from tests.builders import ptq
 from tests.cli.tiny_folders import llama, llava, mixtral
 from tests.formats.float_weights import float_layer
-from tests.interop import test_architectures, test_runtimes, test_small_floats
+from tests.formats.ggml_weights import ggml_layer
+from tests.interop import test_architectures, test_gguf_families, test_runtimes, test_small_floats
 
 LOADED, UNLOADED, UNTRIED = "loaded in our tests", "known not to load", "not tried"
 CT = ("--format", "compressed-tensors", "--group-size", 32)
@@ -63,6 +66,9 @@ def test_what_is_proven_is_what_the_interop_tests_load():
     assert set(heads.model_types) == set(test_architectures.WITH_HEADS.values())
     floats = {(case.client, case.format) for case in test_small_floats.CASES}
     assert PROVEN.keys() - of_cases.keys() - floats == {("llama.cpp", "gguf")}
+    held = [f for f in FAMILIES if f.name in {n.split()[0] for n in test_gguf_families.MODELS}]
+    own = {word for f in held for word in (*f.model_types, f.gguf.architecture)}
+    assert set(PROVEN["llama.cpp", "gguf"][1].model_types) == own
 
 
 def test_what_is_proven_of_small_floats_is_what_the_interop_tests_load():
@@ -73,6 +79,8 @@ def test_what_is_proven_of_small_floats_is_what_the_interop_tests_load():
         dense = model in ("llama", "qwen2")
         if dense or "and" not in case.scheme:
             of_cases[case.client, case.format, "dense" if dense else model] |= own
+    for client in ("transformers", "llama.cpp"):  # tests/interop/test_ggml_types.py
+        of_cases[client, "gguf", "llama"] = {layout(ggml_layer(name)) for name in TYPES}
     proven = {}
     for (client, fmt), rows in PROVEN.items():
         for row in rows:
@@ -174,7 +182,9 @@ def test_what_is_packed_and_declared_dense_by_its_name_in_the_runtime(tmp_path):
 
 
 def test_formats_are_offered_only_where_they_hold_the_model(tmp_path):
-    for source, hint in ((llama(tmp_path / "m"), True), (mixtral(tmp_path / "x"), False)):
+    unheld = llama(tmp_path / "x", "stablelm")
+    sources = ((llama(tmp_path / "m"), True), (mixtral(tmp_path / "y"), True), (unheld, False))
+    for source, hint in sources:
         outcome = ptq("pack", source, "-g", 32, "--runtime", "llama.cpp", "-o", "out", "--force")
         assert ("--format gguf" in outcome.err) is hint
         found, why = verdict("out", "llama.cpp")

@@ -18,32 +18,34 @@ def ggml_layer(name: str, shape: tuple[int, int] = (6, 512), module: str = DOWN)
     return Layer(module, f"{module}.weight", shape, shape, "F16", TYPES[name].grid)
 
 
-def ggml_weight(own: Layer, seed: int = 0, size: float = 0.02) -> QuantizedWeight:
-    """Weights of about `size`, every number in the whole range of its bits."""
+def ggml_weight(own: Layer, seed: int = 0, spread: float = 0.02) -> QuantizedWeight:
+    """Weights around zero with about that standard deviation; codes and multiples take all values
+    that their bits have."""
     rng, grid, (rows, columns) = np.random.default_rng(seed), own.grid, own.shape
     shape, blocks = grid.scales_shape(own.shape), (rows, columns // SUPER_BLOCK)
     codes = rng.integers(0, 2**grid.bits, own.shape).astype(np.uint8)
-    largest = 2.0**grid.bits if grid.table is None else float(grid.table.max())
-    step = size / largest
-    zeros = np.full(shape, grid.mid_code if grid.integers and grid.sym else 0, np.uint8)
+    symmetric = grid.integers and grid.sym
+    zeros = np.full(shape, grid.mid_code if symmetric else 0, np.uint8)
+    levels = np.arange(2.0**grid.bits) if grid.table is None else grid.table
+    step, middle = spread / levels.std(), grid.mid_code
 
-    def floats(top: float, of: tuple[int, int]) -> Array:
-        return rng.uniform(0.1 * top, top, of)
+    def about(value: float, of: tuple[int, int]) -> Array:
+        return rng.uniform(0.7 * value, 1.3 * value, of)
 
     if grid.multiples is None:
-        scales = floats(step, shape).astype(SCALE_DTYPES[grid.scale_dtype])
-        offsets = -floats(size, shape).astype(np.float16) if grid.own_offsets else None
+        scales = about(step, shape).astype(SCALE_DTYPES[grid.scale_dtype])
+        offsets = (-middle * about(step, shape)).astype(np.float16) if grid.own_offsets else None
         return QuantizedWeight(codes, scales, zeros, grid, offsets=offsets)
     least, greatest = grid.multiples
-    dtype = np.uint8 if least == 0 else np.int8
-    scales, mins = rng.integers(least, greatest + 1, (2, *shape)).astype(dtype)
-    d, dmin = floats(step / greatest, blocks), floats(size / greatest, blocks)
+    multiples = rng.integers(least, greatest + 1, shape)
+    mins = np.clip(multiples + rng.integers(-1, 2, shape), 0, greatest).astype(np.uint8)
+    d = about(step / np.sqrt(np.square(multiples).mean()), blocks).astype(np.float16)
     affine = grid.own_offsets
     return QuantizedWeight(
-        codes, scales, zeros, grid,
+        codes, multiples.astype(np.int8 if least < 0 else np.uint8), zeros, grid,
         offsets=mins if affine else None,
-        super_scales=d.astype(np.float16),
-        super_offsets=dmin.astype(np.float16) if affine else None,
+        super_scales=d,
+        super_offsets=(d * np.float16(middle)) if affine else None,
     )  # fmt: skip
 
 

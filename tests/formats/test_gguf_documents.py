@@ -14,12 +14,14 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.metadata import SPLITS, model_metadata, tokenizer_metadata
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import names_of_model
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
 TOKENIZER = json.loads((SAMPLE / "tokenizer.json").read_text())
 SETTINGS = json.loads((SAMPLE / "tokenizer_config.json").read_text())
-METADATA = model_metadata(CONFIG, "llama", "tiny", "Q4_0")
+METADATA = model_metadata(hyperparameters(names_of_model(CONFIG), CONFIG), "llama", "tiny", "Q4_0")
 
 
 def float32(value: Any) -> Any:
@@ -129,23 +131,29 @@ def pre_tokenizer(name: str) -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if name == "gpt-2":
         return {**level, "use_regex": True}
-    if name == "smollm":
+    if name in ("smollm", "command-r"):
         first = {"type": "Digits", "individual_digits": True}
         return {"type": "Sequence", "pretokenizers": [first, {**level, "use_regex": True}]}
-    (regex,) = (regex for regex, own in SPLITS.items() if own == name)
-    first = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    first = {
+        "type": "Split",
+        "pattern": {"Regex": SPLITS[name]},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {"type": "Sequence", "pretokenizers": [first, {**level, "use_regex": False}]}
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "command-r", *SPLITS])
 def test_every_way_to_split_text(name: str) -> None:
-    normalizer = {"type": "NFC"} if name == "qwen2" else None
+    normalizer = {"type": "NFC"} if name in ("qwen2", "command-r") else None
     own = {**TOKENIZER, "pre_tokenizer": pre_tokenizer(name), "normalizer": normalizer}
+    whole = name in ("llama-bpe", "tekken")
+    own["model"] = {**TOKENIZER["model"], "ignore_merges": whole}
     assert tokenizer_metadata(CONFIG, own, {})["tokenizer.ggml.pre"] == name
     found = documents(own, SETTINGS)["tokenizer.json"]
     assert found["pre_tokenizer"] == own["pre_tokenizer"]
     assert found["normalizer"] == normalizer
-    assert found["model"]["ignore_merges"] == (name == "llama-bpe")
+    assert found["model"]["ignore_merges"] is whole
 
 
 def test_tokens_put_around_a_text() -> None:
@@ -171,7 +179,7 @@ def test_ids_without_a_token_stay_without() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"tokenizer.ggml.model": "llama"}, "its kind is 'llama'"),
     ({"tokenizer.ggml.model": "no_vocab"}, "its kind is 'no_vocab'"),
-    ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken' does"),
+    ({"tokenizer.ggml.pre": "chatglm-bpe"}, "splits text as 'chatglm-bpe' does"),
     ({"tokenizer.ggml.token_type": [1]}, "missing or damaged"),
     ({"tokenizer.ggml.tokens": [3] * 2048}, "missing or damaged"),
     ({"tokenizer.ggml.merges": 5}, "missing or damaged"),

@@ -16,7 +16,9 @@ from ptq_cli.core.plugins import Contents
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf import FORMAT, TYPES, block_type, permute_rows, unpermute_rows
-from ptq_cli.formats.gguf.metadata import FILE_TYPES, model_metadata, tokenizer_metadata
+from ptq_cli.formats.gguf.metadata import FILE_TYPES, SPLITS, model_metadata, tokenizer_metadata
+from ptq_cli.models.gguf_keys import hyperparameters
+from ptq_cli.models.gguf_names import names_of_model
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
@@ -42,8 +44,12 @@ def test_row_order(heads: int, half: int, width: int) -> None:
     np.testing.assert_array_equal(permute_rows(rows[:, 0], heads), stored[:, 0])
 
 
+def keys(config: dict[str, Any]) -> dict[str, Any]:
+    return hyperparameters(names_of_model(config), config)
+
+
 def test_model_metadata() -> None:
-    assert model_metadata(CONFIG, "llama", "tiny", "Q4_0") == {
+    assert model_metadata(keys(CONFIG), "llama", "tiny", "Q4_0") == {
         "general.architecture": "llama",
         "general.name": "tiny",
         "general.file_type": 2,
@@ -68,23 +74,25 @@ def test_model_metadata_of_older_configs() -> None:
         key: value for key, value in CONFIG.items() if key not in ("rope_parameters", "head_dim")
     }
     own |= {"model_type": "qwen2", "rope_theta": 1_000_000, "rope_scaling": None}
-    found = model_metadata(own, "qwen2", "tiny", "F16")
+    found = model_metadata(keys(own), "qwen2", "tiny", "F16")
     assert found["qwen2.rope.freq_base"] == 1e6
     assert type(found["qwen2.rope.freq_base"]) is float  # an F32 in the file
     assert found["qwen2.attention.key_length"] == 32
 
 
 @pytest.mark.parametrize("change", [
-    {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-    {"rope_scaling": {"type": "linear", "factor": 2}},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 8}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8}, "model_type": "qwen2"},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 16}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}},
     {"partial_rotary_factor": 0.5},
     {"hidden_act": "gelu"},
-    {"use_sliding_window": True},
+    {"use_sliding_window": True, "model_type": "qwen2"},
+    {"use_bidirectional_attention": True},
 ])  # fmt: skip
 def test_what_has_no_key_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"in config.json is not covered"):
-        model_metadata(CONFIG | change, "llama", "tiny", "F16")
+        keys(CONFIG | change)
 
 
 def test_tokenizer_of_bytes() -> None:
@@ -108,6 +116,15 @@ def tokenizer(**change: Any) -> dict[str, Any]:
     return TOKENIZER | change
 
 
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ],
+}
+
+
 def split(regex: str, behavior: str = "Isolated") -> dict[str, Any]:
     own = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior}
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -116,7 +133,13 @@ def split(regex: str, behavior: str = "Isolated") -> dict[str, Any]:
 
 @pytest.mark.parametrize(("change", "name"), [
     ({"pre_tokenizer": split(QWEN_SPLIT), "normalizer": {"type": "NFC"}}, "qwen2"),
-    ({"pre_tokenizer": split(QWEN_SPLIT.replace("N}|", "N}{1,3}|"))}, "llama-bpe"),
+    ({"pre_tokenizer": split(QWEN_SPLIT.replace("N}|", "N}{1,3}|"))}, "dbrx"),
+    ({"pre_tokenizer": split(QWEN_SPLIT.replace("N}|", "N}{1,3}|")),
+      "model": TOKENIZER["model"] | {"ignore_merges": True}}, "llama-bpe"),
+    ({"pre_tokenizer": split(SPLITS["tekken"])}, "tekken"),
+    ({"pre_tokenizer": split(SPLITS["gpt-4o"])}, "gpt-4o"),
+    ({"pre_tokenizer": DIGITS}, "smollm"),
+    ({"pre_tokenizer": DIGITS, "normalizer": {"type": "NFC"}}, "command-r"),
 ])  # fmt: skip
 def test_known_splits(change: dict[str, Any], name: str) -> None:
     found = tokenizer_metadata(CONFIG, tokenizer(**change), {})
@@ -169,11 +192,76 @@ def test_tokenizer_of_pieces() -> None:
     }
 
 
+UNIGRAM = {
+    "model": {
+        "type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["▁a", -1.5]],
+    },
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Precompiled", "precompiled_charsmap": "AAEC/w=="},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ],
+    },
+    "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "always"},
+    "added_tokens": [{"id": 1, "content": "</s>", "special": True}],
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}],
+    },
+}  # fmt: skip
+
+
+def test_tokenizer_of_likeliest_pieces() -> None:
+    found = tokenizer_metadata({"vocab_size": 4, "eos_token_id": 1}, UNIGRAM, {})
+    assert found == {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": ["<unk>", "</s>", "▁a", "[PAD3]"],
+        "tokenizer.ggml.token_type": [2, 3, 1, 5],
+        "tokenizer.ggml.scores": [0.0, 0.0, -1.5, 0.0],
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+        "tokenizer.ggml.precompiled_charsmap": b"\x00\x01\x02\xff",
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": True,
+    }
+
+
+@pytest.mark.parametrize("change", [
+    {"model": UNIGRAM["model"] | {"byte_fallback": True}},
+    {"normalizer": {"type": "NFKC"}},
+    {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+])  # fmt: skip
+def test_other_unigrams_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"a Unigram that .* is not covered"):
+        tokenizer_metadata({"vocab_size": 4}, UNIGRAM | change, {})
+
+
+def test_a_token_before_a_text_that_is_not_its_beginning() -> None:
+    """GLM-4 puts two tokens there, and has none for the beginning."""
+    own = [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]
+    template = tokenizer(post_processor={"type": "TemplateProcessing", "single": own})
+    for first, added in (("<s>", True), ("</s>", False), (None, False)):
+        found = tokenizer_metadata({"vocab_size": 2048}, template, {"bos_token": first})
+        assert found["tokenizer.ggml.add_bos_token"] is added
+
+
 def test_other_tokenizers_are_refused() -> None:
-    with pytest.raises(InputError, match="type 'Unigram' is not covered"):
-        tokenizer_metadata(CONFIG, {"model": {"type": "Unigram"}}, {})
+    with pytest.raises(InputError, match="type 'WordPiece' is not covered") as refused:
+        tokenizer_metadata(CONFIG, {"model": {"type": "WordPiece"}}, {})
+    assert "convert_hf_to_gguf.py" in refused.value.hint
     with pytest.raises(InputError, match=r"has token .*, but vocab_size in config.json is 5"):
         tokenizer_metadata({"vocab_size": 5}, TOKENIZER, {})
+
+
+def test_one_of_several_chat_templates() -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ y }}"}]
+    found = tokenizer_metadata(CONFIG, TOKENIZER, {"chat_template": named})
+    assert found["tokenizer.chat_template"] == "{{ y }}"
+    assert "tokenizer.chat_template" not in tokenizer_metadata(
+        CONFIG, TOKENIZER, {"chat_template": named[:1]}
+    )
 
 
 def test_no_tokenizer() -> None:

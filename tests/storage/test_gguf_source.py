@@ -227,6 +227,7 @@ def write(path: str = "m.gguf", drop: str = "", **keys: Any) -> Path:
     ({"architecture": "phi9"}, ("general.architecture 'phi9' is not understood",)),
     ({"block_count": None}, ("llama.block_count is missing",)),
     ({"block_count": 2}, ("'blk.1.", "is missing")),
+    ({"block_count": 2**32 - 1}, ("block_count is 4294967295, but there are 11 tensors",)),
     ({"expert_count": 4}, ("llama.expert_count is 4",)),
     ({"drop": "blk.0.attn_v.weight"}, ("'blk.0.attn_v.weight' is missing",)),
     ({"drop": "token_embd.weight"}, ("'token_embd.weight' is missing",)),

@@ -36,8 +36,9 @@ from ptq_cli.formats.gguf.unpack import check_blocks, unpack
 
 BLOCK = 32  # columns, of the types whose scales are float16
 _LIMITS = common.Limits(
-    bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True, own_offsets=True
-)
+    bits=(4, 5, 8), short_group=True, whole_tensor=True, embeddings=True, own_offsets=True,
+    transposed=True,
+)  # fmt: skip
 _OTHERS = replace(  # what is more than integers with a float16
     _LIMITS,
     bits=(2, 3, 4, 5, 6),

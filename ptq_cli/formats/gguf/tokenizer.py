@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptq_cli.formats.gguf.metadata import CONTROL, SPLITS, UNUSED, USER
+from ptq_cli.formats.gguf.metadata import CONTROL, SPLITS, UNUSED, USER, WHOLE_WORDS
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -24,14 +24,15 @@ def _matches(regex: str) -> dict[str, Any]:
     return _in_order(split, {**_BYTES, "use_regex": False})
 
 
+_DIGITS = _in_order({"type": "Digits", "individual_digits": True}, _BYTES)
 _SPLITS = {  # llama.cpp's name → tokenizer.json's `pre_tokenizer`
     "gpt-2": _BYTES,
-    "smollm": _in_order({"type": "Digits", "individual_digits": True}, _BYTES),
-    **{name: _matches(regex) for regex, name in SPLITS.items()},
+    "smollm": _DIGITS,
+    "command-r": _DIGITS,
+    **{name: _matches(regex) for name, regex in SPLITS.items()},
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-_WHOLE_WORDS = ("llama-bpe",)  # a word of the vocabulary is taken before anything is merged
-_COMPOSED = ("qwen2",)  # text is in Unicode's form NFC
+_COMPOSED = ("qwen2", "command-r")  # text is in Unicode's form NFC
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -69,7 +70,7 @@ def tokenizer_documents(metadata: Mapping[str, Any]) -> dict[str, Any]:
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-        "ignore_merges": split in _WHOLE_WORDS,
+        "ignore_merges": split in WHOLE_WORDS,
         "vocab": {text: number for number, (text, kind) in used if kind != UNUSED},
         "merges": merges,
     }  # fmt: skip
@@ -112,7 +113,7 @@ def _post_processor(
     metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str]
 ) -> dict[str, Any]:
     """What puts special tokens before and behind a text, or nothing."""
-    usual = {"bos": _split_name(metadata) in _WHOLE_WORDS, "eos": False}
+    usual = {"bos": _split_name(metadata) in WHOLE_WORDS, "eos": False}
     wanted = {name: metadata.get(f"tokenizer.ggml.add_{name}_token", usual[name]) for name in usual}
     ends = {name: special.get(f"{name}_token") for name in usual if wanted[name]}
 

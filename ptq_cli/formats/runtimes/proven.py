@@ -24,8 +24,8 @@ class Loaded:
     """Models of which the tests load each, and layouts of which they load each on one of them.
 
     model_types: config.json's
-    layouts: bits of the weights (or what small floats are called), whether they are symmetric, bits
-        of rounded inputs (or "FP8" beside integers)
+    layouts: bits of the weights (or what small floats and ggml's types are called), whether they
+        are symmetric, bits of rounded inputs (or "FP8" beside integers)
     kinds: what is quantized there though it stays dense unless asked for
     """
 
@@ -40,6 +40,11 @@ def _layouts(widths: Iterable[int], *symmetries: bool) -> frozenset[Layout]:
 
 _DENSE = ("llama", "qwen2")
 _WITH_IMAGES = ("qwen3", "llava", "llama")  # LLaVA with a Llama
+_IN_LLAMA_CPP = (  # and the words of GGUF files for them
+    *("cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "gpt2", "granite", "llama"),
+    *("mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen2moe", "qwen3"),
+    *("qwen3_moe", "qwen3moe", "smollm3", "starcoder2"),
+)
 _FOUR = _layouts((4,), True)
 _FP8: frozenset[Layout] = frozenset(
     (f"FP8 by {shared}", True, 8) for shared in ("row", "tensor", "block")
@@ -51,6 +56,12 @@ _ROUNDED: frozenset[Layout] = frozenset(
     {("NVFP4", True, 4), ("MXFP4", True, 4), ("MXFP8", True, 8), (4, True, "FP8")}
 )
 _LEGACY_BLOCKS = _layouts((4, 5), *BOTH) | _layouts((8,), True)
+_GGML_TYPES: frozenset[Layout] = _LEGACY_BLOCKS | {
+    (name, True, None)
+    for name in (
+        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
+    )
+}  # fmt: skip
 
 PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
     ("transformers", "compressed-tensors"): (
@@ -81,7 +92,10 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(_DENSE, frozenset({("FP8 by tensor", True, 8), ("FP8 by block", True, 8)})),
         Loaded(("qwen3_moe",), frozenset({("FP8 by tensor", True, 8)})),
     ),
-    ("transformers", "gguf"): (Loaded(_DENSE, _LEGACY_BLOCKS),),
+    ("transformers", "gguf"): (
+        Loaded(_DENSE, _LEGACY_BLOCKS),
+        Loaded(("llama",), _GGML_TYPES, ("embedding",)),
+    ),
     ("gptqmodel", "gptq"): (
         Loaded(_DENSE, _layouts((2, 3, 4, 8), True), ("output head",)),
         Loaded(("qwen3_moe",), _FOUR),
@@ -95,7 +109,10 @@ PROVEN: dict[tuple[str, str], tuple[Loaded, ...]] = {
         Loaded(("mixtral",), frozenset({("MXFP4", True, None)})),
         Loaded((*_WITH_IMAGES, "mixtral"), _FOUR),
     ),
-    ("llama.cpp", "gguf"): (Loaded(("llama",), _LEGACY_BLOCKS),),
+    ("llama.cpp", "gguf"): (
+        Loaded(("llama",), _GGML_TYPES, ("embedding", "output head")),
+        Loaded(_IN_LLAMA_CPP, _layouts((8,), True)),
+    ),
 }  # fmt: skip
 
 
@@ -139,7 +156,7 @@ def _is_in(layer: Layer, row: Loaded, artifact: Artifact) -> bool:
 
 def layout(layer: Layer) -> Layout:
     grid, inputs = layer.grid, layer.activation
-    if not grid.integers:
+    if not grid.integers or grid.multiples:
         return numbers(grid), True, None if inputs is None else inputs.bits
     floats = inputs is not None and inputs.levels != "integer"
     return (

@@ -8,7 +8,6 @@ from ptq_cli.models.family import Family, Folds
 
 FAMILY = Family(
     name="cohere",
-    other_types=("cohere2",),
     names=replace(
         llama.FAMILY.names,
         norms={"attention_in": "input_layernorm", "mlp_in": "input_layernorm"},

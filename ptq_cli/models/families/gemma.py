@@ -2,12 +2,19 @@
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.gguf_family import GgufFamily
+
+GGUF = GgufFamily("gemma", activations=("gelu_pytorch_tanh", "gelu_new"), own_head=False)
 
 FAMILY = Family(
     name="gemma",
     names=llama.FAMILY.names,
     plus_one=True,
     vocabularies=(256000, 256128),
-    defaults={"tie_word_embeddings": True},
+    defaults={
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 256,
+    },
+    keys={"activation": "hidden_activation"},
     folds=Folds(),
-)
+    gguf=GGUF,
+)  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ptq_cli.models.families import llama, qwen3
+from ptq_cli.models.families import gemma, llama, qwen3
 from ptq_cli.models.family import Config, Family, Folds, Forward
 
 
@@ -18,6 +18,14 @@ def slides(config: Config, index: int, period: int) -> bool:
     config.json."""
     given = config.get("_sliding_window_pattern") or config.get("sliding_window_pattern")
     return bool((index + 1) % (given or period))
+
+
+def score_size(config: Config, biggest: int) -> int:
+    """What llama.cpp takes the root of to divide scores by; the biggest model of a generation is
+    told by its number of blocks."""
+    if config["num_hidden_layers"] == biggest:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
 
 
 FORWARD = Forward(
@@ -50,4 +58,14 @@ FAMILY = Family(
     },
     folds=Folds(),
     forward=FORWARD,
+    gguf=replace(
+        gemma.GGUF,
+        architecture="gemma2",
+        assumed=lambda settings: {"score_size": score_size(settings, 46)},
+        factors={
+            "attn_logit_softcapping": "attention_softcap",
+            "final_logit_softcapping": "logit_softcap",
+        },
+        window_period=2,
+    ),
 )  # fmt: skip

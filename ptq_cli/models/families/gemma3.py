@@ -3,7 +3,7 @@ blocks have a window, and a rotary base of their own."""
 
 from dataclasses import replace
 
-from ptq_cli.models.families import gemma2, qwen3
+from ptq_cli.models.families import gemma, gemma2, qwen3
 
 FAMILY = replace(
     gemma2.FAMILY,
@@ -25,5 +25,15 @@ FAMILY = replace(
     },
     forward=replace(
         gemma2.FORWARD, slides=lambda config, index: gemma2.slides(config, index, 6)
+    ),
+    gguf=replace(
+        gemma.GGUF,
+        architecture="gemma3",
+        assumed=lambda settings: {
+            "score_size": gemma2.score_size(settings, 62), "attention_softcap": None,
+            "logit_softcap": None,
+        },
+        factors={"rope.freq_base_swa": "local_rope_theta"},
+        window_period=6,
     ),
 )  # fmt: skip

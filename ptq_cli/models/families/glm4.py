@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="glm4",
@@ -15,5 +16,10 @@ FAMILY = Family(
             "mlp_in": "post_attention_layernorm", "mlp_out": "post_mlp_layernorm",
         },
     ),
+    defaults={
+        "hidden_act": "silu", "rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0, "head_dim": 128,
+        "partial_rotary_factor": 0.5,
+    },
     folds=Folds(inner="second half"),
+    gguf=GgufFamily("glm4", biases=True, partly_rotary=True),
 )  # fmt: skip

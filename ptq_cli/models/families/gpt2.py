@@ -1,6 +1,7 @@
 """GPT-2: LayerNorms, learned positions, biases, gelu; its linears store [in, out] (Conv1D)."""
 
 from ptq_cli.models.family import Family, Folds, Forward, Names, behind
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="gpt2",
@@ -35,5 +36,15 @@ FAMILY = Family(
         centred=True,
         rotary=False,
         biases={"qkv": True, "output": True, "mlp": True},
+    ),
+    gguf=GgufFamily(
+        "gpt2",
+        layer_norms=True,
+        activations=("gelu_new", "gelu_pytorch_tanh"),
+        assumed=lambda settings: {
+            "scale_scores": True, "scale_by_depth": False,
+            "num_key_value_heads": settings["num_attention_heads"],
+        },
+        dropped=(".attn.bias", ".attn.masked_bias"),
     ),
 )  # fmt: skip

@@ -3,5 +3,25 @@ config.json."""
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.gguf_family import GgufFamily
 
-FAMILY = Family(name="granite", names=llama.FAMILY.names, folds=Folds())
+FAMILY = Family(
+    name="granite",
+    names=llama.FAMILY.names,
+    defaults={
+        **llama.FAMILY.defaults,
+        "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    folds=Folds(),
+    gguf=GgufFamily(
+        "granite",
+        permuted=True,
+        biases=True,
+        frequency_factors=True,
+        factors={
+            "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",
+        },
+    ),
+)  # fmt: skip

@@ -1,6 +1,7 @@
 """Llama, and the many models that are built as it is."""
 
 from ptq_cli.models.family import Family, Folds, Forward, Names
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="llama",
@@ -19,6 +20,7 @@ FAMILY = Family(
     forward=Forward(
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
     ),
-    gguf="llama",
-    gguf_permuted=True,
+    gguf=GgufFamily(
+        "llama", permuted=True, biases=True, frequency_factors=True, readable=True
+    ),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="mistral",
@@ -13,4 +14,5 @@ FAMILY = Family(
     },
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
+    gguf=GgufFamily("llama", permuted=True),
 )

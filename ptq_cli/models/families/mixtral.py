@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="mixtral",
@@ -27,4 +28,10 @@ FAMILY = Family(
     keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
+    gguf=GgufFamily(
+        "llama",
+        permuted=True,
+        assumed=lambda settings: {"norm_topk_prob": True},
+        aliases=(("mlp.", "block_sparse_moe."),),
+    ),
 )  # fmt: skip

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.gguf_family import GgufFamily
+
+GGUF = GgufFamily("olmo2", usual_heads=True, own_head=True)
 
 FAMILY = Family(
     name="olmo2",
-    other_types=("olmo3",),
     names=replace(
         llama.FAMILY.names,
         norms={
@@ -16,5 +18,7 @@ FAMILY = Family(
             "mlp_out": "post_feedforward_layernorm",
         },
     ),
+    defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     folds=Folds(),
+    gguf=GGUF,
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="phi3",
@@ -17,4 +18,5 @@ FAMILY = Family(
     },
     folds=Folds(values="q k v", inner="second half"),
     forward=Forward(partly=True, slides=lambda config, index: True),
+    gguf=GgufFamily("phi3", usual_heads=True, partly_rotary=True, frequency_factors=True),
 )  # fmt: skip

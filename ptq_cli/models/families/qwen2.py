@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Config, Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 
 def slides(config: Config, index: int) -> bool:
@@ -24,5 +25,5 @@ FAMILY = Family(
     keys={"use_windows": "use_sliding_window"},
     folds=Folds(),
     forward=Forward(biases={"qkv": True}, slides=slides, by_type=True),
-    gguf="qwen2",
+    gguf=GgufFamily("qwen2", usual_heads=True, readable=True),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3_moe
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.gguf_family import GgufFamily
 
 EXPERTS = replace(
     qwen3_moe.EXPERTS, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"
@@ -12,5 +13,17 @@ EXPERTS = replace(
 FAMILY = Family(
     name="qwen2_moe",
     names=replace(qwen2.FAMILY.names, experts=EXPERTS),
+    defaults={**qwen3_moe.FAMILY.defaults, "num_experts_per_tok": 4},
+    keys=qwen3_moe.FAMILY.keys,
     folds=Folds(),
+    gguf=GgufFamily(
+        "qwen2moe",
+        usual_heads=True,
+        assumed=lambda settings: {**qwen3_moe.EVERYWHERE, "norm_topk_prob": False},
+        sizes={
+            "expert_feed_forward_length": "expert_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        own_head=True,
+    ),
 )

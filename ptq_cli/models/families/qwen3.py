@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen2
 from ptq_cli.models.family import Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 BIASES = {"qkv": "attention_bias", "output": "attention_bias"}
@@ -15,5 +16,5 @@ FAMILY = Family(
     keys=qwen2.FAMILY.keys,
     folds=Folds(),
     forward=Forward(biases=BIASES, slides=qwen2.slides, by_type=True),
-    gguf="qwen3",
+    gguf=GgufFamily("qwen3", readable=True),
 )

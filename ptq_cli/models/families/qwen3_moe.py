@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3
 from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
+from ptq_cli.models.gguf_family import GgufFamily
 
 EXPERTS = ExpertNames(
     router="mlp.gate",
@@ -11,6 +12,8 @@ EXPERTS = ExpertNames(
     inputs=("gate_proj", "up_proj"),
     output="down_proj",
 )
+
+EVERYWHERE = {"dense_blocks": [], "sparse_step": 1}  # every block has experts
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -26,4 +29,9 @@ FAMILY = Family(
     },
     folds=Folds(),
     forward=Forward(biases=qwen3.BIASES, slides=lambda config, index: True),
+    gguf=GgufFamily(
+        "qwen3moe",
+        assumed=lambda settings: {**EVERYWHERE, "norm_topk_prob": True},
+        sizes={"expert_feed_forward_length": "expert_size"},
+    ),
 )  # fmt: skip

@@ -4,12 +4,24 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Condition, Family, Folds, behind
+from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
     name="starcoder2",
     names=replace(llama.FAMILY.names, mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj"),
-    defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "norm_epsilon": 1e-5,
+        "use_bias": True,
+    },
+    keys={"norm_eps": "norm_epsilon"},
     folds=Folds(
         inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),
     ),
-)
+    gguf=GgufFamily(
+        "starcoder2",
+        layer_norms=True,
+        usual_heads=True,
+        activations=("gelu_pytorch_tanh", "gelu_new"),
+        assumed=lambda settings: {"use_bias": True},
+    ),
+)  # fmt: skip
