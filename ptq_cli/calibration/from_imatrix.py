@@ -151,10 +151,10 @@ def gguf_places(checkpoint: Checkpoint) -> dict[str, Place]:
     """
     specs = {n: s for n, s in checkpoint.specs.items() if is_float(s) and len(s.shape) == 2}
     if checkpoint.gguf is not None:
-        members = checkpoint.gguf.members()
+        view = checkpoint.gguf
         return {
-            name: Place(stored, number, len(names), specs[name].shape[1])
-            for stored, names in members.items()
+            name: Place(stored, number, len(names), view.tensors[name].spec.shape[-1])
+            for stored, names in view.members().items()
             for number, name in enumerate(names)
             if name in specs
         }

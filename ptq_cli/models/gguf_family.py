@@ -30,7 +30,8 @@ class GgufFamily:
     frequency_factors: a tensor may hold what each frequency is divided by (Llama 3, LongRoPE)
     own_head: the head has to be a tensor of its own (true), must be none (false), or may be (None)
     aliases: other beginnings of names inside a block, and the family's own for them
-    readable: config.json is made again of a file (formats/gguf/config.py)
+    model_class: the first of `architectures` in config.json where that is made again of a file
+        (models/gguf_config.py), a class of transformers; empty: it is not made
     dropped: ends of names of tensors that are no part of the file
     """
 
@@ -48,5 +49,5 @@ class GgufFamily:
     frequency_factors: bool = False
     own_head: bool | None = None
     aliases: tuple[tuple[str, str], ...] = ()
-    readable: bool = False
+    model_class: str = ""
     dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)  # computed anew by every loader

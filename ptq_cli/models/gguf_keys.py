@@ -19,7 +19,7 @@ from ptq_cli.models.forward.rope import KINDS, Rope, read_rope
 from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.gguf_names import GgufNames
 
-_SIZES = {
+SIZES = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
@@ -29,7 +29,7 @@ _SIZES = {
 _ASSUMED = {
     "use_windows": False, "use_bidirectional_attention": False, "local_rope_type": "default",
 }  # fmt: skip
-_NORM_EPS = {
+NORM_EPS = {
     True: "attention.layer_norm_epsilon", False: "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
 _SCALINGS = ("linear", "yarn")  # of every architecture; others divide frequencies by a tensor
@@ -44,9 +44,9 @@ def hyperparameters(names: GgufNames, config: Config) -> dict[str, Any]:
     """
     gguf, settings = names.gguf, gguf_settings(names.family, config)
     _check(gguf, settings)
-    keys: dict[str, Any] = {key: int(settings[own]) for key, own in _SIZES.items()}
+    keys: dict[str, Any] = {key: int(settings[own]) for key, own in SIZES.items()}
     keys |= _window(gguf, settings)
-    keys[_NORM_EPS[gguf.layer_norms]] = float(settings["norm_eps"])
+    keys[NORM_EPS[gguf.layer_norms]] = float(settings["norm_eps"])
     if names.family.names.experts is not None:
         keys["expert_count"] = int(settings["num_experts"])
         keys["expert_used_count"] = int(settings["num_experts_per_tok"])

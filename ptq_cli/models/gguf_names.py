@@ -80,7 +80,9 @@ class GgufNames:
 
     @property
     def model_type(self) -> str:
-        return self.family.name
+        """config.json's for a text model alone."""
+        kinds = self.family.model_types
+        return next((kind for kind in kinds if kind.endswith("_text")), kinds[0])
 
     def tensor_name(self, name: str) -> str:
         """The name in GGUF of a tensor in a checkpoint. Raises InputError where it has none."""
@@ -166,13 +168,15 @@ class GgufNames:
         name that is not known."""
         return self.checkpoint_names(name, (1,))[0].rpartition(".")[0]
 
-    def told_by_tensors(self, names: Collection[str], n_blocks: int) -> dict[str, bool]:
+    def told_by_tensors(
+        self, names: Collection[str], n_blocks: int, n_experts: int = 0
+    ) -> dict[str, bool]:
         """What config.json says of biases and of a tied head, by a checkpoint's names. Raises
         InputError where a weight is missing, or biases are that the family does not have."""
-        wanted = {
-            module.format(i): own for module, own in self.modules.items() for i in range(n_blocks)
-        }
-        head = next(module for module, own in self.modules.items() if own == "output")
+        experts = range(n_experts or 1)
+        numbers = [(block, expert) for block in range(n_blocks) for expert in experts]
+        wanted = dict.fromkeys(m.format(*n) for m in self.modules for n in numbers)
+        head = next((module for module, own in self.modules.items() if own == "output"), None)
         missing = [m for m in wanted if m != head and f"{m}.weight" not in names]
         if missing:
             name = self.tensor_name(f"{missing[0]}.weight")
@@ -192,7 +196,7 @@ class GgufNames:
         names, forward = self.family.names, self.family.forward
         own = {} if forward is None else forward.biases
         parts = {"qkv": names.qkv[0], "output": names.output, "mlp": names.mlp_out}
-        return {module: own.get(part, False) for part, module in parts.items()}
+        return {module: own.get(part, False) for part, module in parts.items() if module}
 
 
 def names_of_model(config: Mapping[str, Any]) -> GgufNames:
@@ -208,15 +212,16 @@ def names_of_model(config: Mapping[str, Any]) -> GgufNames:
     return replace(_names(family, family.gguf), towers=towers)
 
 
-def names_of_file(architecture: str) -> GgufNames:
-    """The names in a file of which a checkpoint is made again, by its `general.architecture`.
-    Raises InputError for another one."""
-    known = {f.gguf.architecture: f for f in FAMILIES if f.gguf and f.gguf.readable}
-    family = known.get(architecture)
-    if family is not None and family.gguf is not None:
-        return _names(family, family.gguf)
+def names_of_file(architecture: str, experts: bool = False) -> GgufNames:
+    """The names in a file of which a checkpoint is made again, by its `general.architecture` and
+    whether it says how many experts there are. Raises InputError for another one."""
+    known = [f for f in FAMILIES if f.gguf and f.gguf.model_class]
+    found = [f for f in known if f.gguf and f.gguf.architecture == architecture]
+    found.sort(key=lambda f: (f.names.experts is not None) != experts)
+    if found and found[0].gguf:
+        return _names(found[0], found[0].gguf)
     message = f"gguf: general.architecture {architecture!r} is not understood"
-    words = ", ".join(known)
+    words = ", ".join(sorted({f.gguf.architecture for f in known if f.gguf}))
     hint = f"known are {words}; every other one becomes GGUF again: --format gguf, no --tokens"
     raise InputError(message, hint=hint)
 

@@ -140,9 +140,11 @@ def _shapes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, tuple
         members.setdefault(own, []).append(name)
     shapes = {}
     family = family_of(checkpoint.config)
-    transposed = family is not None and family.transposed and checkpoint.gguf is None
+    view = checkpoint.gguf
+    transposed = family is not None and family.transposed and view is None
+    held = checkpoint.tensors if view is None else view.tensors
     for own, stored in members.items():
-        shape = checkpoint.tensors[stored[0]].spec.shape
+        shape = held[stored[0]].spec.shape
         if transposed and own.startswith("blk."):
             shape = shape[::-1]  # [in_features, out_features]
         shapes[own] = (len(stored), *shape) if len(stored) > 1 else shape

@@ -14,17 +14,17 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.names import fold_names
-from ptq_cli.core.tensors import Array
+from ptq_cli.core.tensors import FLOAT_DTYPES
 from ptq_cli.errors import InputError
 from ptq_cli.formats import fused
-from ptq_cli.formats.gguf import block_type, permute_rows
+from ptq_cli.formats.gguf import block_type
 from ptq_cli.formats.gguf.metadata import FILE_TYPES
+from ptq_cli.models.gguf_names import Placing
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.gguf_file import SPLIT_KEYS, GgufTensor
+from ptq_cli.storage.gguf_placing import cast, placed
 from ptq_cli.storage.gguf_view import GgufView, scaled_away
 from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
@@ -52,17 +52,6 @@ def check_copied(view: GgufView, layers: Sequence[Layer]) -> None:
                 f"tensor {stored!r} holds {len(names)} experts, which must have one type:"
                 f" {', '.join(sorted(found))} ({fold_names(odd)})"
             )
-
-
-def cast(name: str, values: Array, kind: str) -> Array:
-    """A dense tensor in another type. Raises InputError where a value does not fit."""
-    with np.errstate(over="ignore"):
-        result: Array = values.astype(NUMPY_DTYPES[kind])
-    if not np.isfinite(result).all():
-        raise InputError(
-            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
-        )
-    return result
 
 
 def copied_keys(
@@ -99,30 +88,30 @@ def copied_tensors(
         names = members.get(stored.spec.name, [])
         if stored.spec.name in dropped:
             continue
-        heads = view.heads.get(names[0]) if names else None
+        placing = view.placing(names[0]) if names else Placing()
         if anew.keys() & names:
             own = [anew[name] for name in names]
             kind = kinds.get(names[0], own[0].spec.dtype)
             nbytes = sum(tensor.spec.nbytes for tensor in own)
             tensors.append(Outgoing(replace(stored.spec, dtype=kind), nbytes))
-            data.append(partial(_in_order, own, heads))
+            data.append(partial(_in_order, own, placing))
         elif names and stored_as.get(names[0], stored.spec.dtype) != stored.spec.dtype:
             spec = replace(stored.spec, dtype=stored_as[names[0]])
             tensors.append(Outgoing(spec, spec.nbytes))
-            data.append(partial(_cast, source, names, spec.dtype, heads))
+            data.append(partial(_cast, source, names, spec.dtype, placing))
         else:
             tensors.append(Outgoing(stored.spec, stored.nbytes))
             data.append(partial(_where_it_lies, stored))
     return tensors, data
 
 
-def _cast(source: Checkpoint, names: Sequence[str], kind: str, heads: int | None) -> Data:
-    """Dense tensors in another type, in the order of the file."""
+def _cast(source: Checkpoint, names: Sequence[str], kind: str, placing: Placing) -> Data:
+    """Dense tensors in another type, as they stand in the file."""
     parts = []
     for name in names:
         shape = source.specs[name].shape
-        values = cast(name, source.matrix(name, (prod(shape[:-1]), shape[-1])), kind)
-        parts.append(values if heads is None else permute_rows(values, heads))
+        values = source.matrix(name, (prod(shape[:-1]), shape[-1])).reshape(shape)
+        parts.append(cast(name, placed(values, placing), kind))
     return parts
 
 
@@ -130,10 +119,11 @@ def _where_it_lies(tensor: GgufTensor) -> GgufTensor:
     return tensor
 
 
-def _in_order(tensors: Sequence[Bytes], heads: int | None) -> Data:
-    """The rows of each in the order of the file."""
-    if heads is None:
+def _in_order(tensors: Sequence[Bytes], placing: Placing) -> Data:
+    """Each as it stands in the file; packed rows are those of the transposed matrix already."""
+    if not placing.changes:
         return [tensor.data for tensor in tensors]
     (only,) = tensors
     values = only.data.view(NUMPY_DTYPES[only.spec.dtype]).reshape(only.spec.shape)
-    return permute_rows(values, heads)
+    is_float = only.spec.dtype in FLOAT_DTYPES
+    return placed(values, placing if is_float else Placing(placing.heads))

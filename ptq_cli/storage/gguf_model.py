@@ -30,10 +30,11 @@ from ptq_cli.models.gguf_names import Placing, names_of_model
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.files import listing, named, read_into
-from ptq_cli.storage.gguf_copy import cast, check_copied, copied_keys, copied_tensors, file_type
+from ptq_cli.storage.gguf_copy import check_copied, copied_keys, copied_tensors, file_type
 from ptq_cli.storage.gguf_file import ALIGNMENT, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.gguf_placing import (
     Parts,
+    cast,
     check_stacks,
     dense_type,
     made_tensors,

@@ -24,7 +24,6 @@ from ptq_cli.models.gguf_keys import frequency_factors
 from ptq_cli.models.gguf_names import GgufNames, Placing, is_stack, names_of_model
 from ptq_cli.numerics.scales import LEAST_SCALES, SCALE_LIMITS
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.gguf_copy import cast
 from ptq_cli.storage.gguf_write import Data, Outgoing
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes
 
@@ -47,6 +46,17 @@ def unplaced(values: Array, placing: Placing) -> Array:
     if placing.plus_one:
         values = values - np.float32(1)
     return values.T if placing.transposed else values
+
+
+def cast(name: str, values: Array, kind: str) -> Array:
+    """A dense tensor in another type. Raises InputError where a value does not fit."""
+    with np.errstate(over="ignore"):
+        result: Array = values.astype(NUMPY_DTYPES[kind])
+    if not np.isfinite(result).all():
+        raise InputError(
+            f"tensor {name!r} holds values that {kind} cannot", hint=f"--include {name}"
+        )
+    return result
 
 
 def check_stacks(names: GgufNames, kinds: Mapping[str, str]) -> None:

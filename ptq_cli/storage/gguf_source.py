@@ -21,31 +21,32 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.tensors import FLOAT_DTYPES, Array, FloatArray, TensorSpec
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf import unpermute_rows
-from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
 from ptq_cli.formats.gguf.types import TYPES, BlockType
 from ptq_cli.formats.gguf.unpack import check_blocks, unpack
+from ptq_cli.models.gguf_config import model_config
+from ptq_cli.models.gguf_names import FREQUENCY_FACTORS, Placing, is_stack
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gguf_file import GgufTensor, read_gguf_header
+from ptq_cli.storage.gguf_placing import unplaced
 from ptq_cli.storage.gguf_view import GgufView, view_by_family, view_of
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 
 SEEN_AS = "BF16"  # quantized tensors
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufPlace:
     """How a tensor lies in the file that is seen otherwise.
 
-    heads: its rows are reordered inside each of so many; scale: what its values are multiplied by
+    scale: what its values are multiplied by
     """
 
     tensor: GgufTensor
-    heads: int | None = None
+    placing: Placing = field(default_factory=Placing)
     scale: GgufTensor | None = None
 
     @property
@@ -122,25 +123,29 @@ class GgufSource(Checkpoint):
         kind, data = TYPES[place.tensor.spec.dtype], self._in_order(place)
         with stated_in(place.tensor.file):
             check_blocks(kind, name, data)
-        return _Rows(data, kind, scale[0])
+        rows = _Rows(data, kind, scale[0])
+        return rows[:].T if place.placing.transposed else rows
 
     def _in_order(self, place: GgufPlace) -> NDArray[np.uint8]:
         """Bytes of the file, [rows, bytes of a row], in the order that is seen."""
         data = np.empty(place.tensor.nbytes, np.uint8)
         read_into(place.tensor.file, place.tensor.offset, data)
         shape = place.tensor.spec.shape
-        if place.heads is None:
+        if place.placing.heads is None:
             return data.reshape(prod(shape[:-1]), -1)
-        return unpermute_rows(data.reshape(shape[0], -1), place.heads)
+        return unpermute_rows(data.reshape(shape[0], -1), place.placing.heads)
 
     def read(self, name: str) -> Array:
         place, spec = self.places.get(name), self.tensors[name].spec
         if place is None:
             return super().read(name)
         if not place.packed:
-            return self._in_order(place).view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
-        matrix = self.rows(name, (prod(spec.shape[:-1]), spec.shape[-1]))[:]
-        return matrix.astype(NUMPY_DTYPES[SEEN_AS]).reshape(spec.shape)
+            stored = place.tensor.spec
+            values = self._in_order(place).view(NUMPY_DTYPES[stored.dtype]).reshape(stored.shape)
+            return np.ascontiguousarray(unplaced(values, replace(place.placing, heads=None)))
+        matrix = self.rows(name, (prod(spec.shape[:-1]), spec.shape[-1]))[:].reshape(spec.shape)
+        values = matrix - np.float32(1) if place.placing.plus_one else matrix
+        return values.astype(NUMPY_DTYPES[spec.dtype])
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         if name not in self.places:
@@ -197,19 +202,15 @@ def open_gguf_source(
 
 def _tensors(view: GgufView) -> dict[str, StoredTensor]:
     """The tensors as they are seen, experts as parts of the tensor of all."""
-    whole = {
-        tensor.spec.name: StoredTensor(_seen(tensor.spec.name, tensor), tensor.file, tensor.offset)
-        for tensor in view.header.tensors
-    }
-    return {
-        name: StoredTensor(
-            _seen(name, tensor),
-            tensor.file,
-            tensor.offset,
-            part_of=whole[tensor.spec.name] if _is_part(tensor, whole[tensor.spec.name]) else None,
-        )
-        for name, tensor in view.tensors.items()
-    }
+    whole = {t.spec.name: t for t in view.header.tensors}
+    seen = {}
+    for name, tensor in view.tensors.items():
+        of = whole[tensor.spec.name]
+        stack = StoredTensor(_seen(of.spec.name, of, Placing()), of.file, of.offset)
+        spec = _seen(name, tensor, view.placing(name))
+        part_of = stack if _is_part(tensor, stack) else None
+        seen[name] = StoredTensor(spec, tensor.file, tensor.offset, part_of=part_of)
+    return seen
 
 
 def _is_part(tensor: GgufTensor, whole: StoredTensor) -> bool:
@@ -230,33 +231,48 @@ def _settings(view: GgufView, any_architecture: bool) -> dict[str, Any]:
 
 
 def _config(view: GgufView) -> dict[str, Any]:
-    factors: FloatArray | None = None
-    for tensor in view.header.tensors:
-        if tensor.spec.name == _ROPE_FACTORS and tensor.spec.dtype == "F32":
-            factors = np.empty(tensor.spec.shape, np.float32)
-            read_into(tensor.file, tensor.offset, factors.reshape(-1).view(np.uint8))
     found = view.tensors
     sizes = [t.spec.shape[0] for t in found.values() if t.spec.name == "token_embd.weight"]
     if not sizes:
         raise InputError("tensor 'token_embd.weight' is missing")
     assert view.names is not None
-    settings = model_config(view.header.metadata, view.names.model_type, sizes[0], factors)
-    blocks = settings["num_hidden_layers"]
-    if blocks > len(found):  # told before so many names are made
-        raise InputError(f"block_count is {blocks}, but there are {len(found)} tensors")
-    return settings | view.names.told_by_tensors(found, blocks)
+    factors = _frequency_factors(view)
+    settings = model_config(view.names, view.header.metadata, sizes[0], factors)
+    family = view.names.family.settings(settings)
+    blocks, experts = family["num_hidden_layers"], family.get("num_experts") or 0
+    for key, count, parts in (("block_count", blocks, 1), ("expert_count", experts, blocks)):
+        if count * parts > len(found):  # told before so many names are made
+            raise InputError(f"{key} is {count}, but there are {len(found)} tensors")
+    for tensor in view.header.tensors:
+        if is_stack(tensor.spec.name) and tensor.spec.shape[0] != experts:
+            stated = f"tensor {tensor.spec.name!r} {list(tensor.spec.shape)}"
+            raise InputError(f"{stated} does not hold {experts} experts")
+    return settings | view.names.told_by_tensors(found, blocks, experts)
+
+
+def _frequency_factors(view: GgufView) -> dict[str, FloatArray]:
+    found = {}
+    for tensor in view.header.tensors:
+        if tensor.spec.name in FREQUENCY_FACTORS and tensor.spec.dtype == "F32":
+            values = np.empty(tensor.spec.shape, np.float32)
+            read_into(tensor.file, tensor.offset, values.reshape(-1).view(np.uint8))
+            found[tensor.spec.name] = values
+    return found
 
 
 def _places(view: GgufView) -> dict[str, GgufPlace]:
-    """Of tensors that are quantized or reordered. Raises InputError for what cannot be decoded."""
+    """Of tensors that stand otherwise in the file. Raises InputError for what cannot be decoded."""
     places = {}
     for name, tensor in view.tensors.items():
-        place = GgufPlace(tensor, view.heads.get(name), view.scale_of(name))
-        if place.packed or place.heads is not None:
+        place = GgufPlace(tensor, view.placing(name), view.scale_of(name))
+        if place.packed or place.placing.changes:
             places[name] = place
     return places
 
 
-def _seen(name: str, tensor: GgufTensor) -> TensorSpec:
-    dtype = tensor.spec.dtype
-    return replace(tensor.spec, name=name, dtype=dtype if dtype in FLOAT_DTYPES else SEEN_AS)
+def _seen(name: str, tensor: GgufTensor, placing: Placing) -> TensorSpec:
+    dtype = tensor.spec.dtype if tensor.spec.dtype in FLOAT_DTYPES else SEEN_AS
+    if placing.plus_one:
+        dtype = "F32"  # gain − 1 has more digits
+    shape = tensor.spec.shape[::-1] if placing.transposed else tensor.spec.shape
+    return TensorSpec(name, dtype, shape)

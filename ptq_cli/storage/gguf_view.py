@@ -36,11 +36,9 @@ class GgufView:
     tensors: Mapping[str, GgufTensor]
     placings: Mapping[str, Placing] = field(default_factory=dict)
 
-    @property
-    def heads(self) -> dict[str, int]:
-        """Of the tensors whose rows the file orders otherwise in each head, how many."""
-        found = ((name, placing.heads) for name, placing in self.placings.items())
-        return {name: heads for name, heads in found if heads is not None}
+    def placing(self, name: str) -> Placing:
+        """How a tensor stands in the file."""
+        return self.placings.get(name, Placing())
 
     def members(self) -> dict[str, list[str]]:
         """Each tensor of the file → its own name in the checkpoint, or that of each expert."""
@@ -88,7 +86,9 @@ class GgufView:
 def view_by_family(header: GgufHeader) -> GgufView:
     """By the names of the architecture's family. Raises InputError where it is not known, or a
     tensor is not understood."""
-    return view_by_names(header, names_of_file(str(header.metadata.get(ARCHITECTURE))))
+    architecture = str(header.metadata.get(ARCHITECTURE))
+    experts = header.metadata.get(f"{architecture}.expert_count", 0) != 0
+    return view_by_names(header, names_of_file(architecture, experts))
 
 
 def view_by_names(header: GgufHeader, names: GgufNames) -> GgufView:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError
-from ptq_cli.formats.gguf.config import model_config
 from ptq_cli.formats.gguf.metadata import SPLITS, model_metadata, tokenizer_metadata
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
+from ptq_cli.models.gguf_config import model_config
 from ptq_cli.models.gguf_keys import hyperparameters
-from ptq_cli.models.gguf_names import names_of_model
+from ptq_cli.models.gguf_names import names_of_file, names_of_model
 
 SAMPLE = Path(__file__).parent.parent.parent / "sample_data"
 CONFIG = json.loads((SAMPLE / "config.json").read_text())
@@ -31,7 +31,8 @@ def float32(value: Any) -> Any:
 
 def read_back(**change: Any) -> dict[str, Any]:
     metadata = {key: float32(value) for key, value in {**METADATA, **change}.items()}
-    return model_config({k: v for k, v in metadata.items() if v is not None}, "llama", 2048)
+    stated = {key: value for key, value in metadata.items() if value is not None}
+    return model_config(names_of_file("llama"), stated, 2048, {})
 
 
 def test_config_comes_back() -> None:
@@ -68,11 +69,13 @@ def test_special_tokens() -> None:
     ("attention.head_count_kv", [2, 4], r"head_count_kv is \[2, 4\], not a whole"),
     ("attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon is missing"),
     ("rope.freq_base", float("nan"), "rope.freq_base is nan, not a positive"),
-    ("attention.value_length", 16, "value_length is 16, but heads have 32 channels"),
-    ("rope.dimension_count", 8, "dimension_count is 8, but heads have 32 channels"),
+    ("attention.value_length", 16, "value_length is 16, which is not covered: .* has 32 there"),
+    ("rope.dimension_count", 8, "dimension_count is 8, which is not covered: a llama has 32 there"),
     ("expert_count", 8, "llama.expert_count is 8, which is not covered"),
-    ("rope.scaling.type", "yarn", "rope.scaling.type is 'yarn', which is not covered"),
-    ("attention.sliding_window", 4096, "sliding_window is 4096, which is not covered"),
+    ("rope.scaling.type", "yarn", "rope.scaling.factor is missing"),
+    ("rope.scaling.type", "ntk", "rope.scaling.type is 'ntk', which is not covered"),
+    ("attention.sliding_window", 256, "sliding_window is 256, which is not covered"),
+    ("attn_logit_softcapping", 30.0, "attn_logit_softcapping is 30.0, which is not covered"),
 ])  # fmt: skip
 def test_what_is_not_understood_is_refused(key: str, value: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
@@ -97,15 +100,16 @@ def test_llama_3s_frequencies(factor: float) -> None:
     factors = np.array(values, np.float32)
     sizes = {"llama.attention.key_length": 128, "llama.attention.value_length": 128}
     metadata = {**METADATA, **sizes, "llama.rope.dimension_count": 128}
-    assert model_config(metadata, "llama", 8, factors)["rope_scaling"] == {
+    names, tensors = names_of_file("llama"), {"rope_freqs.weight": factors}
+    assert model_config(names, metadata, 8, tensors)["rope_scaling"] == {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     factors[40] *= np.float32(1.01)
     with pytest.raises(InputError, match=r"rope_freqs.weight' does not hold the factors"):
-        model_config(metadata, "llama", 8, factors)
+        model_config(names, metadata, 8, tensors)
     with pytest.raises(InputError, match=r"rope_freqs.weight' does not hold the factors"):
-        model_config(metadata, "llama", 8, factors[:4])
+        model_config(names, metadata, 8, {"rope_freqs.weight": factors[:4]})
 
 
 def documents(tokenizer: Any, settings: Any, **change: Any) -> dict[str, Any]:

@@ -67,5 +67,6 @@ FAMILY = Family(
             "final_logit_softcapping": "logit_softcap",
         },
         window_period=2,
+        model_class="Gemma2ForCausalLM",
     ),
 )  # fmt: skip

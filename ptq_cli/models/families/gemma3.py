@@ -35,5 +35,6 @@ FAMILY = replace(
         },
         factors={"rope.freq_base_swa": "local_rope_theta"},
         window_period=6,
+        model_class="Gemma3ForCausalLM",
     ),
 )  # fmt: skip

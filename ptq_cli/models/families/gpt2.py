@@ -46,5 +46,6 @@ FAMILY = Family(
             "num_key_value_heads": settings["num_attention_heads"],
         },
         dropped=(".attn.bias", ".attn.masked_bias"),
+        model_class="GPT2LMHeadModel",
     ),
 )  # fmt: skip

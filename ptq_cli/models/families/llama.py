@@ -21,6 +21,7 @@ FAMILY = Family(
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
     ),
     gguf=GgufFamily(
-        "llama", permuted=True, biases=True, frequency_factors=True, readable=True
+        "llama", permuted=True, biases=True, frequency_factors=True,
+        model_class="LlamaForCausalLM",
     ),
 )  # fmt: skip

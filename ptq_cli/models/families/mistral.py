@@ -14,5 +14,5 @@ FAMILY = Family(
     },
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
-    gguf=GgufFamily("llama", permuted=True),
+    gguf=GgufFamily("llama", permuted=True),  # read again as a Llama
 )

@@ -33,5 +33,6 @@ FAMILY = Family(
         permuted=True,
         assumed=lambda settings: {"norm_topk_prob": True},
         aliases=(("mlp.", "block_sparse_moe."),),
+        model_class="MixtralForCausalLM",
     ),
 )  # fmt: skip

@@ -18,5 +18,8 @@ FAMILY = Family(
     },
     folds=Folds(values="q k v", inner="second half"),
     forward=Forward(partly=True, slides=lambda config, index: True),
-    gguf=GgufFamily("phi3", usual_heads=True, partly_rotary=True, frequency_factors=True),
+    gguf=GgufFamily(
+        "phi3", usual_heads=True, partly_rotary=True, frequency_factors=True,
+        model_class="Phi3ForCausalLM",
+    ),
 )  # fmt: skip

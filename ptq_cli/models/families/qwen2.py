@@ -25,5 +25,5 @@ FAMILY = Family(
     keys={"use_windows": "use_sliding_window"},
     folds=Folds(),
     forward=Forward(biases={"qkv": True}, slides=slides, by_type=True),
-    gguf=GgufFamily("qwen2", usual_heads=True, readable=True),
+    gguf=GgufFamily("qwen2", usual_heads=True, model_class="Qwen2ForCausalLM"),
 )  # fmt: skip

@@ -16,5 +16,5 @@ FAMILY = Family(
     keys=qwen2.FAMILY.keys,
     folds=Folds(),
     forward=Forward(biases=BIASES, slides=qwen2.slides, by_type=True),
-    gguf=GgufFamily("qwen3", readable=True),
+    gguf=GgufFamily("qwen3", model_class="Qwen3ForCausalLM"),
 )

@@ -33,5 +33,6 @@ FAMILY = Family(
         "qwen3moe",
         assumed=lambda settings: {**EVERYWHERE, "norm_topk_prob": True},
         sizes={"expert_feed_forward_length": "expert_size"},
+        model_class="Qwen3MoeForCausalLM",
     ),
 )  # fmt: skip
