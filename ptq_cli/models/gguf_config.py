@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
+from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import USUAL_KEYS, Family
 from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.gguf_keys import NORM_EPS, SIZES, gguf_settings, hyperparameters, rope_of
@@ -22,10 +23,9 @@ from ptq_cli.models.gguf_names import GgufNames
 
 _PLAIN = {  # what changes nothing, where config.json has no word for it
     "expert_count": 0, "rope.scaling.type": "none", "attention.causal": True,
-    "attention.scale": 0.0, "logit_scale": 0.0, "residual_scale": 0.0, "embedding_scale": 0.0,
-    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0, "rope.scaling.yarn_beta_fast": 32.0,
-    "rope.scaling.yarn_beta_slow": 1.0,
+    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
+    "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+    **{key: 0.0 for family in FAMILIES if family.gguf for key in family.gguf.factors},
 }  # fmt: skip
 _HEADS = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}

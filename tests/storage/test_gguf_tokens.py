@@ -11,18 +11,24 @@ import numpy as np
 import pytest
 
 from ptq_cli.calibration.from_tokens import model_architecture
+from ptq_cli.errors import InputError
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
+from ptq_cli.models.gguf_config import model_config
 from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
-from ptq_cli.models.gguf_names import names_of_model
+from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_source import open_gguf_source
 from tests.builders import ptq, write_model
+from tests.refusals import refused
+from tests.storage.gguf_files import tensors as llama_tensors
+from tests.storage.gguf_files import write_gguf_file
 
+gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("here")
 
 SIZES = {
@@ -85,7 +91,9 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
             found[f"{module.name}.bias"] = rng.standard_normal(rows) / 10
 
     def norm(own: Any, size: int) -> None:
-        found[f"{own.name}.weight"] = 1 - own.offset + rng.standard_normal(size) / 10
+        gain = 1 + rng.standard_normal(size) / 10
+        gain[:2] *= 6
+        found[f"{own.name}.weight"] = gain - own.offset
         if own.centred:
             found[f"{own.name}.bias"] = rng.standard_normal(size) / 10
 
@@ -160,10 +168,25 @@ def test_the_file_computes_what_the_folder_does(kind: str) -> None:
         assert opened.read_bytes(name).tobytes() == opened.read(name).tobytes()
 
 
+def read_back(kind: str, **change: Any) -> dict[str, Any]:
+    """config.json by the key-values that one was turned into. change: keys behind the
+    architecture's name, None for one that is left out"""
+    config = config_of(kind)
+    names = names_of_model(config)
+    keys = {**hyperparameters(names, config), **change}
+    stated = {
+        f"{names.architecture}.{key}": float(np.float32(x)) if isinstance(x, float) else x
+        for key, x in keys.items()
+        if x is not None
+    }
+    metadata = {"general.architecture": names.architecture, **stated}
+    own = names_of_file(names.architecture, "expert_count" in keys)
+    return model_config(own, metadata, 48, frequency_factors(names, config))
+
+
 @KIND
 def test_key_values_come_back(kind: str) -> None:
-    written(kind)
-    config, found = config_of(kind), dict(open_gguf_source(Path("out/model.gguf")).config)
+    config, found = config_of(kind), read_back(kind)
     names, again = names_of_model(config), names_of_model(found)
     assert names.architecture == again.architecture
     made, keys = hyperparameters(again, found), hyperparameters(names, config)
@@ -176,6 +199,55 @@ def test_key_values_come_back(kind: str) -> None:
     assert not factors
 
 
+@pytest.mark.parametrize(("kind", "change", "words"), [
+    ("gemma3", {"final_logit_softcapping": 30.0}, "softcapping is 30.0, which is not covered"),
+    ("gemma2", {"attention.sliding_window": None}, "attention.sliding_window is missing"),
+    ("gemma2", {"rope.scaling.type": "ntk"}, "gemma2.rope.scaling.type is 'ntk', which is not"),
+    ("phi3", {"attention.sliding_window": 32}, "phi3.attention.sliding_window is 32"),
+    ("phi3", {"rope.dimension_count": 8}, "'rope_factors_long.weight' does not hold 4 positive"),
+    ("qwen3_moe", {"expert_feed_forward_length": None}, "expert_feed_forward_length is missing"),
+    ("mixtral", {"expert_used_count": 0}, "llama.expert_used_count is 0, not a whole number"),
+    ("gpt2", {"attention.head_count_kv": 2}, "head_count_kv is 2, which is not covered: a gpt2"),
+    ("qwen2", {"rope.scaling.factor": None}, "qwen2.rope.scaling.factor is missing"),
+    ("qwen2", {"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast is 16.0, which is not"),
+    ("llama", {"rope.freq_base_swa": 1e4}, "rope.freq_base_swa is 10000.0, which is not covered"),
+])  # fmt: skip
+def test_what_has_no_way_back_is_refused(kind: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        read_back(kind, **change)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(("kind", "change", "wanted"), [
+    ("phi3", {"attention.sliding_window": 64}, {"sliding_window": None}),  # hides nothing
+    ("phi3", {"rope.scaling.type": None}, {"original_max_position_embeddings": 32}),
+    ("gemma3", {"rope.freq_base_swa": None}, {"rope_local_base_freq": 10000.0}),
+    ("gemma2", {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 50.0}),
+    ("mixtral", {}, {"model_type": "mixtral", "num_local_experts": 3}),
+    ("mistral", {}, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+    ("gemma3", {}, {"model_type": "gemma3_text", "query_pre_attn_scalar": 16}),
+    ("qwen3_moe", {}, {"norm_topk_prob": True, "moe_intermediate_size": 64}),
+    ("gpt2", {}, {"n_embd": 64, "n_inner": 256, "activation_function": "gelu_new"}),
+])  # fmt: skip
+def test_words_of_config_json(kind: str, change: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found = read_back(kind, **change)
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"expert_count": 2**31}, "expert_count is 2147483648, but there are 15 tensors"),
+    ({"expert_count": 5}, "'blk.0.ffn_up_exps.weight' [2, 32, 512] does not hold 5 experts"),
+])  # fmt: skip
+def test_experts_are_as_many_as_the_file_says(change: dict[str, Any], words: str) -> None:
+    arrays = llama_tensors()
+    for own in ("up", "gate", "down"):
+        weight = arrays.pop(f"blk.0.ffn_{own}.weight")
+        arrays[f"blk.0.ffn_{own}_exps.weight"] = np.stack([weight, weight])
+    arrays["blk.0.ffn_gate_inp.weight"] = np.ones((2, 512), np.float32)
+    write_gguf_file(Path("m.gguf"), arrays, expert_used_count=1, **change)
+    refused("rtn", "m.gguf", words=("m.gguf", words))
+
+
 def test_every_family_with_a_forward_is_there() -> None:
     assert MODELS.keys() == {f.name for f in FAMILIES if f.forward and f.gguf}
 
@@ -183,7 +255,7 @@ def test_every_family_with_a_forward_is_there() -> None:
 TOKENS_GIVEN = ("--tokens", "tokens.npy", "--nsamples", 2, "--seq-len", 40)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma2", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2", "gpt2"])
 def test_gptq_with_tokens(kind: str) -> None:
     written(kind)
     np.save("tokens.npy", TOKENS.astype(np.int32))
@@ -204,15 +276,11 @@ def test_gptq_with_tokens(kind: str) -> None:
 def test_norms_that_take_factors_stand_in_the_file_as_before(kind: str) -> None:
     written(kind)
     np.save("tokens.npy", TOKENS.astype(np.int32))
-    options = ("-b", 8, "-g", 32, "--format", "gguf", *TOKENS_GIVEN)
-    outcome = ptq("awq", "out/model.gguf", *options, "-o", "y.gguf")
+    options = ("-b", 4, "-g", 32, "--format", "gguf", *TOKENS_GIVEN)
+    outcome = ptq("awq", "out/model.gguf", *options, "-o", "y")
     assert outcome.code == 0, outcome.err
-    before, after = scores_of("out/model.gguf"), scores_of("y.gguf")
-    assert np.abs(after - before).mean() < 0.05 * before.std()
-    first = next(
-        name
-        for name in open_gguf_source(Path("y.gguf")).specs
-        if "input_l" in name or "ln_1.w" in name
-    )
-    old, new = (open_gguf_source(Path(f)).read(first) for f in ("out/model.gguf", "y.gguf"))
-    assert not np.array_equal(old, new)
+    before, after = scores_of("out/model.gguf"), scores_of("y/model.gguf")
+    assert np.abs(after - before).mean() < 0.5 * before.std()
+    old, new = (open_gguf_source(Path(f"{folder}/model.gguf")) for folder in ("out", "y"))
+    norms = [name for name in new.specs if name.endswith(("input_layernorm.weight", "ln_1.weight"))]
+    assert not all(np.array_equal(old.read(norm), new.read(norm)) for norm in norms)
