@@ -6,7 +6,9 @@ Experts that no token reaches have the statistics of all experts of their tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +19,10 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.source import Parts, Source, only_entry
 from ptq_cli.core.names import first_and_others
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
-from ptq_cli.core.tensors import TensorSpec, is_float
+from ptq_cli.core.tensors import is_float
 from ptq_cli.errors import InputError
-from ptq_cli.models.gguf_names import GgufNames, names_of_model
+from ptq_cli.models.family import text_config
+from ptq_cli.models.gguf_names import names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.digest import Digest
 from ptq_cli.storage.imatrix import Importance, digest_of_file, read_imatrix
@@ -98,15 +101,17 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     entries, used, wrong = {}, set(), {}
     found = read_imatrix(path)
     sites = {}
-    for name, (stored, number, of) in gguf_places(checkpoint).items():
-        spec, importance = checkpoint.tensors[name].spec, found.get(stored)
+    places = gguf_places(checkpoint)
+    widths = _input_widths(checkpoint, places)
+    for name, (stored, number, of) in places.items():
+        importance = found.get(stored)
         if importance is None:
             continue
-        module, width = name.removesuffix(".weight"), spec.shape[1]
+        module, width = name.removesuffix(".weight"), widths[name]
         used.add(stored)
         fits = importance.n_values == of * width and len(importance.counts) in (1, of)
         if not fits:
-            wrong[module] = _misfit(path, stored, importance, spec, of)
+            wrong[module] = _misfit(f"{path}: {stored}", importance, name, width, of)
             continue
         entries[module] = Entry(importance, number, of)
         n_tokens = entries[module].own_tokens
@@ -128,11 +133,10 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     )  # fmt: skip
 
 
-def _misfit(path: Path, name: str, importance: Importance, spec: TensorSpec, of: int) -> str:
+def _misfit(entry: str, importance: Importance, name: str, width: int, of: int) -> str:
     """Why an entry is not of this tensor."""
-    values, width = importance.n_values, spec.shape[1]
     whole = f"{of} experts of {width}" if of > 1 else f"{width} columns"
-    return f"{path}: {name}: {values} values for tensor {spec.name!r}, which has {whole}"
+    return f"{entry}: {importance.n_values} values for tensor {name!r}, which has {whole}"
 
 
 def gguf_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int, int]]:
@@ -151,13 +155,19 @@ def gguf_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int, int]]:
             for number, name in enumerate(names)
             if name in matrices
         }
-    names = names_of_model(checkpoint.config)
-    found = {name: _name_in_gguf(names, name) for name in matrices}
-    return {name: (stored, 0, 1) for name, stored in found.items() if stored is not None}
+    names, found = names_of_model(checkpoint.config), {}
+    for name in matrices:
+        with suppress(InputError):  # it is no part of the file
+            found[name] = (names.tensor_name(name), names.expert(name) or 0)
+    of = Counter(stored for stored, _ in found.values())
+    return {name: (stored, number, of[stored]) for name, (stored, number) in found.items()}
 
 
-def _name_in_gguf(names: GgufNames, name: str) -> str | None:
-    try:
-        return names.tensor_name(name)
-    except InputError:
-        return None
+def _input_widths(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
+    """How many values go into each matrix, which GPT-2 stores transposed."""
+    turned = set()
+    if checkpoint.gguf is None:
+        own, config = names_of_model(checkpoint.config), text_config(checkpoint.config)
+        turned = {name for name in names if own.placing(name, config).transposed}
+    shapes = {name: checkpoint.tensors[name].spec.shape for name in names}
+    return {name: shape[0 if name in turned else 1] for name, shape in shapes.items()}

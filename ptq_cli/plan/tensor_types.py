@@ -34,7 +34,7 @@ from ptq_cli.plan.mixes import (
     mix_types,
     role_of,
 )
-from ptq_cli.plan.name_patterns import matches, patterns
+from ptq_cli.plan.name_patterns import matches, pattern_of
 from ptq_cli.storage.checkpoint import Checkpoint
 
 HOLDING = ("gguf", "ptq")  # formats that hold every type
@@ -200,7 +200,7 @@ def _asked(
             raise InputError(f"--tensor-type {text!r}: not REGEX=TYPE", hint="ffn_down=Q6_K")
         said.append((f"--tensor-type {text}", word, kind))
     for where, word, kind in said:
-        (pattern,) = patterns(where, [word], checkpoint, names)
+        pattern = pattern_of(where, word, checkpoint, names)
         found = [name for name in types if matches(pattern, checkpoint.tensors[name], names)]
         if not found:
             raise InputError(f"{where}: matches no tensor that a type could be given")

@@ -16,7 +16,8 @@ from ptq_cli.calibration.from_imatrix import imatrix_source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.gguf_source import open_gguf_source
-from tests.builders import SAMPLE, half_sample, ptq
+from tests.builders import SAMPLE, half_sample, ptq, random_weight
+from tests.cli.tiny_folders import WIDE, mixtral, model_folder
 from tests.refusals import refused
 from tests.storage.gguf_files import EXPERTS, WIDTH, tensors, write_gguf_file, write_unknown_gguf
 
@@ -238,3 +239,29 @@ def test_written_again() -> None:
     assert Path("i.gguf").read_bytes() == before
     Path("i.gguf").write_bytes(b"mine")
     refused(*words, words=("i.gguf: exists already",))
+
+
+def test_experts_of_a_model_folder_are_one_entry() -> None:
+    model = mixtral(Path("m"))
+    np.save("tokens.npy", np.arange(256, dtype=np.int32).reshape(8, 32) % 96)
+    words = ("--tokens", "tokens.npy", "-o", "s.safetensors", "--imatrix-out", "i.gguf")
+    assert ptq("calibrate", model, *words).code == 0
+    statistics, source = (
+        open_calibration(Path("s.safetensors")),
+        imatrix_source(open_checkpoint(model), Path("i.gguf")),
+    )
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader("i.gguf").tensors}
+    assert found["blk.0.ffn_down_exps.weight.in_sum2"].shape == (2, WIDE)
+    assert found["blk.0.ffn_gate_exps.weight.counts"].shape == (2, 1)
+    for expert in range(2):
+        site = f"model.layers.0.block_sparse_moe.experts.{expert}.w2"
+        wanted = statistics.load(site).hessian.diagonal()
+        np.testing.assert_allclose(source.load(site).hessian.diagonal(), wanted, rtol=1e-5)
+
+
+def test_a_transposed_matrix_has_the_width_of_its_inputs() -> None:
+    tensors = {"h.0.attn.c_attn.weight": random_weight(64, 192)}
+    model = model_folder(Path("m"), "gpt2", tensors, n_embd=64, n_layer=1, n_head=4)
+    write_imatrix("i.gguf", {"blk.0.attn_qkv.weight": (np.full((1, 64), 3.0), np.ones(1))})
+    source = imatrix_source(open_checkpoint(model), Path("i.gguf"))
+    assert source.sites["h.0.attn.c_attn"].in_features == 64

@@ -216,9 +216,9 @@ BESIDE = [
     (("--format", "gptq"), "Q4_K_M is a mix of GGUF's types, which format gptq does not hold"),
     (("--tensor-type", "ffn_down"), "not REGEX=TYPE"),
     (("--tensor-type", "ffn_down=Q4_7"), "no type 'Q4_7'; choose one of Q4_0, Q4_1"),
-    (("--tensor-type", "ffn_sideways=Q4_K"), "matches no tensor of"),
+    (("--tensor-type", "ffn_sideways=Q4_K"), "--tensor-type ffn_sideways=Q4_K matches no tensor"),
     (("--tensor-type", "attn_norm=Q4_K"), "matches no tensor that a type could be given"),
-    (("--tensor-type", "(=Q4_K"), "not a regular expression"),
+    (("--tensor-type", "(=Q4_K"), "--tensor-type (=Q4_K: not a regular expression"),
     (("--output-tensor-type", "Q9"), "no type 'Q9'"),
 ]
 
