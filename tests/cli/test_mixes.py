@@ -206,6 +206,12 @@ def test_the_report_names_types(tmp_path):
     assert document["settings"]["scheme"] == "Q8_0"
 
 
+def test_a_scheme_is_known_in_small_letters(tmp_path):
+    assert types(wide_llama(tmp_path / "m"), "--scheme", "q4_k_m") == types(
+        tmp_path / "m", "--scheme", "Q4_K_M"
+    )
+
+
 # ---- what is refused ----
 
 BESIDE = [
