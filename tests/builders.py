@@ -182,19 +182,21 @@ def copy_sample(target: Path) -> Path:
     return target
 
 
-def half_sample(target: Path) -> Path:
-    """`copy_sample` with the first two of the four blocks: 14 layers at 8 sites."""
+def half_sample(target: Path, blocks: int = 2) -> Path:
+    """`copy_sample` with the first of the four blocks: each has 7 layers at 4 sites."""
     copy_sample(target)
+    gone = tuple(f"model.layers.{block}." for block in range(blocks, 4))
     header, arrays = read_model(target / "model.safetensors"), {}
     for name, (dtype, shape, content) in header.items():
-        if not name.startswith(("model.layers.2.", "model.layers.3.")):
+        if not name.startswith(gone):
             assert dtype == "BF16"
             arrays[name] = np.frombuffer(content, ml_dtypes.bfloat16).reshape(shape)
     write_model(target / "model.safetensors", arrays)
     config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    for path in (target / "activations").glob("model.layers.[23].*"):
-        path.unlink()
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}))
+    for path in (target / "activations").iterdir():
+        if path.name.startswith(gone):
+            path.unlink()
     return target
 
 

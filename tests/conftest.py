@@ -22,8 +22,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 compileall.compile_dir(Path(ptq_cli.__file__).parent, quiet=2)
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
-# Tests and the processes that they start keep memory that is freed, as the tool's own workers do: a
-# fifth of the time of a run would go into fetching pages again. The C library reads it at the start.
+# What tests run in keeps memory that is freed, as the tool's own workers do: a sixth of a long run
+# would go into fetching pages again.
 os.environ.update(workers.KEEP_MEMORY)
 
 # Of several test workers each has a core: with threads of their own, BLAS and torch would wait for

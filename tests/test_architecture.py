@@ -69,10 +69,16 @@ def room(name: str) -> str:
 
 
 @cache
+def nodes(here: str) -> list[ast.AST]:
+    """All nodes of a module, walked through once for all tests."""
+    return list(ast.walk(modules()[here]))
+
+
+@cache
 def imports(here: str) -> set[str]:
     """Full names of what a module imports, wherever in it; names for the type checker are too."""
     found = set()
-    for node in ast.walk(modules()[here]):
+    for node in nodes(here):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +89,7 @@ def imports(here: str) -> set[str]:
 
 
 def called(here: str) -> list[ast.Call]:
-    return [node for node in ast.walk(modules()[here]) if isinstance(node, ast.Call)]
+    return [node for node in nodes(here) if isinstance(node, ast.Call)]
 
 
 def last_name(function: ast.expr) -> str:
@@ -243,7 +249,7 @@ def running(here: str) -> list[str]:
         if words in calls or words.startswith(("os.exec", "os.spawn")):
             found.append(words)
         found += [k.arg for k in call.keywords if k.arg in ("allow_pickle", "shell")]
-    attributes = (node for node in ast.walk(modules()[here]) if isinstance(node, ast.Attribute))
+    attributes = (node for node in nodes(here) if isinstance(node, ast.Attribute))
     loading = {"np.load", "numpy.load"}
     return found + [words for node in attributes if (words := ast.unparse(node)) in loading]
 

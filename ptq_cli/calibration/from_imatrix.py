@@ -7,7 +7,7 @@ Experts that no token reaches have the statistics of all experts of their tensor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,8 @@ from ptq_cli.calibration.source import Parts, Source, only_entry
 from ptq_cli.core.names import first_and_others
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import is_float
-from ptq_cli.errors import InputError
+from ptq_cli.core.text import CONVERTED
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.family import text_config
 from ptq_cli.models.gguf_names import names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -31,6 +32,17 @@ _WEAK = (
     "an importance matrix holds the diagonal of the Hessian alone, and no inputs to measure errors"
     " on"
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix is in a GGUF file: number `number` of the `of` that the tensor `stored` holds.
+    width: its in_features"""
+
+    stored: str
+    number: int
+    of: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -101,23 +113,22 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     entries, used, wrong = {}, set(), {}
     found = read_imatrix(path)
     sites = {}
-    places = gguf_places(checkpoint)
-    widths = _input_widths(checkpoint, places)
-    for name, (stored, number, of) in places.items():
-        importance = found.get(stored)
+    for name, place in gguf_places(checkpoint).items():
+        importance, module = found.get(place.stored), name.removesuffix(".weight")
         if importance is None:
             continue
-        module, width = name.removesuffix(".weight"), widths[name]
-        used.add(stored)
-        fits = importance.n_values == of * width and len(importance.counts) in (1, of)
-        if not fits:
-            wrong[module] = _misfit(f"{path}: {stored}", importance, name, width, of)
+        used.add(place.stored)
+        sizes = importance.n_values, len(importance.counts)
+        if sizes[0] != place.of * place.width or sizes[1] not in (1, place.of):
+            whole = f"{place.of} experts of {place.width}" if place.of > 1 else f"{place.width}"
+            said = f"{sizes[0]} values for tensor {name!r}, which has {whole} columns"
+            wrong[module] = f"{path}: {place.stored}: {said}"
             continue
-        entries[module] = Entry(importance, number, of)
+        entries[module] = Entry(importance, place.number, place.of)
         n_tokens = entries[module].own_tokens
         alone = n_tokens or sum(map(int, importance.counts)) * importance.per_count
         own = None if n_tokens else 0
-        sites[module] = SiteInfo(module, (module,), width, alone, own)
+        sites[module] = SiteInfo(module, (module,), place.width, alone, own)
     if wrong:
         raise InputError(first_and_others(wrong), hint="it was made for another model")
     if not sites:
@@ -133,41 +144,27 @@ def imatrix_source(checkpoint: Checkpoint, path: Path) -> ImatrixSource:
     )  # fmt: skip
 
 
-def _misfit(entry: str, importance: Importance, name: str, width: int, of: int) -> str:
-    """Why an entry is not of this tensor."""
-    whole = f"{of} experts of {width}" if of > 1 else f"{width} columns"
-    return f"{entry}: {importance.n_values} values for tensor {name!r}, which has {whole}"
-
-
-def gguf_places(checkpoint: Checkpoint) -> dict[str, tuple[str, int, int]]:
-    """Each matrix of a model → the tensor of a GGUF file that it is stored in, as which of how
-    many.
+def gguf_places(checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where each matrix of a model is in a GGUF file.
 
     Raises:
         InputError: a model that is not in GGUF, and whose names there are not known.
     """
-    matrices = {n for n, s in checkpoint.specs.items() if is_float(s) and len(s.shape) == 2}
+    specs = {n: s for n, s in checkpoint.specs.items() if is_float(s) and len(s.shape) == 2}
     if checkpoint.gguf is not None:
         members = checkpoint.gguf.members()
         return {
-            name: (stored, number, len(names))
+            name: Place(stored, number, len(names), specs[name].shape[1])
             for stored, names in members.items()
             for number, name in enumerate(names)
-            if name in matrices
+            if name in specs
         }
-    names, found = names_of_model(checkpoint.config), {}
-    for name in matrices:
-        with suppress(InputError):  # it is no part of the file
-            found[name] = (names.tensor_name(name), names.expert(name) or 0)
-    of = Counter(stored for stored, _ in found.values())
-    return {name: (stored, number, of[stored]) for name, (stored, number) in found.items()}
-
-
-def _input_widths(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
-    """How many values go into each matrix, which GPT-2 stores transposed."""
-    turned = set()
-    if checkpoint.gguf is None:
-        own, config = names_of_model(checkpoint.config), text_config(checkpoint.config)
-        turned = {name for name in names if own.placing(name, config).transposed}
-    shapes = {name: checkpoint.tensors[name].spec.shape for name in names}
-    return {name: shape[0 if name in turned else 1] for name, shape in shapes.items()}
+    with stated_in(checkpoint.path):
+        names, config = names_of_model(checkpoint.config, CONVERTED), text_config(checkpoint.config)
+    found = {}
+    for name, spec in specs.items():
+        with suppress(InputError):  # what is no part of the file
+            width = spec.shape[0 if names.placing(name, config).transposed else 1]
+            found[name] = Place(names.tensor_name(name), names.expert(name) or 0, 1, width)
+    counts = Counter(place.stored for place in found.values())
+    return {name: replace(place, of=counts[place.stored]) for name, place in found.items()}

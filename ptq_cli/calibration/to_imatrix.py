@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_file import open_calibration
-from ptq_cli.calibration.from_imatrix import gguf_places
+from ptq_cli.calibration.from_imatrix import Place, gguf_places
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.imatrix import write_imatrix
@@ -35,7 +35,7 @@ def write_importance(statistics: Path, checkpoint: Checkpoint, path: Path, repla
     write_imatrix(path, sums, [statistics.name], replaced)
 
 
-def _sums(path: Path, places: Mapping[str, tuple[str, int, int]]) -> Sums:
+def _sums(path: Path, places: Mapping[str, Place]) -> Sums:
     """Sums of squares and tokens by tensors in GGUF; of an expert that has the statistics of all
     beside it, for its own tokens."""
     source, found = open_calibration(path), Sums()
@@ -45,8 +45,9 @@ def _sums(path: Path, places: Mapping[str, tuple[str, int, int]]) -> Sums:
         for linear in info.linears:
             if f"{linear}.weight" not in places:
                 continue
-            stored, number, of = places[f"{linear}.weight"]
-            nothing = np.zeros((of, info.in_features), np.float32), [0] * of
-            values, counts = found.setdefault(stored, nothing)
-            values[number], counts[number] = means * np.float32(tokens), tokens
+            place = places[f"{linear}.weight"]
+            nothing = np.zeros((place.of, info.in_features), np.float32), [0] * place.of
+            values, counts = found.setdefault(place.stored, nothing)
+            values[place.number] = means * np.float32(tokens)
+            counts[place.number] = tokens
     return found

@@ -185,8 +185,8 @@ def _mix(found: Mapping[str, Any]) -> str:
     if nearest is None:
         return said
     if not found["differing"]:
-        same = " or ".join(found["mixes"])
-        return f"{said}, and the types are those of {'it' if same == stated else same}"
+        same = "it" if stated in found["mixes"] else " or ".join(found["mixes"])
+        return f"{said}, and the types are those of {same}"
     count = len(found["differing"])
     have = "1 tensor has another type" if count == 1 else f"{count} tensors have other types"
     return f"{said}; {have} than in {nearest}:"

@@ -20,8 +20,8 @@ _NAMES = _FLOATS | {mix.file_type: name for name, mix in MIXES.items()}
 def file_types(header: GgufHeader) -> dict[str, Any]:
     """Of a GGUF file: `types` (type → `tensors`, `bytes`), `bits_per_weight` of all of them,
     `file_type` (general.file_type, or None) with its name as `stated`, `mixes` whose types all
-    tensors have, and `differing`: name → [its type, that of the mix] of the mix that is stated, or
-    of that from which the fewest differ, which `nearest` names."""
+    tensors have, and `differing`: name → [its type, that of the mix] of one that `nearest` names:
+    that whose types all tensors have, or that is stated, or from which the fewest differ."""
     types: dict[str, dict[str, int]] = {}
     for tensor in header.tensors:
         entry = types.setdefault(tensor.spec.dtype, {"tensors": 0, "bytes": 0})
@@ -52,7 +52,7 @@ def _mix(header: GgufHeader, stated: str | None) -> dict[str, Any]:
         return {"mixes": [], "nearest": None, "differing": {}}
     differing = {name: _differing(name, header.metadata, shapes, found) for name in MIXES}
     nearest = min(differing, key=lambda name: (len(differing[name]), name != stated))
-    if stated in differing:
+    if stated in differing and differing[nearest]:
         nearest = stated
     return {
         "mixes": [name for name, own in differing.items() if not own],

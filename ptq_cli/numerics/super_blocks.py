@@ -269,8 +269,8 @@ def _unshrunken(
     """d and e such that `Σ importance · weight · rounded` is `Σ importance · weight²`.
 
     A least squares fit is shorter than what it fits, by the share of its error; the outputs of all
-    layers would be, too. A little more error of the weights is far less of the predictions: KL
-    falls by 26, 10 and 4 % at 2, 3 and 4 bits (benchmarks/gguf.py).
+    layers would be, too. A little more error of the weights is far less of the predictions
+    (docs/maths.md has figures).
     """
     weighed = weight * importance
     decoded = levels * own.scales[..., None]

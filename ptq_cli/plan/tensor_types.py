@@ -16,7 +16,8 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import InputError
+from ptq_cli.core.text import CONVERTED
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.models.families import family_of
 from ptq_cli.models.gguf_names import names_of_model
@@ -125,7 +126,8 @@ def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:
     not hold here."""
     if checkpoint.gguf is not None:
         return {name: tensor.spec.name for name, tensor in checkpoint.gguf.tensors.items()}
-    names = names_of_model(checkpoint.config)
+    with stated_in(checkpoint.path):  # no format holds types of tensors without their names
+        names = names_of_model(checkpoint.config, CONVERTED)
     found = {}
     for name in checkpoint.tensors:
         with suppress(InputError):
@@ -192,6 +194,17 @@ def _asked(
     types: Mapping[str, str],
 ) -> Iterator[tuple[str, str]]:
     """Tensors and the types that are asked for them, those that count last. Raises InputError."""
+    yield from _by_pattern(checkpoint, settings, names, types)
+    yield from _ends(checkpoint, settings, names, types)
+
+
+def _by_pattern(
+    checkpoint: Checkpoint,
+    settings: GridSettings,
+    names: Mapping[str, str],
+    types: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """The rules of a recipe, then --tensor-type."""
     rules = [(rule["match"], rule["type"]) for rule in settings.layers if "type" in rule]
     said = [(f"[[layers]] match = {word!r}", word, kind) for word, kind in rules]
     for text in settings.tensor_type:
@@ -205,17 +218,27 @@ def _asked(
         if not found:
             raise InputError(f"{where}: matches no tensor that a type could be given")
         yield from dict.fromkeys(found, known_type(where, kind)).items()
-    tied = "output" not in {role_of(names[name]) for name in types}
-    head = "token_embd" if tied and not settings.token_embedding_type else "output"
-    ends = {head: settings.output_tensor_type}
-    ends["token_embd"] = settings.token_embedding_type or ends.get("token_embd", "")
-    options = {"output": "--output-tensor-type", "token_embd": "--token-embedding-type"}
-    for role, kind in ends.items():
+
+
+def _ends(
+    checkpoint: Checkpoint,
+    settings: GridSettings,
+    names: Mapping[str, str],
+    types: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """The head, which may be the embedding, and the embedding."""
+    roles = {name: role_of(names[name]) for name in types}
+    tied = "output" not in roles.values() and not settings.token_embedding_type
+    asked = (
+        ("--output-tensor-type", settings.output_tensor_type, "token_embd" if tied else "output"),
+        ("--token-embedding-type", settings.token_embedding_type, "token_embd"),
+    )
+    for option, kind, wanted in asked:
+        found = [name for name, role in roles.items() if role == wanted]
+        if kind and not found:
+            raise InputError(f"{option} {kind}: {checkpoint.path} has no such tensor")
         if kind:
-            found = [name for name in types if role_of(names[name]) == role]
-            if not found:
-                raise InputError(f"{options[role]} {kind}: {checkpoint.path} has no such tensor")
-            yield from dict.fromkeys(found, known_type(options[role], kind)).items()
+            yield from dict.fromkeys(found, known_type(option, kind)).items()
 
 
 def _check_rules(settings: GridSettings) -> None:

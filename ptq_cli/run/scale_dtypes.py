@@ -20,6 +20,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.linears import dense_modules, group_modules, module_tree
 from ptq_cli.numerics.scales import ScaleMisfit, ScaleOverflow
 from ptq_cli.plan.layers import unheld
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.scale_dtypes import BY_RANGE, is_auto, with_scales
 from ptq_cli.run.nearest import round_layer
 from ptq_cli.run.work import Quantization
@@ -126,7 +127,9 @@ def _refusal(
     first, fitting = refused.get(error.module) or next(iter(refused.values()), (error, None))
     large = isinstance(first, ScaleOverflow)
     hints = [] if first.hint is None or first.hint.startswith("--scale-dtype") else [first.hint]
-    if fitting is not None:
+    if is_mix(job.grid.scheme):  # whose types have scales of their own
+        hints = [f"--tensor-type {first.module}=F32"]
+    elif fitting is not None:
         hints.append(f"--scale-dtype {fitting.grid.scale_dtype}")
     elif fmt.name != "ptq" and layers[first.module].grid.scale_dtype == "float16":
         hints.append("--format ptq" + (" --scale-dtype float32" if large else ""))

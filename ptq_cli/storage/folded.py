@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +84,11 @@ class FoldedCheckpoint(Checkpoint):
         if name not in self.folds:
             return values
         return fold_tensor(name, values, self.folds[name]).astype(np.float32, copy=False)
+
+    def part(self, names: Iterable[str]) -> FoldedCheckpoint:
+        own = list(names)
+        tensors = {name: self.tensors[name] for name in own}
+        return replace(self, tensors=tensors, base=self.base.part(own))
 
     def holding(self, tensors: Mapping[str, StoredTensor]) -> FoldedCheckpoint:
         return replace(self, tensors=tensors, base=self.base.holding(tensors))

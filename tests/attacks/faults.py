@@ -10,7 +10,8 @@ more, undisturbed. One line of JSON a case: what was hit, the exit codes, the st
 after each, what else lies there, how many finished units, and whether there was a traceback.
 
 Forks, so that the imports are paid for once. OLD: there is an output already, and --force. A first
-word `parts=N` of COMMAND cuts a site's tokens into parts of N.
+word `parts=N` of COMMAND cuts a site's tokens into parts of N, `place=out.gguf` names another
+output than `out`, with its report beside it.
 """
 
 from __future__ import annotations
@@ -154,14 +155,19 @@ def state(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fresh(folder: Path, old: bool, as_file: bool) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def fresh(output: Path, old: bool, as_file: bool) -> None:
+    shutil.rmtree(output.parent, ignore_errors=True)
+    output.parent.mkdir()
     if old and as_file:
-        (folder / "out").write_text("old")
+        output.write_text("old")
     elif old:
-        (folder / "out").mkdir()
-        (folder / "out" / "quantization.json").write_text("old")
+        output.mkdir()
+        (output / "quantization.json").write_text("old")
+
+
+def beside(output: Path) -> list[str]:
+    """What lies beside an output and its report."""
+    return sorted(set(os.listdir(output.parent)) - {output.name, f"{output.stem}.report.json"})
 
 
 def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> None:
@@ -171,28 +177,31 @@ def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> N
 
     if command[0].startswith("parts="):
         from_activations.PART_TOKENS = int(command.pop(0).removeprefix("parts="))
-    as_file = command[0] == "calibrate"
-    arguments = [*command, "-o", str(folder / "out")]
+    place = "out"
+    if command[0].startswith("place="):
+        place = command.pop(0).removeprefix("place=")
+    output, as_file = folder / place, command[0] == "calibrate" or place != "out"
+    arguments = [*command, "-o", str(output)]
     alone = command[0] in ("pack", "dequantize")  # which have no workers
     arguments += [] if alone else ["--workers", "1"]
     arguments += ["--force"] if old else []
-    fresh(folder, old, as_file)
-    before = state(folder / "out")
+    fresh(output, old, as_file)
+    before = state(output)
     code, modules, _ = run_once(arguments, None, 0)
     assert code == 0
     for name in {*modules.split()} - {*sys.modules}:
         with contextlib.suppress(ImportError):
             import_module(name)
-    whole = state(folder / "out")
+    whole = state(output)
     target = 1
     while True:
-        fresh(folder, old, as_file)
+        fresh(output, old, as_file)
         code, what, words = run_once(arguments, kind, target)
         if not what:
             break
         named = {before: "before", whole: "whole"}
-        after, left = state(folder / "out"), sorted(set(os.listdir(folder)) - {"out"})
-        units = len(list(folder.glob("out.partial/units/*.json")))
+        after, left = state(output), beside(output)
+        units = len(list(folder.glob(f"{place}.partial/units/*.json")))
         second = run_once(arguments, None, 0)
         case = {
             "call": f"{target} {what}",
@@ -204,8 +213,8 @@ def main(kind: str, step: int, folder: Path, old: bool, command: list[str]) -> N
             "words": words[-300:],
             "again": second[0],
             "again_words": second[2][-300:],
-            "again_state": named.get(state(folder / "out"), "other"),
-            "again_left": sorted(set(os.listdir(folder)) - {"out"}),
+            "again_state": named.get(state(output), "other"),
+            "again_left": beside(output),
         }
         print(json.dumps(case), flush=True)
         target += step

@@ -1,8 +1,12 @@
-"""Mutants of GGUF files and of importance matrices: only our errors, soon, and in little memory."""
+"""Mutants of GGUF files and of importance matrices: only our errors, soon, and in little memory.
+
+MUTANTS=20000 in the environment makes so many of each instead of a few.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import time
 import tracemalloc
@@ -18,18 +22,17 @@ from ptq_cli.errors import PtqError
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.imatrix import read_imatrix
-from tests.attacks.test_mutants import MUTANTS, mutants
+from tests.attacks.test_mutants import mutants
 from tests.builders import ptq
 from tests.calibration.test_imatrix import importance, write_imatrix, write_old_imatrix
 from tests.storage.gguf_files import tensors, write_gguf_file, write_unknown_gguf
 
 gguf = pytest.importorskip("gguf")
 
-FEW, SECONDS, MEMORY = 150, 2.0, 200 << 20
+COUNT, SECONDS, MEMORY = int(os.environ.get("MUTANTS", "60")), 2.0, 200 << 20
 WORDS = [struct.pack("<Q", number) for number in (0, 1, 2**24, 2**32, 2**60, 2**64 - 1)]
 WORDS += [struct.pack("<I", number) for number in (0, 1, 2, 5, 8, 9, 12, 99, 2**31, 2**32 - 1)]
 WORDS += [b"general.alignment", b"\xff", b"GGUF", struct.pack("<IQ", 9, 9), b"weight", b"blk.0."]
-COUNTS = [pytest.param(FEW, id="few"), pytest.param(MUTANTS, id="many", marks=pytest.mark.slow)]
 # Lets a rounding begin, on whatever the mutant says it is.
 WAYS: list[dict[str, Any]] = [
     {"format": "gguf", "bits": 4, "group_size": 32, "on_misfit": "keep"},
@@ -75,33 +78,30 @@ def inspected(path: Path, number: int) -> None:
         open_quantized(path)
 
 
-@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("known", [True, False])
-def test_models(known: bool, count: int) -> None:
+def test_models(known: bool) -> None:
     if known:
         write_gguf_file(Path("seed.gguf"), tensors())
     else:
         write_unknown_gguf(Path("seed.gguf"))
     seed, rng = Path("seed.gguf").read_bytes(), np.random.default_rng(known)
     header = read_gguf_header(Path("seed.gguf")).tensors[0].offset
-    found = survived(Path("m.gguf"), mutants(seed, rng, header, WORDS, count), planned)
-    assert count // 100 <= found < count
+    found = survived(Path("m.gguf"), mutants(seed, rng, header, WORDS, COUNT), planned)
+    assert COUNT // 100 <= found < COUNT
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_outputs(count: int) -> None:
+def test_outputs() -> None:
     write_unknown_gguf(Path("m.gguf"))
     pack = ("pack", "m.gguf", "--format", "gguf", "-b", 4, "-g", 32, "-o", "out.gguf")
     assert ptq(*pack).code == 0
     seed = Path("out.gguf").read_bytes()
     header = read_gguf_header(Path("out.gguf")).tensors[0].offset
     rng = np.random.default_rng(3)
-    found = survived(Path("n.gguf"), mutants(seed, rng, header, WORDS, count), inspected)
-    assert count // 100 <= found < count
+    found = survived(Path("n.gguf"), mutants(seed, rng, header, WORDS, COUNT), inspected)
+    assert COUNT // 100 <= found < COUNT
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_shards(count: int) -> None:
+def test_shards() -> None:
     write_unknown_gguf(Path("m.gguf"))
     pack = ("pack", "m.gguf", "--format", "gguf", "-b", 4, "-g", 32, "--max-shard-size", "15KB")
     assert ptq(*pack, "-o", "out").code == 0
@@ -110,7 +110,7 @@ def test_shards(count: int) -> None:
         seed = path.read_bytes()
         header = read_gguf_header(paths[0]).tensors[0].offset if number == 0 else 400
         rng = np.random.default_rng(number)
-        contents = mutants(seed, rng, header, WORDS, count // len(paths))
+        contents = mutants(seed, rng, header, WORDS, COUNT // len(paths))
 
         def opened(_: Path, number: int) -> None:
             open_quantized(Path("out"))
@@ -131,9 +131,8 @@ def survived_in_folder(path: Path, contents: Iterator[bytes], way: Any) -> None:
             assert "out" in str(error)  # noqa: PT017
 
 
-@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("write", [write_imatrix, write_old_imatrix])
-def test_importance_matrices(write: Callable[..., None], count: int) -> None:
+def test_importance_matrices(write: Callable[..., None]) -> None:
     write("seed.gguf", importance())
     seed = Path("seed.gguf").read_bytes()
     rng, upto = np.random.default_rng(7), 500 if write is write_imatrix else len(seed)
@@ -142,5 +141,5 @@ def test_importance_matrices(write: Callable[..., None], count: int) -> None:
         for entry in itertools.islice(read_imatrix(path).values(), 20):
             entry.sums()
 
-    found = survived(Path("i.gguf"), mutants(seed, rng, upto, WORDS, count), read)
-    assert count // 100 <= found < count
+    found = survived(Path("i.gguf"), mutants(seed, rng, upto, WORDS, COUNT), read)
+    assert COUNT // 100 <= found < COUNT

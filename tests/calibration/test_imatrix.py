@@ -16,8 +16,9 @@ from ptq_cli.calibration.from_imatrix import imatrix_source
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.gguf_source import open_gguf_source
+from ptq_cli.storage.sources import open_float
 from tests.builders import SAMPLE, half_sample, ptq, random_weight
-from tests.cli.tiny_folders import WIDE, mixtral, model_folder
+from tests.cli import tiny_folders
 from tests.refusals import refused
 from tests.storage.gguf_files import EXPERTS, WIDTH, tensors, write_gguf_file, write_unknown_gguf
 
@@ -202,6 +203,28 @@ def test_names_of_a_model_folder_and_of_a_known_architecture() -> None:
     assert set(source.sites) == {"model.layers.0.self_attn.q_proj"}
 
 
+def test_experts_of_a_model_folder() -> None:
+    """Read, and written from activations, as parts of the tensors of all."""
+    tiny_folders.mixtral(Path("m"))
+    up = "blk.0.ffn_up_exps.weight"
+    sums = np.arange(2 * 64, dtype=np.float32).reshape(2, 64)
+    write_imatrix("i.gguf", {up: (sums, np.array([2, 4]))})
+    source = imatrix_source(open_float(Path("m")), Path("i.gguf"))
+    module = "model.layers.0.block_sparse_moe.experts.{}.w3"
+    assert set(source.sites) == {module.format(0), module.format(1)}
+    np.testing.assert_array_equal(source.load(module.format(1)).hessian.diagonal(), sums[1] / 4)
+    np.save("tokens.npy", np.random.default_rng(0).integers(0, 48, (4, 32)))
+    words = ("calibrate", "m", "--tokens", "tokens.npy", "-o", "s.safetensors")
+    outcome = ptq(*words, "--imatrix-out", "o.gguf")
+    assert outcome.code == 0, outcome.err
+    found = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader("o.gguf").tensors}
+    assert found[f"{up}.in_sum2"].shape == (2, 64)
+    back = imatrix_source(open_float(Path("m")), Path("o.gguf"))
+    known = open_calibration(Path("s.safetensors"))
+    assert set(back.sites) >= {module.format(0), module.format(1)}
+    assert set(back.sites) == {linear for x in known.sites.values() for linear in x.linears}
+
+
 def test_written_from_statistics() -> None:
     half_sample(Path("s"))
     words = ("calibrate", "s", "--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 4,
@@ -241,27 +264,9 @@ def test_written_again() -> None:
     refused(*words, words=("i.gguf: exists already",))
 
 
-def test_experts_of_a_model_folder_are_one_entry() -> None:
-    model = mixtral(Path("m"))
-    np.save("tokens.npy", np.arange(256, dtype=np.int32).reshape(8, 32) % 96)
-    words = ("--tokens", "tokens.npy", "-o", "s.safetensors", "--imatrix-out", "i.gguf")
-    assert ptq("calibrate", model, *words).code == 0
-    statistics, source = (
-        open_calibration(Path("s.safetensors")),
-        imatrix_source(open_checkpoint(model), Path("i.gguf")),
-    )
-    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader("i.gguf").tensors}
-    assert found["blk.0.ffn_down_exps.weight.in_sum2"].shape == (2, WIDE)
-    assert found["blk.0.ffn_gate_exps.weight.counts"].shape == (2, 1)
-    for expert in range(2):
-        site = f"model.layers.0.block_sparse_moe.experts.{expert}.w2"
-        wanted = statistics.load(site).hessian.diagonal()
-        np.testing.assert_allclose(source.load(site).hessian.diagonal(), wanted, rtol=1e-5)
-
-
 def test_a_transposed_matrix_has_the_width_of_its_inputs() -> None:
-    tensors = {"h.0.attn.c_attn.weight": random_weight(64, 192)}
-    model = model_folder(Path("m"), "gpt2", tensors, n_embd=64, n_layer=1, n_head=4)
+    arrays = {"h.0.attn.c_attn.weight": random_weight(64, 192)}
+    model = tiny_folders.model_folder(Path("m"), "gpt2", arrays, n_embd=64, n_layer=1, n_head=4)
     write_imatrix("i.gguf", {"blk.0.attn_qkv.weight": (np.full((1, 64), 3.0), np.ones(1))})
     source = imatrix_source(open_checkpoint(model), Path("i.gguf"))
     assert source.sites["h.0.attn.c_attn"].in_features == 64

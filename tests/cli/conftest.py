@@ -24,6 +24,12 @@ def sample(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_block(tmp_path_factory) -> Path:
+    """A copy of sample_data, a quarter as deep."""
+    return builders.half_sample(tmp_path_factory.mktemp("block") / "sample_data", blocks=1)
+
+
+@pytest.fixture(scope="session")
 def whole_sample(tmp_path_factory) -> Path:
     """A copy of sample_data."""
     return builders.copy_sample(tmp_path_factory.mktemp("whole") / "sample_data")

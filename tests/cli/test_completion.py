@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq_cli.cli.main import COMMANDS
+from ptq_cli.cli import main
 from tests.builders import ROOT, ptq
 
 SHELLS = ("bash", "zsh", "fish")
@@ -38,12 +38,16 @@ def run(path, *command, **env):
     return result.stdout.decode()
 
 
-def offered(path, shell, line):
+def offered(monkeypatch, capsys, shell, line):
     """What the shell's function is told for a line, as click's protocol has it: (type, value)."""
     words = line.split(" ")
     count = words[-1] if shell == "fish" else str(len(words) - 1)
     env = {"_PTQ_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": count}
-    answer = run(path, "ptq", **env).strip().splitlines()
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main.run([])
+    answer = capsys.readouterr().out.strip().splitlines()
     if shell == "zsh":
         return list(zip(answer[::3], answer[1::3], strict=True))
     return [tuple(entry.split("\t")[0].split(",", 1)) for entry in answer]
@@ -51,7 +55,7 @@ def offered(path, shell, line):
 
 CASES = {
     "ptq ca": [("plain", "calibrate")],
-    "ptq ": [("plain", name) for name in COMMANDS],
+    "ptq ": [("plain", name) for name in main.COMMANDS],
     "ptq --v": [("plain", "--version")],
     "ptq gptq --group": [("plain", "--group-size")],
     "ptq gptq --as": [("plain", "--asym")],
@@ -71,8 +75,8 @@ FEW = ("ptq ca", "ptq gptq --as", "ptq gptq mod")  # what is offered does not de
     ("shell", "line"),
     [*(("bash", line) for line in CASES), *((shell, x) for shell in ("zsh", "fish") for x in FEW)],
 )
-def test_commands_options_choices_and_files(shell, line, path):
-    assert offered(path, shell, line) == CASES[line]
+def test_commands_options_choices_and_files(shell, line, path, monkeypatch, capsys):
+    assert offered(monkeypatch, capsys, shell, line) == CASES[line]
 
 
 def test_bash_itself(path):

@@ -103,6 +103,12 @@ def test_a_mix_is_told_by_its_types(here):
     assert found["differing"] == {
         "blk.1.attn_q.weight": ["Q8_0", "Q5_0"], "output.weight": ["F16", "Q8_0"],
     }  # fmt: skip
+    changed = ("--scheme", "Q4_0", "--tensor-type", ".=Q8_0")
+    assert ptq("pack", model, *changed, "-o", "other").code == 0
+    found = mix(Path("other"))
+    assert (found["stated"], found["nearest"], found["differing"]) == ("Q4_0", "Q8_0", {})
+    text = ptq("inspect", "other").out
+    assert "general.file_type says Q4_0, and the types are those of Q8_0" in text
     text = ptq("inspect", "changed").out
     assert "general.file_type says Q4_K_M; 2 tensors have other types than in Q4_K_M:" in text
     assert "Q8_0 instead of Q5_0 (1): blk.1.attn_q" in text

@@ -18,6 +18,11 @@ SMALL = ("--group-size", "8")
 
 
 @pytest.fixture(scope="module")
+def sample(one_block):
+    return one_block
+
+
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """`model.safetensors`, `acts/`, and what gptq makes of them: `w4`, `w3`."""
     folder = tmp_path_factory.mktemp("folders")

@@ -234,6 +234,17 @@ def test_what_has_no_place_beside_a_mix(tmp_path, options, said):
     assert said in refusal("rtn", wide_llama(tmp_path / "m"), "--scheme", "Q4_K_M", *options)
 
 
+def test_a_mix_needs_the_names_in_gguf_whatever_the_format(tmp_path):
+    options = ("--scheme", "Q4_K_M", "--format", "ptq")
+    weights = wide_llama(tmp_path / "m") / "model.safetensors"
+    Path(tmp_path / "alone.safetensors").write_bytes(weights.read_bytes())
+    error = refusal("rtn", tmp_path / "alone.safetensors", *options)
+    assert "alone.safetensors: gguf needs the model's config.json; name the model folder" in error
+    error = refusal("rtn", llama(tmp_path / "b", "bloom"), *options)
+    assert "model_type 'bloom' is not known" in error
+    assert "--format ptq" not in error
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -287,6 +298,19 @@ def test_a_mix_that_has_nothing_to_fall_back_to_is_refused(tmp_path):
     assert "multiples of 32, not 48" in refusal("rtn", model, "--scheme", "Q4_0")
     kept = types(model, "--scheme", "Q4_K_S", "--ignore", "embed_tokens")
     assert kept == {"model.layers.0.mlp.down_proj": "Q5_0"}  # the others are F16, as llama.cpp's
+
+
+def test_a_scale_that_does_not_fit_asks_for_another_type(tmp_path):
+    tensors = {**ends(), **dense_block("model.layers.0.")}
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"] / 64
+    model = model_folder(tmp_path / "m", "llama", tensors, num_hidden_layers=1)
+    options = ("--scheme", "Q8_0", "--tensor-type", "attn_q=NVFP4")
+    error = refusal("rtn", model, *options)
+    assert "does not fit E4M3 without a global scale" in error
+    assert f"--tensor-type {name}=F32" in error
+    options = (*options, "--tensor-type", f"{name}=F32")
+    assert ptq("rtn", model, *options, "-o", "other").code == 0
 
 
 def test_q2_k_s_needs_calibration(tmp_path):

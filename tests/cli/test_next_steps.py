@@ -27,6 +27,11 @@ def run_line(line, **env):
     return subprocess.run(["bash", "-c", script], env=env, capture_output=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def sample(one_block):
+    return one_block
+
+
 # ---- what to do next ----
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.storage.folder import open_quantized
 from tests.builders import ROOT, ptq, read_model, small_job
@@ -16,6 +18,7 @@ NAMES = {
     "w4a16-g128", "w4a16-g32-asym", "w3a16-g128", "w8a8-smoothquant", "w8a8-static", "w4a8",
     "awq-w4-g128", "fp8-dynamic", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4",
     "mxfp4a16", "mxfp8", "mxfp8a16", "w4afp8", "nvfp4-experts-fp8-attention",
+    "gguf-q4_k_m",
 }  # fmt: skip
 
 
@@ -30,6 +33,11 @@ def test_a_recipe_runs_on_the_sample(sample, path):
     assert path.read_text().startswith("# ")
     outcome = ptq(recipe["method"], sample, "--config", path, "-o", "out", "--top", 1)
     assert outcome.code == 0, outcome.err
+    if is_mix(recipe.get("scheme", "")):
+        kinds = {row["module"]: row["type"] for row in outcome_rows()}
+        assert {kinds["lm_head"], kinds["model.layers.0.mlp.up_proj"]} == {"Q8_0"}
+        assert kinds["model.layers.1.mlp.up_proj"] == "Q5_0"  # rows of 128: Q4_K falls back
+        return
     for layer in open_quantized(Path("out")).layers.values():
         rules = [rule for rule in recipe.get("layers", ()) if rule["match"] in layer.module]
         scheme = SCHEMES.get([recipe, *rules][-1].get("scheme"))
@@ -42,6 +50,10 @@ def test_a_recipe_runs_on_the_sample(sample, path):
         assert layer.grid.sym == own.get("sym", True)
         if scheme is None:
             assert (layer.activation is not None) == ("activation_scheme" in recipe)
+
+
+def outcome_rows() -> list[dict]:
+    return json.loads(Path("out/report.json").read_text())["layers"]
 
 
 def grid_of(*arguments):

@@ -37,6 +37,11 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def sample(one_block):
+    return one_block
+
+
 @pytest.mark.parametrize(("line", "option", "needs"), CASES)
 def test_a_setting_that_is_not_read_is_refused(line, option, needs, sample):
     command, *options = line.split()

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ptq_cli.commands import api
-from tests.interop.test_runtimes import mirrored_share, run_client
+from tests.interop.test_runtimes import PLAINLY, mirrored_share, run_client
 
 pytestmark = [
     pytest.mark.interop,
@@ -30,7 +30,7 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     folder, jobs = tmp_path_factory.mktemp("gguf"), []
     for bits, sym in CASES:
         out = folder / f"{bits}-{sym}"
-        api.gptq(SAMPLE, bits=bits, group_size=32, sym=sym, format="gguf", output=out)
+        api.gptq(SAMPLE, bits=bits, group_size=32, sym=sym, format="gguf", output=out, **PLAINLY)
         assert not sym or mirrored_share(out) > 0.25
         jobs.append({"name": out.name, "float": str(SAMPLE), "folder": str(out)})
     jobs = [job | {"format": "gguf", "rounded": False} for job in jobs]

@@ -76,6 +76,7 @@ class Case:
         return "-".join([self.client, self.folder, *map(str, self.job)])
 
 
+PLAINLY: dict[str, Any] = {"refine": 0, "sweeps": 0, "mse": False}  # so that a run takes less
 LEFT_DENSE = {"ignore": ("layers.1.mlp.down_proj",)}
 MIXED = {"layers": ({"match": "down_proj", "bits": 8, "group_size": 64},)}
 DESC = {"act_order": "desc"}
@@ -178,11 +179,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def quantize(case: Case, model: Path, out: Path) -> None:
     if out.exists():
         return
-    command = api.gptq if case.model == SAMPLE else api.rtn
-    command(
-        model, bits=case.bits, group_size=case.group, sym=case.sym, format=case.format,
-        output=out, **case.extra,
-    )  # fmt: skip
+    grid = {"bits": case.bits, "group_size": case.group, "sym": case.sym}
+    if case.model == SAMPLE:
+        api.gptq(model, **grid, **PLAINLY, format=case.format, output=out, **case.extra)
+    else:
+        api.rtn(model, **grid, mse=False, format=case.format, output=out, **case.extra)
 
 
 def mirrored_share(out: Path) -> float:

@@ -13,9 +13,10 @@ from ptq_cli.errors import NumericalError
 from ptq_cli.run.workers import WorkerLost
 from ptq_cli.storage.files import file_error
 from ptq_cli.storage.units import UnitStore
-from tests.builders import SAMPLE, ptq, random_weight, small_job, small_model, tree
+from tests.builders import SAMPLE, half_sample, ptq, random_weight, small_job, small_model, tree
 
 MODEL = SAMPLE / "model.safetensors"
+PLAINLY = ("--refine", 0, "--sweeps", 0, "--no-mse")  # so that a run takes less
 
 
 def full():
@@ -26,13 +27,13 @@ def full():
 def whole(tmp_path_factory):
     """What the command makes when nothing disturbs it."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert ptq("gptq", MODEL, "-o", out, "--workers", 1).code == 0
+    assert ptq("gptq", MODEL, *PLAINLY, "-o", out, "--workers", 1).code == 0
     return tree(out)
 
 
 @pytest.fixture
 def command(tmp_path):
-    return "gptq", MODEL, "-o", tmp_path / "out", "--workers", 1
+    return "gptq", MODEL, *PLAINLY, "-o", tmp_path / "out", "--workers", 1
 
 
 def disturbed(monkeypatch, command, number, error):
@@ -152,7 +153,8 @@ def other_command(name, folder):
         return "pack", folder / "packed", "--format", "ptq"
     if name == "calibrate":
         return "calibrate", model, "--activations", activations, "--workers", 1
-    return name, SAMPLE, "--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 4
+    sample = half_sample(folder / "sample")
+    return name, sample, "--tokens", sample / "calibration_tokens.npy", "--nsamples", 4
 
 
 @pytest.mark.parametrize(
@@ -203,9 +205,10 @@ def test_a_smoothing_that_cannot_be_planned_leaves_no_lock(tmp_path, monkeypatch
     def failing(*_arguments):
         raise RuntimeError("oh")
 
-    words = ("smoothquant", SAMPLE, "--tokens", SAMPLE / "calibration_tokens.npy")
+    sample = half_sample(tmp_path / "sample")
+    words = ("smoothquant", sample, "--tokens", sample / "calibration_tokens.npy")
     with monkeypatch.context() as patch:
         patch.setattr(smooth_in_sequence, "place_groups", failing)
         assert ptq(*words, "--nsamples", 2, "-o", tmp_path / "out").code == 1
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["sample"]
     assert ptq(*words, "--nsamples", 2, "-o", tmp_path / "out").code == 0

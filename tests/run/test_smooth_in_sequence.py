@@ -359,9 +359,10 @@ def test_float_weights_are_smoothed_on_the_float_model(tmp_path: Path, loud: Pat
 
 def test_a_fold_changes_nothing_where_nothing_is_better_folded(tmp_path: Path) -> None:
     """One step of the search is no factors at all: what is left is `ptq gptq`."""
+    model = half_sample(tmp_path / "model")
     settings = {"n_grid": 1, "then": "gptq", "compare": False}
-    ptq_cli.awq(SAMPLE, output=tmp_path / "a", **settings, **TOKENS, **FAST)
-    ptq_cli.gptq(SAMPLE, output=tmp_path / "b", **TOKENS, **FAST)
+    ptq_cli.awq(model, output=tmp_path / "a", **settings, **TOKENS, **FAST)
+    ptq_cli.gptq(model, output=tmp_path / "b", **TOKENS, **FAST)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.numerics.rounding import round_to_nearest
-from tests.builders import ptq, tree
+from tests.builders import SAMPLE, half_sample, ptq, tree
 from tests.refusals import refused
 from tests.storage.gguf_files import EXPERTS, tensors, write_gguf_file, write_unknown_gguf
 
@@ -287,3 +287,24 @@ def test_another_shard_than_the_first() -> None:
     in_shards()
     outcome = refused("rtn", f"out/{SHARDS[1]}", "--format", "gguf", words=("one file of 3",))
     assert "name the first" in outcome.err
+
+
+@pytest.mark.slow
+def test_smoothed_norms_are_written_too() -> None:
+    half_sample(Path("s"))
+    pack = ("pack", "s", "-b", 8, "-g", 32, "--format", "gguf")
+    assert ptq(*pack, "-o", "m").code == 0
+    tokens = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 1, "--parallel-layers")
+    awq = ("awq", "m/model.gguf", *tokens, "-b", 4, "-g", 32, "--format", "gguf")
+    outcome = ptq(*awq, "-o", "out")
+    assert outcome.code == 0, outcome.err
+    given, found = stored("m/model.gguf"), stored("out/model.gguf")
+    assert list(found) == list(given)
+    other = {n for n in given if given[n].data.tobytes() != found[n].data.tobytes()}
+    norms = {name for name in other if name.endswith("_norm.weight")}
+    assert norms
+    assert {found[name].tensor_type.name for name in norms} == {"F32"}
+    assert other - norms == {n for n in given if "attn_" in n or "ffn_" in n} - {
+        name for name in given if name.endswith("_norm.weight")
+    }
+    refused(*awq, "-o", "out.gguf", words=("the factors of a smoothing go beside the weights",))

@@ -13,6 +13,7 @@ import pytest
 
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.folded import folded_checkpoint
 from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import TYPES
 from ptq_cli.storage.gguf_source import GgufSource, open_gguf_source
@@ -148,6 +149,9 @@ def test_what_a_worker_gets_is_small() -> None:
     assert part.tensors.keys() == part.places.keys() == {K}
     np.testing.assert_array_equal(part.read(K), opened.read(K))
     assert len(pickle.dumps(opened.part([K]))) < 3000
+    folded = folded_checkpoint(opened, ()).part([K])
+    np.testing.assert_array_equal(folded.read(K), opened.read(K))
+    assert len(pickle.dumps(folded)) < 4000
 
 
 def test_the_fingerprint_tells_weights_apart() -> None:
@@ -255,6 +259,43 @@ def test_damaged_files(damage: Any, words: str) -> None:
     file.write_bytes(damage(file.read_bytes()))
     refused("rtn", "m.gguf", words=("m.gguf", words))
     assert not list(Path().glob("m-rtn*"))
+
+
+def with_key(key: bytes, value: bytes) -> Any:
+    """Puts one more key-value before the others. value: its kind, too"""
+
+    def change(data: bytes) -> bytes:
+        count = (int.from_bytes(data[16:24], "little") + 1).to_bytes(8, "little")
+        return data[:16] + count + len(key).to_bytes(8, "little") + key + value + data[24:]
+
+    return change
+
+
+def words(*numbers: int) -> bytes:
+    """A kind, U32, and what follows it, U64 each."""
+    kind, *others = numbers
+    return kind.to_bytes(4, "little") + b"".join(n.to_bytes(8, "little") for n in others)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda d: d[:4] + d[7:3:-1] + d[8:], "big endian"),
+    (lambda d: d[:8] + (2**40).to_bytes(8, "little") + d[16:], "a count of 1099511627776"),
+    (lambda d: d[:8] + (14).to_bytes(8, "little") + d[16:], "m.gguf"),
+    (lambda d: d[:16] + (2**20).to_bytes(8, "little") + d[24:], "m.gguf"),
+    (with_key(b"a", words(8, 2**60)), "cut short"),
+    (with_key(b"a", words(9) + words(8, 2**40)), "a count of"),
+    (with_key(b"a", words(9) + words(9, 1) * 40), "a value of kind 9"),
+    (with_key(b"a", words(77)), "a value of kind 77"),
+    (with_key(b"llama.block_count", words(4)[:4] + words(1)), "stands twice"),
+    (with_key(b"general.alignment", words(4)[:4] + words(0)), "general.alignment is 0, no power"),
+    (with_key(b"general.alignment", words(4)[:4] + words(48)), "general.alignment is 48, no po"),
+    (with_key(b"general.alignment", words(8, 2) + b"32"), "general.alignment is 32, no power"),
+])  # fmt: skip
+def test_headers_that_lie(change: Any, said: str) -> None:
+    file = write()
+    file.write_bytes(change(file.read_bytes()))
+    for options in ((), ("--format", "gguf", "-g", 32)):
+        refused("rtn", "m.gguf", *options, words=("m.gguf", said))
 
 
 def test_an_unknown_type_of_blocks() -> None:
