@@ -21,6 +21,7 @@ import pytest
 
 from ptq_cli.storage.checkpoint import open_checkpoint
 from tests.builders import ptq
+from tests.interop import ggml
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -122,6 +123,20 @@ def test_it_answers(floats: Path) -> None:
     asked = tokenizer("The capital of France is", return_tensors="pt")
     answer = load(floats).generate(**asked, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp")
+def test_a_k_quant_of_it_answers_in_llama_cpp(
+    gguf_file: Path, floats: Path, tmp_path: Path
+) -> None:
+    """From file to file, the tokenizer as it is; rounded plainly, which is the worst there is."""
+    out = tmp_path / "SmolLM2-Q4_K_M.gguf"
+    assert ptq("rtn", gguf_file, "--no-mse", "--scheme", "Q4_K_M", "-o", out, "-q").code == 0
+    assert 0.95 < out.stat().st_size / gguf_file.stat().st_size < 1.2  # that is Q4_1 and F16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(floats)
+    asked = tokenizer("The capital of France is").input_ids
+    answer = ggml.logits(out, asked, len(tokenizer))[-1].argmax()
+    assert tokenizer.decode(answer) == " Paris"
 
 
 @pytest.mark.parametrize(("command", "options", "worse"), [
