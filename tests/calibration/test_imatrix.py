@@ -159,6 +159,7 @@ def test_entries_that_are_missing_are_listed() -> None:
     ({QKV: (-np.ones((1, 64)), np.ones(1))}, "negative or not finite"),
     ({QKV: (np.full((1, 64), np.nan), np.ones(1))}, "negative or not finite"),
     ({QKV: (np.ones((1, 64)), -np.ones(1))}, "negative or not finite"),
+    ({QKV: (np.full((1, 64), 1e36), np.ones(1))}, "a sum of squares of 1e+36, which no inputs"),
     ({QKV: (np.ones((1, 64)), np.ones(3))}, "64 sums, but 3 counts"),
 ])  # fmt: skip
 def test_entries_that_do_not_fit(change: Entries, words: str) -> None:
