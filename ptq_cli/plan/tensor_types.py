@@ -94,7 +94,7 @@ def tensor_types(
     if mix_name(settings.scheme) in NEEDS_IMPORTANCE and source is None:
         raise InputError(
             f"{settings.scheme} needs to know which inputs matter, and there is no calibration",
-            hint="--tokens FILE, or --scheme Q2_K, which does without",
+            hint="--tokens FILE, --imatrix FILE, or --scheme Q2_K, which does without",
         )
     names = gguf_names(checkpoint)
     shapes = _shapes(checkpoint, names)
