@@ -20,7 +20,8 @@ from ptq_cli.calibration.source import Parts, Source, only_entry
 from ptq_cli.core.names import first_and_others
 from ptq_cli.core.statistics import SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import is_float
-from ptq_cli.errors import InputError
+from ptq_cli.core.text import CONVERTED
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.family import text_config
 from ptq_cli.models.gguf_names import names_of_model
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -158,7 +159,8 @@ def gguf_places(checkpoint: Checkpoint) -> dict[str, Place]:
             for number, name in enumerate(names)
             if name in specs
         }
-    names, config = names_of_model(checkpoint.config), text_config(checkpoint.config)
+    with stated_in(checkpoint.path):
+        names, config = names_of_model(checkpoint.config, CONVERTED), text_config(checkpoint.config)
     found = {}
     for name, spec in specs.items():
         with suppress(InputError):  # what is no part of the file

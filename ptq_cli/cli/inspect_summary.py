@@ -187,7 +187,9 @@ def _mix(found: Mapping[str, Any]) -> str:
     if not found["differing"]:
         same = "it" if stated in found["mixes"] else " or ".join(found["mixes"])
         return f"{said}, and the types are those of {same}"
-    return f"{said}; {len(found['differing'])} tensors have other types than in {nearest}:"
+    count = len(found["differing"])
+    have = "1 tensor has another type" if count == 1 else f"{count} tensors have other types"
+    return f"{said}; {have} than in {nearest}:"
 
 
 def quantizing(entry: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def _option(field: dataclasses.Field[Any], kind: Any, defaults: Mapping[str, Any
 def _click_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     meta = field.metadata
     if "choices" in meta:
-        return click.Choice([str(choice) for choice in meta["choices"]])
+        return click.Choice([str(choice) for choice in meta["choices"]], case_sensitive=False)
     if kind is int:
         return click.IntRange(meta.get("min"), meta.get("max"))
     if "words" in meta:

@@ -31,15 +31,16 @@ from ptq_cli.registry import SMOOTHERS
 _HELP = {
     "gptq": """Quantize MODEL with GPTQ and report its error, layer by layer.
 
-    MODEL is a .safetensors file, a *.safetensors.index.json, or a model folder. With --tokens the
-    model itself is run, and each layer is calibrated on what the rounded layers before it produce;
-    else statistics of the inputs come from ptq calibrate, or from activations. For each layer the
-    better of GPTQ and round-to-nearest on held-out inputs is written.
+    MODEL is a .safetensors file, a *.safetensors.index.json, a .gguf file, or a model folder. With
+    --tokens the model itself is run, and each layer is calibrated on what the rounded layers before
+    it produce; else statistics of the inputs come from ptq calibrate, or from activations. For each
+    layer the better of GPTQ and round-to-nearest on held-out inputs is written.
 
     \b
     ptq gptq model.safetensors --bits 4 --group-size 128
     ptq gptq model/ --bits 3 --asym --tokens tokens.npy
     ptq gptq model/ --bits 3 --asym --calibration stats.safetensors -o out
+    ptq gptq model.gguf --scheme Q4_K_M --tokens tokens.npy -o model-Q4_K_M.gguf
     """,
     "rtn": """Round MODEL to nearest, each group's range searched for the least error.
 
@@ -138,7 +139,10 @@ def _parameters(name: str) -> list[click.Parameter]:
     imatrix = [] if name in SMOOTHERS else [shared.IMATRIX]  # these need inputs themselves
     sources = [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *imatrix, *required]
     sources = [] if name == "pack" else sources
-    place = f"[default: <model>-{name}-w<bits>g<group>[-<format>] in the current folder]"
+    shown = f"<model>-{name}-w<bits>g<group>[-<format>], or <model>-{name}-<scheme>"
+    place = (
+        f"A folder; with --format gguf also FILE.gguf.  [default: {shown}, in the current folder]"
+    )
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
     writing = [_RUNTIME, shared.MAX_SHARD_SIZE, *shared.REPLACING]

@@ -108,7 +108,8 @@ REPLACING = in_section(
     option(
         "--max-shard-size",
         metavar="SIZE",
-        help="Weights files hold at most SIZE.  [default: 4GB; gguf: one file]",
+        help="Weights files hold at most SIZE of tensors, more where one is larger."
+        "  [default: 4GB; gguf: one file]",
     ),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 from ptq_cli._version import __version__
 from ptq_cli.calibration.find import AnyPath
 from ptq_cli.commands.estimate import Estimate, estimate_dequantization
+from ptq_cli.commands.job import names_a_file
 from ptq_cli.errors import InputError
 from ptq_cli.formats.common import SCALE_WORDS
 from ptq_cli.run.dequantize import FLOATS, Dequantization, planned, run_dequantize
@@ -74,6 +75,8 @@ def prepare_dequantization(
     if checkpoint.path.is_dir():
         stem = checkpoint.path.resolve().name or stem
     target = Path(f"{stem}-float" if output is None else output)
+    if names_a_file(target):
+        raise InputError(f"-o {target} names a GGUF file", hint="name a folder")
     left = companions(checkpoint, FLOATS).warnings
     work = planned(checkpoint, None if dtype is None else SCALE_WORDS[dtype])
     return DequantizeJob(work, target, (*checkpoint.warnings, *left))

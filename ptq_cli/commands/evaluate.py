@@ -70,7 +70,7 @@ def prepare_evaluation(
     where there are no other statistics of their inputs."""
     activation = _rounded_inputs(scheme, bits, percentile)
     checkpoint = open_float(Path(original), any_architecture=not source.tokens.given)
-    folder = open_quantized(Path(quantized))
+    folder = open_quantized(Path(quantized), checkpoint.config)
     statistics = find_source(checkpoint, dataclasses.replace(source, tokens=TokenSettings()))
     tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
     if statistics is None and tokens is not None:

@@ -114,6 +114,8 @@ def names_a_file(output: Path) -> bool:
 def check_output_name(output: Path, fmt: str, smoothed: bool = False) -> None:
     """Refuse a GGUF file as the output where it would not be one, or not all."""
     if not names_a_file(output):
+        if output.suffix.lower() == GGUF_SUFFIX:
+            raise InputError(f"-o {output}: the name of a GGUF file ends with {GGUF_SUFFIX}")
         return
     if container_of(format_named(fmt)).filled:
         raise InputError(f"-o {output} names a GGUF file", hint="--format gguf, or name a folder")

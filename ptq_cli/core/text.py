@@ -7,10 +7,10 @@ from difflib import get_close_matches
 from itertools import takewhile
 
 # The way out where a model cannot become a GGUF file here.
-TWO_STEPS = (
-    "--format ptq, which holds every model; or make a GGUF file of the model with llama.cpp's"
-    " convert_hf_to_gguf.py, and give that as MODEL"
+CONVERTED = (
+    "make a GGUF file of the model with llama.cpp's convert_hf_to_gguf.py, and give that as MODEL"
 )
+TWO_STEPS = f"--format ptq, which holds every model; or {CONVERTED}"
 
 
 def middle(text: str, width: int) -> str:

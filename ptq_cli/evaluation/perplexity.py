@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.from_tokens import TokenSource, token_source
 from ptq_cli.calibration.stream import Held, Read, Stream
 from ptq_cli.core.progress import Listener, Progress, nobody
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, NumericalError
 from ptq_cli.evaluation.kv_cache import nearest_caches, stored_caches
 from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.likelihood import Prediction, TokenMeasures, measure_tokens, next_tokens
@@ -169,6 +169,12 @@ def _summary(
     blocks = [version for version in versions if version.block is not None]
     own = {v.name: measures[v.name] for v in versions[1:] if v.block is None}
     nll = {"original": own["quantized"].reference_nll} | {name: m.nll for name, m in own.items()}
+    for name in ("original", "quantized"):
+        if not np.isfinite(nll[name]).all():
+            raise NumericalError(
+                f"what the {name} model predicts is not finite: a weight that stayed dense is NaN"
+                " or inf, or the model overflows"
+            )
     quality: dict[str, Any] = {
         "tokens": len(sequence),
         "sequences": len(np.unique(sequence)),

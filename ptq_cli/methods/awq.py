@@ -82,7 +82,9 @@ def _apply(
     """Round to nearest, each group within the range that the clip search gives it."""
     if root is None:
         return MethodResult(round_to_nearest(weight, grid, np.ones(weight.shape[1], weight.dtype)))
-    if grid.own_offsets or grid.multiples:  # their range is searched from both ends
+    # their range is searched from both ends, or over scales that are no integers' (IQ4_NL's have a
+    # sign), for less error than a cut leaves
+    if grid.own_offsets or grid.multiples or not grid.integers:
         energy = (root * root).sum(0).astype(weight.dtype)
         return MethodResult(round_to_nearest(weight, grid, energy))
     limits = search_clip(root, weight.astype(np.float32), grid, settings.n_grid)

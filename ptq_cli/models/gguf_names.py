@@ -199,14 +199,19 @@ class GgufNames:
         return {module: own.get(part, False) for part, module in parts.items() if module}
 
 
-def names_of_model(config: Mapping[str, Any]) -> GgufNames:
-    """The names for a config.json. Raises InputError for a model that GGUF does not hold here."""
+def names_of_model(config: Mapping[str, Any], way_out: str = TWO_STEPS) -> GgufNames:
+    """The names for a config.json. Raises InputError for a model that GGUF does not hold here.
+
+    way_out: the hint where they are not known
+    """
+    if not config:
+        raise InputError("gguf needs the model's config.json", hint="name the model folder")
     kind = model_type(config)
     family = family_of(config)
     if family is None or family.gguf is None or kind not in family.model_types:
         known = sorted(kind for f in FAMILIES if f.gguf for kind in f.model_types)
         message = f"gguf: model_type {kind!r} is not known, only {', '.join(known)}"
-        raise InputError(message, hint=TWO_STEPS)
+        raise InputError(message, hint=way_out)
     multimodal = multimodal_of(config)
     towers = () if multimodal is None else multimodal.towers
     return replace(_names(family, family.gguf), towers=towers)

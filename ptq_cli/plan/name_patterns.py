@@ -18,24 +18,28 @@ def matches(pattern: re.Pattern[str], tensor: StoredTensor, names: Mapping[str, 
 
 
 def compiled(where: str, word: str) -> re.Pattern[str]:
-    """A user's regular expression. Raises InputError where it is none."""
+    """A user's regular expression, which stands in `where`. Raises InputError where it is none."""
     try:
         return re.compile(word)
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{where} {word!r}: not a regular expression: {error}") from None
+        raise InputError(f"{where}: not a regular expression: {error}") from None
+
+
+def pattern_of(
+    where: str, word: str, checkpoint: Checkpoint, names: Mapping[str, str]
+) -> re.Pattern[str]:
+    """A regular expression that names a tensor, and stands in `where`. Raises InputError."""
+    pattern = compiled(where, word)
+    if not any(matches(pattern, tensor, names) for tensor in checkpoint.tensors.values()):
+        raise InputError(
+            f"{where} matches no tensor of {checkpoint.path}",
+            hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
+        )
+    return pattern
 
 
 def patterns(
     setting: str, words: Sequence[str], checkpoint: Checkpoint, names: Mapping[str, str]
 ) -> list[re.Pattern[str]]:
     """Regular expressions, each of which names a tensor. Raises InputError."""
-    found = []
-    for word in words:
-        pattern = compiled(setting, word)
-        if not any(matches(pattern, tensor, names) for tensor in checkpoint.tensors.values()):
-            raise InputError(
-                f"{setting} {word!r} matches no tensor of {checkpoint.path}",
-                hint=f"names look like {next(iter(checkpoint.tensors), 'nothing')!r}",
-            )
-        found.append(pattern)
-    return found
+    return [pattern_of(f"{setting} {word!r}", word, checkpoint, names) for word in words]

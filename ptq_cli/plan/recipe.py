@@ -70,7 +70,7 @@ def _check_rule(rule: Mapping[str, Any]) -> None:
     pattern = rule.get("match")
     if not isinstance(pattern, str):
         raise InputError("[[layers]] without match", hint='write match = "REGEX"')
-    compiled("[[layers]] match =", pattern)
+    compiled(f"[[layers]] match = {pattern!r}", pattern)
     if not isinstance(rule.get("skip", False), bool):
         raise InputError(f"skip = {rule['skip']!r}: not bool")
     own = {k: v for k, v in rule.items() if k in GRID_KEYS}

@@ -16,7 +16,8 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.core.layer import ALL_TOLD, GgufTypes
 from ptq_cli.core.names import fold_names
 from ptq_cli.core.plugins import Format
-from ptq_cli.errors import InputError
+from ptq_cli.core.text import CONVERTED
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.models.families import family_of
 from ptq_cli.models.gguf_names import names_of_model
@@ -34,7 +35,7 @@ from ptq_cli.plan.mixes import (
     mix_types,
     role_of,
 )
-from ptq_cli.plan.name_patterns import matches, patterns
+from ptq_cli.plan.name_patterns import matches, pattern_of
 from ptq_cli.storage.checkpoint import Checkpoint
 
 HOLDING = ("gguf", "ptq")  # formats that hold every type
@@ -93,7 +94,7 @@ def tensor_types(
     if mix_name(settings.scheme) in NEEDS_IMPORTANCE and source is None:
         raise InputError(
             f"{settings.scheme} needs to know which inputs matter, and there is no calibration",
-            hint="--tokens FILE, or --scheme Q2_K, which does without",
+            hint="--tokens FILE, --imatrix FILE, or --scheme Q2_K, which does without",
         )
     names = gguf_names(checkpoint)
     shapes = _shapes(checkpoint, names)
@@ -125,7 +126,8 @@ def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:
     not hold here."""
     if checkpoint.gguf is not None:
         return {name: tensor.spec.name for name, tensor in checkpoint.gguf.tensors.items()}
-    names = names_of_model(checkpoint.config)
+    with stated_in(checkpoint.path):  # no format holds types of tensors without their names
+        names = names_of_model(checkpoint.config, CONVERTED)
     found = {}
     for name in checkpoint.tensors:
         with suppress(InputError):
@@ -213,7 +215,7 @@ def _by_pattern(
             raise InputError(f"--tensor-type {text!r}: not REGEX=TYPE", hint="ffn_down=Q6_K")
         said.append((f"--tensor-type {text}", word, kind))
     for where, word, kind in said:
-        (pattern,) = patterns(where, [word], checkpoint, names)
+        pattern = pattern_of(where, word, checkpoint, names)
         found = [name for name in types if matches(pattern, checkpoint.tensors[name], names)]
         if not found:
             raise InputError(f"{where}: matches no tensor that a type could be given")

@@ -243,8 +243,11 @@ def _config_in(folder: Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def open_quantized(path: Path) -> QuantizedFolder:
+def open_quantized(path: Path, config: Mapping[str, Any] | None = None) -> QuantizedFolder:
     """Open a quantized folder (or weights file): this tool's, or another's in a layout it knows.
+
+    config: config.json of the model it was made from, by which a GGUF file without one has the
+        checkpoint's names
 
     Raises:
         InputError: something else, or layers that contradict the tensors.
@@ -253,7 +256,8 @@ def open_quantized(path: Path) -> QuantizedFolder:
     if gguf is not None:
         fmt = format_named("gguf")
         root = path if path.is_dir() else None
-        opened, found = open_gguf(gguf, root, fmt, None if root is None else _config_in(root))
+        own = None if root is None else _config_in(root)
+        opened, found = open_gguf(gguf, root, fmt, config if own is None else own)
         if not found:
             raise InputError(f"{gguf}: no tensor in it is quantized")
         if opened.scaled:

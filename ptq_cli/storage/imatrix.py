@@ -30,6 +30,7 @@ from ptq_cli.storage.gguf_write import Outgoing, encoded, encoded_keys, write_gg
 CHUNK = 512  # tokens of a call, unless asked otherwise
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _NOT_ONE = "not an importance matrix"
+_LARGEST = 1e30  # of 10^9 tokens in float16 it is below 10^19; errors are summed in float32
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Importance:
         read_into(self.file, self.offset, values.view(np.uint8))
         if not (np.isfinite(values).all() and (values >= 0).all()):
             raise InputError(f"{self.file}: sums of squares that are negative or not finite")
+        if values.max(initial=0) > _LARGEST:
+            raise InputError(
+                f"{self.file}: a sum of squares of {values.max():.3g}, which no inputs have"
+            )
         return values
 
 

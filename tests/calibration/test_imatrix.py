@@ -17,7 +17,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.gguf_source import open_gguf_source
 from ptq_cli.storage.sources import open_float
-from tests.builders import SAMPLE, half_sample, ptq
+from tests.builders import SAMPLE, half_sample, ptq, random_weight
 from tests.cli import tiny_folders
 from tests.refusals import refused
 from tests.storage.gguf_files import EXPERTS, WIDTH, tensors, write_gguf_file, write_unknown_gguf
@@ -159,6 +159,7 @@ def test_entries_that_are_missing_are_listed() -> None:
     ({QKV: (-np.ones((1, 64)), np.ones(1))}, "negative or not finite"),
     ({QKV: (np.full((1, 64), np.nan), np.ones(1))}, "negative or not finite"),
     ({QKV: (np.ones((1, 64)), -np.ones(1))}, "negative or not finite"),
+    ({QKV: (np.full((1, 64), 1e36), np.ones(1))}, "a sum of squares of 1e+36, which no inputs"),
     ({QKV: (np.ones((1, 64)), np.ones(3))}, "64 sums, but 3 counts"),
 ])  # fmt: skip
 def test_entries_that_do_not_fit(change: Entries, words: str) -> None:
@@ -262,3 +263,11 @@ def test_written_again() -> None:
     assert Path("i.gguf").read_bytes() == before
     Path("i.gguf").write_bytes(b"mine")
     refused(*words, words=("i.gguf: exists already",))
+
+
+def test_a_transposed_matrix_has_the_width_of_its_inputs() -> None:
+    arrays = {"h.0.attn.c_attn.weight": random_weight(64, 192)}
+    model = tiny_folders.model_folder(Path("m"), "gpt2", arrays, n_embd=64, n_layer=1, n_head=4)
+    write_imatrix("i.gguf", {"blk.0.attn_qkv.weight": (np.full((1, 64), 3.0), np.ones(1))})
+    source = imatrix_source(open_checkpoint(model), Path("i.gguf"))
+    assert source.sites["h.0.attn.c_attn"].in_features == 64

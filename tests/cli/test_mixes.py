@@ -206,6 +206,12 @@ def test_the_report_names_types(tmp_path):
     assert document["settings"]["scheme"] == "Q8_0"
 
 
+def test_a_scheme_is_known_in_small_letters(tmp_path):
+    assert types(wide_llama(tmp_path / "m"), "--scheme", "q4_k_m") == types(
+        tmp_path / "m", "--scheme", "Q4_K_M"
+    )
+
+
 # ---- what is refused ----
 
 BESIDE = [
@@ -216,9 +222,9 @@ BESIDE = [
     (("--format", "gptq"), "Q4_K_M is a mix of GGUF's types, which format gptq does not hold"),
     (("--tensor-type", "ffn_down"), "not REGEX=TYPE"),
     (("--tensor-type", "ffn_down=Q4_7"), "no type 'Q4_7'; choose one of Q4_0, Q4_1"),
-    (("--tensor-type", "ffn_sideways=Q4_K"), "matches no tensor of"),
+    (("--tensor-type", "ffn_sideways=Q4_K"), "--tensor-type ffn_sideways=Q4_K matches no tensor"),
     (("--tensor-type", "attn_norm=Q4_K"), "matches no tensor that a type could be given"),
-    (("--tensor-type", "(=Q4_K"), "not a regular expression"),
+    (("--tensor-type", "(=Q4_K"), "--tensor-type (=Q4_K: not a regular expression"),
     (("--output-tensor-type", "Q9"), "no type 'Q9'"),
 ]
 
@@ -226,6 +232,17 @@ BESIDE = [
 @pytest.mark.parametrize(("options", "said"), BESIDE)
 def test_what_has_no_place_beside_a_mix(tmp_path, options, said):
     assert said in refusal("rtn", wide_llama(tmp_path / "m"), "--scheme", "Q4_K_M", *options)
+
+
+def test_a_mix_needs_the_names_in_gguf_whatever_the_format(tmp_path):
+    options = ("--scheme", "Q4_K_M", "--format", "ptq")
+    weights = wide_llama(tmp_path / "m") / "model.safetensors"
+    Path(tmp_path / "alone.safetensors").write_bytes(weights.read_bytes())
+    error = refusal("rtn", tmp_path / "alone.safetensors", *options)
+    assert "alone.safetensors: gguf needs the model's config.json; name the model folder" in error
+    error = refusal("rtn", llama(tmp_path / "b", "bloom"), *options)
+    assert "model_type 'bloom' is not known" in error
+    assert "--format ptq" not in error
 
 
 @pytest.mark.parametrize(

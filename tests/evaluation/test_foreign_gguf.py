@@ -69,3 +69,14 @@ def test_predictions_are_of_the_values_in_the_file(files):
     same = ptq("eval", "decoded", theirs, "--tokens", "tokens.npy", "--json").document["quality"]
     assert same["kl"]["quantized"]["mean"] == pytest.approx(0, abs=1e-9)
     assert same["perplexity"]["original"] == pytest.approx(quality["perplexity"]["quantized"])
+
+
+def test_predictions_that_are_not_finite_are_an_error(files):
+    original, _, _ = files
+    floats, packed = tensors(), vector("Q6_K", VOCAB)[0]
+    floats["output_norm.weight"][3] = np.nan
+    broken = write_gguf_file(Path("broken.gguf"), floats, {"token_embd.weight": ("Q6_K", packed)})
+    np.save("tokens.npy", np.arange(24, dtype=np.int32).reshape(2, 12) % VOCAB)
+    outcome = ptq("eval", original, broken, "--tokens", "tokens.npy")
+    assert outcome.code == 4
+    assert "error: what the quantized model predicts is not finite" in outcome.err

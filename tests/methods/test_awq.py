@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ptq_cli
+from ptq_cli.formats.gguf.types import TYPES
+from ptq_cli.methods.awq import METHOD, AwqSettings
+from ptq_cli.numerics.rounding import round_to_nearest
 from tests.builders import half_sample, ptq, tree
 from tests.cli.conftest import check_report  # noqa: F401
 
@@ -101,3 +105,17 @@ def test_the_same_run_gives_the_same_bytes(sample):
     for name in ("a", "b"):
         ptq_cli.awq(sample, compare=False, output=name)
     assert tree(Path("a")) == tree(Path("b"))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"])
+def test_rounding_loses_no_more_than_the_search_of_rtn(kind):
+    rng, grid = np.random.default_rng(4), TYPES[kind].grid
+    weight = rng.standard_t(4, (24, 256)).astype(np.float32)
+    root = np.diag(rng.lognormal(0, 1, 256)).astype(np.float32)
+    energy = np.square(root).sum(0)
+
+    def loss(rounded):
+        return float((np.square(rounded.dequantized() - weight) * energy).sum())
+
+    ours = METHOD.apply(weight, root, grid, AwqSettings()).weight
+    assert loss(ours) <= loss(round_to_nearest(weight, grid, energy)) * (1 + 1e-6)

@@ -185,6 +185,8 @@ def test_names_of_files_that_cannot_be() -> None:
     refused("pack", "m.gguf", "-o", "out.gguf", "--format", "ptq", words=("phi9",))
     write_gguf_file(Path("n.gguf"), tensors())
     refused("pack", "n.gguf", "-g", 4, "-o", "out.gguf", words=("-o out.gguf names a GGUF file",))
+    refused("pack", "n.gguf", "-g", 4, "-o", "out.GGUF", words=("file ends with .gguf",))
+    refused("dequantize", "n.gguf", "-o", "out.gguf", words=("-o out.gguf names a GGUF file",))
     refused(*PACK, "-o", "out.gguf", "--max-shard-size", "1KB", words=("out.gguf: one file",))
     Path("out.report.json").write_text("mine")
     refused(*PACK, "-o", "out.gguf", words=("out.report.json: exists already",))

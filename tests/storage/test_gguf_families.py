@@ -106,7 +106,13 @@ def test_experts_are_stacked_and_routers_exact() -> None:
         "expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 96,
         "expert_shared_feed_forward_length": 96,
     }  # fmt: skip
-    assert ptq("eval", "model", "out").code == 0
+    measured = ptq("eval", "model", "out", "--json").document
+    Path("alone.gguf").write_bytes(Path("out/model.gguf").read_bytes())  # without config.json
+    alone = ptq("eval", "model", "alone.gguf", "--json")
+    assert alone.code == 0, alone.err
+    assert [r["rel_err"] for r in alone.document["layers"]] == [
+        r["rel_err"] for r in measured["layers"]
+    ]
     assert ptq("check", "out", "--runtime", "llama.cpp", "--json").document["loads"] is True
     said = ptq("check", "out", "--runtime", "transformers", "--json").document
     assert (said["loads"], "qwen2_moe" in said["why"]) == (None, True)
