@@ -177,26 +177,34 @@ class GgufNames:
         numbers = [(block, expert) for block in range(n_blocks) for expert in experts]
         wanted = dict.fromkeys(m.format(*n) for m in self.modules for n in numbers)
         head = next((module for module, own in self.modules.items() if own == "output"), None)
-        missing = [m for m in wanted if m != head and f"{m}.weight" not in names]
+        tensors = [f"{module}.weight" for module in wanted if module != head]
+        tensors += [f"{module}.bias" for module in wanted if self._is_centred(module)]
+        missing = [name for name in tensors if name not in names]
         if missing:
-            name = self.tensor_name(f"{missing[0]}.weight")
-            raise InputError(f"tensor {name!r} is missing; {len(missing)} of {len(wanted)} are")
+            name = self.tensor_name(missing[0])
+            raise InputError(f"tensor {name!r} is missing; {len(missing)} of {len(tensors)} are")
         settings: dict[str, bool] = {"tie_word_embeddings": f"{head}.weight" not in names}
         for module, key in self._biases().items():
-            found = any(name.endswith(f".{module}.bias") for name in names)
+            blocks = sum(name.endswith(f".{module}.bias") for name in names)
+            found = blocks > 0
             stated = settings.setdefault(key, found) if isinstance(key, str) else key
-            if found != stated:
-                what = "has a bias" if found else "lacks its bias"
+            if found != stated or blocks not in (0, n_blocks):
+                what = "has a bias" if not stated else "lacks its bias"
                 raise InputError(f"{module} {what}, which a {self.model_type} cannot")
         return settings
+
+    def _is_centred(self, module: str) -> bool:
+        """Whether it is a LayerNorm, which has a bias."""
+        return self.gguf.layer_norms and self._found(f"{module}.weight")[1].endswith("_norm")
 
     def _biases(self) -> dict[str, bool | str]:
         """Modules inside a block → config.json's key for whether they have biases, or whether they
         always have."""
         names, forward = self.family.names, self.family.forward
         own = {} if forward is None else forward.biases
-        parts = {"qkv": names.qkv[0], "output": names.output, "mlp": names.mlp_out}
-        return {module: own.get(part, False) for part, module in parts.items() if module}
+        parts = dict.fromkeys(names.qkv, "qkv") | {names.output: "output"}
+        parts |= dict.fromkeys((*names.mlp_in, names.mlp_out), "mlp") if names.mlp_out else {}
+        return {module: own.get(part, False) for module, part in parts.items()}
 
 
 def names_of_model(config: Mapping[str, Any], way_out: str = TWO_STEPS) -> GgufNames:

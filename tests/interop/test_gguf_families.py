@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore"),
 ]
+FAMILY = {family.name: family for family in FAMILIES}
 LENGTH, VOCABULARY = 64, 256
 TOKENS = np.random.default_rng(0).integers(3, 250, LENGTH).tolist()
 HEADS, ENDS = {"head_dim": 32}, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -169,6 +171,17 @@ def where_experts_are(state: dict[str, Any]) -> Any:
                 yield f"{base}.{expert}.up_proj", values[expert, half:]
 
 
+def logits_of_the_file_alone(out: Path, folder: Path) -> NDArray[np.float32]:
+    """What transformers computes with the model folder that is made of the GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    copyfile(out / "model.gguf", folder / "alone.gguf")
+    api.dequantize(folder / "alone.gguf", folder / "back", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder / "back", dtype=torch.float32)
+    return np.asarray(model(torch.tensor([TOKENS])).logits[0].detach().numpy())
+
+
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     shifted = logits - logits.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
@@ -182,6 +195,9 @@ def test_log_probabilities(name: str, tmp_path: Path) -> None:
     api.rtn(tmp_path / "model", bits=8, group_size=32, format="gguf", output=out)
     with torch.no_grad():
         logits = with_decoded(model, out)(torch.tensor([TOKENS])).logits[0].numpy()
+    if FAMILY[name.partition(" ")[0]].gguf.model_class:
+        again = logits_of_the_file_alone(out, tmp_path)
+        np.testing.assert_allclose(again, logits, atol=1e-4 * np.abs(logits).max())
     ours = log_probabilities(logits)
     theirs = log_probabilities(ggml.logits(out / "model.gguf", TOKENS, VOCABULARY))
     worst, same = np.abs(ours - theirs).max(-1), (ours.argmax(-1) == theirs.argmax(-1)).mean()

@@ -236,7 +236,7 @@ def write(path: str = "m.gguf", drop: str = "", **keys: Any) -> Path:
     ({"drop": "blk.0.attn_v.weight"}, ("'blk.0.attn_v.weight' is missing",)),
     ({"drop": "token_embd.weight"}, ("'token_embd.weight' is missing",)),
     ({"blk__0__ssm__weight": np.ones(4, np.float32)}, ("'blk.0.ssm.weight' is not understood",)),
-    ({"blk__0__attn_q__bias": np.ones(8, np.float32)}, ("o_proj lacks its bias", "llama")),
+    ({"blk__0__attn_q__bias": np.ones(8, np.float32)}, ("k_proj lacks its bias", "llama")),
     ({"attention.head_count_kv": 3}, ("does not hold 3 heads",)),
     ({"rope_freqs__weight": np.full(2, 1.5, np.float32)}, ("rope_freqs.weight", "Llama 3")),
 ])  # fmt: skip

@@ -248,6 +248,21 @@ def test_experts_are_as_many_as_the_file_says(change: dict[str, Any], words: str
     refused("rtn", "m.gguf", words=("m.gguf", words))
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("blk.1.attn_norm.bias", "tensor 'blk.1.attn_norm.bias' is missing"),
+    ("blk.1.ffn_up.bias", "mlp.c_fc lacks its bias, which a gpt2 cannot"),
+    ("position_embd.weight", "tensor 'position_embd.weight' is missing"),
+])  # fmt: skip
+def test_biases_are_all_there(name: str, words: str) -> None:
+    names = names_of_file("gpt2")
+    found = [f"{m.format(block)}.{part}" for m in names.modules for block in (0, 1)
+             for part in ("weight", "bias")]  # fmt: skip
+    assert names.told_by_tensors(set(found), 2) == {"tie_word_embeddings": False}
+    own = names.checkpoint_names(name, (1,))
+    with pytest.raises(InputError, match=words):
+        names.told_by_tensors(set(found) - set(own), 2)
+
+
 def test_every_family_with_a_forward_is_there() -> None:
     assert MODELS.keys() == {f.name for f in FAMILIES if f.forward and f.gguf}
 
