@@ -17,6 +17,7 @@ from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import USUAL_KEYS, Family
+from ptq_cli.models.forward.rope import KINDS, Rope
 from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.gguf_keys import NORM_EPS, SIZES, gguf_settings, hyperparameters, rope_of
 from ptq_cli.models.gguf_names import GgufNames
@@ -29,7 +30,8 @@ _PLAIN = {  # what changes nothing, where config.json has no word for it
 }  # fmt: skip
 _HEADS = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-_LLAMA3_LENGTH = 8192
+# Tokens that it was trained on before its frequencies were stretched; the usual number first.
+_LLAMA3_LENGTHS = (8192, *(2**power for power in range(5, 21)))
 _CLOSE = 1e-5  # of numbers that are computed again
 
 
@@ -158,18 +160,18 @@ def _longrope(factors: Mapping[str, FloatArray], dims: int) -> dict[str, Any]:
 
 def _llama3(factors: FloatArray, theta: float, dims: int) -> dict[str, Any]:
     """`rope_scaling` where frequencies are divided by Llama 3's factors."""
-    slow, fast, length, factor = 1.0, 4.0, _LLAMA3_LENGTH, float(factors.max(initial=0))
-    frequencies = theta ** -(np.arange(0, dims, 2) / dims)
-    kept = np.clip((length * frequencies / (2 * math.pi) - slow) / (fast - slow), 0, 1)
-    with np.errstate(all="ignore"):
-        expected = 1 / ((1 - kept) / factor + kept)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise InputError("tensor 'rope_freqs.weight' does not hold the factors of a Llama 3")
-    scaling = {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": slow,
-        "high_freq_factor": fast, "original_max_position_embeddings": length,
-    }  # fmt: skip
-    return {"rope_scaling": scaling}
+    for length in _LLAMA3_LENGTHS:
+        scaling = {
+            "rope_type": "llama3", "factor": float(factors.max(initial=0)),
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": length,
+        }  # fmt: skip
+        rope = Rope(dims, theta, factor=scaling["factor"], original_length=length)
+        with np.errstate(all="ignore"):
+            expected = KINDS["default"](rope, 0) / KINDS["llama3"](rope, 0)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            return {"rope_scaling": scaling}
+    raise InputError("tensor 'rope_freqs.weight' does not hold the factors of a Llama 3")
 
 
 def _check(names: GgufNames, config: Mapping[str, Any], keys: _Keys) -> None:

@@ -201,20 +201,22 @@ def open_gguf_source(
 
 
 def _tensors(view: GgufView) -> dict[str, StoredTensor]:
-    """The tensors as they are seen, experts as parts of the tensor of all."""
-    whole = {t.spec.name: t for t in view.header.tensors}
+    """The tensors as they are seen; by the names in the file, experts are parts of the tensor of
+    all. A checkpoint of a known family has them one by one, as if it had been stored so."""
+    whole = {
+        tensor.spec.name: StoredTensor(
+            _seen(tensor.spec.name, tensor, Placing()), tensor.file, tensor.offset
+        )
+        for tensor in view.header.tensors
+    }
     seen = {}
     for name, tensor in view.tensors.items():
         of = whole[tensor.spec.name]
-        stack = StoredTensor(_seen(of.spec.name, of, Placing()), of.file, of.offset)
+        is_part = view.names is None and len(tensor.spec.shape) < len(of.spec.shape)
         spec = _seen(name, tensor, view.placing(name))
-        part_of = stack if _is_part(tensor, stack) else None
+        part_of = of if is_part else None
         seen[name] = StoredTensor(spec, tensor.file, tensor.offset, part_of=part_of)
     return seen
-
-
-def _is_part(tensor: GgufTensor, whole: StoredTensor) -> bool:
-    return len(tensor.spec.shape) < len(whole.spec.shape)
 
 
 def _settings(view: GgufView, any_architecture: bool) -> dict[str, Any]:

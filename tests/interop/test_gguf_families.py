@@ -116,7 +116,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def saved(name: str, folder: Path, build: Callable[[], Any] | None = None) -> Any:
-    """A model of random weights as its publisher would save it, in float32 again. Its logits are
+    """A model of random weights as its publisher would save it, read in float32. Its logits are
     small, and so is what llama.cpp changes by rounding inputs to 8 bits.
 
     build: makes another one than MODELS has of that family
@@ -132,7 +132,7 @@ def saved(name: str, folder: Path, build: Callable[[], Any] | None = None) -> An
                 values.sub_(1)  # the gain is one more
         model.get_output_embeddings().weight.mul_(0.4)
     model.to(torch.bfloat16).save_pretrained(folder, save_original_format="stacked" not in name)
-    return model.float()
+    return type(model).from_pretrained(folder, dtype=torch.float32)  # frequencies unrounded
 
 
 def with_decoded(model: Any, out: Path) -> Any:
@@ -178,7 +178,8 @@ def logits_of_the_file_alone(out: Path, folder: Path) -> NDArray[np.float32]:
 
     copyfile(out / "model.gguf", folder / "alone.gguf")
     api.dequantize(folder / "alone.gguf", folder / "back", dtype="float32")
-    model = AutoModelForCausalLM.from_pretrained(folder / "back", dtype=torch.float32)
+    kept = {"dtype": torch.float32, "pad_token_id": None}  # Phi-3's own is outside the vocabulary
+    model = AutoModelForCausalLM.from_pretrained(folder / "back", **kept)
     return np.asarray(model(torch.tensor([TOKENS])).logits[0].detach().numpy())
 
 

@@ -263,6 +263,17 @@ def test_biases_are_all_there(name: str, words: str) -> None:
         names.told_by_tensors(set(found) - set(own), 2)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "mixtral"])
+def test_other_formats(kind: str) -> None:
+    written(kind)
+    assert ptq("rtn", "out/model.gguf", "-b", 8, "-g", 32, "-o", "packed").code == 0
+    outcome = ptq("eval", "model", "packed", "--max-rel-err", 0.02)
+    assert outcome.code == 0, outcome.err
+    assert ptq("dequantize", "out/model.gguf", "-o", "back").code == 0
+    shapes = {name: spec.shape for name, spec in open_checkpoint(Path("model")).specs.items()}
+    assert {n: spec.shape for n, spec in open_checkpoint(Path("back")).specs.items()} == shapes
+
+
 def test_every_family_with_a_forward_is_there() -> None:
     assert MODELS.keys() == {f.name for f in FAMILIES if f.forward and f.gguf}
 
