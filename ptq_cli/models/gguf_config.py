@@ -107,7 +107,7 @@ def _rope(
     """`rope_theta`, `rope_scaling` and what belongs to them."""
     head_size, found = config["head_dim"], {"rope_theta": keys.fraction("rope.freq_base", 10000.0)}
     dims = keys.whole("rope.dimension_count", head_size)
-    if names.gguf.partly_rotary and dims != head_size:
+    if names.gguf.partly_rotary and dims < head_size:
         found["partial_rotary_factor"] = dims / head_size
     if factors and not names.gguf.frequency_factors:
         raise InputError(f"tensor {min(factors)!r} is not understood in a {names.model_type}")
@@ -178,6 +178,9 @@ def _check(names: GgufNames, config: Mapping[str, Any], keys: _Keys) -> None:
     """Raises InputError where the file says what config.json does not."""
     try:
         made = hyperparameters(names, config)
+    except InputError as error:
+        message = f"its key-values do not become a config.json: {error.message}"
+        raise InputError(message) from None  # what to do instead is for those who write a file
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{keys.name('')}… is garbled: {error}") from None
     for key, value in made.items():
@@ -194,6 +197,37 @@ def _check(names: GgufNames, config: Mapping[str, Any], keys: _Keys) -> None:
     if hides and "attention.sliding_window" not in made:
         name = keys.name("attention.sliding_window")
         raise InputError(f"{name} is {window!r}, which is not covered")
+
+
+def check_shapes(
+    names: GgufNames, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises InputError where a weight has another shape than config.json says.
+
+    shapes: by the names in the file, [out_features, in_features], behind the number of experts
+    """
+    settings = gguf_settings(names.family, config)
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    queries, keys = (
+        settings["head_dim"] * count for count in (heads, settings["num_key_value_heads"])
+    )
+    inner, experts = settings["intermediate_size"], settings.get("num_experts")
+    expert_size = settings.get("expert_size") or inner
+    wanted = {
+        "token_embd": (settings["vocab_size"], hidden), "attn_q": (queries, hidden),
+        "attn_k": (keys, hidden), "attn_v": (keys, hidden),
+        "attn_qkv": (queries + 2 * keys, hidden), "attn_output": (hidden, queries),
+        "ffn_down": (hidden, inner), "ffn_down_exps": (experts, hidden, expert_size),
+        "ffn_up_exps": (experts, expert_size, hidden),
+        "ffn_gate_exps": (experts, expert_size, hidden), "ffn_gate_inp": (experts, hidden),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        module, _, ending = name.rpartition(".")
+        stated = wanted.get(module.rpartition(".")[2], shape)
+        if ending == "weight" and shape != stated:
+            raise InputError(
+                f"tensor {name!r} is {list(shape)}, not {list(stated)} as the key-values say"
+            )
 
 
 def _is_same(found: object, value: object) -> bool:

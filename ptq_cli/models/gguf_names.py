@@ -185,10 +185,11 @@ class GgufNames:
             raise InputError(f"tensor {name!r} is missing; {len(missing)} of {len(tensors)} are")
         settings: dict[str, bool] = {"tie_word_embeddings": f"{head}.weight" not in names}
         for module, key in self._biases().items():
-            blocks = sum(name.endswith(f".{module}.bias") for name in names)
+            own = [name for name in wanted if name.endswith(f".{module}")]
+            blocks = sum(f"{name}.bias" in names for name in own)
             found = blocks > 0
             stated = settings.setdefault(key, found) if isinstance(key, str) else key
-            if found != stated or blocks not in (0, n_blocks):
+            if found != stated or blocks not in (0, len(own)):
                 what = "has a bias" if not stated else "lacks its bias"
                 raise InputError(f"{module} {what}, which a {self.model_type} cannot")
         return settings

@@ -24,8 +24,8 @@ from ptq_cli.formats.gguf import unpermute_rows
 from ptq_cli.formats.gguf.tokenizer import tokenizer_documents, unread
 from ptq_cli.formats.gguf.types import TYPES, BlockType
 from ptq_cli.formats.gguf.unpack import check_blocks, unpack
-from ptq_cli.models.gguf_config import model_config
-from ptq_cli.models.gguf_names import FREQUENCY_FACTORS, Placing, is_stack
+from ptq_cli.models.gguf_config import check_shapes, model_config
+from ptq_cli.models.gguf_names import FREQUENCY_FACTORS, Placing
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
 from ptq_cli.storage.checkpoint import Checkpoint, Rows, StoredTensor
 from ptq_cli.storage.digest import digest_of
@@ -245,10 +245,8 @@ def _config(view: GgufView) -> dict[str, Any]:
     for key, count, parts in (("block_count", blocks, 1), ("expert_count", experts, blocks)):
         if count * parts > len(found):  # told before so many names are made
             raise InputError(f"{key} is {count}, but there are {len(found)} tensors")
-    for tensor in view.header.tensors:
-        if is_stack(tensor.spec.name) and tensor.spec.shape[0] != experts:
-            stated = f"tensor {tensor.spec.name!r} {list(tensor.spec.shape)}"
-            raise InputError(f"{stated} does not hold {experts} experts")
+    shapes = {tensor.spec.name: tensor.spec.shape for tensor in view.header.tensors}
+    check_shapes(view.names, settings, shapes)
     return settings | view.names.told_by_tensors(found, blocks, experts)
 
 

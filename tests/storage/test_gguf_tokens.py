@@ -205,9 +205,12 @@ def test_key_values_come_back(kind: str) -> None:
     ("gemma2", {"rope.scaling.type": "ntk"}, "gemma2.rope.scaling.type is 'ntk', which is not"),
     ("phi3", {"attention.sliding_window": 32}, "phi3.attention.sliding_window is 32"),
     ("phi3", {"rope.dimension_count": 8}, "'rope_factors_long.weight' does not hold 4 positive"),
+    ("phi3", {"rope.dimension_count": 18}, "'rope_factors_long.weight' does not hold 9 positive"),
+    ("gemma2", {"rope.dimension_count": 18}, "rope.dimension_count is 18, which is not covered"),
     ("qwen3_moe", {"expert_feed_forward_length": None}, "expert_feed_forward_length is missing"),
     ("mixtral", {"expert_used_count": 0}, "llama.expert_used_count is 0, not a whole number"),
     ("gpt2", {"attention.head_count_kv": 2}, "head_count_kv is 2, which is not covered: a gpt2"),
+    ("phi3", {"attention.head_count": 2}, "do not become a config.json: gguf: head_dim 16"),
     ("qwen2", {"rope.scaling.factor": None}, "qwen2.rope.scaling.factor is missing"),
     ("qwen2", {"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast is 16.0, which is not"),
     ("llama", {"rope.freq_base_swa": 1e4}, "rope.freq_base_swa is 10000.0, which is not covered"),
@@ -234,13 +237,37 @@ def test_words_of_config_json(kind: str, change: dict[str, Any], wanted: dict[st
     assert {key: found[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("length", [32, 1024, 8192])
+def test_the_length_before_llama_3s_frequencies_were_stretched(length: int) -> None:
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": length,
+    }  # fmt: skip
+    config = {"model_type": "llama", **SIZES, "head_dim": 64, "rope_scaling": scaling}
+    names = names_of_model(config)
+    keys = {f"llama.{key}": value for key, value in hyperparameters(names, config).items()}
+    keys["general.architecture"] = "llama"
+    found = model_config(names, keys, 48, frequency_factors(names, config))
+    assert found["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("embedding_length", 256, "'token_embd.weight' is [4, 512], not [4, 256] as the key-values"),
+    ("feed_forward_length", 64, "'blk.0.ffn_down.weight' is [512, 32], not [512, 64]"),
+    ("attention.head_count", 1, "'blk.0.attn_q.weight' is [8, 512], not [4, 512]"),
+])  # fmt: skip
+def test_shapes_are_as_the_key_values_say(key: str, value: int, words: str) -> None:
+    write_gguf_file(Path("m.gguf"), llama_tensors(), **{key: value})
+    refused("rtn", "m.gguf", words=("m.gguf", words))
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"expert_count": 2**31}, "expert_count is 2147483648, but there are 15 tensors"),
-    ({"expert_count": 5}, "'blk.0.ffn_up_exps.weight' [2, 32, 512] does not hold 5 experts"),
+    ({"expert_count": 5}, "is [2, 512, 32], not [5, 512, 32] as the key-values say"),
 ])  # fmt: skip
 def test_experts_are_as_many_as_the_file_says(change: dict[str, Any], words: str) -> None:
     arrays = llama_tensors()
-    for own in ("up", "gate", "down"):
+    for own in ("down", "up", "gate"):
         weight = arrays.pop(f"blk.0.ffn_{own}.weight")
         arrays[f"blk.0.ffn_{own}_exps.weight"] = np.stack([weight, weight])
     arrays["blk.0.ffn_gate_inp.weight"] = np.ones((2, 512), np.float32)
@@ -298,7 +325,7 @@ def test_gptq_with_tokens(kind: str) -> None:
     assert 0 < evaluated.document["quality"]["kl"]["quantized"]["mean"] < 1
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
 def test_norms_that_take_factors_stand_in_the_file_as_before(kind: str) -> None:
     written(kind)
     np.save("tokens.npy", TOKENS.astype(np.int32))
