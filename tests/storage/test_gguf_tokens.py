@@ -14,7 +14,6 @@ from ptq_cli.calibration.from_tokens import model_architecture
 from ptq_cli.errors import InputError
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.models.gguf_config import model_config
@@ -27,101 +26,13 @@ from tests.builders import ptq, write_model
 from tests.refusals import refused
 from tests.storage.gguf_files import tensors as llama_tensors
 from tests.storage.gguf_files import write_gguf_file
+from tests.storage.tiny_gguf import MODELS, SIZES, config_of, random_tensors
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("here")
 
-SIZES = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "vocab_size": 48, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-HEADS = {"head_dim": 16}
-EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
-YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
-    "attention_factor": 1.3,
-}  # fmt: skip
-LONG = {
-    "type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(6)],
-    "long_factor": [2.0 + 0.2 * i for i in range(6)],
-}  # fmt: skip
-GEMMA: dict[str, Any] = {
-    **SIZES, **HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {**SIZES, "attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "mistral": {**SIZES, "sliding_window": None},
-    "mixtral": {**SIZES, **EXPERTS},
-    "qwen2": {**SIZES, "rope_scaling": YARN},
-    "qwen3": {**SIZES, **HEADS, "tie_word_embeddings": True},
-    "qwen3_moe": {
-        **SIZES, **EXPERTS, "head_dim": 32, "norm_topk_prob": True, "moe_intermediate_size": 64,
-        "rope_scaling": {**YARN, "attention_factor": None},
-    },
-    "gemma2": {**GEMMA, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
-    "gemma3": {
-        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 6,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
-    "phi3": {
-        **SIZES, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32,
-        "rope_scaling": LONG,
-    },
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48},
-}  # fmt: skip
 TOKENS = np.arange(80).reshape(2, 40) * 7 % 48
 KIND = pytest.mark.parametrize("kind", MODELS)
-
-
-def config_of(kind: str) -> dict[str, Any]:
-    return {"model_type": kind, **MODELS[kind]}
-
-
-def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Of values that float16 holds."""
-    arch, rng, found = read_architecture(config), np.random.default_rng(5), {}
-    width, inner = arch.hidden_size, arch.intermediate_size
-    queries, keys = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-
-    def linear(module: Any, rows: int, columns: int) -> None:
-        weight = rng.standard_normal((rows, columns)) / columns**0.5
-        found[f"{module.name}.weight"] = weight.T if module.transposed else weight
-        if module.bias:
-            found[f"{module.name}.bias"] = rng.standard_normal(rows) / 10
-
-    def norm(own: Any, size: int) -> None:
-        gain = 1 + rng.standard_normal(size) / 10
-        gain[:2] *= 6
-        found[f"{own.name}.weight"] = gain - own.offset
-        if own.centred:
-            found[f"{own.name}.bias"] = rng.standard_normal(size) / 10
-
-    for name in {arch.embedding, arch.head}:
-        found[name] = rng.standard_normal((arch.vocab_size, width)) / 8
-    if arch.positions:
-        found[arch.positions] = rng.standard_normal((64, width)) / 8
-    norm(arch.final_norm, width)
-    for block in arch.blocks:
-        sizes = [queries, keys, keys] if len(block.qkv) == 3 else [queries + 2 * keys]
-        for module, rows in zip(block.qkv, sizes, strict=True):
-            linear(module, rows, width)
-        linear(block.output, width, queries)
-        for role, own in block.norms.items():
-            norm(own, arch.head_dim if role in "qk" else width)
-        if experts := block.experts:
-            linear(experts.router, len(experts.inputs), width)
-            for inputs, output in zip(experts.inputs, experts.outputs, strict=True):
-                for module in inputs:
-                    linear(module, experts.width, width)
-                linear(output, width, experts.width)
-            continue
-        for module in block.mlp_in:
-            linear(
-                module, inner * (2 if arch.forward.gated and len(block.mlp_in) == 1 else 1), width
-            )
-        linear(block.mlp_out, width, inner)
-    return {name: np.ascontiguousarray(x.astype(np.float16)) for name, x in found.items()}
 
 
 def written(kind: str, *options: object) -> None:
