@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptq_cli.core.grid import Grid
+from ptq_cli.core.grid import SUPER_BLOCK, Grid
 from ptq_cli.core.plugins import Method, MethodResult
 from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
@@ -196,7 +196,7 @@ def _corrected(
 def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     out_features, n = shape
     item = 8 if n <= FLOAT64_COLUMNS else 4
-    rows, width = min(out_features, PANEL_ROWS), grid.width(n)
+    rows, width = min(out_features, PANEL_ROWS), SUPER_BLOCK if grid.multiples else grid.width(n)
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
     # three of the nine are those of the search, which one grid for all rows has before
     group = width * ((9 if grid.by_rows else 6) * rows + 3 * width + n)

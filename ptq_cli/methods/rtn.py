@@ -57,7 +57,7 @@ def _apply(
 
 def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     size = shape[0] * shape[1]
-    return 18 * size if not grid.by_rows else size + 64 * PIECE_ELEMENTS
+    return 18 * size if not grid.by_rows else size + 48 * PIECE_ELEMENTS
 
 
 METHOD = Method(

@@ -3,6 +3,7 @@ plain loops."""
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from ptq_cli.core.grid import SUPER_BLOCK
 from ptq_cli.errors import InputError
 from ptq_cli.formats.gguf.types import TYPES
+from ptq_cli.methods.gptq import METHOD
 from ptq_cli.numerics import super_blocks
 from ptq_cli.numerics.feedback import column_order, make_feedback
 from ptq_cli.numerics.gptq import solve
@@ -360,6 +362,17 @@ def test_a_weight_too_large_for_float16_is_refused(kind):
     weight[0, 3] = 1e9
     with pytest.raises(InputError, match="does not fit float16"):
         round_to_nearest(weight, TYPES[kind].grid)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q4_1"])
+def test_it_takes_the_memory_that_is_stated(kind):
+    grid, weight, hessian = TYPES[kind].grid, some_weight(512, 512), some_hessian(512)
+    tracemalloc.start()
+    solve(weight, grid, make_feedback(hessian, DAMP, grid, "static"), THOROUGH)
+    _, taken = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    taken -= 2 * weight.size  # the result, in codes and, at most, as much of scales
+    assert taken <= METHOD.memory(weight.shape, grid, False) <= 1.5 * taken
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "Q4_1"])
