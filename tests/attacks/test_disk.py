@@ -60,6 +60,7 @@ def test_a_small_disk(tmp_path, size):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.slow(3)
 def test_two_runs_into_one_output(tmp_path):
     assert ptq("gptq", MODEL, "-o", tmp_path / "expected", "--workers", 1).code == 0
     first = start(TOLD, 3, "pause", "gptq", MODEL, "-o", tmp_path / "o", "-q")

@@ -8,6 +8,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+# Nothing is killed here, and pip compiled nothing: the first process that imports one of these
+# large packages leaves its bytecode to those after it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 LONGEST = "test_smollm2.py"  # as long as all other files together, nearly
 
 

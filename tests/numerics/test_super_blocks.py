@@ -364,6 +364,7 @@ def test_a_weight_too_large_for_float16_is_refused(kind):
         round_to_nearest(weight, TYPES[kind].grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q4_1"])
 def test_it_takes_the_memory_that_is_stated(kind):
     grid, weight, hessian = TYPES[kind].grid, some_weight(512, 512), some_hessian(512)

@@ -219,6 +219,7 @@ def test_every_family_with_a_forward_is_there() -> None:
 TOKENS_GIVEN = ("--tokens", "tokens.npy", "--nsamples", 2, "--seq-len", 40)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("kind", ["mixtral", "gemma2", "gpt2"])
 def test_gptq_with_tokens(kind: str) -> None:
     written(kind)
@@ -236,6 +237,7 @@ def test_gptq_with_tokens(kind: str) -> None:
     assert 0 < evaluated.document["quality"]["kl"]["quantized"]["mean"] < 1
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
 def test_norms_that_take_factors_stand_in_the_file_as_before(kind: str) -> None:
     written(kind)
