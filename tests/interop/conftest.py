@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
-# Nothing is killed here, and pip compiled nothing: the first process that imports one of these
-# large packages leaves its bytecode to those after it.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
 LONGEST = "test_smollm2.py"  # as long as all other files together, nearly
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bytecode_is_kept() -> Iterator[None]:
+    """Nothing is killed here, and pip compiled nothing: the first process that imports one of these
+    large packages leaves its bytecode to those after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
