@@ -123,7 +123,7 @@ def whole_files(setup: Setup, mixes: list[str]) -> None:
                 command(setup.checkpoint.path, output=out, scheme=mix, **given)
                 opened = open_quantized(out)
                 ours[name] = predict(setup, quantized_tensors(setup.checkpoint, opened), base)
-            kinds = {layer.tensor: type_of(layer) for layer in opened.layers.values()}
+            kinds = {layer.tensor: str(FORMAT.type_of(layer)) for layer in opened.layers.values()}
             size = sum(s.nbytes for s in opened.checkpoint.specs.values())
             weights = sum(int(np.prod(s.shape)) for s in setup.checkpoint.specs.values())
         theirs = [
@@ -136,15 +136,6 @@ def whole_files(setup: Setup, mixes: list[str]) -> None:
             + f"   {times_smaller(theirs[1], ours['gptq'])}",
             flush=True,
         )
-
-
-def type_of(layer: Layer) -> str:
-    return next(name for name, kind in TYPES.items() if same_numbers(kind.grid, layer.grid))
-
-
-def same_numbers(kind: Any, grid: Any) -> bool:
-    keys = ("bits", "levels", "scale_dtype", "group_size", "sym")
-    return all(getattr(kind, key) == getattr(grid, key) for key in keys)
 
 
 def llama_cpp_tensors(

@@ -85,7 +85,6 @@ class Panel:
         self.scales = np.empty((len(feedback.groups), rows), weight.dtype)
         self.zeros = np.empty_like(self.scales)
         self.offsets = np.zeros_like(self.scales)
-        self.with_offsets = grid.own_offsets
         self.shared: dict[int, Shared] = {}
         self.importance = feedback.pivots[:, None]
 
@@ -162,7 +161,7 @@ class Panel:
         """Fit a group, then round its columns one by one, each at its target."""
         fitted = self._fit(group)
         self.scales[group.index], self.zeros[group.index] = fitted.scales, fitted.zeros
-        if self.with_offsets:
+        if self.grid.own_offsets:
             self.offsets[group.index] = fitted.offsets
         upper = self.feedback.upper[group.columns, group.columns]
         start, stop = group.columns.start, group.columns.stop
@@ -198,12 +197,12 @@ class Panel:
         for k, column in enumerate(range(a, b)):
             target = self.weight[column] + self.error[column]
             target += upper[:k, k] @ self.error[a:column]
-            if self.with_offsets:
+            if self.grid.own_offsets:
                 target -= offset
             target /= divisor
             self.numbers.round(target, limits, self.grid, levels[k])
             self.error[column] = self.weight[column] - levels[k] * scale
-            if self.with_offsets:
+            if self.grid.own_offsets:
                 self.error[column] -= offset
 
     def _limits(self, group: Group) -> Limits:
@@ -259,11 +258,11 @@ class Panel:
         spread = quadratic @ levels
         slope = np.einsum("kr,kr->r", levels, gradient)
         curvature = np.einsum("kr,kr->r", levels, spread)
-        if not (self.with_offsets or self.shared):
+        if not (self.grid.own_offsets or self.shared):
             moved = better_scale(scale, slope, curvature, self.grid)
         else:
             ones = quadratic.sum(1)
-            square = np.full_like(scale, ones.sum() if self.with_offsets else 0)
+            square = np.full_like(scale, ones.sum() if self.grid.own_offsets else 0)
             sums = Sums(curvature, ones @ levels, square, slope, gradient.sum(0))
             if self.shared:
                 own, shared = Multiples(scale, offset), self.shared[self._block_of(group)]

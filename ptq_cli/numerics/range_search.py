@@ -26,8 +26,7 @@ def offset_range(
     weight: columns of each group along `axis`
     positive: whether offsets may be greater than 0; else the range is widened to hold 0
     """
-    low, high = weight.min(axis), weight.max(axis)
-    low = low if positive else np.minimum(low, 0)
+    low, high = _ends(weight, axis, positive)
     return _step(low, high, max_code), low
 
 
@@ -43,7 +42,8 @@ def search_offsets(
     weighted = weight * importance
     heaviness = np.broadcast_to(importance, weight.shape).sum(axis)
     mass = weighted.sum(axis)
-    best = offset_range(weight, max_code, axis, positive)
+    ends = _ends(weight, axis, positive)
+    best = _step(*ends, max_code), ends[0]
     least = np.full_like(mass, np.inf)
 
     def attempt(step: FloatArray, low: FloatArray) -> None:
@@ -67,8 +67,8 @@ def search_offsets(
         best = np.where(better, scale, best[0]), np.where(better, offset, best[1])
         least = np.where(better, error, least)
 
-    for low, step in _ranges(weight, max_code, axis, positive):
-        attempt(step, low)
+    for low, high in _ranges(*ends):
+        attempt(_step(low, high, max_code), low)
     for _ in range(REFITS):
         attempt(*best)
     return best
@@ -92,18 +92,18 @@ def _line(
     return slope, intercept
 
 
-def _ranges(
-    weight: FloatArray, max_code: int, axis: int, positive: bool
-) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """The lower end and the step of the ranges to try: both ends drawn in, or one of them."""
+def _ends(weight: FloatArray, axis: int, positive: bool) -> tuple[FloatArray, FloatArray]:
     low, high = weight.min(axis), weight.max(axis)
-    low = low if positive else np.minimum(low, 0)
+    return low if positive else np.minimum(low, 0), high
+
+
+def _ranges(low: FloatArray, high: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """The ends of the ranges to try: both drawn in, or one of them."""
     for ratio in SEARCH_RATIOS:
         drawn = low.dtype.type(1 - ratio) * (high - low)
         half = drawn * low.dtype.type(0.5)
         ends = [(low + half, high - half), (low, high - drawn), (low + drawn, high)]
-        for own_low, own_high in ends[: 1 if ratio == 1 else 3]:
-            yield own_low, _step(own_low, own_high, max_code)
+        yield from ends[: 1 if ratio == 1 else 3]
 
 
 def _step(low: FloatArray, high: FloatArray, max_code: int) -> FloatArray:
@@ -133,7 +133,7 @@ def search_signed(
     nearest: gives the levels nearest to weights that are divided by a scale
     """
     farthest, weighted = _farthest(weight, axis), weight * importance
-    best = signed_range(weight, ends, axis)
+    best = farthest / weight.dtype.type(ends[0])
     most = np.full_like(best, -np.inf)
 
     def attempt(scale: FloatArray) -> None:

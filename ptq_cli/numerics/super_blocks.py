@@ -201,15 +201,13 @@ def round_rows(
     shared = share(fitted, grid, -1)
     if weights is None:
         own = nearest_multiples(fitted, _of_groups(shared), grid)
+        levels = _nearest_levels(part, own, grid)
     else:
         own = best_multiples(part, weights, fitted, _of_groups(shared), grid, -1)
-    levels = _nearest_levels(part, own, grid)
-    for _ in range(REFITS):
-        if weights is None:
-            break
-        own, shared = _refit(part, weights, levels, own, shared, grid)
         levels = _nearest_levels(part, own, grid)
-    if weights is not None:
+        for _ in range(REFITS):
+            own, shared = _refit(part, weights, levels, own, shared, grid)
+            levels = _nearest_levels(part, own, grid)
         own, shared = _unshrunken(part, weights, levels, own, shared)
     store(own, shared, grid, into)
     zero = np.full((), zero_of(grid), levels.dtype)
@@ -221,6 +219,14 @@ def round_rows(
 
 def _of_groups(shared: Shared) -> Shared:
     return Shared(shared.scales[..., None], shared.offsets[..., None])
+
+
+def _under(moved: Shared, own: Multiples, shared: Shared) -> Multiples:
+    """The same integers under another d and e. own: under those of `shared`"""
+    before, after = _of_groups(shared), _of_groups(moved)
+    return Multiples(
+        own.scales / before.scales * after.scales, own.offsets / before.offsets * after.offsets
+    )
 
 
 def _nearest_levels(weight: FloatArray, own: Multiples, grid: Grid) -> FloatArray:
@@ -251,12 +257,12 @@ def _refit(
     uu, up, vp = (weighed * levels).sum(-1), (error * levels).sum(-1), error.sum(-1)
     uv = weighed.sum(-1)
     of_block = Sums(*(x.sum(-1) for x in (n * n * uu, n * m * uv, m * m * moves, n * up, m * vp)))
-    shared = refit_shared(shared, of_block, grid)
-    wide = _of_groups(shared)
-    moved = Multiples(n * wide.scales, m * wide.offsets)
+    better = refit_shared(shared, of_block, grid)
+    moved = _under(better, own, shared)
     change, other = moved.scales - own.scales, moved.offsets - own.offsets
     up, vp = up - change * uu - other * uv, vp - change * uv - other * heaviness
-    return refit_multiples(moved, wide, Sums(uu, uv, moves, up, vp), grid), shared
+    sums = Sums(uu, uv, moves, up, vp)
+    return refit_multiples(moved, _of_groups(better), sums, grid), better
 
 
 def _unshrunken(
@@ -278,10 +284,8 @@ def _unshrunken(
     wanted, found = (np.einsum("rbgk,rbgk->rb", weighed, x) for x in (weight, decoded))
     stretch = np.divide(wanted, found, out=np.ones_like(wanted), where=found > 0.5 * wanted)
     scales, offsets = (_stored((x * stretch).clip(-_LARGEST, _LARGEST)) for x in shared)
-    n, m = own.scales / _of_groups(shared).scales, own.offsets / _of_groups(shared).offsets
     moved = Shared(scales, offsets)
-    wide = _of_groups(moved)
-    return Multiples(n * wide.scales, m * wide.offsets), moved
+    return _under(moved, own, shared), moved
 
 
 def store(own: Multiples, shared: Shared, grid: Grid, into: QuantizedWeight) -> None:
