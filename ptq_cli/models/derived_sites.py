@@ -117,7 +117,13 @@ def _known_rows(linears: Sequence[str], block: UnknownBlock) -> list[_Group]:
     for linear in linears:
         rows[known_row(linear), block.linears[linear][1]].append(linear)
     return [
-        _Group(tuple(own), "sure", "named as in known families", width == block.width, _role(own))
+        _Group(
+            tuple(sorted(own, key=lambda linear: row.index(_own(linear)))),
+            "sure",
+            "named as in known families",
+            width == block.width,
+            _role(own),
+        )
         for (row, width), own in rows.items()
         if len(row) > 1 and len(own) > 1
     ]
@@ -236,9 +242,9 @@ def _site(
 ) -> DerivedSite:
     """The site of a group, with what may feed it."""
     pattern = SitePattern(group.linears, transposed=block.transposed)
-    takers = [other.role for other in groups if other.takes]
-    if group.takes and group.role and len(takers) == len({*takers} - {""}):
-        norm = only_norm(block) or norm_before(block, group.role)
+    others = [other.role for other in groups if other.takes and other is not group]
+    if group.takes and group.role and not {"", group.role}.intersection(others):
+        norm = norm_before(block, group.role) if others else only_norm(block)
         pattern = replace(pattern, norm=norm)
     elif not group.takes and len(group.linears) == 1:
         pattern = _behind(group.linears[0], block, heads, settings) or pattern

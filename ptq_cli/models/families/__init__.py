@@ -27,6 +27,11 @@ FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
 MULTIMODALS = (llava.MULTIMODAL, qwen2_vl.MULTIMODAL)
 
 
+def known_types() -> list[str]:
+    """config.json's `model_type` of all families."""
+    return sorted(kind for family in FAMILIES for kind in family.model_types)
+
+
 def family_of(config: Config) -> Family | None:
     """The family that config.json names, for a multimodal model that of its text."""
     text = config.get("text_config")
