@@ -118,6 +118,19 @@ def cap(scores: FloatArray, limit: float | None) -> None:
         scores *= np.float32(limit)
 
 
+def sigmoid(values: FloatArray) -> FloatArray:
+    """`1 / (1 + exp(−values))`, float32, without an overflow."""
+    small = np.exp(-np.abs(values))  # of 0 … 1
+    outputs: FloatArray = np.where(values < 0, small, 1) / (1 + small)
+    return outputs
+
+
+def softplus(values: FloatArray) -> FloatArray:
+    """`log(1 + exp(values))`, float32, without an overflow."""
+    outputs: FloatArray = np.logaddexp(values, np.float32(0))
+    return outputs
+
+
 def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
     """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
-from ptq_cli.models.forward.layers import Weights
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
 from ptq_cli.models.forward.reader import BlockReader
 from ptq_cli.models.forward.rope import Rope, read_rope
+from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
 
 
@@ -76,7 +72,7 @@ def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
         router=block.linear("router", names.router),
         experts=tuple(expert_of(block, names, path, width) for path in paths),
         top_k=top_k,
-        weigh=partial(softmax_of_all, top_k=top_k, normalised=normalised),
+        weigh=lambda weights, scores: softmax_router(scores, top_k, normalised=normalised),
         hidden_size=block.settings["hidden_size"],
         shared=shared_of(block, names),
         shared_gate=shared_gate,
@@ -98,23 +94,6 @@ def shared_of(block: BlockReader, names: ExpertNames) -> MLP | None:
     if not names.shared:
         return None
     return expert_of(block, names, names.shared, block.number("shared_expert_size"))
-
-
-def softmax_of_all(
-    weights: Weights, scores: FloatArray, *, top_k: int, normalised: bool
-) -> FloatArray:
-    """Each token goes to the `top_k` experts that have the largest share of the softmax of its
-    scores [n_tokens, n_experts]. normalised: these shares are made to sum to 1"""
-    share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
-    share /= share.sum(axis=1, keepdims=True)
-    count = scores.shape[1]
-    best = np.argpartition(share, count - top_k, axis=1)[:, count - top_k :]
-    chosen = np.zeros(share.shape, dtype=np.bool_)
-    np.put_along_axis(chosen, best, True, axis=1)
-    share = np.where(chosen, share, 0)
-    if normalised:
-        share /= share.sum(axis=1, keepdims=True)
-    return share  # type: ignore[no-any-return]
 
 
 def norms_of(block: BlockReader) -> dict[str, str]:
@@ -170,6 +149,7 @@ def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = No
         settings["head_dim"] if size is None else size,
         block.number("max_position_embeddings"),
         settings.get("original_max_position_embeddings"),
+        block.forward.interleaved,
     )
 
 
