@@ -9,7 +9,7 @@ import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
-from ptq_cli.models.forward.attention import Cache, Packing, attend
+from ptq_cli.models.forward.attention import Cache, HeadBias, Packing, attend
 from ptq_cli.models.forward.branch import Flow, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
@@ -23,7 +23,9 @@ class MultiHead:
     norms: of queries and keys, by "q" and "k"; of each head, or (`norm_whole`) of all as one
     rope: how positions turn queries and keys; None: not at all
     window: tokens that a token sees, itself included, or None for all
+    chunk: a sequence is cut into chunks of so many tokens, each for itself, or None
     scale, softcap: of the scores
+    sinks: the tensor of each head's score of a key without a value, or None
     """
 
     qkv: tuple[Linear, ...]
@@ -36,7 +38,9 @@ class MultiHead:
     norm_whole: bool = False
     rope: Rope | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
+    sinks: str | None = None
 
     @property
     def module(self) -> str:
@@ -66,10 +70,11 @@ class MultiHead:
                 queries,
                 keys,
                 values,
-                packing,
+                packing if self.chunk is None else packing.chunked(self.chunk),
                 scale=self.scale,
                 window=self.window,
                 softcap=self.softcap,
+                bias=self._bias(weights),
             )
             return Flow({output.name: mixed})
 
@@ -94,8 +99,11 @@ class MultiHead:
             cosine, sine = rotations(self.rope, packing.positions, packing.mask.shape[1])
             for role in "qk":
                 if role in named:
-                    rotate(named[role], cosine, sine)
+                    rotate(named[role], cosine, sine, self.rope.interleaved)
         return [named[role] for role in roles]
+
+    def _bias(self, weights: Weights) -> HeadBias | None:
+        return None if self.sinks is None else HeadBias(layers.fetch(weights, self.sinks))
 
     def _projected(self, weights: Weights, inputs: FloatArray, roles: str) -> list[FloatArray]:
         """The outputs of the linears, or the parts of those of the one that is fused."""

@@ -40,7 +40,8 @@ class Forward:
     embedding_scaled: embeddings are multiplied by √hidden_size
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
-    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    biases: "qkv", "output", "mlp", "experts" and "router" → always (true), never or a key of
+        config.json
     slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
         config.json and the block's number; by_type: config.json's `layer_types` goes before that
     mixer, feed_forward: the branches of a block that are not the usual ones
