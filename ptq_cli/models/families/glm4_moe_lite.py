@@ -12,8 +12,9 @@ from ptq_cli.models.forward.usual import mlp_of
 
 def feed_forward(block: BlockReader) -> Branch:
     """Experts, or an MLP; where nothing is said only the first block has that."""
-    kinds = block.settings.get("mlp_layer_types")
-    sparse = block.index > 0 if kinds is None else kinds[block.index] == "sparse"
+    sparse = block.index > 0
+    if block.settings.get("mlp_layer_types"):
+        sparse = block.entry("mlp_layer_types") == "sparse"
     return deepseek_v3.experts(block) if sparse else mlp_of(block)
 
 

@@ -101,6 +101,18 @@ class BlockReader:
         """
         return number(self.settings, key)
 
+    def entry(self, key: str) -> Any:
+        """The block's own in a setting that is a list with one for each.
+
+        Raises:
+            InputError: it is no list, or one that is too short.
+        """
+        given = self.settings[key]
+        if not isinstance(given, list) or len(given) <= self.index:
+            count = self.settings["num_hidden_layers"]
+            raise InputError(f"config.json's {key} is {given!r}; one for each of {count} layers is needed")
+        return given[self.index]
+
 
 def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
     """The norm of that full name."""

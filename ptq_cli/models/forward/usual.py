@@ -127,12 +127,12 @@ def slides(block: BlockReader) -> bool:
     settings, index = block.settings, block.index
     if settings.get("sliding_window") is None or not settings.get("use_windows", True):
         return False
-    types = settings.get("layer_types")
-    if not types or not block.forward.by_type:
+    if not settings.get("layer_types") or not block.forward.by_type:
         return block.forward.slides(settings, index)
-    if types[index] not in ("full_attention", "sliding_attention"):
-        raise InputError(f"config.json's layer type {types[index]!r} is not known")
-    return bool(types[index] == "sliding_attention")
+    kind = block.entry("layer_types")
+    if kind not in ("full_attention", "sliding_attention"):
+        raise InputError(f"config.json's layer type {kind!r} is not known")
+    return bool(kind == "sliding_attention")
 
 
 def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = None) -> Rope:
