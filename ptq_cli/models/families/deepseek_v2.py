@@ -4,7 +4,6 @@ queries from one linear, and no groups."""
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
@@ -12,7 +11,7 @@ from ptq_cli.models.families import deepseek_v3
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.layers import Weights
 from ptq_cli.models.forward.reader import BlockReader
-from ptq_cli.models.forward.routers import Groups, softmax_router
+from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.forward.usual import mlp_of
 
 
@@ -24,20 +23,13 @@ def feed_forward(block: BlockReader) -> Branch:
     method = settings["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
         raise InputError(f"config.json's topk_method {method!r} is not known")
-    usual = deepseek_v3.with_shared(block)
-    weigh = partial(
-        _weigh,
-        top_k=usual.top_k,
-        groups=None if method == "greedy" else deepseek_v3.groups(block),
-        factor=float(settings["routed_scaling_factor"]),
-    )
+    groups = None if method == "greedy" else deepseek_v3.groups(block)
+    usual, factor = deepseek_v3.with_shared(block), float(settings["routed_scaling_factor"])
+
+    def weigh(weights: Weights, scores: FloatArray) -> FloatArray:
+        return softmax_router(scores, usual.top_k, groups=groups, factor=factor)
+
     return replace(usual, weigh=weigh)
-
-
-def _weigh(
-    weights: Weights, scores: FloatArray, *, top_k: int, groups: Groups | None, factor: float
-) -> FloatArray:
-    return softmax_router(scores, top_k, groups=groups, factor=factor)
 
 
 FAMILY = replace(

@@ -4,8 +4,6 @@ shared ones beside them, but for the first blocks."""
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
@@ -93,15 +91,21 @@ def feed_forward(block: BlockReader) -> Branch:
 
 def experts(block: BlockReader) -> Experts:
     """Experts that the sigmoids of the router's scores choose and weigh."""
-    usual, settings = with_shared(block), block.settings
-    weigh = partial(
-        _weigh,
-        correction=f"{block.base}{EXPERTS.router}.e_score_correction_bias",
-        top_k=usual.top_k,
-        groups=groups(block),
-        normalised=bool(settings["norm_topk_prob"]),
-        factor=float(settings["routed_scaling_factor"]),
-    )
+    usual, settings, some = with_shared(block), block.settings, groups(block)
+    correction = f"{block.base}{EXPERTS.router}.e_score_correction_bias"
+    normalised = bool(settings["norm_topk_prob"])
+    factor = float(settings["routed_scaling_factor"])
+
+    def weigh(weights: Weights, scores: FloatArray) -> FloatArray:
+        return corrected_router(
+            scores,
+            fetch(weights, correction),
+            usual.top_k,
+            groups=some,
+            normalised=normalised,
+            factor=factor,
+        )
+
     return replace(usual, weigh=weigh)
 
 
@@ -127,10 +131,6 @@ def groups(block: BlockReader) -> Groups:
             f" goes to topk_group {found.kept}: they do not fit together"
         )
     return found
-
-
-def _weigh(weights: Weights, scores: FloatArray, *, correction: str, **settings: Any) -> FloatArray:
-    return corrected_router(scores, fetch(weights, correction), **settings)
 
 
 FORWARD = Forward(

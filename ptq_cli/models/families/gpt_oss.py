@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds, behind
+from ptq_cli.models.forward.attention import HeadBias
 from ptq_cli.models.forward.branch import Branch
-from ptq_cli.models.forward.layers import Clamp
+from ptq_cli.models.forward.layers import Clamp, fetch
 from ptq_cli.models.forward.reader import BlockReader, Forward
 from ptq_cli.models.forward.usual import attention_of, experts_of
 from ptq_cli.models.names import ExpertNames
@@ -24,10 +25,15 @@ EXPERTS = ExpertNames(
 
 
 def mixer(block: BlockReader) -> Branch:
-    return replace(attention_of(block), sinks=f"{block.base}self_attn.sinks")
+    """Attention with a sink for each head."""
+    sinks = f"{block.base}self_attn.sinks"
+    return replace(
+        attention_of(block), bias=lambda weights, packing: HeadBias(fetch(weights, sinks))
+    )
 
 
 def feed_forward(block: BlockReader) -> Branch:
+    """Experts whose gates and products are clamped."""
     settings, usual = block.settings, experts_of(block, EXPERTS)
     clamp = Clamp(float(settings["swiglu_alpha"]), float(settings["swiglu_limit"]))
     return replace(usual, experts=tuple(replace(mlp, clamp=clamp) for mlp in usual.experts))

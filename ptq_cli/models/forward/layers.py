@@ -125,6 +125,12 @@ def sigmoid(values: FloatArray) -> FloatArray:
     return outputs
 
 
+def softplus(values: FloatArray) -> FloatArray:
+    """`log(1 + exp(values))`, float32, without an overflow."""
+    outputs: FloatArray = np.logaddexp(values, np.float32(0))
+    return outputs
+
+
 def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
     """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,9 +23,10 @@ class MultiHead:
     norms: of queries and keys, by "q" and "k"; of each head, or (`norm_whole`) of all as one
     rope: how positions turn queries and keys; None: not at all
     window: tokens that a token sees, itself included, or None for all
-    chunk: a sequence is cut into chunks of so many tokens, each for itself, or None
+    chunk: tokens of the chunks a sequence is cut into, of which none sees another, or None
     scale, softcap: of the scores
-    sinks: the tensor of each head's score of a key without a value, or None
+    bias: what heads have beside their scores, or None: nothing
+    gated: the linear of queries gives, behind those of each head, as many gates of what it mixes
     """
 
     qkv: tuple[Linear, ...]
@@ -40,7 +41,8 @@ class MultiHead:
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None
-    sinks: str | None = None
+    bias: Callable[[Weights, Packing], HeadBias] | None = None
+    gated: bool = False
 
     @property
     def module(self) -> str:
@@ -53,7 +55,7 @@ class MultiHead:
 
     @property
     def running(self) -> int:
-        return self.head_dim * (4 * self.n_heads + 5 * self.n_kv_heads)
+        return self.head_dim * ((7 if self.gated else 4) * self.n_heads + 5 * self.n_kv_heads)
 
     @property
     def kept(self) -> int:
@@ -63,7 +65,8 @@ class MultiHead:
         site, output = self.qkv[0].name, self.output
 
         def attention(weights: Weights, flow: Flow) -> Flow:
-            queries, keys, values = self.heads(weights, flow.inputs[site], packing)
+            roles = "qkvg" if self.gated else "qkv"
+            queries, keys, values, *gate = self.heads(weights, flow.inputs[site], packing, roles)
             if cache is not None:
                 cache(keys, values)
             mixed = attend(
@@ -74,8 +77,10 @@ class MultiHead:
                 scale=self.scale,
                 window=self.window,
                 softcap=self.softcap,
-                bias=self._bias(weights),
+                bias=None if self.bias is None else self.bias(weights, packing),
             )
+            if gate:
+                mixed *= layers.sigmoid(gate[0]).reshape(mixed.shape)
             return Flow({output.name: mixed})
 
         def outwards(weights: Weights, flow: Flow) -> Flow:
@@ -88,7 +93,7 @@ class MultiHead:
         self, weights: Weights, inputs: FloatArray, packing: Packing, roles: str = "qkv"
     ) -> list[FloatArray]:
         """The queries, keys and values that attention works on, normed and rotated, each float32
-        [n_tokens, heads, head_dim]. roles: which of them
+        [n_tokens, heads, head_dim]. roles: which of them, "g" for gates
         """
         parts = self._projected(weights, inputs, roles)
         named = {
@@ -102,14 +107,19 @@ class MultiHead:
                     rotate(named[role], cosine, sine, self.rope.interleaved)
         return [named[role] for role in roles]
 
-    def _bias(self, weights: Weights) -> HeadBias | None:
-        return None if self.sinks is None else HeadBias(layers.fetch(weights, self.sinks))
-
     def _projected(self, weights: Weights, inputs: FloatArray, roles: str) -> list[FloatArray]:
         """The outputs of the linears, or the parts of those of the one that is fused."""
         if len(self.qkv) > 1:
             linears = dict(zip("qkv", self.qkv, strict=True))
-            return [layers.apply_linear(linears[role], weights, inputs) for role in roles]
+            parts = {
+                role: layers.apply_linear(linear, weights, inputs)
+                for role, linear in linears.items()
+                if role in roles
+            }
+            if self.gated and "q" in parts:
+                both = parts["q"].reshape(len(inputs), self.n_heads, 2, self.head_dim)
+                parts["q"], parts["g"] = both[:, :, 0], both[:, :, 1]
+            return [parts[role] for role in roles]
         query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         outputs = layers.apply_linear(self.qkv[0], weights, inputs)
         parts = dict(zip("qkv", np.split(outputs, [query, query + shared], axis=1), strict=True))

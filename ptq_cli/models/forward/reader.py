@@ -36,6 +36,7 @@ class Forward:
     turns: whether a block's queries and keys are turned by their positions
     partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
         families leave that key unread, as transformers does
+    interleaved: neighbouring channels turn together, not those of a head's two halves
     parallel: whether attention and MLP both see the residual before the block
     embedding_scaled: embeddings are multiplied by √hidden_size
     position_offset: added to learned positions; with `position_counts` these count tokens instead
@@ -54,6 +55,7 @@ class Forward:
     norm_whole: bool = False
     turns: Callable[[Config, int], bool] = always
     partly: bool = False
+    interleaved: bool = False
     parallel: Callable[[Config], bool] = lambda config: False
     embedding_scaled: bool = False
     position_offset: int = 0

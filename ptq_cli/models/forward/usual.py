@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
-from ptq_cli.models.forward.layers import Weights
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
 from ptq_cli.models.forward.reader import BlockReader
@@ -75,7 +72,7 @@ def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
         router=block.linear("router", names.router),
         experts=tuple(expert_of(block, names, path, width, "experts") for path in paths),
         top_k=top_k,
-        weigh=partial(_softmax, top_k=top_k, normalised=normalised),
+        weigh=lambda weights, scores: softmax_router(scores, top_k, normalised=normalised),
         hidden_size=block.settings["hidden_size"],
         shared=shared_of(block, names),
         shared_gate=shared_gate,
@@ -98,12 +95,6 @@ def shared_of(block: BlockReader, names: ExpertNames) -> MLP | None:
     if not names.shared:
         return None
     return expert_of(block, names, names.shared, block.number("shared_expert_size"), "mlp")
-
-
-def _softmax(
-    weights: Weights, scores: FloatArray, *, top_k: int, normalised: bool
-) -> FloatArray:
-    return softmax_router(scores, top_k, normalised=normalised)
 
 
 def norms_of(block: BlockReader) -> dict[str, str]:
@@ -159,6 +150,7 @@ def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = No
         settings["head_dim"] if size is None else size,
         block.number("max_position_embeddings"),
         settings.get("original_max_position_embeddings"),
+        block.forward.interleaved,
     )
 
 
