@@ -112,7 +112,9 @@ class BlockReader:
         given = self.settings[key]
         if not isinstance(given, list) or len(given) <= self.index:
             count = self.settings["num_hidden_layers"]
-            raise InputError(f"config.json's {key} is {given!r}; one for each of {count} layers is needed")
+            raise InputError(
+                f"config.json's {key} is {given!r}; one for each of {count} layers is needed"
+            )
         return given[self.index]
 
 
