@@ -48,8 +48,6 @@ class Sharing:
 
 def _view(tensor: Any) -> Hashable:
     """What of its storage a tensor shows, and what tells that it was written to."""
-    if tensor.is_inference():  # these do not count how often
-        written = tensor.double().sum().item()
-    else:
-        written = tensor._version
+    uncounted = tensor.is_inference()  # these do not count how often
+    written = tensor.double().sum().item() if uncounted else tensor._version
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, written

@@ -154,7 +154,8 @@ def _called_alike(linears: Sequence[str], known: Sequence[_Group]) -> list[_Grou
     roles: dict[Role, list[str]] = defaultdict(list)
     for linear in linears:
         roles[_role([linear])].append(linear)
-    if "attention" in roles and len(roles["mlp"]) == 1 and "gate" in roles["mlp"][0]:
+    attends = "attention" in roles or any(group.role == "attention" for group in known)
+    if attends and [_own(linear) for linear in roles["mlp"]] in (["gate"], ["gate_proj"]):
         del roles["mlp"]  # its own gate
     return [
         _Group(tuple(own), "likely", "by what they are called", True, role)
@@ -168,10 +169,10 @@ def _shaped_alike(linears: Sequence[str], block: UnknownBlock, heads: Heads) -> 
     shapes = {linear: block.linears[linear] for linear in linears}
     first = [x for x in linears if shapes[x][1] == block.width != shapes[x][0]]
     behind = [shapes[x] for x in linears if x not in first]
-    if len(first) == 2 and len({shapes[x] for x in first}) == 1:
-        if behind == [shapes[first[0]][::-1]]:
-            why = "the shapes are those of a gated MLP"
-            return [_Group(tuple(first), "likely", why, True, "mlp")]
+    equal = len({shapes[x] for x in first}) == 1
+    if len(first) == 2 and equal and behind == [shapes[first[0]][::-1]]:
+        why = "the shapes are those of a gated MLP"
+        return [_Group(tuple(first), "likely", why, True, "mlp")]
     keys = [x for x in first if shapes[x][0] == heads.keys * heads.width]
     queries = [x for x in first if shapes[x][0] == heads.queries * heads.width]
     if heads.keys != heads.queries and len(keys) == 2 and len(queries) <= 1:
@@ -213,9 +214,7 @@ def _taken_apart(groups: Sequence[_Group], parameter: str) -> list[_Group]:
     ]
 
 
-def _side_by_side(
-    groups: list[_Group], block: UnknownBlock, settings: Config
-) -> list[_Group]:
+def _side_by_side(groups: list[_Group], block: UnknownBlock, settings: Config) -> list[_Group]:
     """Attention and MLP share their input where the block has one norm."""
     first = sorted((x for x in groups if x.takes and x.role), key=lambda group: group.role)
     if not only_norm(block) or [group.role for group in first] != ["attention", "mlp"]:
@@ -244,16 +243,14 @@ def _site(
     pattern = SitePattern(group.linears, transposed=block.transposed)
     others = [other.role for other in groups if other.takes and other is not group]
     if group.takes and group.role and not {"", group.role}.intersection(others):
-        norm = norm_before(block, group.role) if others else only_norm(block)
-        pattern = replace(pattern, norm=norm)
-    elif not group.takes and len(group.linears) == 1:
+        norm = "" if others else only_norm(block)
+        pattern = replace(pattern, norm=norm or norm_before(block, group.role))
+    elif len(group.linears) == 1 and not _takes_width(group.linears[0], block):
         pattern = _behind(group.linears[0], block, heads, settings) or pattern
     return DerivedSite(pattern, group.certainty, group.why)
 
 
-def _behind(
-    linear: str, block: UnknownBlock, heads: Heads, settings: Config
-) -> SitePattern | None:
+def _behind(linear: str, block: UnknownBlock, heads: Heads, settings: Config) -> SitePattern | None:
     """The site of a linear behind its siblings."""
     parent = linear.rpartition(".")[0]
     siblings = [

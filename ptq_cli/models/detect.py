@@ -1,9 +1,10 @@
 """The sites of a checkpoint, from its config.json and the names and shapes in its headers.
 
 config.json's `model_type` decides the family; without one the names do, and what they cannot tell
-is said in the notes. Of a family that nobody knows sites are derived (models/derived_sites.py): they
-say what shares an input, and nothing takes factors there. A block that holds a tensor its family does not know is left alone: that
-tensor may read the same norm (a router, an adapter), and a fold would change it.
+is said in the notes. Of a family that nobody knows sites are derived (models/derived_sites.py):
+these say what shares an input, and nothing takes factors there. A block that holds a tensor its
+family does not know is left alone: that tensor may read the same norm (a router, an adapter), and a
+fold would change it.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _shared(derived: DerivedSite, specs: Specs) -> Site:
 def _how_sure(sites: Sequence[Site]) -> tuple[str, ...]:
     counted = Counter(site.certainty for site in sites)
     said = ", ".join(f"{counted[c]} {c}" for c in ("sure", "likely", "guess") if counted[c])
-    return (f"sites by names and shapes: {said}; ptq inspect --sites writes them",) if sites else ()
+    return (f"sites by names and shapes (ptq inspect --sites): {said}",) if sites else ()
 
 
 def _named(name: str, kind: str | None) -> Family:

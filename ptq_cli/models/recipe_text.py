@@ -14,7 +14,7 @@ once somebody has looked at the model's code.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ptq_cli.core.text import printable
 from ptq_cli.models.sites import SitePattern, Specs
@@ -22,9 +22,9 @@ from ptq_cli.models.sites import SitePattern, Specs
 _WIDTH = 100
 _CHECK = (
     "Check that the linears of a site see the same input, and give this file with --config.",
-    "Lines with norm and after say what may feed a site. Take their # away for awq and smoothquant,",
-    "where a norm feeds nothing else (plus_one = true: its gain is stored less one), and where",
-    "what lies behind a linear commutes with a scale per channel.",
+    "Lines with norm and after say what may feed a site. For awq and smoothquant take their #",
+    "away where the norm feeds nothing else (plus_one = true: its gain is stored less one), and",
+    "where what is between two linears commutes with a scale per channel.",
 )
 
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.models.family import Config, text_config
@@ -18,7 +19,7 @@ from ptq_cli.models.sites import Specs
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "embed_dim", "model_dim", "dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KEY_HEADS = ("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads", "multi_query_group_num")
+_KEY_HEADS = ("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads")
 _INSIDE = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")
 
 
@@ -132,17 +133,17 @@ def _block(
     transposed: bool,
 ) -> UnknownBlock:
     linears = {m: (b, a) if transposed else (a, b) for m, (a, b) in stored.items()}
-    norms, readers, parameters = {}, [], []
+    norms: dict[str, int] = {}
+    readers: list[str] = []
+    parameters: list[str] = []
     for name, spec in tensors.items():
         module, _, own = name.rpartition(".")
         if module in linears or not spec.shape:
             continue
-        if own not in ("weight", "bias") and spec.shape[-1] == width:
-            (readers if len(spec.shape) == 3 else parameters).append(name)
+        if own not in ("weight", "bias") and prod(spec.shape) == spec.shape[-1] == width:
+            parameters.append(name)
         elif own == "weight" and len(spec.shape) == 1 and "." not in module:
             norms[module] = spec.shape[0]
-        elif own == "weight" and len(spec.shape) in (2, 3) and width in spec.shape[1:]:
+        elif len(spec.shape) in (2, 3) and width in spec.shape[1:]:
             readers.append(name)
-    return UnknownBlock(
-        path, width, linears, norms, tuple(readers), tuple(parameters), transposed
-    )
+    return UnknownBlock(path, width, linears, norms, tuple(readers), tuple(parameters), transposed)

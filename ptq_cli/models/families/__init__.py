@@ -32,6 +32,17 @@ def known_types() -> list[str]:
     return sorted(kind for family in FAMILIES for kind in family.model_types)
 
 
+def ways_on(kind: object) -> str:
+    """What can be done with a model that cannot be run here: a hint."""
+    ways = (
+        "bring activations of its linears with --activations, or statistics of the torch model"
+        " with ptq_cli.capture"
+    )
+    if kind in known_types():
+        return ways
+    return f"{ways}; [[sites]] say which of them share an input: ptq inspect --sites writes these"
+
+
 def family_of(config: Config) -> Family | None:
     """The family that config.json names, for a multimodal model that of its text."""
     text = config.get("text_config")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.families import FAMILIES, ways_on
 from ptq_cli.models.family import Config, Family
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
@@ -128,7 +128,10 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     known = {kind: family for family in FAMILIES if family.forward for kind in family.model_types}
     family = known.get(str(kind))
     if family is None or family.forward is None:
-        raise not_known(f"no forward for model_type {kind!r}", known)
+        raise InputError(
+            f"no forward for model_type {kind!r}; known are {', '.join(sorted(known))}",
+            hint=ways_on(kind),
+        )
     settings, names, forward = _settings(config, family), family.names, family.forward
     found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
     prefix = next(found, names.prefixes[0])
