@@ -31,6 +31,11 @@ _UP = re.compile(r"(ffn_)?(up(_proj)?|w3|wi_1)", re.IGNORECASE)
 _BOTH = re.compile(r"(ffn_)?gate_up(_proj)?", re.IGNORECASE)
 
 
+def is_gate(linear: str) -> bool:
+    """Whether it is called as the one of an MLP that goes through the activation."""
+    return _GATE.fullmatch(_own(linear)) is not None
+
+
 def only_norm(block: UnknownBlock) -> str:
     """The one norm of a block that stands before something; "" where it has none, or several."""
     norms = _norms(block)
@@ -75,7 +80,7 @@ def behind_up(
     """The site of an MLP's last linear, behind those that take the block's width."""
     inputs, outputs = block.linears[output][1], [block.linears[linear][0] for linear in linears]
     up = [linear for linear in linears if _UP.fullmatch(_own(linear))]
-    gated = len(up) == 1 and any(_GATE.fullmatch(_own(linear)) for linear in linears)
+    gated = len(up) == 1 and any(map(is_gate, linears))
     if gated and outputs == [inputs] * 2:
         return SitePattern((output,), after=up[0], transposed=block.transposed)
     if len(linears) != 1:

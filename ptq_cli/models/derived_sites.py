@@ -21,11 +21,17 @@ from functools import partial
 from operator import add
 from typing import Literal
 
-from ptq_cli.models.derived_feeders import behind_up, behind_values, norm_before, only_norm
+from ptq_cli.models.derived_feeders import (
+    behind_up,
+    behind_values,
+    is_gate,
+    norm_before,
+    only_norm,
+)
 from ptq_cli.models.family import Config, text_config
 from ptq_cli.models.linears import is_cross_attention, known_row
 from ptq_cli.models.sites import Certainty, SitePattern, Specs
-from ptq_cli.models.unknown_blocks import Heads, UnknownBlock, read_blocks, read_heads
+from ptq_cli.models.unknown_blocks import Heads, UnknownBlock, keys_for, read_blocks, read_heads
 
 _BEFORE = r"(?:(?:self_)?att(?:n|ention)?_|ffn_|mlp_)?(?:w_?|to_|c_|lin_|in_proj_)?"
 _BEHIND = r"(?:_a)?(?:_proj\w*|_projection|_lin\w*|_layer)?"
@@ -39,7 +45,7 @@ _CALLED = {
     for role, words in _WORDS.items()
 }
 _PARALLEL = ("parallel_attn", "use_parallel_residual", "parallel_block", "parallel_residual")
-_ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation", "activation")
+_ACTIVATIONS = keys_for("activation", "hidden_act")
 
 Role = Literal["attention", "mlp", ""]
 
@@ -155,8 +161,8 @@ def _called_alike(linears: Sequence[str], known: Sequence[_Group]) -> list[_Grou
     for linear in linears:
         roles[_role([linear])].append(linear)
     attends = "attention" in roles or any(group.role == "attention" for group in known)
-    if attends and [_own(linear) for linear in roles["mlp"]] in (["gate"], ["gate_proj"]):
-        del roles["mlp"]  # its own gate
+    if attends and len(roles["mlp"]) == 1 and is_gate(roles["mlp"][0]):
+        del roles["mlp"]  # its own
     return [
         _Group(tuple(own), "likely", "by what they are called", True, role)
         for role, own in roles.items()

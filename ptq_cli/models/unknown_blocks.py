@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from math import prod
 
 from ptq_cli.core.tensors import TensorSpec
+from ptq_cli.models.families import FAMILIES
 from ptq_cli.models.family import Config, text_config
 from ptq_cli.models.linears import left_alone
 from ptq_cli.models.sites import Specs
 
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "embed_dim", "model_dim", "dim")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KEY_HEADS = ("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads")
+
+def keys_for(word: str, *others: str) -> tuple[str, ...]:
+    """What config.json may call a setting: as the families do, then as others do."""
+    named = (family.keys[word] for family in FAMILIES if word in family.keys)
+    return tuple(dict.fromkeys((word, *named, *others)))
+
+
+_WIDTHS = keys_for("hidden_size", "d_model", "embed_dim", "model_dim", "dim")
+_HEADS = keys_for("num_attention_heads", "n_heads", "num_heads")
+_KEY_HEADS = keys_for("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads")
 _INSIDE = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")
 
 

@@ -1,5 +1,5 @@
-"""A model of a family that nobody knows: what shares an input is derived, a recipe of it is there to
-be checked, and commands that need more say what can be done."""
+"""A model of a family that nobody knows: what shares an input is derived, a recipe of it can be
+checked, and commands that need more say what can be done."""
 
 from __future__ import annotations
 

@@ -18,7 +18,17 @@ from ptq_cli.models.recipe import recipe_sites
 from ptq_cli.models.recipe_text import recipe_text
 from ptq_cli.models.sites import Norm
 from tests.models.test_block_sites import (
-    ATTENTION, CASES, CONFIG, EXPERTS, HEAD, MLP, USUAL, WIDTH, experts, gated, norms,
+    ATTENTION,
+    CASES,
+    CONFIG,
+    EXPERTS,
+    HEAD,
+    MLP,
+    USUAL,
+    WIDTH,
+    experts,
+    gated,
+    norms,
 )  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
