@@ -166,7 +166,7 @@ def choose(
     with misfits_of(layer):
         result = how.apply(weight, shared, layer.grid, settings, given.importance)
         tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
+    measures = measure(weight, unpacked, inputs_of(statistics), given.outputs, rtn.energy)
     measures = as_run(measures, weight, layer, unpacked, statistics, given.outputs)
     damp, notes = result.damp_percent, result.notes
     if measures.error <= rtn.error:
