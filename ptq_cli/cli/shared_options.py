@@ -42,8 +42,8 @@ TOKENS = in_section(
     option(
         "--chat",
         type=FILE,
-        help="The same with conversations (JSON lines with messages) and the model's chat template"
-        " (needs ptq[text]).",
+        help="The same with conversations, JSON lines, and the model's chat template (needs"
+        " ptq[text]).",
     ),
     option(
         "--seq-len",
