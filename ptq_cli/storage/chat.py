@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ptq_cli.errors import InputError, import_extra, stated_in
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, named, parse_json, read_small, regular_file
-from ptq_cli.storage.tokenizer import open_tokenizer
+from ptq_cli.storage.tokenizer import Tokenizer, open_tokenizer
 
 SETTINGS = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -33,37 +33,74 @@ class Conversation:
     tools: list[Any] | None = None
 
 
-def chat_sequences(path: Path, checkpoint: Checkpoint, length: int) -> list[list[int]]:
-    """Each conversation of a file as one sequence of ids, or, where it is longer than `length`,
-    as several, one behind the other.
+def chat_sequences(
+    path: Path, checkpoint: Checkpoint, length: int, wanted: int | None, seed: int
+) -> list[list[int]]:
+    """Conversations of a file in its order, each as one sequence of ids, or, where it is longer
+    than `length`, as several, one behind the other.
+
+    wanted: tokens; as many conversations are drawn with `seed` as have these; None: all
 
     Raises:
         InputError: a line that is no conversation, no template, one that fails, no tokenizer.
     """
     import_extra("jinja2", "--chat", "text")
-    from ptq_cli.storage.chat_template import compile_template, render
-
-    tokenizer = open_tokenizer(checkpoint, "--chat")
-    templates, special = chat_templates(checkpoint), _special_tokens(checkpoint)
-    if "default" not in templates:
-        raise InputError(f"{checkpoint.path}: no chat template", hint="--text FILE")
-    compiled = {}
-    for name, (where, text) in templates.items():
-        with stated_in(where):
-            compiled[name] = compile_template(text)
-    sequences = []
-    for conversation in _conversations(path):
-        name = "tool_use" if conversation.tools and "tool_use" in compiled else "default"
-        where = f"{path}: line {conversation.line}: {templates[name][0]}"
-        with stated_in(where):
-            text = render(compiled[name], conversation.messages, conversation.tools, special)
-        found = tokenizer.sequences(tokenizer.encode(text), length)
-        if not found:
-            raise InputError(f"{where}: makes no text of the conversation")
-        sequences += found
-    if not sequences:
+    as_ids = _Encoder.of(checkpoint)
+    conversations = list(_conversations(path))
+    if not conversations:
         raise InputError(f"{path}: no conversations", hint=SHAPE)
-    return sequences
+    order = np.arange(len(conversations))
+    if wanted is not None:
+        np.random.default_rng(seed).shuffle(order)
+    found: dict[int, list[list[int]]] = {}
+    n_tokens = 0
+    for number in order.tolist():
+        conversation = conversations[number]
+        where = f"{path}: line {conversation.line}"
+        with stated_in(where):
+            ids = as_ids(conversation)
+        found[number] = as_ids.tokenizer.sequences(ids, length)
+        if not found[number]:
+            raise InputError(f"{where}: the chat template makes no text of it")
+        n_tokens += len(ids)
+        if wanted is not None and n_tokens >= wanted:
+            break
+    return [ids for number in sorted(found) for ids in found[number]]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A conversation to the ids of its text.
+
+    templates: name → where a template stands, and it, compiled; special_tokens: name → text
+    """
+
+    tokenizer: Tokenizer
+    templates: Mapping[str, tuple[str, Any]]
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _Encoder:
+        from ptq_cli.storage.chat_template import compile_template
+
+        tokenizer, found = open_tokenizer(checkpoint, "--chat"), chat_templates(checkpoint)
+        if "default" not in found:
+            raise InputError(f"{checkpoint.path}: no chat template", hint="--text FILE")
+        templates = {}
+        for name in {"default", "tool_use"} & found.keys():
+            where, text = found[name]
+            with stated_in(where):
+                templates[name] = (where, compile_template(text))
+        return cls(tokenizer, templates, _special_tokens(checkpoint))
+
+    def __call__(self, conversation: Conversation) -> list[int]:
+        from ptq_cli.storage.chat_template import render
+
+        with_tools = conversation.tools is not None and "tool_use" in self.templates
+        where, template = self.templates["tool_use" if with_tools else "default"]
+        with stated_in(where):
+            text = render(template, conversation.messages, conversation.tools, self.special_tokens)
+        return self.tokenizer.encode(text)
 
 
 def pack_rows(
@@ -169,7 +206,7 @@ def _conversations(path: Path) -> Iterator[Conversation]:
 
 
 def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
-    """Messages without the keys that are null, which templates take for text."""
+    """Messages as templates read them."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: messages are no list, or an empty one", hint=SHAPE)
     for number, message in enumerate(messages, 1):
@@ -182,4 +219,14 @@ def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
                 f"{where}: message {number}: content is {type(content).__name__}, not text",
                 hint=SHAPE,
             )
-    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+    return [_as_read(message) for message in messages]
+
+
+def _as_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without keys that are null, which templates take for text; what was thought before an answer
+    stands under both names that templates know it by, as in transformers."""
+    said = {key: value for key, value in message.items() if value is not None}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in said:
+            return {"thinking": said[name], **said, "reasoning_content": said[name]}
+    return said

@@ -104,7 +104,7 @@ def read_tokens(
 ) -> Tokens:
     """The sequences that `settings` name.
 
-    at_most: sequences to take of a text where `settings` say nothing
+    at_most: sequences to take of a text, rows of conversations, where `settings` say nothing
 
     Raises:
         InputError: not integers, a shape that does not fit, ids outside the vocabulary, text
@@ -116,11 +116,12 @@ def read_tokens(
     [(kind, path)] = settings.inputs.items()
     if settings.mask is not None and kind == "chat":
         raise InputError("--mask goes with --tokens: --chat makes a mask of its own")
-    ids, mask, begins = _rows(kind, path, settings, checkpoint)
-    count = settings.nsamples
-    if count is None and kind != "tokens" and at_most is not None:
-        count = min(at_most, len(ids))
-    chosen = _draw(path, len(ids), count, settings.seed)
+    count = at_most if settings.nsamples is None and kind != "tokens" else settings.nsamples
+    ids, mask, begins = _rows(kind, path, settings, checkpoint, count)
+    if settings.nsamples is None and count is not None:
+        count = min(count, len(ids))
+    what = "sequences" if begins is None else "rows"
+    chosen = _draw(f"{path}: {len(ids)} {what}", len(ids), count, settings.seed)
     ids, mask = ids[chosen], mask[chosen]
     begins = None if begins is None else begins[chosen]
     _check_ids(path, ids[mask], checkpoint)
@@ -133,12 +134,14 @@ def read_tokens(
 
 
 def _rows(
-    kind: str, path: Path, settings: TokenSettings, checkpoint: Checkpoint
+    kind: str, path: Path, settings: TokenSettings, checkpoint: Checkpoint, count: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_] | None]:
-    """Ids, mask and where packed sequences begin, of all there are."""
+    """Ids, mask and where packed sequences begin, of all there are, or, of conversations, of enough
+    for `count` rows."""
     length = settings.seq_len or SEQ_LEN
     if kind == "chat":
-        return pack_rows(chat_sequences(path, checkpoint, length), length)
+        wanted = None if count is None else count * length
+        return pack_rows(chat_sequences(path, checkpoint, length, wanted, settings.seed), length)
     if kind == "text":
         ids = _text_file(path, length, checkpoint)
     else:
@@ -200,12 +203,14 @@ def _mask_file(path: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return mask.astype(np.bool_)
 
 
-def _draw(path: Path, n: int, count: int | None, seed: int) -> NDArray[np.int64]:
-    """`count` of `n` rows in their order, drawn without replacement where there are more."""
+def _draw(said: str, n: int, count: int | None, seed: int) -> NDArray[np.int64]:
+    """`count` of `n` rows in their order, drawn without replacement where there are more.
+
+    said: what there is, in words"""
     if count is None or count == n:
         return np.arange(n)
     if count > n:
-        raise InputError(f"{path}: {n} sequences, fewer than --nsamples {count}")
+        raise InputError(f"{said}, fewer than --nsamples {count}")
     return np.sort(np.random.default_rng(seed).choice(n, count, replace=False))
 
 

@@ -42,11 +42,13 @@ TEMPLATES = {
 """,
     "tools": """\
 {{- bos_token }}
-{%- if tools is not none %}{% for tool in tools %}{{ tool | tojson(indent=2) }}{% endfor %}{% endif %}
+{%- if tools is not none %}{% for tool in tools %}{{ tool | tojson(indent=2) }}
+    {%- endfor %}{% endif %}
 {%- for message in messages %}
     {%- if message.tool_calls is defined %}
         {%- for call in message.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}
     {%- else %}[{{ message.role }}] {{ message['content'] }}{% endif %}
+    {{- message.reasoning_content }}{{ message.thinking }}{{ message.reasoning is defined }}
 {%- endfor %}
 {%- if add_generation_prompt %}[assistant]{% endif %}
 """,
@@ -57,9 +59,10 @@ CONVERSATIONS: list[dict[str, Any]] = [
     {"messages": [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": " def f(x):\n    return '</s>' + 試 🙂  "},
-        {"role": "assistant", "content": "<s>yes"},
+        {"role": "assistant", "content": "<s>yes", "reasoning": "Hm."},
     ]},
     {"messages": [{"role": "user", "content": "x = 1\n" * 9, "name": None}]},
+    {"messages": [{"role": "assistant", "thinking": "So", "reasoning_content": "", "content": ""}]},
     {"messages": [
         {"role": "user", "content": "12 + 30?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
