@@ -72,7 +72,7 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
         None if (imatrix := options.pop("imatrix", None)) is None else Path(imatrix),
     )
     if settings.parallel_layers and not settings.tokens.given:
-        raise InputError("--parallel-layers needs --tokens or --text")
+        raise InputError("--parallel-layers needs --tokens, --text or --chat")
     return settings
 
 
@@ -88,13 +88,13 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
     tokens = values.get("tokens")
     if isinstance(tokens, TokenSettings):
         return tokens
-    for name in ("tokens", "text", "mask"):
+    for name in ("tokens", "text", "chat", "mask"):
         if name in values:
             values[name] = Path(values[name])
     settings = TokenSettings(**values)
     idle = [name for name in ("seq_len", "nsamples", "mask") if name in values]
     if idle and not settings.given:
-        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens or --text")
+        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens, --text or --chat")
     if "seed" in values and settings.nsamples is None:
         raise InputError("--seed needs --nsamples")
     return settings

@@ -57,13 +57,14 @@ class Batch:
 
 
 def batches(tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
-    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
+    """Rows in their order, so many together that their columns are about BATCH_TOKENS; each
+    sequence that is packed into one of them goes on its own."""
     step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
     held = heldout_tokens(tokens.mask.sum(axis=1).tolist(), heldout)
     result, start = [], 0
     for first in range(0, len(tokens.ids), step):
-        ids = tokens.ids[first : first + step]
-        packing = pack(ids.shape, tokens.mask[first : first + step])
+        ids, mask = tokens.sequences(slice(first, first + step))
+        packing = pack(ids.shape, mask)
         rows = slice(start, start + packing.n_tokens)
         if packing.n_tokens:
             result.append(Batch(f"{first:08d}", ids, packing, rows, held[rows]))
