@@ -57,6 +57,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "nsamples": (int | None, None),
     "seed": (int | None, None),
     "mask": (AnyPath | None, None),
+    "min_expert_tokens": (int | None, None),
     "parallel_layers": (bool, False),
     "require_calibration": (bool, False),
     "imatrix": (AnyPath | None, None),
@@ -146,6 +147,7 @@ def calibrate(
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     merge: Paths = (),
     gradients: Paths = (),
     bf16: bool = False,
@@ -172,6 +174,7 @@ def calibrate(
         `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
     which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    which |= {"min_expert_tokens": min_expert_tokens}
     job = prepare_calibration(
         model,
         take_source({"activations": activations, "bf16": bf16, "tokens": tokens, **which}),
@@ -228,6 +231,7 @@ def evaluate(
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
@@ -245,6 +249,7 @@ def evaluate(
 
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    which |= {"min_expert_tokens": min_expert_tokens}
     job = prepare_evaluation(
         original,
         quantized,
