@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ def prepare_calibration(
         tokens = read_tokens(inputs.tokens, checkpoint, CALIBRATION_SEQUENCES)
         least = inputs.min_expert_tokens
         stream = token_source(checkpoint, tokens, heldout, min_expert_tokens=least)
+        stream = replace(stream, described=True)
         prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
         return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)
     slopes = find_activations(gradients, inputs.bf16)
@@ -149,7 +150,9 @@ def prepare_calibration(
             f"{checkpoint.path}: no activations given, and no activations/ beside it",
             hint="--activations DIR",
         )
-    source = match_activations(checkpoint, folders, inputs.bf16, heldout, slopes)
+    source = replace(
+        match_activations(checkpoint, folders, inputs.bf16, heldout, slopes), described=True
+    )
     lacking = not source.sites or (source.missing and missing == "error")
     if lacking and (folders or not slopes):
         raise missing_error(source)

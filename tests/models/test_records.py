@@ -74,21 +74,20 @@ def test_the_forward_has_the_linears_and_norms_of_the_record(family):
             read_architecture({"model_type": kind, **SIZES})
         return
     block = read_architecture({"model_type": kind, **SIZES}).blocks[0]
-    found = [block.qkv, (block.output,)]
-    if block.experts is None:
-        found += [block.mlp_in, (block.mlp_out,)]
-    else:
-        found += [block.experts.inputs[0], (block.experts.outputs[0],)]
+    mlp = block.feed_forward if block.experts is None else block.experts.experts[0]
+    found = [block.mixer.qkv, (block.mixer.output,), mlp.inputs, (mlp.output,)]
     named = inner_names(family)
     wanted = named if block.experts is None else [*named[:2], *named[-2:]]
     assert [[linear.name for linear in group] for group in found] == [
         [path_of(family, name) for name in group] for group in wanted
     ]
     assert {linear.transposed for group in found for linear in group} == {family.transposed}
-    assert {norm.name for norm in block.norms.values()} == {
-        path_of(family, name) for name in family.names.norms.values()
-    }
-    assert {norm.offset for norm in block.norms.values()} == {float(family.plus_one)}
+    norms = [*block.norms.values(), *block.mixer.norms.values()]
+    kinds_of_norms = (family.names.norms, *family.folds.norms)
+    assert {norm.name for norm in norms} in [
+        {path_of(family, name) for name in kind.values()} for kind in kinds_of_norms
+    ]
+    assert {norm.offset for norm in norms} == {float(family.plus_one)}
 
 
 @EACH
@@ -166,7 +165,8 @@ def test_nothing_of_a_family_stands_outside_its_file():
         words |= {family.name, *family.model_types, *linears, *family.names.norms.values()}
         words |= {name.rpartition(".")[2] for name in linears}
         words |= set(family.keys.values())
-    words -= {"dense", "intermediate_size"}  # BLOOM's and Mixtral's, but everybody's words too
+    # BLOOM's, Mixtral's and OLMo 3's, but everybody's words too
+    words -= {"dense", "intermediate_size", "rope_theta"}
     found = {}
     for path in PACKAGE.rglob("*.py"):
         place = path.relative_to(PACKAGE).as_posix()

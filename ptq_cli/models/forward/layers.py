@@ -46,7 +46,7 @@ class Linear:
 class Norm:
     """RMSNorm, or LayerNorm where `centred`; `offset` is added to the weight (1 in Gemma).
 
-    affine: whether it has a weight (and, where centred, a bias).
+    affine: whether it has a weight; bias: and a bias.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Norm:
     centred: bool = False
     offset: float = 0.0
     affine: bool = True
+    bias: bool = False
 
 
 def given(weights: Weights, name: str) -> Tensor:
@@ -91,15 +92,17 @@ def apply_linear(linear: Linear, weights: Weights, inputs: FloatArray) -> FloatA
 
 
 def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> FloatArray:
-    """`inputs` [n, width] normalised over its columns, float32; the same array without a norm."""
+    """`inputs` [n, width], or of n heads [n, heads, width], normalised over its last axis, float32;
+    the same array without a norm. Gains are of [width], or of each head."""
     if norm is None:
         return inputs
-    outputs, scale = centred_and_scale(norm, inputs)
-    outputs = np.multiply(outputs, scale[:, None], out=outputs if norm.centred else None)
+    flat, scale = centred_and_scale(norm, inputs.reshape(-1, inputs.shape[-1]))
+    flat = np.multiply(flat, scale[:, None], out=flat if norm.centred else None)
+    outputs = flat.reshape(inputs.shape)
     if norm.affine:
         outputs *= fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
-        if norm.centred:
-            outputs += fetch(weights, f"{norm.name}.bias")
+    if norm.affine and norm.bias:
+        outputs += fetch(weights, f"{norm.name}.bias")
     return outputs
 
 
@@ -122,6 +125,19 @@ def cap(scores: FloatArray, limit: float | None) -> None:
         scores *= np.float32(limit)
 
 
+def sigmoid(values: FloatArray) -> FloatArray:
+    """`1 / (1 + exp(−values))`, float32, without an overflow."""
+    small = np.exp(-np.abs(values))  # of 0 … 1
+    outputs: FloatArray = np.where(values < 0, small, 1) / (1 + small)
+    return outputs
+
+
+def softplus(values: FloatArray) -> FloatArray:
+    """`log(1 + exp(values))`, float32, without an overflow."""
+    outputs: FloatArray = np.logaddexp(values, np.float32(0))
+    return outputs
+
+
 def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
     """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
 
@@ -136,6 +152,33 @@ def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatA
         if factor is not None:
             outputs[rows] *= factor[rows]
     return outputs
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Of gpt-oss's gated activation. alpha: of the sigmoid; limit: of the gate and of up"""
+
+    alpha: float
+    limit: float
+
+
+def clamped_swiglu(gate: FloatArray, up: FloatArray, clamp: Clamp) -> FloatArray:
+    """`g · sigmoid(alpha · g) · (u + 1)`, float32 [n, width], where g is `gate` up to `limit` and u
+    is `up` between −limit and limit; may overwrite both.
+
+    In chunks of rows, so that its passes run in cache.
+    """
+    alpha, limit = np.float32(clamp.alpha), np.float32(clamp.limit)
+    step = max(1, CHUNK // max(1, gate.shape[1]))
+    for start in range(0, len(gate), step):
+        g, u = gate[start : start + step], up[start : start + step]
+        np.minimum(g, limit, out=g)
+        np.clip(u, -limit, limit, out=u)
+        u += 1
+        u *= g
+        g *= alpha
+        u *= sigmoid(g)
+    return up
 
 
 def _silu(x: FloatArray, out: FloatArray) -> None:
