@@ -13,8 +13,8 @@ import pytest
 from ptq_cli.run.workers import _environment
 from tests.builders import ROOT, random_weight, write_model
 
-# Prints for each unit, site or stage its name, the bytes stated and the growth of the resident peak.
-# What is resident is anonymous but for libraries that were there before: inputs are read, not
+# Prints for each unit, site or stage its name, the bytes stated and the growth of the resident
+# peak. What is resident is anonymous but for libraries that were there before: inputs are read, not
 # mapped.
 CHILD = """
 import ctypes, gc, json, sys
