@@ -42,6 +42,7 @@ _PARAMETERS = (
     *in_section(
         "Calibration",
         *shared.TOKENS,
+        shared.MIN_EXPERT_TOKENS,
         option(
             "--activations",
             type=shared.PATH,

@@ -42,6 +42,7 @@ _PARAMETERS = (
         ),
     ),
     *shared.TOKENS,
+    shared.MIN_EXPERT_TOKENS,
     *shared.SOURCES,
     *shared.RUN,
     *in_section(

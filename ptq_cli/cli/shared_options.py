@@ -72,6 +72,17 @@ TOKENS = in_section(
     ),
 )
 
+(MIN_EXPERT_TOKENS,) = in_section(
+    "Calibration",
+    option(
+        "--min-expert-tokens",
+        type=click.IntRange(0),
+        metavar="N",
+        help="With --tokens: an expert that fewer than N tokens reach is calibrated on those of all"
+        " experts beside it.  [default: an eighth of its columns]",
+    ),
+)
+
 (BF16,) = in_section(
     "Calibration",
     option("--bf16", is_flag=True, help="uint16 activations are bfloat16."),

@@ -58,6 +58,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "nsamples": (int | None, None),
     "seed": (int | None, None),
     "mask": (AnyPath | None, None),
+    "min_expert_tokens": (int | None, None),
     "parallel_layers": (bool, False),
     "require_calibration": (bool, False),
     "imatrix": (AnyPath | None, None),
@@ -148,6 +149,7 @@ def calibrate(
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     merge: Paths = (),
     gradients: Paths = (),
     bf16: bool = False,
@@ -174,7 +176,7 @@ def calibrate(
         `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
     which = {"tokens": tokens, "text": text, "chat": chat, "seq_len": seq_len, "mask": mask}
-    which |= {"nsamples": nsamples, "seed": seed}
+    which |= {"nsamples": nsamples, "seed": seed, "min_expert_tokens": min_expert_tokens}
     job = prepare_calibration(
         model,
         take_source({"activations": activations, "bf16": bf16, **which}),
@@ -232,6 +234,7 @@ def evaluate(
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
@@ -249,7 +252,7 @@ def evaluate(
 
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
     which = {"tokens": tokens, "text": text, "chat": chat, "seq_len": seq_len, "mask": mask}
-    which |= {"nsamples": nsamples, "seed": seed}
+    which |= {"nsamples": nsamples, "seed": seed, "min_expert_tokens": min_expert_tokens}
     job = prepare_evaluation(
         original,
         quantized,

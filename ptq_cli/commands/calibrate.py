@@ -134,7 +134,8 @@ def prepare_calibration(
         return CalibrateJob(checkpoint, merged, merged.fingerprints, merged.warnings, target)
     if inputs.tokens.given:
         tokens = read_tokens(inputs.tokens, checkpoint, CALIBRATION_SEQUENCES)
-        stream = token_source(checkpoint, tokens, heldout)
+        least = inputs.min_expert_tokens
+        stream = token_source(checkpoint, tokens, heldout, min_expert_tokens=least)
         prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
         return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)
     slopes = find_activations(gradients, inputs.bf16)
