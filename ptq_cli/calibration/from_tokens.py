@@ -177,7 +177,7 @@ def token_source(
     """
     arch, parts = model_architecture(checkpoint), batches(tokens, heldout)
     places = {
-        site: Place(block, number, linears, len(stage.sites) > 1, stage.adds)
+        site: Place(block, number, linears, site in stage.routed, site == stage.adds)
         for block in range(len(arch.blocks) + arch.has_head(checkpoint.tensors))
         for number, stage in enumerate(stages(arch, block, parts[0].packing))
         for site, linears in stage.sites.items()
@@ -208,7 +208,7 @@ def token_source(
         couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
         scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
-        attentions=tuple(block.attention for block in arch.blocks),
+        attentions=tuple(attention.module for attention in arch.attentions),
         kv_heads=_kv_heads(checkpoint, arch),
     )
 
@@ -222,18 +222,18 @@ def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
             f" {arch.family!r} has",
             hint="bring activations with --activations, which works for any model",
         )
-    blocks = arch.blocks[place.block : place.block + 1]  # none is the head's
-    transposed = any(linear.transposed for block in blocks for linear in block.qkv)
+    transposed = arch.transposed and place.block < len(arch.blocks)  # behind them is the head
     return stored.spec.shape[0 if transposed else 1]
 
 
 def _kv_heads(checkpoint: Checkpoint, arch: Architecture) -> int:
     """Key heads, by the keys' own linear: config.json may state some where the family has none."""
-    linears = arch.blocks[0].qkv
-    if len(linears) == 1:
-        return arch.n_kv_heads
-    shape = checkpoint.tensors[f"{linears[1].name}.weight"].spec.shape
-    return shape[1 if linears[1].transposed else 0] // arch.head_dim
+    for attention in arch.attentions[:1]:
+        if len(attention.qkv) == 1:
+            return attention.n_kv_heads
+        shape = checkpoint.tensors[f"{attention.qkv[1].name}.weight"].spec.shape
+        return shape[1 if arch.transposed else 0] // attention.head_dim
+    return 0
 
 
 def _site(site: str, place: Place, arch: Architecture, in_features: int, n_tokens: int) -> SiteInfo:
@@ -243,7 +243,7 @@ def _site(site: str, place: Place, arch: Architecture, in_features: int, n_token
     if experts is None:
         return SiteInfo(site, place.linears, in_features, n_tokens)
     routed = n_tokens * experts.top_k
-    own = routed // len(experts.outputs)
+    own = routed // len(experts.experts)
     if own < in_features:
         return SiteInfo(site, place.linears, in_features, routed, own)
     return SiteInfo(site, place.linears, in_features, own)

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
 from ptq_cli.models.forward.attention import Cache, Packing, pack
-from ptq_cli.models.forward.heads import make_heads
+from ptq_cli.models.forward.branch import Flow, Routing
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
-from ptq_cli.models.forward.stages import Routing, Stage, State, begin, embed, forward_block, stages
+from ptq_cli.models.forward.stages import Stage, State, begin, embed, forward_block, stages
 from ptq_cli.numerics.kv_cache import head_absmax
 from ptq_cli.storage.scratch import Rows, Scratch
 
@@ -152,12 +152,12 @@ class Stream:
         """The largest absolute values that the attention of the block in hand caches in each head,
         its first stage in hand: [keys and values, calibration and held-out tokens, n_kv_heads].
         rounded: as of `advance`"""
-        arch, block = self.arch, self.arch.blocks[self.block]
-        site, found = f"inputs/{block.qkv[0].name}", []
+        attention, found = self.arch.attentions[self.block], []
+        site = f"inputs/{attention.first_sites[0]}"
 
         def work(weights: Held, batch: Batch) -> None:
             inputs = self.scratch.get(batch.key, site)
-            cached = make_heads(arch, block, weights, inputs, batch.packing, roles="kv")
+            cached = attention.heads(weights, inputs, batch.packing, roles="kv")
             rows = ~batch.held, batch.held
             found.append([[head_absmax(heads[own]) for own in rows] for heads in cached])
 
@@ -217,8 +217,10 @@ class Stream:
     def _keep(self, batch: Batch, state: State) -> None:
         """Put a state on the disk, as named arrays."""
         arrays = {"hidden": state.hidden, **_inputs(state)}
-        if state.routing is not None:
-            arrays |= {f"share/{i}": share for i, share in enumerate(state.routing.share)}
+        arrays |= {f"beside/{name}": array for name, array in state.flow.beside.items()}
+        if (routing := state.flow.routing) is not None:
+            shares = zip(routing.sites, routing.share, strict=True)
+            arrays |= {f"share/{site}": share for site, share in shares}
         self.scratch.put(batch.key, arrays)
 
     def _state(self, batch: Batch) -> State:
@@ -227,10 +229,12 @@ class Stream:
         for name in self.scratch.names(batch.key):
             kind, _, rest = name.partition("/")
             arrays.setdefault(kind, {})[rest] = self.scratch.get(batch.key, name)
-        routing = None
-        if "rows" in arrays:
-            routing = Routing(tuple(arrays["rows"].values()), tuple(arrays["share"].values()))
-        return State(arrays["hidden"][""], arrays.get("inputs", {}), routing)
+        routing, inputs = None, arrays.get("inputs", {})
+        if rows := arrays.get("rows"):
+            shares = tuple(arrays["share"][site] for site in rows)
+            routing = Routing(tuple(rows), tuple(rows.values()), shares)
+        flow = Flow(inputs, arrays.get("beside", {}), routing)
+        return State(arrays["hidden"][""], flow)
 
 
 def last_residuals(source: TokenSource, n_threads: int) -> NDArray[np.float32]:
@@ -266,7 +270,7 @@ def _sequences(batch: Batch) -> Iterator[tuple[Array, Packing]]:
 def _inputs(state: State) -> dict[str, Array]:
     """What the sites of a stage see, and which tokens that are where they are routed, by name."""
     arrays: dict[str, Array] = {f"inputs/{site}": x for site, x in state.inputs.items()}
-    if state.routing is not None:
-        routed = zip(state.inputs, state.routing.rows, strict=True)
+    if (routing := state.flow.routing) is not None:
+        routed = zip(routing.sites, routing.rows, strict=True)
         arrays |= {f"rows/{site}": rows for site, rows in routed}
     return arrays

@@ -153,7 +153,7 @@ class Streams:
         shared = self._shared if ahead is None else None
         if shared is None:
             places = self.source.places.items()
-            beside = [other for other, where in places if where.order == place.order]
+            beside = [x for x, own in places if own.order == place.order and own.expert]
             shared = self._summed(site, beside, ahead)
         if ahead is None:
             self._shared = shared

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from ptq_cli.models.family import ExpertNames, Family, FamilySite, Folds, Names
+from ptq_cli.models.family import Family, FamilySite, Folds
+from ptq_cli.models.names import ExpertNames, Names
 from ptq_cli.models.sites import Specs
 
 Kind = tuple[FamilySite, ...]

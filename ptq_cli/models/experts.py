@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.models.families import family_of
-from ptq_cli.models.family import Config, ExpertNames, text_config
+from ptq_cli.models.family import Config, text_config
+from ptq_cli.models.names import ExpertNames
 
 _USUAL = ExpertNames("gate", "experts.{}", ("gate_proj", "up_proj"), "down_proj")
 _LAYOUTS = (  # names of the tensors before and behind the activation

@@ -9,104 +9,17 @@ Names are as in transformers' modeling files, checked against them in tests/inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq_cli.models.forward.reader import Config as Config
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import Names
 from ptq_cli.models.sites import Layout, SitePattern
 
-Config = Mapping[str, Any]
-
 USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """The modules of a mixture of experts inside a block.
-
-    router: weighs the experts; runtimes keep it in floating point, it is no Linear of theirs
-    expert: one expert, "{}" is its number; `inputs` (gate, up) and `output` are inside it
-    interleaved: where all experts are stored as one tensor (models/experts.py), gate and up take
-        turns in it; else they are its halves
-    fused_by_loaders: runtimes take the experts one by one and fuse them when they load them; else
-        only those that read the formats of `linears_in` take them one by one, and every expert is
-        then a Linear of theirs, also where it is left dense
-    shared: an expert that every token goes through, with the same linears inside
-    shared_gate: weighs it, and is as little a Linear
-    """
-
-    router: str
-    expert: str
-    inputs: tuple[str, ...]
-    output: str
-    interleaved: bool = False
-    fused_by_loaders: bool = True
-    linears_in: tuple[str, ...] = ()
-    shared: str = ""
-    shared_gate: str = ""
-
-    @property
-    def routers(self) -> tuple[str, ...]:
-        """The modules that weigh experts, and see what they see."""
-        return (self.router, self.shared_gate) if self.shared_gate else (self.router,)
-
-
-@dataclass(frozen=True)
-class Names:
-    """What the modules of a family are called, inside a block (`<prefix><blocks>.<number>.`) unless
-    said otherwise.
-
-    qkv, output: linears of the attention; one name in qkv is a fused one
-    mlp_in, mlp_out: linears of the MLP where it has no experts; one name in mlp_in is the only
-        linear before the activation, or gate and up fused
-    norms: role → name: attention_in and mlp_in before a branch, attention_out and mlp_out behind
-        it, q and k on heads
-    prefixes: of the model's tensors; the first under which the embedding is found counts
-    blocks, embedding, final_norm, positions, projections: after the prefix; learned positions, and
-        the linears before and behind the blocks where the embedding is narrower
-    head: the output's linear, from the root
-    alike: further linears of a block that share an input, one tuple each
-    dense: further modules of a block that stay in floating point: no Linear of the runtimes, or too
-        narrow to be worth it
-    buffers: further tensors that may lie in a block and read the inputs of none of its linears
-    marks: tensors that tell the family from others by names alone, beside its norms
-    """
-
-    qkv: tuple[str, ...]
-    output: str
-    norms: Mapping[str, str]
-    mlp_in: tuple[str, ...] = ()
-    mlp_out: str = ""
-    experts: ExpertNames | None = None
-    prefixes: tuple[str, ...] = ("model.",)
-    blocks: str = "layers"
-    embedding: str = "embed_tokens"
-    final_norm: str = "norm"
-    head: str = "lm_head"
-    positions: str | None = None
-    projections: tuple[str, ...] = ()
-    alike: tuple[tuple[str, ...], ...] = ()
-    dense: tuple[str, ...] = ()
-    buffers: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    marks: tuple[str, ...] = ()
-
-    @property
-    def sharing(self) -> tuple[tuple[str, ...], ...]:
-        """Linears of a block that share an input; runtimes join them into one matrix."""
-        experts = self.experts.inputs if self.experts else ()
-        return (self.qkv, self.mlp_in, experts, *self.alike)
-
-    @property
-    def routers(self) -> tuple[str, ...]:
-        """Modules of a block that are never quantized unless asked for."""
-        return (*(self.experts.routers if self.experts else ()), *self.dense)
-
-    @property
-    def other_norms(self) -> tuple[str, ...]:
-        """Gains of norms that feed no linear: on heads, or behind a branch."""
-        roles = (role for role in self.norms if not role.endswith("_in"))
-        return tuple(f"{self.norms[role]}.weight" for role in roles)
 
 
 @dataclass(frozen=True)
@@ -166,35 +79,6 @@ def behind(activation: str) -> str:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What a block computes, and how config.json says it.
-
-    gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
-    centred: norms are LayerNorms, else RMSNorms
-    rotary: queries and keys are turned by their positions
-    partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
-        families leave that key unread, as transformers does
-    embedding_scaled: embeddings are multiplied by √hidden_size
-    position_offset: added to learned positions; with `position_counts` these count tokens instead
-        of columns
-    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
-    slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
-        config.json and the block's number; by_type: config.json's `layer_types` goes before that
-    """
-
-    gated: bool = True
-    centred: bool = False
-    rotary: bool = True
-    partly: bool = False
-    embedding_scaled: bool = False
-    position_offset: int = 0
-    position_counts: bool = False
-    biases: Mapping[str, bool | str] = field(default_factory=dict)
-    slides: Callable[[Config, int], bool] = lambda config, index: False
-    by_type: bool = False
-
-
-@dataclass(frozen=True)
 class Multimodal:
     """Models with towers for images or sound beside a text model, whose family its own
     `model_type` in config.json's `text_config` tells.
@@ -223,11 +107,13 @@ class Family:
     defaults: config.json's, where a file leaves a key out
     keys: our word → the family's key, where they differ. Our words are config.json's for a Llama
         and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand before
-        a branch, not behind its sum), no_final_norm, embedding_size, score_size (scores are divided
-        by its root, not head_dim's), scale_scores, scale_by_depth (scores are divided by the
-        block's number), attention_softcap, logit_softcap, num_experts, expert_size, dense_blocks
-        (numbers of blocks without experts), sparse_step (every n-th has experts), use_windows,
-        local_rope_theta (of blocks with windows)
+        a branch, not behind its sum), no_final_norm, embedding_size, embedding_scale,
+        residual_scale (of branches before they are added), score_size (scores are divided by its
+        root, not head_dim's), attention_scale (scores are multiplied by it instead), scale_scores,
+        scale_by_depth (scores are divided by the block's number), attention_softcap, logit_scale,
+        logit_softcap, num_experts, expert_size, shared_expert_size, dense_blocks (numbers of blocks
+        without experts), sparse_step (every n-th has experts), use_windows, local_rope_theta (of
+        blocks with windows)
     gguf: how GGUF files hold it (models/gguf_family.py)
     """
 

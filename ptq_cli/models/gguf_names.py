@@ -11,8 +11,9 @@ from typing import Any
 from ptq_cli.core.text import TWO_STEPS
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
-from ptq_cli.models.family import Family, Names, model_type
+from ptq_cli.models.family import Family, model_type
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import Names
 
 _NORMS = {
     "attention_in": "attn_norm", "mlp_in": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm",

@@ -90,7 +90,7 @@ def test_layer_norm_equals_its_formula() -> None:
     x = random_array(5, 16) + 3
     weights = {"n.weight": random_array(16), "n.bias": random_array(16)}
     wanted = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
-    found = layers.apply_norm(layers.Norm("n", 1e-5, centred=True), weights, x)
+    found = layers.apply_norm(layers.Norm("n", 1e-5, centred=True, bias=True), weights, x)
     np.testing.assert_allclose(found, wanted * weights["n.weight"] + weights["n.bias"], atol=1e-5)
 
 

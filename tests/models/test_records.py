@@ -74,21 +74,19 @@ def test_the_forward_has_the_linears_and_norms_of_the_record(family):
             read_architecture({"model_type": kind, **SIZES})
         return
     block = read_architecture({"model_type": kind, **SIZES}).blocks[0]
-    found = [block.qkv, (block.output,)]
-    if block.experts is None:
-        found += [block.mlp_in, (block.mlp_out,)]
-    else:
-        found += [block.experts.inputs[0], (block.experts.outputs[0],)]
+    mlp = block.feed_forward if block.experts is None else block.experts.experts[0]
+    found = [block.mixer.qkv, (block.mixer.output,), mlp.inputs, (mlp.output,)]
     named = inner_names(family)
     wanted = named if block.experts is None else [*named[:2], *named[-2:]]
     assert [[linear.name for linear in group] for group in found] == [
         [path_of(family, name) for name in group] for group in wanted
     ]
     assert {linear.transposed for group in found for linear in group} == {family.transposed}
-    assert {norm.name for norm in block.norms.values()} == {
+    norms = [*block.norms.values(), *block.mixer.norms.values()]
+    assert {norm.name for norm in norms} == {
         path_of(family, name) for name in family.names.norms.values()
     }
-    assert {norm.offset for norm in block.norms.values()} == {float(family.plus_one)}
+    assert {norm.offset for norm in norms} == {float(family.plus_one)}
 
 
 @EACH

@@ -73,7 +73,7 @@ def seen(model: Path, folder: Path | None) -> dict[int, list[tuple[Any, Any, Any
     if folder is not None:
         quantized = open_quantized(folder)
         read = quantized_tensors(checkpoint, quantized)
-        caches = stored_caches([block.attention for block in arch.blocks], quantized)
+        caches = stored_caches([attention.module for attention in arch.attentions], quantized)
     hidden = embed(arch, read, ids, packing)
     for block in range(len(arch.blocks)):
         inputs: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def seen(model: Path, folder: Path | None) -> dict[int, list[tuple[Any, Any, Any
                 caches[block](keys, values)
 
         hidden = forward_block(arch, block, read, hidden, packing, inputs.__setitem__, cache)
-        found[block] = [inputs[arch.blocks[block].qkv[0].name], *kept]
+        found[block] = [inputs[arch.attentions[block].qkv[0].name], *kept]
     return found
 
 
@@ -240,7 +240,7 @@ def test_evaluation_runs_the_rounded_cache(model: Path, made: dict[str, Any]) ->
     checkpoint, quantized = open_checkpoint(model), open_quantized(folder)
     arch, packing = model_architecture(checkpoint), pack(ids.shape)
     read = quantized_tensors(checkpoint, quantized)
-    caches = stored_caches([block.attention for block in arch.blocks], quantized)
+    caches = stored_caches([attention.module for attention in arch.attentions], quantized)
     perplexity = []
     for own in (caches, {}):
         hidden = embed(arch, read, ids, packing)

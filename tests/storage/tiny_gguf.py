@@ -56,8 +56,7 @@ def config_of(kind: str) -> dict[str, Any]:
 def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Of values that float16 holds."""
     arch, rng, found = read_architecture(config), np.random.default_rng(5), {}
-    width, inner = arch.hidden_size, arch.intermediate_size
-    queries, keys = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
+    width = arch.hidden_size
 
     def linear(module: Any, rows: int, columns: int) -> None:
         weight = rng.standard_normal((rows, columns)) / columns**0.5
@@ -78,22 +77,21 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         found[arch.positions] = rng.standard_normal((64, width)) / 8
     norm(arch.final_norm, width)
     for block in arch.blocks:
-        sizes = [queries, keys, keys] if len(block.qkv) == 3 else [queries + 2 * keys]
-        for module, rows in zip(block.qkv, sizes, strict=True):
+        attention = block.attention
+        queries, keys = (n * attention.head_dim for n in (attention.n_heads, attention.n_kv_heads))
+        sizes = [queries, keys, keys] if len(attention.qkv) == 3 else [queries + 2 * keys]
+        for module, rows in zip(attention.qkv, sizes, strict=True):
             linear(module, rows, width)
-        linear(block.output, width, queries)
-        for role, own in block.norms.items():
-            norm(own, arch.head_dim if role in "qk" else width)
-        if experts := block.experts:
-            linear(experts.router, len(experts.inputs), width)
-            for inputs, output in zip(experts.inputs, experts.outputs, strict=True):
-                for module in inputs:
-                    linear(module, experts.width, width)
-                linear(output, width, experts.width)
-            continue
-        for module in block.mlp_in:
-            linear(
-                module, inner * (2 if arch.forward.gated and len(block.mlp_in) == 1 else 1), width
-            )
-        linear(block.mlp_out, width, inner)
+        linear(attention.output, width, queries)
+        for own in attention.norms.values():
+            norm(own, attention.head_dim)
+        for own in block.norms.values():
+            norm(own, width)
+        if block.experts:
+            linear(block.experts.router, len(block.experts.experts), width)
+        for mlp in block.experts.experts if block.experts else [block.feed_forward]:
+            for module in mlp.inputs:
+                rows = mlp.width * (2 if mlp.gated and len(mlp.inputs) == 1 else 1)
+                linear(module, rows, width)
+            linear(mlp.output, width, mlp.width)
     return {name: np.ascontiguousarray(x.astype(np.float16)) for name, x in found.items()}

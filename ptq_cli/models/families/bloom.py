@@ -1,6 +1,7 @@
 """BLOOM: LayerNorms, biases, gelu, ALiBi; q, k and v interleaved by head in one linear."""
 
-from ptq_cli.models.family import Condition, Family, Folds, Names, behind
+from ptq_cli.models.family import Condition, Family, Folds, behind
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="bloom",

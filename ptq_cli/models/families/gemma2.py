@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ptq_cli.models.families import gemma, llama, qwen3
-from ptq_cli.models.family import Config, Family, Folds, Forward
+from ptq_cli.models.family import Config, Family, Folds
+from ptq_cli.models.forward.reader import Forward
 
 
 def slides(config: Config, index: int, period: int) -> bool:

@@ -1,7 +1,9 @@
 """GPT-2: LayerNorms, learned positions, biases, gelu; its linears store [in, out] (Conv1D)."""
 
-from ptq_cli.models.family import Family, Folds, Forward, Names, behind
+from ptq_cli.models.family import Family, Folds, behind
+from ptq_cli.models.forward.reader import Forward, never
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="gpt2",
@@ -34,7 +36,7 @@ FAMILY = Family(
     forward=Forward(
         gated=False,
         centred=True,
-        rotary=False,
+        turns=never,
         biases={"qkv": True, "output": True, "mlp": True},
     ),
     gguf=GgufFamily(

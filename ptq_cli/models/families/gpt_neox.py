@@ -1,7 +1,8 @@
 """GPT-NeoX and Pythia: q, k and v interleaved by head in one linear; attention and MLP side by side
 or one after the other, each behind a norm of its own."""
 
-from ptq_cli.models.family import Condition, Family, Folds, Names, behind
+from ptq_cli.models.family import Condition, Family, Folds, behind
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="gpt_neox",

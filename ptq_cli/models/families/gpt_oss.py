@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Folds, behind
+from ptq_cli.models.family import Family, Folds, behind
+from ptq_cli.models.names import ExpertNames
 
 FAMILY = Family(
     name="gpt_oss",

@@ -1,7 +1,9 @@
 """Llama, and the many models that are built as it is."""
 
-from ptq_cli.models.family import Family, Folds, Forward, Names
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="llama",

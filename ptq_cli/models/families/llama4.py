@@ -4,7 +4,8 @@ shares of the experts are taken of their inputs."""
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Folds
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.names import ExpertNames
 
 FAMILY = Family(
     name="llama4",

@@ -1,7 +1,8 @@
 """Mistral: a Llama whose blocks all have a sliding window."""
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds, Forward
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import ExpertNames
 
 FAMILY = Family(
     name="mixtral",

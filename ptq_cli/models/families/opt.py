@@ -1,7 +1,9 @@
 """OPT: LayerNorms, learned positions, biases, relu. OPT-350M has its norms behind the sums and a
 narrower embedding."""
 
-from ptq_cli.models.family import Condition, Family, Folds, Forward, Names, behind
+from ptq_cli.models.family import Condition, Family, Folds, behind
+from ptq_cli.models.forward.reader import Forward, never
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="opt",
@@ -40,7 +42,7 @@ FAMILY = Family(
     forward=Forward(
         gated=False,
         centred=True,
-        rotary=False,
+        turns=never,
         position_offset=2,
         position_counts=True,
         biases={"qkv": "enable_bias", "output": "enable_bias", "mlp": "enable_bias"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Config, Family, Folds, Forward
+from ptq_cli.models.family import Config, Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 
 

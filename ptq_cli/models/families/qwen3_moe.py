@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3
-from ptq_cli.models.family import ExpertNames, Family, Folds, Forward
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
+from ptq_cli.models.names import ExpertNames
 
 EXPERTS = ExpertNames(
     router="mlp.gate",

@@ -1,6 +1,7 @@
 """T5: an encoder and a decoder. Its sites are not known, nor what is fused."""
 
-from ptq_cli.models.family import Family, Folds, Names
+from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.names import Names
 
 FAMILY = Family(
     name="t5",

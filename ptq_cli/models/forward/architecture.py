@@ -8,87 +8,92 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.models.family import Config, ExpertNames, Family, Forward
+from ptq_cli.models.family import Config, Family
+from ptq_cli.models.forward.branch import Branch
+from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
-from ptq_cli.models.forward.rope import Rope, not_known, read_rope
+from ptq_cli.models.forward.multi_head import MultiHead
+from ptq_cli.models.forward.reader import BlockReader, Forward, make_norm, number
+from ptq_cli.models.forward.rope import not_known
+from ptq_cli.models.forward.usual import attention_of, feed_forward_of, norms_of
 
 WORKSPACE = 16 << 20  # scores, chunks of activation functions, rotations of short batches
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts: each token goes through `top_k` of them.
-
-    router: linear whose softmax weighs the experts; `normalised` makes the top_k weights sum to 1
-    inputs, outputs: the linears of each expert, (gate, up) and down
-    width: in_features of the latter
-    """
-
-    router: Linear
-    inputs: tuple[tuple[Linear, ...], ...]
-    outputs: tuple[Linear, ...]
-    width: int
-    top_k: int
-    normalised: bool
-
-
-@dataclass(frozen=True)
 class Block:
-    """One block of the model.
+    """One block of the model: what mixes tokens, and what each token goes through by itself.
 
-    qkv: three linears, or one that is fused; output: the linear after attention
-    mlp_in: (gate, up), (fused,) or (up,), mlp_out: down; both unused where there are `experts`
     norms: by role: attention_in and mlp_in before a branch, attention_out and mlp_out after it,
-        attention_sum and mlp_sum after its sum with the residual, q and k on heads
-    window: tokens that a token sees, itself included, or None for all
-    scale: of the scores
+        attention_sum and mlp_sum after its sum with the residual
+    parallel: both branches see the residual before the block, and are added to it together
+    residual_scale: of the branches before they are added
     """
 
-    qkv: tuple[Linear, ...]
-    output: Linear
-    mlp_in: tuple[Linear, ...]
-    mlp_out: Linear
-    experts: Experts | None
+    mixer: Branch
+    feed_forward: Branch
     norms: Mapping[str, Norm]
-    rope: Rope | None
-    window: int | None
-    scale: float
+    parallel: bool = False
+    residual_scale: float = 1.0
 
     @property
-    def attention(self) -> str:
-        """The module that caches keys and values."""
-        return self.qkv[0].name.rpartition(".")[0]
+    def attention(self) -> MultiHead | None:
+        """The mixer, where it caches keys and values of heads."""
+        return self.mixer if isinstance(self.mixer, MultiHead) else None
+
+    @property
+    def experts(self) -> Experts | None:
+        return self.feed_forward if isinstance(self.feed_forward, Experts) else None
+
+    @property
+    def running(self) -> int:
+        """Values a token, at most, that lie between the block's inputs and its outputs."""
+        both = (self.mixer.running, self.feed_forward.running)
+        return sum(both) if self.parallel else max(both)
+
+    @property
+    def kept(self) -> int:
+        """Values a token, at most, that are kept between two stages, the residual aside."""
+        both = (self.mixer.kept, self.feed_forward.kept)
+        return sum(both) if self.parallel else max(both)
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A model as its forward needs to know it.
 
+    transposed: linears are stored [in_features, out_features]
     embedding, positions, head: names of tensors; head is the embedding where they are tied
+    embedding_scale: of the embeddings; logit_scale, logit_softcap: of the logits, in this order
+    embedding_norm: behind the embeddings
     projections: linears around the blocks where the embedding is narrower (OPT-350M), or none
     """
 
     family: str
     forward: Forward
+    transposed: bool
     hidden_size: int
-    intermediate_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
     vocab_size: int
-    activation: str
     blocks: tuple[Block, ...]
     embedding: str
     head: str
     final_norm: Norm | None
     positions: str | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: Norm | None = None
     projections: tuple[Linear, ...] = ()
-    attention_softcap: float | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     @property
     def head_module(self) -> str:
         return self.head.removesuffix(".weight")
+
+    @property
+    def attentions(self) -> tuple[MultiHead, ...]:
+        """What caches keys and values, one a block; none where some block caches something else."""
+        found = tuple(block.attention for block in self.blocks)
+        return tuple(a for a in found if a) if all(found) else ()
 
     def has_head(self, tensors: Collection[str]) -> bool:
         """Whether there is a head of its own, and what its inputs come from.
@@ -102,19 +107,13 @@ class Architecture:
     def block_memory(self, n_tokens: int) -> int:
         """Bytes, at most, that `forward_block` needs for `n_tokens` packed tokens: its input, its
         output and what lies between, in float32, without the block's weights."""
-        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        attention = 4 * query + 5 * shared
-        experts = [block.experts for block in self.blocks if block.experts]
-        routed = max((e.top_k * (e.width + self.hidden_size) for e in experts), default=0)
-        mlp = max(4 * self.intermediate_size, 3 * routed)
-        return 4 * n_tokens * (4 * self.hidden_size + max(attention, mlp)) + WORKSPACE
+        running = max(block.running for block in self.blocks)
+        return 4 * n_tokens * (4 * self.hidden_size + running) + WORKSPACE
 
     def state_memory(self, n_tokens: int) -> int:
         """Bytes of a `State` between two stages, at most: the residual and the next inputs."""
-        experts = [block.experts for block in self.blocks if block.experts]
-        routed = max((e.top_k * max(e.width, self.hidden_size) for e in experts), default=0)
-        inputs = max(self.hidden_size, self.n_heads * self.head_dim, self.intermediate_size, routed)
-        return 4 * n_tokens * (self.hidden_size + inputs)
+        kept = max(block.kept for block in self.blocks)
+        return 4 * n_tokens * (self.hidden_size + max(kept, self.hidden_size))
 
 
 def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architecture:
@@ -128,44 +127,50 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     family = known.get(str(kind))
     if family is None or family.forward is None:
         raise not_known(f"no forward for model_type {kind!r}", known)
-    config, names, forward = _settings(config, family), family.names, family.forward
+    settings, names, forward = _settings(config, family), family.names, family.forward
     found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
     prefix = next(found, names.prefixes[0])
     embedding = f"{prefix}{names.embedding}.weight"
     head = f"{names.head}.weight"
     # a head that is stored beside its embedding may be another, whatever config.json says
-    tied = bool(config.get("tie_word_embeddings")) and head not in tensors
-    narrow = (config.get("embedding_size") or config["hidden_size"]) != config["hidden_size"]
-    bare = config.get("no_final_norm") or not config.get("norm_first", True)
+    tied = bool(settings.get("tie_word_embeddings")) and head not in tensors
+    hidden_size = settings["hidden_size"]
+    narrow = (settings.get("embedding_size") or hidden_size) != hidden_size
+    bare = settings.get("no_final_norm") or not settings.get("norm_first", True)
+
+    def norm(name: str) -> Norm:
+        return make_norm(settings, forward, f"{prefix}{name}", plus_one=family.plus_one)
+
     return Architecture(
         family=str(kind),
         forward=forward,
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        vocab_size=_number(config, "vocab_size"),
-        activation=config["activation"],
+        transposed=family.transposed,
+        hidden_size=hidden_size,
+        vocab_size=number(settings, "vocab_size"),
         blocks=tuple(
-            _block(config, family, forward, prefix, index)
-            for index in range(config["num_hidden_layers"])
+            _block(BlockReader(
+                settings, forward, names, family.transposed, family.plus_one,
+                f"{prefix}{names.blocks}.{index}.", index,
+            ))
+            for index in range(settings["num_hidden_layers"])
         ),
         embedding=embedding,
         head=embedding if tied else head,
-        final_norm=None if bare else _norm(config, family, f"{prefix}{names.final_norm}"),
+        final_norm=None if bare else norm(names.final_norm),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
+        embedding_scale=_embedding_scale(settings, forward),
+        embedding_norm=norm(names.embedding_norm) if names.embedding_norm else None,
         projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
-        attention_softcap=config.get("attention_softcap"),
-        logit_softcap=config.get("logit_softcap"),
-    )
+        logit_scale=float(settings.get("logit_scale") or 1),
+        logit_softcap=settings.get("logit_softcap"),
+    )  # fmt: skip
 
 
 def _settings(config: Config, family: Family) -> dict[str, Any]:
     """The family's settings, checked, with the sizes that follow from others."""
     full = family.settings(config)
-    hidden, heads = _number(full, "hidden_size"), _number(full, "num_attention_heads")
-    _number(full, "num_hidden_layers")
+    hidden, heads = number(full, "hidden_size"), number(full, "num_attention_heads")
+    number(full, "num_hidden_layers")
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or hidden // heads
     full["intermediate_size"] = full.get("intermediate_size") or 4 * hidden
@@ -183,119 +188,23 @@ def _settings(config: Config, family: Family) -> dict[str, Any]:
     return full
 
 
-def _number(config: Config, key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
-    return value
+def _embedding_scale(settings: Config, forward: Forward) -> float:
+    if forward.embedding_scaled:
+        return float(settings["hidden_size"] ** 0.5)
+    return float(settings.get("embedding_scale") or 1)
 
 
-def _norm(config: Config, family: Family, name: str) -> Norm:
-    return Norm(
-        name=name,
-        eps=float(config["norm_eps"]),
-        centred=family.forward is not None and family.forward.centred,
-        offset=1.0 if family.plus_one else 0.0,
-        affine=bool(config.get("norm_affine", True)),
-    )
-
-
-def _block(config: Config, family: Family, forward: Forward, prefix: str, index: int) -> Block:
-    names = family.names
-    base = f"{prefix}{names.blocks}.{index}."
-
-    def linear(part: str, name: str) -> Linear:
-        bias = forward.biases.get(part, False)
-        has = bool(config.get(bias)) if isinstance(bias, str) else bias
-        return Linear(base + name, has, family.transposed)
-
-    slides = _slides(config, forward, index)
-    before = config.get("norm_first", True)
+def _block(reader: BlockReader) -> Block:
+    settings, forward = reader.settings, reader.forward
+    before = settings.get("norm_first", True)
     return Block(
-        qkv=tuple(linear("qkv", name) for name in names.qkv),
-        output=linear("output", names.output),
-        mlp_in=tuple(linear("mlp", name) for name in names.mlp_in),
-        mlp_out=linear("mlp", names.mlp_out),
-        experts=_experts(config, names.experts, base, index),
+        mixer=(forward.mixer or attention_of)(reader),
+        feed_forward=(forward.feed_forward or feed_forward_of)(reader),
         norms={
-            role if before else role.replace("_in", "_sum"): _norm(config, family, base + name)
-            for role, name in names.norms.items()
+            role if before else role.replace("_in", "_sum"): reader.norm(name)
+            for role, name in norms_of(reader).items()
+            if role.startswith(("attention_", "mlp_"))
         },
-        rope=_rope(config, forward, slides) if forward.rotary else None,
-        window=_number(config, "sliding_window") if slides else None,
-        scale=_scale(config, index),
-    )
-
-
-def _scale(config: Config, index: int) -> float:
-    scale = (config.get("score_size") or config["head_dim"]) ** -0.5
-    if not config.get("scale_scores", True):
-        scale = 1.0
-    return float(scale / (index + 1) if config.get("scale_by_depth") else scale)
-
-
-def _slides(config: Config, forward: Forward, index: int) -> bool:
-    """Whether a block's tokens see a window only."""
-    if config.get("sliding_window") is None or not config.get("use_windows", True):
-        return False
-    types = config.get("layer_types")
-    if not types or not forward.by_type:
-        return forward.slides(config, index)
-    if types[index] not in ("full_attention", "sliding_attention"):
-        raise InputError(f"config.json's layer type {types[index]!r} is not known")
-    return bool(types[index] == "sliding_attention")
-
-
-def _rope(config: Config, forward: Forward, slides: bool) -> Rope:
-    """transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
-    `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only."""
-    local = config.get("local_rope_theta") if slides else None
-    kind = "sliding_attention" if slides else "full_attention"
-    given = config.get("rope_parameters") or {}
-    nested = given.get(kind) if kind in given else ({} if local else given)
-    scaling = None if local else config.get("rope_scaling")
-    parameters = dict(scaling or nested or {})
-    if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = local or config["rope_theta"]
-    parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-    if not forward.partly:
-        _leave_unread(parameters)
-    return read_rope(
-        parameters,
-        config["head_dim"],
-        _number(config, "max_position_embeddings"),
-        config.get("original_max_position_embeddings"),
-    )
-
-
-def _leave_unread(parameters: dict[str, Any]) -> None:
-    """Drop the partial factor, which the family does not know: transformers reads it only where
-    frequencies are stretched, and its forward then fails, as they are fewer than a head has.
-
-    Raises:
-        InputError: such a stretching.
-    """
-    factor = parameters.pop("partial_rotary_factor")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if factor != 1 and kind != "default":
-        raise InputError(
-            f"config.json's partial_rotary_factor {factor} has no meaning with rotary embeddings of"
-            f" type {kind!r} in this family; transformers cannot run it either",
-            hint="remove partial_rotary_factor from config.json",
-        )
-
-
-def _experts(config: Config, names: ExpertNames | None, base: str, index: int) -> Experts | None:
-    """The experts of a block, or None where it has an MLP."""
-    dense = names is None or index in (config.get("dense_blocks") or ())
-    if names is None or dense or (index + 1) % config.get("sparse_step", 1):
-        return None
-    paths = [base + names.expert.format(e) for e in range(_number(config, "num_experts"))]
-    return Experts(
-        router=Linear(f"{base}{names.router}"),
-        inputs=tuple(tuple(Linear(f"{path}.{name}") for name in names.inputs) for path in paths),
-        outputs=tuple(Linear(f"{path}.{names.output}") for path in paths),
-        width=_number(config, "expert_size"),
-        top_k=min(_number(config, "num_experts_per_tok"), len(paths)),
-        normalised=bool(config["norm_topk_prob"]),
+        parallel=forward.parallel(settings),
+        residual_scale=float(settings.get("residual_scale") or 1),
     )

@@ -46,7 +46,7 @@ class Linear:
 class Norm:
     """RMSNorm, or LayerNorm where `centred`; `offset` is added to the weight (1 in Gemma).
 
-    affine: whether it has a weight (and, where centred, a bias).
+    affine: whether it has a weight; bias: and a bias.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Norm:
     centred: bool = False
     offset: float = 0.0
     affine: bool = True
+    bias: bool = False
 
 
 def stored(weights: Weights, name: str) -> Array:
@@ -84,15 +85,17 @@ def apply_linear(linear: Linear, weights: Weights, inputs: FloatArray) -> FloatA
 
 
 def apply_norm(norm: Norm | None, weights: Weights, inputs: FloatArray) -> FloatArray:
-    """`inputs` [n, width] normalised over its columns, float32; the same array without a norm."""
+    """`inputs` [n, width], or of n heads [n, heads, width], normalised over its last axis, float32;
+    the same array without a norm. Gains are of [width], or of each head."""
     if norm is None:
         return inputs
-    outputs, scale = centred_and_scale(norm, inputs)
-    outputs = np.multiply(outputs, scale[:, None], out=outputs if norm.centred else None)
+    flat, scale = centred_and_scale(norm, inputs.reshape(-1, inputs.shape[-1]))
+    flat = np.multiply(flat, scale[:, None], out=flat if norm.centred else None)
+    outputs = flat.reshape(inputs.shape)
     if norm.affine:
         outputs *= fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
-        if norm.centred:
-            outputs += fetch(weights, f"{norm.name}.bias")
+    if norm.affine and norm.bias:
+        outputs += fetch(weights, f"{norm.name}.bias")
     return outputs
 
 

@@ -1,8 +1,9 @@
 """The forward of a model in NumPy, one block at a time, one site of linears at a time.
 
-A block is a row of stages: attention_in, attention_out, (router,) mlp_in, mlp_out. Between two
-stages a `State` holds the residual and the inputs that the next linears are about to see, so a
-caller may look at them, round those linears, and let the next stage use the rounded weights:
+A block is a row of stages: of an attention and an MLP these are attention_in, attention_out,
+mlp_in, mlp_out; where the two stand side by side, in and out. Between two stages a `State` holds
+the residual and the inputs that the next linears are about to see, so a caller may look at them,
+round those linears, and let the next stage use the rounded weights:
 
     state = begin(arch, block, weights, hidden)
     for stage in stages(arch, block, packing):
@@ -18,29 +19,22 @@ small, and OpenBLAS with more threads is many times slower on them where the mac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward import layers
-from ptq_cli.models.forward.architecture import Architecture, Block, Experts
-from ptq_cli.models.forward.attention import Cache, Packing, attend
-from ptq_cli.models.forward.heads import make_heads
-from ptq_cli.models.forward.layers import Linear, Weights
+from ptq_cli.models.forward.architecture import Architecture, Block
+from ptq_cli.models.forward.attention import Cache, Packing
+from ptq_cli.models.forward.branch import Flow, Step
+from ptq_cli.models.forward.layers import Weights
 
-
-@dataclass(frozen=True)
-class Routing:
-    """Which tokens go to which expert: rows[e] [n_e], and their weights share[e] [n_e, 1]."""
-
-    rows: tuple[NDArray[np.int64], ...]
-    share: tuple[FloatArray, ...]
+ATTENTION, MLP = "attention", "mlp"  # the branches, as the roles of norms begin
+Steps = tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -48,13 +42,16 @@ class State:
     """A block between two stages.
 
     hidden: the residual, [n_tokens, hidden_size]
-    inputs: site (its first linear's name) -> float32 [n, in_features] that it sees next; n is
-        n_tokens, or for an expert the tokens routed to it, which may be none
+    flow: of its branches
     """
 
     hidden: FloatArray
-    inputs: Mapping[str, FloatArray] = field(default_factory=dict)
-    routing: Routing | None = None
+    flow: Flow = field(default_factory=Flow)
+
+    @property
+    def inputs(self) -> Mapping[str, FloatArray]:
+        """site (its first linear's name) → float32 [n, in_features] that it sees next."""
+        return self.flow.inputs
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,16 @@ class Stage:
     """One step of a block: `apply` puts the inputs of `sites` through their linears and goes on to
     the inputs of the next stage. sites: site -> names of the linears that share its inputs.
 
-    enter: the state before it from the residual, where nothing but a norm lies between
-    adds: whether the outputs of its linears are added to the residual as they are
+    enter: the state before it from the residual, where nothing but norms lie between
+    routed: the sites of experts, in their order
+    adds: the site whose linear's outputs are added to the residual as they are, if there is one
     """
 
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
     enter: Callable[[Weights, FloatArray], State] | None = None
-    adds: bool = False
+    routed: tuple[str, ...] = ()
+    adds: str | None = None
 
 
 def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing) -> FloatArray:
@@ -79,8 +78,9 @@ def embed(arch: Architecture, weights: Weights, tokens: Array, packing: Packing)
     """
     ids = packing.flat(tokens)
     hidden = _rows(weights, arch.embedding, ids, "token")
-    if arch.forward.embedding_scaled:
-        hidden = hidden * np.float32(arch.hidden_size**0.5)
+    if arch.embedding_scale != 1:
+        hidden = hidden * np.float32(arch.embedding_scale)
+    hidden = layers.apply_norm(arch.embedding_norm, weights, hidden)
     if arch.projections:
         hidden = layers.apply_linear(arch.projections[0], weights, hidden)
     if arch.positions is None:
@@ -102,10 +102,11 @@ def _rows(weights: Weights, name: str, ids: Array, what: str) -> FloatArray:
 def begin(arch: Architecture, index: int, weights: Weights, hidden: FloatArray) -> State:
     """Block `index` before its first stage; behind the last block, the head before its own."""
     if index == len(arch.blocks):
-        return State(hidden, {arch.head_module: finish(arch, weights, hidden)})
+        return State(hidden, Flow({arch.head_module: finish(arch, weights, hidden)}))
     block = arch.blocks[index]
-    inputs = layers.apply_norm(block.norms.get("attention_in"), weights, hidden)
-    return State(hidden, {block.qkv[0].name: inputs})
+    if block.parallel:
+        return _enter_both(block, weights, hidden)
+    return _enter(block, ATTENTION, weights, hidden)
 
 
 def stages(
@@ -117,21 +118,10 @@ def stages(
         head = arch.head_module
         return (Stage({head: (head,)}, lambda weights, state: State(state.hidden)),)
     block = arch.blocks[index]
-
-    def attention_in(weights: Weights, state: State) -> State:
-        inputs = state.inputs[block.qkv[0].name]
-        mixed = _attention(arch, block, weights, inputs, packing, cache)
-        return State(state.hidden, {block.output.name: mixed})
-
-    def attention_out(weights: Weights, state: State) -> State:
-        branch = layers.apply_linear(block.output, weights, state.inputs[block.output.name])
-        return _enter_mlp(block, weights, _add(block, "attention", weights, state.hidden, branch))
-
-    return (
-        Stage(_sites(block.qkv), attention_in, partial(begin, arch, index)),
-        Stage(_sites((block.output,)), attention_out, adds="attention_out" not in block.norms),
-        *_mlp_stages(arch, block),
-    )
+    mixer, mlp = block.mixer.steps(packing, cache), block.feed_forward.steps(packing, None)
+    if block.parallel:
+        return tuple(_side_by_side(block, mixer, mlp))
+    return (*_in_turn(block, ATTENTION, mixer), *_in_turn(block, MLP, mlp))
 
 
 def forward_block(
@@ -173,114 +163,91 @@ def logits(
     table = layers.stored(weights, arch.head)
     finished = layers.round_inputs(weights, arch.head, finished)
     scores: FloatArray = finished @ np.asarray(table[vocabulary], dtype=np.float32).T
+    if arch.logit_scale != 1:
+        scores *= np.float32(arch.logit_scale)
     layers.cap(scores, arch.logit_softcap)
     return scores
 
 
-def _sites(*groups: tuple[Linear, ...]) -> dict[str, tuple[str, ...]]:
-    return {linears[0].name: tuple(linear.name for linear in linears) for linears in groups}
+def _enter(block: Block, branch: str, weights: Weights, hidden: FloatArray) -> State:
+    """Before a branch that has the residual to itself."""
+    part = block.mixer if branch == ATTENTION else block.feed_forward
+    inputs = layers.apply_norm(block.norms.get(f"{branch}_in"), weights, hidden)
+    return State(hidden, Flow(dict.fromkeys(part.first_sites, inputs)))
 
 
-def _enter_mlp(block: Block, weights: Weights, hidden: FloatArray) -> State:
-    """A block before its MLP or router."""
-    first = block.experts.router if block.experts else block.mlp_in[0]
-    inputs = layers.apply_norm(block.norms.get("mlp_in"), weights, hidden)
-    return State(hidden, {first.name: inputs})
+def _in_turn(block: Block, branch: str, steps: Steps) -> Iterator[Stage]:
+    """The stages of a branch that has the residual to itself."""
+
+    def apply(step: Step, weights: Weights, state: State) -> State:
+        flow = step.apply(weights, state.flow)
+        if flow.outputs is None:
+            return State(state.hidden, flow)
+        hidden = _added(block, weights, state.hidden, {branch: flow.outputs})
+        return _enter(block, MLP, weights, hidden) if branch == ATTENTION else State(hidden)
+
+    for step in steps:
+        enter = partial(_enter, block, branch) if step is steps[0] else None
+        adds = _adds(block, branch, step) if step is steps[-1] else None
+        yield Stage(step.sites, partial(apply, step), enter, step.routed, adds)
 
 
-def _add(
-    block: Block, branch: str, weights: Weights, hidden: FloatArray, outputs: FloatArray
+def _enter_both(block: Block, weights: Weights, hidden: FloatArray) -> State:
+    """Before two branches side by side: one site where one norm feeds both, else one each."""
+    state = _enter(block, ATTENTION, weights, hidden)
+    if _joined(block):
+        return state
+    beside = _enter(block, MLP, weights, hidden)
+    return State(hidden, Flow({**state.inputs, **beside.inputs}))
+
+
+def _side_by_side(block: Block, mixer: Steps, mlp: Steps) -> Iterator[Stage]:
+    """The stages of two branches that both see the residual before the block."""
+    theirs = block.feed_forward.first_sites
+
+    def apply(steps: Steps, weights: Weights, state: State) -> State:
+        flow = state.flow
+        if steps[0] is mixer[0] and _joined(block):
+            (shared,) = flow.inputs.values()
+            flow = Flow({**flow.inputs, **dict.fromkeys(theirs, shared)})
+        ours, beside = (step.apply(weights, flow) for step in steps)
+        if ours.outputs is None or beside.outputs is None:
+            between = {**ours.beside, **beside.beside}
+            return State(state.hidden, Flow({**ours.inputs, **beside.inputs}, between))
+        branches = {ATTENTION: ours.outputs, MLP: beside.outputs}
+        return State(_added(block, weights, state.hidden, branches))
+
+    for steps in zip(mixer, mlp, strict=True):
+        first, last = steps[0] is mixer[0], steps[0] is mixer[-1]
+        sites = {**steps[0].sites, **steps[1].sites}
+        if first and _joined(block):
+            linears = tuple(name for step in steps for own in step.sites.values() for name in own)
+            sites = {block.mixer.first_sites[0]: linears}
+        # what is wrong with the residual is made up for once
+        adds = _adds(block, MLP, steps[1]) if last else None
+        enter = partial(_enter_both, block) if first else None
+        yield Stage(sites, partial(apply, steps), enter, adds=adds)
+
+
+def _joined(block: Block) -> bool:
+    """Whether one norm feeds both branches of a parallel block."""
+    return block.norms.get("attention_in") == block.norms.get("mlp_in")
+
+
+def _adds(block: Block, branch: str, step: Step) -> str | None:
+    """The site of a last step whose outputs are added to the residual as they are."""
+    changed = f"{branch}_out" in block.norms or block.residual_scale != 1
+    return None if changed or len(step.sites) > 1 or step.routed else next(iter(step.sites))
+
+
+def _added(
+    block: Block, weights: Weights, hidden: FloatArray, branches: Mapping[str, FloatArray]
 ) -> FloatArray:
-    """Residual plus a branch's outputs, with the norms that the family puts around the sum."""
-    outputs = layers.apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
-    outputs += hidden
-    return layers.apply_norm(block.norms.get(f"{branch}_sum"), weights, outputs)
-
-
-def _attention(
-    arch: Architecture,
-    block: Block,
-    weights: Weights,
-    inputs: FloatArray,
-    packing: Packing,
-    cache: Cache | None,
-) -> FloatArray:
-    """From the inputs of qkv to those of the output linear."""
-    queries, keys, values = make_heads(arch, block, weights, inputs, packing)
-    if cache is not None:
-        cache(keys, values)
-    return attend(
-        queries,
-        keys,
-        values,
-        packing,
-        scale=block.scale,
-        window=block.window,
-        softcap=arch.attention_softcap,
-    )
-
-
-def _mlp_stages(arch: Architecture, block: Block) -> tuple[Stage, ...]:
-    """The stages of the MLP, or of the experts behind their router."""
-    experts, enter = block.experts, partial(_enter_mlp, block)
-    before = experts.inputs if experts else (block.mlp_in,)
-    behind = experts.outputs if experts else (block.mlp_out,)
-    width = experts.width if experts else arch.intermediate_size
-
-    def mlp_in(weights: Weights, state: State) -> State:
-        inner = {}
-        for linears, down in zip(before, behind, strict=True):
-            inputs = state.inputs[linears[0].name]
-            empty = np.zeros((0, width), dtype=np.float32)
-            inner[down.name] = _inner(arch, linears, weights, inputs) if len(inputs) else empty
-        return State(state.hidden, inner, state.routing)
-
-    def mlp_out(weights: Weights, state: State) -> State:
-        if state.routing is None:
-            branch = layers.apply_linear(block.mlp_out, weights, state.inputs[block.mlp_out.name])
-        else:
-            branch = np.zeros_like(state.hidden)
-            routes = zip(behind, state.routing.rows, state.routing.share, strict=True)
-            for down, rows, share in routes:
-                if len(rows):
-                    outputs = layers.apply_linear(down, weights, state.inputs[down.name])
-                    branch[rows] += outputs * share
-        return State(_add(block, "mlp", weights, state.hidden, branch))
-
-    adds = experts is None and "mlp_out" not in block.norms
-    last = Stage(_sites(*((down,) for down in behind)), mlp_out, adds=adds)
-    if experts is None:
-        return Stage(_sites(*before), mlp_in, enter), last
-    router = Stage(_sites((experts.router,)), partial(_route, experts), enter)
-    return router, Stage(_sites(*before), mlp_in), last
-
-
-def _inner(
-    arch: Architecture, linears: tuple[Linear, ...], weights: Weights, inputs: FloatArray
-) -> FloatArray:
-    """From the inputs of gate and up to those of down."""
-    parts = [layers.apply_linear(linear, weights, inputs) for linear in linears]
-    if arch.forward.gated and len(parts) == 1:
-        parts = np.split(parts[0], 2, axis=1)
-    return layers.activate(arch.activation, parts[0], parts[1] if arch.forward.gated else None)
-
-
-def _route(experts: Experts, weights: Weights, state: State) -> State:
-    """From the inputs of the router to those of each expert: each token goes to the `top_k` that
-    have the largest share of the softmax of its scores."""
-    inputs = state.inputs[experts.router.name]
-    scores = layers.apply_linear(experts.router, weights, inputs)
-    share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
-    share /= share.sum(axis=1, keepdims=True)
-    count = scores.shape[1]
-    best = np.argpartition(share, count - experts.top_k, axis=1)[:, count - experts.top_k :]
-    chosen = np.zeros(share.shape, dtype=np.bool_)
-    np.put_along_axis(chosen, best, True, axis=1)
-    share = np.where(chosen, share, 0)
-    if experts.normalised:
-        share /= share.sum(axis=1, keepdims=True)
-    rows = tuple(np.nonzero(column)[0] for column in chosen.T)
-    routing = Routing(rows, tuple(share[own, e, None] for e, own in enumerate(rows)))
-    names = (linears[0].name for linears in experts.inputs)
-    some = {name: inputs[own] for name, own in zip(names, rows, strict=True)}
-    return State(state.hidden, some, routing)
+    """Residual plus the outputs of branches, with the norms that the family puts around the sum."""
+    for branch, outputs in branches.items():
+        own = layers.apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
+        if block.residual_scale != 1:
+            own *= np.float32(block.residual_scale)
+        own += hidden
+        hidden = layers.apply_norm(block.norms.get(f"{branch}_sum"), weights, own)
+    return hidden

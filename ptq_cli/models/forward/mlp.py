@@ -1,0 +1,67 @@
+"""The MLP of a block, gated or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.models.forward import layers
+from ptq_cli.models.forward.attention import Cache, Packing
+from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.layers import Linear, Weights
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`output(f(gate) · up)`, or where not `gated` `output(f(up))`.
+
+    inputs: (gate, up), (both fused,) or (up,)
+    width: in_features of `output`
+    activation: f, a name in layers.ACTIVATIONS
+    """
+
+    inputs: tuple[Linear, ...]
+    output: Linear
+    width: int
+    activation: str
+    gated: bool = True
+
+    @property
+    def site(self) -> str:
+        return self.inputs[0].name
+
+    @property
+    def first_sites(self) -> tuple[str, ...]:
+        return (self.site,)
+
+    @property
+    def running(self) -> int:
+        return 4 * self.width
+
+    @property
+    def kept(self) -> int:
+        return self.width
+
+    def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
+        def inwards(weights: Weights, flow: Flow) -> Flow:
+            return Flow({self.output.name: self.inner(weights, flow.inputs[self.site])})
+
+        def outwards(weights: Weights, flow: Flow) -> Flow:
+            return Flow(outputs=self.outer(weights, flow.inputs[self.output.name]))
+
+        return Step(sites_of(self.inputs), inwards), Step(sites_of((self.output,)), outwards)
+
+    def inner(self, weights: Weights, inputs: FloatArray) -> FloatArray:
+        """From the inputs of gate and up to those of the output linear, [n, width]."""
+        if not len(inputs):  # of an expert, whose weights then need not be read
+            return np.zeros((0, self.width), dtype=np.float32)
+        parts = [layers.apply_linear(linear, weights, inputs) for linear in self.inputs]
+        if self.gated and len(parts) == 1:
+            parts = np.split(parts[0], 2, axis=1)
+        return layers.activate(self.activation, parts[0], parts[1] if self.gated else None)
+
+    def outer(self, weights: Weights, inner: FloatArray) -> FloatArray:
+        """From there to the outputs."""
+        return layers.apply_linear(self.output, weights, inner)

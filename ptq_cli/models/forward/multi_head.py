@@ -1,0 +1,117 @@
+"""Multi-head attention: q, k and v in three linears or one, softmax, the output linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.models.forward import layers
+from ptq_cli.models.forward.attention import Cache, Packing, attend
+from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.layers import Linear, Norm, Weights
+from ptq_cli.models.forward.rope import Rope, rotate, rotations
+
+
+@dataclass(frozen=True)
+class MultiHead:
+    """Multi-head attention; with fewer key heads than heads, grouped.
+
+    qkv: three linears, or one that is fused
+    norms: of queries and keys, by "q" and "k"; of each head, or (`norm_whole`) of all as one
+    rope: how positions turn queries and keys; None: not at all
+    window: tokens that a token sees, itself included, or None for all
+    scale, softcap: of the scores
+    """
+
+    qkv: tuple[Linear, ...]
+    output: Linear
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    norms: Mapping[str, Norm] = field(default_factory=dict)
+    norm_whole: bool = False
+    rope: Rope | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that caches keys and values."""
+        return self.qkv[0].name.rpartition(".")[0]
+
+    @property
+    def first_sites(self) -> tuple[str, ...]:
+        return (self.qkv[0].name,)
+
+    @property
+    def running(self) -> int:
+        return self.head_dim * (4 * self.n_heads + 5 * self.n_kv_heads)
+
+    @property
+    def kept(self) -> int:
+        return self.head_dim * self.n_heads
+
+    def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
+        site, output = self.qkv[0].name, self.output
+
+        def attention(weights: Weights, flow: Flow) -> Flow:
+            queries, keys, values = self.heads(weights, flow.inputs[site], packing)
+            if cache is not None:
+                cache(keys, values)
+            mixed = attend(
+                queries,
+                keys,
+                values,
+                packing,
+                scale=self.scale,
+                window=self.window,
+                softcap=self.softcap,
+            )
+            return Flow({output.name: mixed})
+
+        def outwards(weights: Weights, flow: Flow) -> Flow:
+            inputs = flow.inputs[output.name]
+            return Flow(outputs=layers.apply_linear(output, weights, inputs))
+
+        return Step(sites_of(self.qkv), attention), Step(sites_of((output,)), outwards)
+
+    def heads(
+        self, weights: Weights, inputs: FloatArray, packing: Packing, roles: str = "qkv"
+    ) -> list[FloatArray]:
+        """The queries, keys and values that attention works on, normed and rotated, each float32
+        [n_tokens, heads, head_dim]. roles: which of them
+        """
+        parts = self._projected(weights, inputs, roles)
+        named = {
+            role: self._normed(role, weights, np.ascontiguousarray(part))
+            for role, part in zip(roles, parts, strict=True)
+        }
+        if self.rope is not None:
+            cosine, sine = rotations(self.rope, packing.positions, packing.mask.shape[1])
+            for role in "qk":
+                if role in named:
+                    rotate(named[role], cosine, sine)
+        return [named[role] for role in roles]
+
+    def _projected(self, weights: Weights, inputs: FloatArray, roles: str) -> list[FloatArray]:
+        """The outputs of the linears, or the parts of those of the one that is fused."""
+        if len(self.qkv) > 1:
+            linears = dict(zip("qkv", self.qkv, strict=True))
+            return [layers.apply_linear(linears[role], weights, inputs) for role in roles]
+        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        outputs = layers.apply_linear(self.qkv[0], weights, inputs)
+        parts = dict(zip("qkv", np.split(outputs, [query, query + shared], axis=1), strict=True))
+        return [parts[role] for role in roles]
+
+    def _normed(self, role: str, weights: Weights, outputs: FloatArray) -> FloatArray:
+        """The heads [n_tokens, heads, head_dim] in a linear's outputs, behind their norm."""
+        heads: FloatArray = outputs.reshape(len(outputs), -1, self.head_dim)
+        norm = self.norms.get(role)
+        if norm is None:
+            return heads
+        normed = layers.apply_norm(norm, weights, outputs if self.norm_whole else heads)
+        return normed.reshape(heads.shape)

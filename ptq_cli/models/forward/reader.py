@@ -1,0 +1,125 @@
+"""What a family says of its forward, and what the pieces of a block are made from.
+
+Most of a block is alike in all families: that is built from a `Forward`'s fields (usual.py). What
+is not, a family builds itself: `mixer` and `feed_forward` take a `BlockReader` and give a branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.branch import Branch
+from ptq_cli.models.forward.layers import Linear, Norm
+from ptq_cli.models.names import Names
+
+Config = Mapping[str, Any]
+
+
+def never(config: Config, index: int) -> bool:
+    return False
+
+
+def always(config: Config, index: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a block computes, and how config.json says it.
+
+    gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
+    centred: norms are LayerNorms, else RMSNorms; norm_bias: these have biases
+    norm_whole: the norms of q and k are over all heads as one, not over each
+    turns: whether a block's queries and keys are turned by their positions
+    partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
+        families leave that key unread, as transformers does
+    parallel: whether attention and MLP both see the residual before the block
+    embedding_scaled: embeddings are multiplied by √hidden_size
+    position_offset: added to learned positions; with `position_counts` these count tokens instead
+        of columns
+    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
+        config.json and the block's number; by_type: config.json's `layer_types` goes before that
+    mixer, feed_forward: the branches of a block that are not the usual ones
+    norms: role → name, from config.json, where it is not `Names.norms`
+    """
+
+    gated: bool = True
+    centred: bool = False
+    norm_bias: bool = True
+    norm_whole: bool = False
+    turns: Callable[[Config, int], bool] = always
+    partly: bool = False
+    parallel: Callable[[Config], bool] = lambda config: False
+    embedding_scaled: bool = False
+    position_offset: int = 0
+    position_counts: bool = False
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
+    slides: Callable[[Config, int], bool] = never
+    by_type: bool = False
+    mixer: Callable[[BlockReader], Branch] | None = None
+    feed_forward: Callable[[BlockReader], Branch] | None = None
+    norms: Callable[[Config], Mapping[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """A block of a model that is being read.
+
+    settings: config.json's in our words (Family.settings), with the sizes that follow from others
+    base: before the names of its modules, "model.layers.3."
+    transposed, plus_one: as in `Family`
+    """
+
+    settings: Config
+    forward: Forward
+    names: Names
+    transposed: bool
+    plus_one: bool
+    base: str
+    index: int
+
+    def linear(self, part: str, name: str) -> Linear:
+        """The linear of that inner name. part: what says whether it has a bias (Forward.biases)"""
+        bias = self.forward.biases.get(part, False)
+        has = bool(self.settings.get(bias)) if isinstance(bias, str) else bias
+        return Linear(self.base + name, has, self.transposed)
+
+    def norm(self, name: str) -> Norm:
+        """The norm of that inner name."""
+        return make_norm(self.settings, self.forward, self.base + name, plus_one=self.plus_one)
+
+    def number(self, key: str) -> int:
+        """A setting that is a size or a count.
+
+        Raises:
+            InputError: it is missing, or is no positive whole number.
+        """
+        return number(self.settings, key)
+
+
+def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
+    """The norm of that full name."""
+    return Norm(
+        name=name,
+        eps=float(settings["norm_eps"]),
+        centred=forward.centred,
+        offset=1.0 if plus_one else 0.0,
+        affine=bool(settings.get("norm_affine", True)),
+        bias=forward.centred and forward.norm_bias,
+    )
+
+
+def number(settings: Config, key: str) -> int:
+    """A setting that is a size or a count.
+
+    Raises:
+        InputError: it is missing, or is no positive whole number.
+    """
+    value = settings.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
+    return value

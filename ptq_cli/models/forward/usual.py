@@ -1,0 +1,190 @@
+"""The branches that blocks of most families have: multi-head attention, an MLP or experts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ptq_cli.core.tensors import FloatArray
+from ptq_cli.errors import InputError
+from ptq_cli.models.forward.branch import Branch
+from ptq_cli.models.forward.experts import Experts
+from ptq_cli.models.forward.layers import Weights
+from ptq_cli.models.forward.mlp import MLP
+from ptq_cli.models.forward.multi_head import MultiHead
+from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.rope import Rope, read_rope
+from ptq_cli.models.names import ExpertNames
+
+
+def attention_of(block: BlockReader) -> MultiHead:
+    """Multi-head attention of the family's names."""
+    settings, names, windowed = block.settings, block.names, slides(block)
+    norms, turns = norms_of(block), block.forward.turns(settings, block.index)
+    return MultiHead(
+        qkv=tuple(block.linear("qkv", name) for name in names.qkv),
+        output=block.linear("output", names.output),
+        n_heads=settings["num_attention_heads"],
+        n_kv_heads=settings["num_key_value_heads"],
+        head_dim=settings["head_dim"],
+        scale=_scale(block),
+        norms={role: block.norm(norms[role]) for role in "qk" if role in norms},
+        norm_whole=block.forward.norm_whole,
+        rope=rope_of(block, windowed=windowed) if turns else None,
+        window=block.number("sliding_window") if windowed else None,
+        softcap=settings.get("attention_softcap"),
+    )
+
+
+def feed_forward_of(block: BlockReader) -> Branch:
+    """The MLP of the family's names, or the experts that stand in its place."""
+    names = block.names.experts
+    if names is None or not has_experts(block):
+        return mlp_of(block)
+    return experts_of(block, names)
+
+
+def mlp_of(block: BlockReader, width: int | None = None) -> MLP:
+    """The MLP of the family's names. width: if not `intermediate_size`"""
+    names, settings = block.names, block.settings
+    return MLP(
+        inputs=tuple(block.linear("mlp", name) for name in names.mlp_in),
+        output=block.linear("mlp", names.mlp_out),
+        width=settings["intermediate_size"] if width is None else width,
+        activation=settings["activation"],
+        gated=block.forward.gated,
+    )
+
+
+def has_experts(block: BlockReader) -> bool:
+    """Whether config.json gives the block experts, not an MLP."""
+    settings = block.settings
+    dense = block.index in (settings.get("dense_blocks") or ())
+    return not dense and (block.index + 1) % settings.get("sparse_step", 1) == 0
+
+
+def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
+    """The experts of the family's names, weighed by the softmax of the router's scores."""
+    paths = [names.expert.format(e) for e in range(block.number("num_experts"))]
+    top_k = min(block.number("num_experts_per_tok"), len(paths))
+    width = block.number("expert_size")
+    normalised = bool(block.settings["norm_topk_prob"])
+    shared_gate = block.linear("router", names.shared_gate) if names.shared_gate else None
+    return Experts(
+        router=block.linear("router", names.router),
+        experts=tuple(expert_of(block, names, path, width) for path in paths),
+        top_k=top_k,
+        weigh=partial(softmax_of_all, top_k=top_k, normalised=normalised),
+        hidden_size=block.settings["hidden_size"],
+        shared=shared_of(block, names),
+        shared_gate=shared_gate,
+    )
+
+
+def expert_of(block: BlockReader, names: ExpertNames, path: str, width: int) -> MLP:
+    """One expert. path: its inner name; width: of its last linear's inputs"""
+    return MLP(
+        inputs=tuple(block.linear("mlp", f"{path}.{name}") for name in names.inputs),
+        output=block.linear("mlp", f"{path}.{names.output}"),
+        width=width,
+        activation=block.settings["activation"],
+    )
+
+
+def shared_of(block: BlockReader, names: ExpertNames) -> MLP | None:
+    """The expert that every token goes through, where the family has one."""
+    if not names.shared:
+        return None
+    return expert_of(block, names, names.shared, block.number("shared_expert_size"))
+
+
+def softmax_of_all(
+    weights: Weights, scores: FloatArray, *, top_k: int, normalised: bool
+) -> FloatArray:
+    """Each token goes to the `top_k` experts that have the largest share of the softmax of its
+    scores [n_tokens, n_experts]. normalised: these shares are made to sum to 1"""
+    share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
+    share /= share.sum(axis=1, keepdims=True)
+    count = scores.shape[1]
+    best = np.argpartition(share, count - top_k, axis=1)[:, count - top_k :]
+    chosen = np.zeros(share.shape, dtype=np.bool_)
+    np.put_along_axis(chosen, best, True, axis=1)
+    share = np.where(chosen, share, 0)
+    if normalised:
+        share /= share.sum(axis=1, keepdims=True)
+    return share  # type: ignore[no-any-return]
+
+
+def norms_of(block: BlockReader) -> dict[str, str]:
+    """The names of the norms of a block, by role."""
+    given = block.forward.norms
+    return dict(block.names.norms if given is None else given(block.settings))
+
+
+def _scale(block: BlockReader) -> float:
+    settings = block.settings
+    if settings.get("attention_scale") is not None:
+        return float(settings["attention_scale"])
+    scale = (settings.get("score_size") or settings["head_dim"]) ** -0.5
+    if not settings.get("scale_scores", True):
+        scale = 1.0
+    return float(scale / (block.index + 1) if settings.get("scale_by_depth") else scale)
+
+
+def slides(block: BlockReader) -> bool:
+    """Whether a block's tokens see a window only."""
+    settings, index = block.settings, block.index
+    if settings.get("sliding_window") is None or not settings.get("use_windows", True):
+        return False
+    types = settings.get("layer_types")
+    if not types or not block.forward.by_type:
+        return block.forward.slides(settings, index)
+    if types[index] not in ("full_attention", "sliding_attention"):
+        raise InputError(f"config.json's layer type {types[index]!r} is not known")
+    return bool(types[index] == "sliding_attention")
+
+
+def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = None) -> Rope:
+    """How positions turn the queries and keys of a block.
+
+    transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
+    `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only.
+    windowed: whether the block has a window; size: channels of a head, if not head_dim
+    """
+    settings = block.settings
+    local = settings.get("local_rope_theta") if windowed else None
+    kind = "sliding_attention" if windowed else "full_attention"
+    given = settings.get("rope_parameters") or {}
+    nested = given.get(kind) if kind in given else ({} if local else given)
+    scaling = None if local else settings.get("rope_scaling")
+    parameters = dict(scaling or nested or {})
+    if parameters.get("rope_theta") is None:
+        parameters["rope_theta"] = local or settings["rope_theta"]
+    parameters.setdefault("partial_rotary_factor", settings.get("partial_rotary_factor") or 1.0)
+    if not block.forward.partly:
+        _leave_unread(parameters)
+    return read_rope(
+        parameters,
+        settings["head_dim"] if size is None else size,
+        block.number("max_position_embeddings"),
+        settings.get("original_max_position_embeddings"),
+    )
+
+
+def _leave_unread(parameters: dict[str, Any]) -> None:
+    """Drop the partial factor, which the family does not know: transformers reads it only where
+    frequencies are stretched, and its forward then fails, as they are fewer than a head has.
+
+    Raises:
+        InputError: such a stretching.
+    """
+    factor = parameters.pop("partial_rotary_factor")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if factor != 1 and kind != "default":
+        raise InputError(
+            f"config.json's partial_rotary_factor {factor} has no meaning with rotary embeddings of"
+            f" type {kind!r} in this family; transformers cannot run it either",
+            hint="remove partial_rotary_factor from config.json",
+        )
