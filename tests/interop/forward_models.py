@@ -95,6 +95,9 @@ BAMBA = {
 FALCON_RW = {**OLD, "multi_query": False, "parallel_attn": False, "bias": True}
 PHI3 = {"original_max_position_embeddings": 128, "pad_token_id": 0}
 OPT = {**THREE, **OLD, "ffn_dim": 112, "word_embed_proj_dim": 64}
+LLAMA4_VISION = {
+    "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+}  # fmt: skip
 QWEN_VISION = {
     "depth": 1, "hidden_size": 64, "num_heads": 4, "patch_size": 14,
 }  # fmt: skip
@@ -270,6 +273,10 @@ WITH_IMAGES: dict[str, Make] = {
     "gemma3": _with_images(
         "Gemma3", {**GEMMA, "num_hidden_layers": 7, **LOCAL_GLOBAL}, SIGLIP, **GEMMA_MARKS
     ),
+    "llama4": _with_images(
+        "Llama4", LLAMA4, {**LLAMA4_VISION, **VISION, "intermediate_size": 256},
+        image_token_index=250, boi_token_index=251, eoi_token_index=252,
+    ),
     "llava": _with_images("Llava", {"model_type": "llama"}, CLIP, image_token_index=250),
     "llava qwen2": _with_images(
         "Llava", {"model_type": "qwen2", **LATE_WINDOWS}, CLIP, image_token_index=250
@@ -314,6 +321,7 @@ WITHOUT_A_FORWARD = {
     "gpt_oss",
     "granite",
     "granitemoe",
+    "llama4",
     "llama4_text",
     "llava",
     "mistral3",

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, family_of
-from tests.interop.forward_models import ROWS, WITHOUT_A_FORWARD
+from tests.interop.forward_models import MROPE, ROWS, WITHOUT_A_FORWARD
 from tests.interop.forwards import (
     BATCHES,
     LEARNED_POSITIONS,
@@ -100,11 +100,39 @@ def test_long_is_longer_than_windows_and_contexts(models: Models, name: str) -> 
 
 # -- config.json said otherwise ------------------------------------------------------------------
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LOCAL = {"rope_theta": 5e5, "rope_local_base_freq": 2e3, "sliding_window_pattern": 2,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+LATENT = {"rope_theta": 5e3, "rope_scaling": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5}}
+# As published files have them; None: they lack that key.
 OLD_KEYS: dict[str, dict[str, Any]] = {
-    "llama": {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "gemma3_text": {"rope_theta": 5e5, "rope_local_base_freq": 2e3, "sliding_window_pattern": 2,
-                    "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    "phi3 partial": {"rope_theta": 5000.0, "partial_rotary_factor": 0.75},
+    "bamba": {"rope_theta": 5e3},
+    "bloom": {"hidden_size": None, "n_embed": 64, "n_head": None, "num_attention_heads": 4},
+    "cohere": {"rope_theta": 5e3},
+    "cohere2": {"rope_theta": 5e3, "sliding_window_pattern": 2},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "falcon": {"hidden_size": None, "n_embed": 64, "rope_theta": 5e3},
+    "gemma3": LOCAL,
+    "gemma3_text": LOCAL,
+    "glm4": {"rope_theta": 5e3, "partial_rotary_factor": 0.25},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5e3},
+    "gpt_oss": {"rope_theta": 5e3, "rope_scaling": {**YARN, "truncate": False}},
+    "granite": {"rope_theta": 5e3},
+    "llama": {"rope_theta": 5e3, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama4": {"rope_theta": 5e3, "no_rope_layers": [], "moe_layers": None},
+    "llava": {"rope_theta": 5e3},
+    "mistral3": {"rope_theta": 5e3},
+    "olmo3": {"rope_theta": 5e3, "rope_scaling": YARN},
+    "phi3 partial": {"rope_theta": 5e3, "partial_rotary_factor": 0.75},
+    "phi3 phi-4-mini": {
+        "rope_theta": 5e3, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 6, "long_factor": [2.5] * 6},
+    },
+    "qwen2_5_vl": {"rope_theta": 5e3, **MROPE},
+    "qwen3_next": {"rope_theta": 5e3, "partial_rotary_factor": 0.5, "full_attention_interval": 4},
+    "smollm3": {"rope_theta": 5e3, "no_rope_layers": None, "no_rope_layer_interval": 2},
+    "starcoder2": {"rope_theta": 5e3},
 }  # fmt: skip
 
 
@@ -112,12 +140,28 @@ OLD_KEYS: dict[str, dict[str, Any]] = {
 def test_the_keys_of_config_json_before_transformers_5(
     models: Models, name: str, tmp_path: Path
 ) -> None:
-    saved = models(name)
-    config = saved.config
-    for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
-        config.pop(key, None)
-    old = saved.read_again({**config, **OLD_KEYS[name]}, tmp_path)
+    saved = that_runs(models, name)
+    gone = dict.fromkeys(("rope_parameters", "layer_types", "_sliding_window_pattern"))
+    old = saved.read_again(with_change(saved.config, {**gone, **OLD_KEYS[name]}), tmp_path)
     assert relative_error(old, *PADDED) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl window"])
+def test_the_settings_of_the_text_beside_those_of_the_towers(
+    models: Models, name: str, tmp_path: Path
+) -> None:
+    saved = that_runs(models, name)
+    config = saved.config
+    flat = {**config.pop("text_config"), **config}
+    assert relative_error(saved.read_again(flat, tmp_path), *PADDED) < TOLERANCE
+
+
+def with_change(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """config.json with other settings of the language model, without those that are None."""
+    if "text_config" in config:
+        return {**config, "text_config": with_change(config["text_config"], change)}
+    new = {**config, **change}
+    return {key: value for key, value in new.items() if value is not None or key not in change}
 
 
 def with_partial_factor(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -179,8 +223,8 @@ MATTERS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3 lite", {"rope_interleave": True}),
     ("falcon new decoder", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
     ("falcon rw", {"alibi": False}),
-    ("gemma2", {"attn_logit_softcapping": None}),
-    ("gemma2", {"final_logit_softcapping": None}),
+    ("gemma2", {"attn_logit_softcapping": 1000.0}),
+    ("gemma2", {"final_logit_softcapping": 1000.0}),
     ("gemma2", {"query_pre_attn_scalar": 32}),
     ("gemma3_text", {**PLAIN}),
     ("gemma3_text types, cap", {"layer_types": ["sliding_attention"] * 3}),
@@ -213,10 +257,3 @@ def test_each_setting_matters_within_these_tokens(
     before, after = ours(saved.folder, *PADDED), ours(changed, *PADDED)
     difference = np.abs(after - before)[PADDED[1] == 1].max()
     assert difference > 1e-3 * np.abs(before).max()
-
-
-def with_change(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """config.json with other settings of the language model."""
-    if "text_config" in config:
-        return {**config, "text_config": {**config["text_config"], **change}}
-    return {**config, **change}
