@@ -5,6 +5,8 @@ from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.names import Names
 
+BIASES = {"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"}
+
 FAMILY = Family(
     name="llama",
     names=Names(
@@ -19,9 +21,7 @@ FAMILY = Family(
         "max_position_embeddings": 2048,
     },
     folds=Folds(),
-    forward=Forward(
-        biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
-    ),
+    forward=Forward(biases=BIASES),
     gguf=GgufFamily(
         "llama", permuted=True, biases=True, frequency_factors=True,
         model_class="LlamaForCausalLM",
