@@ -24,7 +24,8 @@ EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.nam
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "n_layer": 2,
     "num_hidden_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_experts": 3,
-    "num_local_experts": 3, "moe_intermediate_size": 16,
+    "num_local_experts": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "full_attention_interval": 1, "attn_layer_indices": [0, 1],
 }  # fmt: skip
 
 
