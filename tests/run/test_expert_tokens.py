@@ -159,7 +159,7 @@ def test_where_it_does_nothing_it_is_an_error(tmp_path: Path, model: Path) -> No
     out, own = ("-o", tmp_path / "out"), ("--min-expert-tokens", 64)
     tokens = ("--tokens", model / "tokens.npy")
     outcome = ptq("gptq", model, *own, *out)
-    assert (outcome.code, "--min-expert-tokens needs --tokens or --text" in outcome.err) == (
+    assert (outcome.code, "--min-expert-tokens needs --tokens, --text or --chat" in outcome.err) == (
         1,
         True,
     )
