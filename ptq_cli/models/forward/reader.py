@@ -42,7 +42,8 @@ class Forward:
     embedding_scaled: embeddings are multiplied by √hidden_size
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
-    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    biases: "qkv", "output", "mlp", "experts" and "router" → always (true), never or a key of
+        config.json
     slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
         config.json and the block's number; by_type: config.json's `layer_types` goes before that
     mixer, feed_forward: the branches of a block that are not the usual ones
@@ -104,6 +105,14 @@ class BlockReader:
         """
         return number(self.settings, key)
 
+    def entry(self, key: str) -> Any:
+        """The block's own in a setting that is a list with one for each.
+
+        Raises:
+            InputError: it is no list, or one that is too short.
+        """
+        return entry(self.settings, key, self.index)
+
 
 def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
     """The norm of that full name."""
@@ -133,10 +142,11 @@ def entry(settings: Config, key: str, index: int) -> Any:
     """The entry of block `index` in a setting that has one for each block.
 
     Raises:
-        InputError: there are fewer entries than blocks.
+        InputError: it is no list, or one with fewer entries than blocks.
     """
-    entries = settings[key]
+    entries, blocks = settings[key], settings["num_hidden_layers"]
+    if not isinstance(entries, list):
+        raise InputError(f"config.json's {key} is {entries!r}; a list of {blocks} is needed")
     if index >= len(entries):
-        blocks = settings["num_hidden_layers"]
         raise InputError(f"config.json's {key} has {len(entries)} entries for {blocks} blocks")
     return entries[index]

@@ -115,7 +115,7 @@ def _llama3(rope: Rope, length: int) -> Frequencies:
     slow = float(rope.parameters.get("low_freq_factor", 1.0))
     fast = float(rope.parameters.get("high_freq_factor", 4.0))
     turns = rope.original_length * plain / (2 * math.pi)
-    kept = np.clip((turns - slow) / (fast - slow), 0.0, 1.0)
+    kept = np.clip((turns - slow) / ((fast - slow) or 1e-9), 0.0, 1.0)  # Llama 4 has no ramp
     return kept * plain + (1 - kept) * plain / rope.factor
 
 

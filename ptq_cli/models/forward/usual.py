@@ -9,7 +9,7 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader, entry
+from ptq_cli.models.forward.reader import BlockReader
 from ptq_cli.models.forward.rope import Rope, read_rope
 from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
@@ -71,7 +71,7 @@ def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
     shared_gate = block.linear("router", names.shared_gate) if names.shared_gate else None
     return Experts(
         router=block.linear("router", names.router),
-        experts=tuple(expert_of(block, names, path, width) for path in paths),
+        experts=tuple(expert_of(block, names, path, width, "experts") for path in paths),
         top_k=top_k,
         weigh=lambda weights, scores: softmax_router(scores, top_k, normalised=normalised),
         hidden_size=block.settings["hidden_size"],
@@ -80,11 +80,12 @@ def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
     )
 
 
-def expert_of(block: BlockReader, names: ExpertNames, path: str, width: int) -> MLP:
-    """One expert. path: its inner name; width: of its last linear's inputs"""
+def expert_of(block: BlockReader, names: ExpertNames, path: str, width: int, part: str) -> MLP:
+    """One expert. path: its inner name; width: of its last linear's inputs; part: as of
+    `BlockReader.linear`"""
     return MLP(
-        inputs=tuple(block.linear("mlp", f"{path}.{name}") for name in names.inputs),
-        output=block.linear("mlp", f"{path}.{names.output}"),
+        inputs=tuple(block.linear(part, f"{path}.{name}") for name in names.inputs),
+        output=block.linear(part, f"{path}.{names.output}"),
         width=width,
         activation=block.settings["activation"],
     )
@@ -94,7 +95,7 @@ def shared_of(block: BlockReader, names: ExpertNames) -> MLP | None:
     """The expert that every token goes through, where the family has one."""
     if not names.shared:
         return None
-    return expert_of(block, names, names.shared, block.number("shared_expert_size"))
+    return expert_of(block, names, names.shared, block.number("shared_expert_size"), "mlp")
 
 
 def norms_of(block: BlockReader) -> dict[str, str]:
@@ -118,10 +119,9 @@ def slides(block: BlockReader) -> bool:
     settings, index = block.settings, block.index
     if settings.get("sliding_window") is None or not settings.get("use_windows", True):
         return False
-    types = settings.get("layer_types")
-    if not types or not block.forward.by_type:
+    if not settings.get("layer_types") or not block.forward.by_type:
         return block.forward.slides(settings, index)
-    kind = entry(settings, "layer_types", index)
+    kind = block.entry("layer_types")
     if kind not in ("full_attention", "sliding_attention"):
         raise InputError(f"config.json's layer type {kind!r} is not known")
     return bool(kind == "sliding_attention")
