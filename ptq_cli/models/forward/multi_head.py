@@ -19,7 +19,8 @@ from ptq_cli.models.forward.rope import Rope, rotate, rotations
 class MultiHead:
     """Multi-head attention; with fewer key heads than heads, grouped.
 
-    qkv: three linears, or one that is fused
+    qkv: three linears, or one that is fused: q, then k, then v, or (`per_head`) for each key head
+        its queries, its key and its value
     norms: of queries and keys, by "q" and "k"; of each head, or (`norm_whole`) of all as one
     rope: how positions turn queries and keys; None: not at all
     window: tokens that a token sees, itself included, or None for all
@@ -43,6 +44,7 @@ class MultiHead:
     softcap: float | None = None
     bias: Callable[[Weights, Packing], HeadBias] | None = None
     gated: bool = False
+    per_head: bool = False
 
     @property
     def module(self) -> str:
@@ -120,10 +122,18 @@ class MultiHead:
                 both = parts["q"].reshape(len(inputs), self.n_heads, 2, self.head_dim)
                 parts["q"], parts["g"] = both[:, :, 0], both[:, :, 1]
             return [parts[role] for role in roles]
-        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         outputs = layers.apply_linear(self.qkv[0], weights, inputs)
-        parts = dict(zip("qkv", np.split(outputs, [query, query + shared], axis=1), strict=True))
+        parts = dict(zip("qkv", self._split(outputs), strict=True))
         return [parts[role] for role in roles]
+
+    def _split(self, outputs: FloatArray) -> list[FloatArray]:
+        """Queries, keys and values in the outputs of the linear that is fused."""
+        if self.per_head:
+            group = self.n_heads // self.n_kv_heads
+            heads = outputs.reshape(len(outputs), self.n_kv_heads, group + 2, self.head_dim)
+            return np.split(heads, [group, group + 1], axis=2)
+        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return np.split(outputs, [query, query + shared], axis=1)
 
     def _normed(self, role: str, weights: Weights, outputs: FloatArray) -> FloatArray:
         """The heads [n_tokens, heads, head_dim] in a linear's outputs, behind their norm."""

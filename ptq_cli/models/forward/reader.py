@@ -33,6 +33,7 @@ class Forward:
     gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
     centred: norms are LayerNorms, else RMSNorms; norm_bias: these have biases
     norm_whole: the norms of q and k are over all heads as one, not over each
+    per_head: q, k and v in one linear stand there by key heads, as of `MultiHead`
     turns: whether a block's queries and keys are turned by their positions
     partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
         families leave that key unread, as transformers does
@@ -53,6 +54,7 @@ class Forward:
     centred: bool = False
     norm_bias: bool = True
     norm_whole: bool = False
+    per_head: bool = False
     turns: Callable[[Config, int], bool] = always
     partly: bool = False
     interleaved: bool = False
@@ -109,13 +111,7 @@ class BlockReader:
         Raises:
             InputError: it is no list, or one that is too short.
         """
-        given = self.settings[key]
-        if not isinstance(given, list) or len(given) <= self.index:
-            count = self.settings["num_hidden_layers"]
-            raise InputError(
-                f"config.json's {key} is {given!r}; one for each of {count} layers is needed"
-            )
-        return given[self.index]
+        return entry(self.settings, key, self.index)
 
 
 def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
@@ -140,3 +136,17 @@ def number(settings: Config, key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
     return value
+
+
+def entry(settings: Config, key: str, index: int) -> Any:
+    """The entry of block `index` in a setting that has one for each block.
+
+    Raises:
+        InputError: it is no list, or one with fewer entries than blocks.
+    """
+    entries, blocks = settings[key], settings["num_hidden_layers"]
+    if not isinstance(entries, list):
+        raise InputError(f"config.json's {key} is {entries!r}; a list of {blocks} is needed")
+    if index >= len(entries):
+        raise InputError(f"config.json's {key} has {len(entries)} entries for {blocks} blocks")
+    return entries[index]

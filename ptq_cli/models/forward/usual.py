@@ -9,7 +9,7 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.reader import BlockReader, entry
 from ptq_cli.models.forward.rope import Rope, read_rope
 from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
@@ -28,6 +28,7 @@ def attention_of(block: BlockReader) -> MultiHead:
         scale=_scale(block),
         norms={role: block.norm(norms[role]) for role in "qk" if role in norms},
         norm_whole=block.forward.norm_whole,
+        per_head=block.forward.per_head,
         rope=rope_of(block, windowed=windowed) if turns else None,
         window=block.number("sliding_window") if windowed else None,
         softcap=settings.get("attention_softcap"),
