@@ -104,7 +104,13 @@ class Activations(Source):
             left, right = (self.load(site, half) for half in halves(parts))
             return self.merged(left, right)
         info, part = self.sites[site], self.tokens(site, parts)
-        sums = SiteAccumulator(info.in_features, *self.heldout, part.start, self._n_seen(site))
+        sums = SiteAccumulator(
+            info.in_features,
+            *self.heldout,
+            part.start,
+            self._n_seen(site),
+            described=self.described,
+        )
         for file, start, stop in self._pieces(site, part):
             try:
                 sums.update(file.read(start, stop))

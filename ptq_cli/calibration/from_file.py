@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.source import FisherInfo, Parts, Ranges, Source, only_entry
-from ptq_cli.core.statistics import SiteInfo, SiteStatistics
+from ptq_cli.core.statistics import Distribution, SiteInfo, SiteStatistics
 from ptq_cli.core.tensors import Array, is_float
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.statistics import percentile, static_scale
+from ptq_cli.numerics.distribution import percentile, static_scale
 from ptq_cli.numerics.weak_inputs import weak_inputs, without_natural_repeats
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.digest import Digest
@@ -195,12 +195,16 @@ def _site_info(path: Path, checkpoint: Checkpoint, site: str, entry: Any) -> Sit
 
 def site_tensors(s: SiteStatistics) -> list[Bytes]:
     """The tensors of one site, as the file holds them."""
-    return [as_bytes(f"{s.site}.{part}", getattr(s, part)) for part in PARTS]
+    assert s.distribution is not None  # it was asked for
+    arrays = {part: getattr(s, part) for part in PARTS if part != "histogram"}
+    arrays["histogram"] = s.distribution.histogram
+    return [as_bytes(f"{s.site}.{part}", arrays[part]) for part in PARTS]
 
 
 def site_entry(s: SiteStatistics) -> dict[str, Any]:
     """What the metadata says of one site."""
-    weak = weak_inputs(s)
+    assert s.distribution is not None  # it was asked for
+    weak, values = weak_inputs(s), s.distribution
     shared = {} if s.own_tokens is None else {"own_tokens": s.own_tokens}
     return (
         ({"weak": weak} if weak else {})
@@ -209,13 +213,13 @@ def site_entry(s: SiteStatistics) -> dict[str, Any]:
             "linears": list(s.linears),
             "n_tokens": s.n_tokens,
             "n_seen": s.n_seen,
-            "min": s.minimum,
-            "max": s.maximum,
-            "mean": s.mean,
-            "std": s.std,
-            "p99": percentile(s, 0.99),
-            "static_scale": static_scale(s),
-            "histogram_start": s.histogram_start,
+            "min": values.minimum,
+            "max": values.maximum,
+            "mean": values.mean,
+            "std": values.std,
+            "p99": percentile(values, 0.99),
+            "static_scale": static_scale(values),
+            "histogram_start": values.start,
         }
     )
 
@@ -224,18 +228,23 @@ def site_statistics(
     site: str, linears: tuple[str, ...], entry: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> SiteStatistics:
     """The statistics behind `site_entry` and the arrays of `site_tensors`, by their last names."""
+    arrays = dict(parts)
+    distribution = Distribution(
+        minimum=float(entry["min"]),
+        maximum=float(entry["max"]),
+        mean=float(entry["mean"]),
+        std=float(entry["std"]),
+        histogram=arrays.pop("histogram"),
+        start=int(entry["histogram_start"]),
+    )
     return SiteStatistics(
         site=site,
         linears=linears,
         n_tokens=int(entry["n_tokens"]),
         n_seen=int(entry["n_seen"]),
-        minimum=float(entry["min"]),
-        maximum=float(entry["max"]),
-        mean=float(entry["mean"]),
-        std=float(entry["std"]),
-        histogram_start=int(entry["histogram_start"]),
         own_tokens=entry.get("own_tokens"),
-        **parts,
+        distribution=distribution,
+        **arrays,
     )
 
 

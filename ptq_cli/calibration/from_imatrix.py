@@ -82,12 +82,9 @@ class ImatrixSource(Source):
     def load(self, site: str, parts: Parts | None = None) -> SiteStatistics:
         means, info = self.entries[site].means(), self.sites[site]
         size, none = np.sqrt(means), np.empty((0, info.in_features), np.float32)
-        largest = float(size.max(initial=0))
         return SiteStatistics(
             site, info.linears, np.diag(means), info.n_tokens, info.n_tokens,
-            absmax=size, absmean=size, minimum=-largest, maximum=largest, mean=0.0,
-            std=float(np.sqrt(means.mean())), histogram=np.zeros(1, np.int64), histogram_start=0,
-            heldout=none, sample=none, own_tokens=info.own_tokens,
+            absmax=size, absmean=size, heldout=none, sample=none, own_tokens=info.own_tokens,
         )  # fmt: skip
 
     def load_memory(self, site: str) -> int:

@@ -36,7 +36,7 @@ class _Stream:
 
     def update(self, rows: NDArray[np.float32], heldout: tuple[int, int]) -> None:
         if self.sums is None:
-            self.sums = SiteAccumulator(rows.shape[1], *heldout)
+            self.sums = SiteAccumulator(rows.shape[1], *heldout, described=True)
         self.sums.update(rows)
 
 

@@ -76,6 +76,7 @@ class Source:
     weak: why errors measured on it say little (these stand among `warnings`, too)
     fisher: modules whose Fisher information it has
     diagonal: of the Hessian it knows the diagonal alone, and nothing else of the inputs
+    described: how the values of the inputs are distributed is wanted too, for a statistics file
 
     in_sequence: sites are made on the way, in their order; then
     feedback: rounded layers feed those after them
@@ -94,6 +95,7 @@ class Source:
     weak: tuple[str, ...] = ()
     fisher: Mapping[str, FisherInfo] = field(default_factory=dict)
     diagonal: bool = False
+    described: bool = False
 
     in_sequence: ClassVar[bool] = False
     feedback: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def prepare_calibration(
         return CalibrateJob(checkpoint, merged, merged.fingerprints, merged.warnings, target)
     if inputs.tokens.given:
         tokens = read_tokens(inputs.tokens, checkpoint, CALIBRATION_SEQUENCES)
-        stream = token_source(checkpoint, tokens, heldout)
+        stream = replace(token_source(checkpoint, tokens, heldout), described=True)
         prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
         return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)
     slopes = find_activations(gradients, inputs.bf16)
@@ -148,7 +148,9 @@ def prepare_calibration(
             f"{checkpoint.path}: no activations given, and no activations/ beside it",
             hint="--activations DIR",
         )
-    source = match_activations(checkpoint, folders, inputs.bf16, heldout, slopes)
+    source = replace(
+        match_activations(checkpoint, folders, inputs.bf16, heldout, slopes), described=True
+    )
     lacking = not source.sites or (source.missing and missing == "error")
     if lacking and (folders or not slopes):
         raise missing_error(source)

@@ -22,6 +22,26 @@ class SiteInfo:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """How the values of a site's inputs are distributed, all channels together.
+
+    histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin `start`
+        (numerics/distribution.py states the bins)
+    """
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    histogram: NDArray[np.int64]
+    start: int
+
+    @property
+    def absmax(self) -> float:
+        return max(-self.minimum, self.maximum)
+
+
+@dataclass(frozen=True)
 class Drift:
     """How far a site's inputs, and the residual stream that its outputs are added to, are from the
     float model's, where layers before it are rounded (numerics/drift.py).
@@ -60,13 +80,12 @@ class SiteStatistics:
     hessian: float32 [in_features, in_features], `inputs.T @ inputs / n_tokens`
     n_tokens: tokens behind every statistic here (held-out ones are in none)
     absmax, absmean: float32 [in_features], per channel
-    minimum, maximum, mean, std: over all values
-    histogram: int64 counts of |value| in bins of 1/128 octave, the first of which is bin
-        `histogram_start` (numerics/statistics.py states the bins)
     heldout: inputs that the statistics have not seen, [n, in_features], in the dtype they came in
     sample: evenly spaced tokens that the statistics have seen, for searches that need inputs
         themselves, [n, in_features]
     n_seen: tokens read, held-out ones included
+    distribution: of all values, where it was asked for (no method reads it; files of statistics
+        hold it), else None
     drift: where layers before the site are rounded and that is made up for, else None
     coupling: of the rows of the site's linears, where that is made use of, else None
     own_tokens: of an expert that too few tokens reach, how many; all else here is then of the
@@ -80,14 +99,9 @@ class SiteStatistics:
     n_seen: int
     absmax: NDArray[np.float32]
     absmean: NDArray[np.float32]
-    minimum: float
-    maximum: float
-    mean: float
-    std: float
-    histogram: NDArray[np.int64]
-    histogram_start: int
     heldout: Array
     sample: Array
+    distribution: Distribution | None = None
     drift: Drift | None = None
     coupling: Coupling | None = None
     own_tokens: int | None = None

@@ -129,12 +129,13 @@ class Family:
     keys: our word → the family's key, where they differ. Our words are config.json's for a Llama
         and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand before
         a branch, not behind its sum), no_final_norm, embedding_size, embedding_scale,
-        residual_scale (of branches before they are added), score_size (scores are divided by its
-        root, not head_dim's), attention_scale (scores are multiplied by it instead), scale_scores,
+        residual_scale (of branches before they are added), residual_normed (what they are added to
+        goes through the norm before them, too), score_size (scores are divided by its root, not
+        head_dim's), attention_scale (scores are multiplied by it instead), scale_scores,
         scale_by_depth (scores are divided by the block's number), attention_softcap, logit_scale,
-        logit_softcap, num_experts, expert_size, shared_expert_size, dense_blocks (numbers of blocks
-        without experts), sparse_step (every n-th has experts), use_windows, local_rope_theta (of
-        blocks with windows)
+        logit_divisor, logit_softcap, num_experts, expert_size, shared_expert_size, dense_blocks
+        (numbers of blocks without experts), sparse_step (every n-th has experts), use_windows,
+        local_rope_theta (of blocks with windows)
     gguf: how GGUF files hold it (models/gguf_family.py)
     """
 

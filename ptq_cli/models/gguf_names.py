@@ -179,7 +179,7 @@ class GgufNames:
         wanted = dict.fromkeys(m.format(*n) for m in self.modules for n in numbers)
         head = next((module for module, own in self.modules.items() if own == "output"), None)
         tensors = [f"{module}.weight" for module in wanted if module != head]
-        tensors += [f"{module}.bias" for module in wanted if self._is_centred(module)]
+        tensors += [f"{module}.bias" for module in wanted if self._has_bias(module)]
         missing = [name for name in tensors if name not in names]
         if missing:
             name = self.tensor_name(missing[0])
@@ -195,9 +195,11 @@ class GgufNames:
                 raise InputError(f"{module} {what}, which a {self.model_type} cannot")
         return settings
 
-    def _is_centred(self, module: str) -> bool:
-        """Whether it is a LayerNorm, which has a bias."""
-        return self.gguf.layer_norms and self._found(f"{module}.weight")[1].endswith("_norm")
+    def _has_bias(self, module: str) -> bool:
+        """Whether it is a LayerNorm that has a bias."""
+        forward = self.family.forward
+        biased = self.gguf.layer_norms and (forward is None or forward.norm_bias)
+        return biased and self._found(f"{module}.weight")[1].endswith("_norm")
 
     def _biases(self) -> dict[str, bool | str]:
         """Modules inside a block → config.json's key for whether they have biases, or whether they

@@ -13,17 +13,13 @@ to the statistics then.
 The sample: tokens that *are* in the statistics, evenly spaced, at most `SAMPLE_LIMIT`, kept for
 searches that need inputs themselves (the held-out ones judge what a search has found). Every
 2^k-th token is kept, with the least k that stays within the limit.
-
-Percentiles come from a histogram of |value| in bins of 1/128 octave (the upper 16 bits of the
-float32 number, bfloat16's resolution): a reported percentile is within 2^−8 (0.4 %) of the exact
-order statistic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, sqrt
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +27,8 @@ from numpy.typing import NDArray
 from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.numerics.parallel import each, pieces, strips
+from ptq_cli.numerics.distribution import DistributionSum, merge_distributions
+from ptq_cli.numerics.parallel import each, strips
 
 CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
@@ -39,7 +36,6 @@ BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
 SAMPLE_LIMIT = 512
-_BINS = 1 << 15
 
 
 def piece_tokens(in_features: int) -> int:
@@ -103,6 +99,7 @@ class SiteAccumulator:
     Pieces are gathered to chunks of a size that depends on the width alone, so that the sums depend
     neither on the pieces nor on the machine.
 
+    described: the distribution of the values is wanted too
     first, total: where these are but a part of a site's `total` tokens, the place of the first:
         tokens are held out, and taken as samples, so that merged parts have those of the whole
     """
@@ -114,6 +111,7 @@ class SiteAccumulator:
         heldout_limit: int = HELDOUT_LIMIT,
         first: int = 0,
         total: int | None = None,
+        described: bool = False,
     ) -> None:
         self.in_features, self._first = in_features, first
         self._every = heldout_every
@@ -121,8 +119,8 @@ class SiteAccumulator:
         self.n_tokens, self.n_seen = 0, first
         self.low = np.full(in_features, np.inf, np.float32)
         self.high = np.full(in_features, -np.inf, np.float32)
-        self.sum, self.sum_abs = np.zeros((2, in_features), np.float64)
-        self.counts = np.zeros(_BINS, np.int64)
+        self.sum_abs = np.zeros(in_features, np.float64)
+        self._distribution = DistributionSum() if described else None
         self._heldout: list[Array] = []
         heldout = heldout_every, heldout_limit
         self._before = calibration_tokens(first, heldout)  # in the statistics of other parts
@@ -197,13 +195,10 @@ class SiteAccumulator:
     def _add_elements(self, piece: NDArray[np.float32]) -> None:
         np.minimum(self.low, piece.min(axis=0), out=self.low)
         np.maximum(self.high, piece.max(axis=0), out=self.high)
-        ones = np.ones(len(piece), np.float32)
-        magnitude = np.abs(piece)
         with np.errstate(over="ignore", invalid="ignore"):  # `result` finds an overflow
-            self.sum += ones @ piece
-            self.sum_abs += ones @ magnitude
-        for rows in pieces(0, len(piece), self.in_features, PIECE_ELEMENTS):
-            self.counts += _bin_counts(magnitude[rows])
+            self.sum_abs += np.ones(len(piece), np.float32) @ np.abs(piece)
+        if self._distribution is not None:
+            self._distribution.update(piece)
 
     def _multiply(self) -> None:
         """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
@@ -239,11 +234,12 @@ class SiteAccumulator:
                 hint="scale the activations down",
             )
         _mirror(self.hessian)
-        squares = float(self.hessian.diagonal().astype(np.float64).sum())
+        distribution = None
+        if self._distribution is not None:
+            low, high = float(self.low.min()), float(self.high.max())
+            squares = float(self.hessian.diagonal().astype(np.float64).sum())
+            distribution = self._distribution.result(low, high, squares)
         self.hessian /= np.float32(self.n_tokens)
-        n = self.n_tokens * self.in_features
-        mean = float(self.sum.sum()) / n
-        histogram, start = _trimmed(self.counts)
         return SiteStatistics(
             site=site,
             linears=linears,
@@ -252,14 +248,9 @@ class SiteAccumulator:
             n_seen=self.n_seen - self._first,
             absmax=np.maximum(-self.low, self.high),
             absmean=(self.sum_abs / self.n_tokens).astype(np.float32),
-            minimum=float(self.low.min()),
-            maximum=float(self.high.max()),
-            mean=mean,
-            std=sqrt(max(0.0, squares / n - mean * mean)),
-            histogram=histogram,
-            histogram_start=start,
             heldout=self._joined(self._heldout),
             sample=self._joined(self._sampled),
+            distribution=distribution,
         )
 
     def _joined(self, pieces: list[Array]) -> Array:
@@ -269,41 +260,10 @@ class SiteAccumulator:
         return tokens.astype(np.float32) if tokens.dtype.itemsize > 4 else tokens
 
 
-def _bin_counts(magnitude: NDArray[np.float32]) -> NDArray[np.int64]:
-    """How many of the absolute values lie in each of the `_BINS` bins."""
-    bins = magnitude.view(np.uint32) >> np.uint32(16)
-    return np.bincount(bins.ravel(), minlength=_BINS)
-
-
-def _trimmed(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """The counts from the first bin that is not empty to the last, and the first."""
-    filled = np.flatnonzero(counts)
-    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
-    return counts[first : last + 1].copy(), first
-
-
 def _mirror(matrix: NDArray[np.float32]) -> None:
     """Copy the lower triangle of blocks to the upper one, in place."""
     for rows in strips(len(matrix), BLOCK_COLUMNS):
         matrix[: rows.start, rows] = matrix[rows, : rows.start].T
-
-
-def percentile(statistics: SiteStatistics, p: float) -> float:
-    """The p-th (0 < p ≤ 1) part of |values|: the ceil(p·n)-th smallest, within 2^−8 of it."""
-    total = int(statistics.histogram.sum())
-    rank = max(1, ceil(p * total))
-    index = int(np.searchsorted(np.cumsum(statistics.histogram), rank))
-    edge = np.array([statistics.histogram_start + index], np.uint32) << np.uint32(16)
-    low = float(edge.view(np.float32)[0])
-    high = float((edge + np.uint32(1 << 16)).view(np.float32)[0])
-    middle = 0.0 if low == 0.0 else (low + high) / 2
-    return min(middle, float(statistics.absmax.max()))
-
-
-def static_scale(statistics: SiteStatistics) -> float:
-    """A static scale for int8 inputs: p99 / 127, or absmax / 127 where p99 is 0, or 1."""
-    reach = percentile(statistics, 0.99) or float(statistics.absmax.max())
-    return reach / 127 if reach else 1.0
 
 
 def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStatistics:
@@ -320,7 +280,8 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
     room = max(0, limit - len(first.heldout))
     surplus, second = second.heldout[room:], replace(second, heldout=second.heldout[:room])
     if len(surplus):
-        sums = SiteAccumulator(first.in_features, heldout_every=0)
+        described = second.distribution is not None
+        sums = SiteAccumulator(first.in_features, heldout_every=0, described=described)
         sums.update(surplus)
         extra = sums.result(second.site, second.linears)
         second = _combine(second, replace(extra, n_seen=0, heldout=surplus[:0]))
@@ -352,13 +313,6 @@ def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     hessian = a.hessian * np.float32(of_a)
     for rows in strips(len(hessian), BLOCK_COLUMNS):
         hessian[rows] += b.hessian[rows] * np.float32(of_b)
-    mean = of_a * a.mean + of_b * b.mean
-    square = of_a * (a.std**2 + a.mean**2) + of_b * (b.std**2 + b.mean**2)
-    start = min(a.histogram_start, b.histogram_start)
-    stop = max(s.histogram_start + len(s.histogram) for s in (a, b))
-    histogram = np.zeros(stop - start, np.int64)
-    for s in (a, b):
-        histogram[s.histogram_start - start :][: len(s.histogram)] += s.histogram
     return SiteStatistics(
         site=a.site,
         linears=a.linears,
@@ -367,14 +321,9 @@ def _combine(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
         n_seen=a.n_seen + b.n_seen,
         absmax=np.maximum(a.absmax, b.absmax),
         absmean=(of_a * a.absmean + of_b * b.absmean).astype(np.float32),
-        minimum=min(a.minimum, b.minimum),
-        maximum=max(a.maximum, b.maximum),
-        mean=mean,
-        std=sqrt(max(0.0, square - mean * mean)),
-        histogram=histogram,
-        histogram_start=start,
         heldout=_stacked(a.heldout, b.heldout),
         sample=_merged_sample(a, b),
+        distribution=merge_distributions(a.distribution, b.distribution, of_a),
         own_tokens=_own_tokens(a, b),
     )
 
@@ -389,29 +338,19 @@ def _own_tokens(a: SiteStatistics, b: SiteStatistics) -> int | None:
 def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
     """Statistics of `inputs / factors`, factors [in_features]; the float model's are divided too.
 
-    Exact but for the histogram, which the sample gives anew, and the mean and least and greatest
-    value, which follow from it and the channels' extrema.
+    How its values are distributed is not known.
     """
     divisor = factors.astype(np.float32)
     sample = statistics.sample.astype(np.float32) / divisor
     hessian = statistics.hessian / divisor
     hessian /= divisor[:, None]
     drift = None if statistics.drift is None else _smoothed_drift(statistics.drift, divisor)
-    histogram, start = _trimmed(_bin_counts(np.abs(sample)))
-    absmax = statistics.absmax / divisor
-    mean = float(sample.mean(dtype=np.float64)) if sample.size else 0.0
-    power = float(hessian.diagonal().mean(dtype=np.float64))
     return replace(
         statistics,
         hessian=hessian,
-        absmax=absmax,
+        absmax=statistics.absmax / divisor,
         absmean=statistics.absmean / divisor,
-        minimum=max(-float(absmax.max()), float(sample.min(initial=0))),
-        maximum=float(absmax.max()),
-        mean=mean,
-        std=sqrt(max(0.0, power - mean * mean)),
-        histogram=histogram,
-        histogram_start=start,
+        distribution=None,
         heldout=statistics.heldout.astype(np.float32) / divisor,
         sample=sample,
         drift=drift,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.errors import InputError
+from ptq_cli.numerics import distribution as D
 from ptq_cli.numerics import statistics as S
 
 
@@ -18,7 +19,7 @@ def inputs(n=1000, k=24, seed=0):
 
 
 def collected(values, pieces=(10_000,), **options):
-    sums = S.SiteAccumulator(values.shape[1], **options)
+    sums = S.SiteAccumulator(values.shape[1], described=True, **options)
     start = 0
     for i in range(10_000):
         piece = values[start : start + pieces[i % len(pieces)]]
@@ -36,9 +37,9 @@ def test_every_statistic_equals_its_formula():
     np.testing.assert_allclose(result.hessian, exact.T @ exact / len(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(result.absmax, abs(exact).max(axis=0).astype(np.float32))
     np.testing.assert_allclose(result.absmean, abs(exact).mean(axis=0), rtol=1e-5)
-    assert (result.minimum, result.maximum) == (exact.min(), exact.max())
-    assert result.mean == pytest.approx(exact.mean(), rel=1e-5)
-    assert result.std == pytest.approx(exact.std(), rel=1e-5)
+    assert (result.distribution.minimum, result.distribution.maximum) == (exact.min(), exact.max())
+    assert result.distribution.mean == pytest.approx(exact.mean(), rel=1e-5)
+    assert result.distribution.std == pytest.approx(exact.std(), rel=1e-5)
     assert (result.n_tokens, result.n_seen) == (1000, 1000)
     assert result.linears == ("site", "other")
     assert len(result.heldout) == 0
@@ -108,7 +109,7 @@ def test_bits_do_not_depend_on_the_pieces(pieces, monkeypatch):
     whole, parts = collected(x), collected(x, pieces)
     np.testing.assert_array_equal(whole.hessian, parts.hessian)
     np.testing.assert_array_equal(whole.heldout, parts.heldout)
-    np.testing.assert_array_equal(whole.histogram, parts.histogram)
+    np.testing.assert_array_equal(whole.distribution.histogram, parts.distribution.histogram)
 
 
 def test_blocks_of_columns_give_the_same_hessian(monkeypatch):
@@ -137,13 +138,16 @@ def test_two_halves_merge_to_the_whole(cut):
     np.testing.assert_allclose(merged.hessian / scale, whole.hessian / scale, atol=1e-6)
     np.testing.assert_array_equal(merged.heldout, whole.heldout)
     np.testing.assert_array_equal(merged.absmax, whole.absmax)
-    np.testing.assert_array_equal(merged.histogram, whole.histogram)
-    assert merged.histogram_start == whole.histogram_start
-    assert (merged.minimum, merged.maximum) == (whole.minimum, whole.maximum)
+    np.testing.assert_array_equal(merged.distribution.histogram, whole.distribution.histogram)
+    assert merged.distribution.start == whole.distribution.start
+    assert (merged.distribution.minimum, merged.distribution.maximum) == (
+        whole.distribution.minimum,
+        whole.distribution.maximum,
+    )
     assert (merged.n_tokens, merged.n_seen) == (whole.n_tokens, whole.n_seen)
     np.testing.assert_allclose(merged.absmean, whole.absmean, rtol=1e-5)
-    assert merged.std == pytest.approx(whole.std, rel=1e-5)
-    assert S.percentile(merged, 0.99) == S.percentile(whole, 0.99)
+    assert merged.distribution.std == pytest.approx(whole.distribution.std, rel=1e-5)
+    assert D.percentile(merged.distribution, 0.99) == D.percentile(whole.distribution, 0.99)
 
 
 def test_merging_different_sites_is_refused():
@@ -158,18 +162,18 @@ def test_percentiles_are_order_statistics_within_their_bound(p):
     result = collected(x, heldout_every=0)
     ordered = np.sort(abs(x.astype(np.float64)).ravel())
     exact = ordered[ceil(p * len(ordered)) - 1]
-    assert S.percentile(result, p) == pytest.approx(exact, rel=2**-8)
+    assert D.percentile(result.distribution, p) == pytest.approx(exact, rel=2**-8)
 
 
 def test_static_scale_falls_back_to_absmax_then_to_one():
     zeros = np.zeros((200, 8), np.float32)
-    assert S.static_scale(collected(zeros)) == 1.0
+    assert D.static_scale(collected(zeros).distribution) == 1.0
     zeros[1, 3] = 254
-    assert S.percentile(collected(zeros), 0.99) == 0
-    assert S.static_scale(collected(zeros)) == 2.0
+    assert D.percentile(collected(zeros).distribution, 0.99) == 0
+    assert D.static_scale(collected(zeros).distribution) == 2.0
     x = inputs(1000)
     result = collected(x)
-    assert S.static_scale(result) == S.percentile(result, 0.99) / 127
+    assert D.static_scale(result.distribution) == D.percentile(result.distribution, 0.99) / 127
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -3,18 +3,28 @@ queries and keys."""
 
 from dataclasses import replace
 
-from ptq_cli.models.families import cohere
+from ptq_cli.models.families import cohere, gemma2
+from ptq_cli.models.forward.multi_head import MultiHead
+from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.usual import attention_of
 from ptq_cli.models.gguf_family import GgufFamily
+
+
+def _attention(block: BlockReader) -> MultiHead:
+    attention = attention_of(block)
+    return attention if attention.window else replace(attention, rope=None)
+
 
 FAMILY = replace(
     cohere.FAMILY,
     name="cohere2",
-    defaults={
-        **cohere.FAMILY.defaults,
-        "hidden_act": "silu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "logit_scale": 0.0625,
-        "sliding_window": 4096,
-    },
-    keys={"norm_eps": "layer_norm_eps"},
+    defaults={**cohere.FAMILY.defaults, "rope_theta": 10000.0, "sliding_window": 4096},
+    forward=replace(
+        cohere.FORWARD,
+        mixer=_attention,
+        slides=lambda config, index: gemma2.slides(config, index, 4),
+        by_type=True,
+    ),
     gguf=GgufFamily(
         "cohere2",
         layer_norms=True,
@@ -22,5 +32,6 @@ FAMILY = replace(
         factors={"logit_scale": "logit_scale"},
         window_period=4,
         own_head=False,
+        model_class="Cohere2ForCausalLM",
     ),
-)  # fmt: skip
+)

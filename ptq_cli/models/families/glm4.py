@@ -1,9 +1,11 @@
-"""GLM-4: norms on both sides of a branch; gate and up in one linear."""
+"""GLM-4: norms on both sides of a branch; half of a head's channels turn, neighbours together; gate
+and up in one linear."""
 
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 
 FAMILY = Family(
@@ -18,8 +20,12 @@ FAMILY = Family(
     ),
     defaults={
         "hidden_act": "silu", "rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0, "head_dim": 128,
-        "partial_rotary_factor": 0.5,
+        "partial_rotary_factor": 0.5, "attention_bias": True, "max_position_embeddings": 131072,
+        "num_key_value_heads": 2,
     },
     folds=Folds(inner="second half"),
-    gguf=GgufFamily("glm4", biases=True, partly_rotary=True),
+    forward=Forward(partly=True, interleaved=True, biases={"qkv": "attention_bias"}),
+    gguf=GgufFamily(
+        "glm4", biases=True, partly_rotary=True, model_class="Glm4ForCausalLM"
+    ),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 or one after the other, each behind a norm of its own."""
 
 from ptq_cli.models.family import Condition, Family, Folds, behind
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.names import Names
 
 FAMILY = Family(
@@ -18,9 +19,25 @@ FAMILY = Family(
         norms={"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
         buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     ),
-    defaults={"hidden_act": "gelu"},
+    defaults={
+        "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True,
+        "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000.0,
+        "max_position_embeddings": 2048,
+    },
+    keys={
+        "norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base",
+        "partial_rotary_factor": "rotary_pct",
+    },
     folds=Folds(
         values="q k v per head",
         inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),
     ),
-)
+    forward=Forward(
+        gated=False,
+        centred=True,
+        partly=True,
+        per_head=True,
+        parallel=lambda config: bool(config["use_parallel_residual"]),
+        biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": True},
+    ),
+)  # fmt: skip

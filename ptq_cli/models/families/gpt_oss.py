@@ -1,10 +1,43 @@
-"""gpt-oss: attention with sinks, and experts stored as one tensor of all."""
+"""gpt-oss: attention with sinks and a window in every second block; experts of a clamped SwiGLU,
+stored as one tensor of all."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Family, Folds, behind
+from ptq_cli.models.forward.attention import HeadBias
+from ptq_cli.models.forward.branch import Branch
+from ptq_cli.models.forward.layers import Clamp, fetch
+from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.usual import attention_of, experts_of
 from ptq_cli.models.names import ExpertNames
+
+EXPERTS = ExpertNames(
+    router="mlp.router",
+    expert="mlp.experts.{}",
+    inputs=("gate_proj", "up_proj"),
+    output="down_proj",
+    interleaved=True,
+    fused_by_loaders=False,
+)
+
+
+def mixer(block: BlockReader) -> Branch:
+    """Attention with a sink for each head."""
+    sinks = f"{block.base}self_attn.sinks"
+    return replace(
+        attention_of(block), bias=lambda weights, packing: HeadBias(fetch(weights, sinks))
+    )
+
+
+def feed_forward(block: BlockReader) -> Branch:
+    """Experts whose gates and products are clamped."""
+    settings, usual = block.settings, experts_of(block, EXPERTS)
+    clamp = Clamp(float(settings["swiglu_alpha"]), float(settings["swiglu_limit"]))
+    return replace(usual, experts=tuple(replace(mlp, clamp=clamp) for mlp in usual.experts))
+
 
 FAMILY = Family(
     name="gpt_oss",
@@ -12,15 +45,27 @@ FAMILY = Family(
         llama.FAMILY.names,
         mlp_in=(),
         mlp_out="",
-        experts=ExpertNames(
-            router="mlp.router",
-            expert="mlp.experts.{}",
-            inputs=("gate_proj", "up_proj"),
-            output="down_proj",
-            interleaved=True,
-            fused_by_loaders=False,
-        ),
+        experts=EXPERTS,
         buffers=(*llama.FAMILY.names.buffers, "self_attn.sinks"),
     ),
+    defaults={
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
+        "max_position_embeddings": 131072, "sliding_window": 128, "num_experts_per_tok": 4,
+        "norm_topk_prob": True, "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
+    },
+    keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
     folds=Folds(inner_reason=behind("a clamped swiglu")),
-)
+    forward=Forward(
+        biases={
+            "qkv": "attention_bias", "output": "attention_bias", "router": True, "experts": True
+        },
+        slides=lambda config, index: index % 2 == 0,
+        by_type=True,
+        mixer=mixer,
+        feed_forward=feed_forward,
+    ),
+)  # fmt: skip

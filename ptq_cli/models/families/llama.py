@@ -5,6 +5,8 @@ from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.names import Names
 
+BIASES = {"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"}
+
 FAMILY = Family(
     name="llama",
     names=Names(
@@ -23,9 +25,7 @@ FAMILY = Family(
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
     },
     folds=Folds(),
-    forward=Forward(
-        biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": "mlp_bias"},
-    ),
+    forward=Forward(biases=BIASES),
     gguf=GgufFamily(
         "llama", permuted=True, biases=True, frequency_factors=True,
         model_class="LlamaForCausalLM",

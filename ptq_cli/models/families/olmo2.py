@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama, qwen3
 from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 
+FORWARD = Forward(norm_whole=True, biases=qwen3.BIASES)
 GGUF = GgufFamily("olmo2", usual_heads=True, own_head=True)
 
 FAMILY = Family(
@@ -18,7 +20,8 @@ FAMILY = Family(
             "mlp_out": "post_feedforward_layernorm",
         },
     ),
-    defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    defaults={**llama.FAMILY.defaults, "rms_norm_eps": 1e-5},
     folds=Folds(),
-    gguf=GGUF,
+    forward=FORWARD,
+    gguf=replace(GGUF, model_class="Olmo2ForCausalLM"),
 )

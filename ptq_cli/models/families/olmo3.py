@@ -7,6 +7,8 @@ from ptq_cli.models.families import olmo2
 FAMILY = replace(
     olmo2.FAMILY,
     name="olmo3",
-    defaults={**olmo2.FAMILY.defaults, "sliding_window": 4096},
+    defaults={**olmo2.FAMILY.defaults, "rope_theta": 500000.0, "sliding_window": 4096},
+    keys={"local_rope_theta": "rope_theta"},
+    forward=replace(olmo2.FORWARD, slides=lambda config, index: (index + 1) % 4 != 0, by_type=True),
     gguf=replace(olmo2.GGUF, window_period=4),
 )

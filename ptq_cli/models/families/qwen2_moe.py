@@ -3,19 +3,27 @@
 from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3_moe
-from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.family import Config, Family, Folds
+from ptq_cli.models.forward.reader import Forward
 from ptq_cli.models.gguf_family import GgufFamily
 
 EXPERTS = replace(
     qwen3_moe.EXPERTS, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"
 )
 
+
+def slides(config: Config, index: int) -> bool:
+    """Whether a block has a window."""
+    return bool(index % 2 == 0 and index < config["max_window_layers"])
+
+
 FAMILY = Family(
     name="qwen2_moe",
     names=replace(qwen2.FAMILY.names, experts=EXPERTS),
-    defaults={**qwen3_moe.FAMILY.defaults, "num_experts_per_tok": 4},
-    keys=qwen3_moe.FAMILY.keys,
+    defaults={**qwen3_moe.FAMILY.defaults, "num_experts_per_tok": 4, "qkv_bias": True},
+    keys={**qwen3_moe.FAMILY.keys, "shared_expert_size": "shared_expert_intermediate_size"},
     folds=Folds(),
+    forward=Forward(biases={"qkv": "qkv_bias"}, slides=slides, by_type=True),
     gguf=GgufFamily(
         "qwen2moe",
         usual_heads=True,

@@ -30,6 +30,7 @@ class Block:
         attention_sum and mlp_sum after its sum with the residual
     parallel: both branches see the residual before the block, and are added to it together
     residual_scale: of the branches before they are added
+    residual_normed: what they are added to goes through the norm before them, too
     """
 
     mixer: Branch
@@ -37,6 +38,7 @@ class Block:
     norms: Mapping[str, Norm]
     parallel: bool = False
     residual_scale: float = 1.0
+    residual_normed: bool = False
 
     @property
     def attention(self) -> MultiHead | None:
@@ -162,7 +164,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         embedding_scale=_embedding_scale(settings, forward),
         embedding_norm=norm(names.embedding_norm) if names.embedding_norm else None,
         projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
-        logit_scale=float(settings.get("logit_scale") or 1),
+        logit_scale=_logit_scale(settings),
         logit_softcap=settings.get("logit_softcap"),
     )  # fmt: skip
 
@@ -214,6 +216,10 @@ def _embedding_scale(settings: Config, forward: Forward) -> float:
     return float(settings.get("embedding_scale") or 1)
 
 
+def _logit_scale(settings: Config) -> float:
+    return float(settings.get("logit_scale") or 1) / float(settings.get("logit_divisor") or 1)
+
+
 def _block(reader: BlockReader) -> Block:
     settings, forward = reader.settings, reader.forward
     before = settings.get("norm_first", True)
@@ -227,4 +233,5 @@ def _block(reader: BlockReader) -> Block:
         },
         parallel=forward.parallel(settings),
         residual_scale=float(settings.get("residual_scale") or 1),
+        residual_normed=bool(settings.get("residual_normed")),
     )

@@ -7,8 +7,8 @@ The query heads that share a key head are rows of one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,47 @@ class Packing:
         packed: Array = batch[self.mask]
         return packed
 
+    @property
+    def sequences(self) -> Iterator[slice]:
+        """The packed rows of each sequence, in order."""
+        return map(slice, self.starts, self.starts[1:])
+
+    def chunked(self, size: int) -> Packing:
+        """The same tokens, each sequence cut every `size` columns from its first token on: under
+        it attention is chunked (Llama 4), as no token sees what is before its chunk."""
+        starts = [0]
+        for own in self.sequences:
+            columns = self.positions[own]
+            chunk = (columns - columns[:1]) // size
+            starts += [own.start + int(row) for row in np.flatnonzero(np.diff(chunk)) + 1]
+            starts.append(own.stop)
+        return replace(self, starts=tuple(starts))
+
+
+@dataclass(frozen=True)
+class HeadBias:
+    """What each head has beside the scores of queries with keys.
+
+    sinks: float32 [n_heads], the score of a key without a value, which every token sees (gpt-oss)
+    keys: float32 [n_heads, length], added to the scores of the first, second, … key of a sequence
+        (ALiBi: slope · number of the key)
+    """
+
+    sinks: FloatArray | None = None
+    keys: FloatArray | None = None
+
+    def heads(self, n_kv: int) -> HeadBias:
+        """With the heads that share a key head under it: sinks [n_kv, group, 1], keys
+        [n_kv, group, length]."""
+        sinks = None if self.sinks is None else self.sinks.reshape(n_kv, -1, 1)
+        keys = None if self.keys is None else self.keys.reshape(n_kv, -1, self.keys.shape[1])
+        return HeadBias(sinks, keys)
+
+    def block(self, heads: slice, keys: slice) -> HeadBias:
+        """That of some key heads and keys."""
+        sinks = None if self.sinks is None else self.sinks[heads]
+        return HeadBias(sinks, None if self.keys is None else self.keys[heads, :, keys])
+
 
 def pack(shape: tuple[int, ...], mask: Array | None = None) -> Packing:
     """The packing of a batch of `shape` (n_sequences, length); `mask` is 0 or false at padding."""
@@ -71,27 +112,28 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    bias: HeadBias | None = None,
 ) -> FloatArray:
     """`softmax(scale · queries · keysᵀ) · values`, each token seeing itself and earlier ones.
 
-    queries: float32 [n_tokens, n_heads, head_dim]
-    keys, values: float32 [n_tokens, n_kv_heads, head_dim]
+    queries: float32 [n_tokens, n_heads, head_dim]; keys: [n_tokens, n_kv_heads, head_dim]
+    values: float32 [n_tokens, n_kv_heads, value_dim]
     window: tokens that a token sees, itself included; None is all
     softcap: scores become `softcap · tanh(scores / softcap)`
-    Returns float32 [n_tokens, n_heads · head_dim].
+    Returns float32 [n_tokens, n_heads · value_dim].
     """
     n_tokens, n_heads, head_dim = queries.shape
-    n_kv = keys.shape[1]
+    n_kv, value_dim = keys.shape[1], values.shape[2]
     group = n_heads // n_kv
-    outputs = np.empty((n_tokens, n_kv, group, head_dim), dtype=np.float32)
+    outputs = np.empty((n_tokens, n_kv, group, value_dim), dtype=np.float32)
     by_head = outputs.transpose(1, 0, 2, 3)
     turned = np.empty((n_kv, n_tokens, group, head_dim), dtype=np.float32)
     grouped = queries.reshape(n_tokens, n_kv, group, head_dim).transpose(1, 0, 2, 3)
     np.multiply(grouped, np.float32(scale), out=turned)
     turned_keys = np.ascontiguousarray(keys.transpose(1, 0, 2))
     turned_values = np.ascontiguousarray(values.transpose(1, 0, 2))
-    for start, stop in zip(packing.starts, packing.starts[1:], strict=False):
-        own = slice(start, stop)
+    bias = HeadBias() if bias is None else bias.heads(n_kv)
+    for own in packing.sequences:
         _attend_sequence(
             turned[:, own],
             turned_keys[:, own],
@@ -100,8 +142,9 @@ def attend(
             packing.positions[own],
             window,
             softcap,
+            bias,
         )
-    return outputs.reshape(n_tokens, n_heads * head_dim)
+    return outputs.reshape(n_tokens, n_heads * value_dim)
 
 
 def _attend_sequence(
@@ -112,10 +155,12 @@ def _attend_sequence(
     positions: NDArray[np.int64],
     window: int | None,
     softcap: float | None,
+    bias: HeadBias,
 ) -> None:
-    """Fills `outputs` [n_kv, n, group, head_dim] (any strides) for one sequence.
+    """Fills `outputs` [n_kv, n, group, value_dim] (any strides) for one sequence.
 
-    queries: [n_kv, n, group, head_dim], scaled; keys, values: [n_kv, n, head_dim]; positions: [n]
+    queries: [n_kv, n, group, head_dim], scaled; keys: [n_kv, n, head_dim]; positions: [n]
+    values: [n_kv, n, value_dim]
     """
     n_kv, n, group, head_dim = queries.shape
     step = max(1, QUERY_ROWS // group)
@@ -138,8 +183,9 @@ def _attend_sequence(
                 values[some, first:stop],
                 hidden,
                 softcap,
+                bias.block(some, slice(first, stop)),
             )
-            outputs[some, start:stop] = mixed.reshape(-1, stop - start, group, head_dim)
+            outputs[some, start:stop] = mixed.reshape(-1, stop - start, group, mixed.shape[-1])
 
 
 def _attend_block(
@@ -148,20 +194,41 @@ def _attend_block(
     values: FloatArray,
     hidden: list[tuple[slice, NDArray[np.bool_]]],
     softcap: float | None,
+    bias: HeadBias,
 ) -> Any:
-    """One block: queries [heads, rows, d], keys and values [heads, n_keys, d].
+    """One block: queries [heads, rows, d], keys [heads, n_keys, d], values [heads, n_keys, d_v].
 
     hidden: keys, and where queries do not see them, true in [n_queries, some keys]
     """
     scores = queries @ keys.transpose(0, 2, 1)
     cap(scores, softcap)
     heads, rows, n_keys = scores.shape
+    n_queries = len(hidden[-1][1])
+    by_query = scores.reshape(heads, n_queries, rows // n_queries, n_keys)
+    if bias.keys is not None:
+        by_query += bias.keys[:, None]
     for some, where in hidden:
-        part = scores.reshape(heads, len(where), rows // len(where), n_keys)[..., some]
-        np.copyto(part, np.float32(-np.inf), where=where[:, None, :])
-    scores -= scores.max(axis=-1, keepdims=True)
+        np.copyto(by_query[..., some], np.float32(-np.inf), where=where[:, None, :])
+    most = scores.max(axis=-1, keepdims=True)
+    if bias.sinks is not None:
+        sinks = np.tile(bias.sinks, (1, n_queries, 1))
+        np.maximum(most, sinks, out=most)
+    scores -= most
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)
+    if bias.sinks is not None:
+        total += np.exp(sinks - most)
     mixed = scores @ values
     mixed /= total
     return mixed
+
+
+def alibi_slopes(n_heads: int) -> FloatArray:
+    """ALiBi's factor of each head, float32 [n_heads] (Press et al., arXiv 2108.12409): the powers
+    of 2^(−8/n) for n heads; where n is no power of two, those of the next lower power, then every
+    second one of the next higher."""
+    below = 1 << (n_heads.bit_length() - 1)
+    numbers = np.concatenate(
+        (np.arange(1, below + 1) / below, np.arange(1, below * 2, 2) / below / 2)
+    )
+    return np.exp2(-8 * numbers[:n_heads]).astype(np.float32)

@@ -90,7 +90,7 @@ class Experts:
             )
         if self.shared_gate is not None:
             gate = layers.apply_linear(self.shared_gate, weights, inputs)
-            beside["shared"] = 1 / (1 + np.exp(-gate))
+            beside["shared"] = layers.sigmoid(gate)
         return Flow(some, beside, Routing(sites, rows, shares))
 
     def _inwards(self, weights: Weights, flow: Flow) -> Flow:

@@ -118,6 +118,19 @@ def cap(scores: FloatArray, limit: float | None) -> None:
         scores *= np.float32(limit)
 
 
+def sigmoid(values: FloatArray) -> FloatArray:
+    """`1 / (1 + exp(−values))`, float32, without an overflow."""
+    small = np.exp(-np.abs(values))  # of 0 … 1
+    outputs: FloatArray = np.where(values < 0, small, 1) / (1 + small)
+    return outputs
+
+
+def softplus(values: FloatArray) -> FloatArray:
+    """`log(1 + exp(values))`, float32, without an overflow."""
+    outputs: FloatArray = np.logaddexp(values, np.float32(0))
+    return outputs
+
+
 def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatArray:
     """`f(inputs) · factor` (factor 1 where None), float32 [n, width]; may overwrite `inputs`.
 
@@ -132,6 +145,33 @@ def activate(kind: str, inputs: FloatArray, factor: FloatArray | None) -> FloatA
         if factor is not None:
             outputs[rows] *= factor[rows]
     return outputs
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Of gpt-oss's gated activation. alpha: of the sigmoid; limit: of the gate and of up"""
+
+    alpha: float
+    limit: float
+
+
+def clamped_swiglu(gate: FloatArray, up: FloatArray, clamp: Clamp) -> FloatArray:
+    """`g · sigmoid(alpha · g) · (u + 1)`, float32 [n, width], where g is `gate` up to `limit` and u
+    is `up` between −limit and limit; may overwrite both.
+
+    In chunks of rows, so that its passes run in cache.
+    """
+    alpha, limit = np.float32(clamp.alpha), np.float32(clamp.limit)
+    step = max(1, CHUNK // max(1, gate.shape[1]))
+    for start in range(0, len(gate), step):
+        g, u = gate[start : start + step], up[start : start + step]
+        np.minimum(g, limit, out=g)
+        np.clip(u, -limit, limit, out=u)
+        u += 1
+        u *= g
+        g *= alpha
+        u *= sigmoid(g)
+    return up
 
 
 def _silu(x: FloatArray, out: FloatArray) -> None:

@@ -20,6 +20,7 @@ class MLP:
     inputs: (gate, up), (both fused,) or (up,)
     width: in_features of `output`
     activation: f, a name in layers.ACTIVATIONS
+    clamp: f and the product are those of `layers.clamped_swiglu` instead
     """
 
     inputs: tuple[Linear, ...]
@@ -27,6 +28,7 @@ class MLP:
     width: int
     activation: str
     gated: bool = True
+    clamp: layers.Clamp | None = None
 
     @property
     def site(self) -> str:
@@ -60,6 +62,8 @@ class MLP:
         parts = [layers.apply_linear(linear, weights, inputs) for linear in self.inputs]
         if self.gated and len(parts) == 1:
             parts = np.split(parts[0], 2, axis=1)
+        if self.clamp is not None:
+            return layers.clamped_swiglu(parts[0], parts[1], self.clamp)
         return layers.activate(self.activation, parts[0], parts[1] if self.gated else None)
 
     def outer(self, weights: Weights, inner: FloatArray) -> FloatArray:

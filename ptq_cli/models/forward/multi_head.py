@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
-from ptq_cli.models.forward.attention import Cache, Packing, attend
+from ptq_cli.models.forward.attention import Cache, HeadBias, Packing, attend
 from ptq_cli.models.forward.branch import Flow, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
@@ -19,11 +19,15 @@ from ptq_cli.models.forward.rope import Rope, rotate, rotations
 class MultiHead:
     """Multi-head attention; with fewer key heads than heads, grouped.
 
-    qkv: three linears, or one that is fused
+    qkv: three linears, or one that is fused: q, then k, then v, or (`per_head`) for each key head
+        its queries, its key and its value
     norms: of queries and keys, by "q" and "k"; of each head, or (`norm_whole`) of all as one
     rope: how positions turn queries and keys; None: not at all
     window: tokens that a token sees, itself included, or None for all
+    chunk: tokens of the chunks a sequence is cut into, of which none sees another, or None
     scale, softcap: of the scores
+    bias: what heads have beside their scores, or None: nothing
+    gated: the linear of queries gives, behind those of each head, as many gates of what it mixes
     """
 
     qkv: tuple[Linear, ...]
@@ -36,7 +40,11 @@ class MultiHead:
     norm_whole: bool = False
     rope: Rope | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
+    bias: Callable[[Weights, Packing], HeadBias] | None = None
+    gated: bool = False
+    per_head: bool = False
 
     @property
     def module(self) -> str:
@@ -49,7 +57,7 @@ class MultiHead:
 
     @property
     def running(self) -> int:
-        return self.head_dim * (4 * self.n_heads + 5 * self.n_kv_heads)
+        return self.head_dim * ((7 if self.gated else 4) * self.n_heads + 5 * self.n_kv_heads)
 
     @property
     def kept(self) -> int:
@@ -59,18 +67,22 @@ class MultiHead:
         site, output = self.qkv[0].name, self.output
 
         def attention(weights: Weights, flow: Flow) -> Flow:
-            queries, keys, values = self.heads(weights, flow.inputs[site], packing)
+            roles = "qkvg" if self.gated else "qkv"
+            queries, keys, values, *gate = self.heads(weights, flow.inputs[site], packing, roles)
             if cache is not None:
                 cache(keys, values)
             mixed = attend(
                 queries,
                 keys,
                 values,
-                packing,
+                packing if self.chunk is None else packing.chunked(self.chunk),
                 scale=self.scale,
                 window=self.window,
                 softcap=self.softcap,
+                bias=None if self.bias is None else self.bias(weights, packing),
             )
+            if gate:
+                mixed *= layers.sigmoid(gate[0]).reshape(mixed.shape)
             return Flow({output.name: mixed})
 
         def outwards(weights: Weights, flow: Flow) -> Flow:
@@ -83,7 +95,7 @@ class MultiHead:
         self, weights: Weights, inputs: FloatArray, packing: Packing, roles: str = "qkv"
     ) -> list[FloatArray]:
         """The queries, keys and values that attention works on, normed and rotated, each float32
-        [n_tokens, heads, head_dim]. roles: which of them
+        [n_tokens, heads, head_dim]. roles: which of them, "g" for gates
         """
         parts = self._projected(weights, inputs, roles)
         named = {
@@ -94,18 +106,34 @@ class MultiHead:
             cosine, sine = rotations(self.rope, packing.positions, packing.mask.shape[1])
             for role in "qk":
                 if role in named:
-                    rotate(named[role], cosine, sine)
+                    rotate(named[role], cosine, sine, self.rope.interleaved)
         return [named[role] for role in roles]
 
     def _projected(self, weights: Weights, inputs: FloatArray, roles: str) -> list[FloatArray]:
         """The outputs of the linears, or the parts of those of the one that is fused."""
         if len(self.qkv) > 1:
             linears = dict(zip("qkv", self.qkv, strict=True))
-            return [layers.apply_linear(linears[role], weights, inputs) for role in roles]
-        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+            parts = {
+                role: layers.apply_linear(linear, weights, inputs)
+                for role, linear in linears.items()
+                if role in roles
+            }
+            if self.gated and "q" in parts:
+                both = parts["q"].reshape(len(inputs), self.n_heads, 2, self.head_dim)
+                parts["q"], parts["g"] = both[:, :, 0], both[:, :, 1]
+            return [parts[role] for role in roles]
         outputs = layers.apply_linear(self.qkv[0], weights, inputs)
-        parts = dict(zip("qkv", np.split(outputs, [query, query + shared], axis=1), strict=True))
+        parts = dict(zip("qkv", self._split(outputs), strict=True))
         return [parts[role] for role in roles]
+
+    def _split(self, outputs: FloatArray) -> list[FloatArray]:
+        """Queries, keys and values in the outputs of the linear that is fused."""
+        if self.per_head:
+            group = self.n_heads // self.n_kv_heads
+            heads = outputs.reshape(len(outputs), self.n_kv_heads, group + 2, self.head_dim)
+            return np.split(heads, [group, group + 1], axis=2)
+        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return np.split(outputs, [query, query + shared], axis=1)
 
     def _normed(self, role: str, weights: Weights, outputs: FloatArray) -> FloatArray:
         """The heads [n_tokens, heads, head_dim] in a linear's outputs, behind their norm."""

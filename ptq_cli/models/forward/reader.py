@@ -33,14 +33,17 @@ class Forward:
     gated: the MLP is `down(f(gate) · up)`, else `down(f(up))`
     centred: norms are LayerNorms, else RMSNorms; norm_bias: these have biases
     norm_whole: the norms of q and k are over all heads as one, not over each
+    per_head: q, k and v in one linear stand there by key heads, as of `MultiHead`
     turns: whether a block's queries and keys are turned by their positions
     partly: of a head only the first channels are, where `partial_rotary_factor` says so; other
         families leave that key unread, as transformers does
+    interleaved: neighbouring channels turn together, not those of a head's two halves
     parallel: whether attention and MLP both see the residual before the block
     embedding_scaled: embeddings are multiplied by √hidden_size
     position_offset: added to learned positions; with `position_counts` these count tokens instead
         of columns
-    biases: "qkv", "output" and "mlp" → always (true), never or a key of config.json
+    biases: "qkv", "output", "mlp", "experts" and "router" → always (true), never or a key of
+        config.json
     slides: where config.json sets `sliding_window`, whether a block's tokens see only so many, from
         config.json and the block's number; by_type: config.json's `layer_types` goes before that
     mixer, feed_forward: the branches of a block that are not the usual ones
@@ -51,8 +54,10 @@ class Forward:
     centred: bool = False
     norm_bias: bool = True
     norm_whole: bool = False
+    per_head: bool = False
     turns: Callable[[Config, int], bool] = always
     partly: bool = False
+    interleaved: bool = False
     parallel: Callable[[Config], bool] = lambda config: False
     embedding_scaled: bool = False
     position_offset: int = 0
@@ -100,6 +105,14 @@ class BlockReader:
         """
         return number(self.settings, key)
 
+    def entry(self, key: str) -> Any:
+        """The block's own in a setting that is a list with one for each.
+
+        Raises:
+            InputError: it is no list, or one that is too short.
+        """
+        return entry(self.settings, key, self.index)
+
 
 def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
     """The norm of that full name."""
@@ -123,3 +136,17 @@ def number(settings: Config, key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
     return value
+
+
+def entry(settings: Config, key: str, index: int) -> Any:
+    """The entry of block `index` in a setting that has one for each block.
+
+    Raises:
+        InputError: it is no list, or one with fewer entries than blocks.
+    """
+    entries, blocks = settings[key], settings["num_hidden_layers"]
+    if not isinstance(entries, list):
+        raise InputError(f"config.json's {key} is {entries!r}; a list of {blocks} is needed")
+    if index >= len(entries):
+        raise InputError(f"config.json's {key} has {len(entries)} entries for {blocks} blocks")
+    return entries[index]

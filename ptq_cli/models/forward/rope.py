@@ -1,8 +1,9 @@
 """Rotary position embeddings, with the ways of stretching them that config.json may ask for.
 
 Channel i of the first half of a head turns together with channel i of its second half by
-`position · frequency_i` (Su et al., arXiv 2104.09864); a partial rotary factor leaves the last
-channels of a head alone. `kind` says how the frequencies `theta^(−2i/dims)` are changed:
+`position · frequency_i` (Su et al., arXiv 2104.09864), or channel 2i with channel 2i + 1 where they
+are interleaved; a partial rotary factor leaves the last channels of a head alone. `kind` says how
+the frequencies `theta^(−2i/dims)` are changed:
 
 default   not at all
 linear    divided by `factor`
@@ -36,6 +37,7 @@ class Rope:
     max_length, original_length: tokens the model is for, and was trained on before stretching
     amplitude: factor of cos and sin (yarn, longrope)
     parameters: config.json's own, for what one kind alone asks for
+    interleaved: neighbours turn together, not channels of the two halves
     """
 
     dims: int
@@ -46,6 +48,16 @@ class Rope:
     original_length: int = 0
     amplitude: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+
+    @property
+    def score_factor(self) -> float:
+        """What DeepSeek multiplies the scale of scores with where positions are stretched: the
+        square of yarn's `mscale_all_dim` in logarithms of the factor."""
+        scale = self.parameters.get("mscale_all_dim")
+        if not scale or self.kind == "default":
+            return 1.0
+        return _mscale(self.factor, scale) ** 2
 
 
 def rotations(
@@ -64,10 +76,17 @@ def rotations(
     return cosine, sine
 
 
-def rotate(heads: FloatArray, cosine: FloatArray, sine: FloatArray) -> None:
-    """Turns the first channels of `heads`, float32 [n_tokens, n_heads, head_dim], in place."""
+def rotate(
+    heads: FloatArray, cosine: FloatArray, sine: FloatArray, interleaved: bool = False
+) -> None:
+    """Turns the first channels of `heads`, float32 [n_tokens, n_heads, head_dim], in place.
+
+    interleaved: as of `Rope`
+    """
     half = cosine.shape[-1]
     first, second = heads[..., :half], heads[..., half : 2 * half]
+    if interleaved:
+        first, second = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2]
     turned = first * cosine
     turned -= second * sine
     second *= cosine
@@ -96,7 +115,7 @@ def _llama3(rope: Rope, length: int) -> Frequencies:
     slow = float(rope.parameters.get("low_freq_factor", 1.0))
     fast = float(rope.parameters.get("high_freq_factor", 4.0))
     turns = rope.original_length * plain / (2 * math.pi)
-    kept = np.clip((turns - slow) / (fast - slow), 0.0, 1.0)
+    kept = np.clip((turns - slow) / ((fast - slow) or 1e-9), 0.0, 1.0)  # Llama 4 has no ramp
     return kept * plain + (1 - kept) * plain / rope.factor
 
 
@@ -139,15 +158,21 @@ def not_known(what: str, known: Iterable[str]) -> InputError:
     )
 
 
-_ALIASES = {"su": "longrope", "none": "default"}
+# mrope turns parts of a head by a token's time, row and column, which are one for tokens of text.
+_ALIASES = {"su": "longrope", "none": "default", "mrope": "default"}
 
 
 def read_rope(
-    given: Mapping[str, Any], head_dim: int, max_length: int, original_length: int | None
+    given: Mapping[str, Any],
+    head_dim: int,
+    max_length: int,
+    original_length: int | None,
+    interleaved: bool = False,
 ) -> Rope:
     """The rope of one block from config.json's `rope_parameters` (or `rope_scaling`).
 
     original_length: `original_max_position_embeddings` where it stands outside `given`.
+    interleaved: as of `Rope`
     Raises InputError for a kind that is not known and for keys that are missing.
     """
     parameters = {key: value for key, value in given.items() if value is not None}
@@ -168,7 +193,7 @@ def read_rope(
     factor = float(parameters.get("factor", max_length / original))
     amplitude = _amplitude(kind, parameters, factor, original)
     theta = float(parameters["rope_theta"])
-    return Rope(dims, theta, kind, factor, max_length, original, amplitude, parameters)
+    return Rope(dims, theta, kind, factor, max_length, original, amplitude, parameters, interleaved)
 
 
 def _amplitude(kind: str, parameters: Mapping[str, Any], factor: float, original: int) -> float:
@@ -180,6 +205,10 @@ def _amplitude(kind: str, parameters: Mapping[str, Any], factor: float, original
         return math.sqrt(1 + math.log(factor) / math.log(original))
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if mscale and all_dim:
-        above, below = (0.1 * m * math.log(factor) + 1 for m in (mscale, all_dim))
-        return float(above / below)
-    return 0.1 * math.log(factor) + 1
+        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+    return _mscale(factor)
+
+
+def _mscale(factor: float, scale: float = 1.0) -> float:
+    """yarn's scale of cos and sin for positions stretched by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1

@@ -248,6 +248,8 @@ def _added(
         own = layers.apply_norm(block.norms.get(f"{branch}_out"), weights, outputs)
         if block.residual_scale != 1:
             own *= np.float32(block.residual_scale)
+        if block.residual_normed:
+            hidden = layers.apply_norm(block.norms.get(f"{branch}_in"), weights, hidden)
         own += hidden
         hidden = layers.apply_norm(block.norms.get(f"{branch}_sum"), weights, own)
     return hidden

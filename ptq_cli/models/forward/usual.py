@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
-from ptq_cli.models.forward.layers import Weights
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.reader import BlockReader, entry
 from ptq_cli.models.forward.rope import Rope, read_rope
+from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
 
 
@@ -32,6 +28,7 @@ def attention_of(block: BlockReader) -> MultiHead:
         scale=_scale(block),
         norms={role: block.norm(norms[role]) for role in "qk" if role in norms},
         norm_whole=block.forward.norm_whole,
+        per_head=block.forward.per_head,
         rope=rope_of(block, windowed=windowed) if turns else None,
         window=block.number("sliding_window") if windowed else None,
         softcap=settings.get("attention_softcap"),
@@ -74,20 +71,21 @@ def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
     shared_gate = block.linear("router", names.shared_gate) if names.shared_gate else None
     return Experts(
         router=block.linear("router", names.router),
-        experts=tuple(expert_of(block, names, path, width) for path in paths),
+        experts=tuple(expert_of(block, names, path, width, "experts") for path in paths),
         top_k=top_k,
-        weigh=partial(softmax_of_all, top_k=top_k, normalised=normalised),
+        weigh=lambda weights, scores: softmax_router(scores, top_k, normalised=normalised),
         hidden_size=block.settings["hidden_size"],
         shared=shared_of(block, names),
         shared_gate=shared_gate,
     )
 
 
-def expert_of(block: BlockReader, names: ExpertNames, path: str, width: int) -> MLP:
-    """One expert. path: its inner name; width: of its last linear's inputs"""
+def expert_of(block: BlockReader, names: ExpertNames, path: str, width: int, part: str) -> MLP:
+    """One expert. path: its inner name; width: of its last linear's inputs; part: as of
+    `BlockReader.linear`"""
     return MLP(
-        inputs=tuple(block.linear("mlp", f"{path}.{name}") for name in names.inputs),
-        output=block.linear("mlp", f"{path}.{names.output}"),
+        inputs=tuple(block.linear(part, f"{path}.{name}") for name in names.inputs),
+        output=block.linear(part, f"{path}.{names.output}"),
         width=width,
         activation=block.settings["activation"],
     )
@@ -97,24 +95,7 @@ def shared_of(block: BlockReader, names: ExpertNames) -> MLP | None:
     """The expert that every token goes through, where the family has one."""
     if not names.shared:
         return None
-    return expert_of(block, names, names.shared, block.number("shared_expert_size"))
-
-
-def softmax_of_all(
-    weights: Weights, scores: FloatArray, *, top_k: int, normalised: bool
-) -> FloatArray:
-    """Each token goes to the `top_k` experts that have the largest share of the softmax of its
-    scores [n_tokens, n_experts]. normalised: these shares are made to sum to 1"""
-    share: Any = np.exp(scores - scores.max(axis=1, keepdims=True))
-    share /= share.sum(axis=1, keepdims=True)
-    count = scores.shape[1]
-    best = np.argpartition(share, count - top_k, axis=1)[:, count - top_k :]
-    chosen = np.zeros(share.shape, dtype=np.bool_)
-    np.put_along_axis(chosen, best, True, axis=1)
-    share = np.where(chosen, share, 0)
-    if normalised:
-        share /= share.sum(axis=1, keepdims=True)
-    return share  # type: ignore[no-any-return]
+    return expert_of(block, names, names.shared, block.number("shared_expert_size"), "mlp")
 
 
 def norms_of(block: BlockReader) -> dict[str, str]:
@@ -138,12 +119,12 @@ def slides(block: BlockReader) -> bool:
     settings, index = block.settings, block.index
     if settings.get("sliding_window") is None or not settings.get("use_windows", True):
         return False
-    types = settings.get("layer_types")
-    if not types or not block.forward.by_type:
+    if not settings.get("layer_types") or not block.forward.by_type:
         return block.forward.slides(settings, index)
-    if types[index] not in ("full_attention", "sliding_attention"):
-        raise InputError(f"config.json's layer type {types[index]!r} is not known")
-    return bool(types[index] == "sliding_attention")
+    kind = block.entry("layer_types")
+    if kind not in ("full_attention", "sliding_attention"):
+        raise InputError(f"config.json's layer type {kind!r} is not known")
+    return bool(kind == "sliding_attention")
 
 
 def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = None) -> Rope:
@@ -170,6 +151,7 @@ def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = No
         settings["head_dim"] if size is None else size,
         block.number("max_position_embeddings"),
         settings.get("original_max_position_embeddings"),
+        block.forward.interleaved,
     )
 
 
