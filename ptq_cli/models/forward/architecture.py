@@ -67,6 +67,7 @@ class Architecture:
     """A model as its forward needs to know it.
 
     transposed: linears are stored [in_features, out_features]
+    inside: the beginning of the names in a block, before its number
     embedding, positions, head: names of tensors; head is the embedding where they are tied
     embedding_scale: of the embeddings; logit_scale, logit_softcap: of the logits, in this order
     embedding_norm: behind the embeddings
@@ -79,6 +80,7 @@ class Architecture:
     hidden_size: int
     vocab_size: int
     blocks: tuple[Block, ...]
+    inside: str
     embedding: str
     head: str
     final_norm: Norm | None
@@ -157,6 +159,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
             ))
             for index in range(settings["num_hidden_layers"])
         ),
+        inside=f"{prefix}{names.blocks}.",
         embedding=embedding,
         head=embedding if tied else head,
         final_norm=None if bare else norm(names.final_norm),
