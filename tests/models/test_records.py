@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ptq_cli.formats.fused import FUSED
 from ptq_cli.models.block_sites import kinds
 from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES, text_type
 from ptq_cli.models.forward.architecture import read_architecture
+from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.models.linears import group_modules, left_alone
 from tests.models.blocks import FAMILIES as FOLDED
@@ -24,7 +26,9 @@ EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.nam
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "n_layer": 2,
     "num_hidden_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_experts": 3,
-    "num_local_experts": 3, "moe_intermediate_size": 16,
+    "num_local_experts": 3, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "shared_expert_intermediate_size": 16, "mamba_n_heads": 8, "mamba_d_head": 8,
+    "attn_layer_indices": [1], "moe_layers": [1], "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -67,27 +71,31 @@ def test_sites_are_all_linears_of_a_block_behind_its_norms(family):
 
 
 @EACH
-def test_the_forward_has_the_linears_and_norms_of_the_record(family):
+def test_every_block_of_the_forward_has_the_linears_and_norms_of_a_kind_of_the_record(family):
     kind = text_type({"model_type": family.model_types[0]})
     if family.forward is None:
         with pytest.raises(InputError, match="no forward"):
             read_architecture({"model_type": kind, **SIZES})
         return
-    block = read_architecture({"model_type": kind, **SIZES}).blocks[0]
-    mlp = block.feed_forward if block.experts is None else block.experts.experts[0]
-    found = [block.mixer.qkv, (block.mixer.output,), mlp.inputs, (mlp.output,)]
-    named = inner_names(family)
-    wanted = named if block.experts is None else [*named[:2], *named[-2:]]
-    assert [[linear.name for linear in group] for group in found] == [
-        [path_of(family, name) for name in group] for group in wanted
+    arch, names, packing = (
+        read_architecture({"model_type": kind, **SIZES}),
+        family.names,
+        pack((1, 2)),
+    )
+    linears = [{linear for site in kind for linear in site.linears} for kind in kinds(family)]
+    norms = [
+        {name for role, name in kind.items() if role not in ("q", "k")}
+        for kind in (names.norms, *family.folds.norms)
     ]
-    assert {linear.transposed for group in found for linear in group} == {family.transposed}
-    norms = [*block.norms.values(), *block.mixer.norms.values()]
-    kinds_of_norms = (family.names.norms, *family.folds.norms)
-    assert {norm.name for norm in norms} in [
-        {path_of(family, name) for name in kind.values()} for kind in kinds_of_norms
-    ]
-    assert {norm.offset for norm in norms} == {float(family.plus_one)}
+    for number, block in enumerate(arch.blocks):
+        path = f"{names.prefixes[0]}{names.blocks}.{number}."
+        steps = [*block.mixer.steps(packing, None), *block.feed_forward.steps(packing, None)]
+        found = {name for step in steps for group in step.sites.values() for name in group}
+        inside = {re.sub(r"(?<=experts\.)\d+", "{}", name.removeprefix(path)) for name in found}
+        assert inside in linears
+        assert {norm.name.removeprefix(path) for norm in block.norms.values()} in norms
+        assert {norm.offset for norm in block.norms.values()} == {float(family.plus_one)}
+    assert arch.transposed == family.transposed
 
 
 @EACH

@@ -9,7 +9,7 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader, entry
+from ptq_cli.models.forward.reader import BlockReader
 from ptq_cli.models.forward.rope import Rope, read_rope
 from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
