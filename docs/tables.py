@@ -424,19 +424,20 @@ def models() -> str:
 
 
 def _model(name: str, own: dict[str, str]) -> list[str]:
+    from tests.interop import test_gguf_families
     from tests.interop.forward_models import ROWS, WITHOUT_A_FORWARD
     from tests.interop.test_folding_architectures import ALL, LEFT
 
     kind = own.get("model_type", name)
     known = own.get("family") or next((f.name for f in FAMILIES if kind in f.model_types), "")
-    runs = {row.split()[0] for row in ROWS} - WITHOUT_A_FORWARD
+    equal = kind in {row.split()[0] for row in ROWS} - WITHOUT_A_FORWARD
     sites, left = LEFT.get(name, (8, 0))
-    gguf = next((f.gguf for f in FAMILIES if f.name == known), None)
+    ran = {row.split()[0] for row in test_gguf_families.MODELS} & {kind, kind.removesuffix("_text")}
     return [
         f"`{name}`",
-        known or "none",
-        "equal" if kind in runs else "none",
+        known,
+        "equal" if equal else "",
         f"{sites - left} of {sites}" if name in ALL else "",
-        f"`{gguf.architecture}`" if gguf else "",
+        "llama.cpp" if ran else "",
         own.get("loaded", ""),
     ]

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, family_of
-from tests.interop.forward_models import MROPE, ROWS, WITHOUT_A_FORWARD
+from tests.interop.forward_models import ALONE, MROPE, ROWS, WITHOUT_A_FORWARD
 from tests.interop.forwards import (
     BATCHES,
     LEARNED_POSITIONS,
@@ -44,7 +44,7 @@ Models = Callable[[str], Saved]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     """The model of a row, made once."""
     torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers").logging.disable_progress_bar()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for more
     with threadpool_limits(1, "blas"):
@@ -62,6 +62,8 @@ def that_runs(models: Models, name: str) -> Saved:
 @pytest.mark.parametrize("tokens", BATCHES)
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_equal_those_of_transformers(models: Models, name: str, tokens: str) -> None:
+    if name in ALONE and "padding" in tokens:
+        pytest.skip("transformers lets padding reach the tokens behind it")
     error = relative_error(that_runs(models, name), *BATCHES[tokens](name))
     print(f"{name}, {tokens}: {error:.1e}")
     assert error < TOLERANCE
@@ -100,10 +102,13 @@ def test_long_is_longer_than_windows_and_contexts(models: Models, name: str) -> 
 
 # -- config.json said otherwise ------------------------------------------------------------------
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LOCAL = {"rope_theta": 5e5, "rope_local_base_freq": 2e3, "sliding_window_pattern": 2,
          "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
-LATENT = {"rope_theta": 5e3, "rope_scaling": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5}}
+LATENT = {"rope_theta": 5e3, "rope_scaling": {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.8,
+    "mscale_all_dim": 0.5,
+}}  # fmt: skip
 # As published files have them; None: they lack that key.
 OLD_KEYS: dict[str, dict[str, Any]] = {
     "bamba": {"rope_theta": 5e3},
@@ -112,7 +117,7 @@ OLD_KEYS: dict[str, dict[str, Any]] = {
     "cohere2": {"rope_theta": 5e3, "sliding_window_pattern": 2},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
-    "falcon": {"hidden_size": None, "n_embed": 64, "rope_theta": 5e3},
+    "falcon": {"rope_theta": 5e3},
     "gemma3": LOCAL,
     "gemma3_text": LOCAL,
     "glm4": {"rope_theta": 5e3, "partial_rotary_factor": 0.25},
@@ -123,7 +128,7 @@ OLD_KEYS: dict[str, dict[str, Any]] = {
     "llama4": {"rope_theta": 5e3, "no_rope_layers": [], "moe_layers": None},
     "llava": {"rope_theta": 5e3},
     "mistral3": {"rope_theta": 5e3},
-    "olmo3": {"rope_theta": 5e3, "rope_scaling": YARN},
+    "olmo3": {"rope_theta": 5e5, "rope_scaling": YARN},
     "phi3 partial": {"rope_theta": 5e3, "partial_rotary_factor": 0.75},
     "phi3 phi-4-mini": {
         "rope_theta": 5e3, "partial_rotary_factor": 0.75,
