@@ -14,7 +14,8 @@ from ptq_cli.models.family import Config, Family, Multimodal, model_type, text_c
 _TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
 _OTHERS = """
 bamba cohere cohere2 deepseek_v2 deepseek_v3 falcon gemma3n glm4 glm4_moe_lite gpt_neox gpt_oss
-granite llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3 starcoder2 t5
+granite granitemoe llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3
+starcoder2 t5
 """
 
 
