@@ -4,9 +4,9 @@
         [--threads N]
 
 For each kind of block, and sequences of 512 and 2,048 tokens (together `--tokens`), the same random
-model of one such block and a vocabulary of 256 runs in turn here and in transformers (its own choice
-of attention); medians of both. Of a Llama's block, the share of the rate of large float32 matrix
-products that its products reach, too.
+model of one such block and a vocabulary of 256 runs in turn here and in transformers (with its own
+choice of attention); medians of both. For a Llama's block also the share of the rate of large
+float32 matrix products that its own products reach.
 Here each thread takes its part of the sequences and BLAS has one thread, as in a run of ptq; torch
 gets as many threads.
 Needs torch and transformers beside this package; prints a Markdown table.
@@ -155,7 +155,7 @@ def theirs(kind: str, hidden: int, folder: Path) -> Callable[[Array], Array]:
 
     def run(tokens: Array) -> Array:
         with torch.no_grad():
-            return model(torch.from_numpy(tokens)).logits.numpy()
+            return model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
 
     return run
 
