@@ -227,10 +227,8 @@ def config_of(name: str) -> dict[str, Any]:
 
 def own_of(arch: Architecture, weights: dict[str, Any]) -> Own:
     """A tensor by its name inside block 0."""
-    base = arch.embedding.rpartition("word_embeddings")[0] or "model."
-    base = {"model.": "model.layers.0.", "transformer.": "transformer.h.0."}[base]
-    base = "gpt_neox.layers.0." if arch.family == "gpt_neox" else base
-    return lambda name: weights[base + name].astype(float)
+    base = arch.attentions[0].module.rpartition(".")[0]
+    return lambda name: weights[f"{base}.{name}"].astype(float)
 
 
 @pytest.mark.parametrize("name", TWINS)
