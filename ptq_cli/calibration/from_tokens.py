@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from ptq_cli.calibration.source import Place, Source
 from ptq_cli.core.statistics import SiteInfo
 from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, stated_in
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.head_fisher import has_head_fisher, head_fisher_memory
+from ptq_cli.models.forward.sizes import check_sizes
 from ptq_cli.models.forward.stages import stages
 from ptq_cli.numerics.drift import UNPROVEN_STRENGTH, drift_memory
 from ptq_cli.numerics.statistics import (
@@ -168,7 +169,8 @@ def model_architecture(checkpoint: Checkpoint) -> Architecture:
     """The architecture that the config.json beside the weights describes.
 
     Raises:
-        InputError: no config.json, an architecture without a forward, or a garbled setting.
+        InputError: no config.json, an architecture without a forward, a garbled setting, or one
+            that the tensors contradict.
     """
     if not checkpoint.config:
         raise InputError(
@@ -176,11 +178,14 @@ def model_architecture(checkpoint: Checkpoint) -> Architecture:
             hint="name the model folder, or bring activations with --activations",
         )
     try:
-        return read_architecture(checkpoint.config, checkpoint.tensors)
+        arch = read_architecture(checkpoint.config, checkpoint.tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{checkpoint.folder}: config.json lacks or garbles a setting of the forward: {error}"
         ) from None
+    with stated_in(str(checkpoint.path)):
+        check_sizes(arch, checkpoint.specs, checkpoint.config)
+    return arch
 
 
 def token_source(

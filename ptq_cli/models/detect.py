@@ -16,8 +16,8 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.block_sites import BlockSites, block_sites, kinds
-from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
-from ptq_cli.models.family import Condition, Config, Family, FamilySite, model_type, text_config
+from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES, text_type
+from ptq_cli.models.family import Condition, Config, Family, FamilySite
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
 
 _BY_NAME = {family.name: family for family in FAMILIES}
@@ -81,7 +81,7 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
     """
     kind = None
     if config is not None:
-        kind = model_type(text_config(config)) or model_type(config)
+        kind = text_type(config)
     row, notes = (_named(family, kind), ()) if family is not None else _choose(specs, kind)
     if row is None:
         return Sites(None, (), notes)

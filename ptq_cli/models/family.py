@@ -9,6 +9,7 @@ Names are as in transformers' modeling files, checked against them in tests/inte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.names import Names
 from ptq_cli.models.sites import Layout, SitePattern
 
+_TEXT_MODULE = "model.language_model."  # of every multimodal model in transformers
+_IMAGE_TOKEN = re.compile(r"(image|video|audio)_token_(id|index)")
 USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
 
@@ -83,15 +86,31 @@ class Multimodal:
     """Models with towers for images or sound beside a text model, whose family its own
     `model_type` in config.json's `text_config` tells.
 
-    model_types: config.json's own `model_type`
+    model_types: config.json's own `model_type` → the text model's, where `text_config` has none
     towers: modules that are no part of the text model, projectors included; dense unless asked for
     renames: beginnings of the checkpoint's names and of the modules' in transformers, where these
         differ; the first that fits counts
+    causal: whether a token of text sees those before it only
     """
 
-    model_types: tuple[str, ...]
+    model_types: Mapping[str, str]
     towers: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
+    causal: bool = True
+
+    def prefixes(self, names: Names) -> tuple[str, ...]:
+        """Of the text model's tensors, in place of those of its names."""
+        outer = self._stored(_TEXT_MODULE)
+        return tuple(p + own.removeprefix("model.") for own in names.prefixes for p in outer)
+
+    def heads(self, names: Names) -> tuple[str, ...]:
+        """What the output's linear may be called."""
+        return self._stored(names.head)
+
+    def _stored(self, module: str) -> tuple[str, ...]:
+        """What the checkpoint may call a module of transformers'."""
+        found = (stored for stored, inside in self.renames if inside == module)
+        return tuple(dict.fromkeys((*found, module)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,8 @@ class Family:
     vocabularies: without config.json, sizes of the vocabulary that tell this family from another
         with the same names; none where names suffice
     defaults: config.json's, where a file leaves a key out
+    sizes: further defaults, which transformers leaves out in the `text_config` of a multimodal
+        model only
     keys: our word → the family's key, where they differ. Our words are config.json's for a Llama
         and: activation, norm_eps, norm_affine (norms have weights), norm_first (norms stand before
         a branch, not behind its sum), no_final_norm, embedding_size, embedding_scale,
@@ -127,6 +148,7 @@ class Family:
     plus_one: bool = False
     vocabularies: tuple[int, ...] = ()
     defaults: Config = field(default_factory=dict)
+    sizes: Config = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     forward: Forward | None = None
     gguf: GgufFamily | None = None
@@ -137,7 +159,8 @@ class Family:
 
     def settings(self, config: Config) -> dict[str, Any]:
         """config.json's settings of the language model in our words, defaults filled in."""
-        settings = {**self.defaults, **text_config(config)}
+        text = text_config(config)
+        settings = {**self.defaults, **({} if text is config else self.sizes), **text}
         for word, key in {**USUAL_KEYS, **self.keys}.items():
             if settings.get(word) is None:
                 settings[word] = settings.get(key)
@@ -153,6 +176,15 @@ def model_type(config: Config) -> str | None:
     """config.json's `model_type`; None where it is no word."""
     kind = config.get("model_type")
     return kind if isinstance(kind, str) else None
+
+
+def image_tokens(config: Config) -> dict[int, str]:
+    """Tokens that stand for an image, a film or a sound, and config.json's key that says so."""
+    return {
+        token: key
+        for key, token in config.items()
+        if _IMAGE_TOKEN.fullmatch(key) and isinstance(token, int)
+    }
 
 
 def text_config(config: Config) -> Config:

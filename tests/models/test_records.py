@@ -14,7 +14,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 from ptq_cli.formats.fused import FUSED
 from ptq_cli.models.block_sites import kinds
-from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES
+from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES, text_type
 from ptq_cli.models.forward.architecture import read_architecture
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
@@ -72,7 +72,7 @@ def test_sites_are_all_linears_of_a_block_behind_its_norms(family):
 
 @EACH
 def test_every_block_of_the_forward_has_the_linears_and_norms_of_a_kind_of_the_record(family):
-    kind = family.model_types[0]
+    kind = text_type({"model_type": family.model_types[0]})
     if family.forward is None:
         with pytest.raises(InputError, match="no forward"):
             read_architecture({"model_type": kind, **SIZES})

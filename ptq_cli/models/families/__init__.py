@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from ptq_cli.models.families import llava, qwen2_vl
-from ptq_cli.models.family import Config, Family, Multimodal
+from ptq_cli.models.family import Config, Family, Multimodal, model_type, text_config
 
 _TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
 _OTHERS = """
@@ -25,13 +25,20 @@ def _families(names: str) -> tuple[Family, ...]:
 
 TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
 FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
-MULTIMODALS = (llava.MULTIMODAL, qwen2_vl.MULTIMODAL)
+MULTIMODALS = (llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
+
+
+def text_type(config: Config) -> str | None:
+    """The `model_type` of the language model, for a multimodal one that of its text."""
+    if kind := model_type(text_config(config)) if text_config(config) is not config else None:
+        return kind
+    kind, multimodal = model_type(config), multimodal_of(config)
+    return kind if multimodal is None else multimodal.model_types[str(kind)]
 
 
 def family_of(config: Config) -> Family | None:
     """The family that config.json names, for a multimodal model that of its text."""
-    text = config.get("text_config")
-    kinds = [part.get("model_type") for part in (text, config) if isinstance(part, dict)]
+    kinds = (text_type(config), model_type(config))
     return next((f for kind in kinds for f in FAMILIES if kind in f.model_types), None)
 
 

@@ -53,6 +53,7 @@ FAMILY = Family(
         "vocab_size": 256000, "max_position_embeddings": 8192,
         "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
     },
+    sizes={"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
     keys={
         "activation": "hidden_activation", "score_size": "query_pre_attn_scalar",
         "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",

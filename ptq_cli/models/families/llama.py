@@ -20,6 +20,10 @@ FAMILY = Family(
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "max_position_embeddings": 2048,
     },
+    sizes={
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
     folds=Folds(),
     forward=Forward(biases=BIASES),
     gguf=GgufFamily(

@@ -13,7 +13,11 @@ FAMILY = Family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    sizes={
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
     gguf=GgufFamily("llama", permuted=True),  # read again as a Llama
-)
+)  # fmt: skip

@@ -23,6 +23,10 @@ FAMILY = Family(
         "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
         "max_window_layers": 28,
     },
+    sizes={
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
     keys={"use_windows": "use_sliding_window"},
     folds=Folds(),
     forward=Forward(biases={"qkv": True}, slides=slides, by_type=True),

@@ -14,6 +14,7 @@ FAMILY = Family(
     name="qwen3",
     names=replace(llama.FAMILY.names, norms={**llama.FAMILY.names.norms, **NORMS}),
     defaults={**qwen2.FAMILY.defaults, "head_dim": 128},
+    sizes=qwen2.FAMILY.sizes,
     keys=qwen2.FAMILY.keys,
     folds=Folds(),
     forward=Forward(biases=BIASES, slides=qwen2.slides, by_type=True),

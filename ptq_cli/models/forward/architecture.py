@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.families import FAMILIES, family_of, multimodal_of, text_type
 from ptq_cli.models.family import Config, Family
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
@@ -16,6 +16,8 @@ from ptq_cli.models.forward.multi_head import MultiHead
 from ptq_cli.models.forward.reader import BlockReader, Forward, make_norm, number
 from ptq_cli.models.forward.rope import not_known
 from ptq_cli.models.forward.usual import attention_of, feed_forward_of, norms_of
+from ptq_cli.models.names import Names
+from ptq_cli.models.ties import ties
 
 WORKSPACE = 16 << 20  # scores, chunks of activation functions, rotations of short batches
 
@@ -65,6 +67,7 @@ class Architecture:
     """A model as its forward needs to know it.
 
     transposed: linears are stored [in_features, out_features]
+    inside: the beginning of the names in a block, before its number
     embedding, positions, head: names of tensors; head is the embedding where they are tied
     embedding_scale: of the embeddings; logit_scale, logit_softcap: of the logits, in this order
     embedding_norm: behind the embeddings
@@ -77,6 +80,7 @@ class Architecture:
     hidden_size: int
     vocab_size: int
     blocks: tuple[Block, ...]
+    inside: str
     embedding: str
     head: str
     final_norm: Norm | None
@@ -124,18 +128,17 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     tensors: names in the checkpoint; they tell which prefix it uses where a family has several.
     Raises InputError for a `model_type` or a setting that is not known.
     """
-    kind = config.get("model_type")
-    known = {kind: family for family in FAMILIES if family.forward for kind in family.model_types}
-    family = known.get(str(kind))
+    kind, family = text_type(config), family_of(config)
     if family is None or family.forward is None:
+        known = (kind for own in FAMILIES if own.forward for kind in own.model_types)
         raise not_known(f"no forward for model_type {kind!r}", known)
     settings, names, forward = _settings(config, family), family.names, family.forward
-    found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in tensors)
-    prefix = next(found, names.prefixes[0])
+    prefixes, heads = _places(config, names)
+    prefix = _first(prefixes, f"{{}}{names.embedding}.weight", tensors)
     embedding = f"{prefix}{names.embedding}.weight"
-    head = f"{names.head}.weight"
+    head = f"{_first(heads, '{}.weight', tensors)}.weight"
     # a head that is stored beside its embedding may be another, whatever config.json says
-    tied = bool(settings.get("tie_word_embeddings")) and head not in tensors
+    tied = ties(config) and head not in tensors
     hidden_size = settings["hidden_size"]
     narrow = (settings.get("embedding_size") or hidden_size) != hidden_size
     bare = settings.get("no_final_norm") or not settings.get("norm_first", True)
@@ -156,6 +159,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
             ))
             for index in range(settings["num_hidden_layers"])
         ),
+        inside=f"{prefix}{names.blocks}.",
         embedding=embedding,
         head=embedding if tied else head,
         final_norm=None if bare else norm(names.final_norm),
@@ -166,6 +170,25 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         logit_scale=_logit_scale(settings),
         logit_softcap=settings.get("logit_softcap"),
     )  # fmt: skip
+
+
+def _places(config: Config, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The prefixes that the text model's tensors may have, and what its head may be called."""
+    multimodal = multimodal_of(config)
+    if multimodal is None:
+        return names.prefixes, (names.head,)
+    if not multimodal.causal:
+        raise InputError(
+            f"tokens of a {config['model_type']} see one another in both directions; only causal"
+            " is known",
+            hint="bring activations with --activations, which works for any model",
+        )
+    return multimodal.prefixes(names), multimodal.heads(names)
+
+
+def _first(words: Sequence[str], pattern: str, tensors: Collection[str]) -> str:
+    """The first word with which a tensor has the pattern's name; else the first one of all."""
+    return next((word for word in words if pattern.format(word) in tensors), words[0])
 
 
 def _settings(config: Config, family: Family) -> dict[str, Any]:

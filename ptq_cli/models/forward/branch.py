@@ -63,8 +63,22 @@ class Step:
     routed: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What config.json makes of a branch's linears.
+
+    of: module → (out_features, in_features); sizes: what these come from, in words
+    """
+
+    of: Mapping[str, tuple[int, int]]
+    sizes: str
+
+
 class Branch(Protocol):
     """What is added to the residual."""
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        """The shapes of its linears."""
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         """Its steps for packed tokens. cache: what becomes of keys and values that are cached"""

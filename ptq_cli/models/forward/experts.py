@@ -11,7 +11,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Routing, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Routing, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Weights
 from ptq_cli.models.forward.mlp import MLP
 
@@ -57,6 +57,18 @@ class Experts:
     def kept(self) -> int:
         shared = 0 if self.shared is None else self.shared.kept + self.hidden_size
         return self.top_k * max(self.width, self.hidden_size) + shared
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        found = {self.router.name: (len(self.experts), hidden_size)}
+        if self.shared_gate is not None:
+            found[self.shared_gate.name] = (1, hidden_size)
+        sizes = f"{len(self.experts)} experts with {self.experts[0].shapes(hidden_size).sizes}"
+        beside = () if self.shared is None else (self.shared,)
+        for mlp in (*beside, *self.experts):
+            found |= mlp.shapes(hidden_size).of
+        if self.shared is not None:
+            sizes += f", one for all with {self.shared.shapes(hidden_size).sizes}"
+        return Shapes(found, sizes)
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         first = tuple(expert.site for expert in self.experts)

@@ -12,7 +12,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.scans import causal_convolution, gated_delta_rule
 
@@ -50,6 +50,19 @@ class GatedDelta:
     @property
     def kept(self) -> int:
         return self.n_heads * self.value_dim
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        keys = self.n_key_heads * self.key_dim
+        first, second = self.inputs
+        heads = f"{self.n_key_heads} key heads of {self.key_dim} channels"
+        return Shapes(
+            {
+                first.name: (2 * keys + 2 * self.kept, hidden_size),
+                second.name: (2 * self.n_heads, hidden_size),
+                self.output.name: (hidden_size, self.kept),
+            },
+            f"{heads}, {self.n_heads} value heads of {self.value_dim}",
+        )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         site, output = self.inputs[0].name, self.output

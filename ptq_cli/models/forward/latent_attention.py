@@ -14,7 +14,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing, attend
-from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
 
@@ -66,6 +66,20 @@ class LatentAttention:
         queries = self.n_heads * (self.still + self.turned)
         narrow = self.rank + self.turned + (self.query_rank if self.query_up else queries)
         return max(narrow, self.n_heads * self.value_size)
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        queries = self.n_heads * (self.still + self.turned)
+        first, second = self.first
+        found = {
+            first.name: (self.query_rank or queries, hidden_size),
+            second.name: (self.rank + self.turned, hidden_size),
+            self.key_value_up.name: (self.n_heads * (self.still + self.value_size), self.rank),
+            self.output.name: (hidden_size, self.n_heads * self.value_size),
+        }
+        if self.query_up is not None:
+            found[self.query_up.name] = (queries, self.query_rank)
+        heads = f"{self.n_heads} heads of {self.still} + {self.turned} and {self.value_size}"
+        return Shapes(found, f"{heads} channels, ranks {self.query_rank} and {self.rank}")
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         last, output = self.key_value_up, self.output

@@ -12,7 +12,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.scans import causal_convolution, mamba2_scan
 
@@ -55,6 +55,17 @@ class Mamba:
     @property
     def kept(self) -> int:
         return self.n_heads * self.head_dim
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        width, groups = self.kept, self.n_groups * self.state_size
+        heads = f"{self.n_heads} Mamba heads of {self.head_dim} channels in {self.n_groups} groups"
+        return Shapes(
+            {
+                self.input.name: (2 * width + 2 * groups + self.n_heads, hidden_size),
+                self.output.name: (hidden_size, width),
+            },
+            f"{heads}, a state of {self.state_size}",
+        )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         def inwards(weights: Weights, flow: Flow) -> Flow:

@@ -9,7 +9,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Weights
 
 
@@ -45,6 +45,14 @@ class MLP:
     @property
     def kept(self) -> int:
         return self.width
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        rows = 2 * self.width if self.gated and len(self.inputs) == 1 else self.width
+        found = {linear.name: (rows, hidden_size) for linear in self.inputs}
+        return Shapes(
+            {**found, self.output.name: (hidden_size, self.width)},
+            f"an intermediate size of {self.width}",
+        )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         def inwards(weights: Weights, flow: Flow) -> Flow:

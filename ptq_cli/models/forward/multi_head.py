@@ -10,7 +10,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, HeadBias, Packing, attend
-from ptq_cli.models.forward.branch import Flow, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
 
@@ -62,6 +62,16 @@ class MultiHead:
     @property
     def kept(self) -> int:
         return self.head_dim * self.n_heads
+
+    def shapes(self, hidden_size: int) -> Shapes:
+        query, shared = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        rows = [query * (2 if self.gated else 1), shared, shared]
+        if len(self.qkv) == 1:
+            rows = [sum(rows)]
+        found = {li.name: (n, hidden_size) for li, n in zip(self.qkv, rows, strict=True)}
+        found[self.output.name] = (hidden_size, query)
+        heads = f"{self.n_heads} attention heads and {self.n_kv_heads} key heads"
+        return Shapes(found, f"{heads} of {self.head_dim} channels")
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         site, output = self.qkv[0].name, self.output
