@@ -1,10 +1,12 @@
 """How fast a block's NumPy forward is beside transformers' in float32, on the same cores.
 
-    python benchmarks/forward.py [--hidden 1024] [--tokens 4096] [--repeats 9] [--threads N]
+    python benchmarks/forward.py [KIND...] [--hidden 1024] [--tokens 4096] [--repeats 9]
+        [--threads N]
 
-For sequences of 512 and 2,048 tokens (together `--tokens`), the same random Llama-like block runs
-in turn here and in transformers (scaled-dot-product attention, its default); medians of both, and
-the share of the rate of large float32 matrix products that the products of the block reach.
+For each kind of block, and sequences of 512 and 2,048 tokens (together `--tokens`), the same random
+model of one such block, without its head, runs in turn here and in transformers (its own choice of
+attention); medians of both. Of a Llama's block, the share of the rate of large float32 matrix
+products that its products reach, too.
 Here each thread takes its part of the sequences and BLAS has one thread, as in a run of ptq; torch
 gets as many threads.
 Needs torch and transformers beside this package; prints a Markdown table.
@@ -18,33 +20,94 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from ptq_cli.core.tensors import Array
+from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import pack
-from ptq_cli.models.forward.stages import forward_block
+from ptq_cli.models.forward.stages import embed, finish, forward_block
+from ptq_cli.storage.sources import open_float
 
 LENGTHS = (512, 2048)
+VOCABULARY = 256
+TOLERANCE = 1e-3  # relative to the largest
+
+# What config.json says besides the sizes, by kind: transformers' name of the family and settings.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+LATENT = {
+    "q_lora_rank": 384, "kv_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}  # fmt: skip
+DELTA = {
+    "linear_num_value_heads": 16, "linear_num_key_heads": 8, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "head_dim": 64,
+}  # fmt: skip
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "window of 256": ("Mistral", {"sliding_window": 256}),
+    "capped scores": ("Gemma2", {"head_dim": 64, "layer_types": ["full_attention"]}),
+    "LayerNorm, gelu": ("Starcoder2", {}),
+    "parallel": ("Cohere", {"pad_token_id": 0}),
+    "norms behind": ("Olmo2", {}),
+    "ALiBi": ("Bloom", {}),
+    "latent attention": (
+        "DeepseekV3", {**LATENT, "first_k_dense_replace": 1, "num_key_value_heads": None}
+    ),
+    "experts": ("Qwen3Moe", {**EXPERTS, "head_dim": 64, "moe_intermediate_size": 704}),
+    "shared expert": (
+        "Qwen2Moe",
+        {**EXPERTS, "moe_intermediate_size": 704, "shared_expert_intermediate_size": 704},
+    ),
+    "groups of experts": (
+        "DeepseekV3",
+        {**LATENT, "first_k_dense_replace": 0, "num_key_value_heads": None, "n_routed_experts": 8,
+         "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 704},
+    ),
+    "sinks": (
+        "GptOss",
+        {"head_dim": 64, "layer_types": ["full_attention"], "num_local_experts": 8,
+         "num_experts_per_tok": 2, "intermediate_size": 704},
+    ),
+    "chunks of 256": (
+        "Llama4Text",
+        {"head_dim": 64, "attention_chunk_size": 256, "num_local_experts": 8,
+         "num_experts_per_tok": 1, "intermediate_size": 704},
+    ),
+    "delta rule": (
+        "Qwen3Next",
+        {**DELTA, **EXPERTS, "layer_types": ["linear_attention"], "moe_intermediate_size": 704,
+         "shared_expert_intermediate_size": 704},
+    ),
+    "gated attention": (
+        "Qwen3Next",
+        {**DELTA, **EXPERTS, "layer_types": ["full_attention"], "moe_intermediate_size": 704,
+         "shared_expert_intermediate_size": 704},
+    ),
+    "Mamba-2": (
+        "Bamba", {"attn_layer_indices": [], "mamba_n_heads": 32, "mamba_d_head": 64,
+                  "mamba_d_state": 64, "mamba_expand": 2}
+    ),
+}  # fmt: skip
 
 
 class Row(NamedTuple):
-    """Tokens in a sequence, seconds here and there, share of the sgemm rate, that rate."""
+    """Seconds here and there, and of one product of SQUARE in each thread."""
 
-    length: int
     here: float
     there: float
-    share: float
-    rate: float
+    products: float
 
 
-def config(hidden: int) -> dict[str, Any]:
+def sizes(hidden: int) -> dict[str, Any]:
     return {
-        "model_type": "llama",
-        "vocab_size": 64,
+        "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "intermediate_size": hidden * 11 // 4,
         "num_hidden_layers": 1,
@@ -54,18 +117,17 @@ def config(hidden: int) -> dict[str, Any]:
     }
 
 
-def flops(arch: Architecture, n_tokens: int, length: int) -> float:
-    """Floating-point operations of a block's products, the causal half of attention only."""
-    heads = (arch.n_heads + arch.n_kv_heads) * arch.head_dim
-    linears = 2 * arch.hidden_size * heads + 3 * arch.hidden_size * arch.intermediate_size
-    attention = arch.n_heads * arch.head_dim * (length + 1)
-    return 2.0 * n_tokens * (linears + attention)
+def flops(hidden: int, n_tokens: int, length: int) -> float:
+    """Floating-point operations of a Llama's products, the causal half of attention only."""
+    linears = 2 * hidden * (hidden + hidden // 4) + 3 * hidden * (hidden * 11 // 4)
+    return 2.0 * n_tokens * (linears + hidden * (length + 1))
 
 
-SQUARE = np.ones((1536, 1536), dtype=np.float32)
+SIDE = 1536
+SQUARE = np.ones((SIDE, SIDE), dtype=np.float32)
 
 
-def sgemm(_: int) -> np.ndarray:
+def sgemm(_: int) -> Array:
     return SQUARE @ SQUARE
 
 
@@ -80,72 +142,104 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def theirs(hidden: int, inputs: np.ndarray) -> tuple[Callable[[], Any], dict[str, np.ndarray]]:
-    """transformers' forward of one block on `inputs` [n, length, hidden], and its weights."""
+def theirs(kind: str, hidden: int, folder: Path) -> Callable[[Array], Array]:
+    """transformers' forward, tokens [n, length] → [n, length, hidden], of a model in `folder`."""
     import torch
-    from transformers import LlamaConfig, LlamaModel
+    import transformers
 
     torch.manual_seed(0)
-    settings = {key: value for key, value in config(hidden).items() if key != "model_type"}
-    model = LlamaModel(LlamaConfig(**settings)).eval()
-    states = torch.from_numpy(inputs)
-    angles = model.rotary_emb(states, torch.arange(inputs.shape[1])[None])
+    family, settings = KINDS[kind]
+    config = getattr(transformers, f"{family}Config")(**{**sizes(hidden), **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
 
-    def run() -> Any:
+    def run(tokens: Array) -> Array:
         with torch.no_grad():
-            return model.layers[0](states, position_embeddings=angles, attention_mask=None)
+            return model.base_model(torch.from_numpy(tokens)).last_hidden_state.numpy()
 
-    weights = {f"model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
-    return run, weights
+    return run
 
 
-def compare(hidden: int, length: int, n_tokens: int, repeats: int, pool: Executor) -> Row:
-    """One row of the table; checks that both forwards agree."""
-    arch = read_architecture(config(hidden))
-    n_sequences = max(1, n_tokens // length)
-    random = np.random.default_rng(0)
-    inputs = random.standard_normal((n_sequences, length, hidden), dtype=np.float32)
-    run, weights = theirs(hidden, inputs)
-    one = pack((1, length))
+def ours(folder: Path) -> Callable[[Array], Array]:
+    """The forward here, tokens [length] → [length, hidden].
 
-    def ours() -> list[np.ndarray]:
-        block = partial(forward_block, arch, 0, weights, packing=one)
-        return list(pool.map(block, inputs))
+    Raises InputError where the family has none.
+    """
+    source = open_float(folder)
+    arch = read_architecture(source.config, source.tensors)
+    weights = {name: source.read(name) for name in source.tensors}
+    return partial(forward, arch, weights)
 
-    difference = np.abs(np.stack(ours()) - run().numpy()).max()
-    assert difference < 1e-3, difference
-    threads = pool._max_workers  # type: ignore[attr-defined]
-    products = partial(products_at_once, pool, threads)
-    times = [(timed(ours), timed(run), timed(products)) for _ in range(repeats)]
-    here, there, square = (median(column) for column in zip(*times, strict=True))
-    rate = 2 * 1536.0**3 * threads / square
-    share = flops(arch, n_sequences * length, length) / here / rate
-    return Row(length, here, there, share, rate)
+
+def forward(arch: Architecture, weights: dict[str, Array], tokens: Array) -> Array:
+    packing = pack((1, len(tokens)))
+    hidden = embed(arch, weights, tokens[None], packing)
+    for index in range(len(arch.blocks)):
+        hidden = forward_block(arch, index, weights, hidden, packing)
+    return finish(arch, weights, hidden)
+
+
+def compare(
+    here: Callable[[Array], Array],
+    there: Callable[[Array], Array],
+    tokens: Array,
+    repeats: int,
+    pool: ThreadPoolExecutor,
+) -> Row:
+    """Medians of both on the same tokens [n, length]; checks that both agree."""
+
+    def each() -> list[Array]:
+        return list(pool.map(here, tokens))
+
+    expected = there(tokens)
+    difference = np.abs(np.stack(each()) - expected).max() / np.abs(expected).max()
+    assert difference < TOLERANCE, difference
+    products = partial(products_at_once, pool, pool._max_workers)
+    calls = (each, partial(there, tokens), products)
+    times = [[timed(call) for call in calls] for _ in range(repeats)]
+    return Row(*(median(column) for column in zip(*times, strict=True)))
+
+
+def print_kind(kind: str, options: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
+    """The lines of one kind, or that it has no forward here."""
+    with TemporaryDirectory() as folder:
+        there = theirs(kind, options.hidden, Path(folder))
+        try:
+            here = ours(Path(folder))
+        except InputError as error:
+            print(f"| {kind} | {error} | | | | |", flush=True)
+            return
+    for length in LENGTHS:
+        n_sequences = max(1, options.tokens // length)
+        tokens = np.random.default_rng(0).integers(3, VOCABULARY, (n_sequences, length))
+        row = compare(here, there, tokens, options.repeats, pool)
+        share = ""
+        if kind == "llama":
+            rate = 2.0 * SIDE**3 * options.threads / row.products
+            share = f"{flops(options.hidden, tokens.size, length) / row.here / rate:.0%}"
+        speed = f"{row.here:.3f} | {row.there:.3f} | {row.there / row.here:.2f} × | {share}"
+        print(f"| {kind} | {length} | {speed} |", flush=True)
 
 
 def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print("| tokens in a sequence | ptq, s | transformers, s | ptq's speed | share of sgemm |")
-    print("|---|---|---|---|---|")
-    rows = []
+    print("| block | tokens in a sequence | ptq, s | transformers, s | ptq's speed | of sgemm |")
+    print("|---|---|---|---|---|---|")
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(options.threads) as pool:
         torch.set_num_threads(options.threads)  # the limit above may have reached torch's BLAS
-        for length in LENGTHS:
-            row = compare(options.hidden, length, options.tokens, options.repeats, pool)
-            rows.append(row)
-            speed = f"{row.there / row.here:.2f} × | {row.share:.0%}"
-            print(f"| {length} | {row.here:.3f} | {row.there:.3f} | {speed} |")
+        for kind in options.kinds or KINDS:
+            print_kind(kind, options, pool)
     print(
         f"\nHidden size {options.hidden}, {options.tokens} tokens, {options.threads} threads, "
-        f"medians of {options.repeats}; sgemm {median(r.rate for r in rows) / 1e9:.0f} GFLOP/s."
+        f"medians of {options.repeats}."
     )
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +40,7 @@ from ptq_cli.plan.mixes import MIXES, ModelFacts, mix_types, role_of
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, METHODS, SMOOTHERS, format_named, method, smoother
 
+TESTS = Path(__file__).parents[1] / "tests"
 WIDTH = 80
 PACKS = default_settings("pack")
 BITS = range(2, 9)
@@ -407,4 +410,34 @@ def _family(family: Family) -> list[str]:
         _counted(sum(site.reason is None for site in kind) for kind in blocks),
         "yes" if family.forward else "no",
         f"`{family.gguf.architecture}`" if family.gguf else "no",
+    ]
+
+
+def models() -> str:
+    """What the tests in tests/interop found of each architecture."""
+    from tests.interop.forward_models import ROWS
+
+    loaded = json.loads((TESTS / "interop" / "loaded.json").read_text("utf-8"))
+    names = {*loaded, *(name.split()[0] for name in ROWS)}
+    head = ["model", "family", "forward", "folds", "GGUF", "loaded by"]
+    return _table(head, [_model(name, loaded.get(name, {})) for name in sorted(names)]) + "\n"
+
+
+def _model(name: str, own: dict[str, str]) -> list[str]:
+    from tests.interop import test_gguf_families
+    from tests.interop.forward_models import ROWS, WITHOUT_A_FORWARD
+    from tests.interop.test_folding_architectures import ALL, LEFT
+
+    kind = own.get("model_type", name)
+    known = own.get("family") or next((f.name for f in FAMILIES if kind in f.model_types), "")
+    equal = kind in {row.split()[0] for row in ROWS} - WITHOUT_A_FORWARD
+    sites, left = LEFT.get(name, (8, 0))
+    ran = {row.split()[0] for row in test_gguf_families.MODELS} & {kind, kind.removesuffix("_text")}
+    return [
+        f"`{name}`",
+        known,
+        "equal" if equal else "",
+        f"{sites - left} of {sites}" if name in ALL else "",
+        "llama.cpp" if ran else "",
+        own.get("loaded", ""),
     ]

@@ -29,6 +29,8 @@ class SourceSettings:
     calibration: a statistics file; activations: folders of `<module>.npy`, bf16: uint16 is bfloat16
     tokens: run the model on these, layers in sequence; with `parallel_layers` the float model only
     imatrix: an importance matrix of llama.cpp
+    min_expert_tokens: of tokens, those that an expert is calibrated on alone; with fewer, on those
+        of all experts beside it. None: an eighth of its columns
     required: none at all is an error
     """
 
@@ -39,6 +41,7 @@ class SourceSettings:
     parallel_layers: bool = False
     required: bool = False
     imatrix: Path | None = None
+    min_expert_tokens: int | None = None
 
     @property
     def in_sequence(self) -> bool:
@@ -59,7 +62,7 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
     strings.
 
     Raises:
-        InputError: as `take_tokens`; --parallel-layers without tokens.
+        InputError: as `take_tokens`; --parallel-layers or --min-expert-tokens without tokens.
     """
     calibration = options.pop("calibration", None)
     settings = SourceSettings(
@@ -70,9 +73,12 @@ def take_source(options: dict[str, Any]) -> SourceSettings:
         bool(options.pop("parallel_layers", False)),
         bool(options.pop("require_calibration", False)),
         None if (imatrix := options.pop("imatrix", None)) is None else Path(imatrix),
+        options.pop("min_expert_tokens", None),
     )
     if settings.parallel_layers and not settings.tokens.given:
-        raise InputError("--parallel-layers needs --tokens or --text")
+        raise InputError("--parallel-layers needs --tokens, --text or --chat")
+    if settings.min_expert_tokens is not None and not settings.tokens.given:
+        raise InputError("--min-expert-tokens needs --tokens, --text or --chat")
     return settings
 
 
@@ -88,13 +94,13 @@ def take_tokens(options: dict[str, Any]) -> TokenSettings:
     tokens = values.get("tokens")
     if isinstance(tokens, TokenSettings):
         return tokens
-    for name in ("tokens", "text", "mask"):
+    for name in ("tokens", "text", "chat", "mask"):
         if name in values:
             values[name] = Path(values[name])
     settings = TokenSettings(**values)
     idle = [name for name in ("seq_len", "nsamples", "mask") if name in values]
     if idle and not settings.given:
-        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens or --text")
+        raise InputError(f"--{idle[0].replace('_', '-')} needs --tokens, --text or --chat")
     if "seed" in values and settings.nsamples is None:
         raise InputError("--seed needs --nsamples")
     return settings
@@ -123,9 +129,14 @@ def find_source(
         if path is not None or folders:
             raise InputError("tokens exclude --calibration and --activations")
         tokens = read_tokens(settings.tokens, checkpoint, CALIBRATION_SEQUENCES)
-        feedback = settings.in_sequence
         return token_source(
-            checkpoint, tokens, HELDOUT, feedback=feedback, correct=correct, couple=couple
+            checkpoint,
+            tokens,
+            HELDOUT,
+            feedback=settings.in_sequence,
+            correct=correct,
+            couple=couple,
+            min_expert_tokens=settings.min_expert_tokens,
         )
     if path is not None and folders:
         raise InputError(

@@ -11,10 +11,11 @@ or on the memory there is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import ClassVar
 
 import numpy as np
@@ -41,6 +42,7 @@ from ptq_cli.storage.machine import cores
 from ptq_cli.storage.tokens import Tokens
 
 BATCH_TOKENS = 4096
+READING = 12  # bytes a weight takes at most while it is read, or decoded, and made float32
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class Batch:
 
 
 def batches(tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
-    """Sequences in their order, so many together that their columns are about BATCH_TOKENS."""
+    """Rows in their order, so many together that their columns are about BATCH_TOKENS; each
+    sequence that is packed into one of them goes on its own."""
     step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
     held = heldout_tokens(tokens.mask.sum(axis=1).tolist(), heldout)
     result, start = [], 0
     for first in range(0, len(tokens.ids), step):
-        ids = tokens.ids[first : first + step]
-        packing = pack(ids.shape, tokens.mask[first : first + step])
+        ids, mask = tokens.sequences(slice(first, first + step))
+        packing = pack(ids.shape, mask)
         rows = slice(start, start + packing.n_tokens)
         if packing.n_tokens:
             result.append(Batch(f"{first:08d}", ids, packing, rows, held[rows]))
@@ -77,6 +80,8 @@ class TokenSource(Source):
     """A model and the tokens that it runs on, in batches.
 
     residual_bytes: of a stream's residuals before and after a block
+    min_expert_tokens: with fewer an expert shares the statistics of all beside it; None: an eighth
+        of its columns
     couples: its statistics have the coupling of rows, where the linears add to the stream
     """
 
@@ -86,13 +91,23 @@ class TokenSource(Source):
     arch: Architecture
     batches: tuple[Batch, ...]
     residual_bytes: int
+    min_expert_tokens: int | None = None
     couples: bool = False
 
     @cached_property
     def fingerprints(self) -> Sequence[str]:
         mode = "drift" if self.drifts else "sequential" if self.feedback else "float"
         coupled = " coupled" if self.couples else ""
-        return [f"{self.tokens.fingerprint} {mode}{coupled}"]
+        least = self.min_expert_tokens
+        experts = "" if least is None else f" experts {least}"
+        return [f"{self.tokens.fingerprint} {mode}{coupled}{experts}"]
+
+    def own_tokens_needed(self, site: str) -> int:
+        """Tokens, those held out aside, with which a site has statistics of its own: of an expert
+        that fewer reach, they are those of all experts beside it."""
+        if not self.places[site].expert:
+            return 0
+        return _own_tokens_needed(self.sites[site].in_features, self.min_expert_tokens)
 
     @property
     def _largest_batch(self) -> int:
@@ -102,36 +117,47 @@ class TokenSource(Source):
         """How many batches run side by side: one a core, fewer where `memory` is short."""
         count = cores() if workers is None else workers
         if memory is not None:
-            need = self.arch.block_memory(self._largest_batch)
-            count = min(count, max(1, memory // need))
+            count = min(count, max(1, memory // self._batch_memory))
         return max(1, min(count, len(self.batches)))
 
     def memory(self, workers: int | None, memory: int | None) -> int:
-        """Bytes that running takes at most besides the statistics, on so many threads: what lies
-        between the inputs and outputs of a block for each, and the weights of a stage, which all
-        share."""
-        n_threads = self.n_threads(workers, memory)
-        n_blocks = len(self.arch.blocks)  # behind them is the head, which nothing goes through
-        inside = (place for place in self.places.values() if place.block < n_blocks)
-        weights = max(4 * self._size(place) for place in inside)
-        running = n_threads * self.arch.block_memory(self._largest_batch) + weights
+        """Bytes that running takes at most besides the statistics, on so many threads: a batch and
+        an expert for each, and the weights of a stage, experts aside, which all share."""
+        running = self.n_threads(workers, memory) * self._batch_memory + self._stage_memory
         if not self.couples:
             return running
         kept = 4 * self.arch.hidden_size**2
         return kept + max(running, head_fisher_memory(self.arch))
 
-    def _size(self, place: Place) -> int:
-        """Weights of a site's linears."""
-        tensors = (self.checkpoint.tensors.get(f"{linear}.weight") for linear in place.linears)
-        return sum(prod(tensor.spec.shape) for tensor in tensors if tensor is not None)
+    @cached_property
+    def _batch_memory(self) -> int:
+        """Bytes of what lies between the inputs and outputs of a block for a batch, and of the one
+        linear of an expert that it goes through: as it is read or decoded, and in float32."""
+        experts = (x for place in self.places.values() if place.expert for x in place.linears)
+        weight = max(map(self._size, experts), default=0)
+        return self.arch.block_memory(self._largest_batch) + READING * weight
+
+    @property
+    def _stage_memory(self) -> int:
+        """Bytes of the weights of a stage, experts aside, in float32."""
+        sizes: Counter[tuple[int, int]] = Counter()
+        for place in self.places.values():  # behind the blocks is the head: nothing goes through it
+            if place.block < len(self.arch.blocks) and not place.expert:
+                sizes[place.order] += 4 * sum(map(self._size, place.linears))
+        return max(sizes.values(), default=0)
+
+    def _size(self, linear: str) -> int:
+        """Weights of a linear."""
+        tensor = self.checkpoint.tensors.get(f"{linear}.weight")
+        return 0 if tensor is None else prod(tensor.spec.shape)
 
     def load_memory(self, site: str) -> int:
         """Of the sums of the inputs and of the drift; the forward has a budget of its own. Of an
-        expert that shares, of those of all experts too, which are kept for the next one."""
+        expert that may share, of those of all experts too, which are kept for the next one."""
         info = self.sites[site]
         batch = min(info.n_tokens, self._largest_batch)
         sums = statistics_memory(info.in_features, info.n_tokens, batch)
-        if info.own_tokens is not None:
+        if self.own_tokens_needed(site):
             sums += 4 * info.in_features * (info.in_features + HELDOUT_LIMIT + SAMPLE_LIMIT)
         if not self.drifts:
             return sums
@@ -170,15 +196,18 @@ def token_source(
     feedback: bool = False,
     correct: bool = False,
     couple: bool = False,
+    min_expert_tokens: int | None = None,
 ) -> TokenSource:
     """What a model sees on tokens; its sites are in the order of the forward.
 
     feedback: layers that are rounded already feed the layers after them; correct: the drift from
         the float model is then summed too; couple: so is the coupling of rows made, where it is
         known how the predictions come about
+    min_expert_tokens: as of `TokenSource`
 
     Raises:
-        InputError: no config.json, an architecture without a forward, a tensor that is missing.
+        InputError: no config.json, an architecture without a forward, a tensor that is missing;
+            `min_expert_tokens` without experts.
     """
     arch, parts = model_architecture(checkpoint), batches(tokens, heldout)
     places = {
@@ -187,6 +216,7 @@ def token_source(
         for number, stage in enumerate(stages(arch, block, parts[0].packing))
         for site, linears in stage.sites.items()
     }
+    _check_experts(checkpoint, places.values(), min_expert_tokens)
     n_rows, drifts = int(parts[-1].rows.stop), feedback and correct
     n_tokens = n_rows - sum(int(part.held.sum()) for part in parts)
     unproven = []
@@ -199,9 +229,10 @@ def token_source(
         arch,
         parts,
         residuals,
+        min_expert_tokens,
         name=tokens.name,
         sites={
-            site: _site(site, place, arch, _width(checkpoint, arch, place), n_tokens)
+            site: _site(checkpoint, arch, site, place, n_tokens, min_expert_tokens)
             for site, place in places.items()
         },
         heldout=heldout,
@@ -241,14 +272,35 @@ def _kv_heads(checkpoint: Checkpoint, arch: Architecture) -> int:
     return 0
 
 
-def _site(site: str, place: Place, arch: Architecture, in_features: int, n_tokens: int) -> SiteInfo:
+def _check_experts(checkpoint: Checkpoint, places: Iterable[Place], least: int | None) -> None:
+    if least is not None and not any(place.expert for place in places):
+        raise InputError(
+            f"--min-expert-tokens {least} does nothing here",
+            hint=f"{checkpoint.path} has no experts",
+        )
+
+
+def _own_tokens_needed(in_features: int, least: int | None) -> int:
+    """Tokens that an expert needs for statistics of its own. least: as of `TokenSource`"""
+    return ceil(in_features / 8) if least is None else least
+
+
+def _site(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    site: str,
+    place: Place,
+    n_tokens: int,
+    min_expert_tokens: int | None,
+) -> SiteInfo:
     """What is known of a site. Experts get an equal share of the tokens, as far as one can say
     beforehand; where that is too few, they share the statistics of all."""
+    in_features = _width(checkpoint, arch, place)
     experts = arch.blocks[place.block].experts if place.expert else None
     if experts is None:
         return SiteInfo(site, place.linears, in_features, n_tokens)
     routed = n_tokens * experts.top_k
     own = routed // len(experts.experts)
-    if own < in_features:
+    if own < _own_tokens_needed(in_features, min_expert_tokens):
         return SiteInfo(site, place.linears, in_features, routed, own)
     return SiteInfo(site, place.linears, in_features, own)

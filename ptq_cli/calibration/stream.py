@@ -2,7 +2,8 @@
 
 Threads work on batches side by side, BLAS has one thread (the caller's business). A `Stream` is one
 version of the model, given by its weights: the float one, or one whose layers are rounded as the
-run goes on. Weights are read for a stage, shared by its batches, and dropped.
+run goes on. Weights are read for a stage, shared by its batches, and dropped; those of experts, of
+which there may be hundreds, are read when a batch needs them, one linear at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import Batch, TokenSource
 from ptq_cli.core.tensors import Array
+from ptq_cli.models.experts import is_expert
 from ptq_cli.models.forward.attention import Cache, Packing, pack
 from ptq_cli.models.forward.branch import Flow, Routing
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
@@ -31,26 +33,30 @@ from ptq_cli.storage.scratch import Rows, Scratch
 FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
 
 Read = Callable[[str], Tensor]
+Decode = Callable[[], Tensor]  # gives a tensor that is rounded
 
 
 class Held:
-    """Tensors read once, as float32 where asked for, and kept; threads may share it. instead: of
-    those that would be read, where they are another's"""
+    """Tensors, as float32 where asked for; threads may share it. They are read once and kept; those
+    of experts are read anew each time. instead: what gives those that are not to be read"""
 
     def __init__(
-        self, read: Read, *, float32: bool = True, instead: Mapping[str, Tensor] = {}
+        self, read: Read, *, float32: bool = True, instead: Mapping[str, Decode] = {}
     ) -> None:
-        self._read, self._float32 = read, float32
-        self._kept: dict[str, Tensor] = {name: self._cast(x) for name, x in instead.items()}
+        self._read, self._float32, self._instead = read, float32, instead
+        self._kept: dict[str, Tensor] = {}
         self._lock = Lock()
 
     def __call__(self, name: str) -> Tensor:
+        if is_expert(name):
+            return self._get(name)
         with self._lock:
             if name not in self._kept:
-                self._kept[name] = self._cast(self._read(name))
+                self._kept[name] = self._get(name)
             return self._kept[name]
 
-    def _cast(self, tensor: Tensor) -> Tensor:
+    def _get(self, name: str) -> Tensor:
+        tensor = self._instead[name]() if name in self._instead else self._read(name)
         if not self._float32:
             return tensor
         if isinstance(tensor, LinearTensor):
@@ -80,7 +86,7 @@ class Stream:
         n = self.batches[-1].rows.stop
         return Rows(self.work / f"{self.name}.{block}", n, self.arch.hidden_size)
 
-    def embed(self, rounded: Mapping[str, Tensor] = {}) -> None:
+    def embed(self, rounded: Mapping[str, Decode] = {}) -> None:
         """Make the residual before the first block. rounded: as of `advance`"""
         weights = Held(self.read, float32=False, instead=rounded)
         rows = self.boundary(0)
@@ -99,10 +105,10 @@ class Stream:
         self._in_threads(work)
         self.block, self.stage = block, 0
 
-    def advance(self, rounded: Mapping[str, Tensor]) -> None:
+    def advance(self, rounded: Mapping[str, Decode]) -> None:
         """Apply the stage in hand to every batch; after the last one the boundary is written (who
-        drops the one before it knows whether another stream still needs it). rounded: tensors that
-        are used in place of those that are read"""
+        drops the one before it knows whether another stream still needs it). rounded: what gives
+        the tensors that are used in place of those that are read"""
         last = self.stage + 1 == len(self._stages(self.batches[0]))
         rows = self.boundary(self.block + 1)
         if last:
@@ -148,7 +154,7 @@ class Stream:
         self._in_threads(work)
         return ahead
 
-    def cache_reach(self, rounded: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    def cache_reach(self, rounded: Mapping[str, Decode]) -> NDArray[np.float32]:
         """The largest absolute values that the attention of the block in hand caches in each head,
         its first stage in hand: [keys and values, calibration and held-out tokens, n_kv_heads].
         rounded: as of `advance`"""
@@ -198,15 +204,14 @@ class Stream:
         return (self.scratch.get(batch.key, "hidden") for batch in self.batches)
 
     def count(self, site: str, where: Scratch | None = None) -> int:
-        """How many tokens reach the site."""
-        scratch = self.scratch if where is None else where
-        return sum(scratch.length(batch.key, f"inputs/{site}") for batch in self.batches)
+        """How many tokens reach the site, those held out aside."""
+        return sum(int((~held).sum()) for held in self.held(site, where))
 
     def _stages(self, batch: Batch) -> tuple[Stage, ...]:
         return stages(self.arch, self.block, batch.packing, self.caches.get(self.block))
 
     def _in_threads(
-        self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Tensor] = {}
+        self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Decode] = {}
     ) -> None:
         """`work` with the weights on every batch, `n_threads` at a time."""
         weights = Held(self.read, instead=rounded)

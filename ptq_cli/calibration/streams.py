@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
-from ptq_cli.calibration.stream import Held, Stream, last_residuals
+from ptq_cli.calibration.stream import Decode, Held, Stream, last_residuals
 from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.head_fisher import head_fisher
-from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.coupling import make_coupling
 from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
@@ -46,7 +45,7 @@ class Streams:
 
     streams: the first one gives the sites their inputs; a second one is the float model, and what
         it sees beside the first is the drift
-    embedded: tensors that are rounded in the first version before any site
+    embedded: what gives the tensors that are rounded in the first version before any site
     divisors: of sites whose inputs are smoothed in the first version, [in_features]: what the float
         model's inputs are divided by before they are compared
     """
@@ -66,7 +65,7 @@ class Streams:
         self.source = source
         self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
         self.main = self.streams[0]
-        self.embedded: Mapping[str, Tensor] = {}
+        self.embedded: Mapping[str, Decode] = {}
         self.divisors: dict[str, NDArray[np.float32]] = {}
         self._shared: SiteStatistics | None = None  # of all experts at the stage in hand
 
@@ -97,9 +96,9 @@ class Streams:
         for stream in self.streams:
             stream.enter(start)
 
-    def advance(self, rounded: Mapping[str, Tensor]) -> None:
+    def advance(self, rounded: Mapping[str, Decode]) -> None:
         """Put every batch of every stream through the stage in hand; from a block's last stage on
-        to the next block. rounded: tensors of the stage that are rounded in the first stream"""
+        to the next block. rounded: what gives the tensors that are rounded in the first stream"""
         block, self._shared = self.main.block, None
         self.main.advance(rounded)
         for other in self.streams[1:]:
@@ -110,13 +109,14 @@ class Streams:
                 stream.enter(block + 1)
 
     def statistics(self, site: str) -> SiteStatistics | None:
-        """Of a site of the stage in hand; None where no token reaches it, an expert.
+        """Of a site of the stage in hand; None where no token reaches it, an expert that shares no
+        other's.
 
         Raises:
             InputError: as `sums`.
         """
         place = self.source.places[site]
-        if self.main.count(site) == 0:
+        if not self.known(site):
             return None
         if len(self.streams) < 2 or place.expert:
             return self.sums(site)
@@ -140,15 +140,21 @@ class Streams:
         weights = Held(source.checkpoint.read, float32=False)
         return make_coupling(head_fisher(source.arch, weights, hidden))
 
+    def known(self, site: str, ahead: Scratch | None = None) -> bool:
+        """Whether a site has statistics. ahead: as of `sums`"""
+        if not self.source.places[site].expert or self.source.own_tokens_needed(site):
+            return True
+        return self.main.count(site, ahead) > 0
+
     def sums(self, site: str, ahead: Scratch | None = None) -> SiteStatistics:
         """Of a site of the stage in hand, without the drift. ahead: of one that `look_ahead` saw.
-        An expert that fewer tokens reach than it has columns shares those of all experts.
+        An expert that too few tokens reach shares those of all experts.
 
         Raises:
             InputError: the forward leaves the range of float32.
         """
         place, own = self.source.places[site], self.main.count(site, ahead)
-        if not place.expert or own >= self.source.sites[site].in_features:
+        if own >= self.source.own_tokens_needed(site):
             return self._summed(site, [site], ahead)
         shared = self._shared if ahead is None else None
         if shared is None:
@@ -199,7 +205,7 @@ class Streams:
             site: self.source.sites[site]
             for site, place in self.source.places.items()
             if place.block == self.main.block and self.main.stage <= place.stage <= last.stage
-            if self.main.count(site, inputs)
+            if self.known(site, inputs)
         }
         return Ahead(self, inputs, name=self.source.name, sites=some)
 
@@ -221,8 +227,8 @@ class Ahead(Source):
 
 
 def through_sites(source: Source, work: Path) -> Iterator[tuple[str, SiteStatistics | None]]:
-    """for block: for stage: for site: statistics; None where no token reaches it, an expert. The
-    float model goes on when the next site is asked for.
+    """for block: for stage: for site: statistics, as of `Streams.statistics`. The float model goes
+    on when the next site is asked for.
 
     source: one in sequence, without feedback; work: a folder for scratch files
     """

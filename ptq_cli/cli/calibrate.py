@@ -42,6 +42,7 @@ _PARAMETERS = (
     *in_section(
         "Calibration",
         *shared.TOKENS,
+        shared.MIN_EXPERT_TOKENS,
         option(
             "--activations",
             type=shared.PATH,
@@ -93,6 +94,7 @@ _UNREAD = {
     "merge": ("bf16", "fallback", "heldout_every", "heldout_limit"),
     "tokens": ("bf16", "fallback"),
     "text": ("bf16", "fallback"),
+    "chat": ("bf16", "fallback"),
 }
 
 
@@ -100,7 +102,8 @@ _UNREAD = {
 def calibrate(model: Path, **options: Any) -> None:
     """Stream the inputs of MODEL's linears into one statistics file.
 
-    They come from --activations, or from running the model on --tokens or --text.
+    They come from --activations, or from running the model on --tokens, --text or
+    --chat.
 
     Activations are <module>.npy, [..., in_features], float16, float32 or float64. Linears that
     share an input (q, k and v; gate and up) need one file among them. The file holds the Hessian,

@@ -257,6 +257,12 @@ def _show_totals(report: RunReport) -> None:
         f"gain over round-to-nearest: {times(totals['gain_vs_rtn'])}"
         f" (its mean: {number(totals['rtn_mean_rel_err'])})"
     )
+    on = Counter(row.calibrated_on for row in report.rows if row.calibrated_on)
+    if on:
+        line(
+            f"layers of experts with statistics of their own tokens: {on['own']}, of those of all"
+            f" experts beside them: {on['site']}"
+        )
     line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
 
 

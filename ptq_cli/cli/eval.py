@@ -42,6 +42,7 @@ _PARAMETERS = (
         ),
     ),
     *shared.TOKENS,
+    shared.MIN_EXPERT_TOKENS,
     *shared.SOURCES,
     *shared.RUN,
     *in_section(
@@ -96,7 +97,7 @@ def _job(original: Path, quantized: Path, options: dict[str, Any]) -> EvalJob:
     source, per_block = take_source(options), options["kl_per_block"]
     limits = (options["max_perplexity_increase"], options["max_kl"])
     if not source.tokens.given and (per_block or limits != (None, None)):
-        raise click.UsageError("perplexity and KL need --tokens or --text")
+        raise click.UsageError("perplexity and KL need --tokens, --text or --chat")
     scheme, bits = options["activation_scheme"], options["activation_bits"]
     inputs = {"bits": None if bits is None else int(bits), "percentile": options["percentile"]}
     if scheme in (None, "none") and inputs != {"bits": None, "percentile": None}:

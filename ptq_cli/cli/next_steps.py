@@ -30,7 +30,7 @@ _RUNTIME = {
     "gguf": "llama.cpp",
     "mlx": "mlx",
 }
-_TOKENS = tuple(field.name for field in fields(TokenSettings))
+_TOKENS = (*(field.name for field in fields(TokenSettings)), "min_expert_tokens")
 Step = tuple[str, Sequence[object]]
 
 

@@ -137,7 +137,8 @@ def _parameters(name: str) -> list[click.Parameter]:
     fallback = [_FALLBACK] if name == "gptq" else []
     required = [] if name in SMOOTHERS else [_REQUIRE_CALIBRATION]  # these always need it
     imatrix = [] if name in SMOOTHERS else [shared.IMATRIX]  # these need inputs themselves
-    sources = [*shared.TOKENS, _PARALLEL_LAYERS, *shared.SOURCES, *imatrix, *required]
+    sources = [*shared.TOKENS, shared.MIN_EXPERT_TOKENS, _PARALLEL_LAYERS, *shared.SOURCES]
+    sources += [*imatrix, *required]
     sources = [] if name == "pack" else sources
     shown = f"<model>-{name}-w<bits>g<group>[-<format>], or <model>-{name}-<scheme>"
     place = (

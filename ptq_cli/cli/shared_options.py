@@ -40,18 +40,24 @@ TOKENS = in_section(
         help="The same with a text and the model's tokenizer.json (needs ptq[text]).",
     ),
     option(
+        "--chat",
+        type=FILE,
+        help="The same with conversations, JSON lines, and the model's chat template (needs"
+        " ptq[text]).",
+    ),
+    option(
         "--seq-len",
         type=click.IntRange(2),
         metavar="N",
-        help="Cut text, or tokens in one dimension, into sequences of N."
-        f"  [default: {SEQ_LEN} for --text]",
+        help="Cut text, or tokens in one dimension, into sequences of N; pack conversations into"
+        f" rows of N.  [default: {SEQ_LEN} for --text, --chat]",
     ),
     option(
         "--nsamples",
         type=click.IntRange(1),
         metavar="N",
         help="Take N of the sequences, drawn at random.  [default: all; to calibrate on --text"
-        f" {CALIBRATION_SEQUENCES} at most]",
+        f" or --chat {CALIBRATION_SEQUENCES} at most]",
     ),
     option(
         "--seed",
@@ -63,6 +69,17 @@ TOKENS = in_section(
         "--mask",
         type=FILE,
         help="A .npy of the tokens' shape, 0 where there is padding.",
+    ),
+)
+
+(MIN_EXPERT_TOKENS,) = in_section(
+    "Calibration",
+    option(
+        "--min-expert-tokens",
+        type=click.IntRange(0),
+        metavar="N",
+        help="With --tokens: an expert that fewer than N tokens reach is calibrated on those of all"
+        " experts beside it.  [default: an eighth of its columns]",
     ),
 )
 

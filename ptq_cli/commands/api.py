@@ -53,10 +53,12 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "bf16": (bool, False),
     "tokens": (AnyPath | None, None),
     "text": (AnyPath | None, None),
+    "chat": (AnyPath | None, None),
     "seq_len": (int | None, None),
     "nsamples": (int | None, None),
     "seed": (int | None, None),
     "mask": (AnyPath | None, None),
+    "min_expert_tokens": (int | None, None),
     "parallel_layers": (bool, False),
     "require_calibration": (bool, False),
     "imatrix": (AnyPath | None, None),
@@ -142,10 +144,12 @@ def calibrate(
     *,
     tokens: Tokens = None,
     text: AnyPath | None = None,
+    chat: AnyPath | None = None,
     seq_len: int | None = None,
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     merge: Paths = (),
     gradients: Paths = (),
     bf16: bool = False,
@@ -171,10 +175,11 @@ def calibrate(
         `output`, `sites` (name → what the file's metadata says of it), `warnings`, `seconds`, and
         `earlier`: whether an earlier run had made the file already, from the same inputs.
     """
-    which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    which = {"tokens": tokens, "text": text, "chat": chat, "seq_len": seq_len, "mask": mask}
+    which |= {"nsamples": nsamples, "seed": seed, "min_expert_tokens": min_expert_tokens}
     job = prepare_calibration(
         model,
-        take_source({"activations": activations, "bf16": bf16, "tokens": tokens, **which}),
+        take_source({"activations": activations, "bf16": bf16, **which}),
         merge=as_paths(merge),
         gradients=as_paths(gradients),
         heldout=(heldout_every, heldout_limit),
@@ -224,10 +229,12 @@ def evaluate(
     bf16: bool = False,
     tokens: Tokens = None,
     text: AnyPath | None = None,
+    chat: AnyPath | None = None,
     seq_len: int | None = None,
     nsamples: int | None = None,
     seed: int | None = None,
     mask: AnyPath | None = None,
+    min_expert_tokens: int | None = None,
     kl_per_block: bool = False,
     activation_scheme: str | None = None,
     activation_bits: int | None = None,
@@ -244,11 +251,12 @@ def evaluate(
     from ptq_cli.commands.evaluate import prepare_evaluation
 
     named = {"calibration": calibration, "activations": activations, "bf16": bf16}
-    which = {"text": text, "seq_len": seq_len, "nsamples": nsamples, "seed": seed, "mask": mask}
+    which = {"tokens": tokens, "text": text, "chat": chat, "seq_len": seq_len, "mask": mask}
+    which |= {"nsamples": nsamples, "seed": seed, "min_expert_tokens": min_expert_tokens}
     job = prepare_evaluation(
         original,
         quantized,
-        take_source({**named, "tokens": tokens, **which}),
+        take_source({**named, **which}),
         per_block=kl_per_block,
         scheme=activation_scheme,
         bits=activation_bits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def prepare_calibration(
         return CalibrateJob(checkpoint, merged, merged.fingerprints, merged.warnings, target)
     if inputs.tokens.given:
         tokens = read_tokens(inputs.tokens, checkpoint, CALIBRATION_SEQUENCES)
-        stream = replace(token_source(checkpoint, tokens, heldout), described=True)
+        least = inputs.min_expert_tokens
+        stream = token_source(checkpoint, tokens, heldout, min_expert_tokens=least)
         prints = [*stream.fingerprints, digest_words(json.dumps(checkpoint.config, sort_keys=True))]
         return CalibrateJob(checkpoint, stream, prints, tokens.warnings, target)
     slopes = find_activations(gradients, inputs.bf16)
@@ -148,9 +149,7 @@ def prepare_calibration(
             f"{checkpoint.path}: no activations given, and no activations/ beside it",
             hint="--activations DIR",
         )
-    source = replace(
-        match_activations(checkpoint, folders, inputs.bf16, heldout, slopes), described=True
-    )
+    source = match_activations(checkpoint, folders, inputs.bf16, heldout, slopes)
     lacking = not source.sites or (source.missing and missing == "error")
     if lacking and (folders or not slopes):
         raise missing_error(source)

@@ -72,9 +72,15 @@ def prepare_evaluation(
     checkpoint = open_float(Path(original), any_architecture=not source.tokens.given)
     folder = open_quantized(Path(quantized), checkpoint.config)
     statistics = find_source(checkpoint, dataclasses.replace(source, tokens=TokenSettings()))
+    least = source.min_expert_tokens
+    if statistics is not None and least is not None:
+        raise InputError(
+            f"--min-expert-tokens {least} does nothing here",
+            hint=f"errors are measured with the statistics of {statistics.name}",
+        )
     tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
     if statistics is None and tokens is not None:
-        statistics = token_source(checkpoint, tokens, HELDOUT)
+        statistics = token_source(checkpoint, tokens, HELDOUT, min_expert_tokens=least)
     if activation is not None and statistics is None:
         raise InputError(
             f"--activation-scheme {activation.scheme} does nothing here",

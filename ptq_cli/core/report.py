@@ -22,6 +22,9 @@ class LayerReport:
         inputs, and this is that of the weight alone, with float inputs
     weak: why errors on these inputs say little (numerics/weak_inputs.py), or None
     drift: how much of the correction for drift was taken, 0 to 1, where there was one
+    own_tokens: of an expert, those that reach it, held-out ones aside
+    calibrated_on: what `tokens` are: the expert's "own", or, as these are too few, those of all
+        experts beside it: of its "site"
     """
 
     layer: str
@@ -57,6 +60,8 @@ class LayerReport:
     drift: float | None = None
     levels: str | None = None
     type: str | None = None
+    own_tokens: int | None = None
+    calibrated_on: str | None = None
 
 
 @dataclass(frozen=True)

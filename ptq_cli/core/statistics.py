@@ -88,8 +88,8 @@ class SiteStatistics:
         hold it), else None
     drift: where layers before the site are rounded and that is made up for, else None
     coupling: of the rows of the site's linears, where that is made use of, else None
-    own_tokens: of an expert that too few tokens reach, how many; all else here is then of the
-        tokens of all experts beside it. None: everything is the site's own
+    own_tokens: of an expert that too few tokens reach, how many, held-out ones aside; all else here
+        is then of the tokens of all experts beside it. None: everything is the site's own
     """
 
     site: str

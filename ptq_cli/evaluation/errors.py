@@ -158,7 +158,7 @@ def _row(layer: Layer, sides: Sides, loaded: Loaded | None) -> LayerReport:
     folded, scale = sides.smoothed.weight(layer), sides.smoothed.output_scale(layer)
     grid = grid_by_zeros(rounded)
     plain = round_to_nearest(weight, grid)
-    alone = measure(folded, rounded, outputs=scale, **inputs_of(statistics))
+    alone = measure(folded, rounded, inputs_of(statistics, exact=True), scale)
     measures = as_run(alone, folded, layer, rounded, statistics, scale)
     rtn = _plainly(layer, weight, plain, before)
     same = np.array_equal(plain.codes, rounded.codes)
@@ -193,7 +193,7 @@ def _plainly(
             plain = replace(plain, input_scale=own)
         else:
             layer = replace(layer, activation=replace(inputs, dynamic=True, per_token=False))
-    alone = measure(weight, plain, **inputs_of(statistics))
+    alone = measure(weight, plain, inputs_of(statistics, exact=True))
     return as_run(alone, weight, layer, plain, statistics)
 
 

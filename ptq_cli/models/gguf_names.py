@@ -229,12 +229,18 @@ def names_of_model(config: Mapping[str, Any], way_out: str = TWO_STEPS) -> GgufN
     return replace(_names(family, family.gguf), towers=towers)
 
 
-def names_of_file(architecture: str, experts: bool = False) -> GgufNames:
-    """The names in a file of which a checkpoint is made again, by its `general.architecture` and
-    whether it says how many experts there are. Raises InputError for another one."""
+def names_of_file(architecture: str, experts: bool = False, windows: bool = False) -> GgufNames:
+    """The names in a file of which a checkpoint is made again, by its `general.architecture`, and
+    whether it says how many experts there are and how wide windows are. Raises InputError for
+    another one."""
     known = [f for f in FAMILIES if f.gguf and f.gguf.model_class]
     found = [f for f in known if f.gguf and f.gguf.architecture == architecture]
-    found.sort(key=lambda f: (f.names.experts is not None) != experts)
+    found.sort(
+        key=lambda f: (
+            (f.names.experts is not None) != experts,
+            bool(f.gguf and f.gguf.window_period) != windows,
+        )
+    )
     if found and found[0].gguf:
         return _names(found[0], found[0].gguf)
     message = f"gguf: general.architecture {architecture!r} is not understood"

@@ -154,6 +154,13 @@ def is_cross_attention(module: str) -> bool:
     return own in _ATTENDING and bool(kinds) and _CROSS.search(kinds[-1]) is not None
 
 
+def known_row(module: str) -> tuple[str, ...]:
+    """What siblings of a known family that share their input are called, of which one is called as
+    this module; else its own name alone."""
+    own = module.rpartition(".")[2]
+    return _ROW.get(own, (own,))
+
+
 def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tuple[str, ...]]:
     """Group modules that share an input; groups keep the order in which their first member came,
     members the order of their site. (In a cross attention, q has other inputs than k and v.)
@@ -168,7 +175,7 @@ def group_modules(modules: Iterable[str], sites: Sequence[Site] = ()) -> list[tu
     groups: dict[object, list[tuple[int, str]]] = {}
     for module in modules:
         parent, _, own = module.rpartition(".")
-        row = _ROW.get(own, (own,))
+        row = known_row(module)
         key, place = places.get(module, ((parent, row), row.index(own)))
         groups.setdefault(key, []).append((place, module))
     return [tuple(module for _, module in sorted(group)) for group in groups.values()]

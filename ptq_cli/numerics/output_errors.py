@@ -1,4 +1,5 @@
-"""How far a rounded weight is from the weight: on the Hessian, on held-out inputs, and plainly.
+"""How far a rounded weight is from the weight: on inputs it was calibrated on, on held-out inputs,
+and plainly.
 
 With `E = weight − dequantized`:
 
@@ -6,8 +7,9 @@ With `E = weight − dequantized`:
     rel_err  loss / tr(weight · H · weightᵀ)
     sqnr_db  −10 log10(|E|² / |weight|²), of the weight alone
 
-tr(E H Eᵀ) is taken as ⟨H, Eᵀ E⟩: the symmetric product Eᵀ E costs half of E · H. Without
-calibration H is the identity.
+A run takes H of a sample of the inputs: `Σ |E · x|² / n` over n of them costs n / in_features of
+the exact one, which `ptq eval` computes, as ⟨H, Eᵀ E⟩: the symmetric product Eᵀ E costs half of
+E · H. Without calibration H is the identity.
 
 Where layers before this one are rounded too, the held-out inputs come in pairs, the float model's
 x_fp and what the rounded layers make of it, x, and where the outputs are added to the residual
@@ -60,9 +62,35 @@ Piece = tuple[NDArray[np.float32], NDArray[np.float32]]  # a few rows of a weigh
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What errors are measured on; nothing at all is the weight alone.
+
+    hessian: float32 [in_features, in_features], or None for the identity
+    sample: inputs that were calibrated on, [n, in_features], in place of the Hessian, or None
+    heldout: inputs that were not, [n, in_features], or None
+    drift: of the held-out inputs, or None where nothing has drifted
+    """
+
+    hessian: NDArray[np.float32] | None = None
+    sample: Array | None = None
+    heldout: Array | None = None
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Of the weight's outputs: what errors are a part of. Another rounding of the same weight that
+    is measured on the same inputs takes it over."""
+
+    seen: float
+    heldout: float
+
+
+@dataclass(frozen=True)
 class Measures:
     """Errors of one rounded weight; `heldout_rel_err` is None where nothing was held out.
 
+    energy: of the weight's outputs
     weight_rel_err: where `rel_err` and `heldout_rel_err` are those of the outputs with rounded
         inputs, the error that counts of the weight alone; else None
     """
@@ -72,6 +100,7 @@ class Measures:
     heldout_rel_err: float | None
     sqnr_db: float | None
     max_abs_err: float
+    energy: Energy
     weight_rel_err: float | None = None
 
     @property
@@ -83,18 +112,15 @@ class Measures:
 def measure(
     weight: FloatArray,
     rounded: QuantizedWeight,
-    hessian: NDArray[np.float32] | None,
-    heldout: Array | None,
+    inputs: Inputs = Inputs(),
     outputs: FloatArray | None = None,
-    drift: Drift | None = None,
+    energy: Energy | None = None,
 ) -> Measures:
     """Measure one rounded weight.
 
     weight: [out_features, in_features]
-    hessian: [in_features, in_features], or None for the identity
-    heldout: [n, in_features], or None
     outputs: [out_features], what the outputs are multiplied by before they are looked at, or None
-    drift: of the held-out inputs, or None where nothing has drifted
+    energy: where it is known from another rounding
     """
 
     def pieces_of(panel: slice) -> Iterator[Piece]:
@@ -102,28 +128,26 @@ def measure(
             original = weight[rows].astype(np.float32, copy=False)
             yield original, original - rounded.dequantized(rows)
 
-    return measure_rows(weight.shape, pieces_of, hessian, heldout, outputs, drift)
+    return measure_rows(weight.shape, pieces_of, inputs, outputs, energy)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows shows in the sums
 def measure_rows(
     shape: tuple[int, ...],
     pieces_of: Callable[[slice], Iterator[Piece]],
-    hessian: NDArray[np.float32] | None,
-    heldout: Array | None,
+    inputs: Inputs = Inputs(),
     outputs: FloatArray | None = None,
-    drift: Drift | None = None,
+    energy: Energy | None = None,
 ) -> Measures:
     """The same, for anything that gives the weight and its error.
 
     pieces_of: a few rows of both at a time, in order, of the rows it is asked for. Each row is
         asked for once, on any thread; a piece may be overwritten once the next is asked for
     """
-    seen = _columns(heldout)
-    wanted = None if drift is None else _columns(drift.heldout)
-    stream = None if drift is None else _columns(drift.heldout_stream)
-    whole = hessian is not None or seen is not None  # products need many rows at once
-    error = power = largest = loss = energy = heldout_loss = heldout_energy = 0.0
+    sample, heldout, hessian = _columns(inputs.sample), _Heldout.of(inputs), inputs.hessian
+    # products need many rows at once
+    whole = not (hessian is None and sample is None and heldout is None)
+    error = power = largest = loss = seen = heldout_loss = heldout_seen = 0.0
     for rows in strips(shape[0], ROWS_AT_ONCE):
         kept = np.empty((2, rows.stop - rows.start, shape[1]), np.float32) if whole else None
         work = partial(_measure_panel, pieces_of, outputs, kept, rows.start)
@@ -132,17 +156,22 @@ def measure_rows(
             error += lost
             power += square
             largest = max(largest, reach)
-        if kept is not None and hessian is not None:
+        if kept is None:
+            continue
+        if sample is not None:
+            loss += _output_squares(kept[1], sample) / sample.shape[1]
+            seen += 0 if energy else _output_squares(kept[0], sample) / sample.shape[1]
+        elif hessian is not None:
             loss += _trace(hessian, kept[1])
-            energy += _trace(hessian, kept[0])
-        if kept is not None and seen is not None:
-            own = None if stream is None else stream[rows]
-            lost, square = _heldout_squares(kept[0], kept[1], seen, wanted, own)
-            heldout_loss += lost
-            heldout_energy += square
-    if hessian is None:
-        loss, energy = error, power
-    if not all(map(isfinite, (loss, energy, error, power, heldout_loss, heldout_energy))):
+            seen += 0 if energy else _trace(hessian, kept[0])
+        if heldout is not None:
+            heldout_loss += heldout.squares(kept[0], kept[1], rows)
+            heldout_seen += 0 if energy else _output_squares(kept[0], heldout.wanted)
+    if hessian is None and sample is None:
+        loss, seen = error, power
+    energy = energy or Energy(seen, heldout_seen)
+    sums = (loss, energy.seen, error, power, heldout_loss, energy.heldout)
+    if not all(map(isfinite, sums)):
         raise InputError(
             "its values are too large: their squares do not fit float32",
             hint="leave it out with --ignore",
@@ -150,10 +179,11 @@ def measure_rows(
     loss = max(0.0, loss)
     return Measures(
         loss=loss,
-        rel_err=_ratio(loss, energy),
-        heldout_rel_err=None if seen is None else _ratio(heldout_loss, heldout_energy),
+        rel_err=_ratio(loss, energy.seen),
+        heldout_rel_err=None if heldout is None else _ratio(heldout_loss, energy.heldout),
         sqnr_db=_decibels(error, power),
         max_abs_err=largest,
+        energy=energy,
     )
 
 
@@ -187,36 +217,49 @@ def _measure_panel(
     return lost, power, largest
 
 
-def _heldout_squares(
-    weight: NDArray[np.float32],
-    error: NDArray[np.float32],
-    seen: NDArray[np.float32],
-    wanted: NDArray[np.float32] | None,
-    stream: NDArray[np.float32] | None,
-) -> tuple[float, float]:
-    """`Σ |ρ + weight · x_fp − dequantized · x|²` and `Σ |weight · x_fp|²`.
+@dataclass(frozen=True)
+class _Heldout:
+    """seen: x, [in_features, n]; wanted: x_fp, the same array where nothing has drifted; stream: ρ,
+    [out_features, n], or None for 0"""
 
-    seen, wanted: x and x_fp, [in_features, n]; None: x_fp is x
-    stream: ρ, [rows, n]; None: 0
-    """
+    seen: NDArray[np.float32]
+    wanted: NDArray[np.float32]
+    stream: NDArray[np.float32] | None
 
-    def lost(rows: slice) -> float:
-        outputs = error[rows] @ seen
-        if wanted is not None:
-            outputs += weight[rows] @ (wanted - seen)
-        if stream is not None:
-            outputs += stream[rows]
-        return _square(outputs)
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Heldout | None:
+        seen = _columns(inputs.heldout)
+        if seen is None:
+            return None
+        wanted = None if inputs.drift is None else _columns(inputs.drift.heldout)
+        stream = None if inputs.drift is None else _columns(inputs.drift.heldout_stream)
+        return cls(seen, seen if wanted is None else wanted, stream)
 
-    def energy(rows: slice) -> float:
-        return _square(weight[rows] @ (seen if wanted is None else wanted))
+    def squares(
+        self, weight: NDArray[np.float32], error: NDArray[np.float32], place: slice
+    ) -> float:
+        """`Σ |ρ + weight · x_fp − dequantized · x|²` of the rows at `place`."""
+        stream = None if self.stream is None else self.stream[place]
+        moved = None if self.wanted is self.seen else self.wanted - self.seen
 
-    rows = strips(len(weight), STRIP_ROWS)
-    return sum(each(lost, rows)), sum(each(energy, rows))
+        def lost(rows: slice) -> float:
+            outputs = error[rows] @ self.seen
+            if moved is not None:
+                outputs += weight[rows] @ moved
+            if stream is not None:
+                outputs += stream[rows]
+            return _square(outputs)
+
+        return sum(each(lost, strips(len(weight), STRIP_ROWS)))
+
+
+def _output_squares(rows: NDArray[np.float32], inputs: NDArray[np.float32]) -> float:
+    """`Σ |row · x|²`. inputs: x, [in_features, n]"""
+    return sum(each(lambda some: _square(rows[some] @ inputs), strips(len(rows), STRIP_ROWS)))
 
 
 def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
-    """Held-out inputs as [in_features, n], None where there are none."""
+    """Inputs as [in_features, n], None where there are none."""
     return None if inputs is None or len(inputs) == 0 else inputs.astype(np.float32).T
 
 

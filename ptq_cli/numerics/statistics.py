@@ -284,7 +284,9 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
         sums = SiteAccumulator(first.in_features, heldout_every=0, described=described)
         sums.update(surplus)
         extra = sums.result(second.site, second.linears)
-        second = _combine(second, replace(extra, n_seen=0, heldout=surplus[:0]))
+        own = None if second.own_tokens is None else 0
+        extra = replace(extra, n_seen=0, heldout=surplus[:0], own_tokens=own)
+        second = _combine(second, extra)
     return _combine(first, second)
 
 
@@ -332,7 +334,7 @@ def _own_tokens(a: SiteStatistics, b: SiteStatistics) -> int | None:
     """Of the merged statistics; None where both are the site's own."""
     if a.own_tokens is None and b.own_tokens is None:
         return None
-    return sum(s.n_seen if s.own_tokens is None else s.own_tokens for s in (a, b))
+    return sum(s.n_tokens if s.own_tokens is None else s.own_tokens for s in (a, b))
 
 
 def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:

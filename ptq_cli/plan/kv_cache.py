@@ -19,10 +19,16 @@ def plan_kv_cache(
     nothing reads.)
 
     Raises:
-        InputError: the format has no place for its scales.
+        InputError: the format has no place for its scales, or some block caches something else.
     """
-    if not settings.kv_cache or source is None or not source.attentions:
+    if not settings.kv_cache or source is None or not source.places:
         return None
+    if not source.attentions:
+        raise InputError(
+            "--kv-cache rounds the keys and values of each head, and some blocks of this model"
+            " cache something else",
+            hint="leave --kv-cache away",
+        )
     dtypes = {spec.dtype for spec in checkpoint.specs.values() if len(spec.shape) > 1}
     cache = KVCache(
         modules=source.attentions,

@@ -219,12 +219,13 @@ def few_tokens(sites: Iterable[SiteInfo]) -> list[str]:
 
 
 def few_tokens_note(site: SiteInfo | SiteStatistics) -> list[str]:
-    """Notes where fewer tokens reach a site than it has columns (an expert seldom chosen, say), or
-    stand behind its statistics."""
-    columns, notes = f"fewer than its {site.in_features} columns", []
+    """Notes where too few tokens reach an expert, or fewer stand behind a site's statistics than it
+    has columns."""
+    notes = []
     if site.own_tokens is not None:
-        own = f"{site.own_tokens} tokens reach it, {columns}"
+        own = f"{site.own_tokens} tokens reach it, too few to calibrate on"
         notes.append(f"{own}: it shares the statistics of all experts of its block")
     if site.n_tokens < site.in_features:
+        columns = f"fewer than its {site.in_features} columns"
         notes.append(f"calibrated on {site.n_tokens} tokens, {columns}")
     return notes

@@ -21,8 +21,8 @@ Field = dataclasses.Field[Any]
 # What a run is, besides its settings, in the words of options.
 FACTS = {
     "calibration": "calibration (--tokens, --calibration or --activations)",
-    "in_sequence": "--tokens or --text, without --parallel-layers",
-    "tokens": "--tokens or --text",
+    "in_sequence": "--tokens, --text or --chat, without --parallel-layers",
+    "tokens": "--tokens, --text or --chat",
     "mix": "a mix of GGUF's types (--scheme Q4_K_M and its like)",
 }
 

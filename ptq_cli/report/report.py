@@ -26,7 +26,7 @@ JsonObject = Mapping[str, Any]  # a report that was written, or a part of it
 # Away from a row that has none.
 _OF_SOME = (
     "compared", "best", "activations", "input_bits", "weight_rel_err", "weak", "drift", "levels",
-    "type",
+    "type", "own_tokens", "calibrated_on",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def calibrate_sites(
     Returns what the file's metadata says of each site, the sites that no token reaches, and the
     seconds it took.
     """
-    begin = time.perf_counter()
+    begin, source = time.perf_counter(), replace(source, described=True)
     with threadpool_limits(1):
         run = _in_sequence if source.in_sequence else _in_any_order
         run(source, staging, listen, resources)

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.stream import Decode
 from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.layer import Unit
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.errors import stated_in
-from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.ties import is_embedding
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.kv_cache import CacheInSequence
@@ -63,7 +63,7 @@ def _embeds(unit: Unit) -> bool:
     return unit.site is None and is_embedding(unit.layers[0].module)
 
 
-def _embedded(work: Work, missing: Sequence[Unit]) -> Mapping[str, Tensor]:
+def _embedded(work: Work, missing: Sequence[Unit]) -> Mapping[str, Decode]:
     """Embeddings have no inputs and come before all that has: round them first."""
     for unit in filter(_embeds, missing):
         work.add(unit.name, _round(work, unit, None), kept=False)
@@ -116,11 +116,9 @@ def _round(work: Work, unit: Unit, statistics: SiteStatistics | None) -> list[La
         return finish(work.unit_job(unit), how, statistics)
 
 
-def _decoded(work: Work, units: Sequence[Unit]) -> Mapping[str, Tensor]:
-    """What the rounded model has in place of its tensors from here on; nothing where the layers
-    before a unit do not feed it."""
+def _decoded(work: Work, units: Sequence[Unit]) -> Mapping[str, Decode]:
+    """What gives what the rounded model has in place of its tensors from here on; nothing where the
+    layers before a unit do not feed it."""
     if work.source is None or not work.source.feedback:
         return {}
-    return {
-        name: tensor for unit in units for name, tensor in work.unit_job(unit).decoded().items()
-    }
+    return {name: give for unit in units for name, give in work.unit_job(unit).decoded().items()}

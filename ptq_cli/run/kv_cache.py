@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq_cli.calibration.stream import Decode
 from ptq_cli.calibration.streams import Streams
 from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.errors import InputError
 from ptq_cli.formats.common import SCALE_NAMES
-from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.numerics.kv_cache import cache_scales, rounded_cache, used_range
 from ptq_cli.numerics.scales import SCALE_DTYPES, ScaleOverflow
 from ptq_cli.run.work import Work
@@ -39,9 +39,9 @@ class CacheInSequence:
         """The blocks whose scales are to be found, each with its first stage."""
         return [(self.cache.modules.index(module), 0) for module in self._missing]
 
-    def settle(self, streams: Streams, rounded: Mapping[str, Tensor]) -> None:
+    def settle(self, streams: Streams, rounded: Mapping[str, Decode]) -> None:
         """Find the scales of the block in hand, where its first stage is; from then on the rounded
-        model caches in FP8. rounded: tensors of the stage in the rounded model"""
+        model caches in FP8. rounded: what gives the tensors of the stage in the rounded model"""
         block, stage = streams.order
         if stage != 0:
             return

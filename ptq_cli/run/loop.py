@@ -147,7 +147,8 @@ def _calibrated(source: Source, work: Work) -> Source:
     if not path.exists():
         model, options = work.job.checkpoint.fingerprint, work.options
         with Staging(Target(path, {"command": "calibrate"})) as inner:
-            calibrate_sites(source, model, inner, options.listen, options.resources)
+            described = replace(source, described=True)
+            calibrate_sites(described, model, inner, options.listen, options.resources)
     return open_calibration(path)
 
 

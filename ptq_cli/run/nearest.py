@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from math import ceil
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ptq_cli.core.weight import QuantizedWeight
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.numerics.activations import calibrated_scale, rounded_inputs
 from ptq_cli.numerics.output_errors import (
+    Inputs,
     Measures,
     Piece,
     Rows,
@@ -39,6 +40,8 @@ from ptq_cli.numerics.scales import (
     too_small,
 )
 
+MEASURED_TOKENS = 128  # of those that were calibrated on, at most
+
 
 def round_layer(
     weight: Rows,
@@ -54,25 +57,25 @@ def round_layer(
     Raises:
         ScaleMisfit: a scale is too large or too small for its dtype.
     """
-    known = inputs_of(statistics) | {"outputs": outputs}
+    inputs = inputs_of(statistics)
     scale = input_scale(layer, statistics)
     layer = with_global_scale(layer, fmt, lambda: absmax_of(weight))
     with misfits_of(layer):
         if not layer.grid.by_rows:
             plain, measures = round_to_nearest(weight[:], layer.grid), None
         elif fmt.by_rows(layer):
-            tensors, measures = _row_by_row(weight, layer, fmt, known)
+            tensors, measures = _row_by_row(weight, layer, fmt, inputs, outputs)
             if layer.activation is None or statistics is None:
                 return tensors, measures
             unpacked = fmt.decode(layer, tensors)
             return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
         else:
             plain = blank(layer.shape, layer.grid)
-            measures = _measured(weight, known, plain.panel)
+            measures = _measured(weight, inputs, outputs, plain.panel)
         _refuse_small_scales(weight, plain)
         tensors, unpacked = as_stored(layer, replace(plain, input_scale=scale), fmt)
         if measures is None or unpacked.offsets is not None:  # offsets decode to something else
-            measures = measure(weight[:], unpacked, **known)
+            measures = measure(weight[:], unpacked, inputs, outputs)
         return tensors, as_run(measures, weight, layer, unpacked, statistics, outputs)
 
 
@@ -158,15 +161,15 @@ def _refuse_small_scales(weight: Rows, rounded: QuantizedWeight, top: int = 0) -
     raise ScaleMisfit(f"row {top + row}: {too_small(own, grid)}")
 
 
-def inputs_of(statistics: SiteStatistics | None) -> dict[str, Any]:
-    """What `measure` wants to know of the layer's inputs."""
+def inputs_of(statistics: SiteStatistics | None, *, exact: bool = False) -> Inputs:
+    """What errors of a layer are measured on: inputs that were held out, and some that were
+    calibrated on, or (`exact`, or where none of them is known) their Hessian."""
     if statistics is None:
-        return {"hessian": None, "heldout": None, "drift": None}
-    return {
-        "hessian": statistics.hessian,
-        "heldout": statistics.heldout,
-        "drift": statistics.drift,
-    }
+        return Inputs()
+    sample = None if exact or not len(statistics.sample) else statistics.sample
+    if sample is not None and len(statistics.heldout):  # which then decide
+        sample = sample[:: ceil(len(sample) / MEASURED_TOKENS)]
+    return Inputs(statistics.hessian, sample, statistics.heldout, statistics.drift)
 
 
 def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None:
@@ -182,7 +185,7 @@ def input_scale(layer: Layer, statistics: SiteStatistics | None) -> float | None
 
 
 def _row_by_row(
-    weight: Rows, layer: Layer, fmt: Format, known: dict[str, Any]
+    weight: Rows, layer: Layer, fmt: Format, inputs: Inputs, outputs: FloatArray | None
 ) -> tuple[dict[str, Array], Measures]:
     """For formats whose tensors have the weight's rows: each panel is packed, proven and put into
     its place, and its codes are forgotten."""
@@ -201,7 +204,7 @@ def _row_by_row(
         for name, values in part.items():
             tensors[name][panel] = values
 
-    return tensors, _measured(weight, known, begin, finish)
+    return tensors, _measured(weight, inputs, outputs, begin, finish)
 
 
 def _panel_of(layer: Layer, rows: int) -> Layer:
@@ -211,7 +214,8 @@ def _panel_of(layer: Layer, rows: int) -> Layer:
 
 def _measured(
     weight: Rows,
-    known: dict[str, Any],
+    inputs: Inputs,
+    outputs: FloatArray | None,
     begin: Callable[[slice], QuantizedWeight],
     finish: Callable[[slice, QuantizedWeight], None] = lambda panel, rounded: None,
 ) -> Measures:
@@ -232,7 +236,7 @@ def _measured(
             yield part, np.subtract(part, error, out=error)
         finish(panel, into)
 
-    return measure_rows(weight.shape, work, **known)
+    return measure_rows(weight.shape, work, inputs, outputs)
 
 
 def as_stored(

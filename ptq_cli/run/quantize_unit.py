@@ -18,6 +18,7 @@ from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError, stated_in
 from ptq_cli.formats.fused import fused_groups
+from ptq_cli.models.experts import is_expert
 from ptq_cli.numerics.output_errors import Measures, Rows, measure
 from ptq_cli.numerics.weak_inputs import weak_inputs
 from ptq_cli.plan.units import few_tokens_note
@@ -166,7 +167,7 @@ def choose(
     with misfits_of(layer):
         result = how.apply(weight, shared, layer.grid, settings, given.importance)
         tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
-    measures = measure(weight, unpacked, outputs=given.outputs, **inputs_of(statistics))
+    measures = measure(weight, unpacked, inputs_of(statistics), given.outputs, rtn.energy)
     measures = as_run(measures, weight, layer, unpacked, statistics, given.outputs)
     damp, notes = result.damp_percent, result.notes
     if measures.error <= rtn.error:
@@ -202,6 +203,16 @@ def layer_columns(layer: Layer, fmt: Format) -> dict[str, Any]:
     }
 
 
+def _tokens_of_expert(layer: Layer, statistics: SiteStatistics | None) -> dict[str, Any]:
+    """The columns of the report that say what an expert was calibrated on."""
+    if statistics is None or not is_expert(layer.module):
+        return {}
+    own = statistics.own_tokens
+    if own is None:
+        return {"own_tokens": statistics.n_tokens, "calibrated_on": "own"}
+    return {"own_tokens": own, "calibrated_on": "site"}
+
+
 def layer_row(
     layer: Layer, fmt: Format, measures: Measures, rtn: Measures, statistics: SiteStatistics | None
 ) -> LayerReport:
@@ -228,4 +239,5 @@ def layer_row(
         input_bits=None if layer.activation is None else layer.activation.bits,
         levels=None if layer.grid.integers else layer.grid.levels,
         weight_rel_err=measures.weight_rel_err,
+        **_tokens_of_expert(layer, statistics),
     )

@@ -310,7 +310,7 @@ def _stage(job: Repack, layer: Layer, staging: Staging) -> bool:
 
 def _row(layer: Layer, before: QuantizedWeight, after: QuantizedWeight, fmt: Format) -> LayerReport:
     """Measured against the folder that was repacked: plain zeros, but for offsets made exact."""
-    found = measure(before.dequantized(), after, None, None)
+    found = measure(before.dequantized(), after)
     exact = before.offsets is not None and after.offsets is None
     notes = ("zeros · scales are exact again, they were rounded",) if exact else ()
     row = layer_row(layer, fmt, found, found, None)

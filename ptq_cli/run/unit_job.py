@@ -4,9 +4,10 @@ became is staged. Names and settings travel, no arrays."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.report.report import row_from_json
 from ptq_cli.run.quantize_unit import LayerWeight, Rounding, quantize_unit
-from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.rows import FileRows
+from ptq_cli.storage.shards import mapped
 from ptq_cli.storage.tensors import as_array, as_bytes
 from ptq_cli.storage.units import UnitStore
 
@@ -60,13 +62,14 @@ class UnitJob:
             return None
         return [row_from_json(entry) for entry in self.store.result(self.unit.name)]
 
-    def decoded(self) -> dict[str, Tensor]:
-        """What the finished unit's tensors decode to, by the name of each layer's tensor."""
-        staged = {t.spec.name: as_array(t) for t in self.store.tensors(self.unit.name)}
-        return {
-            layer.tensor: as_tensor(layer, self.rounding.fmt.decode(layer, staged))
-            for layer in self.unit.layers
-        }
+    def decoded(self) -> dict[str, Callable[[], Tensor]]:
+        """What gives what the finished unit's tensors decode to, by the name of each layer's."""
+        stored = self.store.stored(self.unit.name)
+        return {layer.tensor: partial(self._decode, layer, stored) for layer in self.unit.layers}
+
+    def _decode(self, layer: Layer, stored: Sequence[StoredTensor]) -> Tensor:
+        staged = {tensor.spec.name: as_array(mapped(tensor)) for tensor in stored}
+        return as_tensor(layer, self.rounding.fmt.decode(layer, staged))
 
 
 def work_on(job: UnitJob) -> tuple[list[LayerReport], bool]:

@@ -102,7 +102,7 @@ def read_small(path: Path, limit: int = MAX_JSON) -> bytes:
         return path.read_bytes()
 
 
-def parse_json(text: bytes, path: Path, constants: Callable[[str], Any] | None = None) -> Any:
+def parse_json(text: bytes, path: Path | str, constants: Callable[[str], Any] | None = None) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises InputError naming `path`.
 
     constants: what `NaN`, `Infinity` and `-Infinity` are read as; None: they are refused

@@ -28,8 +28,9 @@ from ptq_cli.models.family import text_config
 from ptq_cli.models.gguf_keys import hyperparameters
 from ptq_cli.models.gguf_names import Placing, names_of_model
 from ptq_cli.models.gguf_tensors import ARCHITECTURE
+from ptq_cli.storage.chat import chat_templates
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
-from ptq_cli.storage.files import listing, named, read_into
+from ptq_cli.storage.files import listing, read_into
 from ptq_cli.storage.gguf_copy import check_copied, copied_keys, copied_tensors, file_type
 from ptq_cli.storage.gguf_file import ALIGNMENT, GgufHeader, GgufTensor, read_gguf_header
 from ptq_cli.storage.gguf_placing import (
@@ -203,10 +204,8 @@ def _metadata(
             f"{source.folder}: gguf takes the tokenizer from tokenizer.json, not tokenizer.model",
             hint="save the tokenizer with transformers once",
         )
-    if "chat_template.jinja" in names:
-        with named(source.folder / "chat_template.jinja"):
-            template = (source.folder / "chat_template.jinja").read_text("utf-8")
-        settings = {"chat_template": template, **settings}
+    if "default" in (templates := chat_templates(source)):
+        _, settings["chat_template"] = templates["default"]
     kind = file_type(layers)
     name = (source.root or source.folder).resolve().name
     own_names, config = names_of_model(source.config), text_config(source.config)

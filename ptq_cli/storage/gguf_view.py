@@ -87,8 +87,11 @@ def view_by_family(header: GgufHeader) -> GgufView:
     """By the names of the architecture's family. Raises InputError where it is not known, or a
     tensor is not understood."""
     architecture = str(header.metadata.get(ARCHITECTURE))
-    experts = header.metadata.get(f"{architecture}.expert_count", 0) != 0
-    return view_by_names(header, names_of_file(architecture, experts))
+    experts, windows = (
+        header.metadata.get(f"{architecture}.{key}", 0) != 0
+        for key in ("expert_count", "attention.sliding_window")
+    )
+    return view_by_names(header, names_of_file(architecture, experts, windows))
 
 
 def view_by_names(header: GgufHeader, names: GgufNames) -> GgufView:

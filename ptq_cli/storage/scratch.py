@@ -53,10 +53,6 @@ class Scratch:
         read_into(self.folder / key, offset, values.view(np.uint8))
         return values.reshape(shape)
 
-    def length(self, key: str, name: str) -> int:
-        """The first dimension of an array."""
-        return self._index[key][name][1][0]
-
     def drop(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

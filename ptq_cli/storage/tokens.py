@@ -1,27 +1,31 @@
-"""Token ids to run a model on: from a `.npy` file, or from text and the model's tokenizer.json.
+"""Token ids to run a model on: from a `.npy` file, from text and the model's tokenizer, or from
+conversations and the model's chat template, too.
 
 Ids are `[n, length]`, or one dimension that is cut into sequences of `--seq-len`; a mask of the
-same shape is 0 or false at padding. What is not a whole sequence at the end is left out.
+same shape is 0 or false at padding. What is not a whole sequence at the end is left out. Sequences
+of text begin as the tokenizer begins a text: with BOS, or with nothing. Conversations are packed
+into rows of `--seq-len`, several to a row, and none sees another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
-from ptq_cli.errors import InputError, import_extra
+from ptq_cli.errors import InputError
 from ptq_cli.models.families import multimodal_of
 from ptq_cli.models.family import image_tokens, text_config
 from ptq_cli.numerics.weak_tokens import repeated_sequences, weak_tokens
+from ptq_cli.storage.chat import chat_sequences, pack_rows
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.files import listing, named, read_into, regular_file
+from ptq_cli.storage.files import named, read_into, regular_file
 from ptq_cli.storage.npy import open_npy
+from ptq_cli.storage.tokenizer import open_tokenizer
 
 SEQ_LEN = 512
 # Of a text, to calibrate on: twice the tokens take twice as long, and on small models lower the KL
@@ -33,34 +37,44 @@ CALIBRATION_SEQUENCES = 128
 class TokenSettings:
     """Which tokens a command runs the model on.
 
-    tokens: a `.npy` file, or text: a text file
-    seq_len: length of the sequences that one dimension, or text, is cut into
-    nsamples: sequences to take, drawn with `seed`; None: all, in their order (or of a text as many
-        as the command needs)
+    tokens: a `.npy` file, or text: a text file, or chat: conversations, JSON lines
+    seq_len: length of the sequences that one dimension, or text, is cut into, and of the rows that
+        conversations are packed into
+    nsamples: sequences (of conversations: rows) to take, drawn with `seed`; None: all, in their
+        order (or of a text and of conversations as many as the command needs)
     mask: a `.npy` file, 0 or false at padding
     """
 
     tokens: Path | None = None
     text: Path | None = None
+    chat: Path | None = None
     seq_len: int | None = None
     nsamples: int | None = None
     seed: int = 0
     mask: Path | None = None
 
     @property
+    def inputs(self) -> dict[str, Path]:
+        """What was given of `tokens`, `text` and `chat`, of which one may be."""
+        paths = {"tokens": self.tokens, "text": self.text, "chat": self.chat}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    @property
     def given(self) -> bool:
-        return self.tokens is not None or self.text is not None
+        return bool(self.inputs)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(path for path in (self.tokens, self.text, self.mask) if path is not None)
+        return (*self.inputs.values(), *([] if self.mask is None else [self.mask]))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences of token ids.
+    """Rows of token ids.
 
     ids: int64 [n, length]; mask: bool [n, length], false at padding
+    begins: bool [n, length], true at the first token of each of the sequences that are packed into
+        a row; None: each row is one sequence
     weak: why errors measured on them say little; these stand among `warnings`, too
     """
 
@@ -70,12 +84,20 @@ class Tokens:
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     weak: tuple[str, ...] = ()
+    begins: NDArray[np.bool_] | None = None
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.ids.shape).encode())
         digest.update(np.where(self.mask, self.ids, -1).tobytes())
+        if self.begins is not None:
+            digest.update(self.begins.tobytes())
         return digest.hexdigest()
+
+    def sequences(self, rows: slice = slice(None)) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids and mask of some rows, each sequence in a row of its own: [n_sequences, length]."""
+        ids, mask = self.ids[rows], self.mask[rows]
+        return (ids, mask) if self.begins is None else _unpack(ids, mask, self.begins[rows])
 
 
 def read_tokens(
@@ -83,33 +105,63 @@ def read_tokens(
 ) -> Tokens:
     """The sequences that `settings` name.
 
-    at_most: sequences to take of a text where `settings` say nothing
+    at_most: sequences to take of a text, rows of conversations, where `settings` say nothing
 
     Raises:
         InputError: not integers, a shape that does not fit, ids outside the vocabulary, text
-            without a tokenizer.
+            without a tokenizer, conversations without a chat template or that it fails on.
     """
-    if settings.tokens is not None and settings.text is not None:
-        raise InputError("--tokens and --text exclude each other")
-    path = settings.tokens or settings.text
-    assert path is not None
-    if settings.tokens is None:
-        ids = _cut(path, _encode(path, checkpoint), settings.seq_len or SEQ_LEN)
+    if len(settings.inputs) > 1:
+        first, second, *_ = settings.inputs
+        raise InputError(f"--{first} and --{second} exclude each other")
+    [(kind, path)] = settings.inputs.items()
+    if settings.mask is not None and kind == "chat":
+        raise InputError("--mask goes with --tokens: --chat makes a mask of its own")
+    count = at_most if settings.nsamples is None and kind != "tokens" else settings.nsamples
+    ids, mask, begins = _rows(kind, path, settings, checkpoint, count)
+    if settings.nsamples is None and count is not None:
+        count = min(count, len(ids))
+    what = "sequences" if begins is None else "rows"
+    chosen = _draw(f"{path}: {len(ids)} {what}", len(ids), count, settings.seed)
+    ids, mask = ids[chosen], mask[chosen]
+    begins = None if begins is None else begins[chosen]
+    _check_ids(path, ids[mask], checkpoint)
+    found = Tokens(str(path), np.where(mask, ids, 0), mask, files=settings.files, begins=begins)
+    sequences = found.sequences()
+    weak, repeated = weak_tokens(*sequences), repeated_sequences(*sequences)
+    said = f"{repeated} of {len(sequences[0])} sequences repeat an earlier one"
+    odd = dict.fromkeys([*weak, said] if repeated else weak)
+    return replace(found, warnings=tuple(f"{path}: {words}" for words in odd), weak=weak)
+
+
+def _rows(
+    kind: str, path: Path, settings: TokenSettings, checkpoint: Checkpoint, count: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """Ids, mask and where packed sequences begin, of all there are, or, of conversations, of enough
+    for `count` rows."""
+    length = settings.seq_len or SEQ_LEN
+    if kind == "chat":
+        wanted = None if count is None else count * length
+        return pack_rows(chat_sequences(path, checkpoint, length, wanted, settings.seed), length)
+    if kind == "text":
+        ids = _text_file(path, length, checkpoint)
     else:
         ids = _token_file(path, settings.seq_len)
-    mask = np.ones(ids.shape, np.bool_)
-    if settings.mask is not None:
-        mask = _mask_file(settings.mask, ids.shape)
-    count = settings.nsamples
-    if count is None and settings.text is not None and at_most is not None:
-        count = min(at_most, len(ids))
-    ids, mask = _draw(path, ids, mask, count, settings.seed)
-    _check_ids(path, ids[mask], checkpoint)
-    weak, repeated = weak_tokens(ids, mask), repeated_sequences(ids, mask)
-    said = f"{repeated} of {len(ids)} sequences repeat an earlier one"
-    odd = dict.fromkeys([*weak, said] if repeated else weak)
-    warnings = tuple(f"{path}: {words}" for words in odd)
-    return Tokens(str(path), np.where(mask, ids, 0), mask, warnings, settings.files, weak)
+    if settings.mask is None:
+        return ids, np.ones(ids.shape, np.bool_), None
+    return ids, _mask_file(settings.mask, ids.shape), None
+
+
+def _unpack(
+    ids: NDArray[np.int64], mask: NDArray[np.bool_], begins: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows of packed sequences, [n, length] each, as `Tokens.sequences` has them."""
+    starts = np.flatnonzero(begins[mask])
+    lengths = np.diff(starts, append=mask.sum())
+    shown = np.arange(lengths.max()) < lengths[:, None]
+    apart = np.zeros(shown.shape, np.int64)
+    apart[shown] = ids[mask]
+    return apart, shown
 
 
 def _integers(path: Path) -> Array:
@@ -152,17 +204,15 @@ def _mask_file(path: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return mask.astype(np.bool_)
 
 
-def _draw(
-    path: Path, ids: NDArray[np.int64], mask: NDArray[np.bool_], count: int | None, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """`count` sequences in their order, drawn without replacement where there are more."""
-    if count is None or count == len(ids):
-        return ids, mask
-    if count > len(ids):
-        raise InputError(f"{path}: {len(ids)} sequences, fewer than --nsamples {count}")
-    random = np.random.default_rng(seed)
-    chosen = np.sort(random.choice(len(ids), count, replace=False))
-    return ids[chosen], mask[chosen]
+def _draw(said: str, n: int, count: int | None, seed: int) -> NDArray[np.int64]:
+    """`count` of `n` rows in their order, drawn without replacement where there are more.
+
+    said: what there is, in words"""
+    if count is None or count == n:
+        return np.arange(n)
+    if count > n:
+        raise InputError(f"{said}, fewer than --nsamples {count}")
+    return np.sort(np.random.default_rng(seed).choice(n, count, replace=False))
 
 
 def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> None:
@@ -186,23 +236,18 @@ def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> No
             )
 
 
-def _encode(path: Path, checkpoint: Checkpoint) -> Array:
-    """A text file as the ids that the model's tokenizer.json makes of it."""
-    tokenizers = import_extra("tokenizers", "--text", "text")
-    own = checkpoint.documents.get("tokenizer.json")
-    if own is None and "tokenizer.json" not in listing(checkpoint.folder):
-        raise InputError(f"{checkpoint.folder}: no tokenizer.json", hint="--tokens FILE.npy")
+def _text_file(path: Path, length: int, checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """A text file as whole sequences of the ids that the model's tokenizer.json makes of it."""
+    tokenizer = open_tokenizer(checkpoint, "--text")
     regular_file(path)
     with named(path):
         content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
+        ids = tokenizer.encode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}") from None
-    tokenizer_path = checkpoint.folder / "tokenizer.json"
-    try:
-        made = tokenizers.Tokenizer
-        tokenizer = made.from_str(json.dumps(own)) if own else made.from_file(str(tokenizer_path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{tokenizer_path}: {error}") from None
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    sequences = tokenizer.sequences(ids, length)
+    whole = [sequence for sequence in sequences if len(sequence) == length]
+    if not whole:
+        raise InputError(f"{path}: {len(ids)} tokens, fewer than a sequence of {length}")
+    return np.array(whole, np.int64)

@@ -38,13 +38,13 @@ def test_refused(model, line, words):
 
 @pytest.mark.parametrize("command", ["rtn", "gptq"])
 def test_it_needs_tokens(model, command):
-    words = ("--kv-cache fp8 does nothing here; it needs --tokens or --text",)
+    words = ("--kv-cache fp8 does nothing here; it needs --tokens, --text or --chat",)
     refused(command, model, "--kv-cache", "fp8", "-o", "out", words=words)
     ptq("calibrate", model, "--tokens", "model/tokens.npy", "-o", "stats.safetensors")
     statistics = ("--calibration", "stats.safetensors")
     refused(command, model, "--kv-cache", "fp8", *statistics, "-o", "out", words=words)
     Path("recipe.toml").write_text('kv_cache = "fp8"')
-    words = ("kv_cache (of the recipe) does nothing here; it needs --tokens or --text",)
+    words = ("kv_cache (of the recipe) does nothing here; it needs --tokens, --text or --chat",)
     refused(command, model, "--config", "recipe.toml", "-o", "out", words=words)
     refused("pack", model, "--config", "recipe.toml", "-o", "out", words=words)
 

@@ -1,7 +1,8 @@
 """Every architecture, quantized without a word about its layers and loaded by its clients: no key
 is missing or left over, and logits are the twin's.
 
-`python -m tests.interop.test_architectures` writes the results into docs/models.md.
+`python -m tests.interop.test_architectures` writes the results into loaded.json, of which
+docs/models.md is made.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ptq_cli.models.families import family_of
 from tests.builders import ROOT, ptq
 from tests.interop.clients import ENVIRONMENT
 from tests.interop.tiny_models import MODELS, write_models
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra interop"),
 ]
 
-PAGE = ROOT / "docs" / "models.md"
+KEPT = Path(__file__).with_name("loaded.json")
 TOLERANCE = 1e-3
 TOLERANCES = {"transformers": TOLERANCE, "gptqmodel": 2e-3, "GPTQModel": 1e-2, "mlx": TOLERANCE}
 COMMANDS = (("pack", "compressed-tensors"), ("rtn", "compressed-tensors"))
@@ -38,6 +40,7 @@ OTHERS = (
     *(("pack", "qwen3_moe", fmt, "GPTQModel") for fmt in ("gptq", "awq")),
     *(("pack", name, "mlx", "mlx") for name in ("qwen3", "mixtral", "llava")),
 )
+CLIENTS = {"gptqmodel": "transformers with GPTQModel", "GPTQModel": "GPTQModel", "mlx": "mlx-lm"}
 CASES = [
     *((command, name, fmt, "transformers") for command, fmt in COMMANDS for name in MODELS),
     *OTHERS,
@@ -65,9 +68,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def tried(folder: Path) -> dict[str, Any]:
-    """What became of each case: the error that refused it, or what `compare` found."""
+    """What became of each case: the error that refused it, or what `compare` found; and the family
+    of each model."""
     write_models(folder / "float", [])
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {name: taken_for(folder / "float" / name) for name in MODELS}
     jobs: dict[str, list[dict[str, str]]] = {}  # one client patches what another loads
     for command, name, fmt, client in CASES:
         source, out = folder / "float" / name, folder / f"{command}-{name}-{fmt}"
@@ -85,6 +89,13 @@ def tried(folder: Path) -> dict[str, Any]:
         _run("compare", folder / f"{client}.json", folder / "out.json")
         found |= json.loads((folder / "out.json").read_text())
     return found
+
+
+def taken_for(folder: Path) -> dict[str, str]:
+    """What config.json says that a model is, and the family it is taken for."""
+    config = json.loads((folder / "config.json").read_text())
+    family = family_of(config)
+    return {"model_type": config["model_type"], "family": family.name if family else ""}
 
 
 def with_head(folder: Path, name: str) -> dict[str, str]:
@@ -126,17 +137,20 @@ def test_heads_that_are_quantized(results: dict[str, Any], name: str) -> None:
     assert result["error"] <= TOLERANCE
 
 
-def test_the_page_says_so(results: dict[str, Any]) -> None:
-    assert table(results) in PAGE.read_text("utf-8")
+def test_the_results_that_docs_are_made_of(results: dict[str, Any]) -> None:
+    assert json.loads(KEPT.read_text("utf-8")) == kept(results)
 
 
-def table(results: dict[str, Any]) -> str:
-    """The table of docs/models.md."""
-    rows = ["| model | `ptq pack` | `ptq rtn` |", "|---|---|---|"]
-    for name in sorted(MODELS):
-        cells = [_said(results[f"{command}-{name}-{fmt}"]) for command, fmt in COMMANDS]
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(rows)
+def kept(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Of each model what it is taken for, and who loaded it or why it is refused."""
+    return {name: {**results[name], "loaded": _loaded(results, name)} for name in MODELS}
+
+
+def _loaded(results: dict[str, Any], name: str) -> str:
+    """`transformers, MLX`, if every quantized folder of the model was loaded."""
+    said = dict.fromkeys(_said(results[f"{command}-{name}-{fmt}"]) for command, fmt in COMMANDS)
+    others = {CLIENTS[client]: None for _, own, _, client in OTHERS if own == name}
+    return ", ".join((*said, *others))
 
 
 def _said(result: dict[str, Any]) -> str:
@@ -144,12 +158,11 @@ def _said(result: dict[str, Any]) -> str:
         reason = result["refused"].removeprefix("ptq: error: ").split("; ")[0]
         return f"refused: {reason.split(': ', 1)[1]}"
     if "raised" in result or result["missing"] or result["unexpected"]:
-        return "does not load"
-    return "loads, equal" if result["error"] == 0 else "loads, within 1e-3"
+        return "not by transformers"
+    return "transformers" if result["error"] == 0 else "transformers, within 1e-3"
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        made = table(tried(Path(place)))
-    before, _, after = PAGE.read_text("utf-8").partition("| model |")
-    PAGE.write_text(before + made + "\n\n" + after.partition("\n\n")[2], "utf-8")
+        made = kept(tried(Path(place)))
+    KEPT.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", "utf-8")

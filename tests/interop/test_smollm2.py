@@ -9,6 +9,7 @@ sequences the first is predicted, of the others some are calibrated on.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.storage.checkpoint import open_checkpoint
+from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from tests.builders import ptq
 from tests.interop import ggml
 
@@ -114,6 +116,10 @@ def test_tensors_and_tokenizer_are_those_of_transformers(gguf_file: Path, floats
     chat = [{"role": "user", "content": "What is 12 + 30?"}]
     texts = {each.apply_chat_template(chat, tokenize=False) for each in (own, other)}
     assert len(texts) == 1
+    (floats.parent / "chat.jsonl").write_text(json.dumps(chat))
+    given = TokenSettings(chat=floats.parent / "chat.jsonl")
+    ids, _ = read_tokens(given, ours).sequences()
+    assert ids.tolist() == [own.apply_chat_template(chat, return_dict=False)]
     # "smollm" splits at digits first, as llama.cpp has it; transformers reads GPT-2's there
     assert own.tokenize("in 2024\n\n  1") == ["in", "Ġ", "2", "0", "2", "4", "ĊĊĠĠ", "1"]
 

@@ -319,7 +319,7 @@ def test_how_inputs_are_rounded_needs_a_scheme(option, sample):
 def test_which_tokens_needs_tokens(option, sample):
     outcome = ptq("gptq", sample, *option, "-o", "out")
     assert outcome.code == 1
-    assert f"{option[0]} needs --tokens or --text" in outcome.err
+    assert f"{option[0]} needs --tokens, --text or --chat" in outcome.err
     assert not Path("out").exists()
 
 

@@ -21,9 +21,11 @@ def random_array(*shape: int) -> Any:
     return RANDOM.standard_normal((PACKING.n_tokens, *shape)).astype(np.float32)
 
 
-@pytest.fixture(params=[1, 3, 4, 64])
+@pytest.fixture(params=[(1, 1), (3, 1 << 17), (4, 90), (64, 1 << 17)])
 def chunk(request: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(scans, "TOKENS", request.param)
+    """Tokens of a chunk, and values of the states in hand."""
+    monkeypatch.setattr(scans, "TOKENS", request.param[0])
+    monkeypatch.setattr(scans, "STATE", request.param[1])
 
 
 @pytest.mark.parametrize("values_a_pass", [1, 20, 1 << 17])

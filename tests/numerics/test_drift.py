@@ -10,7 +10,7 @@ from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.drift import DriftSum, correction, proven_strength
 from ptq_cli.numerics.feedback import make_feedback
-from ptq_cli.numerics.output_errors import error_with_rounded_inputs, measure
+from ptq_cli.numerics.output_errors import Inputs, error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
 
 RANDOM = np.random.default_rng(3)
@@ -114,7 +114,7 @@ def test_the_held_out_error_includes_the_drift(stream: bool) -> None:
     exact, inputs, missing = (x[:20].astype(np.float32) for x in (EXACT, INPUTS, STREAM))
     empty = np.zeros((0, 0), np.float32)
     drift = Drift(empty, exact, empty, missing) if stream else Drift(empty, exact)
-    measures = measure(weight, rounded, None, inputs, drift=drift)
+    measures = measure(weight, rounded, Inputs(None, None, inputs, drift))
     wanted = exact @ weight.T
     lost = wanted - inputs @ rounded.dequantized().T + (missing if stream else 0)
     error = (lost**2).sum() / (wanted**2).sum()

@@ -272,13 +272,12 @@ def moe_folder(folder: Path) -> Path:
 def test_experts_without_tokens_are_named(tmp_path: Path) -> None:
     model = moe_folder(tmp_path / "moe")
     lonely = "model.layers.0.block_sparse_moe.experts.3.w1"
-    settings = TokenSettings(model / "tokens.npy")
-    result = api.calibrate(model, output=tmp_path / "stats.safetensors", tokens=settings)
+    settings, none = TokenSettings(model / "tokens.npy"), {"min_expert_tokens": 0}
+    result = api.calibrate(model, output=tmp_path / "stats.safetensors", tokens=settings, **none)
     assert any("experts.{1,3}.w" in warning for warning in result["warnings"])
     assert lonely not in result["sites"]
-    report = api.gptq(
-        model, tokens=model / "tokens.npy", output=tmp_path / "out", ignore=("gate",), group_size=16
-    )
+    where = {"tokens": model / "tokens.npy", "output": tmp_path / "out"}
+    report = api.gptq(model, **where, **none, ignore=("gate",), group_size=16)
     rows = {row.module: row for row in report.rows}
     assert rows[lonely].fallback == "no token reaches it"
     assert rows[lonely.replace("w1", "w2")].fallback == "no token reaches it"
@@ -297,7 +296,8 @@ def test_experts_with_few_tokens_share_those_of_all_and_say_so(tmp_path: Path) -
     save_file(tensors, model / "model.safetensors")
     np.save(model / "tokens.npy", np.load(model / "tokens.npy")[:4])
     settings = TokenSettings(model / "tokens.npy")
-    sites = api.calibrate(model, output=file, tokens=settings, heldout_every=0)["sites"]
+    every = {"heldout_every": 0, "min_expert_tokens": 32}
+    sites = api.calibrate(model, output=file, tokens=settings, **every)["sites"]
     base = "model.layers.1.block_sparse_moe."
     shared = {site: own for site, own in sites.items() if "own_tokens" in own}
     few = [site for site in shared if site.startswith(base) and site.endswith("w1")]
@@ -308,11 +308,10 @@ def test_experts_with_few_tokens_share_those_of_all_and_say_so(tmp_path: Path) -
         assert 0 < shared[site]["own_tokens"] < 32
         assert shared[site]["n_tokens"] == 2 * router.n_tokens
         np.testing.assert_allclose(found.load(site).hessian, router.hessian, rtol=1e-5, atol=1e-6)
-    settings = {"bits": 8, "group_size": 16}  # as good as the float model: the same tokens reach it
-    report = api.gptq(model, tokens=model / "tokens.npy", output=tmp_path / "out", **settings)
+    report = api.gptq(model, calibration=file, output=tmp_path / "out", bits=8, group_size=16)
     rows = {row.module: row for row in report.rows}
     said = [note for note in rows[few[0]].notes if "shares the statistics of all experts" in note]
-    assert said[0].startswith(f"{shared[few[0]]['own_tokens']} tokens reach it, fewer than its 32")
+    assert said[0].startswith(f"{shared[few[0]]['own_tokens']} tokens reach it, too few")
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from ptq_cli.run.workers import _environment
 from tests.builders import ROOT, random_weight, write_model
 
-# Prints for each unit or site its name, the bytes stated and the growth of the resident peak. What
-# is resident is anonymous but for libraries that were there before: inputs are read, not mapped.
+# Prints for each unit, site or stage its name, the bytes stated and the growth of the resident
+# peak. What is resident is anonymous but for libraries that were there before: inputs are read, not
+# mapped.
 CHILD = """
 import ctypes, gc, json, sys
 from pathlib import Path
@@ -64,7 +65,14 @@ def rounded(work, unit, of_site):
     end(began[unit.site], unit.name, unit.memory)
     return result
 
-Streams.statistics, in_sequence._round = statistics, rounded
+advance_streams = Streams.advance
+
+def advance(streams, decoded):
+    name, before = "stage {} {}".format(*streams.order), begin()
+    advance_streams(streams, decoded)
+    end(before, name, streams.source.memory(1, None))
+
+Streams.statistics, in_sequence._round, Streams.advance = statistics, rounded, advance
 loop.work_on = watched(lambda job: job.unit.name, lambda job: job.unit.memory, loop.work_on)
 sys.exit(run(sys.argv[1:]))
 """
@@ -72,7 +80,8 @@ LAYER = "model.layers.0.mlp.down_proj"
 
 
 def measured(*words):
-    """(name, stated, real) of each unit that a command works on, as a worker would."""
+    """(name, stated, real) of each unit that a command works on, as a worker would, and of each
+    stage that it takes the model through."""
     result = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, words), "--workers", "1", "--quiet"],
         env={**_environment(), "PYTHONPATH": str(ROOT)},
@@ -116,6 +125,12 @@ def model_of(folder, hidden, inner):
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes |= {f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
     shapes["mlp.down_proj"] = (hidden, inner)
+    return written_model(folder, config, shapes, 32, 128)
+
+
+def written_model(folder, config, shapes, n_sequences, length):
+    """The folder of a model of one block, and options for random tokens. shapes: of its linears"""
+    hidden = config["hidden_size"]
     tensors = {
         f"model.layers.0.{name}.weight": random_weight(*shape, dtype=ml_dtypes.bfloat16)
         for name, shape in shapes.items()
@@ -126,9 +141,9 @@ def model_of(folder, hidden, inner):
         tensors[f"{name}.weight"] = random_weight(256, hidden, dtype=ml_dtypes.bfloat16)
     write_model(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config))
-    tokens = np.random.default_rng(2).integers(0, 256, (32, 128))
+    tokens = np.random.default_rng(2).integers(0, 256, (n_sequences, length))
     np.save(folder / "tokens.npy", tokens.astype(np.int32))
-    return folder, ("--tokens", folder / "tokens.npy", "--nsamples", 32, "--seq-len", 128)
+    return folder, ("--tokens", folder / "tokens.npy")
 
 
 TOKEN_CASES = [
@@ -148,10 +163,47 @@ def test_units_in_sequence_take_what_they_state(tmp_path, words, hidden, inner):
     run takes, so of that one not much more is stated."""
     model, tokens = model_of(tmp_path, hidden, inner)
     found = measured(*words, model, *tokens, "-o", tmp_path / "out")
-    assert len(found) == 4
-    for _, stated, real in found:
-        assert real <= 1.02 * stated, f"takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
-    check(*max(found, key=lambda unit: unit[1])[1:])
+    units = [each for each in found if not each[0].startswith("stage")]
+    assert len(units) == 4 < len(found)
+    for name, stated, real in found:
+        assert real <= 1.02 * stated, f"{name} takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
+    check(*max(units, key=lambda unit: unit[1])[1:])
+
+
+def mixture_of(folder, experts, hidden, inner):
+    """A Mixtral of one block in BF16, and 256 tokens for it."""
+    config = {
+        "model_type": "mixtral",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+        "vocab_size": 256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 128,
+    }
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes["block_sparse_moe.gate"] = (experts, hidden)
+    for expert in range(experts):
+        base = f"block_sparse_moe.experts.{expert}."
+        shapes |= {f"{base}w1": (inner, hidden), f"{base}w3": (inner, hidden)}
+        shapes[f"{base}w2"] = (hidden, inner)
+    return written_model(folder, config, shapes, 4, 64)
+
+
+@pytest.mark.slow(10)
+def test_experts_are_decoded_one_at_a_time(tmp_path):
+    """All of a stage, as float32, would take 67 MB."""
+    model, tokens = mixture_of(tmp_path, experts=16, hidden=512, inner=1024)
+    found = measured("rtn", "--no-mse", model, *tokens, "-o", tmp_path / "out")
+    stages = [stated for name, stated, _ in found if name.startswith("stage")]
+    assert (len(stages), len(found)) == (4, 4 + 2 + 2 * 16)
+    assert max(stages) < 40e6
+    for name, stated, real in found:
+        assert real <= 1.02 * stated, f"{name} takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
 
 
 CASES = [

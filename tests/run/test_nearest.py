@@ -38,7 +38,7 @@ def test_panels_are_the_whole(weight, grid, fmt):
     tensors, measures = round_layer(weight, layer_of(grid), format_named(fmt), None)
     whole = round_to_nearest(weight, grid)
     assert same_weight(format_named(fmt).decode(layer_of(grid), tensors), whole)
-    expected = measure(weight, whole, None, None)
+    expected = measure(weight, whole)
     assert measures.max_abs_err == expected.max_abs_err
     np.testing.assert_allclose(measures.rel_err, expected.rel_err, rtol=1e-6)
     specs = {spec.name: spec.shape for spec in format_named(fmt).specs(layer_of(grid))}
@@ -83,7 +83,7 @@ def test_outputs_are_measured_multiplied(weight, fmt):
     outputs = np.random.default_rng(1).uniform(0.1, 10, SHAPE[0])
     tensors, measures = round_layer(weight, layer_of(grid), format_named(fmt), None, outputs)
     whole = format_named(fmt).decode(layer_of(grid), tensors)
-    assert measure(weight, whole, None, None, outputs) == measures
+    assert measure(weight, whole, outputs=outputs) == measures
     scaled = weight * outputs[:, None]
     error = scaled - whole.dequantized() * outputs[:, None]
     np.testing.assert_allclose(measures.rel_err, (error**2).sum() / (scaled**2).sum(), rtol=1e-5)

@@ -64,7 +64,7 @@ def check_written(model: Path, out: Path, report: dict[str, Any]) -> None:
 @pytest.mark.parametrize("command", WORDS)
 def test_from_tokens(tmp_path: Path, model: Path, command: str) -> None:
     out = tmp_path / "out"
-    words = ("--tokens", model / "tokens.npy", "-o", out, "--json")
+    words = ("--tokens", model / "tokens.npy", "--min-expert-tokens", 0, "-o", out, "--json")
     outcome = ptq(command, model, *WORDS[command], *words)
     assert outcome.code == 0, outcome.err
     report = outcome.document
@@ -109,8 +109,9 @@ def test_each_expert_is_judged_on_its_own_tokens(tmp_path: Path, model: Path) ->
 def test_float_weights_of_a_mixture_are_smoothed(tmp_path: Path, model: Path) -> None:
     tokens = TokenSettings(model / "tokens.npy")
     report = ptq_cli.smoothquant(
-        model, bits=16, activation_scheme="none", tokens=tokens, output=tmp_path / "out"
-    )
+        model, bits=16, activation_scheme="none", tokens=tokens, output=tmp_path / "out",
+        min_expert_tokens=0,
+    )  # fmt: skip
     left = [site for site in report.sites if not site["fed_by"]]
     assert {site["reason"] for site in left} == {"no statistics of its inputs"}
     assert all(site["site"].endswith("w2") for site in left)

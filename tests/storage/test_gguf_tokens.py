@@ -91,7 +91,9 @@ def read_back(kind: str, **change: Any) -> dict[str, Any]:
         if x is not None
     }
     metadata = {"general.architecture": names.architecture, **stated}
-    own = names_of_file(names.architecture, "expert_count" in keys)
+    own = names_of_file(
+        names.architecture, "expert_count" in keys, "attention.sliding_window" in keys
+    )
     return model_config(own, metadata, 48, frequency_factors(names, config))
 
 

@@ -128,7 +128,7 @@ def test_scratch_gives_back_what_it_was_given(tmp_path: Path) -> None:
     scratch.put("k", arrays | {"b": np.ones((3, 1), np.float32)[::-1]})
     assert scratch.names("k") == ["a", "inputs/x", "b"]
     for name in ("a", "inputs/x", "b"):
-        assert scratch.get("k", name).shape[0] == scratch.length("k", name)
+        assert len(scratch.get("k", name)) == {"a": 2, "inputs/x": 0, "b": 3}[name]
     assert np.array_equal(scratch.get("k", "a"), arrays["a"])
 
 

@@ -32,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {**SIZES, **EXPERTS},
     "qwen2": {**SIZES, "rope_scaling": YARN},
     "qwen3": {**SIZES, **HEADS, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        **SIZES, **EXPERTS, "num_experts": 3, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
+    },
     "qwen3_moe": {
         **SIZES, **EXPERTS, "head_dim": 32, "norm_topk_prob": True, "moe_intermediate_size": 64,
         "rope_scaling": {**YARN, "attention_factor": None},
@@ -45,12 +49,32 @@ MODELS: dict[str, dict[str, Any]] = {
         **SIZES, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32,
         "rope_scaling": LONG,
     },
+    "gemma": {**SIZES, **HEADS, "tie_word_embeddings": True},
+    "smollm3": {**SIZES, "num_hidden_layers": 4, "attention_bias": False},
+    "granite": {
+        **SIZES, "attention_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+    },
+    "olmo2": {**SIZES, "rope_scaling": YARN},
+    "olmo3": {**SIZES, "num_hidden_layers": 4, "sliding_window": 8, "rope_scaling": YARN},
+    "glm4": {**SIZES, **HEADS, "attention_bias": True},
+    "cohere2": {
+        **SIZES, "num_hidden_layers": 4, "layer_norm_eps": 1e-5, "sliding_window": 8,
+        "logit_scale": 0.5, "tie_word_embeddings": True,
+    },
+    "starcoder2": {**SIZES, "norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48},
 }  # fmt: skip
 
 
 def config_of(kind: str) -> dict[str, Any]:
     return {"model_type": kind, **MODELS[kind]}
+
+
+def mlps_of(block: Any) -> list[Any]:
+    if not block.experts:
+        return [block.feed_forward]
+    return [*block.experts.experts, *filter(None, [block.experts.shared])]
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -68,7 +92,7 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         gain = 1 + rng.standard_normal(size) / 10
         gain[:2] *= 6
         found[f"{own.name}.weight"] = gain - own.offset
-        if own.centred:
+        if own.bias:
             found[f"{own.name}.bias"] = rng.standard_normal(size) / 10
 
     for name in {arch.embedding, arch.head}:
@@ -83,13 +107,16 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         for module, rows in zip(attention.qkv, sizes, strict=True):
             linear(module, rows, width)
         linear(attention.output, width, queries)
-        for own in attention.norms.values():
-            norm(own, attention.head_dim)
+        whole = (attention.n_heads, attention.n_kv_heads) if attention.norm_whole else (1, 1)
+        for own, heads in zip(attention.norms.values(), whole, strict=False):
+            norm(own, heads * attention.head_dim)
         for own in block.norms.values():
             norm(own, width)
         if block.experts:
             linear(block.experts.router, len(block.experts.experts), width)
-        for mlp in block.experts.experts if block.experts else [block.feed_forward]:
+        if block.experts and block.experts.shared_gate:
+            linear(block.experts.shared_gate, 1, width)
+        for mlp in mlps_of(block):
             for module in mlp.inputs:
                 rows = mlp.width * (2 if mlp.gated and len(mlp.inputs) == 1 else 1)
                 linear(module, rows, width)

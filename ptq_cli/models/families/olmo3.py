@@ -10,5 +10,5 @@ FAMILY = replace(
     defaults={**olmo2.FAMILY.defaults, "rope_theta": 500000.0, "sliding_window": 4096},
     keys={"local_rope_theta": "rope_theta"},
     forward=replace(olmo2.FORWARD, slides=lambda config, index: (index + 1) % 4 != 0, by_type=True),
-    gguf=replace(olmo2.GGUF, window_period=4),
+    gguf=replace(olmo2.GGUF, window_period=4, model_class="Olmo3ForCausalLM"),
 )

@@ -57,9 +57,14 @@ class Norm:
     bias: bool = False
 
 
+def given(weights: Weights, name: str) -> Tensor:
+    """The tensor `name`, which may be read anew each time."""
+    return weights(name) if callable(weights) else weights[name]
+
+
 def stored(weights: Weights, name: str) -> Array:
     """The tensor `name` as it is given."""
-    tensor = weights(name) if callable(weights) else weights[name]
+    tensor = given(weights, name)
     return tensor.values if isinstance(tensor, LinearTensor) else tensor
 
 
@@ -70,14 +75,16 @@ def fetch(weights: Weights, name: str) -> FloatArray:
 
 def round_inputs(weights: Weights, name: str, inputs: FloatArray) -> FloatArray:
     """The inputs of a linear as it multiplies them with its weight, the tensor `name`."""
-    tensor = weights(name) if callable(weights) else weights[name]
+    tensor = given(weights, name)
     return tensor.round_inputs(inputs) if isinstance(tensor, LinearTensor) else inputs
 
 
 def apply_linear(linear: Linear, weights: Weights, inputs: FloatArray) -> FloatArray:
     """`inputs` [n_tokens, in_features] through `linear`: float32 [n_tokens, out_features]."""
-    weight = fetch(weights, f"{linear.name}.weight")
-    inputs = round_inputs(weights, f"{linear.name}.weight", inputs)
+    tensor = given(weights, f"{linear.name}.weight")
+    if isinstance(tensor, LinearTensor):
+        inputs, tensor = tensor.round_inputs(inputs), tensor.values
+    weight = np.asarray(tensor, dtype=np.float32)
     outputs: FloatArray = inputs @ (weight if linear.transposed else weight.T)
     if linear.bias:
         outputs += fetch(weights, f"{linear.name}.bias")

@@ -8,6 +8,7 @@ masked tokens inside one are skipped. Tokens are packed as of `Packing` (attenti
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward.attention import Packing
 from ptq_cli.models.forward.layers import CHUNK
+from ptq_cli.numerics.parallel import strips
 
-TOKENS = 64  # of a chunk of a recurrence
+TOKENS = 32  # of a chunk of a recurrence
+STATE = 1 << 17  # values of the states in hand, at most, where one head does not have more
 
 
 def causal_convolution(
@@ -68,31 +71,52 @@ def gated_delta_rule(
     n_tokens, n_key_heads, key_dim = keys.shape
     n_heads, value_dim = values.shape[1:]
     shape = (n_tokens, n_key_heads, n_heads // n_key_heads)
-    grouped = values.reshape(*shape, value_dim)
+    grouped, decay, rate = (
+        values.reshape(*shape, value_dim),
+        decay.reshape(shape),
+        rate.reshape(shape),
+    )
     outputs = np.empty(grouped.shape, dtype=np.float32)
+    at_once = STATE // (shape[2] * key_dim * value_dim)
     for own in packing.sequences:
-        state = np.zeros((n_key_heads, shape[2], key_dim, value_dim), dtype=np.float32)
-        for start in range(own.start, own.stop, TOKENS):
-            rows = slice(start, min(start + TOKENS, own.stop))
-            query, key = (x[rows].transpose(1, 0, 2)[:, None] for x in (queries, keys))
-            value = grouped[rows].transpose(1, 2, 0, 3)
-            own_decay, own_rate = (x.reshape(shape)[rows].transpose(1, 2, 0) for x in (decay, rate))
-            between, since, until = _decays(own_decay)
-            turned = key.swapaxes(-1, -2)
-
-            system = key @ turned * between
-            system *= own_rate[..., None]
-            count = np.arange(system.shape[-1])
-            system[..., count, count] = 1
-            written = value - since * (key @ state)
-            written = np.linalg.solve(system, own_rate[..., None] * written)
-
-            read = since * (query @ state)
-            read += query @ turned * between @ written
-            outputs[rows] = read.transpose(2, 0, 1, 3)
-            state *= since[..., -1:, :]
-            state += turned @ (until * written)
+        for heads in strips(n_key_heads, max(1, at_once)):
+            some = (own, heads)
+            _delta_heads(
+                queries[some], keys[some], grouped[some], decay[some], rate[some], outputs[some]
+            )
     return outputs.reshape(values.shape)
+
+
+def _delta_heads(
+    queries: FloatArray,
+    keys: FloatArray,
+    values: FloatArray,
+    decay: FloatArray,
+    rate: FloatArray,
+    outputs: FloatArray,
+) -> None:
+    """Fills `outputs`, for some key heads of one sequence. queries, keys: [n, n_key_heads, key_dim]
+    values, outputs: [n, n_key_heads, heads, value_dim]; decay, rate: [n, n_key_heads, heads]"""
+    _, n_key_heads, group, value_dim = values.shape
+    state = np.zeros((n_key_heads, group, keys.shape[2], value_dim), dtype=np.float32)
+    for rows in strips(len(keys), TOKENS):
+        query, key = (x[rows].transpose(1, 0, 2)[:, None] for x in (queries, keys))
+        turned = key.swapaxes(-1, -2)
+        between, since, until = _decays(decay[rows].transpose(1, 2, 0))
+        own_rate = rate[rows].transpose(1, 2, 0)[..., None]
+
+        system = key @ turned * between
+        system *= own_rate
+        count = np.arange(system.shape[-1])
+        system[..., count, count] = 1
+        written = values[rows].transpose(1, 2, 0, 3) - since * (key @ state)
+        written = np.linalg.solve(system, own_rate * written)
+
+        read = since * (query @ state)
+        read += query @ turned * between @ written
+        outputs[rows] = read.transpose(2, 0, 1, 3)
+        state *= since[..., -1:, :]
+        state += turned @ (until * written)
 
 
 def mamba2_scan(
@@ -116,28 +140,35 @@ def mamba2_scan(
     b, c: [n_tokens, n_groups, state_size], each for as many neighbouring heads
     Returns float32 [n_tokens, n_heads, head_dim].
     """
-    n_tokens, n_groups, state_size = b.shape
-    n_heads, head_dim = inputs.shape[1:]
-    shape = (n_tokens, n_groups, n_heads // n_groups)
-    scaled = (inputs * dt[..., None]).reshape(*shape, head_dim)
-    decay = (dt * a).reshape(shape)
+    _, n_groups, state_size = b.shape
+    _, n_heads, head_dim = inputs.shape
+    group = n_heads // n_groups
+    scaled, decay = inputs * dt[..., None], dt * a
     outputs: FloatArray = inputs * d[:, None]
-    grouped = outputs.reshape(*shape, head_dim)
-    for own in packing.sequences:
-        state = np.zeros((n_groups, shape[2], state_size, head_dim), dtype=np.float32)
-        for start in range(own.start, own.stop, TOKENS):
-            rows = slice(start, min(start + TOKENS, own.stop))
-            write, read = (x[rows].transpose(1, 0, 2)[:, None] for x in (b, c))
-            written = scaled[rows].transpose(1, 2, 0, 3)
-            between, since, until = _decays(decay[rows].transpose(1, 2, 0))
-            turned = write.swapaxes(-1, -2)
-
-            found = since * (read @ state)
-            found += read @ turned * between @ written
-            grouped[rows] += found.transpose(2, 0, 1, 3)
-            state *= since[..., -1:, :]
-            state += turned @ (until * written)
+    at_once = STATE // (state_size * head_dim)
+    for own, number in product(packing.sequences, range(n_groups)):
+        write, read = b[own, number], c[own, number]
+        for heads in strips(group, max(1, at_once)):
+            some = (own, slice(number * group + heads.start, number * group + heads.stop))
+            _mamba_heads(scaled[some], decay[some], write, read, outputs[some])
     return outputs
+
+
+def _mamba_heads(
+    inputs: FloatArray, decay: FloatArray, b: FloatArray, c: FloatArray, outputs: FloatArray
+) -> None:
+    """Adds to `outputs` what some heads of a group read, for one sequence. inputs, outputs:
+    [n, heads, head_dim]; decay: [n, heads]; b, c: [n, state_size]"""
+    _, heads, head_dim = inputs.shape
+    state = np.zeros((b.shape[1], heads * head_dim), dtype=np.float32)
+    for rows in strips(len(inputs), TOKENS):
+        write, read, values = b[rows], c[rows], inputs[rows]
+        between, since, until = _decays(decay[rows].T)
+        within = read @ write.T * between @ values.transpose(1, 0, 2)
+        before = (read @ state).reshape(values.shape)
+        outputs[rows] += within.transpose(1, 0, 2) + since.transpose(1, 0, 2) * before
+        state *= np.repeat(since[:, -1, 0], head_dim)
+        state += write.T @ (until.transpose(1, 0, 2) * values).reshape(len(values), -1)
 
 
 def _decays(decay: FloatArray) -> tuple[Any, Any, Any]:
