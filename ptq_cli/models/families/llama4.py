@@ -10,7 +10,7 @@ import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.family import Family, Folds, Multimodal
 from ptq_cli.models.forward.attention import Packing
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.layers import Norm, Weights, apply_norm
@@ -123,3 +123,10 @@ FAMILY = Family(
         feed_forward=feed_forward,
     ),
 )  # fmt: skip
+
+MULTIMODAL = Multimodal(
+    model_types={"llama4": "llama4_text"},
+    towers=("vision_model", "multi_modal_projector"),
+    text="language_model.model.",
+    head="language_model.lm_head",
+)
