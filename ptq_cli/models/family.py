@@ -90,8 +90,7 @@ class Multimodal:
     renames: beginnings of the checkpoint's names and of the modules' in transformers, where these
         differ; the first that fits counts
     causal: whether a token of text sees those before it only
-    text, head: what transformers calls the text model, and the output's linear where that is not
-        called as in a model of text alone
+    text, head: beginnings of the names of the text model's modules and of its head in transformers
     """
 
     model_types: Mapping[str, str]
@@ -99,7 +98,7 @@ class Multimodal:
     renames: tuple[tuple[str, str], ...] = ()
     causal: bool = True
     text: str = "model.language_model."
-    head: str | None = None
+    head: str = ""
 
     def prefixes(self, names: Names) -> tuple[str, ...]:
         """Of the text model's tensors, in place of those of its names."""
@@ -108,7 +107,7 @@ class Multimodal:
 
     def heads(self, names: Names) -> tuple[str, ...]:
         """What the output's linear may be called."""
-        return self._stored(self.head or names.head)
+        return self._stored(f"{self.head}{names.head}")
 
     def _stored(self, module: str) -> tuple[str, ...]:
         """What the checkpoint may call a module of transformers'."""

@@ -25,7 +25,7 @@ def _families(names: str) -> tuple[Family, ...]:
 
 TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
 FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
-MULTIMODALS = (llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL, llama4.MULTIMODAL)
+MULTIMODALS = (llama4.MULTIMODAL, llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
 
 
 def text_type(config: Config) -> str | None:
