@@ -25,7 +25,7 @@ pytestmark = [
 
 KINDS = {
     "latent attention": "deepseek_v3", "shared experts": "qwen2_moe", "sinks": "gpt_oss",
-    "chunks": "llama4_text", "delta rule": "qwen3_next",
+    "chunks": "llama4_text", "delta rule": "qwen3_next", "beside images": "qwen2_5_vl",
 }  # fmt: skip
 OPTIONS: dict[str, tuple[object, ...]] = {
     "gpt_oss": ("--on-misfit", "keep"),  # transformers reads its experts in floats only
