@@ -29,12 +29,16 @@ from ptq_cli.calibration.shared_inputs import SharedInputs
 from ptq_cli.calibration.sites import model_sites, transposed_tensors
 from ptq_cli.calibration.torch_experts import routed_inputs
 from ptq_cli.calibration.torch_modules import Found, FusedExperts, find_modules
+from ptq_cli.calibration.torch_sharing import Sharing
 from ptq_cli.core.names import fold_names
 from ptq_cli.errors import InputError
+from ptq_cli.models.derived_sites import derive_sites
 from ptq_cli.models.linears import group_modules, left_alone, module_tree
+from ptq_cli.models.recipe_text import recipe_text
+from ptq_cli.models.sites import SitePattern
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.files import replacing
+from ptq_cli.storage.files import replacing, write_whole
 from ptq_cli.storage.output import check_place
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tensors import own_metadata, serialize
@@ -46,6 +50,7 @@ class Capture:
 
     widths: in_features of every linear
     groups: linears that may share their inputs
+    sharing: is told which do, whatever their names
     """
 
     def __init__(
@@ -53,10 +58,12 @@ class Capture:
         widths: Mapping[str, int],
         groups: Iterable[tuple[str, ...]],
         heldout: tuple[int, int],
+        sharing: Sharing | None = None,
     ) -> None:
         self.mask: Any = None
         self.unmasked: dict[str, None] = {}  # linears that saw other tokens than the mask's
-        self._widths, self._heldout = widths, heldout
+        self._widths, self._heldout, self._sharing = widths, heldout, sharing
+        self.groups: list[tuple[str, ...]] = []  # of linears, as they are written
         self._of_linear: dict[str, SharedInputs] = {}
         for group in groups:
             self._of_linear |= dict.fromkeys(group, SharedInputs(group, heldout))
@@ -67,6 +74,8 @@ class Capture:
     def see(self, linear: str, inputs: Any) -> None:
         """Take in a linear's inputs, a tensor [..., in_features]."""
         self._calls[linear] += 1
+        if self._sharing is not None:
+            self._sharing.see(linear, inputs)
         self._take(linear, inputs, self._shown(linear, inputs.shape[:-1].numel()))
 
     def see_experts(self, experts: FusedExperts, arguments: Sequence[Any]) -> None:
@@ -140,6 +149,7 @@ class Capture:
                 tensors += site_tensors(statistics)
                 linears = [name for linear in statistics.linears for name in names[linear]]
                 entries[statistics.site] = site_entry(statistics) | {"linears": linears}
+                self.groups.append(statistics.linears)
                 for linear in statistics.linears:
                     del left[linear]
         if not entries:
@@ -196,6 +206,7 @@ def capture(
     checkpoint: str | Path,
     output: str | Path | None = None,
     *,
+    sites: str | Path | None = None,
     named: Callable[[str], str] = lambda name: name,
     heldout_every: int = HELDOUT_EVERY,
     heldout_limit: int = HELDOUT_LIMIT,
@@ -207,6 +218,7 @@ def capture(
 
     model: a torch.nn.Module
     checkpoint: the weights that ptq will quantize; output: default beside them
+    sites: where to write a recipe with the sites that were seen: [[sites]]
     named: from a module's name in `model` to the one in the checkpoint, where they differ; names
         that transformers gives to modules of the checkpoint's family are known
 
@@ -220,7 +232,8 @@ def capture(
         raise InputError("ptq_cli.capture needs torch", hint="pip install torch") from None
     opened = open_float(Path(checkpoint))
     target = opened.folder / (opened.stem + CALIBRATION_SUFFIX) if output is None else Path(output)
-    check_place(target)
+    for place in (target, *(() if sites is None else (Path(sites),))):
+        check_place(place)
     widths = _widths(opened)
     named_modules = model.named_modules(remove_duplicate=False)
     modules = {named(name): module for name, module in named_modules}
@@ -230,9 +243,11 @@ def capture(
             f"{opened.path}: no module of the model has the name of a linear there",
             hint=f"named= maps names; there is {next(iter(widths), 'none')!r}, for instance",
         )
-    groups = group_modules(found.modules, model_sites(opened).sites)
+    shared = [site for site in model_sites(opened).sites if len(site.linears) > 1]
+    groups = group_modules(found.modules, shared)  # what is alone there may share by its name
     groups += [group for own in found.experts.values() for group in own.groups]
-    capture = Capture(widths, groups, (heldout_every, heldout_limit))
+    sharing = None if sites is None else Sharing()
+    capture = Capture(widths, groups, (heldout_every, heldout_limit), sharing)
     _warn(found.warnings())
     handles = _hook(capture, found)
     try:
@@ -241,7 +256,32 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    _warn(_end_warnings(capture, capture.write(target, opened, found.names)))
+    bare = capture.write(target, opened, found.names)
+    if sites is not None and sharing is not None:
+        write_whole(Path(sites), _recipe(sharing, capture.groups, opened, found.names))
+    _warn(_end_warnings(capture, bare))
+
+
+def _recipe(
+    sharing: Sharing,
+    groups: Sequence[tuple[str, ...]],
+    checkpoint: Checkpoint,
+    names: Mapping[str, Sequence[str]],
+) -> str:
+    """The sites that were seen, as `[[sites]]`, with what may feed those that are also derived."""
+    turned = transposed_tensors(model_sites(checkpoint).sites)
+    derived = {
+        frozenset(site.pattern.linears): site.pattern
+        for site in derive_sites(checkpoint.specs, checkpoint.config)
+    }
+    sites = []
+    for group in sharing.merged(groups):
+        linears = tuple(name for linear in group for name in names[linear])
+        pattern = SitePattern(linears, transposed=f"{linears[0]}.weight" in turned)
+        pattern = derived.get(frozenset(linears), pattern)
+        sites.append((pattern, "seen: the same input in every call" if linears[1:] else "seen"))
+    about = f"Sites of {checkpoint.path}, as a torch model showed them their inputs."
+    return recipe_text(about, sites, checkpoint.specs)
 
 
 def _widths(checkpoint: Checkpoint) -> dict[str, int]:

@@ -66,12 +66,17 @@ def match_activations(
         for name, spec in checkpoint.specs.items()
         if name.endswith(".weight") and is_float(spec) and len(spec.shape) == 2
     }
-    sites, bare = _match(found, weights, model_sites(checkpoint).sites)
+    known = model_sites(checkpoint).sites
+    sites, bare = _match(found, weights, known)
     reasons = left_alone(checkpoint.specs, checkpoint.config)
     missing = [module for module in bare if weights[module].name not in reasons]
     inputs = {site: found[site] for site in sites}
     surplus = [name for name in found if name not in weights]
-    odd = f"{len(surplus)} activations fit no linear of the model: {fold_names(surplus)}"
+    warnings = [*_assumed(sites.values(), known)]
+    if surplus:
+        warnings.append(
+            f"{len(surplus)} activations fit no linear of the model: {fold_names(surplus)}"
+        )
     return Activations(
         inputs,
         missing,
@@ -86,7 +91,7 @@ def match_activations(
             file.npy.path for files in (*inputs.values(), *gradients.values()) for file in files
         ],
         surplus=surplus,
-        warnings=(odd,) if surplus else (),
+        warnings=tuple(warnings),
         fisher=fisher,
     )
 
@@ -113,6 +118,18 @@ def _match(
     if wrong:
         raise InputError(first_and_others(wrong))
     return result, missing
+
+
+def _assumed(found: Iterable[SiteInfo], sites: Sequence[Site]) -> Iterator[str]:
+    """A warning of linears that take the activations of another, where that they see the same is
+    derived from more than the names of known families."""
+    likely = {x.module for site in sites if site.certainty == "likely" for x in site.linears}
+    borrowing = [x for info in found for x in info.linears if x != info.site and x in likely]
+    if borrowing:
+        yield (
+            f"{len(borrowing)} linears have no activations of their own and likely see those of"
+            f" their siblings: {fold_names(borrowing)}; ptq inspect --sites says why"
+        )
 
 
 def _alike(weights: Iterable[str], sites: Sequence[Site]) -> Iterator[tuple[str, ...]]:

@@ -12,17 +12,24 @@ from ptq_cli.cli.inspect_summary import grids, mixed, quantizing, summary, total
 from ptq_cli.cli.options import Command, in_section, option
 from ptq_cli.cli.shared_options import JSON, SOURCES, path_argument
 from ptq_cli.commands import api
+from ptq_cli.commands.sites import derived_recipe
 from ptq_cli.core.text import number, size
 
 _TENSORS = option("--tensors", is_flag=True, help="Tensors, layers and sites one by one.")
+_SITES = option(
+    "--sites",
+    is_flag=True,
+    help="Only this: sites of a model of an unknown family as a recipe to check, and how sure"
+    " each is.",
+)
 
 
 @click.command(
     "inspect",
     cls=Command,
-    params=[path_argument("path"), *SOURCES, *in_section("Report", _TENSORS), JSON],
+    params=[path_argument("path"), *SOURCES, *in_section("Report", _TENSORS, _SITES), JSON],
 )
-def inspect(path: Path, tensors: bool, as_json: bool, **source: Any) -> None:
+def inspect(path: Path, tensors: bool, sites: bool, as_json: bool, **source: Any) -> None:
     """Show what of PATH is quantized, or would be, and what stays dense and why; of a float model
     its sites, too, and what quantizing it would give. --tensors and --json show each tensor.
 
@@ -33,7 +40,14 @@ def inspect(path: Path, tensors: bool, as_json: bool, **source: Any) -> None:
     \b
     ptq inspect model/ --calibration stats.safetensors
     ptq inspect model-gptq-w4g128 --json
+    ptq inspect model/ --sites > sites.toml
     """
+    if sites and (tensors or as_json):
+        raise click.UsageError("--sites excludes --tensors and --json, which show sites, too")
+    if sites:
+        for text in derived_recipe(path).splitlines():
+            console.line(text)
+        return
     document = api.inspect(path, **source)
     if as_json:
         console.print_json(document)
@@ -96,7 +110,8 @@ def _show_sites(sites: list[dict[str, Any]]) -> None:
     rows = []
     for site in sites:
         top = ", ".join(str(entry["channel"]) for entry in site.get("importance", []))
-        fed_by = site["fed_by"] or f"nothing: {site['reason']}"
+        without = "nothing" if site["certainty"] == "known" else site["certainty"]
+        fed_by = site["fed_by"] or f"{without}: {site['reason']}"
         outliers = str(len(site["loud_channels"])) if "loud_channels" in site else "-"
         numbers = [number(site.get(key)) for key in ("absmax", "median_absmax")]
         rows.append([site["site"], str(site["in_features"]), fed_by, *numbers, outliers, top])

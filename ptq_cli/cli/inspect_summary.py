@@ -103,14 +103,16 @@ def _sites(sites: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     for site in sites:
         linears = tuple(_BLOCK.sub("{}", name) for name in site["linears"])
         fed_by = _BLOCK.sub("{}", site["fed_by"] or "")
-        kinds.setdefault((linears, site["in_features"], fed_by, site["reason"]), []).append(site)
+        why = (site["certainty"], site["reason"])
+        kinds.setdefault((linears, site["in_features"], fed_by, *why), []).append(site)
     found = []
-    for (_, inputs, _, reason), own in kinds.items():
+    for (_, inputs, _, certainty, reason), own in kinds.items():
         names = _folded((name for site in own for name in site["linears"]), width)
         fed = [site["fed_by"] for site in own if site["fed_by"]]
-        fed_by = (
-            f"fed by {_folded(map(_inside, fed), 60)}" if fed else f"nothing feeds it: {reason}"
-        )
+        if fed:
+            fed_by = f"fed by {_folded(map(_inside, fed), 60)}"
+        else:
+            fed_by = f"{'nothing feeds it' if certainty == 'known' else certainty}: {reason}"
         found.append(f"  {names}: {inputs} inputs, {fed_by}{_seen(own)}")
     return ["sites:", *found] if found else []
 

@@ -18,6 +18,7 @@ from ptq_cli.core.plugins import Smoother
 from ptq_cli.core.settings import make_settings
 from ptq_cli.errors import InputError
 from ptq_cli.models.detect import Sites
+from ptq_cli.models.families import known_types
 from ptq_cli.models.sites import Site, require_whole
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.plan.grid_settings import FLOAT_BITS, GridSettings
@@ -181,11 +182,12 @@ def _check_inputs(grid: GridSettings, given: Mapping[str, Any]) -> None:
 def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
     """Refuse what cannot work."""
     require_whole(sites.sites)
-    if not sites.sites:
+    if all(site.certainty != "known" for site in sites.sites):
         why = f" ({'; '.join(sites.notes)})" if sites.notes else ""
         raise InputError(
             f"{path}: no sites are known that {command} could work on{why}",
-            hint="name them in a recipe: [[sites]]",
+            hint="ptq inspect --sites writes a recipe of them: check it, say what feeds them, and"
+            f" give it with --config; families known: {', '.join(known_types())}",
         )
     groups = {rule["group_size"] for rule in told.grid.layers if "group_size" in rule}
     told.how.check(told.own, {told.grid.group_size, *groups})

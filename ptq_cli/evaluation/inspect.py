@@ -156,6 +156,7 @@ def _site(site: Site, checkpoint: Checkpoint, source: Source | None) -> dict[str
         "in_features": site.in_features,
         "fed_by": None if site.feeder is None else site.feeder.weight,
         "reason": site.reason,
+        "certainty": site.certainty,
     }
     modules = set(entry["linears"])
     known = [] if source is None else [s for s, i in source.sites.items() if modules & {*i.linears}]

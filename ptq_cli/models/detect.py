@@ -1,14 +1,17 @@
 """The sites of a checkpoint, from its config.json and the names and shapes in its headers.
 
 config.json's `model_type` decides the family; without one the names do, and what they cannot tell
-is said in the notes. A block that holds a tensor its family does not know is left alone: that
-tensor may read the same norm (a router, an adapter), and a fold would change it.
+is said in the notes. Of a family that nobody knows sites are derived (models/derived_sites.py):
+these say what shares an input, and nothing takes factors there. A block that holds a tensor its
+family does not know is left alone: that tensor may read the same norm (a router, an adapter), and a
+fold would change it.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +19,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.core.text import nearest_or_all
 from ptq_cli.errors import InputError
 from ptq_cli.models.block_sites import BlockSites, block_sites, kinds
+from ptq_cli.models.derived_sites import DerivedSite, derive_sites
 from ptq_cli.models.families import FAMILIES, TOLD_BY_NAMES, text_type
 from ptq_cli.models.family import Condition, Config, Family, FamilySite
 from ptq_cli.models.sites import Site, Specs, make_site, misfit
@@ -84,7 +88,8 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
         kind = text_type(config)
     row, notes = (_named(family, kind), ()) if family is not None else _choose(specs, kind)
     if row is None:
-        return Sites(None, (), notes)
+        derived = tuple(_shared(site, specs) for site in derive_sites(specs, config or {}))
+        return Sites(None, derived, (*notes, *_how_sure(derived)))
     blocks = _blocks(specs, row)
     if not blocks:
         message = f"no block of the checkpoint has the linears of a {row.name} model"
@@ -97,6 +102,19 @@ def find_sites(specs: Specs, config: Config | None = None, family: str | None = 
     settings = None if config is None else row.settings(config)
     sites = tuple(site for block in blocks for site in _sites(block, settings, specs))
     return Sites(row.name, sites, (*notes, *(_assumed(row) if config is None else ())))
+
+
+def _shared(derived: DerivedSite, specs: Specs) -> Site:
+    """A derived site, as far as it says what shares an input."""
+    pattern = replace(derived.pattern, norm="", after="")
+    site = make_site(pattern, specs, f"{derived.why}; what feeds it is for a recipe to say")
+    return replace(site, certainty=derived.certainty)
+
+
+def _how_sure(sites: Sequence[Site]) -> tuple[str, ...]:
+    counted = Counter(site.certainty for site in sites)
+    said = ", ".join(f"{counted[c]} {c}" for c in ("sure", "likely", "guess") if counted[c])
+    return (f"sites by names and shapes (ptq inspect --sites): {said}",) if sites else ()
 
 
 def _named(name: str, kind: str | None) -> Family:
@@ -114,12 +132,11 @@ def _choose(specs: Specs, kind: str | None) -> tuple[Family | None, tuple[str, .
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind], ()
     if kind is not None:
-        message = f"model_type {kind!r} is not known; [[sites]] in a recipe name its sites"
-        return None, (message,)
+        return None, (f"model_type {kind!r} is not known",)
     for family in TOLD_BY_NAMES:
         if _has_vocabulary(specs, family) and any(_fits(b, specs) for b in _blocks(specs, family)):
             return family, (_doubt(family),)
-    return None, ("the tensors' names fit no family; [[sites]] in a recipe name the sites",)
+    return None, ("the tensors' names fit no family",)
 
 
 def _doubt(family: Family) -> str:

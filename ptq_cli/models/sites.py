@@ -31,6 +31,7 @@ from ptq_cli.core.tensors import TensorSpec
 from ptq_cli.errors import InputError
 
 Layout = Literal["all", "second half", "heads", "q k v", "q k v per head", "k v per head"]
+Certainty = Literal["known", "sure", "likely", "guess"]
 Specs = Mapping[str, TensorSpec]
 
 
@@ -133,6 +134,7 @@ class Site:
     name: the first linear's module
     feeder: what takes the factors; None where nothing can, and then `reason` says why
     missing: tensors that the family needs here and the checkpoint lacks
+    certainty: that the linears share an input: "known" from a family or a recipe, else derived
     """
 
     name: str
@@ -141,6 +143,7 @@ class Site:
     feeder: Norm | Preceding | None
     reason: str | None = None
     missing: tuple[str, ...] = ()
+    certainty: Certainty = "known"
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -3,6 +3,9 @@ see."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import ptq_cli
 from ptq_cli.calibration.from_file import CalibrationFile, open_calibration
 from ptq_cli.commands import api
 from ptq_cli.errors import InputError
+from ptq_cli.models.recipe import recipe_sites
+from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 from tests.builders import SAMPLE, write_model
 from tests.interop.tiny_models import write_models
@@ -115,10 +120,14 @@ def test_a_cross_attention_has_two_sites(name: str, folder: Path) -> None:
     linears = [path for path in named if path.rpartition(".")[2] in {q, k, v}]
     seen = plain_hooks(model, {path: path for path in linears})
     tokens = ids()
-    with ptq_cli.capture(model, folder / name, OUT):
+    with ptq_cli.capture(model, folder / name, OUT, sites="sites.toml"):
         for batch in tokens.split(2):
             model(input_ids=batch[:, :20], decoder_input_ids=batch[:, 14:])
     found = statistics()
+    (encoded,) = (
+        linears for linears in in_recipe(folder / name) if len(linears) == 2 * len(crosses)
+    )
+    assert set(encoded) == {f"{cross}.{own}" for cross in crosses for own in (k, v)}  # one memory
     shared = {info.linears for info in found.sites.values()}
     for cross in crosses:
         assert {(f"{cross}.{q}",), (f"{cross}.{k}", f"{cross}.{v}")} < shared
@@ -154,6 +163,19 @@ def test_experts_have_their_own_statistics(name: str, folder: Path) -> None:
     assert report.totals["calibrated"]
 
 
+def test_experts_of_a_family_that_is_not_known(folder: Path) -> None:
+    source = folder / "qwen3_moe_stacked"
+    model, hidden = load(source), Path("model")
+    shutil.copytree(source, hidden)
+    config = json.loads((source / "config.json").read_text())
+    (hidden / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with ptq_cli.capture(model, hidden, OUT, sites="sites.toml"):
+        model(ids(16, 32))
+    seen = {info.linears for info in statistics().sites.values()}
+    assert {len(linears) for linears in seen if ".experts." in linears[0]} == {1, 2}
+    assert in_recipe(hidden) == seen
+
+
 class Odd(torch.nn.Module):
     """Calls its modules in unusual ways."""
 
@@ -172,11 +194,12 @@ class Odd(torch.nn.Module):
         return self.o_proj(y) + self.other(y[:1])
 
 
-def odd(kind: type[Odd] = Odd) -> Any:
+def odd(kind: type[torch.nn.Module] = Odd) -> Any:
     torch.manual_seed(0)
     model = kind()
     stored = {name: values.detach().numpy() for name, values in model.named_parameters()}
-    stored |= {"other.weight": stored["o_proj.weight"]}
+    if "o_proj.weight" in stored:
+        stored |= {"other.weight": stored["o_proj.weight"]}
     write_model(Path("model.safetensors"), {f"l.0.{name}": w for name, w in stored.items()})
     return model
 
@@ -185,11 +208,18 @@ def named(name: str) -> str:
     return f"l.0.{name}"
 
 
-def run(model: Any, *inputs: Any) -> None:
+def run(model: Any, *inputs: Any, sites: str | None = None) -> None:
     """Capture it on these."""
-    with ptq_cli.capture(model, "model.safetensors", named=named):
+    with ptq_cli.capture(model, "model.safetensors", named=named, sites=sites):
         for given in inputs:
             model(given)
+
+
+def in_recipe(model: Path) -> set[tuple[str, ...]]:
+    """The linears of each site in the recipe that a capture wrote."""
+    named_there = tomllib.loads(Path("sites.toml").read_text())["sites"]
+    sites = recipe_sites(named_there, open_float(model).specs)
+    return {tuple(linear.module for linear in site.linears) for site in sites}
 
 
 def nothing_is_left(model: Any) -> bool:
@@ -205,8 +235,9 @@ NEVER = r"no token reached 1 linears, which have no statistics: l\.0\.never; ptq
 def test_modules_called_in_unusual_ways(mode: Any) -> None:
     model = odd()
     seen = plain_hooks(model, {name: named(name) for name in NAMES})
+    inputs = [torch.randn(shape) for shape in ((2, 30, 16), (1, 7, 16), (40, 16))]
     with mode(), pytest.warns(UserWarning, match=NEVER):
-        run(model, *(torch.randn(shape) for shape in ((2, 30, 16), (1, 7, 16), (40, 16))))
+        run(model, *inputs, sites="sites.toml")
     found = statistics("model.calibration.safetensors")
     assert {info.linears for info in found.sites.values()} == {
         ("l.0.q_proj", "l.0.v_proj"),
@@ -214,6 +245,7 @@ def test_modules_called_in_unusual_ways(mode: Any) -> None:
         ("l.0.again",),
         ("l.0.o_proj", "l.0.other"),  # one module
     }
+    assert in_recipe(Path("model.safetensors")) == {info.linears for info in found.sites.values()}
     check(found, {name: [part.detach() for part in parts] for name, parts in seen.items()})
 
 
@@ -227,6 +259,35 @@ def test_other_dtypes(dtype: Any) -> None:
         statistics("model.calibration.safetensors"),
         {name: [part.float() for part in parts] for name, parts in seen.items()},
     )
+
+
+class Strange(torch.nn.Module):
+    """Linears of names that say nothing, and one that sees another memory each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcd":
+            setattr(self, name, torch.nn.Linear(16, 16, bias=False))
+
+    def forward(self, x: Any) -> Any:
+        y = self.a(x) + self.b(x)
+        del x
+        for _ in range(3):  # memory that was given back is used again
+            y = self.c(y + 1) + self.d(y.reshape(y.shape))
+        return y
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_memory_tells_which_linears_share_an_input_whatever_their_names(mode: Any) -> None:
+    model = odd(Strange)
+    with mode():
+        run(model, *(torch.randn(2, 30, 16) for _ in range(3)), sites="sites.toml")
+    assert in_recipe(Path("model.safetensors")) == {
+        ("l.0.a", "l.0.b"), ("l.0.c",), ("l.0.d",),
+    }  # fmt: skip
+    assert "# seen: the same input in every call" in Path("sites.toml").read_text()
+    report = ptq_cli.gptq("model.safetensors", output="out", group_size=16)
+    assert report.totals["calibrated"]
 
 
 class Tolerant(Odd):

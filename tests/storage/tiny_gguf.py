@@ -32,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {**SIZES, **EXPERTS},
     "qwen2": {**SIZES, "rope_scaling": YARN},
     "qwen3": {**SIZES, **HEADS, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        **SIZES, **EXPERTS, "num_experts": 3, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": False,
+    },
     "qwen3_moe": {
         **SIZES, **EXPERTS, "head_dim": 32, "norm_topk_prob": True, "moe_intermediate_size": 64,
         "rope_scaling": {**YARN, "attention_factor": None},
@@ -65,6 +69,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def config_of(kind: str) -> dict[str, Any]:
     return {"model_type": kind, **MODELS[kind]}
+
+
+def mlps_of(block: Any) -> list[Any]:
+    if not block.experts:
+        return [block.feed_forward]
+    return [*block.experts.experts, *filter(None, [block.experts.shared])]
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -104,7 +114,9 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
             norm(own, width)
         if block.experts:
             linear(block.experts.router, len(block.experts.experts), width)
-        for mlp in block.experts.experts if block.experts else [block.feed_forward]:
+        if block.experts and block.experts.shared_gate:
+            linear(block.experts.shared_gate, 1, width)
+        for mlp in mlps_of(block):
             for module in mlp.inputs:
                 rows = mlp.width * (2 if mlp.gated and len(mlp.inputs) == 1 else 1)
                 linear(module, rows, width)

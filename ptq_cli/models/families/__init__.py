@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ptq_cli.models.families import llava, qwen2_vl
+from ptq_cli.models.families import llama4, llava, qwen2_vl
 from ptq_cli.models.family import Config, Family, Multimodal, model_type, text_config
 
 _TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
 _OTHERS = """
 bamba cohere cohere2 deepseek_v2 deepseek_v3 falcon gemma3n glm4 glm4_moe_lite gpt_neox gpt_oss
-granite llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3 starcoder2 t5
+granite granitemoe llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3
+starcoder2 t5
 """
 
 
@@ -24,7 +25,7 @@ def _families(names: str) -> tuple[Family, ...]:
 
 TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
 FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
-MULTIMODALS = (llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
+MULTIMODALS = (llama4.MULTIMODAL, llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
 
 
 def text_type(config: Config) -> str | None:
@@ -33,6 +34,22 @@ def text_type(config: Config) -> str | None:
         return kind
     kind, multimodal = model_type(config), multimodal_of(config)
     return kind if multimodal is None else multimodal.model_types[str(kind)]
+
+
+def known_types() -> list[str]:
+    """config.json's `model_type` of all families."""
+    return sorted(kind for family in FAMILIES for kind in family.model_types)
+
+
+def ways_on(kind: object) -> str:
+    """What can be done with a model that cannot be run here: a hint."""
+    ways = (
+        "bring activations of its linears with --activations, or statistics of the torch model"
+        " with ptq_cli.capture"
+    )
+    if kind in known_types():
+        return ways
+    return f"{ways}; [[sites]] say which of them share an input: ptq inspect --sites writes these"
 
 
 def family_of(config: Config) -> Family | None:

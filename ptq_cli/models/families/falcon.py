@@ -41,12 +41,12 @@ def _attention(block: BlockReader) -> MultiHead:
     scale = np.float32(attention.scale)
 
     def bias(weights: Weights, packing: Packing) -> HeadBias:
-        return HeadBias(keys=scale * _alibi(n_heads, packing.mask.shape[1]))
+        return HeadBias(keys=scale * alibi(n_heads, packing.mask.shape[1]))
 
     return replace(attention, bias=bias)
 
 
-def _alibi(n_heads: int, n_keys: int) -> FloatArray:
+def alibi(n_heads: int, n_keys: int) -> FloatArray:
     """float32 [n_heads, n_keys], of the numbers that Falcon was trained with: the slopes, the
     numbers of keys and their products are rounded to bfloat16."""
     slopes = alibi_slopes(n_heads).astype(ml_dtypes.bfloat16)

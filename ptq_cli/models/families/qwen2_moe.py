@@ -21,7 +21,10 @@ FAMILY = Family(
     name="qwen2_moe",
     names=replace(qwen2.FAMILY.names, experts=EXPERTS),
     defaults={**qwen3_moe.FAMILY.defaults, "num_experts_per_tok": 4, "qkv_bias": True},
-    keys={**qwen3_moe.FAMILY.keys, "shared_expert_size": "shared_expert_intermediate_size"},
+    keys={
+        **{own: key for own, key in qwen3_moe.FAMILY.keys.items() if own != "num_experts"},
+        "shared_expert_size": "shared_expert_intermediate_size",
+    },
     folds=Folds(),
     forward=Forward(biases={"qkv": "qkv_bias"}, slides=slides, by_type=True),
     gguf=GgufFamily(
@@ -33,5 +36,6 @@ FAMILY = Family(
             "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
         },
         own_head=True,
+        model_class="Qwen2MoeForCausalLM",
     ),
-)
+)  # fmt: skip

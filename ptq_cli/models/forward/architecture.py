@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import FAMILIES, family_of, multimodal_of, text_type
+from ptq_cli.models.families import FAMILIES, family_of, multimodal_of, text_type, ways_on
 from ptq_cli.models.family import Config, Family
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
@@ -130,8 +130,11 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     """
     kind, family = text_type(config), family_of(config)
     if family is None or family.forward is None:
-        known = (kind for own in FAMILIES if own.forward for kind in own.model_types)
-        raise not_known(f"no forward for model_type {kind!r}", known)
+        known = sorted(kind for own in FAMILIES if own.forward for kind in own.model_types)
+        raise InputError(
+            f"no forward for model_type {kind!r}; known are {', '.join(known)}",
+            hint=ways_on(kind),
+        )
     settings, names, forward = _settings(config, family), family.names, family.forward
     prefixes, heads = _places(config, names)
     prefix = _first(prefixes, f"{{}}{names.embedding}.weight", tensors)
