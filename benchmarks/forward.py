@@ -4,9 +4,9 @@
         [--threads N]
 
 For each kind of block, and sequences of 512 and 2,048 tokens (together `--tokens`), the same random
-model of one such block, without its head, runs in turn here and in transformers (its own choice of
-attention); medians of both. Of a Llama's block, the share of the rate of large float32 matrix
-products that its products reach, too.
+model of one such block and a vocabulary of 256 runs in turn here and in transformers (with its own
+choice of attention); medians of both. For a Llama's block also the share of the rate of large
+float32 matrix products that its own products reach.
 Here each thread takes its part of the sequences and BLAS has one thread, as in a run of ptq; torch
 gets as many threads.
 Needs torch and transformers beside this package; prints a Markdown table.
@@ -32,7 +32,7 @@ from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import pack
-from ptq_cli.models.forward.stages import embed, finish, forward_block
+from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.storage.sources import open_float
 
 LENGTHS = (512, 2048)
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "LayerNorm, gelu": ("Starcoder2", {}),
     "parallel": ("Cohere", {"pad_token_id": 0}),
     "norms behind": ("Olmo2", {}),
-    "ALiBi": ("Bloom", {}),
+    "ALiBi": ("Bloom", {"num_key_value_heads": None, "intermediate_size": None}),
     "latent attention": (
         "DeepseekV3", {**LATENT, "first_k_dense_replace": 1, "num_key_value_heads": None}
     ),
@@ -143,7 +143,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def theirs(kind: str, hidden: int, folder: Path) -> Callable[[Array], Array]:
-    """transformers' forward, tokens [n, length] → [n, length, hidden], of a model in `folder`."""
+    """transformers' forward, tokens [n, length] → logits, of a model that it saves in `folder`."""
     import torch
     import transformers
 
@@ -155,19 +155,20 @@ def theirs(kind: str, hidden: int, folder: Path) -> Callable[[Array], Array]:
 
     def run(tokens: Array) -> Array:
         with torch.no_grad():
-            return model.base_model(torch.from_numpy(tokens)).last_hidden_state.numpy()
+            return model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
 
     return run
 
 
 def ours(folder: Path) -> Callable[[Array], Array]:
-    """The forward here, tokens [length] → [length, hidden].
+    """The forward here of the model in `folder`, tokens [length] → logits.
 
     Raises InputError where the family has none.
     """
     source = open_float(folder)
     arch = read_architecture(source.config, source.tensors)
-    weights = {name: source.read(name) for name in source.tensors}
+    # in the order that float32 of another dtype has, which a run makes of most checkpoints
+    weights = {name: source.read(name).astype(np.float32) for name in source.tensors}
     return partial(forward, arch, weights)
 
 
@@ -176,7 +177,7 @@ def forward(arch: Architecture, weights: dict[str, Array], tokens: Array) -> Arr
     hidden = embed(arch, weights, tokens[None], packing)
     for index in range(len(arch.blocks)):
         hidden = forward_block(arch, index, weights, hidden, packing)
-    return finish(arch, weights, hidden)
+    return logits(arch, weights, finish(arch, weights, hidden))
 
 
 def compare(

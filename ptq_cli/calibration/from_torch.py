@@ -32,6 +32,7 @@ from ptq_cli.calibration.torch_modules import Found, FusedExperts, find_modules
 from ptq_cli.calibration.torch_sharing import Sharing
 from ptq_cli.core.names import fold_names
 from ptq_cli.errors import InputError
+from ptq_cli.models.derived_sites import derive_sites
 from ptq_cli.models.linears import group_modules, left_alone, module_tree
 from ptq_cli.models.recipe_text import recipe_text
 from ptq_cli.models.sites import SitePattern
@@ -242,7 +243,8 @@ def capture(
             f"{opened.path}: no module of the model has the name of a linear there",
             hint=f"named= maps names; there is {next(iter(widths), 'none')!r}, for instance",
         )
-    groups = group_modules(found.modules, model_sites(opened).sites)
+    shared = [site for site in model_sites(opened).sites if len(site.linears) > 1]
+    groups = group_modules(found.modules, shared)  # what is alone there may share by its name
     groups += [group for own in found.experts.values() for group in own.groups]
     sharing = None if sites is None else Sharing()
     capture = Capture(widths, groups, (heldout_every, heldout_limit), sharing)
@@ -266,12 +268,17 @@ def _recipe(
     checkpoint: Checkpoint,
     names: Mapping[str, Sequence[str]],
 ) -> str:
-    """The sites that were seen, as `[[sites]]`."""
+    """The sites that were seen, as `[[sites]]`, with what may feed those that are also derived."""
     turned = transposed_tensors(model_sites(checkpoint).sites)
+    derived = {
+        frozenset(site.pattern.linears): site.pattern
+        for site in derive_sites(checkpoint.specs, checkpoint.config)
+    }
     sites = []
     for group in sharing.merged(groups):
         linears = tuple(name for linear in group for name in names[linear])
         pattern = SitePattern(linears, transposed=f"{linears[0]}.weight" in turned)
+        pattern = derived.get(frozenset(linears), pattern)
         sites.append((pattern, "seen: the same input in every call" if linears[1:] else "seen"))
     about = f"Sites of {checkpoint.path}, as a torch model showed them their inputs."
     return recipe_text(about, sites, checkpoint.specs)

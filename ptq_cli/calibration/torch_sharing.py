@@ -41,10 +41,6 @@ class Sharing:
             holder |= dict.fromkeys(seen, number)
         return [tuple(linears) for linears, _ in found.values()]
 
-    def calls(self, linear: str) -> int:
-        """How often a linear was shown something."""
-        return len(self._calls.get(linear, ()))
-
 
 def _view(tensor: Any) -> Hashable:
     """What of its storage a tensor shows, and what tells that it was written to."""

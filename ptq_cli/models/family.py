@@ -20,7 +20,6 @@ from ptq_cli.models.gguf_family import GgufFamily
 from ptq_cli.models.names import Names
 from ptq_cli.models.sites import Layout, SitePattern
 
-_TEXT_MODULE = "model.language_model."  # of every multimodal model in transformers
 _IMAGE_TOKEN = re.compile(r"(image|video|audio)_token_(id|index)")
 USUAL_KEYS = {"activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 
@@ -91,21 +90,24 @@ class Multimodal:
     renames: beginnings of the checkpoint's names and of the modules' in transformers, where these
         differ; the first that fits counts
     causal: whether a token of text sees those before it only
+    text, head: beginnings of the names of the text model's modules and of its head in transformers
     """
 
     model_types: Mapping[str, str]
     towers: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     causal: bool = True
+    text: str = "model.language_model."
+    head: str = ""
 
     def prefixes(self, names: Names) -> tuple[str, ...]:
         """Of the text model's tensors, in place of those of its names."""
-        outer = self._stored(_TEXT_MODULE)
+        outer = self._stored(self.text)
         return tuple(p + own.removeprefix("model.") for own in names.prefixes for p in outer)
 
     def heads(self, names: Names) -> tuple[str, ...]:
         """What the output's linear may be called."""
-        return self._stored(names.head)
+        return self._stored(f"{self.head}{names.head}")
 
     def _stored(self, module: str) -> tuple[str, ...]:
         """What the checkpoint may call a module of transformers'."""

@@ -14,9 +14,11 @@ from ptq_cli.core.tensors import TensorSpec, is_float
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
 from ptq_cli.models.family import Config
 from ptq_cli.models.gguf_tensors import goes_by_gguf_names, left_alone_in_gguf
+from ptq_cli.models.predictors import predictor_tensors
 from ptq_cli.models.sites import Site
 
 OTHER_TOWER = "not of the text model"
+PREDICTOR = "multi-token prediction"
 _LEFT_ALONE = (
     (
         "embedding",  # of tokens, of places, and T5's relative_attention_bias
@@ -66,7 +68,7 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
     family, multimodal = family_of(config), multimodal_of(config)
     routers = tuple(f".{name}" for name in family.names.routers) if family else ()
     towers = multimodal.towers if multimodal else ()
-    names = sorted(specs)
+    names, predictors = sorted(specs), predictor_tensors(specs, config)
     reasons = {}
     for name, spec in specs.items():
         module = name.removesuffix(".weight")
@@ -77,6 +79,8 @@ def left_alone(specs: Mapping[str, TensorSpec], config: Config) -> dict[str, str
             reason = OTHER_TOWER
         if reason is None and family is None and _is_router(module, names):
             reason = "router"
+        if reason is None and not predictors.get(name, True):
+            reason = PREDICTOR
         if reason is not None:
             reasons[name] = reason
     return reasons

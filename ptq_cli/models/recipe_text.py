@@ -20,8 +20,8 @@ from ptq_cli.core.text import printable
 from ptq_cli.models.sites import SitePattern, Specs
 
 _WIDTH = 100
-_CHECK = (
-    "Check that the linears of a site see the same input, and give this file with --config.",
+_CHECK = "Check that the linears of a site see the same input, and give this file with --config."
+_FED = (
     "Lines with norm and after say what may feed a site. For awq and smoothquant take their #",
     "away where the norm feeds nothing else (plus_one = true: its gain is stored less one), and",
     "where what is between two linears commutes with a scale per channel.",
@@ -41,7 +41,8 @@ def recipe_text(about: str, sites: Iterable[tuple[SitePattern, str]], specs: Spe
     alike: dict[tuple[SitePattern, str], list[SitePattern]] = defaultdict(list)
     for pattern, said in sites:
         alike[pattern.named(_starred), said].append(pattern)
-    lines = [f"# {printable(line)}" for line in (about, *_CHECK)]
+    fed = _FED if any(pattern.norm or pattern.after for pattern, _ in alike) else ()
+    lines = [f"# {printable(line)}" for line in (about, _CHECK, *fed)]
     for (starred, said), patterns in alike.items():
         whole = all(map(_one_star_fits, patterns)) and (
             numbers[f"{starred.linears[0]}.weight"] == {_numbers(x.linears[0]) for x in patterns}

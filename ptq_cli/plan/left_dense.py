@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from ptq_cli.core.layer import Layer, Plan, Skipped
 from ptq_cli.core.names import fold_reasons
 from ptq_cli.core.tensors import TensorSpec
-from ptq_cli.models.linears import OTHER_TOWER
+from ptq_cli.models.linears import OTHER_TOWER, PREDICTOR
 from ptq_cli.plan.layers import cannot_hold
-from ptq_cli.plan.select_tensors import IGNORED, KEPT_FLOAT, STORED_AS
+from ptq_cli.plan.select_tensors import IGNORED, KEPT_FLOAT, STORED_AS, UNREACHED
 
 LIMIT = 0.2  # of the bytes of all matrices in the blocks
 _WORTH_SAYING = 0.1  # of those that stay dense, for one reason
-_MEANT = (IGNORED, KEPT_FLOAT, OTHER_TOWER, "not quantized", "empty")
+_MEANT = (IGNORED, KEPT_FLOAT, OTHER_TOWER, PREDICTOR, UNREACHED, "not quantized", "empty")
 
 
 def dense_warnings(plan: Plan) -> list[str]:

@@ -16,8 +16,10 @@ from ptq_cli.core.kv_cache import KVCache
 from ptq_cli.core.layer import GgufTypes, Layer, Misfit, Plan, Skipped
 from ptq_cli.core.plugins import Format, Method
 from ptq_cli.models.linears import dense_modules, left_alone, module_tree
+from ptq_cli.models.predictors import predictor_tensors
 from ptq_cli.plan.experts import expert_misfits
 from ptq_cli.plan.grid_settings import GridSettings
+from ptq_cli.plan.hints import Unread
 from ptq_cli.plan.kv_cache import plan_kv_cache
 from ptq_cli.plan.layers import (
     check_fisher,
@@ -32,6 +34,7 @@ from ptq_cli.plan.scale_dtypes import with_scale_dtypes
 from ptq_cli.plan.select_tensors import choose_tensors
 from ptq_cli.plan.tensor_types import tensor_types
 from ptq_cli.plan.units import check_calibrated, plan_units, plan_warnings
+from ptq_cli.plan.unreached import unreached, unreached_warnings, without_input_scales
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folder import container_of
 
@@ -57,7 +60,9 @@ def make_plan(
         InputError: whatever cannot work, with names and numbers.
     """
     mixed = tensor_types(checkpoint, settings, fmt, source)
-    chosen, skipped = choose_tensors(checkpoint, settings, mixed)
+    included = left_alone(checkpoint.specs, checkpoint.config)
+    beyond = unreached(checkpoint, source, included)
+    chosen, skipped = choose_tensors(checkpoint, settings, mixed, beyond)
     sites = model_sites(checkpoint, settings.family, settings.sites).sites
     transposed, reordered = transposed_tensors(sites), method.reorders(method_settings)
     wanted = [
@@ -66,23 +71,21 @@ def make_plan(
     ]
     wanted = [of_type(layer, mixed) for layer in wanted]
     wanted = with_scale_dtypes(wanted, settings, fmt, checkpoint, sites)
-    fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
-    included = left_alone(checkpoint.specs, checkpoint.config)
-
-    def unread(layers: Sequence[Layer], other: Format) -> Mapping[str, Misfit]:
-        return expert_misfits(layers, other, checkpoint.config, fused)
-
+    predictors = predictor_tensors(checkpoint.specs, checkpoint.config)
+    wanted, bare = without_input_scales(wanted, predictors, source)
     unasked = {} if mixed.mix else included
-    kept = check_layers(wanted, fmt, settings, sites, unasked, unread)
+    kept = check_layers(wanted, fmt, settings, sites, unasked, _unread_of(checkpoint))
     layers = [mirrored_where_held(x, fmt) for x in wanted if x.module not in kept]
-    skipped += [unheld(layer, fmt) for layer in wanted if layer.module in kept]
+    skipped += [*bare, *(unheld(layer, fmt) for layer in wanted if layer.module in kept)]
     types = mixed.told_of(entry.tensor for entry in skipped)
     left_out = _check_writable(checkpoint, layers, skipped, fmt, types)
     if method.needs_fisher(method_settings):
         check_fisher(layers, source)
     cache = plan_kv_cache(checkpoint, settings, fmt, source)
-    units = plan_units(layers, method, source, missing, included.keys(), sites)
+    free = {*included, *beyond}
+    units = plan_units(layers, method, source, missing, free, sites, predictors)
     check_calibrated(units, source)
+    blind = unreached_warnings(units, skipped, predictors, source)
     before = sum(tensor.spec.nbytes for tensor in checkpoint.tensors.values())
     return Plan(
         method=method.name,
@@ -90,12 +93,22 @@ def make_plan(
         format=fmt.name,
         units=units,
         skipped=tuple(skipped),
-        warnings=(*checkpoint.warnings, *left_out, *plan_warnings(units, method, source)),
+        warnings=(*checkpoint.warnings, *left_out, *blind, *plan_warnings(units, method, source)),
         bytes_before=before,
         bytes_after=before + _growth(checkpoint, layers, fmt, cache),
         kv_cache=cache,
         types=types,
     )
+
+
+def _unread_of(checkpoint: Checkpoint) -> Unread:
+    """Gives modules that a format could hold, but that no runtime reads from it."""
+    fused = {name for name, tensor in checkpoint.tensors.items() if tensor.part_of is not None}
+
+    def unread(layers: Sequence[Layer], fmt: Format) -> Mapping[str, Misfit]:
+        return expert_misfits(layers, fmt, checkpoint.config, fused)
+
+    return unread
 
 
 def _check_writable(

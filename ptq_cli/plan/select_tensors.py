@@ -19,15 +19,20 @@ from ptq_cli.plan.tied_heads import refuse_lone_head, refuse_missing_head
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
 
 IGNORED, KEPT_FLOAT = "ignored", f"bits = {FLOAT_BITS}"  # as the user wished
+UNREACHED = "no token reaches it"
 STORED_AS = "kept as"  # a dense type of GGUF
 
 
 def choose_tensors(
-    checkpoint: Checkpoint, settings: GridSettings, mixed: TensorTypes
+    checkpoint: Checkpoint,
+    settings: GridSettings,
+    mixed: TensorTypes,
+    unreached: Mapping[str, str] = {},
 ) -> tuple[list[StoredTensor], list[Skipped]]:
     """The tensors to quantize and those that are copied, layer 10 after layer 9.
 
     mixed: what a mix rounds, of which more counts than what is left alone by default
+    unreached: further tensors that are left alone unless asked for, and why
     """
     names, dense = mixed.names, mixed.dense
     ignore = patterns("--ignore", settings.ignore, checkpoint, names)
@@ -37,7 +42,7 @@ def choose_tensors(
     rules = patterns("[[layers]] match", words, checkpoint, names)
     pairs = zip(rules, settings.layers, strict=True)
     ignore += [pattern for pattern, rule in pairs if rule.get("skip")]
-    reasons = _left_alone(checkpoint, mixed)
+    reasons = {**unreached, **_left_alone(checkpoint, mixed)}
     chosen, skipped = [], []
     for name in by_number(checkpoint.tensors):
         tensor = checkpoint.tensors[name]

@@ -30,11 +30,13 @@ def plan_units(
     missing: str,
     included: Collection[str],
     sites: Sequence[Site],
+    beyond: Collection[str] = (),
 ) -> tuple[Unit, ...]:
     """The units of a run: linears that share their input, with one site's statistics, together.
 
     missing: what a layer without statistics gets: "error" or "rtn"
     included: tensors that are left alone unless asked for, which may lack statistics
+    beyond: tensors that no tokens reach, which may lack them too
 
     Raises:
         InputError: layers without statistics, or with those of another width.
@@ -44,7 +46,8 @@ def plan_units(
     lost = [
         layer.module
         for layer in layers
-        if source is not None and layer.module not in site_of and layer.tensor not in included
+        if source is not None and layer.module not in site_of
+        if layer.tensor not in included and layer.tensor not in beyond
     ]
     if lost and missing == "error" and method.needs_hessian and source is not None:
         surplus = f"; left over: {fold_names(source.surplus)}" if source.surplus else ""
@@ -61,7 +64,8 @@ def plan_units(
             own = (layer.grid.group_size, layer.grid.multiples is None)
             parts.setdefault((site_of.get(module), *own), []).append(layer)
         for (site, *_), members in parts.items():
-            units.append(_unit(site, members, method, source))
+            blind = is_embedding(members[0].module) or members[0].tensor in beyond
+            units.append(_unit(site, members, method, source, blind))
     units = _with_those_beside(units)
     if source is not None and source.in_sequence:
         order = {site: place for place, site in enumerate(source.sites)}
@@ -109,12 +113,15 @@ def check_calibrated(units: Iterable[Unit], source: Source | None) -> None:
     )
 
 
-def _unit(site: str | None, members: list[Layer], method: Method, source: Source | None) -> Unit:
+def _unit(
+    site: str | None, members: list[Layer], method: Method, source: Source | None, blind: bool
+) -> Unit:
+    """blind: it has no inputs (an embedding's rows are looked up), so all columns count alike"""
     nearest = None
     if site is None and method.needs_hessian:
         nearest = "no calibration" if source is None else "no statistics for it"
-        if source is not None and is_embedding(members[0].module):
-            nearest = None  # its rows are looked up: there are no inputs, all columns count alike
+        if source is not None and blind:
+            nearest = None
         members = [replace(layer, reordered=False) for layer in members]
     return Unit(
         name=members[0].module,

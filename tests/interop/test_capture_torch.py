@@ -3,6 +3,8 @@ see."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import tomllib
 import warnings
 from pathlib import Path
@@ -159,6 +161,19 @@ def test_experts_have_their_own_statistics(name: str, folder: Path) -> None:
     options = {"format": "ptq", "group_size": 32, "fallback": "rtn"}
     report = ptq_cli.gptq(folder / name, calibration=OUT, output="out", **options)
     assert report.totals["calibrated"]
+
+
+def test_experts_of_a_family_that_is_not_known(folder: Path) -> None:
+    source = folder / "qwen3_moe_stacked"
+    model, hidden = load(source), Path("model")
+    shutil.copytree(source, hidden)
+    config = json.loads((source / "config.json").read_text())
+    (hidden / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with ptq_cli.capture(model, hidden, OUT, sites="sites.toml"):
+        model(ids(16, 32))
+    seen = {info.linears for info in statistics().sites.values()}
+    assert {len(linears) for linears in seen if ".experts." in linears[0]} == {1, 2}
+    assert in_recipe(hidden) == seen
 
 
 class Odd(torch.nn.Module):

@@ -245,6 +245,11 @@ def test_windows_fall_on_the_blocks_that_config_json_says() -> None:
     assert windows(model_type="gemma3_text", sliding_window=8, layer_types=types) == [None, 8]
 
 
+def test_opt_has_as_many_key_heads_as_heads_whatever_config_json_says() -> None:
+    config = {**LLAMA, "model_type": "opt", "ffn_dim": 48}
+    assert {attention.n_kv_heads for attention in read_architecture(config).attentions} == {4}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

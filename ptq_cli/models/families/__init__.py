@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ptq_cli.models.families import llava, qwen2_vl
+from ptq_cli.models.families import llama4, llava, qwen2_vl
 from ptq_cli.models.family import Config, Family, Multimodal, model_type, text_config
 
 _TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
@@ -25,7 +25,7 @@ def _families(names: str) -> tuple[Family, ...]:
 
 TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
 FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
-MULTIMODALS = (llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
+MULTIMODALS = (llama4.MULTIMODAL, llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
 
 
 def text_type(config: Config) -> str | None:

@@ -1,6 +1,6 @@
-"""Llama 4 (text): attention in chunks, but in every fourth block, which turns no queries and keys;
-experts in every or every other block, stored as one tensor of all, and one shared. The shares of
-the experts are taken of their inputs."""
+"""Llama 4, with its vision tower or without: attention in chunks, but in every fourth block, which
+turns no queries and keys; experts in every or every other block, stored as one tensor of all, and
+one shared. The shares of the experts are taken of their inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.families import llama
-from ptq_cli.models.family import Family, Folds
+from ptq_cli.models.family import Family, Folds, Multimodal
 from ptq_cli.models.forward.attention import Packing
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.layers import Norm, Weights, apply_norm
@@ -111,6 +111,11 @@ FAMILY = Family(
         "use_qk_norm": True, "attention_chunk_size": 8192, "attn_temperature_tuning": True,
         "floor_scale": 8192, "attn_scale": 0.1, "attention_bias": False,
     },
+    sizes={
+        "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192,
+        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "num_local_experts": 16,
+    },
     keys={
         "num_experts": "num_local_experts", "expert_size": "intermediate_size",
         "shared_expert_size": "intermediate_size",
@@ -123,3 +128,10 @@ FAMILY = Family(
         feed_forward=feed_forward,
     ),
 )  # fmt: skip
+
+MULTIMODAL = Multimodal(
+    model_types={"llama4": "llama4_text"},
+    towers=("vision_model", "multi_modal_projector"),
+    text="language_model.model.",
+    head="language_model.",
+)
