@@ -41,6 +41,8 @@ def check_sizes(arch: Architecture, specs: Specs, config: Config) -> None:
     _check(specs, arch.embedding, (arch.vocab_size, width), sizes)
     if arch.head in specs:
         _check(specs, arch.head, (arch.vocab_size, width), sizes)
+    if arch.positions is not None and arch.positions not in specs:
+        raise InputError(f"no tensor {arch.positions!r}, which config.json asks for", hint=HINT)
     for part in _parts((arch.final_norm, arch.embedding_norm)):
         _check_vectors(specs, part, arch.hidden_size)
     for index, block in enumerate(arch.blocks):
