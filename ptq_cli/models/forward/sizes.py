@@ -77,6 +77,8 @@ def _check_block(arch: Architecture, block: Block, specs: Specs) -> None:
         for module, shape in made.of.items():
             wanted = shape[::-1] if arch.transposed else shape
             _check(specs, f"{module}.weight", wanted, sizes)
+        for name, width in made.vectors.items():
+            _check(specs, name, (width,), sizes)
         for part in _parts(branch):
             _check_vectors(specs, part)
     for norm in block.norms.values():
