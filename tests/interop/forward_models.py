@@ -324,6 +324,16 @@ WITH_IMAGES: dict[str, Make] = {
          "fullatt_block_indexes": [0]},
         **QWEN_MARKS,
     ),
+    "qwen3_vl": _with_images(
+        "Qwen3VL",
+        {**HEADS, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True,
+            "mrope_section": [2, 3, 3],
+        }},
+        {**QWEN_VISION, "intermediate_size": 108, "out_hidden_size": 64,
+         "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        **QWEN_MARKS,
+    ),
     "qwen2_5_vl window": _with_images(
         "Qwen2_5_VL", {**MROPE, **LATE_WINDOWS},
         {**QWEN_VISION, "intermediate_size": 108, "out_hidden_size": 64, "window_size": 112,
