@@ -5,6 +5,7 @@ beside them where they are installed.
     python benchmarks/accuracy.py --model DIR --calibration FILE.npy --evaluation FILE.npy
     python benchmarks/accuracy.py --bits 3 --grid sym --contenders field default --against field
     python benchmarks/accuracy.py --python autoround=VENV/bin/python --contenders default autoround
+    python benchmarks/accuracy.py --grid asym --contenders fast default best
     python benchmarks/accuracy.py --bits 8 --contenders w8a8-rtn w8a8-parallel w8a8 w8a8-gptq
 
 All contenders see the same calibration tokens; the KL divergence from the float model and
@@ -70,6 +71,8 @@ CONTENDERS = {
     "parallel": Contender("gptq --parallel-layers", "gptq", PARALLEL),
     "uncorrected": Contender("gptq --drift 0", "gptq", {"drift": 0.0}),
     "default": Contender("gptq", "gptq"),
+    "fast": Contender("gptq --effort fast", "gptq", {"effort": "fast"}),
+    "best": Contender("gptq --effort best", "gptq", {"effort": "best"}),
     "awq-parallel": Contender("awq --parallel-layers", "awq", AWQ | PARALLEL),
     "awq": Contender("awq", "awq", AWQ),
     "awq-gptq-parallel": Contender(

@@ -26,18 +26,20 @@ Timed = tuple[float, float, Weights]  # seconds of factorization, of columns; de
 Run = Callable[[Weights, Weights], Timed]
 
 
-def ours(refine: int, sweeps: int, mse: bool, act_order: str) -> Run:
-    """This engine, by the calls its gptq method makes."""
+def ours(**stated: Any) -> Run:
+    """This engine, by the calls its gptq method makes. stated: settings, where not its defaults"""
     from ptq_cli.core.grid import Grid
+    from ptq_cli.methods.gptq import GptqSettings
     from ptq_cli.numerics.feedback import make_feedback
     from ptq_cli.numerics.gptq import solve
     from ptq_cli.numerics.panel import Passes
 
-    grid, passes = Grid(BITS, GROUP, sym=False), Passes(mse, refine, sweeps)
+    grid, settings = Grid(BITS, GROUP, sym=False), GptqSettings(**stated)
+    passes = Passes(settings.mse, settings.refine, settings.sweeps)
 
     def run(weight: Weights, hessian: Weights) -> Timed:
         start = time.perf_counter()
-        feedback = make_feedback(hessian, DAMP, grid, act_order)
+        feedback = make_feedback(hessian, DAMP, grid, settings.act_order)
         middle = time.perf_counter()
         result = solve(weight, feedback.grid, feedback, passes)
         end = time.perf_counter()
@@ -201,9 +203,10 @@ def product() -> Run:
 
 CONTENDERS: dict[str, Callable[[], Run]] = {
     "product": product,
-    "paper": lambda: ours(0, 0, False, "none"),
-    "refine": lambda: ours(2, 0, False, "none"),
-    "defaults": lambda: ours(2, 1, True, "static"),
+    "paper": lambda: ours(refine=0, sweeps=0, mse=False, act_order="none"),
+    "refine": lambda: ours(sweeps=0, mse=False, act_order="none"),
+    "fast": lambda: ours(effort="fast"),
+    "defaults": lambda: ours(),
     "numpy": numpy_loop,
     "torch": torch_loop,
     "gptqmodel": gptqmodel_class,

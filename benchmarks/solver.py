@@ -36,11 +36,12 @@ from ptq_cli.numerics.rounding import round_to_nearest  # noqa: E402
 SIZES = ["1024x1024", "4096x4096", "4096x11008"]
 TARGET_SIZE = "4096x4096"
 SLOW_ABOVE = 8192  # in_features beyond which contenders that are not ours run once
-OURS = ("paper", "refine", "defaults")
+OURS = ("paper", "refine", "fast", "defaults")
 NEEDS = {"torch": ("torch",), "gptqmodel": ("torch", "gptqmodel")}
 LABELS = {
     "paper": "ptq, paper's algorithm (*)",
     "refine": "ptq, (*) + 2 refine passes",
+    "fast": "ptq, --effort fast",
     "defaults": "ptq, defaults",
     "numpy": "paper's loop, NumPy",
     "torch": "paper's loop, torch",

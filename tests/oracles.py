@@ -195,7 +195,8 @@ def gptq(
     weight, hessian, grid: Grid, *, damp, act_order="none", ratios=(1.0,), refine=0, sweeps=0
 ) -> Rounded:
     """The loop of Frantar et al. as IST-DASLab/gptq writes it, with `refine` passes of coordinate
-    descent after each group and `sweeps` of it over all groups at the end.
+    descent after each group and `sweeps` of it over all groups at the end; from the second on, one
+    that lowers the loss by less than 0.2 % is the last.
 
     Columns with no inputs are not zeroed: nothing pulls them, so they round to nearest.
     """
@@ -230,9 +231,13 @@ def gptq(
             W[:, free] = target[:, free] + error @ answer
         runs.append((number, g))
         start = stop
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
+        before = loss(target, scale * (codes - zero), H)
         for _, g in runs:
             descend(target, codes, scale, zero, H, g, grid)
+        gain = before - loss(target, scale * (codes - zero), H)
+        if sweep > 0 and gain < 0.002 * before:
+            break
     return _in_place(codes, scale, zero, order, runs, grid, act_order)
 
 

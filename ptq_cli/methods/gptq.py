@@ -29,11 +29,24 @@ FLOAT64_COLUMNS = 512
 
 DAMP_LADDER = (0.1, 1.0)
 
-UNSET = -1.0
+UNSET = -1
+
+
+# At most so many sweeps. Every pass of the default pays: docs/measurements.md.
+EFFORTS = {"fast": 0, "default": 2, "best": 10}
 
 
 @dataclass(frozen=True)
 class GptqSettings:
+    effort: str = field(
+        default="default",
+        metadata={
+            "help": "How long to try, where --sweeps is not given: fast rounds in half the time of"
+            " default; best sweeps until little is gained.",
+            "choices": tuple(EFFORTS),
+            "needs": ({"calibration": (True,)},),
+        },
+    )
     mse: bool = field(
         default=True,
         metadata={"help": "Search the range of each group for the least weighted rounding error."},
@@ -97,9 +110,11 @@ class GptqSettings:
         },
     )
     sweeps: int = field(
-        default=2,
+        default=UNSET,
         metadata={
-            "help": "Sweeps of coordinate descent over the whole row at the end.",
+            "shown": "{default}; fast {fast}, best {best}".format(**EFFORTS),
+            "help": "Sweeps of coordinate descent over the whole row at the end, at most: from the"
+            " second on, one that lowers the loss by less than 0.2 % is the last.",
             "needs": ({"calibration": (True,)},),
             "min": 0,
             "max": 100,
@@ -107,8 +122,11 @@ class GptqSettings:
     )
 
     def __post_init__(self) -> None:
-        """Without a damping of its own: what measured best on held-out inputs with refinement, and
-        the paper's where nothing is added to the paper's algorithm."""
+        """Sweeps that are not stated are those of the effort. Without a damping of its own: what
+        measured best on held-out inputs with refinement, and the paper's where nothing is added to
+        the paper's algorithm."""
+        if self.sweeps == UNSET:
+            object.__setattr__(self, "sweeps", EFFORTS[self.effort])
         if self.damp_percent == UNSET:
             plain = self.refine == 0 and self.sweeps == 0
             object.__setattr__(self, "damp_percent", 0.01 if plain else 0.05)

@@ -19,15 +19,23 @@ from ptq_cli.numerics.scales import stored_scales
 from ptq_cli.numerics.super_blocks import Multiples, Shared
 
 LEAF_COLUMNS = 16
+# From the second on, a sweep that lowers the loss of its panel by less than this part is the last.
+LEAST_GAIN = 0.002
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How hard to try: scale search, refine passes inside the group, sweeps over the row."""
+    """How hard to try: scale search, refine passes inside the group, at most so many sweeps over
+    the row."""
 
     mse: bool = True
     refine: int = 2
     sweeps: int = 1
+
+
+def _inner(a: FloatArray, b: FloatArray) -> float:
+    """`Σ a · b`, in an order that no number of threads changes."""
+    return float((a * b).sum(dtype=np.float64))
 
 
 def _leaves(start: int, stop: int) -> list[int]:
@@ -66,6 +74,7 @@ class Panel:
         far send it, `Σ_{i<k} E_i U_ik`.
     scales, zeros, offsets: of each group, [groups in visiting order, rows]
     shared: of each super-block, d and e, where scales are multiples of those
+    loss: `Σ_k D_k |(E U)_k|²` of the columns rounded so far, where sweeps may end by it
     levels (in the methods): those of the group or block in hand, as floats.
     """
 
@@ -87,15 +96,23 @@ class Panel:
         self.offsets = np.zeros_like(self.scales)
         self.shared: dict[int, Shared] = {}
         self.importance = feedback.pivots[:, None]
+        self.loss = 0.0
 
     def run(self) -> None:
         starts = [0, *(block.columns.stop for block in self.blocks)]
         at = {block.columns.start: block for block in self.blocks}
         upper = self.feedback.upper
         _by_halves(starts, upper, self.error, self.error, lambda a, _: self._round_block(at[a]))
-        for _ in range(self.passes.sweeps):
-            for block in self.blocks:
-                self._sweep_block(block)
+        for sweep in range(self.passes.sweeps):
+            gain = sum([self._sweep_block(block) for block in self.blocks])
+            if sweep > 0 and gain < LEAST_GAIN * self.loss:
+                return
+            self.loss -= gain
+
+    @property
+    def _measures(self) -> bool:
+        """Whether what sweeps gain is measured: where a sweep after the second may follow."""
+        return self.passes.sweeps > 2
 
     def store(self, result: QuantizedWeight) -> None:
         """Put the scales, zeros and offsets of all groups into a rounded weight of these rows."""
@@ -116,7 +133,8 @@ class Panel:
     def _round_block(self, block: Block) -> None:
         columns, refined = block.columns, self.passes.refine > 0
         upper, start = self.feedback.upper[columns, columns], columns.start
-        compensation = self.error[columns].copy() if refined and start else None
+        needed = start > 0 and (refined or self._measures)
+        compensation = self.error[columns].copy() if needed else None
         if self.grid.multiples:
             self._share(block)
         levels = np.empty((columns.stop - start, self.weight.shape[1]), self.weight.dtype)
@@ -135,6 +153,11 @@ class Panel:
                 gradient = block.schur @ self.error[columns]
                 gradient += constant
                 self._descend(block, block.schur, gradient, levels)
+        if self._measures:
+            sent = upper.T @ self.error[columns]  # (E U)_g
+            if compensation is not None:
+                sent += compensation
+            self.loss += _inner(self.feedback.pivots[columns, None] * sent, sent)
         self._write_codes(block, levels)
 
     def _share(self, block: Block) -> None:
@@ -308,7 +331,9 @@ class Panel:
         self.scales[groups], self.offsets[groups] = n * moved.scales, m * moved.offsets
         self.shared[block.number] = moved
 
-    def _sweep_block(self, block: Block) -> None:
+    def _sweep_block(self, block: Block) -> float:
+        """How far the loss falls, `−tr(Δ (2 P + (H + λI) Δ)ᵀ)` with Δ the change of the error,
+        where that is measured; else 0."""
         columns = block.columns
         levels = np.empty_like(self.error[columns])
         for group, own in self._parts(block):
@@ -316,8 +341,15 @@ class Panel:
             levels[own] = self.numbers.read_codes(codes, zeros, self.grid)
         hessian = self.feedback.rows(columns.start, columns.stop)
         gradient = hessian @ self.error
+        before = (self.error[columns].copy(), 2 * gradient) if self._measures else None
         self._descend(block, hessian[:, columns], gradient, levels)
         self._write_codes(block, levels)
+        if before is None:
+            return 0.0
+        error, slope = before
+        change = self.error[columns] - error
+        slope += hessian[:, columns] @ change
+        return -_inner(change, slope)
 
     def _write_codes(self, block: Block, levels: FloatArray) -> None:
         for group, own in self._parts(block):

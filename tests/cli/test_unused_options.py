@@ -28,6 +28,7 @@ CASES = [
     ("smoothquant --no-mse --weight hessian", "--weight hessian", "--mse"),
     ("smoothquant --bits 16 --sweeps 2", "--sweeps 2", "--then gptq"),
     ("awq --damp-percent 0.1", "--damp-percent 0.1", "--then gptq"),
+    ("awq --effort best", "--effort best", "--then gptq"),
     ("awq --mse", "--mse", "--then gptq"),
     ("awq --then gptq --no-compare --no-clip", "--no-clip", "--then awq or --compare"),
     ("awq --then gptq --no-compare --no-mse --weight hessian", "--weight hessian", "--mse"),

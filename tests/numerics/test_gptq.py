@@ -14,7 +14,7 @@ import pytest
 
 from ptq_cli.core.grid import Grid
 from ptq_cli.errors import InputError
-from ptq_cli.numerics import gptq, refit
+from ptq_cli.numerics import gptq, panel, refit
 from ptq_cli.numerics.feedback import column_order, make_feedback
 from ptq_cli.numerics.gptq import solve
 from ptq_cli.numerics.integers import SEARCH_RATIOS
@@ -252,16 +252,16 @@ def test_every_pass_lowers_the_cost_it_was_given(monkeypatch):
     the engine handed in."""
     descend, rises = Panel._descend, []
 
-    def watched(panel, block, quadratic, gradient, centred):
+    def watched(own, block, quadratic, gradient, centred):
         group = block.columns
-        constant = gradient - quadratic @ panel.error[group]
+        constant = gradient - quadratic @ own.error[group]
 
         def cost():
-            error = panel.error[group]
+            error = own.error[group]
             return (error * (quadratic @ error + 2 * constant)).sum(axis=0)
 
         before = cost()
-        descend(panel, block, quadratic, gradient, centred)
+        descend(own, block, quadratic, gradient, centred)
         rises.append((cost() - before).max() / np.abs(before).max())
 
     monkeypatch.setattr(Panel, "_descend", watched)
@@ -294,6 +294,51 @@ def test_a_refit_is_kept_only_where_the_cost_falls(monkeypatch):
     for what in ("refine", "sweeps"):
         losses = row_losses(weight, hessian, Grid(3, -1, sym=False), what)
         assert (losses[1:] <= losses[:-1] * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize(("refine", "group_size"), [(0, 12), (2, 12), (1, -1)])
+def test_sweeps_end_where_the_twins_do(monkeypatch, refine, group_size, act_order):
+    weight, hessian = some_weight(6, 48, seed=3), some_hessian(48, seed=3)
+    grid, passes = Grid(2, group_size, sym=False), Passes(False, refine, sweeps=50)
+    swept = []
+    sweep_block = Panel._sweep_block
+    monkeypatch.setattr(
+        Panel, "_sweep_block", lambda own, block: swept.append(block) or sweep_block(own, block)
+    )
+    result = run(weight, hessian, grid, act_order, passes)
+    assert_equal_to_twin(result, run_twin(weight, hessian, grid, act_order, passes))
+    least = 2 * (48 // 12 if group_size > 0 else 1)
+    assert least <= len(swept) < 25 * least
+
+
+@pytest.mark.parametrize(("group_size", "refine"), [(16, 0), (16, 2), (0, 1), (-1, 0)])
+def test_the_loss_that_sweeps_end_by_is_that_of_the_error(monkeypatch, group_size, refine):
+    """Made up of `Σ_k D_k |(E U)_k|²`, less what each sweep gained."""
+    monkeypatch.setattr(panel, "LEAST_GAIN", 0)
+    weight, hessian = some_weight(8, 64), some_hessian(64)
+    feedback = make_feedback(hessian, DAMP, Grid(2, group_size, sym=False), "static")
+    fixed = None if group_size else (np.full((1, 8), 0.03), np.full((1, 8), 2.0))
+    ordered = np.ascontiguousarray(weight.T[feedback.order])
+    for sweeps in (3, 6):
+        solved = Panel(ordered, feedback.grid, feedback, Passes(True, refine, sweeps), fixed)
+        solved.run()
+        quadratic = damped(hessian)[np.ix_(feedback.order, feedback.order)]
+        expected = ((quadratic @ solved.error) * solved.error).sum()
+        assert solved.loss == pytest.approx(expected, rel=1e-9)
+
+
+def test_each_panel_sweeps_as_if_it_were_alone(monkeypatch):
+    """Panels are of one size, so the bytes do not depend on who works on them."""
+    weight, hessian = some_weight(12, 48), some_hessian(48)
+    grid, passes = Grid(3, 16, sym=False), Passes(sweeps=10)
+    monkeypatch.setattr(gptq, "each", lambda work, panels: [work(own) for own in [*panels][::-1]])
+    feedback = make_feedback(hessian, DAMP, grid, "static")
+    whole = solve(weight, grid, feedback, passes, panel_rows=4)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        alone = solve(weight[rows], grid, feedback, passes)
+        np.testing.assert_array_equal(whole.codes[rows], alone.codes)
+        np.testing.assert_array_equal(whole.scales[rows], alone.scales)
 
 
 def test_compensation_beats_rounding_and_refinement_beats_both():

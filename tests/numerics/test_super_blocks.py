@@ -365,15 +365,30 @@ def test_a_weight_too_large_for_float16_is_refused(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sweeps", [2, 3])  # the gains of three are measured
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q4_1"])
-def test_it_takes_the_memory_that_is_stated(kind):
+def test_it_takes_the_memory_that_is_stated(kind, sweeps):
     grid, weight, hessian = TYPES[kind].grid, some_weight(512, 512), some_hessian(512)
     tracemalloc.start()
-    solve(weight, grid, make_feedback(hessian, DAMP, grid, "static"), THOROUGH)
+    solve(
+        weight, grid, make_feedback(hessian, DAMP, grid, "static"), replace(THOROUGH, sweeps=sweeps)
+    )
     _, taken = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     taken -= 2 * weight.size  # the result, in codes and, at most, as much of scales
     assert taken <= METHOD.memory(weight.shape, grid, False) <= 1.5 * taken
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "Q4_1"])
+def test_the_loss_that_sweeps_end_by_is_that_of_the_error(kind):
+    grid, weight, hessian = TYPES[kind].grid, some_weight(4, 512), some_hessian(512)
+    feedback = make_feedback(hessian, DAMP, grid, "static")
+    ordered = np.ascontiguousarray(weight.T[feedback.order])
+    solved = Panel(ordered, grid, feedback, replace(THOROUGH, sweeps=3), None)
+    solved.run()
+    quadratic = damped(hessian)[np.ix_(feedback.order, feedback.order)]
+    expected = ((quadratic @ solved.error) * solved.error).sum()
+    assert solved.loss == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "Q4_1"])
