@@ -365,9 +365,8 @@ def test_a_weight_too_large_for_float16_is_refused(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweeps", [2, 3])  # the gains of three are measured
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q4_1"])
-def test_it_takes_the_memory_that_is_stated(kind, sweeps):
+def test_it_takes_the_memory_that_is_stated(kind):
     grid, weight, hessian = TYPES[kind].grid, some_weight(512, 512), some_hessian(512)
     tracemalloc.start()
     solve(
