@@ -1,9 +1,10 @@
 """The model's own forward gives each site its inputs: the streams of states on their way through
 the blocks.
 
-The states between two stages are in memory where they fit, else in the run's work folder. There, too,
-are the residuals before the block in hand: a run that was killed enters that block again. Experts
-see other tokens in the model that is rounded than in the float one; for them no drift is summed.
+The states between two stages are in memory where they fit, else in the run's work folder. There in
+any case are the residuals before the block in hand: a run that was killed enters that block again.
+Experts see other tokens in the model that is rounded than in the float one; for them no drift is
+summed.
 """
 
 from __future__ import annotations
