@@ -91,8 +91,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
          "shared_expert_intermediate_size": 704},
     ),
     "Mamba-2": (
-        "Bamba", {"attn_layer_indices": [], "mamba_n_heads": 32, "mamba_d_head": 64,
-                  "mamba_d_state": 64, "mamba_expand": 2}
+        "Bamba",
+        {"attn_layer_indices": [], "mamba_n_heads": 32, "mamba_d_head": "auto",
+         "mamba_d_state": 64, "mamba_expand": 2},
     ),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.formats.runtimes import RUNTIMES, facts, loads
 from ptq_cli.formats.runtimes.artifact import FAILS, LIMIT, NOTE, Artifact, Fact
 from ptq_cli.models.block_sites import kinds
-from ptq_cli.models.families import FAMILIES
+from ptq_cli.models.families import FAMILIES, family_of
 from ptq_cli.models.family import Family
 from ptq_cli.plan.grid_settings import GridSettings, default_settings
 from ptq_cli.plan.mixes import MIXES, ModelFacts, mix_types, role_of
@@ -429,7 +429,8 @@ def _model(name: str, own: dict[str, str]) -> list[str]:
     from tests.interop.test_folding_architectures import ALL, LEFT
 
     kind = own.get("model_type", name)
-    known = own.get("family") or next((f.name for f in FAMILIES if kind in f.model_types), "")
+    family = family_of({"model_type": kind})
+    known = own.get("family") or (family.name if family else "")
     equal = kind in {row.split()[0] for row in ROWS} - WITHOUT_A_FORWARD
     sites, left = LEFT.get(name, (8, 0))
     ran = {row.split()[0] for row in test_gguf_families.MODELS} & {kind, kind.removesuffix("_text")}

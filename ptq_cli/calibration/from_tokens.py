@@ -273,7 +273,7 @@ def token_source(
         couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
         attentions=tuple(attention.module for attention in arch.attentions),
-        kv_heads=_kv_heads(checkpoint, arch),
+        kv_heads=arch.attentions[0].n_kv_heads if arch.attentions else 0,
     )
 
 
@@ -288,16 +288,6 @@ def _width(checkpoint: Checkpoint, arch: Architecture, place: Place) -> int:
         )
     transposed = arch.transposed and place.block < len(arch.blocks)  # behind them is the head
     return stored.spec.shape[0 if transposed else 1]
-
-
-def _kv_heads(checkpoint: Checkpoint, arch: Architecture) -> int:
-    """Key heads, by the keys' own linear: config.json may state some where the family has none."""
-    for attention in arch.attentions[:1]:
-        if len(attention.qkv) == 1:
-            return attention.n_kv_heads
-        shape = checkpoint.tensors[f"{attention.qkv[1].name}.weight"].spec.shape
-        return shape[1 if arch.transposed else 0] // attention.head_dim
-    return 0
 
 
 def _check_experts(checkpoint: Checkpoint, places: Iterable[Place], least: int | None) -> None:

@@ -186,8 +186,8 @@ def _check(command: str, told: _Settings, sites: Sites, path: Path) -> None:
         why = f" ({'; '.join(sites.notes)})" if sites.notes else ""
         raise InputError(
             f"{path}: no sites are known that {command} could work on{why}",
-            hint="ptq inspect --sites writes a recipe of them: check it, say what feeds them, and"
-            f" give it with --config; families known: {', '.join(known_types())}",
+            hint="ptq inspect --sites writes [[sites]]: check them, say what feeds them, and give"
+            f" them with --config; families known: {', '.join(known_types())}",
         )
     groups = {rule["group_size"] for rule in told.grid.layers if "group_size" in rule}
     told.how.check(told.own, {told.grid.group_size, *groups})

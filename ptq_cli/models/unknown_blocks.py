@@ -28,7 +28,7 @@ def keys_for(word: str, *others: str) -> tuple[str, ...]:
 _WIDTHS = keys_for("hidden_size", "d_model", "embed_dim", "model_dim", "dim")
 _HEADS = keys_for("num_attention_heads", "n_heads", "num_heads")
 _KEY_HEADS = keys_for("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads")
-_INSIDE = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")
+_INSIDE = re.compile(r"((?:.*?\.)?)([0-9]{1,9})\.(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,12 @@ class Checkpoint:
         """A tensor in the dtype it is stored in.
 
         Raises:
-            InputError: a dtype numpy has no word for.
+            InputError: there is none of that name, or its dtype is one numpy has no word for.
             FileError: the file cannot be read, or ends early.
         """
-        stored = self.tensors[name]
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise InputError(f"{self.path}: no tensor {name!r}")
         if stored.spec.dtype not in NUMPY_DTYPES:
             raise InputError(f"{stored.file}: tensor {name!r}: cannot read {stored.spec.dtype}")
         if stored.strides is not None:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
-from ptq_cli.models.families import multimodal_of
 from ptq_cli.models.family import image_tokens, text_config
 from ptq_cli.numerics.weak_tokens import repeated_sequences, weak_tokens
 from ptq_cli.storage.chat import chat_sequences, pack_rows
@@ -217,8 +216,7 @@ def _draw(said: str, n: int, count: int | None, seed: int) -> NDArray[np.int64]:
 
 def _check_ids(path: Path, ids: NDArray[np.int64], checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    images = image_tokens(config) if multimodal_of(config) is not None else {}
-    for token, key in images.items():
+    for token, key in image_tokens(config).items():
         if count := int((ids == token).sum()):
             raise InputError(
                 f"{path}: {count} tokens are {token}, which stands for what is no text"

@@ -82,17 +82,6 @@ def test_a_recipe_asks_for_it_and_the_report_says_what_is_used(model, check_repo
     assert "FP8 range used by the cache" in again.out  # from the report of the earlier run
 
 
-def test_heads_are_counted_by_the_weights(model):
-    """OPT has no `num_key_value_heads`, whatever config.json states."""
-    weights = load_file(model / "model.safetensors")
-    for name in [name for name in weights if name.endswith(("k_proj.weight", "v_proj.weight"))]:
-        weights[name] = np.concatenate([weights[name]] * 2)
-    save_file(weights, model / "model.safetensors")
-    assert ptq("rtn", model, *TOKENS, "--kv-cache", "fp8-head").code == 0
-    scales = load_file("out/model.safetensors")["model.layers.0.self_attn.k_scale"]
-    assert scales.shape == (4, 1, 1)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -108,7 +108,9 @@ QWEN_MARKS = {
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
 CLIP = {**VISION, "num_hidden_layers": 1, "model_type": "clip_vision_model", "projection_dim": 64}
 PIXTRAL = {**VISION, "num_hidden_layers": 1, "model_type": "pixtral"}
-SIGLIP = {**VISION, "num_hidden_layers": 1, "intermediate_size": 112}
+SIGLIP = {
+    **VISION, "num_hidden_layers": 1, "intermediate_size": 112, "model_type": "siglip_vision_model",
+}  # fmt: skip
 GEMMA_MARKS = {
     "mm_tokens_per_image": 4, "image_token_index": 250, "boi_token_index": 251,
     "eoi_token_index": 252,
@@ -271,8 +273,24 @@ MIXTURES: dict[str, Make] = {
 }  # fmt: skip
 
 WITH_IMAGES: dict[str, Make] = {
+    # transformers leaves out the scale of the logits that the text model has alone
+    "aya_vision": _with_images(
+        "AyaVision", {"model_type": "cohere2", "sliding_window": 11, "logit_scale": 1.0, **ENDS},
+        SIGLIP, image_token_index=250,
+    ),
     "gemma3": _with_images(
         "Gemma3", {**GEMMA, "num_hidden_layers": 7, **LOCAL_GLOBAL}, SIGLIP, **GEMMA_MARKS
+    ),
+    "got_ocr2": _with_images(
+        "GotOcr2", {"model_type": "qwen2"},
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64,
+         "mlp_dim": 64, "output_channels": 32, "global_attn_indexes": [0]},
+        image_token_index=250,
+    ),
+    "internvl": _with_images(
+        "InternVL", {"model_type": "qwen2"},
+        {**SIGLIP, "model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]},
+        image_token_id=250,
     ),
     "llama4": _with_images(
         "Llama4", LLAMA4, {**LLAMA4_VISION, **VISION, "intermediate_size": 256},
@@ -281,6 +299,17 @@ WITH_IMAGES: dict[str, Make] = {
     "llava": _with_images("Llava", {"model_type": "llama"}, CLIP, image_token_index=250),
     "llava qwen2": _with_images(
         "Llava", {"model_type": "qwen2", **LATE_WINDOWS}, CLIP, image_token_index=250
+    ),
+    "llava_next": _with_images(
+        "LlavaNext", {"model_type": "mistral", "sliding_window": 11}, CLIP, image_token_index=250
+    ),
+    "llava_next_video": _with_images(
+        "LlavaNextVideo", {"model_type": "llama"}, CLIP, image_token_index=250,
+        video_token_index=251,
+    ),
+    "llava_onevision": _with_images(
+        "LlavaOnevision", {"model_type": "qwen2"}, SIGLIP, image_token_index=250,
+        video_token_index=251,
     ),
     "mistral3": _with_images(
         "Mistral3", {"model_type": "mistral", "head_dim": 32, "sliding_window": 11}, PIXTRAL,
@@ -295,11 +324,25 @@ WITH_IMAGES: dict[str, Make] = {
          "fullatt_block_indexes": [0]},
         **QWEN_MARKS,
     ),
+    "qwen3_vl": _with_images(
+        "Qwen3VL",
+        {**HEADS, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True,
+            "mrope_section": [2, 3, 3],
+        }},
+        {**QWEN_VISION, "intermediate_size": 108, "out_hidden_size": 64,
+         "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        **QWEN_MARKS,
+    ),
     "qwen2_5_vl window": _with_images(
         "Qwen2_5_VL", {**MROPE, **LATE_WINDOWS},
         {**QWEN_VISION, "intermediate_size": 108, "out_hidden_size": 64, "window_size": 112,
          "fullatt_block_indexes": [0]},
         **QWEN_MARKS,
+    ),
+    "vipllava": _with_images(
+        "VipLlava", {"model_type": "llama"}, CLIP, image_token_index=250,
+        vision_feature_layers=[-1],
     ),
 }  # fmt: skip
 

@@ -221,7 +221,7 @@ def config_of(name: str) -> dict[str, Any]:
     kind = name.partition(",")[0]
     sizes: dict[str, Any] = {**SIZES, "model_type": kind, **TWINS[name][0]}
     if "slow_fused" in TWINS[name][1].__code__.co_names:
-        sizes |= {**GELU, "num_key_value_heads": None, "ffn_hidden_size": 40}
+        sizes |= {**GELU, "ffn_hidden_size": 40}  # key heads are not read
     return sizes
 
 
@@ -393,6 +393,11 @@ def test_a_block_stays_within_its_stated_memory(name: str, monkeypatch: Any) -> 
             {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 3},
             ["4 attention heads", "3 key heads"],
         ),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": "2"},
+            ["num_kv_heads is '2'"],
+        ),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ["no_rope_layer_interval is 0"]),
         ({"model_type": "glm4", "partial_rotary_factor": 0.1}, ["turns 0 channels"]),
     ],
 )

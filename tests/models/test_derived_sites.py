@@ -227,6 +227,25 @@ def test_names_that_no_family_has(name: str) -> None:
     assert all(site.pattern.transposed == name.startswith("transposed") for site in found)
 
 
+def test_names_of_a_gguf_file() -> None:
+    block: Shapes = {
+        **norms("attn_norm", "ffn_norm"),
+        **{f"attn_{x}.weight": (2 * HEAD, WIDTH) for x in "kv"},
+        "attn_q.weight": (WIDTH, WIDTH), "attn_output.weight": (WIDTH, WIDTH),
+        "ffn_gate.weight": (MLP, WIDTH), "ffn_up.weight": (MLP, WIDTH),
+        "ffn_down.weight": (WIDTH, MLP),
+    }  # fmt: skip
+    config = {"general.architecture": "unheard_of"}
+    sites = find_sites(specs_of(block, path="blk.{}."), config).sites
+    found = {" ".join(x.module.removeprefix("blk.0.") for x in site.linears) for site in sites}
+    assert found == {"attn_k attn_v attn_q", "attn_output", "ffn_gate ffn_up", "ffn_down"}
+
+
+def test_numbers_that_no_block_has() -> None:
+    specs = specs_of(ATTENTION, path=f"model.{'1' * 5000}.")
+    assert derive_sites(specs, HIDDEN) == ()
+
+
 def test_relu_commutes_with_a_scale() -> None:
     block = {"mlp.fc1.weight": (MLP, WIDTH), "mlp.fc2.weight": (WIDTH, MLP)}
     for activation, after in (("relu", "mlp.fc1"), ("gelu", "")):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ptq_cli.models.families import llama4, llava, qwen2_vl
+from ptq_cli.models.families import llama4, llava, qwen2_vl, qwen3_vl
 from ptq_cli.models.family import Config, Family, Multimodal, model_type, text_config
 
 _TOLD_BY_NAMES = "gemma3 gemma2 gemma qwen3 qwen2 llama mistral phi3 opt gpt2 bloom"
 _OTHERS = """
 bamba cohere cohere2 deepseek_v2 deepseek_v3 falcon gemma3n glm4 glm4_moe_lite gpt_neox gpt_oss
-granite granitemoe llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next smollm3
-starcoder2 t5
+granite granitemoe llama4 mixtral olmo2 olmo3 qwen2_moe qwen2_vl qwen3_moe qwen3_next qwen3_vl
+smollm3 starcoder2 t5
 """
 
 
@@ -25,7 +25,13 @@ def _families(names: str) -> tuple[Family, ...]:
 
 TOLD_BY_NAMES = _families(_TOLD_BY_NAMES)
 FAMILIES: tuple[Family, ...] = (*TOLD_BY_NAMES, *_families(_OTHERS))
-MULTIMODALS = (llama4.MULTIMODAL, llava.MULTIMODAL, llava.PALIGEMMA, qwen2_vl.MULTIMODAL)
+MULTIMODALS = (
+    llama4.MULTIMODAL,
+    llava.MULTIMODAL,
+    llava.PALIGEMMA,
+    qwen2_vl.MULTIMODAL,
+    qwen3_vl.MULTIMODAL,
+)
 
 
 def text_type(config: Config) -> str | None:

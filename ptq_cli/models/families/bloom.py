@@ -14,12 +14,13 @@ from ptq_cli.models.names import Names
 
 
 def _attention(block: BlockReader) -> MultiHead:
-    slopes = alibi_slopes(block.number("num_attention_heads"))[:, None]
+    n_heads = block.number("num_attention_heads")
+    slopes = alibi_slopes(n_heads)[:, None]
 
     def bias(weights: Weights, packing: Packing) -> HeadBias:
         return HeadBias(keys=slopes * np.arange(packing.mask.shape[1], dtype=np.float32))
 
-    return replace(attention_of(block), bias=bias)
+    return replace(attention_of(block), n_kv_heads=n_heads, bias=bias)
 
 
 FAMILY = Family(

@@ -106,7 +106,7 @@ def experts(block: BlockReader) -> Experts:
             factor=factor,
         )
 
-    return replace(usual, weigh=weigh)
+    return replace(usual, weigh=weigh, vectors=(correction,))
 
 
 def with_shared(block: BlockReader) -> Experts:

@@ -1,9 +1,19 @@
 """GPT-NeoX and Pythia: q, k and v interleaved by head in one linear; attention and MLP side by side
 or one after the other, each behind a norm of its own."""
 
+from dataclasses import replace
+
 from ptq_cli.models.family import Condition, Family, Folds, behind
-from ptq_cli.models.forward.reader import Forward
+from ptq_cli.models.forward.multi_head import MultiHead
+from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.usual import attention_of
 from ptq_cli.models.names import Names
+
+
+def _attention(block: BlockReader) -> MultiHead:
+    """Every head has a key head of its own, whatever config.json says."""
+    return replace(attention_of(block), n_kv_heads=block.number("num_attention_heads"))
+
 
 FAMILY = Family(
     name="gpt_neox",
@@ -37,6 +47,7 @@ FAMILY = Family(
         centred=True,
         partly=True,
         per_head=True,
+        mixer=_attention,
         parallel=lambda config: bool(config["use_parallel_residual"]),
         biases={"qkv": "attention_bias", "output": "attention_bias", "mlp": True},
     ),

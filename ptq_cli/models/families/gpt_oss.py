@@ -28,7 +28,9 @@ def mixer(block: BlockReader) -> Branch:
     """Attention with a sink for each head."""
     sinks = f"{block.base}self_attn.sinks"
     return replace(
-        attention_of(block), bias=lambda weights, packing: HeadBias(fetch(weights, sinks))
+        attention_of(block),
+        bias=lambda weights, packing: HeadBias(fetch(weights, sinks)),
+        vectors=(sinks,),
     )
 
 

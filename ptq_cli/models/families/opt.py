@@ -1,9 +1,19 @@
 """OPT: LayerNorms, learned positions, biases, relu. OPT-350M has its norms behind the sums and a
 narrower embedding."""
 
+from dataclasses import replace
+
 from ptq_cli.models.family import Condition, Family, Folds, behind
-from ptq_cli.models.forward.reader import Forward, never
+from ptq_cli.models.forward.multi_head import MultiHead
+from ptq_cli.models.forward.reader import BlockReader, Forward, never
+from ptq_cli.models.forward.usual import attention_of
 from ptq_cli.models.names import Names
+
+
+def _attention(block: BlockReader) -> MultiHead:
+    """As many key heads as heads, whatever `num_key_value_heads` says."""
+    return replace(attention_of(block), n_kv_heads=block.number("num_attention_heads"))
+
 
 FAMILY = Family(
     name="opt",
@@ -45,6 +55,7 @@ FAMILY = Family(
         turns=never,
         position_offset=2,
         position_counts=True,
+        mixer=_attention,
         biases={"qkv": "enable_bias", "output": "enable_bias", "mlp": "enable_bias"},
     ),
 )  # fmt: skip

@@ -65,20 +65,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What config.json makes of a branch's linears.
+    """What config.json makes of a branch's tensors.
 
-    of: module → (out_features, in_features); sizes: what these come from, in words
+    of: linear → (out_features, in_features); sizes: what these come from, in words
+    vectors: further tensor → its values
     """
 
     of: Mapping[str, tuple[int, int]]
     sizes: str
+    vectors: Mapping[str, int] = field(default_factory=dict)
 
 
 class Branch(Protocol):
     """What is added to the residual."""
 
     def shapes(self, hidden_size: int) -> Shapes:
-        """The shapes of its linears."""
+        """The shapes of its tensors."""
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         """Its steps for packed tokens. cache: what becomes of keys and values that are cached"""

@@ -25,6 +25,7 @@ class Experts:
     """A mixture of experts: each token goes through `top_k` of them.
 
     weigh: what becomes of the router's scores
+    vectors: tensors of a value an expert that `weigh` reads
     hidden_size: of what each expert gives
     scale_inputs: shares multiply the inputs of the experts instead of their outputs
     shared: an expert that every token goes through; shared_gate: a linear whose sigmoid weighs it
@@ -38,6 +39,7 @@ class Experts:
     scale_inputs: bool = False
     shared: MLP | None = None
     shared_gate: Linear | None = None
+    vectors: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -68,7 +70,7 @@ class Experts:
             found |= mlp.shapes(hidden_size).of
         if self.shared is not None:
             sizes += f", one for all with {self.shared.shapes(hidden_size).sizes}"
-        return Shapes(found, sizes)
+        return Shapes(found, sizes, dict.fromkeys(self.vectors, len(self.experts)))
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         first = tuple(expert.site for expert in self.experts)

@@ -62,6 +62,7 @@ class GatedDelta:
                 self.output.name: (hidden_size, self.kept),
             },
             f"{heads}, {self.n_heads} value heads of {self.value_dim}",
+            {f"{self.module}.{name}": self.n_heads for name in ("A_log", "dt_bias")},
         )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:

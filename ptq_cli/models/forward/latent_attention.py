@@ -79,7 +79,11 @@ class LatentAttention:
         if self.query_up is not None:
             found[self.query_up.name] = (queries, self.query_rank)
         heads = f"{self.n_heads} heads of {self.still} + {self.turned} and {self.value_size}"
-        return Shapes(found, f"{heads} channels, ranks {self.query_rank} and {self.rank}")
+        vectors = {f"{self.norm.name}.weight": self.rank}
+        if self.query_norm is not None:
+            vectors[f"{self.query_norm.name}.weight"] = self.query_rank
+        ranks = f"ranks {self.query_rank} and {self.rank}"
+        return Shapes(found, f"{heads} channels, {ranks}", vectors)
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         last, output = self.key_value_up, self.output

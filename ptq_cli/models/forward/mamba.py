@@ -65,6 +65,7 @@ class Mamba:
                 self.output.name: (hidden_size, width),
             },
             f"{heads}, a state of {self.state_size}",
+            {f"{self.module}.{name}": self.n_heads for name in ("A_log", "D", "dt_bias")},
         )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:

@@ -27,6 +27,7 @@ class MultiHead:
     chunk: tokens of the chunks a sequence is cut into, of which none sees another, or None
     scale, softcap: of the scores
     bias: what heads have beside their scores, or None: nothing
+    vectors: tensors of a value a head that `bias` reads
     gated: the linear of queries gives, behind those of each head, as many gates of what it mixes
     """
 
@@ -43,6 +44,7 @@ class MultiHead:
     chunk: int | None = None
     softcap: float | None = None
     bias: Callable[[Weights, Packing], HeadBias] | None = None
+    vectors: tuple[str, ...] = ()
     gated: bool = False
     per_head: bool = False
 
@@ -71,7 +73,8 @@ class MultiHead:
         found = {li.name: (n, hidden_size) for li, n in zip(self.qkv, rows, strict=True)}
         found[self.output.name] = (hidden_size, query)
         heads = f"{self.n_heads} attention heads and {self.n_kv_heads} key heads"
-        return Shapes(found, f"{heads} of {self.head_dim} channels")
+        vectors = dict.fromkeys(self.vectors, self.n_heads)
+        return Shapes(found, f"{heads} of {self.head_dim} channels", vectors)
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:
         site, output = self.qkv[0].name, self.output

@@ -41,6 +41,8 @@ def check_sizes(arch: Architecture, specs: Specs, config: Config) -> None:
     _check(specs, arch.embedding, (arch.vocab_size, width), sizes)
     if arch.head in specs:
         _check(specs, arch.head, (arch.vocab_size, width), sizes)
+    if arch.positions is not None and arch.positions not in specs:
+        raise InputError(f"no tensor {arch.positions!r}, which config.json asks for", hint=HINT)
     for part in _parts((arch.final_norm, arch.embedding_norm)):
         _check_vectors(specs, part, arch.hidden_size)
     for index, block in enumerate(arch.blocks):
@@ -75,6 +77,8 @@ def _check_block(arch: Architecture, block: Block, specs: Specs) -> None:
         for module, shape in made.of.items():
             wanted = shape[::-1] if arch.transposed else shape
             _check(specs, f"{module}.weight", wanted, sizes)
+        for name, width in made.vectors.items():
+            _check(specs, name, (width,), sizes)
         for part in _parts(branch):
             _check_vectors(specs, part)
     for norm in block.norms.values():
