@@ -61,8 +61,15 @@ class Held:
         if not self._float32:
             return tensor
         if isinstance(tensor, LinearTensor):
-            return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
-        return tensor.astype(np.float32, copy=False)
+            return replace(tensor, values=_float32(tensor.values))
+        return _float32(tensor)
+
+
+def _float32(values: Array) -> NDArray[np.float32]:
+    """Of experts whose rows take turns in one tensor, a copy: matrix products are slow on every
+    other row."""
+    whole = values.flags.c_contiguous or values.flags.f_contiguous
+    return values.astype(np.float32, order="K" if whole else "C", copy=False)
 
 
 class Stream:
