@@ -102,7 +102,7 @@ def energies(setup: Setup, tokens: Path) -> dict[str, Values]:
     )
     found = {}
     with tempfile.TemporaryDirectory() as work:
-        for _, statistics in through_sites(source, Path(work)):
+        for _, statistics in through_sites(source, Path(work), source.sites):
             assert statistics is not None
             found |= dict.fromkeys(statistics.linears, statistics.hessian)
     return found

@@ -38,10 +38,11 @@ from ptq_cli.numerics.statistics import (
     statistics_memory,
 )
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.machine import cores
+from ptq_cli.storage.machine import cores, memory_to_use
 from ptq_cli.storage.tokens import Tokens
 
 BATCH_TOKENS = 4096
+KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for states
 READING = 12  # bytes a weight takes at most while it is read, or decoded, and made float32
 
 
@@ -79,7 +80,8 @@ def batches(tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
 class TokenSource(Source):
     """A model and the tokens that it runs on, in batches.
 
-    residual_bytes: of a stream's residuals before and after a block
+    state_bytes: of a stream's states between two stages
+    residual_bytes: of a stream's residuals before and after a block, in files
     min_expert_tokens: with fewer an expert shares the statistics of all beside it; None: an eighth
         of its columns
     couples: its statistics have the coupling of rows, where the linears add to the stream
@@ -90,6 +92,7 @@ class TokenSource(Source):
     tokens: Tokens
     arch: Architecture
     batches: tuple[Batch, ...]
+    state_bytes: int
     residual_bytes: int
     min_expert_tokens: int | None = None
     couples: bool = False
@@ -120,9 +123,34 @@ class TokenSource(Source):
             count = min(count, max(1, memory // self._batch_memory))
         return max(1, min(count, len(self.batches)))
 
-    def memory(self, workers: int | None, memory: int | None) -> int:
-        """Bytes that running takes at most besides the statistics, on so many threads: a batch and
-        an expert for each, and the weights of a stage, experts aside, which all share."""
+    @property
+    def _n_streams(self) -> int:
+        return 1 + self.drifts
+
+    def in_memory(self, memory: int | None) -> bool:
+        """Whether the states between two stages are kept in memory, all of them, by a run that may
+        take `memory` (None: what there is): where they fit a quarter of it."""
+        room = memory_to_use() if memory is None else memory
+        return self._n_streams * self.state_bytes <= room // KEPT_PART
+
+    def scratch(self, memory: int | None, *, ahead: bool = False) -> int:
+        boundaries = self._n_streams * self.residual_bytes
+        return boundaries + (0 if self.in_memory(memory) else self._kept(ahead))
+
+    def _kept(self, ahead: bool) -> int:
+        """Bytes of the states of all streams; as much again, residuals too, for looking ahead."""
+        more = self.state_bytes + self.residual_bytes if ahead else 0
+        return self._n_streams * (self.state_bytes + more)
+
+    def memory(self, workers: int | None, memory: int | None, *, ahead: bool = False) -> int:
+        """Bytes that it takes at most besides the statistics, on so many threads: what is kept, and
+        what runs. ahead: as of `scratch`"""
+        kept = self._kept(ahead) if self.in_memory(memory) else 0
+        return kept + self.running_memory(workers, memory)
+
+    def running_memory(self, workers: int | None, memory: int | None) -> int:
+        """Bytes that running takes at most: a batch and an expert for each thread, and the weights
+        of a stage, experts aside, which all share."""
         running = self.n_threads(workers, memory) * self._batch_memory + self._stage_memory
         if not self.couples:
             return running
@@ -222,13 +250,14 @@ def token_source(
     unproven = []
     if drifts and n_tokens == n_rows:
         unproven = [f"none of {n_rows} tokens is held out: --drift auto is {UNPROVEN_STRENGTH}"]
-    residuals = 2 * 4 * n_rows * arch.hidden_size
+    boundary = 4 * n_rows * arch.hidden_size + 4 * len(parts)
     return TokenSource(
         checkpoint,
         tokens,
         arch,
         parts,
-        residuals,
+        arch.state_memory(n_rows),
+        2 * boundary,
         min_expert_tokens,
         name=tokens.name,
         sites={
@@ -243,7 +272,6 @@ def token_source(
         drifts=drifts,
         couples=feedback and couple and has_head_fisher(arch, checkpoint.tensors),
         places=places,
-        scratch=(1 + drifts) * (arch.state_memory(n_rows) + residuals),
         attentions=tuple(attention.module for attention in arch.attentions),
         kv_heads=arch.attentions[0].n_kv_heads if arch.attentions else 0,
     )

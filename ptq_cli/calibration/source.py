@@ -82,7 +82,6 @@ class Source:
     feedback: rounded layers feed those after them
     drifts: its statistics have the drift of the inputs from the float model's
     places: where each site is in the model
-    scratch: bytes of its own files in the work folder, at most
     attentions, kv_heads: modules that cache keys and values, one a block, and their key heads
     """
 
@@ -101,7 +100,6 @@ class Source:
     feedback: bool = False
     drifts: bool = False
     places: Mapping[str, Place] = field(default_factory=dict)
-    scratch: int = 0
     attentions: tuple[str, ...] = ()
     kv_heads: int = 0
 
@@ -133,6 +131,14 @@ class Source:
     def part_memory(self, site: str) -> int:
         """Bytes that one part takes at most."""
         return self.load_memory(site)
+
+    def scratch(self, memory: int | None, *, ahead: bool = False) -> int:
+        """Bytes of its own files in the work folder, at most.
+
+        memory: bytes that the run may take; None: what there is
+        ahead: it looks ahead (`Streams.look_ahead`)
+        """
+        return 0
 
     def bytes_read(self, site: str) -> int:
         """Bytes that are read for a site, about."""

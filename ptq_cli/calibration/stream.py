@@ -1,4 +1,5 @@
-"""A model run over many sequences, block by block and stage by stage, its states on the disk.
+"""A model run over many sequences, block by block and stage by stage, its states in memory or on
+the disk.
 
 Threads work on batches side by side, BLAS has one thread (the caller's business). A `Stream` is one
 version of the model, given by its weights: the float one, or one whose layers are rounded as the
@@ -28,7 +29,7 @@ from ptq_cli.models.forward.branch import Flow, Routing
 from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Stage, State, begin, embed, forward_block, stages
 from ptq_cli.numerics.kv_cache import head_absmax
-from ptq_cli.storage.scratch import Rows, Scratch
+from ptq_cli.storage.scratch import FileScratch, MemoryScratch, Rows, Scratch
 
 FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
 
@@ -60,31 +61,46 @@ class Held:
         if not self._float32:
             return tensor
         if isinstance(tensor, LinearTensor):
-            return replace(tensor, values=tensor.values.astype(np.float32, copy=False))
-        return tensor.astype(np.float32, copy=False)
+            return replace(tensor, values=_float32(tensor.values))
+        return _float32(tensor)
+
+
+def _float32(values: Array) -> NDArray[np.float32]:
+    """Of experts whose rows take turns in one tensor, a copy: matrix products are slow on every
+    other row."""
+    whole = values.flags.c_contiguous or values.flags.f_contiguous
+    return values.astype(np.float32, order="K" if whole else "C", copy=False)
 
 
 class Stream:
     """One version of the model on its way through the blocks.
 
     read: its tensors by name, before they are rounded
+    in_memory: where the states between two stages are, not in files
     block, stage: where the states stand; stage k means that the inputs of stage k are there
     caches: by block, what becomes of the keys and values that attention caches
     """
 
     def __init__(
-        self, name: str, read: Read, source: TokenSource, work: Path, n_threads: int
+        self,
+        name: str,
+        read: Read,
+        source: TokenSource,
+        work: Path,
+        n_threads: int,
+        *,
+        in_memory: bool = True,
     ) -> None:
         self.name, self.read, self.work, self.n_threads = name, read, work, n_threads
-        self.arch, self.batches = source.arch, source.batches
-        self.scratch = Scratch(work / f"{name}.now")
+        self.arch, self.batches, self.in_memory = source.arch, source.batches, in_memory
+        self.scratch = self._new_scratch("now")
         self.block = self.stage = -1
         self.caches: dict[int, Cache] = {}
 
     def boundary(self, block: int) -> Rows:
         """The residual before `block`: what survives a kill."""
-        n = self.batches[-1].rows.stop
-        return Rows(self.work / f"{self.name}.{block}", n, self.arch.hidden_size)
+        parts = [batch.rows for batch in self.batches]
+        return Rows(self.work / f"{self.name}.{block}", parts, self.arch.hidden_size)
 
     def embed(self, rounded: Mapping[str, Decode] = {}) -> None:
         """Make the residual before the first block. rounded: as of `advance`"""
@@ -92,7 +108,7 @@ class Stream:
         rows = self.boundary(0)
         rows.begin()
         for batch in self.batches:
-            rows.write(batch.rows.start, embed(self.arch, weights, batch.tokens, batch.packing))
+            rows.write(batch.rows, embed(self.arch, weights, batch.tokens, batch.packing))
         rows.finish()
 
     def enter(self, block: int) -> None:
@@ -106,9 +122,9 @@ class Stream:
         self.block, self.stage = block, 0
 
     def advance(self, rounded: Mapping[str, Decode]) -> None:
-        """Apply the stage in hand to every batch; after the last one the boundary is written (who
-        drops the one before it knows whether another stream still needs it). rounded: what gives
-        the tensors that are used in place of those that are read"""
+        """Apply the stage in hand to every batch; behind the last one the boundary is written, and
+        the next block entered (who drops the boundary before it knows whether another stream still
+        needs it). rounded: what gives the tensors that are used in place of those that are read"""
         last = self.stage + 1 == len(self._stages(self.batches[0]))
         rows = self.boundary(self.block + 1)
         if last:
@@ -117,15 +133,16 @@ class Stream:
         def work(weights: Held, batch: Batch) -> None:
             state = self._stages(batch)[self.stage].apply(weights, self._state(batch))
             if last:
-                rows.write(batch.rows.start, np.asarray(state.hidden, np.float32))
-            else:
-                self._keep(batch, state)
+                hidden = np.ascontiguousarray(state.hidden, np.float32)
+                rows.write(batch.rows, hidden)
+                state = begin(self.arch, self.block + 1, weights, hidden)
+            self._keep(batch, state)
 
         self._in_threads(work, rounded)
         self.stage += 1
         if last:
             rows.finish()
-            self.block, self.stage = self.block + 1, -1
+            self.block, self.stage = self.block + 1, 0
 
     def refresh(self) -> None:
         """Make the inputs of the stage in hand anew, where a norm gives them that has changed."""
@@ -141,7 +158,7 @@ class Stream:
         """The inputs of the sites of the stage in hand and those after it, up to stage `last`, with
         the weights as they are now; batch by batch, `inputs/<site>`. The stream stays where it is.
         """
-        ahead = Scratch(self.work / f"{self.name}.ahead")
+        ahead = self._new_scratch("ahead")
 
         def work(weights: Held, batch: Batch) -> None:
             state = self._state(batch)
@@ -180,7 +197,7 @@ class Stream:
             hidden = source.read(batch.rows)
             cache = self.caches.get(block)
             hidden = forward_block(self.arch, block, weights, hidden, batch.packing, cache=cache)
-            rows.write(batch.rows.start, hidden)
+            rows.write(batch.rows, hidden)
 
         self._in_threads(work)
         rows.finish()
@@ -219,8 +236,11 @@ class Stream:
             for _ in pool.map(partial(work, weights), self.batches):
                 pass  # an error of a thread is raised here
 
+    def _new_scratch(self, name: str) -> Scratch:
+        return MemoryScratch() if self.in_memory else FileScratch(self.work / f"{self.name}.{name}")
+
     def _keep(self, batch: Batch, state: State) -> None:
-        """Put a state on the disk, as named arrays."""
+        """Put a state aside, as named arrays."""
         arrays = {"hidden": state.hidden, **_inputs(state)}
         arrays |= {f"beside/{name}": array for name, array in state.flow.beside.items()}
         if (routing := state.flow.routing) is not None:

@@ -1,15 +1,16 @@
 """The model's own forward gives each site its inputs: the streams of states on their way through
 the blocks.
 
-The states between two stages lie in the run's work folder, and so do the residuals before the block
-in hand: a run that was killed enters that block again. Experts see other tokens in the model that
-is rounded than in the float one; for them no drift is summed.
+The states between two stages are in memory where they fit, else in the run's work folder. There in
+any case are the residuals before the block in hand: a run that was killed enters that block again.
+Experts see other tokens in the model that is rounded than in the float one; for them no drift is
+summed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
@@ -40,7 +41,7 @@ class Streams:
     first, about to enter a block.
 
     work: a folder for scratch files that survives a kill
-    workers, memory: batches side by side, and the bytes they may take
+    workers, memory: batches side by side, and the bytes that the run may take
     checkpoint: of the model that is rounded, where it is not the float model's
 
     streams: the first one gives the sites their inputs; a second one is the float model, and what
@@ -63,7 +64,11 @@ class Streams:
             reads["float"] = source.checkpoint.read
         n_threads = source.n_threads(workers, memory)
         self.source = source
-        self.streams = [Stream(name, read, source, work, n_threads) for name, read in reads.items()]
+        in_memory = source.in_memory(memory)
+        self.streams = [
+            Stream(name, read, source, work, n_threads, in_memory=in_memory)
+            for name, read in reads.items()
+        ]
         self.main = self.streams[0]
         self.embedded: Mapping[str, Decode] = {}
         self.divisors: dict[str, NDArray[np.float32]] = {}
@@ -106,7 +111,6 @@ class Streams:
         if self.main.block != block:
             for stream in self.streams:
                 stream.boundary(block).drop()
-                stream.enter(block + 1)
 
     def statistics(self, site: str) -> SiteStatistics | None:
         """Of a site of the stage in hand; None where no token reaches it, an expert that shares no
@@ -226,16 +230,18 @@ class Ahead(Source):
             self.inputs.drop()
 
 
-def through_sites(source: Source, work: Path) -> Iterator[tuple[str, SiteStatistics | None]]:
+def through_sites(
+    source: Source, work: Path, wanted: Container[str]
+) -> Iterator[tuple[str, SiteStatistics | None]]:
     """for block: for stage: for site: statistics, as of `Streams.statistics`. The float model goes
-    on when the next site is asked for.
+    on when the next site is asked for, as far as the last one that is wanted.
 
     source: one in sequence, without feedback; work: a folder for scratch files
     """
     assert isinstance(source, TokenSource)  # it is one in sequence
     streams = Streams(source, work, None, None)
     streams.enter(0)
-    for site in source.sites:
+    for site in filter(wanted.__contains__, source.sites):
         while streams.order < streams.place(site).order:
             streams.advance({})
         yield site, streams.statistics(site)

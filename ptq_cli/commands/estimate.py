@@ -93,7 +93,8 @@ def estimate_quantization(job: Quantization, target: Target, resources: Resource
         InputError, FileError: what the run would refuse to begin with.
     """
     plan, source = job.plan, job.source
-    workers = _workers(resources, loop.workers_at_most(plan), source)
+    most = loop.workers_at_most(plan)
+    workers = _workers(resources, most, source, ahead=job.looks_ahead)
     pieces, effort = [], _statistics_effort(source)
     if job.smoothing is not None and source is not None:
         how, pieces = job.smoothing, _smoothed(job.smoothing, source)
@@ -105,7 +106,8 @@ def estimate_quantization(job: Quantization, target: Target, resources: Resource
         modules = [layer.module for layer in unit.layers]
         pieces.append(Piece(unit.name, modules, tokens, unit.memory))
         effort += _rounding_effort(unit.layers, 0 if unit.nearest else job.rounding.how.effort)
-    found = target.look(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
+    scratch = job.scratch(resources.max_memory)
+    found = target.look(staged_bytes(plan, resources), plan.bytes_after, scratch)
     return Estimate(
         job.command, job.checkpoint, workers, pieces, effort, found, plan, plan.warnings
     )
@@ -158,7 +160,7 @@ def estimate_calibration(
     ]
     size, effort = calibrate.statistics_bytes(source), _statistics_effort(source)
     staged = size + calibrate.parts_bytes(source, workers.count)
-    found = target.look(staged, size, source.scratch)
+    found = target.look(staged, size, source.scratch(resources.max_memory))
     return Estimate("calibrate", checkpoint, workers, pieces, effort, found, None, warnings)
 
 
@@ -176,28 +178,32 @@ def estimate_evaluation(sides: Sides, tokens: Tokens | None, per_block: bool) ->
             memory = max(memory, source.load_memory(site) + held)
         pieces.append(Piece(module, [module], n_tokens, memory))
     effort = 2 * _rounding_effort(layers.values()) + _statistics_effort(source)
-    count, scratch = 1, 0
+    count, scratch, kept = 1, 0, 0
+    if isinstance(source, TokenSource):
+        scratch = source.scratch(None)
+        kept = source.memory(None, None) - source.running_memory(None, None)
     if tokens is not None:
         stream = token_source(sides.original, tokens, (0, 0))
-        memory = stream.memory(None, None) + held
+        memory = stream.running_memory(None, None) + held
         pieces.append(Piece("forward", [], int(tokens.mask.sum()), memory))
         versions = 3 + (len(stream.arch.blocks) if per_block else 0)
-        count, scratch = cores(), versions * stream.residual_bytes
-        if source is not None and source.in_sequence:
-            scratch = max(scratch, source.scratch)
+        count, scratch = cores(), max(scratch, versions * stream.residual_bytes)
         effort = count * effort + versions * _statistics_effort(stream)
-    workers = Workers(count, memory_available(), True)
+    workers = Workers(count, memory_available(), True, kept)
     found = Found(None, None, scratch, free_space(temporary_place()), 0, scratch)
     weak = () if source is None else (f"{source.name}: {reason}" for reason in source.weak)
     warnings = list(dict.fromkeys([*weak, *(() if tokens is None else tokens.warnings)]))
     return Estimate("eval", sides.original, workers, pieces, effort, found, None, warnings)
 
 
-def _workers(resources: Resources, most: int, source: Source | None) -> Workers:
-    """Those of a run. most: how many processes are worth it. Raises InputError: no such cluster."""
+def _workers(
+    resources: Resources, most: int, source: Source | None, *, ahead: bool = False
+) -> Workers:
+    """Those of a run. most: how many processes are worth it; ahead: as of `Source.scratch`. Raises
+    InputError: no such cluster."""
     memory = resources.memory
     if isinstance(source, TokenSource):
-        beside = source.memory(resources.workers, resources.max_memory)
+        beside = source.memory(resources.workers, resources.max_memory, ahead=ahead)
         return Workers(resources.crew_for(cores()), memory, True, beside)
     if resources.scheduler is not None:
         with hire(1, resources.scheduler) as crew:

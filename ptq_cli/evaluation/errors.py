@@ -135,11 +135,11 @@ def _in_sequence(
     of_site: dict[str | None, list[Layer]] = {}
     for module, layer in sides.quantized.layers.items():
         of_site.setdefault(site_of.get(module), []).append(layer)
-    check_free(temporary_place(), source.scratch, free_space(temporary_place()))
+    check_free(temporary_place(), source.scratch(None), free_space(temporary_place()))
     with temporary_folder() as work:
-        for site, statistics in through_sites(source, work):
+        for site, statistics in through_sites(source, work, [site for site in of_site if site]):
             loaded = _loaded(sides, statistics)
-            for layer in of_site.get(site, ()):
+            for layer in of_site[site]:
                 yield layer, loaded
     for layer in of_site.get(None, ()):
         yield layer, None

@@ -65,7 +65,7 @@ def calibrate_sites(
 def _in_sequence(source: Source, staging: Staging, listen: Listener, resources: Resources) -> None:
     """for block: for stage: for site: statistics → stage; the float model goes on."""
     size = statistics_bytes(source)
-    staging.check_space(size, size, source.scratch)
+    staging.check_space(size, size, source.scratch(resources.max_memory))
     efforts = {site: _effort(info) for site, info in source.sites.items()}
     work, total = 0, sum(efforts.values())
     assert isinstance(source, TokenSource)  # it is one in sequence

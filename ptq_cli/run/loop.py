@@ -81,7 +81,8 @@ def _worked_through(
     job: Quantization, staging: Staging, options: RunOptions
 ) -> tuple[Work, Shards | None]:
     plan, resources = job.plan, options.resources
-    staging.check_space(staged_bytes(plan, resources), plan.bytes_after, job.scratch)
+    scratch = job.scratch(resources.max_memory)
+    staging.check_space(staged_bytes(plan, resources), plan.bytes_after, scratch)
     shards = lay_out(staging, job, options.max_shard)
     places = {} if shards is None else shards.places
     store = replace(staging.store, places=places, placing=is_placing(plan, resources))

@@ -24,7 +24,7 @@ from ptq_cli.errors import FileError, PtqError, stated_in
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.run.workers import Crew, WorkerLost
 from ptq_cli.storage import interruption
-from ptq_cli.storage.machine import cores, memory_available, parse_size
+from ptq_cli.storage.machine import cores, memory_to_use, parse_size
 from ptq_cli.storage.units import ChangedInput
 
 
@@ -46,7 +46,7 @@ class Resources:
 
     @property
     def memory(self) -> int:
-        return memory_available() * 3 // 4 if self.max_memory is None else self.max_memory
+        return memory_to_use() if self.max_memory is None else self.max_memory
 
     def memory_of(self, crew: Crew) -> int:
         """Bytes for the units in flight: a cluster's own memory where nothing was asked for."""

@@ -74,11 +74,13 @@ class Quantization:
         return fused_again(tensors, left_fused(tensors, changed))
 
     @property
-    def scratch(self) -> int:
-        """Bytes of a stream's files; as much again for looking ahead, where it is smoothed too."""
-        if self.source is None:
-            return 0
-        return self.source.scratch * (2 if self.in_sequence and self.smoothing else 1)
+    def looks_ahead(self) -> bool:
+        """Whether sites are smoothed on what they would see before it is their turn."""
+        return self.in_sequence and self.smoothing is not None
+
+    def scratch(self, memory: int | None) -> int:
+        """Bytes of a stream's files. memory: as of `Source.scratch`"""
+        return 0 if self.source is None else self.source.scratch(memory, ahead=self.looks_ahead)
 
 
 class BackgroundCopy:

@@ -58,6 +58,11 @@ def memory_available(root: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")
     return min(rooms, default=4 << 30)
 
 
+def memory_to_use() -> int:
+    """Bytes that a run takes where nothing was asked for."""
+    return memory_available() * 3 // 4
+
+
 def _own_groups(root: Path) -> list[Path]:
     """The process' own group of version 2 and its parents, up to the root that is mounted."""
     own = re.search(r"^0::(.*)$", _text(Path("/proc/self/cgroup")), re.MULTILINE)

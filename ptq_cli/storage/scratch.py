@@ -1,8 +1,8 @@
-"""Scratch files: what a forward keeps between two stages, and at the boundaries of blocks.
+"""Scratch: what a forward keeps between two stages, and at the boundaries of blocks.
 
-`Scratch` holds the arrays of a batch in one file, raw, one after the other; the index is in memory,
-so they are lost with the process. `Rows` is a matrix of float32 that survives it: it is filled
-under another name, synced and renamed, so a file of the right size is whole.
+`Scratch` holds the arrays of a batch, in memory or in files, and is lost with the process. `Rows`
+is a matrix of float32 in a file that survives it. Nothing waits for the disk: the file ends with
+checksums, and one that a power loss has cut or emptied counts as not there.
 """
 
 from __future__ import annotations
@@ -10,21 +10,56 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
-from ptq_cli.storage.files import named, read_into, sync_folder
+from ptq_cli.storage.files import named, read_into
 
 
-class Scratch:
-    """Arrays by key and name, in files of a folder that is emptied first."""
+class MemoryScratch:
+    """Arrays by key and name, which nobody can change."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, Array]] = {}
+
+    def put(self, key: str, arrays: Mapping[str, Array]) -> None:
+        """Keep `arrays` under `key`, in place of what was there; one with two names once."""
+        own = {id(array): _owned(array) for array in arrays.values()}
+        self._kept[key] = {name: own[id(array)] for name, array in arrays.items()}
+
+    def names(self, key: str) -> list[str]:
+        return list(self._kept[key])
+
+    def get(self, key: str, name: str) -> Array:
+        return self._kept[key][name]
+
+    def drop(self) -> None:
+        self._kept.clear()
+
+
+def _owned(array: Array) -> Array:
+    """The array, C-ordered and read-only; a copy where it is a part of a larger one, which would
+    be kept with it."""
+    own = np.ascontiguousarray(array)
+    base = own.base
+    if base is not None and not (isinstance(base, np.ndarray) and base.nbytes == own.nbytes):
+        own = own.copy()
+    own = own.view()
+    own.flags.writeable = False
+    return own
+
+
+class FileScratch:
+    """The same in files of a folder that is emptied first: a file for each key, the arrays raw, one
+    after the other; the index is in memory."""
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -34,7 +69,6 @@ class Scratch:
         self._index: dict[str, dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]] = {}
 
     def put(self, key: str, arrays: Mapping[str, Array]) -> None:
-        """Keep `arrays` under `key`, in place of what was there."""
         index, offset = {}, 0
         path = self.folder / key
         with named(path), open(path, "wb") as file:
@@ -57,39 +91,59 @@ class Scratch:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Rows:
-    """A float32 matrix [n, width] in a file: written piece by piece in any order, then read."""
+Scratch = MemoryScratch | FileScratch
 
-    def __init__(self, path: Path, n: int, width: int) -> None:
-        self.path, self.n, self.width = path, n, width
+
+class Rows:
+    """A float32 matrix [n, width] in a file: its parts are written in any order, then read.
+
+    parts: slices of rows, one after the other from 0 to n; the file ends with the CRC-32 of each
+    """
+
+    def __init__(self, path: Path, parts: Sequence[slice], width: int) -> None:
+        self.path, self.parts, self.width = path, parts, width
+        self.size = 4 * width * parts[-1].stop  # bytes before the checksums
         self._partial = path.with_name(path.name + ".tmp")
+        self._sums: dict[int, int] = {}
 
     @property
     def whole(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == 4 * self.n * self.width
+        """Whether it is there as it was written."""
+        size = self.size + 4 * len(self.parts)
+        if not self.path.is_file() or self.path.stat().st_size != size:
+            return False
+        sums = np.empty(len(self.parts), np.uint32)
+        read_into(self.path, self.size, sums.view(np.uint8))
+        pairs = zip(self.parts, sums.tolist(), strict=True)
+        return all(crc32(self.read(part).data) == own for part, own in pairs)
 
     def begin(self) -> None:
-        """Begin to write."""
-        with named(self._partial), open(self._partial, "wb") as file:
-            os.truncate(file.fileno(), 4 * self.n * self.width)
+        """Begin to write, into another file."""
+        with named(self._partial):
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_bytes(b"")
+        self._sums = {}
 
-    def write(self, start: int, rows: NDArray[np.float32]) -> None:
-        """Rows from `start` on; several threads may write at once."""
+    def write(self, part: slice, rows: NDArray[np.float32]) -> None:
+        """One of the parts; several threads may write at once."""
+        data = np.ascontiguousarray(rows, np.float32).data
         with named(self._partial), open(self._partial, "r+b") as file:
-            file.seek(4 * start * self.width)
-            file.write(np.ascontiguousarray(rows, np.float32).data)
+            file.seek(4 * part.start * self.width)
+            file.write(data)
+        self._sums[part.start] = crc32(data)
 
     def finish(self) -> None:
         """Everything is written: give the file its name."""
+        sums = np.array([self._sums[part.start] for part in self.parts], np.uint32)
         with named(self.path):
-            with open(self._partial, "rb") as file:
-                os.fsync(file.fileno())
+            with open(self._partial, "ab") as file:
+                file.write(sums.data)
             os.replace(self._partial, self.path)
-        sync_folder(self.path.parent)
 
-    def read(self, rows: slice) -> NDArray[np.float32]:
-        values = np.empty((rows.stop - rows.start, self.width), np.float32)
-        read_into(self.path, 4 * rows.start * self.width, values.reshape(-1).view(np.uint8))
+    def read(self, part: slice) -> NDArray[np.float32]:
+        """These rows."""
+        values = np.empty((part.stop - part.start, self.width), np.float32)
+        read_into(self.path, 4 * part.start * self.width, values.reshape(-1).view(np.uint8))
         return values
 
     def drop(self) -> None:

@@ -231,11 +231,12 @@ def test_a_full_disk_is_found_by_every_command_before_it_works(sample, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("memory", ["1KiB", "1GiB"])
 @pytest.mark.parametrize(
     "command", [["gptq"], ["calibrate"], ["gptq", "--drift", 0], ["awq", "--no-compare"]]
 )
-def test_scratch_files_take_what_was_said(sample, monkeypatch, command):
-    words = [command[0], sample, *command[1:], *TOKENS, "-o", "out"]
+def test_scratch_files_take_what_was_said(sample, monkeypatch, command, memory):
+    words = [command[0], sample, *command[1:], *TOKENS, "--max-memory", memory, "-o", "out"]
     said = dry(*words)["disk"]["scratch"]
     most = []
 
@@ -248,10 +249,13 @@ def test_scratch_files_take_what_was_said(sample, monkeypatch, command):
 
         return method
 
-    for cls, name in ((scratch.Scratch, "put"), (scratch.Rows, "write"), (scratch.Rows, "finish")):
+    kept = scratch.MemoryScratch if memory == "1GiB" else scratch.FileScratch
+    for cls, name in ((kept, "put"), (scratch.Rows, "write"), (scratch.Rows, "finish")):
         monkeypatch.setattr(cls, name, watched(getattr(cls, name)))
     assert ptq(*words).code == 0
-    ahead = 2 if command[0] == "awq" else 1  # it looks ahead, for which as much is kept free
+    ahead = (
+        2 if (command[0], memory) == ("awq", "1KiB") else 1
+    )  # it looks ahead, for which as much is kept free
     assert max(most) <= said < 1.5 * ahead * max(most)
 
 
@@ -267,6 +271,16 @@ def test_memory_of_those_who_work_at_once(sample):
     tight = dry("gptq", sample, "--workers", 3, "--max-memory", "1MiB")["memory"]
     assert tight["alone"]
     assert tight["peak_bytes"] < three["peak_bytes"]
+
+
+def test_states_are_counted_where_they_are(sample):
+    """In memory where they fit a quarter of it, else in files."""
+    for command in (["gptq", sample], ["awq", sample], ["calibrate", sample]):
+        words = [*command, *TOKENS, "--workers", 1, "-o", "out", "--max-memory"]
+        there, files = (dry(*words, memory) for memory in ("1GiB", "1KiB"))
+        states = files["disk"]["scratch"] - there["disk"]["scratch"]
+        assert there["memory"]["peak_bytes"] - files["memory"]["peak_bytes"] == states > 0
+        assert there["disk"]["scratch"] > 0  # what survives a kill
 
 
 def test_peaks_by_hand():

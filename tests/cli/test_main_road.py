@@ -186,13 +186,16 @@ def test_eval_measures_what_gptq_reported(road, sample, check_report):
     measured = check_report(outcome.document)["layers"]
     reported = {row["layer"]: row for row in road[1].document["layers"]}
     assert {row["layer"] for row in measured} == set(reported)
-    numbers = ("loss", "rel_err", "heldout_rel_err", "rtn_rel_err", "gain_vs_rtn", "max_abs_err")
+    numbers = ("heldout_rel_err", "rtn_heldout_rel_err", "gain_vs_rtn", "max_abs_err")
+    on_a_sample = ("loss", "rel_err", "rtn_rel_err")  # in a run; here on all tokens
     for ours in measured:
         theirs = reported[ours["layer"]]
         for key in ("bits", "group_size", "sym", "method", "tokens", "bytes"):
             assert ours[key] == theirs[key]
         for key in numbers:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-6), (ours["layer"], key)
+        for key in on_a_sample:
+            assert ours[key] == pytest.approx(theirs[key], rel=0.2), (ours["layer"], key)
     totals, theirs = outcome.document["totals"], road[1].document["totals"]
     assert totals["bytes_after"] == theirs["bytes_after"]
     assert totals["gain_vs_rtn"] == pytest.approx(theirs["gain_vs_rtn"])

@@ -393,6 +393,11 @@ def test_a_block_stays_within_its_stated_memory(name: str, monkeypatch: Any) -> 
             {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 3},
             ["4 attention heads", "3 key heads"],
         ),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": "2"},
+            ["num_kv_heads is '2'"],
+        ),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ["no_rope_layer_interval is 0"]),
         ({"model_type": "glm4", "partial_rotary_factor": 0.1}, ["turns 0 channels"]),
     ],
 )

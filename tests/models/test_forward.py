@@ -258,6 +258,12 @@ def test_opt_has_as_many_key_heads_as_heads_whatever_config_json_says() -> None:
         ({"hidden_act": "mish"}, ["mish", "silu"]),
         ({"num_attention_heads": 3}, ["3", "2"]),
         ({"hidden_size": None}, ["hidden_size"]),
+        ({"hidden_size": True}, ["hidden_size", "True"]),
+        ({"model_type": "gpt2", "num_hidden_layers": None}, ["n_layer is None"]),
+        (
+            {"model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 8},
+            ["config.json's shared_expert_intermediate_size is None"],
+        ),
         ({"rope_scaling": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["linear", "factor"]),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor", "4"]),

@@ -334,8 +334,11 @@ def test_which_blocks_of_a_llama_4_have_experts_chunks_and_no_turns() -> None:
             ["intermediate_size_mlp", "wide"],
         ),
         (GPT_OSS, {"layer_types": ["spiral"]}, ["spiral"]),
-        (GPT_OSS, {"num_experts": 0}, ["num_experts", "0"]),
-        (QWEN2_MOE, {"shared_expert_intermediate_size": None}, ["shared_expert_size", "None"]),
+        (GPT_OSS, {"num_experts": 0}, ["num_local_experts", "0"]),
+        (
+            QWEN2_MOE, {"shared_expert_intermediate_size": None},
+            ["shared_expert_intermediate_size", "None"],
+        ),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ptq_cli.calibration.find import SourceSettings
 from ptq_cli.calibration.from_file import open_calibration
 from ptq_cli.calibration.from_tokens import TokenSource, model_architecture
+from ptq_cli.calibration.stream import Stream
 from ptq_cli.calibration.streams import Streams
 from ptq_cli.commands import api
 from ptq_cli.commands.quantize import prepare
@@ -165,20 +166,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("after", [1, 7, 10, 27])
+@pytest.mark.parametrize(
+    ("after", "memory"), [(1, "1KiB"), (7, "1GiB"), (10, "1KiB"), (10, "1GiB"), (27, "1GiB")]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    tmp_path: Path, whole: Path, after: int
+    tmp_path: Path, whole: Path, after: int, memory: str
 ) -> None:
+    """With states in files, or in memory; and in memory from then on."""
+
     def stop(progress: Progress) -> None:
         if progress.done == after:
             raise KeyboardInterrupt
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        api.gptq(SAMPLE, output=out, listen=stop, **TOKENS, **FAST)
+        api.gptq(SAMPLE, output=out, listen=stop, max_memory=memory, **TOKENS, **FAST)
     assert not out.exists()
-    boundaries = {path.name for path in (tmp_path / "out.partial" / "stream").iterdir()}
-    assert {"float.now", "rounded.now"} < boundaries
+    found = {path.name for path in (tmp_path / "out.partial" / "stream").iterdir()}
+    states = {"float.now", "rounded.now"}
+    assert found & states == (states if memory == "1KiB" else set())
+    assert len(found - states) == 2  # the boundary before the block in hand, of either model
     api.gptq(SAMPLE, output=out, **TOKENS, **FAST)
     assert same_bytes(out, whole)
 
@@ -186,8 +193,6 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 def test_a_finished_block_is_not_entered_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptq_cli.calibration.stream import Stream
-
     def stop(progress: Progress) -> None:
         if progress.done == 16:  # two sites into block 2
             raise KeyboardInterrupt
@@ -201,6 +206,28 @@ def test_a_finished_block_is_not_entered_again(
     )
     api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
     assert min(entered) == 2
+
+
+def test_a_boundary_that_a_power_loss_damaged_is_made_anew(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.gptq(SAMPLE, output=tmp_path / "out", listen=stop, **TOKENS, **FAST)
+    path = tmp_path / "out.partial" / "stream" / "rounded.2"
+    content = path.read_bytes()
+    path.write_bytes(content[:5000] + bytes(len(content) - 5000))
+    entered: list[int] = []
+    enter = Stream.enter
+    monkeypatch.setattr(
+        Stream, "enter", lambda self, block: (entered.append(block), enter(self, block))
+    )
+    api.gptq(SAMPLE, output=tmp_path / "out", **TOKENS, **FAST)
+    assert entered == [0, 0]
+    assert same_bytes(tmp_path / "out", whole)
 
 
 @pytest.mark.slow

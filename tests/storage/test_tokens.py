@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
-from ptq_cli.storage.scratch import Rows, Scratch
+from ptq_cli.storage.scratch import FileScratch, MemoryScratch, Rows, Scratch
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
 
 SAMPLE = Path(__file__).parents[2] / "sample_data"
@@ -121,8 +122,12 @@ def test_text_through_the_models_tokenizer(checkpoint: Checkpoint, tmp_path: Pat
         read_tokens(TokenSettings(text=tmp_path / "a.txt"), open_checkpoint(bare))
 
 
-def test_scratch_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path / "now")
+@pytest.mark.parametrize("make", [MemoryScratch, lambda: FileScratch(Path("now"))])
+def test_scratch_gives_back_what_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Scratch]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scratch = make()
     arrays = {"a": np.arange(6).reshape(2, 3), "inputs/x": np.zeros((0, 4), np.float32)}
     scratch.put("k", arrays)
     scratch.put("k", arrays | {"b": np.ones((3, 1), np.float32)[::-1]})
@@ -130,14 +135,58 @@ def test_scratch_gives_back_what_it_was_given(tmp_path: Path) -> None:
     for name in ("a", "inputs/x", "b"):
         assert len(scratch.get("k", name)) == {"a": 2, "inputs/x": 0, "b": 3}[name]
     assert np.array_equal(scratch.get("k", "a"), arrays["a"])
+    scratch.put("k", {"t": arrays["a"].T})
+    assert scratch.get("k", "t").tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert scratch.get("k", "t").flags.c_contiguous  # what is computed from it is the same
+    scratch.drop()
+
+
+def test_arrays_in_memory_keep_nothing_else_alive_and_nothing_changes_them() -> None:
+    scratch, whole = MemoryScratch(), np.arange(12.0).reshape(4, 3)
+    scratch.put("k", {"part": whole[:2], "whole": whole, "twice": whole, "flat": whole.reshape(-1)})
+    found = {name: scratch.get("k", name) for name in scratch.names("k")}
+    assert not np.shares_memory(found["part"], whole)
+    assert found["whole"] is found["twice"]
+    assert np.shares_memory(found["flat"], whole)
+    for array in found.values():
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    whole[0] = 5  # whoever made it still may
+    assert found["part"][0].tolist() == [0, 1, 2]
+
+
+def written(path: Path) -> Rows:
+    rows = Rows(path, [slice(0, 2), slice(2, 5)], 2)
+    rows.begin()
+    rows.write(slice(2, 5), np.ones((3, 2), np.float32))
+    rows.write(slice(0, 2), np.zeros((2, 2), np.float32))
+    assert not rows.whole
+    rows.finish()
+    return rows
 
 
 def test_rows_are_whole_only_when_closed(tmp_path: Path) -> None:
-    rows = Rows(tmp_path / "r", 5, 2)
-    rows.begin()
-    rows.write(2, np.ones((3, 2), np.float32))
-    rows.write(0, np.zeros((2, 2), np.float32))
-    assert not rows.whole
-    rows.finish()
+    rows = written(tmp_path / "new" / "r")
     assert rows.whole
     assert rows.read(slice(1, 3)).tolist() == [[0, 0], [1, 1]]
+    assert not Rows(rows.path, [slice(0, 5)], 2).whole  # of other batches
+    rows.drop()
+    assert not rows.whole
+
+
+@pytest.mark.parametrize("place", [0, 17, 39, 40, 47])
+def test_rows_that_are_damaged_are_not_there(tmp_path: Path, place: int) -> None:
+    """As a power loss leaves what was not yet on the disk: cut, empty, zeros."""
+    rows = written(tmp_path / "r")
+    content = rows.path.read_bytes()
+    assert len(content) == 4 * 5 * 2 + 2 * 4
+    flipped = bytes([content[place] ^ 1])
+    for damaged in (
+        content[:place],
+        content[:place] + flipped + content[place + 1 :],
+        content[:place] + bytes(len(content) - place),
+    ):
+        rows.path.write_bytes(damaged)
+        assert rows.whole == (damaged == content)
+    rows.path.write_bytes(content)
+    assert rows.whole

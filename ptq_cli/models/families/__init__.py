@@ -66,5 +66,5 @@ def family_of(config: Config) -> Family | None:
 
 def multimodal_of(config: Config) -> Multimodal | None:
     """What is known of a model with towers, by its config.json."""
-    kind = config.get("model_type")
+    kind = model_type(config)
     return next((row for row in MULTIMODALS if kind in row.model_types), None)

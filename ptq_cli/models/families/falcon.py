@@ -27,9 +27,9 @@ _TWO = {"attention_in": "ln_attn", "mlp_in": "ln_mlp"}
 def _attention(block: BlockReader) -> MultiHead:
     settings, n_heads = block.settings, block.number("num_attention_heads")
     n_kv_heads = n_heads
-    if settings["new_decoder_architecture"]:
-        n_kv_heads = settings.get("num_kv_heads") or n_heads
-    elif settings["multi_query"]:
+    if settings["new_decoder_architecture"] and settings.get("num_kv_heads") is not None:
+        n_kv_heads = block.number("num_kv_heads")
+    elif settings["multi_query"] and not settings["new_decoder_architecture"]:
         n_kv_heads = 1
     if n_heads % n_kv_heads:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Config, Family, Folds
-from ptq_cli.models.forward.reader import Forward, entry
+from ptq_cli.models.forward.reader import Forward, entry, number
 from ptq_cli.models.gguf_family import GgufFamily
 
 
@@ -22,7 +22,7 @@ def turns(settings: Config, index: int) -> bool:
     there is none, it is no n-th one."""
     if settings.get("no_rope_layers") is not None:
         return bool(entry(settings, "no_rope_layers", index))
-    return bool((index + 1) % settings["no_rope_layer_interval"])
+    return bool((index + 1) % number(settings, "no_rope_layer_interval", {}))
 
 
 FAMILY = Family(

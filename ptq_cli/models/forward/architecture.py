@@ -154,10 +154,10 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         forward=forward,
         transposed=family.transposed,
         hidden_size=hidden_size,
-        vocab_size=number(settings, "vocab_size"),
+        vocab_size=number(settings, "vocab_size", family.keys),
         blocks=tuple(
             _block(BlockReader(
-                settings, forward, names, family.transposed, family.plus_one,
+                settings, forward, names, family.transposed, family.plus_one, family.keys,
                 f"{prefix}{names.blocks}.{index}.", index,
             ))
             for index in range(settings["num_hidden_layers"])
@@ -197,8 +197,9 @@ def _first(words: Sequence[str], pattern: str, tensors: Collection[str]) -> str:
 def _settings(config: Config, family: Family) -> dict[str, Any]:
     """The family's settings, checked, with the sizes that follow from others."""
     full = family.settings(config)
-    hidden, heads = number(full, "hidden_size"), number(full, "num_attention_heads")
-    number(full, "num_hidden_layers")
+    hidden = number(full, "hidden_size", family.keys)
+    heads = number(full, "num_attention_heads", family.keys)
+    number(full, "num_hidden_layers", family.keys)
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or hidden // heads
     full["intermediate_size"] = full.get("intermediate_size") or 4 * hidden

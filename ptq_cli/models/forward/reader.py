@@ -76,7 +76,7 @@ class BlockReader:
 
     settings: config.json's in our words (Family.settings), with the sizes that follow from others
     base: before the names of its modules, "model.layers.3."
-    transposed, plus_one: as in `Family`
+    transposed, plus_one, keys: as in `Family`
     """
 
     settings: Config
@@ -84,6 +84,7 @@ class BlockReader:
     names: Names
     transposed: bool
     plus_one: bool
+    keys: Mapping[str, str]
     base: str
     index: int
 
@@ -103,7 +104,7 @@ class BlockReader:
         Raises:
             InputError: it is missing, or is no positive whole number.
         """
-        return number(self.settings, key)
+        return number(self.settings, key, self.keys)
 
     def entry(self, key: str) -> Any:
         """The block's own in a setting that is a list with one for each.
@@ -126,15 +127,17 @@ def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) 
     )
 
 
-def number(settings: Config, key: str) -> int:
-    """A setting that is a size or a count.
+def number(settings: Config, key: str, keys: Mapping[str, str]) -> int:
+    """A setting that is a size or a count. keys: our word → the family's key
 
     Raises:
         InputError: it is missing, or is no positive whole number.
     """
     value = settings.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json's {key} is {value!r}; a positive whole number is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(
+            f"config.json's {keys.get(key, key)} is {value!r}; a positive whole number is needed"
+        )
     return value
 
 
