@@ -71,7 +71,7 @@ def ours(source: Path, folder: Path, ids: Any, rounded: bool) -> Any:
     checkpoint, quantized = open_checkpoint(source), open_quantized(folder)
     arch, packing = model_architecture(checkpoint), pack(ids.shape)
     read = quantized_tensors(checkpoint, quantized)
-    caches = stored_caches([block.attention for block in arch.blocks], quantized)
+    caches = stored_caches([attention.module for attention in arch.attentions], quantized)
     assert len(caches) == len(arch.blocks)
     hidden = embed(arch, read, ids, packing)
     for block in range(len(arch.blocks)):
