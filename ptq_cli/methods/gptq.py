@@ -32,7 +32,7 @@ DAMP_LADDER = (0.1, 1.0)
 UNSET = -1
 
 
-# At most so many sweeps. Every pass of the default pays: docs/measurements.md.
+# At most so many sweeps; what they cost and gain stands in docs/measurements.md.
 EFFORTS = {"fast": 0, "default": 2, "best": 10}
 
 
