@@ -120,7 +120,8 @@ class TokenSource(Source):
         """How many batches run side by side: one a core, fewer where `memory` is short."""
         count = cores() if workers is None else workers
         if memory is not None:
-            count = min(count, max(1, memory // self._batch_memory))
+            room = memory - (self._kept(ahead=False) if self.in_memory(memory) else 0)
+            count = min(count, max(1, room // self._batch_memory))
         return max(1, min(count, len(self.batches)))
 
     @property
@@ -135,9 +136,9 @@ class TokenSource(Source):
 
     def scratch(self, memory: int | None, *, ahead: bool = False) -> int:
         boundaries = self._n_streams * self.residual_bytes
-        return boundaries + (0 if self.in_memory(memory) else self._kept(ahead))
+        return boundaries + (0 if self.in_memory(memory) else self._kept(ahead=ahead))
 
-    def _kept(self, ahead: bool) -> int:
+    def _kept(self, *, ahead: bool) -> int:
         """Bytes of the states of all streams; as much again, residuals too, for looking ahead."""
         more = self.state_bytes + self.residual_bytes if ahead else 0
         return self._n_streams * (self.state_bytes + more)
@@ -145,7 +146,7 @@ class TokenSource(Source):
     def memory(self, workers: int | None, memory: int | None, *, ahead: bool = False) -> int:
         """Bytes that it takes at most besides the statistics, on so many threads: what is kept, and
         what runs. ahead: as of `scratch`"""
-        kept = self._kept(ahead) if self.in_memory(memory) else 0
+        kept = self._kept(ahead=ahead) if self.in_memory(memory) else 0
         return kept + self.running_memory(workers, memory)
 
     def running_memory(self, workers: int | None, memory: int | None) -> int:
