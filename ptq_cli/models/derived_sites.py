@@ -4,9 +4,12 @@ Inside a block linears are siblings where they are in one module. Those that tak
 share their input where their names, config.json's numbers of heads or the shapes of a gated MLP say
 so; what gives the block's width back has an input of its own. How sure that is:
 
-    sure    they are called as siblings of a known family that share their input
-    likely  they are called in the manner of q, k, v or gate, up, or shapes leave no other reading
+    sure    it is alone: no sibling takes as many inputs
+    likely  they are called as siblings of a known family that share their input, or in the manner
+            of q, k, v or gate, up, or shapes leave no other reading
     guess   anything else
+
+Names alone are never sure: DETR adds its positions to what q and k see, not to what v sees.
 
 Only what may feed a site is never sure (models/derived_feeders.py).
 """
@@ -125,7 +128,7 @@ def _known_rows(linears: Sequence[str], block: UnknownBlock) -> list[_Group]:
     return [
         _Group(
             tuple(sorted(own, key=lambda linear: row.index(_own(linear)))),
-            "sure",
+            "likely",
             "named as in known families",
             width == block.width,
             _role(own),
@@ -227,10 +230,9 @@ def _side_by_side(groups: list[_Group], block: UnknownBlock, settings: Config) -
         return groups
     if any(group.certainty == "guess" for group in first):
         return groups
-    said = any(settings.get(key) is True for key in _PARALLEL)
     joined = _Group(
         tuple(linear for group in first for linear in group.linears),
-        "sure" if said and all(group.certainty == "sure" for group in first) else "likely",
+        "likely",
         "attention and MLP are behind one norm",
         True,
         "attention",
