@@ -220,11 +220,16 @@ def _settings(config: Config, family: Family) -> dict[str, Any]:
 def _embedding_scale(settings: Config, forward: Forward) -> float:
     if forward.embedding_scaled:
         return float(settings["hidden_size"] ** 0.5)
-    return float(settings.get("embedding_scale") or 1)
+    return _factor(settings, "embedding_scale")
 
 
 def _logit_scale(settings: Config) -> float:
-    return float(settings.get("logit_scale") or 1) / float(settings.get("logit_divisor") or 1)
+    return _factor(settings, "logit_scale") / _factor(settings, "logit_divisor")
+
+
+def _factor(settings: Config, key: str) -> float:
+    """A setting that something is multiplied by; 0 is one, too."""
+    return 1.0 if settings.get(key) is None else float(settings[key])
 
 
 def _block(reader: BlockReader) -> Block:
@@ -239,6 +244,6 @@ def _block(reader: BlockReader) -> Block:
             if role.startswith(("attention_", "mlp_"))
         },
         parallel=forward.parallel(settings),
-        residual_scale=float(settings.get("residual_scale") or 1),
+        residual_scale=_factor(settings, "residual_scale"),
         residual_normed=bool(settings.get("residual_normed")),
     )

@@ -176,6 +176,7 @@ def read_rope(
     Raises InputError for a kind that is not known and for keys that are missing.
     """
     parameters = {key: value for key, value in given.items() if value is not None}
+    parameters["truncate"] = given.get("truncate", True)  # null is false
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = _ALIASES.get(kind, kind)
     if kind not in KINDS:
