@@ -72,11 +72,13 @@ class Shapes:
 
     of: linear → (out_features, in_features); sizes: what these come from, in words
     vectors: further tensor → its values
+    convolutions: further tensor → its (channels, tokens)
     """
 
     of: Mapping[str, tuple[int, int]]
     sizes: str
     vectors: Mapping[str, int] = field(default_factory=dict)
+    convolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Branch(Protocol):
