@@ -217,6 +217,20 @@ def model_architecture(checkpoint: Checkpoint) -> Architecture:
     return arch
 
 
+def check_head(checkpoint: Checkpoint) -> None:
+    """Refuse a model that cannot predict.
+
+    Raises:
+        InputError: as of `model_architecture`; the head's tensor is missing.
+    """
+    arch = model_architecture(checkpoint)
+    if arch.head not in checkpoint.tensors:
+        raise InputError(
+            f"{checkpoint.path}: no tensor {arch.head!r}, which predictions need",
+            hint="where the head is the embedding, config.json has tie_word_embeddings: true",
+        )
+
+
 def token_source(
     checkpoint: Checkpoint,
     tokens: Tokens,

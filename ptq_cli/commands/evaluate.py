@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
-from ptq_cli.calibration.from_tokens import token_source
+from ptq_cli.calibration.from_tokens import check_head, token_source
 from ptq_cli.calibration.source import HELDOUT
 from ptq_cli.commands.estimate import Estimate, estimate_evaluation
 from ptq_cli.commands.job import origin_note
@@ -79,6 +79,8 @@ def prepare_evaluation(
             hint=f"errors are measured with the statistics of {statistics.name}",
         )
     tokens = read_tokens(source.tokens, checkpoint) if source.tokens.given else None
+    if tokens is not None:
+        check_head(checkpoint)
     if statistics is None and tokens is not None:
         statistics = token_source(checkpoint, tokens, HELDOUT, min_expert_tokens=least)
     if activation is not None and statistics is None:

@@ -90,6 +90,7 @@ class Multimodal:
     renames: beginnings of the checkpoint's names and of the modules' in transformers, where these
         differ; the first that fits counts
     causal: whether a token of text sees those before it only
+    text_ties: of model_types, those whose head is the embedding where `text_config` alone says so
     text, head: beginnings of the names of the text model's modules and of its head in transformers
     """
 
@@ -97,6 +98,7 @@ class Multimodal:
     towers: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     causal: bool = True
+    text_ties: tuple[str, ...] = ()
     text: str = "model.language_model."
     head: str = ""
 

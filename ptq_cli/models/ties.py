@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ptq_cli.models.families import FAMILIES, family_of
-from ptq_cli.models.family import Config, text_config
+from ptq_cli.models.families import FAMILIES, family_of, multimodal_of
+from ptq_cli.models.family import Config, model_type, text_config
 
 KEY = "tie_word_embeddings"
 _HEADS = {family.names.head for family in FAMILIES}
@@ -22,7 +22,9 @@ _INSIDE = re.compile(r"\.\d+\.")  # of a block
 def ties(config: Config) -> bool:
     """Whether the head is the embedding, by config.json or, where it says nothing, by what
     transformers takes for granted: the family's default, true for families not known here."""
-    stated = config.get(KEY)
+    stated, multimodal = config.get(KEY), multimodal_of(config)
+    if multimodal and model_type(config) in multimodal.text_ties:
+        stated = stated or text_config(config).get(KEY, stated)
     if stated is not None:
         return bool(stated)
     family = family_of(config)

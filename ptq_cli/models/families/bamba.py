@@ -10,7 +10,7 @@ from ptq_cli.models.families import llama
 from ptq_cli.models.family import Config, Family, FamilySite, Folds
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.mamba import Mamba
-from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.reader import BlockReader, Forward, numbers
 from ptq_cli.models.forward.usual import attention_of
 
 _NAMES = replace(
@@ -38,7 +38,7 @@ _MAMBA = (
 
 def _mixer(block: BlockReader) -> Branch:
     settings = block.settings
-    if block.index in (settings.get("attn_layer_indices") or ()):
+    if block.index in numbers(settings, "attn_layer_indices", block.keys):
         return attention_of(block)
     width = block.number("mamba_expand") * block.number("hidden_size")
     n_heads, n_groups = block.number("mamba_n_heads"), block.number("mamba_n_groups")
@@ -61,6 +61,7 @@ def _mixer(block: BlockReader) -> Branch:
         convolution_bias=bool(settings["mamba_conv_bias"]),
         norm=replace(block.norm("mamba.norm"), affine=False),
         activation=settings["activation"],
+        kernel_size=block.number("mamba_d_conv"),
     )
 
 
@@ -77,7 +78,7 @@ FAMILY = Family(
         **llama.FAMILY.defaults,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "num_key_value_heads": 8,
         "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256,
-        "mamba_expand": 2, "mamba_conv_bias": True,
+        "mamba_expand": 2, "mamba_conv_bias": True, "mamba_d_conv": 4,
     },
     fixed={"partial_rotary_factor": 0.5},  # that in rope_parameters counts
     folds=Folds(attentions=(attention_sites(_NAMES, Folds()), _MAMBA)),

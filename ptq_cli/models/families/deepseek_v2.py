@@ -10,7 +10,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.families import deepseek_v3
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.layers import Weights
-from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.reader import BlockReader, number
 from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.forward.usual import mlp_of
 
@@ -18,13 +18,13 @@ from ptq_cli.models.forward.usual import mlp_of
 def feed_forward(block: BlockReader) -> Branch:
     """An MLP in the first blocks, then experts."""
     settings = block.settings
-    if block.index < settings["first_k_dense_replace"]:
+    if block.index < number(settings, "first_k_dense_replace", block.keys, least=0):
         return mlp_of(block)
     method = settings["topk_method"]
     if method not in ("greedy", "group_limited_greedy"):
         raise InputError(f"config.json's topk_method {method!r} is not known")
     groups = None if method == "greedy" else deepseek_v3.groups(block)
-    usual, factor = deepseek_v3.with_shared(block), float(settings["routed_scaling_factor"])
+    usual, factor = deepseek_v3.with_shared(block), block.positive("routed_scaling_factor")
 
     def weigh(weights: Weights, scores: FloatArray) -> FloatArray:
         return softmax_router(scores, usual.top_k, groups=groups, factor=factor)

@@ -13,7 +13,7 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.latent_attention import LatentAttention
 from ptq_cli.models.forward.layers import Linear, Norm, Weights, fetch
-from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.reader import BlockReader, Forward, number
 from ptq_cli.models.forward.routers import Groups, corrected_router
 from ptq_cli.models.forward.usual import experts_of, mlp_of, rope_of
 
@@ -84,7 +84,7 @@ def _norm(block: BlockReader, name: str) -> Norm:
 
 def feed_forward(block: BlockReader) -> Branch:
     """An MLP in the first blocks, then experts."""
-    if block.index < block.settings["first_k_dense_replace"]:
+    if block.index < number(block.settings, "first_k_dense_replace", block.keys, least=0):
         return mlp_of(block)
     return experts(block)
 
@@ -94,7 +94,7 @@ def experts(block: BlockReader) -> Experts:
     usual, settings, some = with_shared(block), block.settings, groups(block)
     correction = f"{block.base}{EXPERTS.router}.e_score_correction_bias"
     normalised = bool(settings["norm_topk_prob"])
-    factor = float(settings["routed_scaling_factor"])
+    factor = block.positive("routed_scaling_factor")
 
     def weigh(weights: Weights, scores: FloatArray) -> FloatArray:
         return corrected_router(

@@ -42,8 +42,8 @@ def mixer(block: BlockReader) -> Branch:
 
 def feed_forward(block: BlockReader) -> Branch:
     """Experts whose gates and products are clamped."""
-    settings, usual = block.settings, experts_of(block, EXPERTS)
-    clamp = Clamp(float(settings["swiglu_alpha"]), float(settings["swiglu_limit"]))
+    usual = experts_of(block, EXPERTS)
+    clamp = Clamp(block.positive("swiglu_alpha"), block.positive("swiglu_limit"))
     return replace(usual, experts=tuple(replace(mlp, clamp=clamp) for mlp in usual.experts))
 
 

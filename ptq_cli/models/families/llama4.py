@@ -15,7 +15,7 @@ from ptq_cli.models.forward.attention import Packing
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.layers import Norm, Weights, apply_norm
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.reader import BlockReader, Forward, numbers
 from ptq_cli.models.forward.routers import sigmoid_router
 from ptq_cli.models.forward.usual import attention_of, experts_of, mlp_of
 from ptq_cli.models.names import ExpertNames
@@ -65,9 +65,9 @@ def mixer(block: BlockReader) -> Branch:
     chunked = turned
     if settings.get("layer_types"):
         chunked = block.entry("layer_types") == "chunked_attention"
-    norm = Norm(usual.module, float(settings["norm_eps"]), affine=False)
+    norm = Norm(usual.module, block.norm("").eps, affine=False)
     tempered = settings["attn_temperature_tuning"] and not turned
-    every, strength = float(settings["floor_scale"]), float(settings["attn_scale"])
+    every, strength = block.positive("floor_scale"), block.positive("attn_scale")
     return Attention(
         **{
             **vars(usual),
@@ -84,7 +84,7 @@ def feed_forward(block: BlockReader) -> Branch:
     settings = block.settings
     sparse = (block.index + 1) % block.number("interleave_moe_layer_step") == 0
     if settings.get("moe_layers") is not None:
-        sparse = block.index in settings["moe_layers"]
+        sparse = block.index in numbers(settings, "moe_layers", block.keys)
     if not sparse:
         return mlp_of(block, block.number("intermediate_size_mlp"))
     usual = experts_of(block, EXPERTS)
@@ -132,6 +132,7 @@ FAMILY = Family(
 MULTIMODAL = Multimodal(
     model_types={"llama4": "llama4_text"},
     towers=("vision_model", "multi_modal_projector"),
+    text_ties=("llama4",),
     text="language_model.model.",
     head="language_model.",
 )

@@ -12,6 +12,7 @@ MULTIMODAL = Multimodal(
         "aria": "aria_text",
     },
     towers=("vision_tower", "multi_modal_projector"),
+    text_ties=("llava", "llava_next_video", "llava_onevision"),
     renames=(
         ("language_model.lm_head", "lm_head"),
         ("language_model.model.", "model.language_model."),

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from ptq_cli.models.families import llama
 from ptq_cli.models.family import Config, Family, Folds
-from ptq_cli.models.forward.reader import Forward
+from ptq_cli.models.forward.reader import Forward, number
 from ptq_cli.models.gguf_family import GgufFamily
 
 
 def slides(config: Config, index: int) -> bool:
     """Whether a block has a window."""
-    return bool(index >= config["max_window_layers"])
+    return index >= number(config, "max_window_layers", {}, least=0)
 
 
 FAMILY = Family(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import qwen2, qwen3_moe
 from ptq_cli.models.family import Config, Family, Folds
-from ptq_cli.models.forward.reader import Forward
+from ptq_cli.models.forward.reader import Forward, number
 from ptq_cli.models.gguf_family import GgufFamily
 
 EXPERTS = replace(
@@ -14,7 +14,7 @@ EXPERTS = replace(
 
 def slides(config: Config, index: int) -> bool:
     """Whether a block has a window."""
-    return bool(index % 2 == 0 and index < config["max_window_layers"])
+    return index % 2 == 0 and index < number(config, "max_window_layers", {}, least=0)
 
 
 FAMILY = Family(

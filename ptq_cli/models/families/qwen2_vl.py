@@ -26,6 +26,7 @@ FAMILY = replace(
 MULTIMODAL = Multimodal(
     model_types={"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"},
     towers=("visual",),
+    text_ties=("qwen2_vl", "qwen2_5_vl"),
     renames=(
         ("visual.", "model.visual."),
         ("model.visual.", "model.visual."),

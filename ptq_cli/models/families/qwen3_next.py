@@ -12,7 +12,7 @@ from ptq_cli.models.families import qwen2_moe, qwen3, qwen3_moe
 from ptq_cli.models.family import Config, Family, FamilySite, Folds
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.gated_delta import GatedDelta
-from ptq_cli.models.forward.reader import BlockReader, Forward
+from ptq_cli.models.forward.reader import BlockReader, Forward, number
 from ptq_cli.models.forward.rope import not_known
 from ptq_cli.models.forward.usual import attention_of
 
@@ -40,7 +40,7 @@ _KINDS = ("linear_attention", "full_attention")
 
 def _kind(config: Config, index: int) -> str:
     """What mixes the tokens of a block; without `layer_types`, every n-th has attention."""
-    every = config["full_attention_interval"]
+    every = number(config, "full_attention_interval", {})
     given = config.get("layer_types")
     kind = given[index] if given else _KINDS[(index + 1) % every == 0]
     if kind not in _KINDS:
@@ -68,6 +68,7 @@ def _mixer(block: BlockReader) -> Branch:
         value_dim=block.number("linear_value_head_dim"),
         norm=replace(block.norm("linear_attn.norm"), offset=0.0),
         activation=block.settings["activation"],
+        kernel_size=block.number("linear_conv_kernel_dim"),
     )
 
 
@@ -78,7 +79,7 @@ FAMILY = Family(
     defaults={
         **qwen3_moe.FAMILY.defaults,
         "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
-        "full_attention_interval": 4,
+        "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
         "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "num_experts_per_tok": 10, "norm_topk_prob": True,
     },

@@ -13,7 +13,15 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader, Forward, make_norm, number
+from ptq_cli.models.forward.reader import (
+    BlockReader,
+    Forward,
+    count,
+    make_norm,
+    number,
+    positive,
+    real,
+)
 from ptq_cli.models.forward.rope import not_known
 from ptq_cli.models.forward.usual import attention_of, feed_forward_of, norms_of
 from ptq_cli.models.names import Names
@@ -135,7 +143,9 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
             f"no forward for model_type {kind!r}; known are {', '.join(known)}",
             hint=ways_on(kind),
         )
-    settings, names, forward = _settings(config, family), family.names, family.forward
+    n_tensors = len(tensors) or None
+    settings = _settings(config, family, n_tensors)
+    names, forward = family.names, family.forward
     prefixes, heads = _places(config, names)
     prefix = _first(prefixes, f"{{}}{names.embedding}.weight", tensors)
     embedding = f"{prefix}{names.embedding}.weight"
@@ -147,7 +157,9 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     bare = settings.get("no_final_norm") or not settings.get("norm_first", True)
 
     def norm(name: str) -> Norm:
-        return make_norm(settings, forward, f"{prefix}{name}", plus_one=family.plus_one)
+        return make_norm(
+            settings, forward, f"{prefix}{name}", family.keys, plus_one=family.plus_one
+        )
 
     return Architecture(
         family=str(kind),
@@ -158,7 +170,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         blocks=tuple(
             _block(BlockReader(
                 settings, forward, names, family.transposed, family.plus_one, family.keys,
-                f"{prefix}{names.blocks}.{index}.", index,
+                f"{prefix}{names.blocks}.{index}.", index, n_tensors,
             ))
             for index in range(settings["num_hidden_layers"])
         ),
@@ -167,11 +179,11 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         head=embedding if tied else head,
         final_norm=None if bare else norm(names.final_norm),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
-        embedding_scale=_embedding_scale(settings, forward),
+        embedding_scale=_embedding_scale(settings, forward, family.keys),
         embedding_norm=norm(names.embedding_norm) if names.embedding_norm else None,
         projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
-        logit_scale=_logit_scale(settings),
-        logit_softcap=settings.get("logit_softcap"),
+        logit_scale=_logit_scale(settings, family.keys),
+        logit_softcap=_softcap(settings, family.keys),
     )  # fmt: skip
 
 
@@ -194,16 +206,21 @@ def _first(words: Sequence[str], pattern: str, tensors: Collection[str]) -> str:
     return next((word for word in words if pattern.format(word) in tensors), words[0])
 
 
-def _settings(config: Config, family: Family) -> dict[str, Any]:
-    """The family's settings, checked, with the sizes that follow from others."""
+def _settings(config: Config, family: Family, n_tensors: int | None) -> dict[str, Any]:
+    """The family's settings, checked, with the sizes that follow from others. n_tensors: in the
+    checkpoint, or None"""
     full = family.settings(config)
     hidden = number(full, "hidden_size", family.keys)
     heads = number(full, "num_attention_heads", family.keys)
-    number(full, "num_hidden_layers", family.keys)
+    count(full, "num_hidden_layers", family.keys, n_tensors)
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or hidden // heads
     full["intermediate_size"] = full.get("intermediate_size") or 4 * hidden
     full["activation"] = full["activation"] or full.get("hidden_act")
+    if heads > hidden:
+        raise InputError(f"config.json has {heads} attention heads for a hidden_size of {hidden}")
+    for key in ("num_key_value_heads", "head_dim", "intermediate_size"):
+        number(full, key, family.keys)
     if heads % full["num_key_value_heads"]:
         raise InputError(
             f"config.json has {heads} attention heads, not a multiple of "
@@ -217,19 +234,27 @@ def _settings(config: Config, family: Family) -> dict[str, Any]:
     return full
 
 
-def _embedding_scale(settings: Config, forward: Forward) -> float:
+def _embedding_scale(settings: Config, forward: Forward, keys: Mapping[str, str]) -> float:
     if forward.embedding_scaled:
         return float(settings["hidden_size"] ** 0.5)
-    return _factor(settings, "embedding_scale")
+    return _factor(settings, "embedding_scale", keys)
 
 
-def _logit_scale(settings: Config) -> float:
-    return _factor(settings, "logit_scale") / _factor(settings, "logit_divisor")
+def _logit_scale(settings: Config, keys: Mapping[str, str]) -> float:
+    divisor = settings.get("logit_divisor")
+    divided = 1.0 if divisor is None else positive(settings, "logit_divisor", keys)
+    return _factor(settings, "logit_scale", keys) / divided
 
 
-def _factor(settings: Config, key: str) -> float:
+def _factor(settings: Config, key: str, keys: Mapping[str, str]) -> float:
     """A setting that something is multiplied by; 0 is one, too."""
-    return 1.0 if settings.get(key) is None else float(settings[key])
+    return 1.0 if settings.get(key) is None else real(settings, key, keys, least=0)
+
+
+def _softcap(settings: Config, keys: Mapping[str, str]) -> float | None:
+    if settings.get("logit_softcap") is None:
+        return None
+    return real(settings, "logit_softcap", keys, least=0)
 
 
 def _block(reader: BlockReader) -> Block:
@@ -244,6 +269,6 @@ def _block(reader: BlockReader) -> Block:
             if role.startswith(("attention_", "mlp_"))
         },
         parallel=forward.parallel(settings),
-        residual_scale=_factor(settings, "residual_scale"),
+        residual_scale=_factor(settings, "residual_scale", reader.keys),
         residual_normed=bool(settings.get("residual_normed")),
     )

@@ -27,6 +27,7 @@ class GatedDelta:
     module: holds what is no linear: conv1d, A_log, dt_bias
     norm: of what each head reads
     activation: behind the convolution, a name in layers.ACTIVATIONS
+    kernel_size: tokens that the convolution sees
     """
 
     inputs: tuple[Linear, Linear]
@@ -38,6 +39,7 @@ class GatedDelta:
     value_dim: int
     norm: Norm
     activation: str
+    kernel_size: int
 
     @property
     def first_sites(self) -> tuple[str, ...]:
@@ -61,8 +63,10 @@ class GatedDelta:
                 second.name: (2 * self.n_heads, hidden_size),
                 self.output.name: (hidden_size, self.kept),
             },
-            f"{heads}, {self.n_heads} value heads of {self.value_dim}",
+            f"{heads}, {self.n_heads} value heads of {self.value_dim}, a convolution of"
+            f" {self.kernel_size} tokens",
             {f"{self.module}.{name}": self.n_heads for name in ("A_log", "dt_bias")},
+            {f"{self.module}.conv1d.weight": (2 * keys + self.kept, self.kernel_size)},
         )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:

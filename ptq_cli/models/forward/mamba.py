@@ -30,6 +30,7 @@ class Mamba:
     convolution_bias: whether the convolution has biases
     norm: of a group of channels, its gains aside, which are of all channels
     activation: behind the convolution, a name in layers.ACTIVATIONS
+    kernel_size: tokens that the convolution sees
     """
 
     input: Linear
@@ -43,6 +44,7 @@ class Mamba:
     convolution_bias: bool
     norm: Norm
     activation: str
+    kernel_size: int
 
     @property
     def first_sites(self) -> tuple[str, ...]:
@@ -59,13 +61,17 @@ class Mamba:
     def shapes(self, hidden_size: int) -> Shapes:
         width, groups = self.kept, self.n_groups * self.state_size
         heads = f"{self.n_heads} Mamba heads of {self.head_dim} channels in {self.n_groups} groups"
+        vectors = {f"{self.module}.{name}": self.n_heads for name in ("A_log", "D", "dt_bias")}
+        if self.convolution_bias:
+            vectors[f"{self.module}.conv1d.bias"] = width + 2 * groups
         return Shapes(
             {
                 self.input.name: (2 * width + 2 * groups + self.n_heads, hidden_size),
                 self.output.name: (hidden_size, width),
             },
-            f"{heads}, a state of {self.state_size}",
-            {f"{self.module}.{name}": self.n_heads for name in ("A_log", "D", "dt_bias")},
+            f"{heads}, a state of {self.state_size}, a convolution of {self.kernel_size} tokens",
+            vectors,
+            {f"{self.module}.conv1d.weight": (width + 2 * groups, self.kernel_size)},
         )
 
     def steps(self, packing: Packing, cache: Cache | None) -> tuple[Step, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.forward.branch import Branch
@@ -16,6 +17,7 @@ from ptq_cli.models.forward.layers import Linear, Norm
 from ptq_cli.models.names import Names
 
 Config = Mapping[str, Any]
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # of 32 bits
 
 
 def never(config: Config, index: int) -> bool:
@@ -76,6 +78,7 @@ class BlockReader:
 
     settings: config.json's in our words (Family.settings), with the sizes that follow from others
     base: before the names of its modules, "model.layers.3."
+    n_tensors: in the checkpoint, or None without one
     transposed, plus_one, keys: as in `Family`
     """
 
@@ -87,6 +90,7 @@ class BlockReader:
     keys: Mapping[str, str]
     base: str
     index: int
+    n_tensors: int | None = None
 
     def linear(self, part: str, name: str) -> Linear:
         """The linear of that inner name. part: what says whether it has a bias (Forward.biases)"""
@@ -96,7 +100,8 @@ class BlockReader:
 
     def norm(self, name: str) -> Norm:
         """The norm of that inner name."""
-        return make_norm(self.settings, self.forward, self.base + name, plus_one=self.plus_one)
+        full, offset = self.base + name, self.plus_one
+        return make_norm(self.settings, self.forward, full, self.keys, plus_one=offset)
 
     def number(self, key: str) -> int:
         """A setting that is a size or a count.
@@ -105,6 +110,22 @@ class BlockReader:
             InputError: it is missing, or is no positive whole number.
         """
         return number(self.settings, key, self.keys)
+
+    def count(self, key: str) -> int:
+        """How many there are of what has tensors of its own.
+
+        Raises:
+            InputError: as of `number`, and for more than there are tensors.
+        """
+        return count(self.settings, key, self.keys, self.n_tensors)
+
+    def positive(self, key: str) -> float:
+        """A setting that is a positive real number.
+
+        Raises:
+            InputError: it is something else.
+        """
+        return positive(self.settings, key, self.keys)
 
     def entry(self, key: str) -> Any:
         """The block's own in a setting that is a list with one for each.
@@ -115,11 +136,13 @@ class BlockReader:
         return entry(self.settings, key, self.index)
 
 
-def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) -> Norm:
-    """The norm of that full name."""
+def make_norm(
+    settings: Config, forward: Forward, name: str, keys: Mapping[str, str], *, plus_one: bool
+) -> Norm:
+    """The norm of that full name. keys: our word → the family's key"""
     return Norm(
         name=name,
-        eps=float(settings["norm_eps"]),
+        eps=real(settings, "norm_eps", keys, least=0),
         centred=forward.centred,
         offset=1.0 if plus_one else 0.0,
         affine=bool(settings.get("norm_affine", True)),
@@ -127,18 +150,84 @@ def make_norm(settings: Config, forward: Forward, name: str, *, plus_one: bool) 
     )
 
 
-def number(settings: Config, key: str, keys: Mapping[str, str]) -> int:
+def number(settings: Config, key: str, keys: Mapping[str, str], least: int = 1) -> int:
     """A setting that is a size or a count. keys: our word → the family's key
 
     Raises:
-        InputError: it is missing, or is no positive whole number.
+        InputError: it is missing, or is no whole number from `least` on that 32 bits hold.
     """
     value = settings.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_INT:
+        return value
+    what = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+    bound = f" of at most {LARGEST_INT}" if isinstance(value, int) and value > least else ""
+    raise InputError(f"config.json's {keys.get(key, key)} is {value!r}; {what}{bound} is needed")
+
+
+def count(settings: Config, key: str, keys: Mapping[str, str], n_tensors: int | None) -> int:
+    """How many there are of what has tensors of its own. n_tensors: in the checkpoint, or None
+
+    Raises:
+        InputError: as of `number`, and for more than there are tensors.
+    """
+    value = number(settings, key, keys)
+    if n_tensors is not None and value > n_tensors:
         raise InputError(
-            f"config.json's {keys.get(key, key)} is {value!r}; a positive whole number is needed"
+            f"config.json's {keys.get(key, key)} is {value}, but there are only {n_tensors}"
+            " tensors",
+            hint="is this config.json the model's own?",
         )
     return value
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def real(
+    settings: Config, key: str, keys: Mapping[str, str], least: float = -LARGEST_FLOAT
+) -> float:
+    """A setting that is a real number. keys: our word → the family's key
+
+    Raises:
+        InputError: it is missing, less than `least`, or no number that float32 holds.
+    """
+    value = settings.get(key)
+    if _is_real(value) and least <= value <= LARGEST_FLOAT:
+        return float(value)
+    what = "a number" if least < 0 else f"a number from {least} on"
+    raise InputError(
+        f"config.json's {keys.get(key, key)} is {value!r}; {what} that float32 holds is needed"
+    )
+
+
+def positive(settings: Config, key: str, keys: Mapping[str, str]) -> float:
+    """A setting that is a positive real number. keys: our word → the family's key
+
+    Raises:
+        InputError: it is missing, not positive, or no number that float32 holds.
+    """
+    value = settings.get(key)
+    if not _is_real(value) or not value > 0:
+        raise InputError(
+            f"config.json's {keys.get(key, key)} is {value!r}; a positive number is needed"
+        )
+    return real(settings, key, keys)
+
+
+def numbers(settings: Config, key: str, keys: Mapping[str, str]) -> list[int]:
+    """A setting that lists numbers of blocks; none where config.json has none.
+
+    Raises:
+        InputError: it is no list of whole numbers.
+    """
+    value = settings.get(key)
+    found = [] if value is None else value
+    if not isinstance(found, list) or not all(type(entry) is int for entry in found):
+        raise InputError(
+            f"config.json's {keys.get(key, key)} is {value!r}; a list of whole numbers is needed"
+        )
+    return found
 
 
 def entry(settings: Config, key: str, index: int) -> Any:

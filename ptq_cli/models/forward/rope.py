@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.errors import InputError
+from ptq_cli.models.forward.reader import positive, real
 
 Frequencies = NDArray[np.float64]
 
@@ -159,6 +160,11 @@ def not_known(what: str, known: Iterable[str]) -> InputError:
 
 
 # mrope turns parts of a head by a token's time, row and column, which are one for tokens of text.
+_POSITIVE = {
+    "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+_REAL = {"mscale", "mscale_all_dim"}
 _ALIASES = {"su": "longrope", "none": "default", "mrope": "default"}
 
 
@@ -178,23 +184,51 @@ def read_rope(
     parameters = {key: value for key, value in given.items() if value is not None}
     parameters["truncate"] = given.get("truncate", True)  # null is false
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    kind = _ALIASES.get(kind, kind)
-    if kind not in KINDS:
+    kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in KINDS:
         raise not_known(f"config.json asks for rotary embeddings of type {kind!r}", KINDS)
+    original = original_length or parameters.get("original_max_position_embeddings") or max_length
+    _check_numbers({**parameters, "original_max_position_embeddings": original}, kind)
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    if dims < 2 or dims % 2:
-        raise InputError(f"config.json turns {dims} channels of a head; it must be even and not 0")
+    if dims < 2 or dims % 2 or dims > head_dim:
+        raise InputError(
+            f"config.json turns {dims} channels of a head of {head_dim}; it must be even and not 0"
+        )
     if kind in ("linear", "dynamic", "llama3") and "factor" not in parameters:
         raise InputError(f"config.json asks for {kind!r} rotary embeddings without a `factor`")
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
-        found = len(parameters.get(name, ()))
-        if found != dims // 2:
-            raise InputError(f"config.json's {name} has {found} numbers and needs {dims // 2}")
-    original = original_length or parameters.get("original_max_position_embeddings") or max_length
+        _check_list(parameters, name, dims // 2)
     factor = float(parameters.get("factor", max_length / original))
     amplitude = _amplitude(kind, parameters, factor, original)
     theta = float(parameters["rope_theta"])
     return Rope(dims, theta, kind, factor, max_length, original, amplitude, parameters, interleaved)
+
+
+def _check_numbers(parameters: Mapping[str, Any], kind: str) -> None:
+    """Refuse what is no number, or not one that frequencies can be made of."""
+    for key in _POSITIVE & parameters.keys():
+        positive(parameters, key, {})
+    for key in _REAL & parameters.keys():
+        real(parameters, key, {})
+    theta, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    if kind == "yarn" and theta <= 1:  # its logarithm is divided by
+        raise InputError(f"config.json's rope_theta is {theta}; yarn needs more than 1")
+    if kind == "longrope" and original <= 1:
+        raise InputError(
+            f"config.json's original_max_position_embeddings is {original}; longrope needs more"
+            " than 1"
+        )
+
+
+def _check_list(parameters: Mapping[str, Any], name: str, count: int) -> None:
+    """Refuse what is no list of `count` positive numbers."""
+    found = parameters.get(name, [])
+    if not isinstance(found, list):
+        raise InputError(f"config.json's {name} is {found!r}; a list of {count} is needed")
+    if len(found) != count:
+        raise InputError(f"config.json's {name} has {len(found)} numbers and needs {count}")
+    for value in found:
+        positive({name: value}, name, {})
 
 
 def _amplitude(kind: str, parameters: Mapping[str, Any], factor: float, original: int) -> float:

@@ -62,7 +62,14 @@ def _check_count(count: int, stored: Mapping[int, set[str]], config: Config) -> 
     more = [number for number in stored if number >= count]
     usual = set().union(*(stored[number] for number in range(count)))
     plain = [number for number in more if stored[number] <= usual]
-    if plain and len(more) != config.get("num_nextn_predict_layers"):
+    stated = config.get("num_nextn_predict_layers")
+    if more and isinstance(stated, int) and len(more) > stated:
+        raise InputError(
+            f"config.json's num_hidden_layers is {count} and its num_nextn_predict_layers {stated},"
+            f" but there are {max(more) + 1} blocks",
+            hint=HINT,
+        )
+    if plain and len(more) != stated:
         raise InputError(
             f"config.json's num_hidden_layers is {count}, but there are"
             f" {max(plain) + 1} blocks alike",
@@ -79,6 +86,8 @@ def _check_block(arch: Architecture, block: Block, specs: Specs) -> None:
             _check(specs, f"{module}.weight", wanted, sizes)
         for name, width in made.vectors.items():
             _check(specs, name, (width,), sizes)
+        for name, (channels, tokens) in made.convolutions.items():
+            _check(specs, name, (channels, 1, tokens), sizes)
         for part in _parts(branch):
             _check_vectors(specs, part)
     for norm in block.norms.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ptq_cli.errors import InputError
@@ -9,7 +10,7 @@ from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.mlp import MLP
 from ptq_cli.models.forward.multi_head import MultiHead
-from ptq_cli.models.forward.reader import BlockReader
+from ptq_cli.models.forward.reader import BlockReader, numbers, real
 from ptq_cli.models.forward.rope import Rope, read_rope
 from ptq_cli.models.forward.routers import softmax_router
 from ptq_cli.models.names import ExpertNames
@@ -31,7 +32,7 @@ def attention_of(block: BlockReader) -> MultiHead:
         per_head=block.forward.per_head,
         rope=rope_of(block, windowed=windowed) if turns else None,
         window=block.number("sliding_window") if windowed else None,
-        softcap=settings.get("attention_softcap"),
+        softcap=_softcap(block),
     )
 
 
@@ -58,13 +59,14 @@ def mlp_of(block: BlockReader, width: int | None = None) -> MLP:
 def has_experts(block: BlockReader) -> bool:
     """Whether config.json gives the block experts, not an MLP."""
     settings = block.settings
-    dense = block.index in (settings.get("dense_blocks") or ())
-    return not dense and (block.index + 1) % settings.get("sparse_step", 1) == 0
+    dense = block.index in numbers(settings, "dense_blocks", block.keys)
+    every = block.number("sparse_step") if "sparse_step" in settings else 1
+    return not dense and (block.index + 1) % every == 0
 
 
 def experts_of(block: BlockReader, names: ExpertNames) -> Experts:
     """The experts of the family's names, weighed by the softmax of the router's scores."""
-    paths = [names.expert.format(e) for e in range(block.number("num_experts"))]
+    paths = [names.expert.format(e) for e in range(block.count("num_experts"))]
     top_k = min(block.number("num_experts_per_tok"), len(paths))
     width = block.number("expert_size")
     normalised = bool(block.settings["norm_topk_prob"])
@@ -104,11 +106,18 @@ def norms_of(block: BlockReader) -> dict[str, str]:
     return dict(block.names.norms if given is None else given(block.settings))
 
 
+def _softcap(block: BlockReader) -> float | None:
+    if block.settings.get("attention_softcap") is None:
+        return None
+    return real(block.settings, "attention_softcap", block.keys, least=0)
+
+
 def _scale(block: BlockReader) -> float:
     settings = block.settings
     if settings.get("attention_scale") is not None:
-        return float(settings["attention_scale"])
-    scale = (settings.get("score_size") or settings["head_dim"]) ** -0.5
+        return real(settings, "attention_scale", block.keys, least=0)
+    sized = settings.get("score_size") is not None
+    scale = block.positive("score_size" if sized else "head_dim") ** -0.5
     if not settings.get("scale_scores", True):
         scale = 1.0
     return float(scale / (block.index + 1) if settings.get("scale_by_depth") else scale)
@@ -133,6 +142,7 @@ def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = No
     transformers 5 writes `rope_parameters`; before it, `rope_theta` stood beside `rope_scaling`.
     windowed: whether the block has a window; size: channels of a head, if not head_dim
     """
+    _check_rope(block)
     settings = block.settings
     by_type = settings.get("local_rope_theta") is not None
     parameters = dict(settings.get("rope_scaling") or settings.get("rope_parameters") or {})
@@ -165,6 +175,17 @@ def _of_its_type(block: BlockReader, windowed: bool) -> dict[str, Any]:
         parameters |= settings.get("rope_scaling") or {}
     theta = settings["local_rope_theta" if windowed else "rope_theta"]
     return {"rope_theta": theta, **parameters, "truncate": given.get("truncate", True)}
+
+
+def _check_rope(block: BlockReader) -> None:
+    """Refuse what is no object, and what is no positive number."""
+    for key in ("rope_scaling", "rope_parameters"):
+        value = block.settings.get(key)
+        if not isinstance(value or {}, Mapping):
+            raise InputError(f"config.json's {key} is {value!r}; an object is needed")
+    for key in ("rope_theta", "local_rope_theta"):
+        if block.settings.get(key) is not None:
+            block.positive(key)
 
 
 def _leave_unread(parameters: dict[str, Any]) -> None:
