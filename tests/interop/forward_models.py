@@ -391,7 +391,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_oss", NO_ROPE),
     ("glm4", {**NO_ROPE, "partial_rotary_factor": None}),
     ("llama yarn", {"rope_parameters": {
-        **YARN["rope_parameters"], "truncate": None, "beta_fast": 0}}),
+        **YARN["rope_parameters"], "truncate": None, "beta_fast": None}}),
     ("qwen2 yarn", {"rope_scaling": {**YARN["rope_parameters"], "truncate": None}}),
 ]  # fmt: skip
 

@@ -125,8 +125,8 @@ def _yarn(rope: Rope, length: int) -> Frequencies:
         wavelength = rope.original_length / (turns * 2 * math.pi)
         return rope.dims * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low = channel(rope.parameters.get("beta_fast") or 32.0)
-    high = channel(rope.parameters.get("beta_slow") or 1.0)
+    low = channel(rope.parameters.get("beta_fast", 32.0))
+    high = channel(rope.parameters.get("beta_slow", 1.0))
     if rope.parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dims - 1)
