@@ -150,7 +150,7 @@ class Stream:
         def work(weights: Held, batch: Batch) -> None:
             enter = self._stages(batch)[self.stage].enter
             if enter is not None:
-                self._keep(batch, enter(weights, self.scratch.get(batch.key, "hidden")))
+                self._keep(batch, enter(weights, self._state(batch)))
 
         self._in_threads(work)
 

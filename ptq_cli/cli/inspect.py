@@ -44,6 +44,8 @@ def inspect(path: Path, tensors: bool, sites: bool, as_json: bool, **source: Any
     """
     if sites and (tensors or as_json):
         raise click.UsageError("--sites excludes --tensors and --json, which show sites, too")
+    if sites and any(source.values()):
+        raise click.UsageError("--sites reads no calibration")
     if sites:
         for text in derived_recipe(path).splitlines():
             console.line(text)

@@ -4,9 +4,14 @@ Inside a block linears are siblings where they are in one module. Those that tak
 share their input where their names, config.json's numbers of heads or the shapes of a gated MLP say
 so; what gives the block's width back has an input of its own. How sure that is:
 
-    sure    they are called as siblings of a known family that share their input
-    likely  they are called in the manner of q, k, v or gate, up, or shapes leave no other reading
+    sure    it is alone: no sibling takes as many inputs; or they are called as siblings of a known
+            family that share their input, and no config.json says that the model is of another
+    likely  they are called as siblings of a known family that share their input, or in the manner
+            of q, k, v or gate, up, or shapes leave no other reading
     guess   anything else
+
+Under another `model_type` names alone are not sure: DETR adds its positions to what q and k see,
+not to what v sees.
 
 Only what may feed a site is never sure (models/derived_feeders.py).
 """
@@ -28,6 +33,7 @@ from ptq_cli.models.derived_feeders import (
     norm_before,
     only_norm,
 )
+from ptq_cli.models.families import text_type
 from ptq_cli.models.family import Config, text_config
 from ptq_cli.models.linears import is_cross_attention, known_row
 from ptq_cli.models.sites import Certainty, SitePattern, Specs
@@ -46,6 +52,8 @@ _CALLED = {
 }
 _PARALLEL = ("parallel_attn", "use_parallel_residual", "parallel_block", "parallel_residual")
 _ACTIVATIONS = keys_for("activation", "hidden_act")
+
+_KNOWN = "named as in known families"
 
 Role = Literal["attention", "mlp", ""]
 
@@ -85,6 +93,8 @@ def derive_sites(specs: Specs, config: Config) -> tuple[DerivedSite, ...]:
             kinds[block.kind] = [_site(group, groups, block, heads, settings) for group in groups]
         full = partial(add, block.path)
         found += (replace(x, pattern=x.pattern.named(full)) for x in kinds[block.kind])
+    if text_type(config) is None:  # nothing says that the model is of another family
+        found = [replace(x, certainty="sure") if x.why == _KNOWN else x for x in found]
     return tuple(found)
 
 
@@ -125,8 +135,8 @@ def _known_rows(linears: Sequence[str], block: UnknownBlock) -> list[_Group]:
     return [
         _Group(
             tuple(sorted(own, key=lambda linear: row.index(_own(linear)))),
-            "sure",
-            "named as in known families",
+            "likely",
+            _KNOWN,
             width == block.width,
             _role(own),
         )
@@ -227,10 +237,9 @@ def _side_by_side(groups: list[_Group], block: UnknownBlock, settings: Config) -
         return groups
     if any(group.certainty == "guess" for group in first):
         return groups
-    said = any(settings.get(key) is True for key in _PARALLEL)
     joined = _Group(
         tuple(linear for group in first for linear in group.linears),
-        "sure" if said and all(group.certainty == "sure" for group in first) else "likely",
+        "likely",
         "attention and MLP are behind one norm",
         True,
         "attention",

@@ -128,6 +128,7 @@ class Family:
     vocabularies: without config.json, sizes of the vocabulary that tell this family from another
         with the same names; none where names suffice
     defaults: config.json's, where a file leaves a key out
+    fixed: what transformers takes for granted, whatever config.json says
     sizes: further defaults, which transformers leaves out in the `text_config` of a multimodal
         model only
     keys: our word → the family's key, where they differ. Our words are config.json's for a Llama
@@ -152,6 +153,7 @@ class Family:
     plus_one: bool = False
     vocabularies: tuple[int, ...] = ()
     defaults: Config = field(default_factory=dict)
+    fixed: Config = field(default_factory=dict)
     sizes: Config = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     forward: Forward | None = None
@@ -164,7 +166,8 @@ class Family:
     def settings(self, config: Config) -> dict[str, Any]:
         """config.json's settings of the language model in our words, defaults filled in."""
         text = text_config(config)
-        settings = {**self.defaults, **({} if text is config else self.sizes), **text}
+        sizes = {} if text is config else self.sizes
+        settings = {**self.defaults, **sizes, **text, **self.fixed}
         for word, key in {**USUAL_KEYS, **self.keys}.items():
             if settings.get(word) is None:
                 settings[word] = settings.get(key)

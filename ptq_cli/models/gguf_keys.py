@@ -141,7 +141,8 @@ def _window(gguf: GgufFamily, settings: Mapping[str, Any]) -> dict[str, int]:
 def rope_of(gguf: GgufFamily, settings: Mapping[str, Any]) -> Rope:
     """The rotary embeddings, of blocks that see all tokens where others have some of their own."""
     given = settings.get("rope_parameters") or {}
-    nested = given.get("full_attention", given)
+    by_type = settings.get("local_rope_theta") is not None
+    nested = given.get("full_attention") or ({} if by_type else given)
     parameters = dict(settings.get("rope_scaling") or nested)
     if parameters.get("rope_theta") is None:
         parameters["rope_theta"] = settings["rope_theta"]

@@ -223,7 +223,8 @@ def few_tokens_note(site: SiteInfo | SiteStatistics) -> list[str]:
     has columns."""
     notes = []
     if site.own_tokens is not None:
-        own = f"{site.own_tokens} tokens reach it, too few to calibrate on"
+        about = "about " if isinstance(site, SiteInfo) else ""  # the plan knows the average
+        own = f"{about}{site.own_tokens} tokens reach it, too few to calibrate on"
         notes.append(f"{own}: it shares the statistics of all experts of its block")
     if site.n_tokens < site.in_features:
         columns = f"fewer than its {site.in_features} columns"

@@ -6,6 +6,7 @@ messages itself; a message has a `role`, and `content` or what else its template
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ def _conversations(path: Path) -> Iterator[Conversation]:
     """Those of a file, empty lines left out."""
     regular_file(path)
     with named(path):
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

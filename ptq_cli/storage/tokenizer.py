@@ -21,7 +21,16 @@ class Tokenizer:
     start: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text as it stands, special tokens included that are written in it."""
+        """The ids of a text as it stands, special tokens included that are written in it.
+
+        Raises:
+            InputError: half of a surrogate pair, which no text holds.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise InputError(f"{half} stands alone, which is no character") from None
         ids: list[int] = self.own.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -346,6 +346,55 @@ WITH_IMAGES: dict[str, Make] = {
     ),
 }  # fmt: skip
 
+# What else config.json may say of a row's model, None: null. Some of it transformers leaves unread.
+NO_ROPE = {"rope_parameters": None}
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("bamba", {**NO_ROPE, "partial_rotary_factor": 1.0}),
+    ("bamba", {"hidden_act": "gelu_fast"}),
+    ("bloom", {"hidden_act": "relu"}),
+    ("cohere", {**NO_ROPE, "partial_rotary_factor": 0.5}),
+    ("cohere2", {"layer_types": None, "_sliding_window_pattern": 2}),
+    ("deepseek_v2", {"rope_interleave": False}),
+    ("deepseek_v2", {"norm_topk_prob": True}),
+    ("falcon", {"hidden_act": "relu"}),
+    ("gemma", {"hidden_activation": "relu"}),
+    ("gemma", {"hidden_act": "relu"}),
+    ("gemma2", {"layer_types": None, "sliding_window_pattern": 3}),
+    ("gemma2", {"hidden_act": "relu"}),
+    ("gemma3_text", {"rope_parameters": {**YARN["rope_parameters"], "rope_theta": 500.0}}),
+    ("gemma3_text", {**NO_ROPE, "original_max_position_embeddings": 32, "rope_scaling": {
+        "rope_type": "yarn", "factor": 3.0}}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("gemma3_text", {**NO_ROPE, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("glm4", {**NO_ROPE, "partial_rotary_factor": 1.0}),
+    ("gpt2", {"activation_function": "gelu_accurate"}),
+    ("gpt_neox", {**NO_ROPE, "rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    ("gpt_neox", {"hidden_act": "gelu_fast"}),
+    ("gpt_oss", {"norm_topk_prob": False}),
+    ("granite", {"residual_multiplier": 0.0}),
+    ("granitemoe", {"norm_topk_prob": False}),
+    ("llama", {"hidden_act": "gelu_python"}),
+    ("llama", {"hidden_act": "gelu_python_tanh"}),
+    ("mixtral", {"norm_topk_prob": False}),
+    ("olmo3", {"rope_parameters": {**YARN["rope_parameters"], "rope_theta": 500.0}}),
+    ("olmo3", {**NO_ROPE, "rope_theta": 500.0}),
+    ("olmo3 yarn", {"rope_parameters": {
+        "full_attention": {**YARN["rope_parameters"], "rope_theta": 1e4, "truncate": False},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }}),
+    ("phi3 longrope long", {"rope_parameters": {
+        **longrope(8)["rope_parameters"], "rope_type": "yarn"}}),
+    ("phi3 phi-4-mini", {"rope_scaling": {
+        "type": "yarn", "short_factor": [1.5] * 6, "long_factor": [2.5] * 6,
+        "partial_rotary_factor": 0.75}}),
+    ("qwen3_next", {"hidden_act": "gelu"}),
+    ("gpt_oss", NO_ROPE),
+    ("glm4", {**NO_ROPE, "partial_rotary_factor": None}),
+    ("llama yarn", {"rope_parameters": {
+        **YARN["rope_parameters"], "truncate": None, "beta_fast": None}}),
+    ("qwen2 yarn", {"rope_scaling": {**YARN["rope_parameters"], "truncate": None}}),
+]  # fmt: skip
+
 ROWS: dict[str, Make] = {**DENSE, **MIXTURES, **WITH_IMAGES}
 
 # Padding has outputs of the projection's bias there, which the convolution spreads.

@@ -8,6 +8,7 @@ A row runs where the forward reads its config.json. One family:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, MULTIMODALS, family_of
-from tests.interop.forward_models import ALONE, MROPE, ROWS, WITHOUT_A_FORWARD
+from ptq_cli.models.family import Family
+from tests.interop.forward_models import ALONE, CHANGES, MROPE, ROWS, WITHOUT_A_FORWARD
 from tests.interop.forwards import (
     BATCHES,
     LEARNED_POSITIONS,
@@ -151,6 +153,33 @@ def test_the_keys_of_config_json_before_transformers_5(
     gone = dict.fromkeys(("rope_parameters", "layer_types", "_sliding_window_pattern"))
     old = saved.read_again(with_change(saved.config, {**gone, **OLD_KEYS[name]}), tmp_path)
     assert relative_error(old, *PADDED) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=str)
+def test_what_transformers_makes_of_config_json(
+    models: Models, name: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = models(name)
+    changed = saved.read_again({**saved.config, **change}, tmp_path)
+    assert relative_error(changed, *PADDED) < TOLERANCE
+
+
+# These have a key head for each head.
+NO_KEY_HEADS = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+
+
+@pytest.mark.parametrize(
+    "family", [own for own in FAMILIES if own.forward], ids=lambda own: own.name
+)
+def test_the_defaults_are_those_of_transformers(family: Family) -> None:
+    from transformers import CONFIG_MAPPING
+
+    for kind in {*family.model_types} & {*CONFIG_MAPPING}:
+        fields = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[kind])}
+        keys = {*family.defaults, "num_key_value_heads"} & {*fields} - {"rope_parameters"}
+        if family.name in NO_KEY_HEADS:
+            keys -= {"num_key_value_heads"}
+        assert {key: family.defaults.get(key) for key in keys} == {key: fields[key] for key in keys}
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl window"])

@@ -182,7 +182,7 @@ UNHEARD: dict[str, tuple[Shapes, dict[str, Any], list[tuple[str, str, str]]]] = 
         [
             (
                 "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
-                "sure", "input_layernorm",
+                "likely", "input_layernorm",
             ),
             ("self_attn.o_proj", "likely", "self_attn.v_proj"),
             ("mlp.down_proj", "sure", "mlp.up_proj"),
@@ -192,8 +192,8 @@ UNHEARD: dict[str, tuple[Shapes, dict[str, Any], list[tuple[str, str, str]]]] = 
         {**norms("post_norm"), **ATTENTION, **gated("mlp")},
         {},
         [
-            ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "sure", ""),
-            ("mlp.gate_proj mlp.up_proj", "sure", ""),
+            ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "likely", ""),
+            ("mlp.gate_proj mlp.up_proj", "likely", ""),
             ("self_attn.o_proj", "likely", "self_attn.v_proj"),
             ("mlp.down_proj", "sure", "mlp.up_proj"),
         ],
@@ -202,7 +202,7 @@ UNHEARD: dict[str, tuple[Shapes, dict[str, Any], list[tuple[str, str, str]]]] = 
         {**ATTENTION, "self_attn.gate_proj.weight": (2 * WIDTH, WIDTH)},
         {},
         [
-            ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "sure", ""),
+            ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "likely", ""),
             ("self_attn.gate_proj", "guess", ""),
             ("self_attn.o_proj", "likely", "self_attn.v_proj"),
         ],

@@ -29,6 +29,7 @@ SIZES = {
     "num_local_experts": 3, "moe_intermediate_size": 16, "n_routed_experts": 8,
     "shared_expert_intermediate_size": 16, "mamba_n_heads": 8, "mamba_d_head": 8,
     "attn_layer_indices": [1], "moe_layers": [1], "num_experts_per_tok": 2,
+    "num_key_value_heads": 4,
 }  # fmt: skip
 
 

@@ -91,3 +91,17 @@ def test_ranks_that_contradict_the_tensors(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 24}))
     words = ("kv_a_proj_with_mqa.weight", "[20, 32]", "[28, 32]", "ranks 16 and 24")
     refused("gptq", model, "--tokens", "model/tokens.npy", "-o", "out", words=words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside"),
+    [("deepseek_v3", {"q_b_proj", "kv_b_proj", "o_proj"}), ("qwen2_moe", {"o_proj", "down_proj"})],
+)
+def test_what_is_smoothed_in_sequence_computes_what_it_did(model: Path, inside: set[str]) -> None:
+    """Norms inside a branch take factors, too: what they feed is then seen anew."""
+    given = ("--tokens", model / "tokens.npy", "--then", "rtn", "--alpha", 0.5, "-o", "out")
+    outcome = ptq("smoothquant", model, *given, "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    smoothed = [row for row in outcome.document["layers"] if row["method"] != "rtn"]
+    assert {row["module"].rpartition(".")[2] for row in smoothed} >= inside
+    assert max(row["heldout_rel_err"] for row in smoothed) < 0.02

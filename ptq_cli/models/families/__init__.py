@@ -55,6 +55,8 @@ def ways_on(kind: object) -> str:
     )
     if kind in known_types():
         return ways
+    if kind is None:
+        return f"config.json's model_type says which it is; else {ways}"
     return f"{ways}; [[sites]] say which of them share an input: ptq inspect --sites writes these"
 
 

@@ -76,10 +76,11 @@ FAMILY = Family(
     names=_NAMES,
     defaults={
         **llama.FAMILY.defaults,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "num_key_value_heads": 8,
         "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256,
         "mamba_expand": 2, "mamba_conv_bias": True, "mamba_d_conv": 4,
     },
+    fixed={"partial_rotary_factor": 0.5},  # that in rope_parameters counts
     folds=Folds(attentions=(attention_sites(_NAMES, Folds()), _MAMBA)),
     forward=Forward(
         biases={**llama.BIASES, "mamba": "mamba_proj_bias"}, partly=True, mixer=_mixer

@@ -40,8 +40,9 @@ FAMILY = Family(
     ),
     defaults={
         "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": True,
-        "hidden_act": "gelu_pytorch_tanh", "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": 1e-5,
     },
+    fixed={"activation": "gelu_pytorch_tanh"},
     keys={
         "norm_eps": "layer_norm_epsilon", "hidden_size": "n_embed", "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",

@@ -3,7 +3,7 @@ queries and keys."""
 
 from dataclasses import replace
 
-from ptq_cli.models.families import cohere, gemma2
+from ptq_cli.models.families import cohere, gemma3
 from ptq_cli.models.forward.multi_head import MultiHead
 from ptq_cli.models.forward.reader import BlockReader
 from ptq_cli.models.forward.usual import attention_of
@@ -19,10 +19,14 @@ FAMILY = replace(
     cohere.FAMILY,
     name="cohere2",
     defaults={**cohere.FAMILY.defaults, "rope_theta": 10000.0, "sliding_window": 4096},
+    sizes={
+        "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528,
+        "num_hidden_layers": 40, "num_attention_heads": 64,
+    },
     forward=replace(
         cohere.FORWARD,
         mixer=_attention,
-        slides=lambda config, index: gemma2.slides(config, index, 4),
+        slides=lambda config, index: gemma3.slides(config, index, 4),
         by_type=True,
     ),
     gguf=GgufFamily(
@@ -34,4 +38,4 @@ FAMILY = replace(
         own_head=False,
         model_class="Cohere2ForCausalLM",
     ),
-)
+)  # fmt: skip

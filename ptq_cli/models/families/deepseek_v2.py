@@ -43,6 +43,7 @@ FAMILY = replace(
         "norm_topk_prob": False, "routed_scaling_factor": 1.0, "mlp_bias": False,
         "num_experts_per_tok": None, "n_group": None, "topk_group": None,
     },
+    fixed={"rope_interleave": True},
     forward=replace(
         deepseek_v3.FORWARD,
         biases={**deepseek_v3.FORWARD.biases, "mlp": "mlp_bias"},

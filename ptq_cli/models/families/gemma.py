@@ -27,8 +27,8 @@ FAMILY = Family(
     defaults={
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+        "num_key_value_heads": 16,
     },
-    keys={"activation": "hidden_activation"},
     folds=Folds(),
     forward=Forward(embedding_scaled=True, biases=qwen3.BIASES, feed_forward=_mlp),
     gguf=replace(GGUF, activations=(*_TANH, "gelu"), model_class="GemmaForCausalLM"),

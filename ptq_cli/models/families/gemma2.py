@@ -14,13 +14,6 @@ from ptq_cli.models.family import Config, Family, Folds
 from ptq_cli.models.forward.reader import Forward
 
 
-def slides(config: Config, index: int, period: int) -> bool:
-    """Whether a block has a window: every `period`-th is full, or every n-th by a key of older
-    config.json."""
-    given = config.get("_sliding_window_pattern") or config.get("sliding_window_pattern")
-    return bool((index + 1) % (given or period))
-
-
 def score_size(config: Config, biggest: int) -> int:
     """What llama.cpp takes the root of to divide scores by; the biggest model of a generation is
     told by its number of blocks."""
@@ -32,7 +25,7 @@ def score_size(config: Config, biggest: int) -> int:
 FORWARD = Forward(
     embedding_scaled=True,
     biases=qwen3.BIASES,
-    slides=lambda config, index: slides(config, index, 2),
+    slides=lambda config, index: (index + 1) % 2 != 0,
     by_type=True,
 )
 

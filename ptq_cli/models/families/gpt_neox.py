@@ -11,8 +11,15 @@ from ptq_cli.models.names import Names
 
 
 def _attention(block: BlockReader) -> MultiHead:
-    """Every head has a key head of its own, whatever config.json says."""
-    return replace(attention_of(block), n_kv_heads=block.number("num_attention_heads"))
+    """Every head has a key head of its own; `num_key_value_heads` and the keys that say in other
+    families how positions turn are not read."""
+    settings = {
+        **block.settings,
+        "rope_theta": block.settings["rotary_emb_base"],
+        "partial_rotary_factor": block.settings["rotary_pct"],
+    }
+    attention = attention_of(replace(block, settings=settings))
+    return replace(attention, n_kv_heads=block.number("num_attention_heads"))
 
 
 FAMILY = Family(
@@ -34,10 +41,7 @@ FAMILY = Family(
         "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000.0,
         "max_position_embeddings": 2048,
     },
-    keys={
-        "norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base",
-        "partial_rotary_factor": "rotary_pct",
-    },
+    keys={"norm_eps": "layer_norm_eps"},
     folds=Folds(
         values="q k v per head",
         inner_if=Condition("hidden_act", "relu", behind("an activation other than relu")),

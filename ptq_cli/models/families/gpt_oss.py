@@ -22,13 +22,19 @@ EXPERTS = ExpertNames(
     interleaved=True,
     fused_by_loaders=False,
 )
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 
 
 def mixer(block: BlockReader) -> Branch:
     """Attention with a sink for each head."""
-    sinks = f"{block.base}self_attn.sinks"
+    sinks, settings = f"{block.base}self_attn.sinks", dict(block.settings)
+    if settings["rope_parameters"] is None:  # also where config.json says null
+        settings["rope_parameters"] = _YARN
     return replace(
-        attention_of(block),
+        attention_of(replace(block, settings=settings)),
         bias=lambda weights, packing: HeadBias(fetch(weights, sinks)),
         vectors=(sinks,),
     )
@@ -52,14 +58,13 @@ FAMILY = Family(
     ),
     defaults={
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
-        "max_position_embeddings": 131072, "sliding_window": 128, "num_experts_per_tok": 4,
-        "norm_topk_prob": True, "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
-        "rope_parameters": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "truncate": False, "original_max_position_embeddings": 4096,
-        },
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 128,
+        "num_experts_per_tok": 4, "attention_bias": True, "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "rope_parameters": _YARN,
     },
     keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    fixed={"norm_topk_prob": True},
     folds=Folds(inner_reason=behind("a clamped swiglu")),
     forward=Forward(
         biases={

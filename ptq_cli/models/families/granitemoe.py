@@ -23,12 +23,13 @@ FAMILY = Family(
     ),
     defaults={
         **granite.FAMILY.defaults,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
     },
     keys={
         **granite.FAMILY.keys,
         "num_experts": "num_local_experts", "expert_size": "intermediate_size",
     },
+    fixed={"norm_topk_prob": True},
     folds=Folds(),
     forward=Forward(biases=llama.BIASES),
 )  # fmt: skip

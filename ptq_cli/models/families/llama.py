@@ -22,7 +22,7 @@ FAMILY = Family(
     },
     sizes={
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "num_hidden_layers": 32, "num_attention_heads": 32,
     },
     folds=Folds(),
     forward=Forward(biases=BIASES),

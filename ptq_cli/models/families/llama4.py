@@ -109,11 +109,11 @@ FAMILY = Family(
         "max_position_embeddings": 131072, "intermediate_size_mlp": 16384, "norm_topk_prob": False,
         "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "no_rope_layer_interval": 4,
         "use_qk_norm": True, "attention_chunk_size": 8192, "attn_temperature_tuning": True,
-        "floor_scale": 8192, "attn_scale": 0.1, "attention_bias": False,
+        "floor_scale": 8192, "attn_scale": 0.1, "attention_bias": False, "num_key_value_heads": 8,
     },
     sizes={
         "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192,
-        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "num_hidden_layers": 48, "num_attention_heads": 40,
         "num_local_experts": 16,
     },
     keys={

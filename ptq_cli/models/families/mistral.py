@@ -12,10 +12,11 @@ FAMILY = Family(
         **llama.FAMILY.defaults,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
+        "num_key_value_heads": 8,
     },
     sizes={
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_hidden_layers": 32, "num_attention_heads": 32,
     },
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),

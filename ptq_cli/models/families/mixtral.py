@@ -25,9 +25,10 @@ FAMILY = Family(
     defaults={
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_local_experts": 8,
-        "norm_topk_prob": True,
+        "num_key_value_heads": 8,
     },
     keys={"num_experts": "num_local_experts", "expert_size": "intermediate_size"},
+    fixed={"norm_topk_prob": True},
     folds=Folds(),
     forward=Forward(slides=lambda config, index: True),
     gguf=GgufFamily(

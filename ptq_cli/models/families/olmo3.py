@@ -8,7 +8,7 @@ FAMILY = replace(
     olmo2.FAMILY,
     name="olmo3",
     defaults={**olmo2.FAMILY.defaults, "rope_theta": 500000.0, "sliding_window": 4096},
-    keys={"local_rope_theta": "rope_theta"},
+    fixed={"local_rope_theta": 500000.0},  # that in rope_parameters counts
     forward=replace(olmo2.FORWARD, slides=lambda config, index: (index + 1) % 4 != 0, by_type=True),
     gguf=replace(olmo2.GGUF, window_period=4, model_class="Olmo3ForCausalLM"),
 )

@@ -21,11 +21,11 @@ FAMILY = Family(
     defaults={
         **llama.FAMILY.defaults,
         "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-        "max_window_layers": 28,
+        "max_window_layers": 28, "num_key_value_heads": 32,
     },
     sizes={
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "num_hidden_layers": 32, "num_attention_heads": 32,
     },
     keys={"use_windows": "use_sliding_window"},
     folds=Folds(),

@@ -20,7 +20,10 @@ def slides(config: Config, index: int) -> bool:
 FAMILY = Family(
     name="qwen2_moe",
     names=replace(qwen2.FAMILY.names, experts=EXPERTS),
-    defaults={**qwen3_moe.FAMILY.defaults, "num_experts_per_tok": 4, "qkv_bias": True},
+    defaults={
+        **qwen3_moe.FAMILY.defaults,
+        "num_key_value_heads": 16, "num_experts_per_tok": 4, "qkv_bias": True,
+    },
     keys={
         **{own: key for own, key in qwen3_moe.FAMILY.keys.items() if own != "num_experts"},
         "shared_expert_size": "shared_expert_intermediate_size",

@@ -13,10 +13,11 @@ FAMILY = replace(
     defaults={
         **qwen2.FAMILY.defaults,
         "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "max_window_layers": 80,
+        "num_key_value_heads": 8,
     },
     sizes={
         "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568,
-        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "num_hidden_layers": 80, "num_attention_heads": 64,
     },
     folds=Folds(),
     gguf=None,

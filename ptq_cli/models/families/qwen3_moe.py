@@ -22,7 +22,8 @@ FAMILY = Family(
     names=replace(qwen3.FAMILY.names, experts=EXPERTS),
     defaults={
         **qwen2.FAMILY.defaults,
-        "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": False,
+        "num_key_value_heads": 4, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
     },
     keys={
         "num_experts": "num_local_experts", "expert_size": "moe_intermediate_size",

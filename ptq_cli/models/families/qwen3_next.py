@@ -78,8 +78,8 @@ FAMILY = Family(
     plus_one=True,
     defaults={
         **qwen3_moe.FAMILY.defaults,
-        "head_dim": 256, "partial_rotary_factor": 0.25, "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
+        "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
         "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "num_experts_per_tok": 10, "norm_topk_prob": True,
     },

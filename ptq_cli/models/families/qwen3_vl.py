@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ptq_cli.models.families import qwen3
 from ptq_cli.models.family import Folds, Multimodal
+from ptq_cli.models.forward.reader import Forward
 
 FAMILY = replace(
     qwen3.FAMILY,
@@ -15,6 +16,7 @@ FAMILY = replace(
         "rope_theta": 500000.0, "max_position_embeddings": 128000,
     },
     folds=Folds(),
+    forward=Forward(biases=qwen3.BIASES),
     gguf=None,
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ FAMILY = Family(
     defaults={
         "tie_word_embeddings": True, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 2e6, "no_rope_layer_interval": 4, "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
     },
     keys={"use_windows": "use_sliding_window"},
     folds=Folds(),

@@ -56,11 +56,14 @@ class Step:
     sites: site → names of the linears that share its inputs; all sites of a first step see the
         inputs of the branch
     routed: of these, the experts', in their order
+    enter: makes the inputs anew where norms stand between the step before and this one, which may
+        have changed
     """
 
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, Flow], Flow]
     routed: tuple[str, ...] = ()
+    enter: Callable[[Weights, Flow], Flow] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
 
 _TURNED = "turned_key"  # the channels of keys that turn, [n_tokens, turned]
+_NARROW, _NARROW_QUERIES = "narrow", "narrow_queries"  # before their norms
 _QUERIES = "queries"  # of the linear that sees the branch's inputs, where it gives them
 
 
@@ -64,7 +65,7 @@ class LatentAttention:
     @property
     def kept(self) -> int:
         queries = self.n_heads * (self.still + self.turned)
-        narrow = self.rank + self.turned + (self.query_rank if self.query_up else queries)
+        narrow = 2 * self.rank + self.turned + (2 * self.query_rank if self.query_up else queries)
         return max(narrow, self.n_heads * self.value_size)
 
     def shapes(self, hidden_size: int) -> Shapes:
@@ -99,7 +100,7 @@ class LatentAttention:
         wide = ((last,),) if self.query_up is None else ((self.query_up,), (last,))
         return (
             Step(sites_of(self.first), self._narrow),
-            Step(sites_of(*wide), attention),
+            Step(sites_of(*wide), attention, enter=self._normed),
             Step(sites_of((output,)), outwards),
         )
 
@@ -110,12 +111,17 @@ class LatentAttention:
             for linear in self.first
         )
         narrow, turned = map(np.ascontiguousarray, np.split(second, [self.rank], axis=1))
-        beside = {_TURNED: turned}
-        inputs = {self.key_value_up.name: layers.apply_norm(self.norm, weights, narrow)}
+        queries = _QUERIES if self.query_up is None else _NARROW_QUERIES
+        return self._normed(weights, Flow({}, {_TURNED: turned, _NARROW: narrow, queries: first}))
+
+    def _normed(self, weights: Weights, flow: Flow) -> Flow:
+        """The narrow vectors behind their norms."""
+        narrow = layers.apply_norm(self.norm, weights, flow.beside[_NARROW])
+        inputs = {self.key_value_up.name: narrow}
         if self.query_up is None:
-            return Flow(inputs, {**beside, _QUERIES: first})
-        queries = layers.apply_norm(self.query_norm, weights, first)
-        return Flow({self.query_up.name: queries, **inputs}, beside)
+            return Flow(inputs, flow.beside)
+        queries = layers.apply_norm(self.query_norm, weights, flow.beside[_NARROW_QUERIES])
+        return Flow({self.query_up.name: queries, **inputs}, flow.beside)
 
     def heads(
         self, weights: Weights, flow: Flow, packing: Packing

@@ -227,8 +227,10 @@ def erf(x: FloatArray) -> FloatArray:
 ACTIVATIONS: dict[str, Callable[[FloatArray, FloatArray], None]] = {
     "silu": _silu,
     "swish": _silu,
-    "gelu": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    **dict.fromkeys(("gelu", "gelu_python"), _gelu),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        _gelu_tanh,
+    ),
     "relu": _relu,
 }

@@ -182,6 +182,7 @@ def read_rope(
     Raises InputError for a kind that is not known and for keys that are missing.
     """
     parameters = {key: value for key, value in given.items() if value is not None}
+    parameters["truncate"] = given.get("truncate", True)  # null is false
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in KINDS:

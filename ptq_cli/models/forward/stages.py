@@ -59,14 +59,14 @@ class Stage:
     """One step of a block: `apply` puts the inputs of `sites` through their linears and goes on to
     the inputs of the next stage. sites: site -> names of the linears that share its inputs.
 
-    enter: the state before it from the residual, where nothing but norms lie between
+    enter: makes the state before it anew where norms give it, which may have changed
     routed: the sites of experts, in their order
     adds: the site whose linear's outputs are added to the residual as they are, if there is one
     """
 
     sites: Mapping[str, tuple[str, ...]]
     apply: Callable[[Weights, State], State]
-    enter: Callable[[Weights, FloatArray], State] | None = None
+    enter: Callable[[Weights, State], State] | None = None
     routed: tuple[str, ...] = ()
     adds: str | None = None
 
@@ -186,10 +186,14 @@ def _in_turn(block: Block, branch: str, steps: Steps) -> Iterator[Stage]:
         hidden = _added(block, weights, state.hidden, {branch: flow.outputs})
         return _enter(block, MLP, weights, hidden) if branch == ATTENTION else State(hidden)
 
+    def enter(step: Step, weights: Weights, state: State) -> State:
+        if step is steps[0]:
+            return _enter(block, branch, weights, state.hidden)
+        return state if step.enter is None else State(state.hidden, step.enter(weights, state.flow))
+
     for step in steps:
-        enter = partial(_enter, block, branch) if step is steps[0] else None
         adds = _adds(block, branch, step) if step is steps[-1] else None
-        yield Stage(step.sites, partial(apply, step), enter, step.routed, adds)
+        yield Stage(step.sites, partial(apply, step), partial(enter, step), step.routed, adds)
 
 
 def _enter_both(block: Block, weights: Weights, hidden: FloatArray) -> State:
@@ -199,6 +203,10 @@ def _enter_both(block: Block, weights: Weights, hidden: FloatArray) -> State:
         return state
     beside = _enter(block, MLP, weights, hidden)
     return State(hidden, Flow({**state.inputs, **beside.inputs}))
+
+
+def _again_both(block: Block, weights: Weights, state: State) -> State:
+    return _enter_both(block, weights, state.hidden)
 
 
 def _side_by_side(block: Block, mixer: Steps, mlp: Steps) -> Iterator[Stage]:
@@ -225,7 +233,7 @@ def _side_by_side(block: Block, mixer: Steps, mlp: Steps) -> Iterator[Stage]:
             sites = {block.mixer.first_sites[0]: linears}
         # what is wrong with the residual is made up for once
         adds = _adds(block, MLP, steps[1]) if last else None
-        enter = partial(_enter_both, block) if first else None
+        enter = partial(_again_both, block) if first else None
         yield Stage(sites, partial(apply, steps), enter, adds=adds)
 
 

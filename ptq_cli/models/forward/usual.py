@@ -139,28 +139,26 @@ def slides(block: BlockReader) -> bool:
 def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = None) -> Rope:
     """How positions turn the queries and keys of a block.
 
-    transformers 5 writes `rope_parameters`, in Gemma 3 one for each type of block; before it,
-    `rope_theta` stood beside `rope_scaling`, which in Gemma 3 is for the full blocks only.
+    transformers 5 writes `rope_parameters`; before it, `rope_theta` stood beside `rope_scaling`.
     windowed: whether the block has a window; size: channels of a head, if not head_dim
     """
     _check_rope(block)
     settings = block.settings
-    local = settings.get("local_rope_theta") if windowed else None
-    kind = "sliding_attention" if windowed else "full_attention"
-    given = settings.get("rope_parameters") or {}
-    nested = given.get(kind) if kind in given else ({} if local else given)
-    scaling = None if local else settings.get("rope_scaling")
-    parameters = dict(scaling or nested or {})
+    by_type = settings.get("local_rope_theta") is not None
+    parameters = dict(settings.get("rope_scaling") or settings.get("rope_parameters") or {})
+    if by_type:
+        parameters = _of_its_type(block, windowed)
     if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = local or settings["rope_theta"]
-    parameters.setdefault("partial_rotary_factor", settings.get("partial_rotary_factor") or 1.0)
+        parameters["rope_theta"] = settings["rope_theta"]
+    partial = settings.get("partial_rotary_factor")
+    parameters.setdefault("partial_rotary_factor", 1.0 if partial is None else partial)
     if not block.forward.partly:
         _leave_unread(parameters)
     return read_rope(
         parameters,
         settings["head_dim"] if size is None else size,
         block.number("max_position_embeddings"),
-        settings.get("original_max_position_embeddings"),
+        None if by_type else settings.get("original_max_position_embeddings"),
         block.forward.interleaved,
     )
 
@@ -174,6 +172,20 @@ def _check_rope(block: BlockReader) -> None:
     for key in ("rope_theta", "local_rope_theta"):
         if block.settings.get(key) is not None:
             block.positive(key)
+
+
+def _of_its_type(block: BlockReader, windowed: bool) -> dict[str, Any]:
+    """The parameters of a family that has some for each type of block (Gemma 3, OLMo 3):
+    `rope_scaling` changes those of full blocks, and of `rope_parameters` for all blocks only
+    `truncate` is read."""
+    settings = block.settings
+    given = settings.get("rope_parameters") or {}
+    own = given.get("sliding_attention" if windowed else "full_attention")
+    parameters = {"rope_type": "default"} if own is None else dict(own)
+    if not windowed:
+        parameters |= settings.get("rope_scaling") or {}
+    theta = settings["local_rope_theta" if windowed else "rope_theta"]
+    return {"rope_theta": theta, **parameters, "truncate": given.get("truncate", True)}
 
 
 def _leave_unread(parameters: dict[str, Any]) -> None:
