@@ -62,6 +62,11 @@ LLAMA = [
     ({"intermediate_size": 64}, ["gate_proj.weight", "[48, 32]", "[64, 32]"]),
     ({"num_hidden_layers": 3}, ["num_hidden_layers is 3", "2 blocks"]),
     ({"num_hidden_layers": 1}, ["num_hidden_layers is 1", "2 blocks"]),
+    (
+        {"num_hidden_layers": 1, "num_nextn_predict_layers": 0},
+        ["num_hidden_layers is 1", "num_nextn_predict_layers 0", "2 blocks"],
+    ),
+    ({"num_hidden_layers": 10**7}, ["num_hidden_layers is 10000000", "only 21 tensors"]),
     ({"mlp_bias": True}, ["no tensor 'model.layers.0.mlp.gate_proj.bias'"]),
     ({"model_type": "qwen3"}, ["no tensor 'model.layers.0.self_attn.q_norm.weight'"]),
     ({"rope_scaling": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
@@ -118,6 +123,7 @@ def test_experts_that_the_router_does_not_know(mixture: Path, tmp_path: Path) ->
     assert name.format(5) in said
 
 
+KERNELS = {"bamba": "mamba_d_conv", "qwen3_next": "linear_conv_kernel_dim"}
 FORWARDS = [family for family in FAMILIES if family.forward]
 
 
@@ -129,6 +135,29 @@ def test_every_branch_says_the_shapes_of_its_linears(family: Family) -> None:
             steps = branch.steps(pack((1, 2)), None)
             linears = {own for step in steps for some in step.sites.values() for own in some}
             assert set(branch.shapes(arch.hidden_size).of) == linears
+
+
+@pytest.mark.parametrize(("kind", "key"), KERNELS.items())
+def test_convolutions_see_as_many_tokens_as_config_json_says(kind: str, key: str) -> None:
+    config = {**SIZES, "model_type": kind, key: 3}
+    mixer = read_architecture(config).blocks[0].mixer
+    made = mixer.shapes(SIZES["hidden_size"])
+    assert [tokens for _, tokens in made.convolutions.values()] == [3]
+    assert "a convolution of 3 tokens" in made.sizes
+
+
+def test_a_model_without_a_head_predicts_nothing(llama: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").symlink_to(llama / "config.json")
+    assert ptq("rtn", folder, "--group-size", "16", "-o", out).code == 0
+    outcome = ptq("eval", folder, out, "--tokens", llama / "tokens.npy")
+    assert outcome.code == 1
+    assert "no tensor 'lm_head.weight', which predictions need" in outcome.err
+    assert "tie_word_embeddings: true" in outcome.err
 
 
 def test_the_sample_is_what_its_config_says() -> None:

@@ -113,6 +113,6 @@ def test_predictions_are_of_the_head_that_is_stored(tmp_path):
     from ptq_cli.models.forward.architecture import read_architecture
 
     config = json.loads((llama(tmp_path / "m", **TIED) / "config.json").read_text())
-    both = ["model.embed_tokens.weight", "lm_head.weight"]
+    both = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     assert read_architecture(config, both).head == "lm_head.weight"
-    assert read_architecture(config, both[:1]).head == "model.embed_tokens.weight"
+    assert read_architecture(config, both[:2]).head == "model.embed_tokens.weight"

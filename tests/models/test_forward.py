@@ -11,6 +11,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward import architecture, attention, layers, stages
 from ptq_cli.models.forward.architecture import Architecture, read_architecture
 from ptq_cli.models.forward.attention import pack
+from ptq_cli.models.ties import ties
 from ptq_cli.numerics import kv_cache
 
 RANDOM = np.random.default_rng(7)
@@ -280,6 +281,43 @@ def test_what_something_is_multiplied_by_may_be_0(
             {"model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 8},
             ["config.json's shared_expert_intermediate_size is None"],
         ),
+        ({"num_attention_heads": 10**30}, ["num_attention_heads is 1000", "2147483647"]),
+        ({"num_hidden_layers": 10**30}, ["num_hidden_layers is 1000", "2147483647"]),
+        ({"num_attention_heads": 64}, ["64 attention heads", "32"]),
+        ({"head_dim": "7"}, ["head_dim is '7'"]),
+        ({"rms_norm_eps": -1}, ["rms_norm_eps is -1"]),
+        ({"rms_norm_eps": 1e308}, ["rms_norm_eps is 1e+308", "float32"]),
+        ({"rope_theta": True}, ["rope_theta is True"]),
+        ({"rope_theta": float("nan")}, ["rope_theta is nan"]),
+        ({"rope_scaling": "7"}, ["rope_scaling is '7'", "object"]),
+        ({"rope_scaling": {"rope_type": []} | {"type": [1]}}, ["[1]", "yarn"]),
+        ({"rope_scaling": {"rope_type": "yarn", "beta_fast": 0}}, ["beta_fast is 0"]),
+        ({"rope_scaling": {"rope_type": "yarn", "beta_slow": "7"}}, ["beta_slow is '7'"]),
+        ({"rope_scaling": {"rope_type": "yarn"}, "rope_theta": 1}, ["rope_theta is 1", "yarn"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": "abc"}},
+            ["low_freq_factor is 'abc'"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": -1}},
+            ["original_max_position_embeddings is -1"],
+        ),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 3.0},
+            ["turns 24 channels of a head of 8"],
+        ),
+        ({"model_type": "mistral", "sliding_window": 10**30}, ["sliding_window is 1000"]),
+        (
+            {**QWEN3_MOE, "decoder_sparse_step": 0},
+            ["decoder_sparse_step is 0"],
+        ),
+        ({**QWEN3_MOE, "mlp_only_layers": "7"}, ["mlp_only_layers is '7'"]),
+        ({"model_type": "granite", "residual_multiplier": "7"}, ["residual_multiplier is '7'"]),
+        ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling is 0"]),
+        (
+            {"model_type": "qwen3_next", "full_attention_interval": 0},
+            ["full_attention_interval is 0"],
+        ),
         ({"rope_scaling": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["linear", "factor"]),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor", "4"]),
@@ -296,6 +334,29 @@ def test_what_is_not_known_is_said(change: dict[str, Any], words: list[str]) -> 
     with pytest.raises(InputError) as caught:
         read_architecture({**LLAMA, **change})
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"num_experts": 10**9, "num_local_experts": 10**9}]
+)
+def test_more_than_there_are_tensors_is_said_at_once(change: dict[str, int]) -> None:
+    tensors = random_weights(read_architecture(QWEN3_MOE))
+    words = f"{max(change)} is 1000000000, but there are only {len(tensors)} tensors"
+    with pytest.raises(InputError, match=words):
+        read_architecture({**QWEN3_MOE, **change}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "top", "text", "tied"),
+    [
+        ("llava", False, True, True), ("qwen2_5_vl", False, True, True),
+        ("llama4", False, True, True), ("llava", False, False, False), ("llava", True, False, True),
+        ("gemma3", False, True, False),
+    ],
+)  # fmt: skip
+def test_heads_are_tied_as_in_transformers(kind: str, top: bool, text: bool, tied: bool) -> None:
+    config = {"model_type": kind, "tie_word_embeddings": top}
+    assert ties({**config, "text_config": {**LLAMA, "tie_word_embeddings": text}}) == tied
 
 
 @pytest.mark.parametrize(

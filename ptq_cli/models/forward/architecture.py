@@ -8,7 +8,7 @@ from typing import Any
 
 from ptq_cli.errors import InputError
 from ptq_cli.models.families import FAMILIES, family_of, multimodal_of, text_type, ways_on
-from ptq_cli.models.family import Config, Family
+from ptq_cli.models.family import USUAL_KEYS, Config, Family
 from ptq_cli.models.forward.branch import Branch
 from ptq_cli.models.forward.experts import Experts
 from ptq_cli.models.forward.layers import ACTIVATIONS, Linear, Norm
@@ -146,6 +146,7 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     n_tensors = len(tensors) or None
     settings = _settings(config, family, n_tensors)
     names, forward = family.names, family.forward
+    keys = {**USUAL_KEYS, **family.keys}
     prefixes, heads = _places(config, names)
     prefix = _first(prefixes, f"{{}}{names.embedding}.weight", tensors)
     embedding = f"{prefix}{names.embedding}.weight"
@@ -157,19 +158,17 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
     bare = settings.get("no_final_norm") or not settings.get("norm_first", True)
 
     def norm(name: str) -> Norm:
-        return make_norm(
-            settings, forward, f"{prefix}{name}", family.keys, plus_one=family.plus_one
-        )
+        return make_norm(settings, forward, f"{prefix}{name}", keys, plus_one=family.plus_one)
 
     return Architecture(
         family=str(kind),
         forward=forward,
         transposed=family.transposed,
         hidden_size=hidden_size,
-        vocab_size=number(settings, "vocab_size", family.keys),
+        vocab_size=number(settings, "vocab_size", keys),
         blocks=tuple(
             _block(BlockReader(
-                settings, forward, names, family.transposed, family.plus_one, family.keys,
+                settings, forward, names, family.transposed, family.plus_one, keys,
                 f"{prefix}{names.blocks}.{index}.", index, n_tensors,
             ))
             for index in range(settings["num_hidden_layers"])
@@ -179,11 +178,11 @@ def read_architecture(config: Config, tensors: Collection[str] = ()) -> Architec
         head=embedding if tied else head,
         final_norm=None if bare else norm(names.final_norm),
         positions=f"{prefix}{names.positions}.weight" if names.positions else None,
-        embedding_scale=_embedding_scale(settings, forward, family.keys),
+        embedding_scale=_embedding_scale(settings, forward, keys),
         embedding_norm=norm(names.embedding_norm) if names.embedding_norm else None,
         projections=tuple(Linear(prefix + name) for name in names.projections if narrow),
-        logit_scale=_logit_scale(settings, family.keys),
-        logit_softcap=_softcap(settings, family.keys),
+        logit_scale=_logit_scale(settings, keys),
+        logit_softcap=_softcap(settings, keys),
     )  # fmt: skip
 
 
