@@ -252,6 +252,22 @@ def test_opt_has_as_many_key_heads_as_heads_whatever_config_json_says() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "key", "field"),
+    [
+        ("granite", "embedding_multiplier", "embedding_scale"),
+        ("granite", "residual_multiplier", "residual_scale"),
+        ("cohere", "logit_scale", "logit_scale"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, 0.5])
+def test_what_something_is_multiplied_by_may_be_0(
+    kind: str, key: str, field: str, value: float
+) -> None:
+    arch = read_architecture({**LLAMA, "model_type": kind, key: value})
+    assert getattr(arch.blocks[0] if field == "residual_scale" else arch, field) == value
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model_type": "mamba"}, ["mamba", "gemma2", "qwen3_moe", "--activations"]),

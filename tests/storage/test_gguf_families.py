@@ -236,7 +236,7 @@ def test_a_tower_is_left_out_with_a_warning() -> None:
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, r"dense_blocks \[0\]"),
     ("gemma2", {"query_pre_attn_scalar": 24}, "score_size 24"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
-    ("gemma", {"hidden_activation": "relu"}, "activation 'relu'"),
+    ("gemma", {"hidden_act": "relu"}, "activation 'relu'"),
     ("cohere2", {"tie_word_embeddings": False}, "tie_word_embeddings False"),
     ("smollm3", {"no_rope_layers": [0]}, r"no_rope_layers \[0\]"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings True"),

@@ -163,17 +163,6 @@ def rope_of(block: BlockReader, *, windowed: bool = False, size: int | None = No
     )
 
 
-def _check_rope(block: BlockReader) -> None:
-    """Refuse what is no object, and what is no positive number."""
-    for key in ("rope_scaling", "rope_parameters"):
-        value = block.settings.get(key)
-        if not isinstance(value or {}, Mapping):
-            raise InputError(f"config.json's {key} is {value!r}; an object is needed")
-    for key in ("rope_theta", "local_rope_theta"):
-        if block.settings.get(key) is not None:
-            block.positive(key)
-
-
 def _of_its_type(block: BlockReader, windowed: bool) -> dict[str, Any]:
     """The parameters of a family that has some for each type of block (Gemma 3, OLMo 3):
     `rope_scaling` changes those of full blocks, and of `rope_parameters` for all blocks only
@@ -186,6 +175,17 @@ def _of_its_type(block: BlockReader, windowed: bool) -> dict[str, Any]:
         parameters |= settings.get("rope_scaling") or {}
     theta = settings["local_rope_theta" if windowed else "rope_theta"]
     return {"rope_theta": theta, **parameters, "truncate": given.get("truncate", True)}
+
+
+def _check_rope(block: BlockReader) -> None:
+    """Refuse what is no object, and what is no positive number."""
+    for key in ("rope_scaling", "rope_parameters"):
+        value = block.settings.get(key)
+        if not isinstance(value or {}, Mapping):
+            raise InputError(f"config.json's {key} is {value!r}; an object is needed")
+    for key in ("rope_theta", "local_rope_theta"):
+        if block.settings.get(key) is not None:
+            block.positive(key)
 
 
 def _leave_unread(parameters: dict[str, Any]) -> None:
