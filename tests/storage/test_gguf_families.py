@@ -246,7 +246,7 @@ def test_a_tower_is_left_out_with_a_warning() -> None:
     ("llama", {"num_attention_heads": 0}, "does not hold 0 heads"),
     ("llama", {"num_attention_heads": 5, "head_dim": 16}, "does not hold 5 heads"),
     ("llama", {"rms_norm_eps": 1e300}, "lacks or garbles"),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 0}}, "frequencies of 0"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 0}}, "factor is 0"),
     ("llama", {"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope'"),
     ("granite", {"attention_multiplier": "much"}, "lacks or garbles"),
 ])  # fmt: skip

@@ -227,7 +227,7 @@ def _settings(config: Config, family: Family, n_tensors: int | None) -> dict[str
         )
     if full.get("use_bidirectional_attention"):
         raise InputError("config.json asks for bidirectional attention; only causal is known")
-    if full["activation"] not in ACTIVATIONS:
+    if not isinstance(full["activation"], str) or full["activation"] not in ACTIVATIONS:
         what = f"config.json's activation {full['activation']!r} is not known"
         raise not_known(what, ACTIVATIONS)
     return full
