@@ -51,7 +51,7 @@ def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0) -> int:
     """
     rows = min(n_tokens, max(256, CHUNK_ELEMENTS // max(1, in_features)))
     blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
-    elements = in_features * (in_features + rows + 4 * at_once) + blocks + 14 * PIECE_ELEMENTS
+    elements = in_features * (in_features + rows + 4 * at_once) + blocks + 8 * PIECE_ELEMENTS
     return 4 * elements
 
 

@@ -137,7 +137,7 @@ def _unit_memory(
 ) -> int:
     """Bytes that a unit takes at most, its process' own 60 MB aside.
 
-    A layer: its weight in float32, two roundings of it, packed and unpacked, 12 bytes each; rows
+    A layer: its weight in float32, two roundings of it, packed and unpacked, 11 bytes each; rows
     of weight and error while it is measured. The site: its Hessian, inputs that were held out or
     sampled, the same of the drift of the inputs and of the stream that the outputs are added to,
     and before anything else the sums it is made of.
@@ -146,8 +146,8 @@ def _unit_memory(
     drift = site is not None and source is not None and source.drifts
     most = max(
         method.memory(layer.shape, layer.grid, drift)
-        + 12 * layer.size
-        + 12 * ROWS_AT_ONCE * columns
+        + 11 * layer.size
+        + 8 * ROWS_AT_ONCE * columns
         for layer in members
     )
     packed = sum(layer.size for layer in members)
