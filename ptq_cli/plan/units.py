@@ -145,9 +145,7 @@ def _unit_memory(
     columns = members[0].shape[1]
     drift = site is not None and source is not None and source.drifts
     most = max(
-        method.memory(layer.shape, layer.grid, drift)
-        + 11 * layer.size
-        + 8 * ROWS_AT_ONCE * columns
+        method.memory(layer.shape, layer.grid, drift) + 11 * layer.size + 8 * ROWS_AT_ONCE * columns
         for layer in members
     )
     packed = sum(layer.size for layer in members)
