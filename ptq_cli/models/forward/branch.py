@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.layers import Linear, Weights
+from ptq_cli.models.forward.layers import Linear, Weights, apply_linear
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ class Branch(Protocol):
     @property
     def kept(self) -> int:
         """Values a token, at most, that a `Flow` between two steps holds."""
+
+
+def last_step(output: Linear) -> Step:
+    """The step whose linear gives the branch's outputs."""
+
+    def apply(weights: Weights, flow: Flow) -> Flow:
+        return Flow(outputs=apply_linear(output, weights, flow.inputs[output.name]))
+
+    return Step(sites_of((output,)), apply)
 
 
 def sites_of(*groups: tuple[Linear, ...]) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, last_step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.scans import causal_convolution, gated_delta_rule
 
@@ -75,11 +75,7 @@ class GatedDelta:
         def inwards(weights: Weights, flow: Flow) -> Flow:
             return Flow({output.name: self._mixed(weights, flow.inputs[site], packing)})
 
-        def outwards(weights: Weights, flow: Flow) -> Flow:
-            inputs = flow.inputs[output.name]
-            return Flow(outputs=layers.apply_linear(output, weights, inputs))
-
-        return Step(sites_of(self.inputs), inwards), Step(sites_of((output,)), outwards)
+        return Step(sites_of(self.inputs), inwards), last_step(output)
 
     def _mixed(self, weights: Weights, inputs: FloatArray, packing: Packing) -> FloatArray:
         """From the inputs of the first linears to those of the output linear."""

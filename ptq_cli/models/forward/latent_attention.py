@@ -14,7 +14,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing, attend
-from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, last_step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
 
@@ -93,15 +93,11 @@ class LatentAttention:
             queries, keys, values = self.heads(weights, flow, packing)
             return Flow({output.name: attend(queries, keys, values, packing, scale=self.scale)})
 
-        def outwards(weights: Weights, flow: Flow) -> Flow:
-            inputs = flow.inputs[output.name]
-            return Flow(outputs=layers.apply_linear(output, weights, inputs))
-
         wide = ((last,),) if self.query_up is None else ((self.query_up,), (last,))
         return (
             Step(sites_of(self.first), self._narrow),
             Step(sites_of(*wide), attention, enter=self._normed),
-            Step(sites_of((output,)), outwards),
+            last_step(output),
         )
 
     def _narrow(self, weights: Weights, flow: Flow) -> Flow:

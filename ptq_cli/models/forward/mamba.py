@@ -12,7 +12,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, last_step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.scans import causal_convolution, mamba2_scan
 
@@ -79,11 +79,7 @@ class Mamba:
             mixed = self._mixed(weights, flow.inputs[self.input.name], packing)
             return Flow({self.output.name: mixed})
 
-        def outwards(weights: Weights, flow: Flow) -> Flow:
-            inputs = flow.inputs[self.output.name]
-            return Flow(outputs=layers.apply_linear(self.output, weights, inputs))
-
-        return Step(sites_of((self.input,)), inwards), Step(sites_of((self.output,)), outwards)
+        return Step(sites_of((self.input,)), inwards), last_step(self.output)
 
     def _mixed(self, weights: Weights, inputs: FloatArray, packing: Packing) -> FloatArray:
         """From the inputs of the first linear to those of the output linear."""

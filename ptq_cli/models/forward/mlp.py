@@ -9,7 +9,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, Packing
-from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, last_step, sites_of
 from ptq_cli.models.forward.layers import Linear, Weights
 
 
@@ -58,10 +58,7 @@ class MLP:
         def inwards(weights: Weights, flow: Flow) -> Flow:
             return Flow({self.output.name: self.inner(weights, flow.inputs[self.site])})
 
-        def outwards(weights: Weights, flow: Flow) -> Flow:
-            return Flow(outputs=self.outer(weights, flow.inputs[self.output.name]))
-
-        return Step(sites_of(self.inputs), inwards), Step(sites_of((self.output,)), outwards)
+        return Step(sites_of(self.inputs), inwards), last_step(self.output)
 
     def inner(self, weights: Weights, inputs: FloatArray) -> FloatArray:
         """From the inputs of gate and up to those of the output linear, [n, width]."""

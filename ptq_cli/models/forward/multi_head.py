@@ -10,7 +10,7 @@ import numpy as np
 from ptq_cli.core.tensors import FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.attention import Cache, HeadBias, Packing, attend
-from ptq_cli.models.forward.branch import Flow, Shapes, Step, sites_of
+from ptq_cli.models.forward.branch import Flow, Shapes, Step, last_step, sites_of
 from ptq_cli.models.forward.layers import Linear, Norm, Weights
 from ptq_cli.models.forward.rope import Rope, rotate, rotations
 
@@ -98,11 +98,7 @@ class MultiHead:
                 mixed *= layers.sigmoid(gate[0]).reshape(mixed.shape)
             return Flow({output.name: mixed})
 
-        def outwards(weights: Weights, flow: Flow) -> Flow:
-            inputs = flow.inputs[output.name]
-            return Flow(outputs=layers.apply_linear(output, weights, inputs))
-
-        return Step(sites_of(self.qkv), attention), Step(sites_of((output,)), outwards)
+        return Step(sites_of(self.qkv), attention), last_step(output)
 
     def heads(
         self, weights: Weights, inputs: FloatArray, packing: Packing, roles: str = "qkv"
