@@ -151,8 +151,9 @@ class Stopwatch:
         self.seconds += time.perf_counter() - start if region == "hessian_inverse" else 0.0
 
 
-def gptqmodel_class() -> Run:
-    """GPTQModel's own class, given the Hessian it would have gathered; `quantize()` is timed.
+def gptqmodel_task() -> tuple[Callable[[Weights], Any], Callable[[Any], Weights]]:
+    """What makes GPTQModel's own class of a weight, and what has it quantize, with the Hessian
+    that it has gathered or been given.
 
     Its fallback to plain rounding is off, so are its reordering of groups and its offloading, and
     the answer is refused unless the damping is the one asked for and the loss is a number.
@@ -167,20 +168,38 @@ def gptqmodel_class() -> Run:
         damp_percent=DAMP, fallback=None, offload_to_disk=False, device="cpu",
     )  # fmt: skip
 
-    def run(weight: Weights, hessian: Weights) -> Timed:
+    def make(weight: Weights) -> Any:
         linear = torch.nn.Linear(1, 1, bias=False)
         linear.weight = torch.nn.Parameter(torch.from_numpy(weight.copy()), requires_grad=False)
         linear.out_features, linear.in_features = weight.shape
-        watch = Stopwatch()
-        task = GPTQ(linear, settings, region_timer=watch)
+        task = GPTQ(linear, settings, region_timer=Stopwatch())
         task.quantizer.configure(perchannel=True)
+        return task
+
+    def quantize(task: Any) -> Weights:
+        decoded, _, _, _, _, average, damp, samples = task.quantize(blocksize=BLOCK)
+        if not (isinstance(average, float) and damp == DAMP and samples == task.nsamples):
+            raise RuntimeError(f"GPTQModel fell back: {average=} {damp=} {samples=}")
+        found: Weights = decoded.detach().numpy()
+        return found
+
+    return make, quantize
+
+
+def gptqmodel_class() -> Run:
+    """GPTQModel's own class, given the Hessian it would have gathered; `quantize()` is timed."""
+    import torch
+
+    make, quantize = gptqmodel_task()
+
+    def run(weight: Weights, hessian: Weights) -> Timed:
+        task = make(weight)
         task.H, task.nsamples = torch.from_numpy(hessian.copy()), 4 * len(hessian)
         start = time.perf_counter()
-        decoded, _, _, _, _, average, damp, samples = task.quantize(blocksize=BLOCK)
+        decoded = quantize(task)
         total = time.perf_counter() - start
-        if not (isinstance(average, float) and damp == DAMP and samples == 4 * len(hessian)):
-            raise RuntimeError(f"GPTQModel fell back: {average=} {damp=} {samples=}")
-        return watch.seconds, total - watch.seconds, decoded.detach().numpy()
+        seconds = task.region_timer.seconds
+        return seconds, total - seconds, decoded
 
     return run
 
