@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from contenders import BITS, GROUP, gptqmodel_task, torch_columns, torch_factor
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_TOKENS = 2048  # of the Hessians of the others
@@ -84,17 +85,17 @@ def serve(name: str, model: Path, out: Path) -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to standard error
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors import torch as tensors
 
     torch.set_num_threads(1)
     if name == "gptqmodel":
         gptqmodel_task()  # its imports
     cpu, wall = time.process_time(), time.perf_counter()
     with torch.inference_mode():
-        weight = load_file(model / "model.safetensors")["linear.weight"]
+        weight = tensors.load_file(model / "model.safetensors")["linear.weight"]
         inputs = torch.from_numpy(np.load(model / "activations" / "linear.npy"))
         decoded = COMMANDS[name](weight, inputs)
-        save_file({"linear.weight": decoded.half()}, out / "model.safetensors")
+        tensors.save_file({"linear.weight": decoded.half()}, out / "model.safetensors")
     own = {"own_cpu": time.process_time() - cpu, "own_wall": time.perf_counter() - wall}
     print(json.dumps(own), file=channel, flush=True)
 
@@ -106,8 +107,6 @@ def write_model(folder: Path, size: int, tokens: int) -> None:
     """A linear in float16, and inputs of it: correlated through 64 factors, channels of different
     size."""
     random = np.random.default_rng(0)
-    from safetensors.numpy import save_file
-
     (folder / "activations").mkdir(parents=True)
     weight = random.standard_normal((size, size), np.float32) * np.float32(0.02)
     save_file({"linear.weight": weight.astype(np.float16)}, folder / "model.safetensors")
@@ -189,7 +188,8 @@ def verdicts(found: dict[str, Seconds]) -> list[str]:
         if peer in found:
             ratio = found[peer]["own_cpu"] / found[name]["cpu"]
             word = "met" if ratio >= least else "NOT met"
-            lines.append(f"- {LABELS[peer]} over {LABELS[name]}: {ratio:.2f}, at least {least}: {word}")
+            what = f"{LABELS[peer]} over {LABELS[name]}"
+            lines.append(f"- {what}: {ratio:.2f}, at least {least}: {word}")
     return lines
 
 
@@ -200,7 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--python", default=sys.executable, help="runs torch and GPTQModel")
     parser.add_argument("--quick", action="store_true", help="256², 1024 tokens")
-    parser.add_argument("--serve", nargs=3, metavar=("NAME", "MODEL", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.quick:
         given.size, given.tokens = 256, 1024

@@ -1,6 +1,6 @@
 """How much of a run is measuring, by method and source.
 
-    python benchmarks/measuring.py                      # 4096², 8192 tokens; sample_data from tokens
+    python benchmarks/measuring.py                   # 4096², 8192 tokens; sample_data from tokens
     python benchmarks/measuring.py --model DIR --tokens FILE.npy     # another model for the tokens
     python benchmarks/measuring.py --quick
 
@@ -23,15 +23,17 @@ from typing import Any
 from commands import ROOT, environment, write_model
 from phases import FACTORS, FORWARD, MEASURE, STATISTICS, Clock
 
+Commands = dict[str, tuple[str, dict[str, Any]]]
+
 PAPER = {"refine": 0, "sweeps": 0, "mse": False, "act_order": "none"}
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+ACTIVATIONS: Commands = {
     "`gptq`, the paper's algorithm": ("gptq", PAPER),
     "`gptq --effort fast`": ("gptq", {"effort": "fast"}),
     "`gptq`": ("gptq", {}),
     "`rtn`": ("rtn", {}),
     "`rtn --no-mse`": ("rtn", {"mse": False}),
 }
-TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
+TOKENS: Commands = {
     "`gptq --tokens`, the paper's algorithm": ("gptq", PAPER),
     "`gptq --tokens --effort fast`": ("gptq", {"effort": "fast"}),
     "`gptq --tokens`": ("gptq", {}),
@@ -103,15 +105,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_model(base / "linear", size, tokens)
-        runs = [
-            (f"one linear, {size}², from {tokens} tokens' activations", ACTIVATIONS, base / "linear", {}),
-            (f"{given.model.name}, from tokens", TOKENS, given.model, {"tokens": str(given.tokens)}),
+        linear = f"{size} × {size}, from {tokens} tokens' activations"
+        model = f"{given.model.resolve().name}, from tokens"
+        runs: list[tuple[str, Commands, Path, dict[str, Any]]] = [
+            (linear, ACTIVATIONS, base / "linear", {}),
+            (model, TOKENS, given.model, {"tokens": str(given.tokens)}),
         ]
-        for title, commands, model, source in runs:
+        for title, commands, folder_of, source in runs:
             found = {}
             for label, (command, settings) in commands.items():
                 grid = {} if command == "smoothquant" else {"group_size": given.group_size}
-                found[label] = phases(command, model, {**settings, **grid, **source}, base)
+                found[label] = phases(command, folder_of, {**settings, **grid, **source}, base)
                 print(label, found[label], file=sys.stderr)
             print("\n".join(table(title, found)), end="\n\n", flush=True)
 

@@ -19,7 +19,7 @@ READ, FORWARD, STATISTICS, FACTORS = "read", "forward", "statistics", "factors"
 FACTOR, ROUND, REFINE, MEASURE, WRITE = "factor", "round", "refine and sweeps", "measure", "write"
 REST = "rest"
 
-# Phases by "module:function". Inside FACTORS, the search of a smoothing, nothing else is told apart.
+# Phases by "module:function". Inside FACTORS, a smoothing's search, nothing else is told apart.
 BEGIN = {
     "storage.checkpoint:Checkpoint.read": READ,
     "storage.checkpoint:Checkpoint.matrix": READ,

@@ -104,6 +104,6 @@ def _fixed_scales(
 def transposed(matrix: Array) -> Array:
     """`matrix.T`, C-ordered. Copied in strips of rows: the caches hold a strip, not a matrix."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
-    for rows in strips(matrix.shape[0], 64):
+    for rows in strips(matrix.shape[0], 16):
         result[:, rows] = matrix[rows].T
     return result

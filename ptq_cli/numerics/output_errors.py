@@ -259,8 +259,11 @@ def _output_squares(rows: NDArray[np.float32], inputs: NDArray[np.float32]) -> f
 
 
 def _columns(inputs: Array | None) -> NDArray[np.float32] | None:
-    """Inputs as [in_features, n], None where there are none."""
-    return None if inputs is None or len(inputs) == 0 else inputs.astype(np.float32).T
+    """Inputs as [in_features, n], C-ordered, which products of few rows like better; None where
+    there are none."""
+    if inputs is None or len(inputs) == 0:
+        return None
+    return np.ascontiguousarray(inputs.T, np.float32)
 
 
 def _trace(hessian: NDArray[np.float32], rows: NDArray[np.float32]) -> float:
