@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -37,8 +37,6 @@ BEGIN = {
     "run.settle:Group.settle": FACTORS,
     "numerics.feedback:make_feedback": FACTOR,
     "numerics.awq:hessian_root": FACTOR,
-    "numerics.drift:correction": FACTOR,
-    "numerics.drift:proven_strength": FACTOR,
     "run.quantize_unit:choose": ROUND,
     "numerics.panel:Panel._descend": REFINE,
     "numerics.panel:Panel._sweep_block": REFINE,
@@ -127,7 +125,7 @@ class Clock:
     def watch(self) -> None:
         """Time every function of BEGIN from here on."""
         for name, phase in BEGIN.items():
-            replace(name, lambda function, phase=phase: self.timed(function, phase))
+            replace(name, partial(self.timed, phase=phase))
         module = import_module("ptq_cli.run.nearest")
         module.measure_rows = self.rows(module.measure_rows)  # type: ignore[attr-defined]
         self._mark = time.process_time()

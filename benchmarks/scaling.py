@@ -6,9 +6,9 @@ this machine, the rest is counted.
 
 A random model of one block in bfloat16 is rounded from a few sequences, in one process with one
 thread; CPU seconds of each phase are counted for all blocks, and what goes by tokens (the forward
-and the statistics) for all tokens. Two things are not in it and are counted by their share of the
-block's weights: the forward through down_proj, whose outputs nobody reads behind the last block,
-and the last six blocks alone couple their rows (all are counted as if).
+and the statistics) for all tokens. The forward through down_proj, whose outputs nobody reads behind
+the last block, is counted by its share of the block's weights. The block couples its rows, as only
+the last six of a model do: all are counted as if they did.
 
 On several cores a phase's seconds are divided by the pieces that the code cuts it into, as many as
 there are cores at most. That is counted, not measured: memory's bandwidth is taken to suffice.
@@ -33,7 +33,7 @@ import phases
 from commands import environment
 from safetensors.numpy import save_file
 
-from ptq_cli.numerics import gptq, ldl, output_errors, statistics
+from ptq_cli.numerics import drift, gptq, ldl, output_errors, statistics
 
 Seconds = Mapping[tuple[str, str], float]  # by place and phase
 CORES = (1, 2, 16, 64)
@@ -42,19 +42,25 @@ LLAMA = {"hidden": 4096, "inner": 14336, "kv": 1024, "heads": 32, "vocabulary": 
 SMALL = {"hidden": 256, "inner": 512, "kv": 64, "heads": 8, "vocabulary": 512}
 
 HESSIAN, DRIFT, FISHER = "Hessian's product", "drift's products", "Fisher of the head"
-FACTORED, CORRECTED = "factor's products", "correction for drift"
+FACTORED, CORRECTED, SOLVED, PROVEN = "factor's products", "correction", "its solve", "its strength"
 SPLIT = {  # phases told apart here, as they are cut differently
     "numerics.statistics:SiteAccumulator._multiply": HESSIAN,
     "numerics.drift:DriftSum.update": DRIFT,
     "numerics.ldl:_subtract_later": FACTORED,
     "numerics.drift:correction": CORRECTED,
+    "numerics.ldl:solve_right": SOLVED,
+    "numerics.drift:proven_strength": PROVEN,
     "calibration.streams:head_fisher": FISHER,
 }
 ROWS = {  # phases of the table, in order: what is summed, and what limits it
     "read": ([phases.READ], "one after another"),
     "forward of both models": ([phases.FORWARD], "batches of 4096 tokens side by side"),
-    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], ""),
-    "factor": ([phases.FACTOR, FACTORED, CORRECTED, FISHER], ""),
+    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "drift is summed by one thread"),
+    "factor": ([phases.FACTOR, FACTORED, FISHER], "its diagonal blocks"),
+    "correction for drift": (
+        [CORRECTED, SOLVED, PROVEN],
+        "one product of the weight by one thread",
+    ),
     "columns": ([phases.ROUND], "panels of 2048 rows"),
     "refine and sweeps": ([phases.REFINE], "the same panels"),
     "measuring": ([phases.MEASURE], "strips of 256 rows, four at a time"),
@@ -157,6 +163,8 @@ def ways(phase: str, size: tuple[int, int]) -> float:
         phases.FORWARD: SEQUENCES * LENGTH / BATCH,
         HESSIAN: triangle(width),
         FACTORED: max(1, width / ldl.ROWS_AT_ONCE / 2),
+        SOLVED: ceil(rows / ldl.ROWS_AT_ONCE),
+        PROVEN: ceil(rows / drift.ROWS_AT_ONCE),
         phases.ROUND: ceil(rows / gptq.PANEL_ROWS),
         phases.REFINE: ceil(rows / gptq.PANEL_ROWS),
         phases.MEASURE: output_errors.ROWS_AT_ONCE / output_errors.STRIP_ROWS,
@@ -172,7 +180,7 @@ def counted(found: Seconds, shape: Mapping[str, int], share: float) -> dict[str,
     times |= dict.fromkeys((phases.STATISTICS, HESSIAN, DRIFT), 1 / share)
     result: dict[str, list[float]] = {}
     for name, (summed, _) in ROWS.items():
-        totals = []
+        totals: list[float] = []
         for cores in CORES:
             spent: dict[str, float] = defaultdict(float)
             for (place, phase), own in found.items():
@@ -180,9 +188,11 @@ def counted(found: Seconds, shape: Mapping[str, int], share: float) -> dict[str,
                 if phase in summed:
                     pieces = min(cores, ways(phase, size))
                     spent[phase] += BLOCKS * times.get(phase, 1) * own / pieces
-            beside = cores > 1 and DRIFT in spent  # drift is summed beside the Hessian
-            hessian = spent[HESSIAN] + spent[phases.STATISTICS]
-            totals.append(max(spent[DRIFT], hessian) if beside else sum(spent.values()))
+            if DRIFT in spent and cores > 1:  # summed beside the Hessian
+                hessian = spent[HESSIAN] + spent[phases.STATISTICS]
+                totals.append(max(spent[DRIFT], hessian, totals[0] / cores))
+            else:
+                totals.append(sum(spent.values()))
         result[name] = totals
     return result
 
