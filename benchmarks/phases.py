@@ -1,7 +1,9 @@
 """CPU seconds of a run by phase, for `measuring.py` and `scaling.py`.
 
 The functions that begin a phase are found by their names in the package and timed; what they call
-counts for them, unless it begins a phase of its own. All other time is the phase "rest".
+counts for them, unless it begins a phase of its own. All other time is the phase "rest". Phases are
+of the main thread, but for the forward, whose threads count, and for functions of this list that
+other threads call.
 """
 
 from __future__ import annotations
@@ -56,15 +58,19 @@ class Clock:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.place = ""
         self._phases = [REST]
-        self._mark = time.process_time()
+        self._mark = self._now()
         self._main, self._lock = threading.get_ident(), threading.Lock()
+
+    def _now(self) -> tuple[float, float]:
+        """CPU seconds of this thread, and of all."""
+        return time.thread_time(), time.process_time()
 
     def charge(self) -> None:
         """The time since the last call goes to the phase in hand."""
-        now = time.process_time()
+        before, self._mark = self._mark, self._now()
+        whole = self._phases[-1] == FORWARD
         with self._lock:
-            self.seconds[self.place, self._phases[-1]] += now - self._mark
-        self._mark = now
+            self.seconds[self.place, self._phases[-1]] += self._mark[whole] - before[whole]
 
     def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         """The function, as a phase. In another thread it counts for that thread alone."""
@@ -91,7 +97,8 @@ class Clock:
             spent = time.thread_time() - begin
             with self._lock:
                 self.seconds[self.place, phase] += spent
-                self.seconds[self.place, self._phases[-1]] -= spent
+                if self._phases[-1] == FORWARD:
+                    self.seconds[self.place, FORWARD] -= spent
 
     def rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`measure_rows`, what it is handed timed as rounding."""
@@ -128,7 +135,7 @@ class Clock:
             replace(name, partial(self.timed, phase=phase))
         module = import_module("ptq_cli.run.nearest")
         module.measure_rows = self.rows(module.measure_rows)  # type: ignore[attr-defined]
-        self._mark = time.process_time()
+        self._mark = self._now()
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of each phase, all places together."""

@@ -45,7 +45,7 @@ HESSIAN, DRIFT, FISHER = "Hessian's product", "drift's products", "Fisher of the
 FACTORED, CORRECTED, SOLVED, PROVEN = "factor's products", "correction", "its solve", "its strength"
 SPLIT = {  # phases told apart here, as they are cut differently
     "numerics.statistics:SiteAccumulator._multiply": HESSIAN,
-    "numerics.drift:DriftSum.update": DRIFT,
+    "calibration.streams:Streams._drift": DRIFT,
     "numerics.ldl:_subtract_later": FACTORED,
     "numerics.drift:correction": CORRECTED,
     "numerics.ldl:solve_right": SOLVED,
@@ -198,7 +198,8 @@ def counted(found: Seconds, shape: Mapping[str, int], share: float) -> dict[str,
 
 
 def table(rows: Mapping[str, list[float]]) -> list[str]:
-    lines = [f"| phase | {' | '.join(f'{n} cores' for n in CORES)} | what limits it |"]
+    heads = " | ".join(f"{n} core{'s' * (n > 1)}" for n in CORES)
+    lines = [f"| phase, seconds | {heads} | what limits it |"]
     lines.append("|---|" + "---:|" * len(CORES) + "---|")
     for name, seconds in rows.items():
         lines.append(f"| {name} | {' | '.join(map(duration, seconds))} | {ROWS[name][1]} |")
