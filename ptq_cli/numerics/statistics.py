@@ -360,7 +360,6 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
 
 
 def _smoothed_drift(drift: Drift, divisor: NDArray[np.float32]) -> Drift:
-    inputs = drift.inputs / divisor
-    inputs /= divisor[:, None]
-    stream = None if drift.stream is None else drift.stream / divisor
-    return replace(drift, inputs=inputs, heldout=drift.heldout / divisor, stream=stream)
+    inputs = None if drift.inputs is None else drift.inputs / divisor / divisor[:, None]
+    outputs = None if drift.outputs is None else drift.outputs / divisor
+    return replace(drift, inputs=inputs, heldout=drift.heldout / divisor, outputs=outputs)
