@@ -44,17 +44,21 @@ ROWS_AT_ONCE = 256
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
 
-def correction(weight: FloatArray, drift: Drift, feedback: Feedback) -> FloatArray:
-    """`change`, [out_features, in_features], in the weight's dtype.
+def solved_drift(drift: Drift, feedback: Feedback) -> FloatArray:
+    """`D (H + λI)⁻¹`, which all linears of a site share; or `(weight · D + R)(H + λI)⁻¹` of the one
+    that adds to the stream. In the dtype of the feedback.
 
     feedback: holds `H + λI`, factored
     """
-    change: FloatArray
-    if drift.inputs is None:
-        change = np.array(drift.outputs, weight.dtype)
-    else:
-        change = weight @ drift.inputs.astype(weight.dtype, copy=False)
-    solve_right(change, feedback.upper, feedback.pivots, feedback.order)
+    total = drift.inputs if drift.outputs is None else drift.outputs
+    solved: FloatArray = np.array(total, feedback.hessian.dtype)
+    solve_right(solved, feedback.upper, feedback.pivots, feedback.order)
+    return solved
+
+
+def correction(weight: FloatArray, drift: Drift, solved: FloatArray) -> FloatArray:
+    """`change`, [out_features, in_features], in the weight's dtype. solved: by `solved_drift`"""
+    change: FloatArray = weight @ solved if drift.outputs is None else solved.copy()
     return change
 
 

@@ -8,7 +8,7 @@ import pytest
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import DriftSum, correction, proven_strength
+from ptq_cli.numerics.drift import DriftSum, correction, proven_strength, solved_drift
 from ptq_cli.numerics.feedback import make_feedback
 from ptq_cli.numerics.output_errors import Inputs, error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
@@ -30,7 +30,8 @@ def drift_of(rows: slice, *, stream: bool = True) -> Drift:
 
 def change_of(damp: float, act_order: str = "none", **options: bool) -> np.ndarray:
     feedback = make_feedback(INPUTS.T @ INPUTS / len(INPUTS), damp, Grid(4, 4), act_order)
-    return correction(WEIGHT, drift_of(slice(None), **options), feedback)
+    drift = drift_of(slice(None), **options)
+    return correction(WEIGHT, drift, solved_drift(drift, feedback))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -55,7 +56,7 @@ def test_the_strength_is_the_best_on_held_out_tokens(stream: bool) -> None:
     few = INPUTS[:16]
     feedback = make_feedback(few.T @ few / 16, 0.01, Grid(4, 4), "none")
     drift = drift_of(slice(16), stream=stream)
-    change = correction(WEIGHT, drift, feedback)
+    change = correction(WEIGHT, drift, solved_drift(drift, feedback))
     found = proven_strength(WEIGHT, change, drift, INPUTS)
     wanted = EXACT @ WEIGHT.T + (STREAM if stream else 0)
 
@@ -85,9 +86,7 @@ def test_a_strength_that_is_not_finite_is_an_error() -> None:
 
 @pytest.mark.parametrize("piece", [7, 64, 200])
 def test_sums_leave_out_the_held_out_tokens(piece: int) -> None:
-    exact, inputs, stream, weight = (
-        x.astype(np.float32) for x in (EXACT, INPUTS, STREAM, WEIGHT)
-    )
+    exact, inputs, stream, weight = (x.astype(np.float32) for x in (EXACT, INPUTS, STREAM, WEIGHT))
     alone, added = DriftSum(12), DriftSum(12, weight)
     held = np.isin(np.arange(200), [3, 4, 5, 100, 199])
     for start in range(0, 200, piece):
