@@ -111,6 +111,12 @@ def safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] =
     return raw_safetensors(header, data)
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """New content for a file: ext4 writes one that was truncated to the disk before going on."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
 def write_model(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
 ) -> Path:

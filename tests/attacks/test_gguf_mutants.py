@@ -23,7 +23,7 @@ from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.imatrix import read_imatrix
 from tests.attacks.test_mutants import mutants
-from tests.builders import ptq
+from tests.builders import overwrite, ptq
 from tests.calibration.test_imatrix import importance, write_imatrix, write_old_imatrix
 from tests.storage.gguf_files import tensors, write_gguf_file, write_unknown_gguf
 
@@ -50,7 +50,7 @@ def survived(path: Path, contents: Iterator[bytes], way: Callable[[Path, int], A
     """How many were accepted; whatever is no error of ours, takes long, or much memory, fails."""
     accepted = 0
     for number, content in enumerate(contents):
-        path.write_bytes(content)
+        overwrite(path, content)
         begin = time.process_time()
         tracemalloc.start()
         try:
@@ -124,7 +124,7 @@ def test_shards() -> None:
 def survived_in_folder(path: Path, contents: Iterator[bytes], way: Any) -> None:
     """As `survived`, where an error may name another shard."""
     for content in contents:
-        path.write_bytes(content)
+        overwrite(path, content)
         try:
             way(path, 0)
         except PtqError as error:

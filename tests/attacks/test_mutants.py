@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 from ptq_cli.errors import PtqError
 from ptq_cli.storage.checkpoint import open_checkpoint, read_header
 from ptq_cli.storage.npy import open_npy
-from tests.builders import safetensors
+from tests.builders import overwrite, safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_safetensors(tmp_path):
     path = tmp_path / "m.safetensors"
     accepted = 0
     for content in mutants(seed, np.random.default_rng(0), header):
-        path.write_bytes(content)
+        overwrite(path, content)
         ours = refused(read_header, path)
         try:
             deserialize(content)
@@ -98,7 +98,7 @@ def test_npy(tmp_path):
     seed = path.read_bytes()
     accepted = 0
     for content in mutants(seed, np.random.default_rng(1), 128):
-        path.write_bytes(content)
+        overwrite(path, content)
         if refused(open_npy, path) is None:
             accepted += 1
             assert open_npy(path).size + open_npy(path).offset == len(content)
@@ -121,7 +121,7 @@ def test_index(tmp_path):
 
     verdicts = []
     for content in mutants(seed, np.random.default_rng(2), len(seed)):
-        path.write_bytes(content)
+        overwrite(path, content)
         try:
             opened(path)
             verdicts.append(True)

@@ -16,7 +16,14 @@ from ptq_cli.core.tensors import DTYPE_BITS
 from ptq_cli.errors import PtqError
 from ptq_cli.storage.checkpoint import MAX_HEADER, open_checkpoint, read_header
 from ptq_cli.storage.tensors import NUMPY_DTYPES, as_bytes, serialize
-from tests.builders import raw_safetensors, read_model, safetensors, small_tensors, write_model
+from tests.builders import (
+    overwrite,
+    raw_safetensors,
+    read_model,
+    safetensors,
+    small_tensors,
+    write_model,
+)
 
 MUTANTS = 2000
 
@@ -202,7 +209,7 @@ def test_the_verdict_on_mutants_is_the_librarys(tmp_path):
     accepted = 0
     for number in range(MUTANTS):
         content = mutant(rng, text, data)
-        path.write_bytes(content)
+        overwrite(path, content)
         ours, theirs = verdict(path), librarys_verdict(path)
         accepted += ours
         twice = theirs and has_duplicates(content)

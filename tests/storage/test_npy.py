@@ -13,7 +13,7 @@ import pytest
 
 from ptq_cli.errors import PtqError
 from ptq_cli.storage.npy import open_inputs, open_npy
-from tests.builders import random_inputs
+from tests.builders import overwrite, random_inputs
 
 MUTANTS = 1500
 
@@ -162,7 +162,7 @@ def test_mutants_meet_only_our_errors(tmp_path, recwarn):
                 content += b" " * rng.randrange(3)
             if not content:
                 break
-        path.write_bytes(content)
+        overwrite(path, content)
         try:
             inputs = open_inputs(path, bf16=False)
         except PtqError as error:
