@@ -189,8 +189,7 @@ class Streams:
 
     def _drift(self, site: str) -> Drift:
         adds = self.source.places[site].adds
-        width = self.source.arch.hidden_size if adds else 0
-        sums = DriftSum(self.source.sites[site].in_features, width)
+        sums = DriftSum(self.source.sites[site].in_features, self._weight(site) if adds else None)
         ours, exact = (stream.inputs(site) for stream in self.streams)
         hidden, hidden_exact = (stream.hidden() for stream in self.streams)
         divisor = self.divisors.get(site)
@@ -198,6 +197,13 @@ class Streams:
             stream = next(hidden_exact) - next(hidden) if adds else None
             sums.update(wanted if divisor is None else wanted / divisor, inputs, held, stream)
         return sums.result()
+
+    def _weight(self, site: str) -> NDArray[np.float32]:
+        """Of the one linear of a site that adds to the stream, before it is rounded, float32
+        [out_features, in_features]."""
+        (linear,) = self.source.places[site].linears
+        weight = np.asarray(self.main.read(f"{linear}.weight"), np.float32)
+        return weight.T if self.source.arch.transposed else weight
 
     def look_ahead(self, last: Place | None) -> Ahead:
         """The sites from the stage in hand to `last`, in the same block, before anything in between

@@ -46,16 +46,19 @@ class Drift:
     """How far a site's inputs, and the residual stream that its outputs are added to, are from the
     float model's, where layers before it are rounded (numerics/drift.py).
 
-    inputs: float32 [in_features, in_features], `(inputs_fp - inputs).T @ inputs / n_tokens`
+    inputs: float32 [in_features, in_features], `(inputs_fp - inputs).T @ inputs / n_tokens`; None
+        where `outputs` is known
     heldout: inputs_fp at the held-out tokens, float32 [n, in_features]
-    stream: float32 [hidden_size, in_features], `(stream_fp - stream).T @ inputs / n_tokens` of the
-        streams just before the addition; None where the outputs are not added as they are
-    heldout_stream: `stream_fp - stream` at the held-out tokens, float32 [n, hidden_size], or None
+    outputs: of a linear whose outputs are added to the stream as they are, what the stream lacks
+        behind the addition, float32 [hidden_size, in_features]:
+        `(stream_fp - stream + (inputs_fp - inputs) @ weight.T).T @ inputs / n_tokens`; else None
+    heldout_stream: `stream_fp - stream` just before the addition at the held-out tokens, float32
+        [n, hidden_size], or None
     """
 
-    inputs: NDArray[np.float32]
+    inputs: NDArray[np.float32] | None
     heldout: NDArray[np.float32]
-    stream: NDArray[np.float32] | None = None
+    outputs: NDArray[np.float32] | None = None
     heldout_stream: NDArray[np.float32] | None = None
 
 

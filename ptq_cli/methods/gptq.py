@@ -16,7 +16,7 @@ from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
 from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.coupling import solve_coupled
-from ptq_cli.numerics.drift import correction, proven_strength
+from ptq_cli.numerics.drift import correction, proven_strength, solved_drift
 from ptq_cli.numerics.feedback import Feedback, make_feedback
 from ptq_cli.numerics.gptq import PANEL_ROWS, solve
 from ptq_cli.numerics.ldl import NotPositiveDefinite
@@ -137,7 +137,7 @@ class _Prepared:
     feedback: Feedback
     damp_percent: float
     notes: tuple[str, ...]
-    drift: Drift | None
+    drift: tuple[Drift, FloatArray] | None  # and what `solved_drift` makes of it
     heldout: Array
     coupling: Coupling | None
 
@@ -164,7 +164,8 @@ def _prepare(
             tried.append(damp)
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
-        return _Prepared(feedback, damp, notes, drift, statistics.heldout, coupling)
+        solved = None if drift is None else (drift, solved_drift(drift, feedback))
+        return _Prepared(feedback, damp, notes, solved, statistics.heldout, coupling)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
@@ -187,7 +188,7 @@ def _apply(
     weight = weight.astype(prepared.feedback.hessian.dtype, copy=False)
     strength = None
     if prepared.drift is not None:
-        weight, strength = _corrected(weight, prepared.drift, prepared, settings)
+        weight, strength = _corrected(weight, *prepared.drift, prepared.heldout, settings)
     if prepared.coupling is None:
         rounded = solve(weight, grid, prepared.feedback, passes, importance)
     else:
@@ -198,12 +199,12 @@ def _apply(
 
 
 def _corrected(
-    weight: FloatArray, drift: Drift, prepared: _Prepared, settings: GptqSettings
+    weight: FloatArray, drift: Drift, solved: FloatArray, heldout: Array, settings: GptqSettings
 ) -> tuple[FloatArray, float]:
     """The weight that makes up for the drift, and how much of its change is taken."""
-    change = correction(weight, drift, prepared.feedback)
+    change = correction(weight, drift, solved)
     if isinstance(settings.drift, str):
-        strength = proven_strength(weight, change, drift, prepared.heldout)
+        strength = proven_strength(weight, change, drift, heldout)
     else:
         strength = settings.drift
     change *= change.dtype.type(strength)
@@ -218,7 +219,8 @@ def _memory(shape: tuple[int, int], grid: Grid, drift: bool) -> int:
     site = n * n + 2 * n * width  # the factor; the product and the inverse of each group
     # three of the nine are those of the search, which one grid for all rows has before
     group = width * ((9 if grid.by_rows else 6) * rows + 3 * width + n)
-    corrected = 2 * out_features * n if drift else 0  # the change; errors of coupled rows
+    # the drift, solved; the change; errors of coupled rows
+    corrected = n * n + 2 * out_features * n if drift else 0
     return item * (site + 3 * n * rows + group + corrected)
 
 

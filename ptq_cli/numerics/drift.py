@@ -12,8 +12,10 @@ is `weight* = weight + change` with
     D = (inputs_fp − inputs)ᵀ · inputs / n,   R = (stream_fp − stream)ᵀ · inputs / n.
 
 A linear whose outputs are not added to the stream as they are has R = 0: its own outputs come
-nearest to the float model's (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Differences are
-summed, not products of each model: where nothing has drifted D and R are exactly zero.
+nearest to the float model's (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). For one whose
+outputs are, `weight · D + R` is summed as it stands: what the stream lacks has fewer columns than
+the inputs of a down_proj. Differences are summed, not products of each model: where nothing has
+drifted they are exactly zero.
 
 On few tokens the change is fitted to them, too. Held-out tokens say how much of it holds: with
 `given` what the change adds to the outputs there and `needed` what they lack,
@@ -42,15 +44,21 @@ ROWS_AT_ONCE = 256
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
 
-def correction(weight: FloatArray, drift: Drift, feedback: Feedback) -> FloatArray:
-    """`change`, [out_features, in_features], in the weight's dtype.
+def solved_drift(drift: Drift, feedback: Feedback) -> FloatArray:
+    """`D (H + λI)⁻¹`, which all linears of a site share; or `(weight · D + R)(H + λI)⁻¹` of the one
+    that adds to the stream. In the dtype of the feedback.
 
     feedback: holds `H + λI`, factored
     """
-    change: FloatArray = weight @ drift.inputs.astype(weight.dtype, copy=False)
-    if drift.stream is not None:
-        change += drift.stream
-    solve_right(change, feedback.upper, feedback.pivots, feedback.order)
+    total = drift.inputs if drift.outputs is None else drift.outputs
+    solved: FloatArray = np.array(total, feedback.hessian.dtype)
+    solve_right(solved, feedback.upper, feedback.pivots, feedback.order)
+    return solved
+
+
+def correction(weight: FloatArray, drift: Drift, solved: FloatArray) -> FloatArray:
+    """`change`, [out_features, in_features], in the weight's dtype. solved: by `solved_drift`"""
+    change: FloatArray = weight @ solved if drift.outputs is None else solved.copy()
     return change
 
 
@@ -85,24 +93,26 @@ def proven_strength(weight: FloatArray, change: FloatArray, drift: Drift, heldou
 def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:
     """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time.
 
-    hidden_size: of the stream that outputs are added to; 0 where they are not
+    hidden_size: of the stream that outputs are added to; 0 where they are not. Their weight is
+        counted as it is read and as float32
     """
-    width = in_features + hidden_size
-    return 4 * (2 * in_features * width + 5 * n_tokens * width)
+    sums = 2 * (hidden_size or in_features) + 2 * hidden_size
+    return 4 * (sums * in_features + 5 * n_tokens * (in_features + hidden_size))
 
 
 class DriftSum:
     """Sums the drift over pairs of inputs of one site; every pair of rows is the same token.
 
-    hidden_size: of the stream that the site's outputs are added to as they are, or 0
+    weight: [hidden_size, in_features], of the site's linear where its outputs are added to the
+        stream as they are; else None
     """
 
-    def __init__(self, in_features: int, hidden_size: int = 0) -> None:
-        self.inputs = np.zeros((in_features, in_features), np.float32)
-        self.stream = np.zeros((hidden_size, in_features), np.float32)
-        self.n_tokens = 0
-        self._heldout = [np.zeros((0, in_features), np.float32)]
-        self._heldout_stream = [np.zeros((0, hidden_size), np.float32)]
+    def __init__(self, in_features: int, weight: NDArray[np.float32] | None = None) -> None:
+        width = in_features if weight is None else len(weight)
+        self.weight, self.n_tokens = weight, 0
+        self._sum = np.zeros((width, in_features), np.float32)
+        self._heldout: list[NDArray[np.float32]] = []
+        self._heldout_stream: list[NDArray[np.float32]] = []
 
     def update(
         self,
@@ -115,7 +125,7 @@ class DriftSum:
 
         exact, inputs: [n, in_features], of the float model and of the one being rounded
         held: [n], the tokens that are held out: they are left out of the sums, and kept
-        stream: `stream_fp − stream`, [n, hidden_size], where the outputs are added to it
+        stream: `stream_fp − stream`, [n, hidden_size], beside a weight
         """
         self._heldout.append(exact[held])
         if stream is not None:
@@ -124,16 +134,16 @@ class DriftSum:
             exact, inputs = exact[~held], inputs[~held]
             stream = None if stream is None else stream[~held]
         self.n_tokens += len(inputs)
-        self.inputs += (exact - inputs).T @ inputs
-        if stream is not None:
-            self.stream += stream.T @ inputs
+        lacking = exact - inputs
+        if self.weight is not None:
+            lacking = lacking @ self.weight.T
+            lacking += stream
+        self._sum += lacking.T @ inputs
 
     def result(self) -> Drift:
         """The drift so far. The sum is used up."""
-        count = np.float32(max(1, self.n_tokens))
-        self.inputs /= count
+        self._sum /= np.float32(max(1, self.n_tokens))
         heldout = np.concatenate(self._heldout)
-        if not len(self.stream):
-            return Drift(self.inputs, heldout)
-        self.stream /= count
-        return Drift(self.inputs, heldout, self.stream, np.concatenate(self._heldout_stream))
+        if self.weight is None:
+            return Drift(self._sum, heldout)
+        return Drift(None, heldout, self._sum, np.concatenate(self._heldout_stream))

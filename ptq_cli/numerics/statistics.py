@@ -30,7 +30,8 @@ from ptq_cli.errors import InputError
 from ptq_cli.numerics.distribution import DistributionSum, merge_distributions
 from ptq_cli.numerics.parallel import each, strips
 
-CHUNK_ELEMENTS = 1 << 25  # float32 inputs multiplied at a time: 128 MiB
+CHUNK_TOKENS = 4096  # multiplied at a time: enough to make up for adding what they give
+CHUNK_ELEMENTS = 1 << 25  # of wide inputs fewer, so that they are 128 MiB at most
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
 BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
@@ -43,15 +44,20 @@ def piece_tokens(in_features: int) -> int:
     return max(1, PIECE_ELEMENTS // max(1, in_features))
 
 
+def _chunk_tokens(in_features: int) -> int:
+    """Tokens that are multiplied at a time."""
+    return min(CHUNK_TOKENS, max(256, CHUNK_ELEMENTS // max(1, in_features)))
+
+
 def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0) -> int:
     """Bytes that the accumulator of so many tokens of a site takes at most.
 
     at_once: tokens handed to it at a time, where they are more than `piece_tokens`; counted are the
-        inputs, those not held out, and two copies of them while some are taken as samples
+        inputs and those not held out
     """
-    rows = min(n_tokens, max(256, CHUNK_ELEMENTS // max(1, in_features)))
+    rows = min(n_tokens, _chunk_tokens(in_features)) + 2 * at_once
     blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
-    elements = in_features * (in_features + rows + 4 * at_once) + blocks + 8 * PIECE_ELEMENTS
+    elements = in_features * (in_features + rows + 4 * SAMPLE_LIMIT) + blocks + 8 * PIECE_ELEMENTS
     return 4 * elements
 
 
@@ -129,8 +135,7 @@ class SiteAccumulator:
         self._stride = 1
         while calibration_tokens(total or 0, heldout) > SAMPLE_LIMIT * self._stride:
             self._stride *= 2
-        rows = max(256, CHUNK_ELEMENTS // max(1, in_features))
-        self._chunk = np.empty((rows, in_features), np.float32)
+        self._chunk = np.empty((_chunk_tokens(in_features), in_features), np.float32)
         self._filled = 0
 
     def update(self, inputs: Array, held: NDArray[np.bool_] | None = None) -> None:
@@ -142,8 +147,9 @@ class SiteAccumulator:
             NonFiniteInput: there is NaN or inf; the accumulator is then of no more use.
         """
         rest = self._hold_out(inputs, self._due(len(inputs)) if held is None else held)
+        step = piece_tokens(self.in_features)
         while len(rest):
-            part = rest[: len(self._chunk) - self._filled]
+            part = rest[: min(step, len(self._chunk) - self._filled)]
             rest = rest[len(part) :]
             piece = self._chunk[self._filled : self._filled + len(part)]
             with np.errstate(over="ignore", invalid="ignore"):
@@ -360,7 +366,6 @@ def smoothed(statistics: SiteStatistics, factors: Array) -> SiteStatistics:
 
 
 def _smoothed_drift(drift: Drift, divisor: NDArray[np.float32]) -> Drift:
-    inputs = drift.inputs / divisor
-    inputs /= divisor[:, None]
-    stream = None if drift.stream is None else drift.stream / divisor
-    return replace(drift, inputs=inputs, heldout=drift.heldout / divisor, stream=stream)
+    inputs = None if drift.inputs is None else drift.inputs / divisor / divisor[:, None]
+    outputs = None if drift.outputs is None else drift.outputs / divisor
+    return replace(drift, inputs=inputs, heldout=drift.heldout / divisor, outputs=outputs)

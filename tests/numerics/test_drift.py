@@ -8,7 +8,7 @@ import pytest
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import DriftSum, correction, proven_strength
+from ptq_cli.numerics.drift import DriftSum, correction, proven_strength, solved_drift
 from ptq_cli.numerics.feedback import make_feedback
 from ptq_cli.numerics.output_errors import Inputs, error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
@@ -22,14 +22,16 @@ NONE = np.zeros(200, np.bool_)
 
 
 def drift_of(rows: slice, *, stream: bool = True) -> Drift:
-    exact, inputs, n = EXACT[rows], INPUTS[rows], len(EXACT[rows])
-    drift = Drift((exact - inputs).T @ inputs / n, EXACT)
-    return Drift(drift.inputs, EXACT, STREAM[rows].T @ inputs / n, STREAM) if stream else drift
+    moved, inputs, n = EXACT[rows] - INPUTS[rows], INPUTS[rows], len(EXACT[rows])
+    if not stream:
+        return Drift(moved.T @ inputs / n, EXACT)
+    return Drift(None, EXACT, (STREAM[rows] + moved @ WEIGHT.T).T @ inputs / n, STREAM)
 
 
 def change_of(damp: float, act_order: str = "none", **options: bool) -> np.ndarray:
     feedback = make_feedback(INPUTS.T @ INPUTS / len(INPUTS), damp, Grid(4, 4), act_order)
-    return correction(WEIGHT, drift_of(slice(None), **options), feedback)
+    drift = drift_of(slice(None), **options)
+    return correction(WEIGHT, drift, solved_drift(drift, feedback))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -54,7 +56,7 @@ def test_the_strength_is_the_best_on_held_out_tokens(stream: bool) -> None:
     few = INPUTS[:16]
     feedback = make_feedback(few.T @ few / 16, 0.01, Grid(4, 4), "none")
     drift = drift_of(slice(16), stream=stream)
-    change = correction(WEIGHT, drift, feedback)
+    change = correction(WEIGHT, drift, solved_drift(drift, feedback))
     found = proven_strength(WEIGHT, change, drift, INPUTS)
     wanted = EXACT @ WEIGHT.T + (STREAM if stream else 0)
 
@@ -84,27 +86,35 @@ def test_a_strength_that_is_not_finite_is_an_error() -> None:
 
 @pytest.mark.parametrize("piece", [7, 64, 200])
 def test_sums_leave_out_the_held_out_tokens(piece: int) -> None:
-    sums = DriftSum(12, 7)
-    exact, inputs, stream = (x.astype(np.float32) for x in (EXACT, INPUTS, STREAM))
+    exact, inputs, stream, weight = (x.astype(np.float32) for x in (EXACT, INPUTS, STREAM, WEIGHT))
+    alone, added = DriftSum(12), DriftSum(12, weight)
     held = np.isin(np.arange(200), [3, 4, 5, 100, 199])
     for start in range(0, 200, piece):
         own = slice(start, start + piece)
-        sums.update(exact[own], inputs[own], held[own], stream[own])
-    found, seen = sums.result(), INPUTS[~held]
-    np.testing.assert_allclose(found.inputs, (EXACT[~held] - seen).T @ seen / 195, atol=1e-5)
-    np.testing.assert_allclose(found.stream, STREAM[~held].T @ seen / 195, atol=1e-5)
+        alone.update(exact[own], inputs[own], held[own])
+        added.update(exact[own], inputs[own], held[own], stream[own])
+    seen, moved = INPUTS[~held], (EXACT - INPUTS)[~held]
+    lacking = STREAM[~held] + moved @ WEIGHT.T
+    found, other = added.result(), alone.result()
+    np.testing.assert_allclose(other.inputs, moved.T @ seen / 195, atol=1e-5)
+    np.testing.assert_allclose(found.outputs, lacking.T @ seen / 195, atol=2e-5)
+    assert found.inputs is None
+    assert other.outputs is None
     assert np.array_equal(found.heldout, exact[held])
     assert np.array_equal(found.heldout_stream, stream[held])
+    assert np.array_equal(other.heldout, exact[held])
 
 
-def test_what_has_not_drifted_sums_to_zero_exactly() -> None:
-    sums = DriftSum(12)
-    same = EXACT.astype(np.float32)
-    sums.update(same, same, NONE)
+@pytest.mark.parametrize("added", [False, True])
+def test_what_has_not_drifted_sums_to_zero_exactly(added: bool) -> None:
+    same, weight = EXACT.astype(np.float32), WEIGHT.astype(np.float32)
+    sums = DriftSum(12, weight if added else None)
+    sums.update(same, same, NONE, np.zeros((200, 7), np.float32) if added else None)
     found = sums.result()
-    assert not found.inputs.any()
+    total = found.outputs if added else found.inputs
+    assert total is not None
+    assert not total.any()
     assert found.heldout.shape == (0, 12)
-    assert found.stream is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -113,7 +123,7 @@ def test_the_held_out_error_includes_the_drift(stream: bool) -> None:
     rounded = round_to_nearest(weight, Grid(4, 4))
     exact, inputs, missing = (x[:20].astype(np.float32) for x in (EXACT, INPUTS, STREAM))
     empty = np.zeros((0, 0), np.float32)
-    drift = Drift(empty, exact, empty, missing) if stream else Drift(empty, exact)
+    drift = Drift(None, exact, empty, missing) if stream else Drift(empty, exact)
     measures = measure(weight, rounded, Inputs(None, None, inputs, drift))
     wanted = exact @ weight.T
     lost = wanted - inputs @ rounded.dequantized().T + (missing if stream else 0)

@@ -124,14 +124,17 @@ def test_each_site_sees_what_the_rounded_layers_before_it_produce(
     for site, inputs in ours.items():
         hessian, kept = accumulated(inputs, held).hessian, inputs[~held]
         found, adds = seen[site].drift, site.endswith(("o_proj", "down_proj"))
-        missing = exact_streams[site] - streams[site]
+        missing, moved = exact_streams[site] - streams[site], (exact[site] - inputs)[~held]
+        if adds:
+            weight = checkpoint.read(f"{site}.weight").astype(np.float32)
+            lacking = missing[~held] + moved @ weight.T
         assert found is not None
         for value, wanted in (
             (seen[site].hessian, hessian),
             (seen[site].heldout, inputs[held]),
-            (found.inputs, (exact[site] - inputs)[~held].T @ kept / len(kept)),
+            (found.inputs, None if adds else moved.T @ kept / len(kept)),
             (found.heldout, exact[site][held]),
-            (found.stream, missing[~held].T @ kept / len(kept) if adds else None),
+            (found.outputs, lacking.T @ kept / len(kept) if adds else None),
             (found.heldout_stream, missing[held] if adds else None),
         ):
             if wanted is None:
@@ -140,6 +143,7 @@ def test_each_site_sees_what_the_rounded_layers_before_it_produce(
                 np.testing.assert_allclose(value, wanted, rtol=1e-2, atol=1e-3)
     first = seen["model.layers.0.self_attn.q_proj"].drift
     assert first is not None
+    assert first.inputs is not None
     assert not first.inputs.any()
 
 

@@ -156,17 +156,21 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
         cases = [
             (seen[site].hessian, kept.T @ kept / len(kept), size**2),
             (seen[site].heldout, inputs[HELD], size),
-            (drift.inputs, (wanted - inputs)[~HELD].T @ kept / len(kept), size**2),
             (drift.heldout, wanted[HELD], size),
         ]
+        moved = (wanted - inputs)[~HELD]
         if site.endswith(("o_proj", "down_proj", "c_proj")):
             reach = np.abs(exact_streams[site]).max()
+            weight = checkpoint.read(f"{site}.weight").astype(np.float32)
+            scaled = (weight.T if case == "gpt2" else weight) * folds.get(site, np.float32(1))
+            lacking = missing[~HELD] + moved @ scaled.T
             cases += [
-                (drift.stream, missing[~HELD].T @ kept / len(kept), size * reach),
+                (drift.outputs, lacking.T @ kept / len(kept), size * reach),
                 (drift.heldout_stream, missing[HELD], reach),
             ]
         else:
-            assert drift.stream is None
+            cases.append((drift.inputs, moved.T @ kept / len(kept), size**2))
+            assert drift.outputs is None
         for found, value, scale in cases:
             assert found is not None
             assert np.abs(found - value).max() < 2e-3 * scale, site

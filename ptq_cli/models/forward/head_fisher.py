@@ -39,11 +39,12 @@ def has_head_fisher(arch: Architecture, tensors: Collection[str]) -> bool:
 
 
 def head_fisher_memory(arch: Architecture) -> int:
-    """Bytes that `head_fisher` takes at most, its inputs aside: probabilities, rows of the head and
-    the same weighted, sums."""
+    """Bytes that `head_fisher` takes at most, its inputs aside: probabilities, logits of a piece,
+    rows of the head and the same weighted, sums."""
     rows = min(VOCABULARY, arch.vocab_size)
     width = arch.hidden_size
-    return 4 * (2 * TOKENS_AT_ONCE * arch.vocab_size + 2 * rows * width + 4 * width * width)
+    scores = TOKENS_AT_ONCE * (arch.vocab_size + rows)
+    return 4 * (scores + 2 * rows * width + 4 * width * width)
 
 
 def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDArray[np.float32]:
@@ -59,9 +60,9 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
     mass = np.zeros(len(table), np.float32)
     fisher = np.zeros((arch.hidden_size, arch.hidden_size), np.float32)
     for rows in strips(len(hidden), TOKENS_AT_ONCE):
-        share = np.concatenate(
-            [logits(arch, weights, finished[rows], ids) for ids in pieces], axis=1
-        )
+        share = np.empty((rows.stop - rows.start, len(table)), np.float32)
+        for ids in pieces:
+            share[:, ids] = logits(arch, weights, finished[rows], ids)
         share -= share.max(axis=1, keepdims=True)
         np.exp(share, out=share)
         share *= inverse[rows, None] / share.sum(axis=1, keepdims=True)
@@ -71,8 +72,8 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
             mean += share[:, ids] @ np.asarray(table[ids], np.float32)
         fisher -= mean.T @ mean
     for ids in pieces:
-        part = np.asarray(table[ids], np.float32)
-        fisher += part.T @ (part * mass[ids, None])
+        part = np.asarray(table[ids], np.float32) * np.sqrt(mass[ids, None])
+        fisher += part.T @ part
     if norm.affine:
         gain = layers.fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
         fisher *= gain
