@@ -9,8 +9,7 @@ upper triangular with identities on its diagonal, D block diagonal, the loss is
 
 so as a column makes up for the columns before it, a level of rows makes up for the levels before
 it: its target is `weight_l + Σ_{k<l} U_klᵀ E_k`, and inside a level D_l is taken for the identity.
-Levels are interleaved, row l, l + LEVELS, …; with twice as many, no more is won that could be
-measured.
+Levels are interleaved, row l, l + LEVELS, …; with one level a row little more would be won.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ptq_cli.numerics.ldl import NotPositiveDefinite, ldl_upper
 from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.rounding import blank
 
-LEVELS = 4
+LEVELS = 8
 # Added to F, as a part of its mean diagonal: F is far from full rank, and it is only about right.
 DAMPING = 0.3
 
