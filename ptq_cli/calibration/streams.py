@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -125,7 +126,7 @@ class Streams:
         if len(self.streams) < 2 or place.expert:
             return self.sums(site)
         with ThreadPoolExecutor(1) as pool:
-            drift = pool.submit(self._drift, site)
+            drift = pool.submit(copy_context().run, self._drift, site)  # its threads, too
             statistics = self.sums(site)
             last = place.block >= len(self.source.arch.blocks) - COUPLED_BLOCKS
             coupling = self.coupling if place.adds and last else None

@@ -41,6 +41,7 @@ from ptq_cli.numerics.output_errors import inner
 from ptq_cli.numerics.parallel import each, strips
 
 ROWS_AT_ONCE = 256
+STRIP = 512  # columns, or tokens, of what is lacking that are one piece of work
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
 
@@ -134,11 +135,31 @@ class DriftSum:
             exact, inputs = exact[~held], inputs[~held]
             stream = None if stream is None else stream[~held]
         self.n_tokens += len(inputs)
-        lacking = exact - inputs
-        if self.weight is not None:
-            lacking = lacking @ self.weight.T
-            lacking += stream
-        self._sum += lacking.T @ inputs
+        lacking = self._lacking(exact, inputs, stream)
+
+        def add(columns: slice) -> None:
+            self._sum[columns] += lacking[:, columns].T @ inputs
+
+        each(add, strips(lacking.shape[1], STRIP))
+
+    def _lacking(
+        self,
+        exact: NDArray[np.float32],
+        inputs: NDArray[np.float32],
+        stream: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
+        """Of each token, what is summed: [n, in_features], or beside a weight [n, hidden_size]."""
+        drifted, weight = exact - inputs, self.weight
+        if weight is None or stream is None:
+            return drifted
+        lacking = np.empty(stream.shape, np.float32)
+
+        def fill(rows: slice) -> None:
+            lacking[rows] = drifted[rows] @ weight.T
+            lacking[rows] += stream[rows]
+
+        each(fill, strips(len(lacking), STRIP))
+        return lacking
 
     def result(self) -> Drift:
         """The drift so far. The sum is used up."""
