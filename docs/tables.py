@@ -15,11 +15,11 @@ import dataclasses
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import click
 
@@ -27,7 +27,7 @@ from ptq_cli.cli.main import COMMANDS, cli
 from ptq_cli.core.grid import Activation, Grid
 from ptq_cli.core.layer import Layer
 from ptq_cli.core.plugins import Format
-from ptq_cli.core.settings import settings_fields
+from ptq_cli.core.settings import default_of, settings_fields
 from ptq_cli.formats import ptq
 from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.formats.runtimes import RUNTIMES, facts, loads
@@ -161,11 +161,12 @@ def _field(field: Any, kind: Any) -> list[str]:
         option += f", `--{meta.get('off', 'no-' + word)}`"
     if "short" in meta:
         option += f", `{meta['short']}`"
-    default = meta.get("shown") or f"`{_toml(field.default)}`"
+    own = default_of(field)
+    default = meta.get("shown") or f"`{_toml(own)}`"
     return [
         f"`{field.name}`",
         "" if meta.get("recipe_only") else option,
-        default if field.default not in ((), "") else "",
+        default if own not in ((), "", {}) else "",
         _values(meta, kind),
         meta["help"],
     ]
@@ -178,6 +179,8 @@ def _values(meta: Any, kind: Any) -> str:
     low, high = meta.get("min"), meta.get("max")
     if low is None and high is None:
         tables = kind == tuple[str, ...] and "a list of patterns"
+        if get_origin(kind) is Mapping:
+            return "`[table]`"
         return tables or ("" if kind is bool else "`[[tables]]`" if kind is not str else "a name")
     said = f"{low:g} or more" if high is None else f"{low:g} … {high:g}"
     return said + "".join(f", `{word}`" for word in meta.get("words", ()))

@@ -17,6 +17,7 @@ __all__ = [
     "PtqError",
     "QuantizedLinear",
     "__version__",
+    "allocate",
     "awq",
     "calibrate",
     "capture",

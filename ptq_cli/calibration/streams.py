@@ -238,15 +238,20 @@ class Ahead(Source):
 
 
 def through_sites(
-    source: Source, work: Path, wanted: Container[str]
+    source: Source,
+    work: Path,
+    wanted: Container[str],
+    workers: int | None = None,
+    memory: int | None = None,
 ) -> Iterator[tuple[str, SiteStatistics | None]]:
     """for block: for stage: for site: statistics, as of `Streams.statistics`. The float model goes
     on when the next site is asked for, as far as the last one that is wanted.
 
     source: one in sequence, without feedback; work: a folder for scratch files
+    workers, memory: as of `Streams`
     """
     assert isinstance(source, TokenSource)  # it is one in sequence
-    streams = Streams(source, work, None, None)
+    streams = Streams(source, work, workers, memory)
     streams.enter(0)
     for site in filter(wanted.__contains__, source.sites):
         while streams.order < streams.place(site).order:

@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 from ptq_cli.core.report import LayerReport, RunReport
 from ptq_cli.core.text import common_parents, middle, number, printable, size
 from ptq_cli.errors import FileError
+from ptq_cli.plan.prediction import prediction_of
 from ptq_cli.report.report import row_error, row_rtn_error
-from ptq_cli.report.words import cached, measured_on, of_site, predicted, smoothed, times
+from ptq_cli.report.words import (
+    beside_measured,
+    cached,
+    measured_on,
+    mixed,
+    of_site,
+    predicted,
+    smoothed,
+    times,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,6 +164,8 @@ def show_report(report: RunReport, *, top: int, output: str | None = None) -> No
         _show_quality(report.quality)
         if report.settings.get("kv_cache"):
             line("keys and values were cached in FP8, but for the original")
+    if (prediction := prediction_of(report.settings)) is not None:
+        line(beside_measured(prediction, report.totals, report.quality))
     if output is not None:
         line(f"written: {output}")
 
@@ -240,7 +252,7 @@ def _show_totals(report: RunReport) -> None:
     ratio = totals["compression_ratio"]
     line(
         f"{totals['layers']} layers at {totals['bits_per_weight']:.2f} bits/weight"
-        f"{_types(report)}, {totals['left_alone']} tensors left alone"
+        f"{mixed([vars(row) for row in report.rows])}, {totals['left_alone']} tensors left alone"
     )
     line(
         f"size: {size(totals['bytes_before'])} -> {size(totals['bytes_after'])}"
@@ -264,12 +276,6 @@ def _show_totals(report: RunReport) -> None:
             f" experts beside them: {on['site']}"
         )
     line(f"{_fallbacks(report)}done in {totals['seconds']:.1f} s")
-
-
-def _types(report: RunReport) -> str:
-    """How many layers have which type, where types have names."""
-    counted = Counter(row.type for row in report.rows if row.type).most_common()
-    return f" ({', '.join(f'{count} {kind}' for kind, count in counted)})" if counted else ""
 
 
 def _fallbacks(report: RunReport) -> str:

@@ -23,6 +23,7 @@ COMMANDS = {
     "rtn": ("quantize:rtn", "Round to nearest, with a scale search."),
     "smoothquant": ("quantize:smoothquant", "Smooth inputs into weights; W8A8 or float weights."),
     "awq": ("quantize:awq", "Scale weights by their inputs, then round."),
+    "allocate": ("allocate:allocate", "Share out a size among layers; writes a recipe."),
     "pack": ("quantize:pack", "Pack a float model, or repack a quantized one."),
     "dequantize": ("dequantize:dequantize", "Write the float model of a quantized one."),
     "inspect": ("inspect:inspect", "Show tensors, sites and what matters in them."),

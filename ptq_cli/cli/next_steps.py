@@ -132,3 +132,9 @@ def after_calibration(model: Path, output: Path, default: Path) -> Step:
     if output != default:
         words += ["--calibration", path(output)]
     return "to use it", words
+
+
+def after_allocation(model: Path, method: str, recipe: Path, given: Mapping[str, Any]) -> Step:
+    """given: the parameters of ptq allocate"""
+    words: list[object] = ["ptq", method, path(model), "--config", path(recipe)]
+    return "to use it", [*words, *(_given(given, *_TOKENS) or _source(given))]

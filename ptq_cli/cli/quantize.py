@@ -11,10 +11,12 @@ import click
 
 from ptq_cli.calibration.find import take_source
 from ptq_cli.cli import shared_options as shared
+from ptq_cli.cli.allocate import BUDGET, allocated_recipe
 from ptq_cli.cli.common import check_report_paths, emit_warnings, finish, finished_already
 from ptq_cli.cli.dry_run import emit_estimate
 from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
+from ptq_cli.commands.budget import METHODS
 from ptq_cli.commands.job import Job, take_run_options
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.core.settings import settings_fields
@@ -147,7 +149,8 @@ def _parameters(name: str) -> list[click.Parameter]:
     output = in_section("Output", option("-o", "--output", type=shared.DIR, help=place))
     run = [*shared.RUN, *shared.RESOURCES]
     writing = [_RUNTIME, shared.MAX_SHARD_SIZE, *shared.REPLACING]
-    own = [*output, *settings, *fallback, _CONFIG, *sources, *writing]
+    budget = BUDGET if name in METHODS else ()
+    own = [*output, *settings, *budget, *fallback, _CONFIG, *sources, *writing]
     return [shared.path_argument("model"), *own, *run, *shared.REPORT, *_GATES]
 
 
@@ -161,6 +164,8 @@ def _run(name: str, /, model: Path, **options: Any) -> None:
     check_report_paths(options)
     shared.refuse_idle_allowance(options)
     job = _job(name, model, options)
+    if job is None:
+        return
     _refuse_unread(job, options)
     how = take_run_options(options)
     warnings = (*job.plan.warnings, *job.memory_warnings(how.resources))
@@ -180,8 +185,9 @@ def _run(name: str, /, model: Path, **options: Any) -> None:
     emit_warnings(late if options["strict"] else (), options["strict"])
 
 
-def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
-    """The job that the options ask for."""
+def _job(name: str, model: Path, options: dict[str, Any]) -> Job | None:
+    """The job that the options ask for; None for the dry run of a budget that is not shared out
+    yet."""
     path, known = options["config"], settings_fields(*settings_classes(name))
     recipe = {} if path is None else load_recipe(path, name)
     given = {field.name: options.get(field.name) for field, _ in known}
@@ -189,6 +195,11 @@ def _job(name: str, model: Path, options: dict[str, Any]) -> Job:
     where = {key: options[key] for key in words if key in options}
     if (given["bits"] or recipe.get("bits")) == FLOAT_BITS:
         _refuse_gates(options, "nothing is rounded; set the gate where these weights are quantized")
+    if name in METHODS:
+        found = allocated_recipe(name, model, options, given, recipe)
+        if found is None:
+            return None
+        given, recipe = ({}, found) if found is not recipe else (given, recipe)
     return prepare(name, model, given, recipe, take_source(options), **where)
 
 

@@ -1,8 +1,8 @@
 """The commands as functions. Each makes a plan, runs it and gives back its report; none prints.
 
 The quantizing ones take their settings by name: `inspect.signature` and `ptq_cli/__init__.pyi` have
-them from the settings' dataclasses (`signature_of`). Paths may be strings; where several are taken,
-one alone will do.
+them from the settings' dataclasses (commands/signatures.py). Paths may be strings; where several
+are taken, one alone will do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from inspect import Parameter, Signature
+from inspect import Signature
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source
+from ptq_cli.commands.allocate import prepare_allocation
+from ptq_cli.commands.budget import check_method, check_recipe, take_budget, write_recipe
 from ptq_cli.commands.calibrate import prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.job import take_run_options
 from ptq_cli.commands.quantize import prepare
+from ptq_cli.commands.signatures import WHERE, allocate_signature, signature_of
 from ptq_cli.core.progress import Listener, nobody
 from ptq_cli.core.report import RunReport
-from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError, NotRead
 from ptq_cli.models.forward.linear import QuantizedLinear
 from ptq_cli.numerics.activations import ActivationSettings, stated
 from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
-from ptq_cli.plan.grid_settings import default_settings, settings_classes
-from ptq_cli.registry import SMOOTHERS
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
@@ -40,38 +40,6 @@ from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 
 Tokens = AnyPath | TokenSettings | None
-
-# What the quantizing functions take besides settings: name -> (type, default).
-WHERE: dict[str, tuple[Any, Any]] = {
-    "output": (AnyPath | None, None),
-    "runtime": (str | None, None),
-    "fallback": (str, "error"),
-}
-SOURCE: dict[str, tuple[Any, Any]] = {
-    "calibration": (AnyPath | None, None),
-    "activations": (Paths, ()),
-    "bf16": (bool, False),
-    "tokens": (AnyPath | None, None),
-    "text": (AnyPath | None, None),
-    "chat": (AnyPath | None, None),
-    "seq_len": (int | None, None),
-    "nsamples": (int | None, None),
-    "seed": (int | None, None),
-    "mask": (AnyPath | None, None),
-    "min_expert_tokens": (int | None, None),
-    "parallel_layers": (bool, False),
-    "require_calibration": (bool, False),
-    "imatrix": (AnyPath | None, None),
-}
-RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "force": (bool, False),
-    "restart": (bool, False),
-    "max_shard_size": (str | int | None, None),
-    "listen": (Listener, nobody),
-    "workers": (int | None, None),
-    "max_memory": (str | int | None, None),
-    "scheduler": (str | None, None),
-}
 
 
 def gptq(model: AnyPath, **options: Any) -> RunReport:
@@ -102,39 +70,60 @@ def awq(model: AnyPath, **options: Any) -> RunReport:
     return _quantize("awq", model, options)
 
 
+def allocate(model: AnyPath, **options: Any) -> dict[str, Any]:
+    """Share out a size among the layers (`ptq allocate`), and write the recipe.
+
+    method: whose recipe it is, and by which errors are measured: "gptq", "rtn" or "awq"
+    target_bpw, target_size: bits a weight, or bytes of the weights files; one of them
+    output: default `<model>-<method>-<bits>bpw.toml` in the current folder
+
+    Returns:
+        `output`, what the recipe's [allocation] says, `groups` (name → choice), `uniform` (choice →
+        what it would cost alone), `bent` (groups whose divergence is not in proportion to their
+        error), `notes`, `warnings`.
+
+    >>> ptq_cli.allocate("model/", target_bpw=4.25, tokens="tokens.npy")  # doctest: +SKIP
+    """
+    _check_names(options, allocate_signature())
+    method, output = options.pop("method", "gptq"), options.pop("output", None)
+    budget, table = take_budget(options)
+    if budget is None:
+        raise InputError("target_bpw or target_size says how much there is to share out")
+    how, source = take_run_options(options), take_source(options)
+    check_method(method, options)
+    job = prepare_allocation(method, model, options, budget, {}, source, table=table)
+    path = None if output is None else Path(output)
+    check_recipe(job, path, force=how.force)
+    allocation = job.run(how)
+    written = write_recipe(job, allocation, path, force=how.force)
+    return {**written, "notes": job.notes(allocation), "warnings": list(job.warnings)}
+
+
 def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunReport:
     """Plan and run. What is no option of the run or of its inputs must be a setting."""
-    known = signature_of(command).parameters
+    _check_names(options, signature_of(command))
+    how, source = take_run_options(options), take_source(options)
+    where = {name: options.pop(name) for name in WHERE if name in options}
+    (budget, table), recipe = take_budget(options), {}
+    if budget is not None:
+        job = prepare_allocation(command, model, options, budget, {}, source, table=table, **where)
+        options, recipe = {}, job.recipe(job.run(how))
+    return prepare(command, model, options, recipe, source, **where).run(how)
+
+
+def _check_names(options: dict[str, Any], signature: Signature) -> None:
+    """Refuse unknown names; patterns may be one alone."""
+    known = signature.parameters
     if unknown := sorted(options.keys() - known.keys()):
         raise InputError(f"unknown settings {', '.join(unknown)}", hint=f"known: {sorted(known)}")
     for name, value in options.items():
         if isinstance(value, str) and known[name].annotation == tuple[str, ...]:
             options[name] = (value,)
-    how, source = take_run_options(options), take_source(options)
-    where = {name: options.pop(name) for name in WHERE if name in options}
-    return prepare(command, model, options, {}, source, **where).run(how)
-
-
-def signature_of(command: str) -> Signature:
-    """The signature of the function that a quantizing command is."""
-    where, source = dict(WHERE), {} if command == "pack" else dict(SOURCE)
-    if command in SMOOTHERS:  # these always need calibration
-        del where["fallback"], source["require_calibration"]
-    own = default_settings(command)
-    settings = {
-        field.name: (kind, own.get(field.name, field.default))
-        for field, kind in settings_fields(*settings_classes(command))
-    }
-    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation=AnyPath)
-    named = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in (settings | where | source | RUN_OPTIONS).items()
-    ]
-    return Signature([model, *named], return_annotation=RunReport)
 
 
 for _function in (gptq, rtn, pack, smoothquant, awq):
     _function.__signature__ = signature_of(_function.__name__)  # type: ignore[attr-defined]
+allocate.__signature__ = allocate_signature()  # type: ignore[attr-defined]
 
 
 def calibrate(

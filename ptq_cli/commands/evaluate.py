@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ptq_cli.calibration.find import AnyPath, SourceSettings, find_source
 from ptq_cli.calibration.from_tokens import check_head, token_source
@@ -19,22 +21,32 @@ from ptq_cli.evaluation.errors import evaluate as run_evaluation
 from ptq_cli.evaluation.sides import Sides, open_sides
 from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.reports import settings_of
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """A comparison that is ready to run. tokens: run the models on these too, or None"""
+    """A comparison that is ready to run.
+
+    tokens: run the models on these too, or None
+    allocation: what the run that made the output was told of its mix of widths (plan/prediction.py)
+    """
 
     sides: Sides
     tokens: Tokens | None
     per_block: bool
+    allocation: Mapping[str, Any]
 
     def run(self, listen: Listener) -> RunReport:
         """Measure. Raises PtqError."""
         report = run_evaluation(self.sides, listen)
-        report = dataclasses.replace(report, warnings=(*report.warnings, *self.notes))
+        settings = dict(report.settings)
+        if self.allocation:
+            settings["allocation"] = self.allocation
+        warnings = (*report.warnings, *self.notes)
+        report = dataclasses.replace(report, settings=settings, warnings=warnings)
         if self.tokens is None:
             return report
         from ptq_cli.evaluation.perplexity import measure_quality
@@ -96,7 +108,8 @@ def prepare_evaluation(
             hint="leave it out: inputs are rounded as the folder says",
         )
     sides = open_sides(checkpoint, folder, statistics, activation)
-    return EvalJob(sides, tokens, per_block)
+    allocation = settings_of(Path(quantized)).get("allocation", {})
+    return EvalJob(sides, tokens, per_block, allocation)
 
 
 def _rounded_inputs(

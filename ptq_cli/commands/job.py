@@ -24,6 +24,7 @@ from ptq_cli.plan.schemes import SCHEMES, check_alone, scheme_settings
 from ptq_cli.registry import format_named
 from ptq_cli.report.report import report_from_document
 from ptq_cli.run.loop import quantize
+from ptq_cli.run.output import weights_bytes
 from ptq_cli.run.schedule import Resources, RunOptions, take_resources
 from ptq_cli.run.work import Quantization
 from ptq_cli.storage.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from ptq_cli.storage.companions import GGUF_SUFFIX, companions
 from ptq_cli.storage.files import without_constants
 from ptq_cli.storage.folder import container_of
 from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.made import most_said
 from ptq_cli.storage.output import Target
 from ptq_cli.storage.reports import read_report
 from ptq_cli.storage.staging import Staging
@@ -41,7 +43,7 @@ DEFAULTS = RunOptions()
 @dataclasses.dataclass(frozen=True)
 class Job:
     """identity: what makes two runs the same, besides the plan's settings and the inputs
-    start: does the work; look: what it would take
+    start: does the work; look: what it would take; weigh: bytes of the weights files
     """
 
     command: str
@@ -52,6 +54,7 @@ class Job:
     identity: Mapping[str, Any]
     start: Callable[[Staging, RunOptions], RunReport]
     look: Callable[[Target, Resources], Estimate]
+    weigh: Callable[[int | None, Mapping[str, Any]], int] | None = None
 
     def target(self, options: RunOptions = DEFAULTS) -> Target:
         """Where the run works, and what makes another the same."""
@@ -90,6 +93,12 @@ class Job:
     def estimate(self, options: RunOptions = DEFAULTS) -> Estimate:
         """What `run` would do. Raises InputError, FileError: what it would refuse to begin with."""
         return self.look(self.target(options), options.resources)
+
+    def weights_bytes(self, options: RunOptions = DEFAULTS) -> int:
+        """That the output's weights files will have, headers and all. (Not of a repacking.)"""
+        assert self.weigh is not None
+        said = most_said(self.target(options).job) if names_a_file(self.output) else {}
+        return self.weigh(options.max_shard, said)
 
     def memory_warnings(self, resources: Resources) -> list[str]:
         """Units that take more memory than there is. (No part of the report: that depends on
@@ -131,7 +140,9 @@ def quantization_job(work: Quantization, output: AnyPath, identity: Mapping[str,
     start, look = partial(quantize, work), partial(estimate_quantization, work)
     target = Path(output)
     check_output_name(target, work.plan.format, work.smoothing is not None)
-    return Job(work.command, work.plan, work.checkpoint, work.source, target, identity, start, look)
+    weigh = partial(weights_bytes, work)
+    planned = (work.command, work.plan, work.checkpoint, work.source, target, identity)
+    return Job(*planned, start, look, weigh)
 
 
 def take_run_options(options: dict[str, Any]) -> RunOptions:
@@ -186,12 +197,19 @@ def check_mix(scheme: str, given: Mapping[str, Any], recipe: Mapping[str, Any]) 
     check_alone(scheme, asked if "scheme" in asked else {**recipe, **asked})
 
 
+def model_stem(checkpoint: Checkpoint) -> str:
+    """What files made from a model are called by."""
+    stem = checkpoint.stem
+    return checkpoint.path.resolve().name or stem if checkpoint.path.is_dir() else stem
+
+
 def default_output(checkpoint: Checkpoint, command: str, settings: GridSettings) -> str:
     """`<model>-gptq-w4g128`, `<model>-gptq-nvfp4` or `<model>-gptq-Q4_K_M`, in the current
     directory."""
-    stem = checkpoint.stem
-    if checkpoint.path.is_dir():
-        stem = checkpoint.path.resolve().name or stem
+    stem = model_stem(checkpoint)
+    if "bits_per_weight" in settings.allocation:
+        name = f"{stem}-{command}-{settings.allocation['bits_per_weight']:.2f}bpw"
+        return name if settings.format in ("gguf", "ptq") else f"{name}-{settings.format}"
     if is_mix(settings.scheme):
         name = f"{stem}-{command}-{mix_name(settings.scheme)}"
         return name if settings.format == "gguf" else f"{name}-{settings.format}"

@@ -3,8 +3,9 @@ key, a part of the run's fingerprint and a line of the documentation.
 
 A field's metadata: `help`; `min`, `max`; `choices`; `short` (an option letter); `off` (the name of
 the opposite of a flag, else `no-…`); `metavar`; `recipe_only` (no option); `shown` (the default in
-the words of help); `section` (of help); `needs` (what lets it be read, plan/unused_options.py). A
-field of type `float | str` is a number or one of its `words`.
+the words of help); `section` (of help); `needs` (what lets it be read, plan/unused_options.py);
+`check` (a function that raises InputError for a value that is none). A field of type `float | str`
+is a number or one of its `words`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ptq_cli.errors import InputError
 
 T = TypeVar("T")
 
+_PLAIN = (bool, int, float, str)
+
 
 def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Fields of settings classes with their types."""
@@ -25,6 +28,12 @@ def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
             yield field, hints[field.name]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field that has one."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def make_settings(cls: type[T], given: Mapping[str, Any], recipe: Mapping[str, Any]) -> T:
@@ -69,7 +78,8 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
             known = " or ".join(meta["words"])
             raise InputError(f"{name} = {value!r}: neither a number nor {known}") from None
     words = get_args(kind) if get_origin(kind) is Literal else ()
-    plain = str if words else kind if kind in (bool, int, float, str) else tuple
+    mapping = get_origin(kind) is Mapping
+    plain = str if words else dict if mapping else kind if kind in _PLAIN else tuple
     if type(value) is not plain or (
         kind == tuple[str, ...] and not all(isinstance(item, str) for item in value)
     ):
@@ -81,4 +91,6 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if ("min" in meta and not value >= meta["min"]) or ("max" in meta and not value <= meta["max"]):
         bounds = f"{meta.get('min', '')} … {meta.get('max', '')}".strip()
         raise InputError(f"{name} = {value!r}: out of range ({bounds})")
+    if "check" in meta:
+        meta["check"](value)
     return value

@@ -61,3 +61,12 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def quoted(text: str) -> str:
+    """A string of TOML, with escapes for what does not print."""
+    escaped = (
+        f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}"
+        for char in text
+    )
+    return f'"{"".join(escaped)}"'

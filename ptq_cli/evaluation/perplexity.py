@@ -182,7 +182,11 @@ def _summary(
         "increase": {name: difference(nll[name], nll["original"], sequence) for name in own},
         "quantized_minus_rtn": difference(nll["quantized"], nll["rtn"], sequence),
         "kl": {
-            name: {"mean": float(m.kl.mean()), "p99_9": float(np.quantile(m.kl, 0.999))}
+            name: {
+                "mean": float(m.kl.mean()),
+                "standard_error": clustered_error(m.kl, sequence),
+                "p99_9": float(np.quantile(m.kl, 0.999)),
+            }
             for name, m in own.items()
         },
         "same_top": {name: m.same_top for name, m in own.items()},
@@ -230,15 +234,20 @@ def difference(ours: Doubles, theirs: Doubles, sequence: NDArray[np.int64]) -> d
     """exp(mean ours) − exp(mean theirs), and its standard error, clustered by sequence.
 
     ours, theirs: negative log-likelihoods [n] of the same tokens; sequence: [n]
-    By the delta method a token adds `ppl·(nll − mean)` of either side to the difference. The error
-    is None where there is one sequence only.
+    By the delta method a token adds `ppl·(nll − mean)` of either side to the difference.
     """
     perplexity = [float(np.exp(nll.mean())) for nll in (ours, theirs)]
-    parts = [p * (nll - nll.mean()) for p, nll in zip(perplexity, (ours, theirs), strict=True)]
-    _, cluster = np.unique(sequence, return_inverse=True)
-    sums = np.bincount(cluster, parts[0] - parts[1])
-    count = len(sums)
-    spread = (
-        float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(ours)) if count > 1 else None
-    )
+    parts = [p * nll for p, nll in zip(perplexity, (ours, theirs), strict=True)]
+    spread = clustered_error(parts[0] - parts[1], sequence)
     return {"perplexity": perplexity[0] - perplexity[1], "standard_error": spread}
+
+
+def clustered_error(values: Doubles, sequence: NDArray[np.int64]) -> float | None:
+    """Standard error of the mean of values [n] of tokens, clustered by sequence [n]; None where
+    there is one sequence only."""
+    _, cluster = np.unique(sequence, return_inverse=True)
+    sums = np.bincount(cluster, values - values.mean())
+    count = len(sums)
+    if count < 2:
+        return None
+    return float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))

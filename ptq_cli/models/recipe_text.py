@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ptq_cli.core.text import printable
+from ptq_cli.core.text import printable, quoted
 from ptq_cli.models.sites import SitePattern, Specs
 
 _WIDTH = 100
@@ -68,27 +68,18 @@ def _one_star_fits(pattern: SitePattern) -> bool:
 
 
 def _entry(pattern: SitePattern, said: str) -> list[str]:
-    names = [_quoted(linear) for linear in pattern.linears]
+    names = [quoted(linear) for linear in pattern.linears]
     lines = [f"# {printable(said)}", "[[sites]]", f"linears = [{', '.join(names)}]"]
     if len(lines[-1]) > _WIDTH:
         lines[-1:] = ["linears = [", *(f"    {name}," for name in names), "]"]
     if pattern.norm:
-        lines.append(f"# norm = {_quoted(pattern.norm)}")
+        lines.append(f"# norm = {quoted(pattern.norm)}")
     if pattern.after:
-        lines.append(f"# after = {_quoted(pattern.after)}")
+        lines.append(f"# after = {quoted(pattern.after)}")
         if pattern.layout != "all":
-            lines.append(f"# layout = {_quoted(pattern.layout)}")
+            lines.append(f"# layout = {quoted(pattern.layout)}")
         if pattern.layout == "heads" and pattern.heads:
             lines.append(f"# heads = {pattern.heads}")
     if pattern.transposed:
         lines.append("transposed = true")
     return lines
-
-
-def _quoted(text: str) -> str:
-    """A string of TOML, with escapes for what does not print."""
-    escaped = (
-        f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}"
-        for char in text
-    )
-    return f'"{"".join(escaped)}"'

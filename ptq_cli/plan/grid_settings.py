@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptq_cli.plan.mixes import MIX_NAMES, MIXES
+from ptq_cli.plan.prediction import check_allocation
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.registry import FORMATS, SMOOTHERS, method, smoother
 
@@ -112,6 +113,14 @@ class GridSettings:
     )
     layers: tuple[Mapping[str, Any], ...] = field(
         default=(), metadata={"help": "Settings of single layers.", "recipe_only": True}
+    )
+    allocation: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "What ptq allocate predicted of `layers`; it is shown, and changes nothing.",
+            "recipe_only": True,
+            "check": check_allocation,
+        },
     )
     family: str = field(
         default="",

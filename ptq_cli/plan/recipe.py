@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.settings import check_keys, make_settings, settings_fields
+from ptq_cli.core.text import printable, quoted
 from ptq_cli.errors import InputError, stated_in
 from ptq_cli.plan.grid_settings import (
     FLOAT_BITS,
@@ -20,6 +21,8 @@ from ptq_cli.plan.grid_settings import (
 from ptq_cli.plan.name_patterns import compiled
 from ptq_cli.plan.tensor_types import known_type
 from ptq_cli.storage.files import read_small
+
+_WIDTH = 100
 
 
 def load_recipe(path: Path, command: str) -> Mapping[str, Any]:
@@ -78,3 +81,52 @@ def _check_rule(rule: Mapping[str, Any]) -> None:
         known_type(f"[[layers]] match = {pattern!r}", rule["type"])
     with stated_in(f"[[layers]] match = {pattern!r}"):
         make_settings(GridSettings, {}, _without_floats(own))
+
+
+def recipe_text(recipe: Mapping[str, Any], method: str, about: Sequence[str]) -> str:
+    """A recipe as TOML. about: lines of comment at its beginning"""
+    tables = {key: value for key, value in recipe.items() if isinstance(value, Mapping)}
+    lists = {key: value for key, value in recipe.items() if _is_tables(value)}
+    lines = [f"# {printable(line)}" for line in about]
+    lines.append(f"method = {_value(method)}")
+    for key, value in recipe.items():
+        if key not in tables and key not in lists:
+            lines.append(f"{key} = {_value(value)}")
+    for key, table in tables.items():
+        lines += _table(key, table)
+    for key, rules in lists.items():
+        for rule in rules:
+            lines += ["", f"[[{key}]]", *(f"{name} = {_value(own)}" for name, own in rule.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _table(key: str, table: Mapping[str, Any]) -> list[str]:
+    """A table, and behind it those in it."""
+    lines, inner = ["", f"[{key}]"], []
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            inner += _table(f"{key}.{name}", value)
+            continue
+        lines.append(f"{name} = {_value(value)}")
+        if len(lines[-1]) > _WIDTH and isinstance(value, list | tuple):
+            fours = (value[i : i + 4] for i in range(0, len(value), 4))
+            rows = [f"    {', '.join(map(_value, own))}," for own in fours]
+            lines[-1:] = [f"{name} = [", *rows, "]"]
+    return [*lines, *inner]
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(x, Mapping) for x in value)
+
+
+def _value(value: Any) -> str:
+    """A value of TOML; regular expressions as they are, where a literal string holds them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if not isinstance(value, str):
+        return repr(value)
+    if "\\" in value and "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return quoted(value)

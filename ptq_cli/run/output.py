@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ptq_cli._version import __version__
@@ -23,9 +24,11 @@ from ptq_cli.storage.folder import (
     container_of,
     write_folder,
 )
+from ptq_cli.storage.gguf_model import GgufOutput
 from ptq_cli.storage.shards import Part, Shards
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import Bytes
+from ptq_cli.storage.weights_size import weights_size
 
 
 def is_placing(plan: Plan, resources: Resources) -> bool:
@@ -48,6 +51,20 @@ def lay_out(staging: Staging, job: Quantization, max_shard: int | None) -> Shard
     layers, fmt = {layer.module: layer for layer in job.plan.layers}, format_named(job.plan.format)
     size = max_shard or MAX_SHARD
     return begin_weights(staging.out, _parts(job.plan, job.written), layers, fmt, size)
+
+
+def weights_bytes(
+    job: Quantization, max_shard: int | None = None, said: Mapping[str, Any] = {}
+) -> int:
+    """Bytes that the weights files of the output will have. said: of the run, in a GGUF file"""
+    method = max(job.rounding.method, "rtn", key=len)  # the longest word of the metadata
+    method = method if job.smoothing is None else f"{job.command}+{method}"
+    layers = {layer.module: replace(layer, method=method) for layer in job.plan.layers}
+    fmt, parts = format_named(job.plan.format), _parts(job.plan, job.written)
+    if job.checkpoint.gguf is not None and not container_of(fmt).filled:  # all else is copied
+        parts = [(name, specs) for name, specs in parts if name in layers]
+    place = GgufOutput(Path(), max_shard, said, job.plan.types)
+    return weights_size(job.checkpoint, parts, layers, fmt, place)
 
 
 def _parts(plan: Plan, written: Mapping[str, StoredTensor]) -> list[Part]:

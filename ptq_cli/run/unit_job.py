@@ -88,7 +88,7 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> list[
     """Round → prove → stage; the report's rows. unit: the job's, or that without statistics"""
     begin = time.perf_counter()
     with ExitStack() as files:
-        weights = _Weights(job, files)
+        weights = Weights(job.checkpoint, job.source, job.rounding, files)
         try:
             tensors, rows = quantize_unit(unit, statistics, weights.load, job.rounding)
         except NumericalError as error:
@@ -106,16 +106,22 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> list[
 
 
 @dataclass
-class _Weights:
-    """The weights of a unit's layers as they are read, and the digests of what was read."""
+class Weights:
+    """The weights of a unit's layers as they are read, and the digests of what was read.
 
-    job: UnitJob
+    source: of Fisher information, where that weighs the scale search
+    files: closes what is read row by row
+    """
+
+    checkpoint: Checkpoint
+    source: Source | None
+    rounding: Rounding
     files: ExitStack
     _digests: dict[str, str] = field(default_factory=dict)
     _streamed: dict[str, FileRows] = field(default_factory=dict)
 
     def load(self, layer: Layer) -> LayerWeight:
-        checkpoint = self.job.checkpoint
+        checkpoint = self.checkpoint
         outputs = checkpoint.output_scale(layer)
         importance = self._importance(layer)
         if checkpoint.streams(layer):
@@ -127,7 +133,7 @@ class _Weights:
 
     def _importance(self, layer: Layer) -> FloatArray | None:
         """What weighs the layer's scale search: its Fisher information, where that is asked for."""
-        source, rounding = self.job.source, self.job.rounding
+        source, rounding = self.source, self.rounding
         if source is None or not rounding.how.needs_fisher(rounding.settings):
             return None
         values = source.load_fisher(layer.module)

@@ -37,7 +37,7 @@ from ptq_cli.storage.gguf_model import GgufOutput, check_gguf, open_gguf, write_
 from ptq_cli.storage.made import REPORT
 from ptq_cli.storage.onnx_file import library as onnx_library
 from ptq_cli.storage.onnx_file import write_graph
-from ptq_cli.storage.shards import Part, Shards, mapped
+from ptq_cli.storage.shards import Metadata, Part, Shards, mapped
 from ptq_cli.storage.tensors import WRITABLE, Bytes, quantized_entry, quantized_metadata
 from ptq_cli.storage.weights import INDEX_SUFFIX, MERGE_FIRST, SUFFIX, check_whole
 
@@ -115,8 +115,7 @@ def begin_weights(
         return None
     with files.named(folder):
         folder.mkdir(exist_ok=True)
-    unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
-    shards = Shards(folder, parts, lambda names: _metadata(names, unnamed, fmt), max_shard)
+    shards = Shards(folder, parts, longest_metadata(layers, fmt), max_shard)
     for name in set(files.listing(folder)).difference(shards.names):
         files.remove(folder / name)  # of an older output: a run was killed while it put it aside
     return shards
@@ -177,6 +176,12 @@ def _write_weights(out: Path, assembly: Assembly, shards: Shards, listen: Listen
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         files.write_file(out / f"model{INDEX_SUFFIX}", files.to_json(index))
     container_of(assembly.fmt).complete(out, names, assembly.layers, assembly.fmt)
+
+
+def longest_metadata(layers: Mapping[str, Layer], fmt: Format) -> Metadata:
+    """That of a file that holds some modules, as long as it can become."""
+    unnamed = {name: replace(layer, method=_LONGEST) for name, layer in layers.items()}
+    return lambda names: _metadata(names, unnamed, fmt)
 
 
 def _metadata(names: Sequence[str], layers: Mapping[str, Layer], fmt: Format) -> Mapping[str, str]:

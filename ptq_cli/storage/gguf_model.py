@@ -42,7 +42,14 @@ from ptq_cli.storage.gguf_placing import (
     unplaced,
 )
 from ptq_cli.storage.gguf_view import GgufView, view_by_names, view_of
-from ptq_cli.storage.gguf_write import Data, Outgoing, encoded_keys, pieces_of, write_gguf
+from ptq_cli.storage.gguf_write import (
+    Data,
+    Outgoing,
+    encoded_keys,
+    gguf_size,
+    pieces_of,
+    write_gguf,
+)
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, quantized_entry, quantized_metadata
 
 _MAX_TOKENIZER = 256 << 20
@@ -238,20 +245,34 @@ def write_gguf_model(
     out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
 ) -> None:
     """Write a GGUF file, then open it and compare every tensor with what was staged."""
+    keys, tensors, data, alignment = _contents(out, parts, layers, fmt, source)
+    written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
+    _verify(written[0], tensors, data, keys)
+    _verify_layers(written[0], layers, fmt, source.config)
+
+
+def gguf_model_size(
+    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+) -> int:
+    """Bytes of the files that `write_gguf_model` would write. parts: of layers without values"""
+    keys, tensors, _, alignment = _contents(out, parts, layers, fmt, source)
+    return gguf_size(keys, tensors, alignment, out.max_shard)
+
+
+def _contents(
+    out: GgufOutput, parts: Parts, layers: Mapping[str, Layer], fmt: Format, source: Checkpoint
+) -> tuple[dict[str, bytes], list[Outgoing], list[Callable[[], Data]], int]:
+    """Of the file: keys, tensors, what gives their data, and the alignment."""
     own: dict[str, Any] = dict(quantized_metadata(fmt, list(layers.values()), out.said))
     if out.types.file_type is not None:
         own["general.file_type"] = out.types.file_type
     if source.gguf is not None:
         keys = copied_keys(source.gguf, layers, own)
         tensors, data = copied_tensors(source, parts, layers, out.types.stored_as)
-        alignment = source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
-    else:
-        keys = encoded_keys(_metadata(source, list(layers.values()), own))
-        tensors, data = made_tensors(source, parts, layers, out.types.stored_as)
-        alignment = ALIGNMENT
-    written = write_gguf(out.path, keys, tensors, map(_read, data), alignment, out.max_shard)
-    _verify(written[0], tensors, data, keys)
-    _verify_layers(written[0], layers, fmt, source.config)
+        return keys, tensors, data, source.gguf.header.metadata.get("general.alignment", ALIGNMENT)
+    keys = encoded_keys(_metadata(source, list(layers.values()), own))
+    tensors, data = made_tensors(source, parts, layers, out.types.stored_as)
+    return keys, tensors, data, ALIGNMENT
 
 
 def _read(data: Callable[[], Data]) -> Data:

@@ -97,11 +97,7 @@ def write_gguf(
     paths = _shard_paths(path, len(shards))
     items = iter(data)
     for number, (own, shard) in enumerate(zip(paths, shards, strict=True)):
-        mine = dict(keys) if number == 0 else {}
-        if number and "general.alignment" in keys:
-            mine["general.alignment"] = keys["general.alignment"]
-        if len(shards) > 1:
-            mine |= _split_keys(number, len(shards), len(tensors))
+        mine = _keys_of(number, len(shards), keys, len(tensors))
         with named(own), open(own, "wb") as file:
             file.write(_header(mine, shard, alignment))
             for tensor in shard:
@@ -109,6 +105,31 @@ def write_gguf(
             file.flush()
             os.fsync(file.fileno())
     return paths
+
+
+def gguf_size(
+    keys: Mapping[str, bytes],
+    tensors: Sequence[Outgoing],
+    alignment: int,
+    max_shard: int | None = None,
+) -> int:
+    """Bytes of the files that `write_gguf` would write."""
+    size = sum(aligned(tensor.nbytes, alignment) for tensor in tensors)
+    shards = _cut(tensors, max_shard)
+    for number, shard in enumerate(shards):
+        own = _keys_of(number, len(shards), keys, len(tensors))
+        size += len(_header(own, shard, alignment))
+    return size
+
+
+def _keys_of(
+    number: int, count: int, keys: Mapping[str, bytes], n_tensors: int
+) -> dict[str, bytes]:
+    """Of one file of so many."""
+    own = dict(keys) if number == 0 else {}
+    if number and "general.alignment" in keys:
+        own["general.alignment"] = keys["general.alignment"]
+    return own | (_split_keys(number, count, n_tensors) if count > 1 else {})
 
 
 def _cut(tensors: Sequence[Outgoing], max_shard: int | None) -> list[list[Outgoing]]:

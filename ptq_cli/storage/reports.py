@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.errors import InputError
+from ptq_cli.errors import InputError, PtqError
 from ptq_cli.storage.companions import GGUF_SUFFIX
 from ptq_cli.storage.files import listing, parse_json, read_json
 from ptq_cli.storage.made import REPORT, report_beside
@@ -51,6 +51,18 @@ def read_report(path: Path) -> tuple[dict[str, Any], Path | None]:
         raise InputError(f"{path}: not a report of ptq: {wrong}")
     own = path.name == REPORT and "quantization.json" in listing(path.parent)
     return document, path.parent if own else None
+
+
+def settings_of(output: Path) -> Mapping[str, Any]:
+    """Settings of the run that made an output, as its report says; none where there is no report
+    that can be read."""
+    if not output.is_dir() and output.suffix != GGUF_SUFFIX:
+        return {}
+    try:
+        settings: dict[str, Any] = read_report(output)[0]["settings"]
+    except PtqError:
+        return {}
+    return settings
 
 
 def _misfits(

@@ -63,11 +63,7 @@ class Shards:
     def __init__(
         self, folder: Path, parts: Sequence[Part], longest: Metadata, max_shard: int
     ) -> None:
-        cut = _cut(parts, max_shard)
-        names = _shard_names(len(cut))
-        self._shards = [
-            _laid_out(folder / name, own, longest) for name, own in zip(names, cut, strict=True)
-        ]
+        self._shards = lay_out(folder, parts, longest, max_shard)
         self.folder = folder
         self.places = {
             tensor.spec.name: tensor for shard in self._shards for tensor in shard.tensors
@@ -117,6 +113,13 @@ class Shards:
             if read_header(shard.path).tensors != tuple(shard.tensors):
                 raise FileError(f"{shard.path}: does not hold the tensors that were written")
         return {name: place.file.name for name, place in self.places.items()}
+
+
+def lay_out(folder: Path, parts: Sequence[Part], longest: Metadata, max_shard: int) -> list[Shard]:
+    """The files of a folder, as `Shards` has them; nothing is written."""
+    cut = _cut(parts, max_shard)
+    paths = (folder / name for name in _shard_names(len(cut)))
+    return [_laid_out(path, own, longest) for path, own in zip(paths, cut, strict=True)]
 
 
 def put_tensor(tensor: Bytes | StoredTensor, place: StoredTensor, *, durable: bool = False) -> None:

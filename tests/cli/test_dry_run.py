@@ -7,10 +7,12 @@ import json
 import os
 import sys
 import time
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
 from ptq_cli.commands import estimate
@@ -374,3 +376,36 @@ def test_seventy_billion_parameters_in_200_mib(headers, words):
         content = json.loads(done.stdout)
         assert content["totals"]["layers"] == 560
         assert content["time"]["seconds"] > 10
+
+
+@pytest.mark.slow(5)
+def test_seventy_billion_parameters_are_shared_out_in_seconds(headers, tmp_path):
+    """Once errors are there."""
+    import resource
+    import subprocess
+
+    from ptq_cli.commands.allocate import prepare_allocation
+    from ptq_cli.plan.allocation import Budget
+
+    table, recipe = tmp_path / "t.json", tmp_path / "r.toml"
+    job = prepare_allocation("rtn", headers, {}, Budget(bits_per_weight=4.5), table=table)
+    random = np.random.default_rng(1)
+    for group in job.work.groups:
+        for module in group.modules:
+            errors = {c: {"rel_err": random.exponential(4.0 ** -int(c[1]))} for c in group.layers}
+            job.table.errors[module] = {
+                c: {**x, "heldout_rel_err": None} for c, x in errors.items()
+            }
+    job.table.save()
+    words = ["allocate", ".", "--method", "rtn", "--target-size", "40GiB", "--table", table]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, words), "-o", str(recipe)],
+        cwd=headers, capture_output=True, text=True,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.rsplit("peak ", 1)[1].split()[0]) < 300 << 10
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    size = tomllib.loads(recipe.read_text())["allocation"]["bytes"]
+    assert (40 << 30) * 0.9999 < size <= 40 << 30

@@ -11,6 +11,7 @@ from tests.builders import ROOT
 
 TARGET = ROOT / "ptq_cli" / "__init__.pyi"
 QUANTIZING = ("awq", "gptq", "pack", "rtn", "smoothquant")
+BY_NAME = ("allocate", *QUANTIZING)  # whose signatures are made from settings
 HEAD = '''\
 # Made by `python -m tests.commands.make_stub`; a test compares.
 """Post-training quantization of language models, without torch and without a GPU."""
@@ -56,14 +57,14 @@ def function(name: str) -> str:
             f"    {model.name}: {word(model.annotation)},",
             "    *,",
             *lines,
-            ") -> RunReport: ...",
+            f") -> {word(signature.return_annotation)}: ...",
         ]
     )
 
 
 def stub() -> str:
     names = "".join(f'    "{name}",\n' for name in ptq_cli.__all__)
-    functions = "\n".join(map(function, QUANTIZING))
+    functions = "\n".join(map(function, BY_NAME))
     return f"{HEAD}\n__all__ = [\n{names}]\n\n{functions}\n"
 
 

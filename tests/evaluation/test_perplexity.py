@@ -12,7 +12,7 @@ from ptq_cli.calibration.from_tokens import model_architecture
 from ptq_cli.commands import api
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed
-from ptq_cli.evaluation.perplexity import difference, quantized_tensors
+from ptq_cli.evaluation.perplexity import clustered_error, difference, quantized_tensors
 from ptq_cli.models.forward import stages
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
@@ -126,6 +126,16 @@ def test_the_standard_error_is_that_of_drawing_sequences() -> None:
 def test_one_sequence_has_no_standard_error() -> None:
     entry = difference(np.ones(3), np.zeros(3), np.zeros(3, int))
     assert entry["standard_error"] is None
+    assert clustered_error(np.ones(3), np.zeros(3, int)) is None
+
+
+def test_the_standard_error_of_a_mean_is_that_of_the_sequences_sums() -> None:
+    values, sequence = np.array([1.0, 2.0, 6.0, 3.0, 3.0]), np.array([4, 4, 7, 9, 9])
+    sums = [1.0 - 3 + 2 - 3, 6.0 - 3, 0.0]  # of what is above the mean, by sequence
+    wanted = np.sqrt(sum(x * x for x in sums) * 3 / 2) / 5
+    assert clustered_error(values, sequence) == pytest.approx(wanted)
+    alone = clustered_error(values, np.arange(5))
+    assert alone == pytest.approx(np.std(values, ddof=1) / np.sqrt(5))
 
 
 @pytest.mark.parametrize("gate", ["max_perplexity_increase", "max_kl"])

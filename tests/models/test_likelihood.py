@@ -53,6 +53,62 @@ def test_likelihoods_in_pieces_equal_those_of_whole_rows(scale: float, monkeypat
     assert likelihood.measure_tokens(model, targets, model).kl.max() == 0
 
 
+# ---- several versions of a model ----
+
+
+def prediction(finished: Any, head: Any = None) -> likelihood.Prediction:
+    arch = read_architecture(LLAMA)
+    weights = {arch.head: random_array(50, 32, scale=0.2) if head is None else head}
+    return likelihood.Prediction(arch, weights, finished)
+
+
+def exact_divergence(reference: likelihood.Prediction, model: likelihood.Prediction) -> float:
+    """KL in float64, from whole rows of float32 logits."""
+    own, wanted = (
+        stages.logits(x.arch, x.weights, x.finished).astype(np.longdouble)
+        for x in (model, reference)
+    )
+    own, wanted = (x - np.logaddexp.reduce(x, axis=1)[:, None] for x in (own, wanted))
+    return float((np.exp(wanted) * (wanted - own)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0, 100.0])
+def test_divergences_in_pieces_equal_those_of_whole_rows(scale: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(likelihood, "VOCABULARY", 7)
+    monkeypatch.setattr(likelihood, "LOGITS", 7 * 4)
+    head, finished = random_array(50, 32, scale=0.2), random_array(11, 32)
+    reference = prediction(finished, head)
+    others = [
+        prediction(finished + random_array(11, 32, scale=scale), head),
+        prediction(finished, head + random_array(50, 32, scale=0.2 * scale)),
+    ]
+    found = likelihood.divergences(reference, [*others, reference])
+    wanted = [exact_divergence(reference, other) for other in others]
+    np.testing.assert_allclose(found[:2], wanted, rtol=2e-4)
+    assert found[2] == 0
+    targets = np.zeros(11, np.int64)
+    for own, other in zip(found, others, strict=False):
+        measured = likelihood.measure_tokens(other, targets, reference).kl.mean()
+        np.testing.assert_allclose(own, measured, rtol=1e-3, atol=2e-6)
+
+
+def test_a_version_whose_predictions_are_lost_diverges_without_bounds() -> None:
+    reference, other = prediction(random_array(11, 32)), prediction(random_array(11, 32))
+    found = likelihood.divergences(reference, [prediction(random_array(11, 32, scale=1e4))])
+    assert found[0] > 700
+    other.finished[3] = np.nan
+    assert np.isnan(likelihood.divergences(reference, [other])[0])
+
+
+def test_versions_do_not_depend_on_one_another() -> None:
+    head, finished = random_array(50, 32, scale=0.2), random_array(11, 32)
+    reference = prediction(finished, head)
+    others = [prediction(random_array(11, 32), head) for _ in range(3)]
+    alone = [likelihood.divergences(reference, [other])[0] for other in others]
+    assert likelihood.divergences(reference, others).tolist() == alone
+    assert likelihood.divergences(reference, []).tolist() == []
+
+
 def test_next_tokens_stay_within_their_sequence() -> None:
     tokens = np.arange(27).reshape(3, 9)
     rows, targets = likelihood.next_tokens(tokens, pack(HOLES.shape, HOLES))

@@ -21,7 +21,11 @@ SILENT = {"$schema", "$defs", "title", "description"}
 
 
 def good() -> dict:
-    return documents.document(documents.rows(3), quality=copy.deepcopy(documents.QUALITY))
+    document = documents.document(documents.rows(3), quality=copy.deepcopy(documents.QUALITY))
+    allocation = copy.deepcopy(documents.ALLOCATION)
+    document["settings"] = {**document["settings"], "allocation": allocation}
+    del allocation["curve"][2:]
+    return document
 
 
 def schemas(node):
@@ -104,6 +108,11 @@ def test_whatever_the_schema_forbids_is_refused(tmp_path, count):
         (("totals", "bytes_after"), -5, "totals.bytes_after is -5, out of range"),
         (("layers", 0, "shape"), [3], "layers[0].shape is too short"),
         (("layers", 0, "loss"), 10**400, "layers[0].loss is no number to work with"),
+        (
+            ("settings", "allocation", "curve", 0, 1),
+            "x",
+            "settings.allocation.curve[0][1] is str, not number",
+        ),
         (("totals",), KeyError, "the document lacks 'totals'"),
     ],
 )

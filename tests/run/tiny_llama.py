@@ -18,7 +18,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def tiny_llama(folder: Path, **config: Any) -> Path:
+def tiny_llama(folder: Path, inner: int = 48, **config: Any) -> Path:
+    """inner: the width of its MLP, and so on with what config.json says"""
     random = np.random.default_rng(7)
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (40, 32),
@@ -31,8 +32,8 @@ def tiny_llama(folder: Path, **config: Any) -> Path:
             f"{base}self_attn.{n}_proj.weight": (16 if n in "kv" else 32, 32) for n in "qkvo"
         }
         shapes |= {f"{base}{n}_layernorm.weight": (32,) for n in ("input", "post_attention")}
-        shapes |= {f"{base}mlp.{n}_proj.weight": (48, 32) for n in ("gate", "up")}
-        shapes[f"{base}mlp.down_proj.weight"] = (32, 48)
+        shapes |= {f"{base}mlp.{n}_proj.weight": (inner, 32) for n in ("gate", "up")}
+        shapes[f"{base}mlp.down_proj.weight"] = (32, inner)
     tensors = {
         name: (random.standard_normal(shape) / 4 + (len(shape) == 1)).astype(np.float32)
         for name, shape in shapes.items()
@@ -41,7 +42,9 @@ def tiny_llama(folder: Path, **config: Any) -> Path:
         for name, reach in (("k", 3), ("v", 0.2)):
             tensors[f"model.layers.{block}.self_attn.{name}_proj.weight"][8:] *= reach
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({**CONFIG, "intermediate_size": inner, **config})
+    )
     save_file(tensors, folder / "model.safetensors")
     np.save(folder / "tokens.npy", random.integers(0, 40, (16, 12)))
     return folder

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
 from ptq_cli.core.text import common_parents, number, size
+from ptq_cli.plan.prediction import prediction_of
 from ptq_cli.report.html import tables
+from ptq_cli.report.html.allocation import mix_table
 from ptq_cli.report.html.charts import charts_between, charts_of
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Subject
 from ptq_cli.report.html.tables import Column
 from ptq_cli.report.html.text import escaped, kind_of, section
 from ptq_cli.report.report import JsonObject, row_error, value_at
-from ptq_cli.report.words import measured_on, times
+from ptq_cli.report.words import kl_measured, measured_on, times
 
 
 def page(subjects: Sequence[Subject]) -> str:
@@ -69,6 +71,7 @@ def _one_run(subject: Subject) -> Sequence[str]:
         tables.warnings_list(document["warnings"]),
         _charts(charts_of(subject)),
         section("Predictions", tables.quality_table(document.get("quality"))),
+        section("Mix of widths", mix_table(document["layers"])),
         section("Layers", tables.layers_table(document["layers"])),
         section("Smoothed sites", tables.sites_table(document.get("sites", ()))),
         section("Key-value cache", tables.cache_table(document.get("kv_cache", ()))),
@@ -92,6 +95,7 @@ def _tiles(subject: Subject) -> str:
         _sizes(subject.document["totals"]),
         *_errors(subject.document["totals"]),
         _predictions(subject.document.get("quality")),
+        _allocation(subject.document),
         *_verdicts(subject),
     ]
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
@@ -124,6 +128,17 @@ def _predictions(quality: JsonObject | None) -> str:
     rise, plain = (quality["increase"][name]["perplexity"] for name in ("quantized", "rtn"))
     both = f"{values['original']:.4g} \u2192 {values['quantized']:.4g}"
     return _tile("Perplexity", both, f"{rise:+.3g}; round-to-nearest {plain:+.3g}")
+
+
+def _allocation(document: JsonObject) -> str:
+    """What was predicted of the mix of widths."""
+    prediction = prediction_of(document["settings"])
+    if prediction is None:
+        return ""
+    measured = kl_measured(document.get("quality")) if prediction.is_kl else None
+    about = f"at {prediction.bits_per_weight:.2f} bits per weight"
+    about += "" if measured is None else f"; measured {measured}"
+    return _tile(f"Predicted {prediction.word}", number(prediction.value), about)
 
 
 def _verdicts(subject: Subject) -> Iterator[str]:

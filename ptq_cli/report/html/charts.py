@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from ptq_cli.core.text import common_parents, number
 from ptq_cli.report.html import drawing
+from ptq_cli.report.html.allocation import allocation_chart
 from ptq_cli.report.html.distributions import channels_chart, distribution_chart
 from ptq_cli.report.html.drawing import COLOURS, SERIES
 from ptq_cli.report.html.subject import Subject, worst_first
@@ -25,6 +26,7 @@ def charts_of(subject: Subject) -> list[str]:
     of_rows = (errors_chart, kinds_chart, depth_chart, integer_chart, compared_chart)
     return [
         *(chart(rows) for chart in of_rows if rows),
+        allocation_chart(subject.document),
         blocks_chart(subject.document.get("quality")),
         *(distribution_chart(i, found) for i, found in enumerate(subject.distributions)),
         *(channels_chart(i, found) for i, found in enumerate(subject.channels)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
@@ -227,6 +227,9 @@ def settings_table(subjects: Sequence[Subject]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        short = {key: own for key, own in value.items() if isinstance(own, int | float | str)}
+        return ", ".join(f"{key} {own}" for key, own in short.items()) or "-"
     return (", ".join(map(str, value)) or "-") if isinstance(value, list) else str(value)
 
 

@@ -28,6 +28,13 @@ QUALITY = {
     "same_top": {"quantized": 0.938, "rtn": 0.89},
     "kl_per_block": [0.0004 + 0.0001 * (i % 5) for i in range(43)],
 }
+ALLOCATION = {
+    "predicted_kl": 0.0198,
+    "bits_per_weight": 4.125,
+    "bytes": 4_700_000_000,
+    "curve": [[2.125 + i / 10, 0.9 * math.exp(-0.19 * i)] for i in range(40)],
+    "uniform": {f"W{b}A16": [b + 0.125, 1.1 * math.exp(-1.9 * (b - 2))] for b in range(2, 7)},
+}
 NOTES = "damp_percent raised to 0.1"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 
 import matplotlib
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.report.gates import Gate
+from ptq_cli.report.html.allocation import allocation_chart, mix_table
 from ptq_cli.report.html.build import page
 from ptq_cli.report.html.style import SCRIPT, STYLE
 from ptq_cli.report.html.subject import Channels, Distribution, Subject
@@ -32,15 +35,18 @@ def whole(layers: list, **more) -> Subject:
     for i, row in enumerate(layers):
         row |= {"compared": {"rtn": 0.01 + i, "awq": 0.005}, "best": "awq"}
         row |= {"activations": ACTIVATIONS}
+    layers[0]["bits"], layers[0]["bits_per_weight"] = 6, 6.125
     rng = np.random.default_rng(0)
     scales = np.sort(rng.uniform(0.001, 0.1, 25))
     left = {"tensor": "lm_head.weight", "dtype": "BF16", "shape": [9, 9], "reason": "lm_head"}
+    document = documents.document(
+        layers, quality=documents.QUALITY, sites=[dict(SITE)], left_alone=[left],
+        warnings=["a warning"], **more,
+    )  # fmt: skip
+    document["settings"] = {"allocation": documents.ALLOCATION, **document["settings"]}
     return Subject(
         "out",
-        documents.document(
-            layers, quality=documents.QUALITY, sites=[dict(SITE)], left_alone=[left],
-            warnings=["a warning"], **more,
-        ),
+        document,
         (Gate("--min-gain", 1.5, 2.0, True, ""), Gate("--max-kl", 0.01, 0.0213, False, "KL is up")),
         tuple(
             Distribution(row["module"], rng.integers(1, 999, 256), rng.integers(0, 99, 24), scales)
@@ -119,6 +125,82 @@ def test_predictions_gates_and_the_rest_stand_there(pages):
     assert {"Integer error": "0.0111", "Plain integer": "0.0222"}.items() <= cells(
         root.by_id("layers")
     )[0].items()
+
+
+def allocated(**said) -> dict:
+    """A report of a run that was allocated: seven layers of 4 bits, one of 6."""
+    layers = documents.rows(8)
+    layers[0] |= {"bits": 6, "bits_per_weight": 6.125}
+    quality = json.loads(json.dumps(documents.QUALITY))
+    quality["kl"]["quantized"]["standard_error"] = 0.00081
+    document = documents.document(layers, quality=quality)
+    document["settings"] |= {"allocation": {**documents.ALLOCATION, **said}}
+    return document
+
+
+def test_a_prediction_stands_beside_what_was_measured():
+    root = read(page([Subject("out", {**allocated(), "layers": []})]))
+    tiles = {t.all("dt")[0].text: t.all("dd")[0].text for t in root.all("div") if t.all("dt")}
+    said = "0.0198at 4.12 bits per weight; measured 0.0213 ± 0.00081"
+    assert tiles["Predicted KL"] == said
+    (settings,) = [t for t in root.all("table") if t.attributes["aria-label"] == "Settings"]
+    shown = {row["Setting"]: row["Value"] for row in cells(settings)}
+    assert shown["allocation"] == "predicted_kl 0.0198, bits_per_weight 4.125, bytes 4700000000"
+
+
+def test_the_curve_the_choices_and_what_was_measured_are_drawn():
+    figure = read(allocation_chart(allocated()))
+    assert figure.by_id("allocation-caption").text == (
+        "Predicted KL of the best mix at each size, from 0.9 at 2.12 bits per weight to 0.000545 at"
+        " 6.03. Chosen: 0.0198 at 4.12. One choice for all layers: W2A16 1.1 at 2.12, W3A16 0.165"
+        " at 3.12, W4A16 0.0246 at 4.12, W5A16 0.00368 at 5.12, W6A16 0.00055 at 6.12. Measured:"
+        " 0.0213 ± 0.00081."
+    )
+    texts = [text.text for text in figure.all("text")]
+    for words in ("best mix", "one choice for all", "chosen", "measured", "predicted KL, nats"):
+        assert words in texts
+
+
+def test_without_a_run_of_the_model_errors_are_predicted_and_not_compared_with_kl():
+    document = allocated(predicted_rel_err=0.5)
+    del document["settings"]["allocation"]["predicted_kl"]
+    figure = read(allocation_chart(document))
+    assert figure.by_id("allocation-title").text == "Bits against predicted sum of errors"
+    caption = figure.by_id("allocation-caption").text
+    assert "Chosen: 0.5 at 4.12" in caption
+    assert "Measured" not in caption
+    assert "measured" not in [text.text for text in figure.all("text")]
+
+
+def test_how_many_layers_have_which_width():
+    rows = allocated()["layers"]
+    first, second = cells(read(mix_table(rows)))
+    assert (first["Numbers"], first["Layers"]) == ("W6A16", "1")
+    assert (second["Numbers"], second["Layers"]) == ("W4A16", "7")
+    part = 4096 * 4096 / sum(math.prod(row["shape"]) for row in rows)
+    assert float(first["Weights"].rstrip("%")) == pytest.approx(100 * part, abs=0.06)
+    assert float(first["Mean error"]) == pytest.approx(rows[0]["heldout_rel_err"], rel=5e-3)
+    assert mix_table(rows[1:]) == ""
+
+
+GOOD = documents.ALLOCATION
+GARBLED = {
+    "empty": {}, "text": "x", "number for a curve": {**GOOD, "curve": 3},
+    "nothing for a number": {**GOOD, "predicted_kl": None},
+    "half a point": {**GOOD, "curve": [[1]]}, "no curve": {**GOOD, "curve": []},
+    "zeros": {**GOOD, "curve": [[0, 0], [0, 0]], "predicted_kl": 0, "uniform": {}},
+    "markup": {**GOOD, "uniform": {"<i>x</i>": [4, 0]}, "<i>y</i>": "<i>z</i>"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", GARBLED.values(), ids=list(GARBLED))
+def test_a_garbled_prediction_has_a_page(said):
+    document = documents.document([])
+    document["settings"] |= {"allocation": said}
+    root = read(page([Subject("out", document)]))
+    assert not root.all("i")
+    drawn = "Bits against predicted KL" in [title.text for title in root.all("h3")]
+    assert drawn == (said in (GARBLED["zeros"], GARBLED["markup"]))
 
 
 @pytest.mark.slow

@@ -1,0 +1,382 @@
+"""`allocate` as a command runs it: the plans of all choices, what is measured, the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ptq_cli._version import __version__
+from ptq_cli.calibration.find import BESIDE, AnyPath, SourceSettings, find_source
+from ptq_cli.commands import job as jobs
+from ptq_cli.commands.quantize import prepare
+from ptq_cli.core.layer import Plan
+from ptq_cli.core.names import fold_names
+from ptq_cli.core.plugins import Method
+from ptq_cli.core.settings import make_settings
+from ptq_cli.errors import InputError, stated_in
+from ptq_cli.plan.allocation import (
+    Allocation,
+    Budget,
+    Trial,
+    decide,
+    divergence_of,
+    is_linear,
+    room,
+)
+from ptq_cli.plan.choices import (
+    Choice,
+    Group,
+    base_scheme,
+    kept_rules,
+    make_groups,
+    read_choices,
+    recipe_rules,
+)
+from ptq_cli.plan.grid_settings import GridSettings, default_settings
+from ptq_cli.plan.plan import make_plan
+from ptq_cli.plan.tensor_types import gguf_names
+from ptq_cli.registry import SMOOTHERS, format_named, method, smoother
+from ptq_cli.run.measure_choices import ChoiceJob, measure_choices
+from ptq_cli.run.quantize_unit import Rounding
+from ptq_cli.run.schedule import RunOptions
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.choices import SUFFIX, ChoiceTable
+from ptq_cli.storage.output import check_place
+from ptq_cli.storage.sources import open_float
+
+SAID_BY_CHOICES = ("bits", "scheme", "tensor_type", "output_tensor_type", "token_embedding_type")
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocateJob:
+    """A budget that is planned and ready to be shared out.
+
+    base: the recipe without what is decided
+    planned: plans a recipe as its command will
+    """
+
+    command: str
+    work: ChoiceJob
+    choices: Mapping[str, Choice]
+    settings: GridSettings
+    base: Mapping[str, Any]
+    budget: Budget
+    table: ChoiceTable
+    planned: Callable[[Mapping[str, Any]], jobs.Job]
+
+    @property
+    def cost_word(self) -> str:
+        """What costs are."""
+        return "predicted KL" if self.work.runs else "sum of errors"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Of any recipe that it may become."""
+        return self._mixture[1].plan.warnings
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """Of the warnings, as of `Plan`."""
+        return self._mixture[1].plan.untried
+
+    @property
+    def default_output(self) -> str:
+        """Of the recipe."""
+        budget = self.budget
+        bits = budget.bits_per_weight
+        target = f"{budget.size}B" if bits is None else f"{bits:g}bpw"
+        return f"{jobs.model_stem(self.work.checkpoint)}-{self.command}-{target}.toml"
+
+    @cached_property
+    def missing(self) -> list[Group]:
+        """Groups of which something is to be measured yet."""
+        tried = self.work.tried
+        return [
+            group
+            for group in self.work.groups
+            if not self.table.has_errors(group.modules, group.layers)
+            or not self.table.has_divergences(group.name, tried(group))
+        ]
+
+    def run(self, options: RunOptions) -> Allocation:
+        """Measure what is missing, and decide."""
+        measure_choices(self.work, self.table, options.resources, options.listen)
+        return self.decide(options)
+
+    def decide(self, options: RunOptions = jobs.DEFAULTS) -> Allocation:
+        """From what the table has: what fits as it is written, headers and all."""
+        rest = self.rest
+        while True:
+            found = self._decided(rest)
+            size = self.planned(self.recipe(found)).weights_bytes(options)
+            if self.budget.size is None or size <= self.budget.size:
+                return dataclasses.replace(found, size=size)
+            rest += size - self.budget.size
+
+    def _decided(self, rest: int) -> Allocation:
+        groups = tuple(self.work.groups)
+        trials, costs = self.trials(), self.costs()
+        picks, points, uniform = decide(groups, self.choices, costs, self.budget, rest)
+        chosen = list(zip(groups, picks, strict=True))
+        size = sum(group.sizes[pick] for group, pick in chosen)
+        return Allocation(
+            groups=groups,
+            picks=picks,
+            predicted=sum(costs[group.name][pick] for group, pick in chosen),
+            size=rest + size,
+            bits_per_weight=8 * size / sum(group.weights for group in groups),
+            points=points,
+            uniform=uniform,
+            runs=self.work.runs,
+            bent=tuple(name for name, own in trials.items() if not is_linear(own)),
+        )
+
+    def trials(self) -> dict[str, list[Trial]]:
+        """By group."""
+        return {group.name: self._trials(group) for group in self.work.groups}
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """By group and choice."""
+        return {group.name: self._costs(group, self._trials(group)) for group in self.work.groups}
+
+    def _trials(self, group: Group) -> list[Trial]:
+        found = self.table.divergences.get(group.name, {})
+        return [
+            Trial(_mean(self.table.error, group, choice), found[choice])
+            for choice in self.work.tried(group)
+        ]
+
+    def _costs(self, group: Group, trials: list[Trial]) -> dict[str, float]:
+        errors = {choice: _mean(self.table.error, group, choice) for choice in group.layers}
+        if not self.work.runs:
+            return {choice: error * len(group.modules) for choice, error in errors.items()}
+        return {choice: divergence_of(error, trials) for choice, error in errors.items()}
+
+    def recipe(self, allocation: Allocation) -> dict[str, Any]:
+        """The settings that give every layer what was decided."""
+        return {**self._recipe(allocation.picks), "allocation": allocation.document()}
+
+    def _recipe(self, picks: Sequence[str]) -> dict[str, Any]:
+        groups = self.work.groups
+        rules = recipe_rules(groups, picks, self.choices, self.work.rounding.fmt)
+        recipe = dict(self.base)
+        if scheme := base_scheme(groups, picks, self.choices):
+            recipe["scheme"] = scheme
+        return {**recipe, "layers": [*rules, *self.settings.layers]}
+
+    @cached_property
+    def _mixture(self) -> tuple[int, jobs.Job]:
+        """Of a recipe that has every choice beside the others: bytes of what is chosen, and it as
+        its command plans it."""
+        size, picks = 0, []
+        for number, group in enumerate(self.work.groups):
+            names = [name for name in self.choices if name in group.sizes]
+            picks.append(names[number % len(names)])
+            size += group.sizes[picks[-1]]
+        return size, self.planned(self._recipe(picks))
+
+    @cached_property
+    def rest(self) -> int:
+        """Bytes of weights that no choice changes, but for the lengths of headers."""
+        chosen, job = self._mixture
+        return job.weights_bytes() - chosen
+
+    def check(self) -> None:
+        """Find what would fail once all is measured. Raises PtqError."""
+        check_place(self._mixture[1].output)
+        check_place(self.table.path)
+        room(self.work.groups, self.budget, self.rest, sum(g.weights for g in self.work.groups))
+
+    def look(self) -> dict[str, Any]:
+        """What `run` would do: the choices, what they weigh and, where all is measured, what they
+        cost; and how much is to be measured."""
+        decided = None if self.missing else self.decide()
+        uniform = {} if decided is None else decided.uniform
+        weights = sum(group.weights for group in self.work.groups)
+        choices = {}
+        for name in self.choices:
+            sizes = [group.sizes.get(name) for group in self.work.groups]
+            if None in sizes:
+                continue
+            own = sum(size for size in sizes if size is not None)
+            choices[name] = {"bits_per_weight": 8 * own / weights, "bytes": self.rest + own}
+            if name in uniform:
+                choices[name]["predicted"] = uniform[name][2]
+        return {
+            "choices": choices,
+            "groups": len(self.work.groups),
+            "to_measure": sum(len(group.modules) for group in self.missing),
+            "trials": sum(len(self.work.tried(group)) for group in self.missing),
+            "trial_tokens": self.work.n_tokens if self.work.runs else 0,
+            "table": str(self.table.path),
+            "allocation": None if decided is None else decided.as_json(),
+        }
+
+    def about(self, allocation: Allocation) -> list[str]:
+        """Comment for the recipe."""
+        cost = f"{self.cost_word} {allocation.predicted:.3g}"
+        what = f"{allocation.bits_per_weight:.3f} bits a weight, {cost}"
+        return [f"{self.work.checkpoint.path}: {what}, by ptq allocate from {self._inputs}."]
+
+    @property
+    def _inputs(self) -> str:
+        source = self.work.source
+        return "the weights alone" if source is None else source.name
+
+    def notes(self, allocation: Allocation) -> list[str]:
+        """What is to be said of a decision, in lines."""
+        cost = f"{self.cost_word} {allocation.predicted:.3g}"
+        said = [
+            f"{allocation.bits_per_weight:.3f} bits/weight, {allocation.size} bytes of weights:"
+            f" {cost}"
+        ]
+        if not self.work.runs:
+            said.append(
+                "the model was not run (--tokens): the sum of relative errors was made least,"
+                " whatever they cost in the predictions"
+            )
+        if allocation.bent:
+            said.append(
+                f"not in proportion to the error, and taken as its power: the KL of"
+                f" {len(allocation.bent)} groups: {fold_names(allocation.bent)}"
+            )
+        return said
+
+
+def _mean(error: Any, group: Group, choice: str) -> float:
+    errors: list[float] = [error(module, choice) for module in group.modules]
+    return sum(errors) / len(errors)
+
+
+def prepare_allocation(
+    command: str,
+    model: AnyPath,
+    given: Mapping[str, Any],
+    budget: Budget,
+    recipe: Mapping[str, Any] = {},
+    source: SourceSettings = BESIDE,
+    *,
+    table: AnyPath | None = None,
+    **where: Any,
+) -> AllocateJob:
+    """Plan it: every mistake that can be known is found here.
+
+    command: whose recipe it will be
+    given, recipe: settings by name; `given` wins
+    table: the file that keeps what is measured; beside the model, where it is not named
+    where: `output`, `fallback` and `runtime`, as `prepare` takes them
+    """
+    _check(given, recipe, budget)
+    how, own, base = _method_of(command, given, recipe, budget)
+    words = [word for text in budget.choices for word in text.split(",") if word.strip()]
+    named = str(given.get("format") or recipe.get("format") or "")
+    choices = {c.name: c for c in read_choices(words, format_named(named or "ptq"))}
+    if not named:
+        base["format"] = _usual_format(choices)
+    settings = make_settings(GridSettings, {}, base)
+    kept = kept_rules(budget.keep, choices.values())
+    settings = dataclasses.replace(settings, layers=(*settings.layers, *kept))
+    checkpoint, fallback = open_float(Path(model)), where.get("fallback", "error")
+    found = find_source(
+        checkpoint, dataclasses.replace(source, parallel_layers=source.tokens.given)
+    )
+    fmt = format_named(settings.format)
+
+    def plan(choice: Choice) -> Plan:
+        grid = choice.settings(settings)
+        return make_plan(checkpoint, how, grid, own, fmt, found, missing=fallback)
+
+    plans = _plan_choices(choices, plan)
+    groups = make_groups(plans, fmt, gguf_names(checkpoint) if fmt.container == "gguf" else {})
+    rounding = Rounding(how.name, own, fmt.name, "rtn", settings.global_scale)
+    tried = _tried(plans)
+    work = ChoiceJob(checkpoint, found, rounding, plans, groups, tried, budget.trial_tokens)
+    path = Path(table) if table is not None else _beside(checkpoint)
+    measured = ChoiceTable(path, _identity(work, settings, fallback))
+    planned = partial(prepare, command, model, {}, source=source, **where)
+    job = AllocateJob(command, work, choices, settings, base, budget, measured, planned)
+    job.check()
+    return job
+
+
+def _plan_choices(choices: Mapping[str, Choice], plan: Callable[[Choice], Plan]) -> dict[str, Plan]:
+    """Plans by choice. Raises InputError of the first that cannot be, said of it unless it is the
+    same with all of them."""
+    plans, failed = {}, {}
+    for name, choice in choices.items():
+        try:
+            plans[name] = plan(choice)
+        except InputError as error:
+            failed[name] = error
+    for name, found in failed.items():
+        if len(failed) == len(choices) and len({x.message for x in failed.values()}) == 1:
+            raise found
+        with stated_in(f"--choices {name}"):
+            raise found
+    return plans
+
+
+def _check(given: Mapping[str, Any], recipe: Mapping[str, Any], budget: Budget) -> None:
+    if (budget.bits_per_weight is None) == (budget.size is None):
+        raise InputError("one of --target-bpw and --target-size says the budget")
+    target = budget.bits_per_weight if budget.size is None else budget.size
+    if target is None or not 0 < target < float("inf"):
+        raise InputError(f"{target} is no number of bits a weight or bytes")
+    for name in SAID_BY_CHOICES:
+        if given.get(name) or recipe.get(name):
+            word = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{word} has no place beside a budget: --choices say the numbers",
+                hint="--keep REGEX=CHOICE pins single layers",
+            )
+
+
+def _method_of(
+    command: str, given: Mapping[str, Any], recipe: Mapping[str, Any], budget: Budget
+) -> tuple[Method, Any, dict[str, Any]]:
+    """What rounds, its settings, and the recipe's own."""
+    base = {**recipe, **{k: v for k, v in given.items() if v is not None and v != ()}}
+    values = {**default_settings(command), **base}
+    name = command
+    if command in SMOOTHERS:
+        name = make_settings(smoother(command).settings, {}, values).then
+    how = method("rtn" if budget.fast else name)
+    return how, make_settings(how.settings, {}, values), base
+
+
+def _usual_format(choices: Mapping[str, Choice]) -> str:
+    """The format that choices imply."""
+    rules = [choice.rule for choice in choices.values()]
+    if any("type" in rule for rule in rules):
+        return "gguf"
+    return "compressed-tensors" if any("scheme" in rule for rule in rules) else "ptq"
+
+
+def _tried(plans: Mapping[str, Plan]) -> tuple[str, ...]:
+    """The choices whose effect is tried: the smallest, and that in the middle."""
+    by_size = sorted(plans, key=lambda name: plans[name].bytes_after)
+    return tuple(dict.fromkeys((by_size[0], by_size[len(by_size) // 2])))
+
+
+def _identity(work: ChoiceJob, settings: GridSettings, fallback: str) -> dict[str, Any]:
+    """All that what is measured depends on, besides the choice."""
+    rounding = dataclasses.asdict(work.rounding)
+    grid = dataclasses.asdict(settings)
+    inputs = jobs.fingerprints(work.checkpoint, work.source)
+    tokens = work.n_tokens if work.runs else 0
+    return {
+        "version": __version__,
+        "inputs": inputs,
+        "rounding": rounding,
+        "grid": grid,
+        "fallback": fallback,
+        "trial_tokens": tokens,
+    }
+
+
+def _beside(checkpoint: Checkpoint) -> Path:
+    place = checkpoint.path.resolve()
+    return place.with_name(f"{place.name.removesuffix('.safetensors')}{SUFFIX}")

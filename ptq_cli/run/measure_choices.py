@@ -1,0 +1,218 @@
+"""What each choice costs: for unit: statistics → for choice: round → measure; and, where the model
+can be run, what a few of them do to its predictions.
+
+A unit's statistics are those of the float model. From tokens the loop goes block by block; behind a
+block each group's trials, roundings of its layers at two choices, start on the way to the
+predictions (calibration/trials.py). When as many are on their way as fit the memory, they are taken
+to the end, and what is known by then is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.stream import Decode
+from ptq_cli.calibration.streams import through_sites
+from ptq_cli.calibration.trials import Changed, Trial, Trials
+from ptq_cli.core.layer import Layer, Plan, Unit
+from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.statistics import SiteStatistics
+from ptq_cli.core.tensors import Array
+from ptq_cli.errors import stated_in
+from ptq_cli.models.forward.layers import Tensor
+from ptq_cli.models.forward.linear import as_tensor
+from ptq_cli.numerics.parallel import use_threads
+from ptq_cli.plan.choices import Group
+from ptq_cli.run.quantize_unit import Rounding, quantize_unit
+from ptq_cli.run.schedule import Resources
+from ptq_cli.run.unit_job import Weights
+from ptq_cli.storage import interruption
+from ptq_cli.storage.checkpoint import Checkpoint
+from ptq_cli.storage.choices import ChoiceTable
+from ptq_cli.storage.machine import cores
+from ptq_cli.storage.scratch import temporary_folder
+
+KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for trials
+
+
+@dataclass(frozen=True)
+class ChoiceJob:
+    """plans: of the whole model, by choice
+    trials: the choices whose effect on the predictions is tried
+    n_tokens: that they are tried on
+    """
+
+    checkpoint: Checkpoint
+    source: Source | None
+    rounding: Rounding
+    plans: Mapping[str, Plan]
+    groups: Sequence[Group]
+    trials: Sequence[str]
+    n_tokens: int
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model itself is run."""
+        return self.source is not None and self.source.in_sequence
+
+    def tried(self, group: Group) -> list[str]:
+        """The choices of a group that are tried."""
+        if group.decided or not self.runs:
+            return []
+        return [choice for choice in self.trials if choice in group.layers]
+
+    def units(self) -> dict[str, dict[str, Unit]]:
+        """Units by name, each at every choice that has it, in the order of the work."""
+        found: dict[str, dict[str, Unit]] = {}
+        for choice, plan in self.plans.items():
+            for unit in plan.units:
+                found.setdefault(unit.name, {})[choice] = unit
+        return found
+
+
+def measure_choices(
+    job: ChoiceJob, table: ChoiceTable, resources: Resources, listen: Listener = nobody
+) -> None:
+    """Fill the table with what it lacks."""
+    with threadpool_limits(1), use_threads(resources.crew_for(cores())):
+        _Measuring(job, table, resources, listen).run()
+
+
+class _Measuring:
+    """A measurement under way.
+
+    waiting: what gives the rounded tensors of the block in hand, by choice and name
+    at: the site in hand, and its statistics
+    """
+
+    def __init__(
+        self, job: ChoiceJob, table: ChoiceTable, resources: Resources, listen: Listener
+    ) -> None:
+        self.job, self.table, self.resources, self.listen = job, table, resources, listen
+        self.units = job.units()
+        self.waiting: dict[str, dict[str, Decode]] = {}
+        self.at: tuple[str, SiteStatistics | None] = ("", None)
+        self.done = 0
+        self.total = len({module for group in job.groups for module in group.modules})
+        self.blocks: dict[int, list[Group]] = {}
+        if job.runs:
+            for group in job.groups:
+                self.blocks.setdefault(self._block_of(group), []).append(group)
+
+    def run(self) -> None:
+        if not self.job.runs:
+            for name, at in self.units.items():
+                modules = [layer.module for unit in at.values() for layer in unit.layers]
+                if not self.table.has_errors(modules, at):
+                    self._unit(name, at)
+                    self.table.save()
+            return
+        todo = {block for block, groups in self.blocks.items() if not self._known(groups)}
+        if todo:
+            with temporary_folder() as work:
+                self._through_blocks(work, todo)
+
+    def _through_blocks(self, work: Path, todo: set[int]) -> None:
+        """for block: for unit: statistics → for choice: round; then its groups' trials."""
+        source: Any = self.job.source
+        limits = (self.resources.workers, self.resources.max_memory)
+        self.trials = Trials(source, self.job.n_tokens, self.resources.crew_for(cores()))
+        units = [at for block in sorted(todo) for _, at in self._units_of(block)]
+        wanted = {str(next(iter(at.values())).site) for at in units}
+        self.sites = through_sites(source, work, wanted, *limits)
+        for block in range(-1, max(todo) + 1):
+            for name, at in self._units_of(block) if block in todo else ():
+                self._unit(name, at)
+            self._try(block, todo)
+        self.table.save()  # of blocks in which nothing is tried
+
+    def _try(self, block: int, todo: set[int]) -> None:
+        """Start the trials of a block, and go on through it; all to the end where there is no more
+        room, or no block left that starts any."""
+        changed: dict[Trial, Changed] = {}
+        for group in self.blocks.get(block, ()) if block in todo else ():
+            for choice in self.job.tried(group):
+                own = (layer.tensor for layer in group.layers[choice])
+                tensors = {name: self.waiting[choice][name] for name in own}
+                changed[group.name, choice] = tensors
+        if block < 0:
+            self.trials.embed(changed)
+        else:
+            self.trials.advance(changed)
+        full = self.trials.nbytes > self.resources.memory // KEPT_PART
+        if self.trials.nbytes and (full or block >= max(todo)):
+            for (group_name, choice), kl in self.trials.divergences().items():
+                self.table.add_divergence(group_name, choice, kl)
+            self.table.save()
+        self.waiting.clear()
+
+    def _known(self, groups: Sequence[Group]) -> bool:
+        """Whether all that is to be known of some groups is."""
+        return all(
+            self.table.has_errors(group.modules, group.layers)
+            and self.table.has_divergences(group.name, self.job.tried(group))
+            for group in groups
+        )
+
+    def _block_of(self, group: Group) -> int:
+        """Behind the blocks for the head and what the forward does not reach, -1 for embeddings."""
+        source: Any = self.job.source
+        for place in source.places.values():
+            if not {*place.linears}.isdisjoint(group.modules):
+                return int(place.block)
+        tensors = {layer.tensor for layer in next(iter(group.layers.values()))}
+        return -1 if source.arch.embedding in tensors else len(source.arch.blocks)
+
+    def _units_of(self, block: int) -> Iterator[tuple[str, dict[str, Unit]]]:
+        own = {module for group in self.blocks.get(block, ()) for module in group.modules}
+        for name, at in self.units.items():
+            if any(layer.module in own for layer in next(iter(at.values())).layers):
+                yield name, at
+
+    def _statistics(self, unit: Unit) -> SiteStatistics | None:
+        """Of a unit's site; where the model runs, in the order of its sites."""
+        if self.job.source is None or unit.site is None:
+            return None
+        if not self.job.runs:
+            return self.job.source.load(unit.site)
+        if self.at[0] != unit.site:
+            self.at = next(self.sites)
+        assert self.at[0] == unit.site  # units are in the order of their sites
+        return self.at[1]
+
+    def _unit(self, name: str, at: Mapping[str, Unit]) -> None:
+        """Round a unit at every choice, and keep the errors."""
+        rounding = self.job.rounding
+        statistics = self._statistics(next(iter(at.values())))
+        made: dict[tuple[Layer, ...], Any] = {}
+        for choice, unit in at.items():
+            interruption.check()
+            if unit.site is not None and statistics is None:
+                unit = replace(unit, nearest="no token reaches it")
+            if unit.layers not in made:
+                with stated_in(unit.name), ExitStack() as files:
+                    weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
+                    made[unit.layers] = quantize_unit(unit, statistics, weights.load, rounding)
+                    weights.check()
+            tensors, rows = made[unit.layers]
+            for row in rows:
+                self.table.add_error(choice, row)
+            if choice in self.job.trials and self.job.runs:
+                waiting = self.waiting.setdefault(choice, {})
+                for layer in unit.layers:
+                    own = {spec.name: tensors[spec.name] for spec in rounding.fmt.specs(layer)}
+                    waiting[layer.tensor] = partial(_decoded, rounding, layer, own)
+        self.done += len(next(iter(at.values())).layers)
+        self.listen(Progress("measure", self.done, self.total, name))
+
+
+def _decoded(rounding: Rounding, layer: Layer, tensors: Mapping[str, Array]) -> Tensor:
+    return as_tensor(layer, rounding.fmt.decode(layer, tensors))

@@ -1,0 +1,127 @@
+"""From a budget to `ptq eval`: what was predicted stands in the reports, beside what was measured;
+whatever was edited in between breaks nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders import ptq
+from tests.report.html.reading import read
+
+LINE = re.compile(r"^predicted KL (\S+), measured (\S+) ± (\S+)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(one_block, tmp_path_factory) -> Path:
+    """`tokens.npy`, `recipe.toml`, and what it makes of one block: `out`, `out.gguf`."""
+    folder = tmp_path_factory.mktemp("allocated")
+    np.save(folder / "tokens.npy", np.load(one_block / "calibration_tokens.npy")[:4, :32])
+    budget = ("--tokens", folder / "tokens.npy", "--table", folder / "table.json", "--fast")
+    outcome = ptq(
+        "allocate", one_block, *budget, "--method", "rtn", "-g", 64, "--target-bpw", 4,
+        "-o", folder / "recipe.toml",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    outcome = ptq(
+        "rtn", one_block, *budget[:2], "--config", folder / "recipe.toml", "-o", folder / "out",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    outcome = ptq(
+        "rtn", one_block, *budget, "--choices", "Q4_0,Q8_0", "--target-bpw", 6,
+        "-o", folder / "out.gguf",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def evaluate(model: Path, output: Path, folder: Path, *more: str):
+    return ptq("eval", model, output, "--tokens", folder / "tokens.npy", *more)
+
+
+def report_of(output: Path) -> Path:
+    folder = output / "report.json"
+    return folder if output.is_dir() else output.with_name("out.report.json")
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_eval_says_what_was_predicted_and_measured(one_block, folder, check_report, name):
+    outcome = evaluate(one_block, folder / name, folder, "--report", "e.json", "--html", "e.html")
+    assert outcome.code == 0, outcome.err
+    predicted, measured, spread = map(float, LINE.search(outcome.out).groups())
+    document = check_report(json.loads(Path("e.json").read_text()))
+    own = check_report(json.loads(report_of(folder / name).read_text()))
+    said, kl = own["settings"]["allocation"], document["quality"]["kl"]["quantized"]
+    assert document["settings"]["allocation"] == said
+    assert predicted == pytest.approx(said["predicted_kl"], rel=5e-3)
+    assert measured == pytest.approx(kl["mean"], rel=5e-3)
+    assert spread == pytest.approx(kl["standard_error"], rel=5e-2)
+    root = read(Path("e.html").read_text())
+    assert f"measured {measured:.3g} ± {spread:.2g}" in root.text
+    assert root.by_id("allocation-caption").text.startswith("Predicted KL of the best mix")
+    assert "Mix of widths" in root.text
+
+
+def test_the_run_itself_says_what_was_predicted(one_block, folder):
+    recipe = ("--tokens", folder / "tokens.npy", "--config", folder / "recipe.toml")
+    outcome = ptq("rtn", one_block, *recipe, "-o", folder / "out", "--html", "page.html")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^predicted KL 0\.\d+$", outcome.out, re.MULTILINE)
+    assert re.search(r"^7 layers at 3\.96 bits/weight \(\d W\dA16, .*\), \d", outcome.out, re.M)
+    assert "Predicted KL" in read(Path("page.html").read_text()).text
+
+
+def test_a_mix_that_was_edited_is_not_taken_for_the_predicted_one(one_block, folder):
+    rule = "\n[[layers]]\nmatch = 'mlp'\nbits = 8\n"
+    Path("edited.toml").write_text((folder / "recipe.toml").read_text() + rule)
+    recipe = ("--tokens", folder / "tokens.npy", "--config", "edited.toml")
+    outcome = ptq("rtn", one_block, *recipe, "-o", "other")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^predicted KL 0\.\d+ of another mix, 3\.96 bits/weight$", outcome.out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("predicted_kl = ", "predicted_kl = -", "allocation: predicted_kl = -0."),
+        ("bits_per_weight = ", "bits_per_weight = 'x'  # ", "allocation: bits_per_weight = 'x'"),
+        ("curve = [", "curve = [ 3,", "allocation: curve = [3, ["),
+        ("[allocation]", "[[allocation]]", "allocation = ("),
+    ],
+)
+def test_a_garbled_recipe_is_one_line(one_block, folder, old, new, words):
+    text = (folder / "recipe.toml").read_text()
+    assert old in text
+    Path("garbled.toml").write_text(text.replace(old, new, 1))
+    outcome = ptq("rtn", one_block, "--config", "garbled.toml", "-o", "never")
+    assert outcome.code == 1
+    assert len(outcome.err.splitlines()) <= 2
+    assert outcome.err.startswith(f"ptq: error: garbled.toml: {words}")
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize("said", ["x", {"curve": 1}, {"predicted_kl": "x"}, None])
+def test_eval_does_without_a_report_that_was_garbled(one_block, folder, said):
+    shutil.copytree(folder / "out", "out")
+    document = json.loads(Path("out/report.json").read_text())
+    document["settings"]["allocation"] = said
+    Path("out/report.json").write_text(json.dumps(document))
+    outcome = evaluate(one_block, Path("out"), folder, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "allocation" not in outcome.document["settings"]
+    outcome = ptq("report", "out")
+    assert outcome.code == 1
+    assert "report.json: not a report of ptq: settings.allocation" in outcome.err
+
+
+def test_eval_does_without_a_report(one_block, folder):
+    shutil.copytree(folder / "out", "out")
+    Path("out/report.json").unlink()
+    outcome = evaluate(one_block, Path("out"), folder)
+    assert outcome.code == 0, outcome.err
+    assert "predicted KL" not in outcome.out
