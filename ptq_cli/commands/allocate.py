@@ -293,7 +293,10 @@ def prepare_allocation(
     groups = make_groups(plans, fmt, gguf_names(checkpoint) if fmt.container == "gguf" else {})
     rounding = Rounding(how.name, own, fmt.name, "rtn", settings.global_scale)
     tried = _tried(plans)
-    work = ChoiceJob(checkpoint, found, rounding, plans, groups, tried, budget.trial_tokens)
+    corrects = source.in_sequence and _corrects_drift(command, base)
+    work = ChoiceJob(
+        checkpoint, found, rounding, plans, groups, tried, budget.trial_tokens, corrects
+    )
     path = Path(table) if table is not None else _beside(checkpoint)
     measured = ChoiceTable(path, _identity(work, settings, fallback))
     planned = partial(prepare, command, model, {}, source=source, **where)
@@ -339,12 +342,23 @@ def _method_of(
 ) -> tuple[Method, Any, dict[str, Any]]:
     """What rounds, its settings, and the recipe's own."""
     base = {**recipe, **{k: v for k, v in given.items() if v is not None and v != ()}}
+    how = method("rtn") if budget.fast else _last_method(command, base)
+    return how, make_settings(how.settings, {}, {**default_settings(command), **base}), base
+
+
+def _last_method(command: str, base: Mapping[str, Any]) -> Method:
+    """What rounds when the recipe is run."""
+    if command not in SMOOTHERS:
+        return method(command)
     values = {**default_settings(command), **base}
-    name = command
-    if command in SMOOTHERS:
-        name = make_settings(smoother(command).settings, {}, values).then
-    how = method("rtn" if budget.fast else name)
-    return how, make_settings(how.settings, {}, values), base
+    return method(make_settings(smoother(command).settings, {}, values).then)
+
+
+def _corrects_drift(command: str, base: Mapping[str, Any]) -> bool:
+    """Whether the run will make up for the layers that it has rounded before."""
+    how = _last_method(command, base)
+    own = make_settings(how.settings, {}, {**default_settings(command), **base})
+    return how.corrects_drift(own)
 
 
 def _usual_format(choices: Mapping[str, Choice]) -> str:
@@ -374,6 +388,7 @@ def _identity(work: ChoiceJob, settings: GridSettings, fallback: str) -> dict[st
         "grid": grid,
         "fallback": fallback,
         "trial_tokens": tokens,
+        "corrects_drift": work.corrects_drift,
     }
 
 

@@ -48,6 +48,7 @@ class ChoiceJob:
     """plans: of the whole model, by choice
     trials: the choices whose effect on the predictions is tried
     n_tokens: that they are tried on
+    corrects_drift: whether the layers rounded later make up for what was rounded before
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class ChoiceJob:
     groups: Sequence[Group]
     trials: Sequence[str]
     n_tokens: int
+    corrects_drift: bool = False
 
     @property
     def runs(self) -> bool:
@@ -146,13 +148,22 @@ class _Measuring:
         if block < 0:
             self.trials.embed(changed)
         else:
-            self.trials.advance(changed)
+            self.trials.advance(changed, [key for key in changed if self._corrected(key[0])])
         full = self.trials.nbytes > self.resources.memory // KEPT_PART
         if self.trials.nbytes and (full or block >= max(todo)):
             for (group_name, choice), kl in self.trials.divergences().items():
                 self.table.add_divergence(group_name, choice, kl)
             self.table.save()
         self.waiting.clear()
+
+    def _corrected(self, group_name: str) -> bool:
+        """Whether layers that are rounded later make up for a group."""
+        source: Any = self.job.source
+        places = [x for x in source.places.values() if x.block < len(source.arch.blocks)]
+        group = next(group for group in self.job.groups if group.name == group_name)
+        inside = self._block_of(group) < len(source.arch.blocks)
+        last = {*places[-1].linears} if places else set()
+        return self.job.corrects_drift and inside and last.isdisjoint(group.modules)
 
     def _known(self, groups: Sequence[Group]) -> bool:
         """Whether all that is to be known of some groups is."""

@@ -200,3 +200,14 @@ def test_what_breaks_the_predictions_is_a_number(tmp_path: Path, monkeypatch: An
     broken = np.array([np.inf, np.nan, 0.5])
     monkeypatch.setattr(trials, "divergences", lambda exact, models: broken)
     assert [*run.divergences().values()] == [LOST, LOST, 0.5]
+
+
+def test_what_later_layers_make_up_for_costs_less(tmp_path: Path) -> None:
+    source = tokens_of(tiny_llama(tmp_path / "m"))
+    key, name, found = ("0", "larger"), "model.layers.0.mlp.down_proj.weight", {}
+    larger = {name: lambda: 1.5 * np.asarray(source.checkpoint.read(name)).astype(np.float32)}
+    for corrected in ((), (key,)):
+        run = Trials(source, ALL, 1)
+        run.advance({key: larger}, corrected)
+        found[corrected] = run.divergences()[key]
+    assert 0 < found[key,] < 0.8 * found[()]

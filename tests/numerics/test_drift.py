@@ -8,7 +8,14 @@ import pytest
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
-from ptq_cli.numerics.drift import DriftSum, correction, proven_strength, solved_drift
+from ptq_cli.numerics.drift import (
+    STREAM_DAMP,
+    DriftSum,
+    corrected_stream,
+    correction,
+    proven_strength,
+    solved_drift,
+)
 from ptq_cli.numerics.feedback import make_feedback
 from ptq_cli.numerics.output_errors import Inputs, error_with_rounded_inputs, measure
 from ptq_cli.numerics.rounding import round_to_nearest
@@ -133,3 +140,39 @@ def test_the_held_out_error_includes_the_drift(stream: bool) -> None:
         weight, rounded, exact, inputs, stream=missing if stream else None
     )
     assert found == pytest.approx(error, rel=1e-4)
+
+
+def test_a_drift_of_the_stream_is_made_up_for_as_far_as_a_map_of_it_goes() -> None:
+    """The slow twin: the map in the width of the stream, fitted on one half of the tokens and
+    judged on the other."""
+    size = np.exp(RANDOM.standard_normal((200, 1)))
+    wanted, stream = size * EXACT, size * INPUTS
+    unit = np.sqrt((wanted**2).mean(1, keepdims=True))
+    inputs, needed = stream / unit, (wanted - stream) / unit
+    given = np.zeros_like(needed)
+    for first in (0, 1):
+        known = inputs[first::2]
+        hessian = known.T @ known
+        damp = STREAM_DAMP * hessian.trace() / 12 * np.eye(12)
+        change = np.linalg.solve(hessian + damp, known.T @ needed[first::2])
+        given[1 - first :: 2] = inputs[1 - first :: 2] @ change
+    strength = np.clip((needed * given).sum() / (given * given).sum(), 0, 1)
+    found = corrected_stream(stream, wanted)
+    np.testing.assert_allclose(found, stream + strength * unit * given, rtol=1e-9)
+    assert ((found - wanted) ** 2).sum() < 0.8 * ((stream - wanted) ** 2).sum()
+
+
+def test_a_drift_that_no_map_explains_stays() -> None:
+    noisy = EXACT + 0.1 * np.random.default_rng(1).standard_normal(EXACT.shape)
+    left = corrected_stream(noisy, EXACT) - EXACT
+    assert 0.9 < (left**2).sum() / ((noisy - EXACT) ** 2).sum() <= 1
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0, np.inf])
+def test_a_stream_of_a_few_tokens_or_of_one_value_is_corrected(n_tokens: int, value: float) -> None:
+    stream = np.full((n_tokens, 12), value, np.float32)
+    found = corrected_stream(stream, np.ones((n_tokens, 12), np.float32))
+    assert found.shape == stream.shape
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all() == (value < np.inf or n_tokens == 0)
