@@ -146,8 +146,16 @@ class TokenSource(Source):
     def memory(self, workers: int | None, memory: int | None, *, ahead: bool = False) -> int:
         """Bytes that it takes at most besides the statistics, on so many threads: what is kept, and
         what runs. ahead: as of `scratch`"""
-        kept = self._kept(ahead=ahead) if self.in_memory(memory) else 0
+        kept = self._kept(ahead=ahead) if self.in_memory(memory) else self._read_memory
         return kept + self.running_memory(workers, memory)
+
+    @property
+    def _read_memory(self) -> int:
+        """Bytes that are read of states in files at a time: a site's inputs for its sums, and for
+        its drift both models' inputs and residuals."""
+        width = max(info.in_features for info in self.sites.values())
+        drift = 2 * (width + self.arch.hidden_size) if self.drifts else 0
+        return 4 * self._largest_batch * (width + drift)
 
     def running_memory(self, workers: int | None, memory: int | None) -> int:
         """Bytes that running takes at most: a batch and an expert for each thread, and the weights

@@ -97,13 +97,14 @@ def _strength(fits: float, power: float) -> float:
 
 
 def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:
-    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time.
+    """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time, which
+    are not counted.
 
     hidden_size: of the stream that outputs are added to; 0 where they are not. Their weight is
         counted as it is read and as float32
     """
     sums = 2 * (hidden_size or in_features) + 2 * hidden_size
-    return 4 * (sums * in_features + 5 * n_tokens * (in_features + hidden_size))
+    return 4 * (sums * in_features + n_tokens * (in_features + 2 * hidden_size))
 
 
 class DriftSum:
@@ -136,11 +137,9 @@ class DriftSum:
         self._heldout.append(exact[held])
         if stream is not None:
             self._heldout_stream.append(stream[held])
-        if held.any():
-            exact, inputs = exact[~held], inputs[~held]
-            stream = None if stream is None else stream[~held]
-        self.n_tokens += len(inputs)
+        self.n_tokens += int((~held).sum())
         lacking = self._lacking(exact, inputs, stream)
+        lacking[held] = 0
 
         def add(columns: slice) -> None:
             self._sum[columns] += lacking[:, columns].T @ inputs

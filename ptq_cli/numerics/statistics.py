@@ -52,10 +52,10 @@ def _chunk_tokens(in_features: int) -> int:
 def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0) -> int:
     """Bytes that the accumulator of so many tokens of a site takes at most.
 
-    at_once: tokens handed to it at a time, where they are more than `piece_tokens`; counted are the
-        inputs and those not held out
+    at_once: tokens handed to it at a time, where they are more than `piece_tokens`; counted are
+        those not held out
     """
-    rows = min(n_tokens, _chunk_tokens(in_features)) + 2 * at_once
+    rows = min(n_tokens, _chunk_tokens(in_features)) + at_once
     blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
     elements = in_features * (in_features + rows + 4 * SAMPLE_LIMIT) + blocks + 8 * PIECE_ELEMENTS
     return 4 * elements
