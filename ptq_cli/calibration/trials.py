@@ -54,10 +54,14 @@ class Trials:
         """Of a version between two blocks."""
         return 4 * self.n_tokens * self.arch.hidden_size
 
+    def __len__(self) -> int:
+        """Trials that are on their way."""
+        return len(self._states)
+
     @property
     def nbytes(self) -> int:
         """Of all versions."""
-        return len(self._states) * self.state_bytes
+        return len(self) * self.state_bytes
 
     def embed(self, trials: Mapping[Trial, Changed]) -> None:
         """Begin trials that have another embedding. No block has been gone through yet."""

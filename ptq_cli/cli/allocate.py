@@ -242,7 +242,10 @@ def allocated_recipe(
     if options["dry_run"] and job.missing:
         show_choices(job, options["as_json"])
         return None
-    allocation = measured(job, take_run_options(own), options["quiet"])
+    how = take_run_options(own)
+    if options["output"] is not None:
+        job.check_output(how)
+    allocation = measured(job, how, options["quiet"])
     for line in job.notes(allocation):
         console.say("note", line)
     return job.recipe(allocation)

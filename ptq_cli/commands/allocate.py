@@ -30,6 +30,7 @@ from ptq_cli.plan.choices import (
     Choice,
     Group,
     base_scheme,
+    check_kept,
     kept_rules,
     make_groups,
     read_choices,
@@ -186,9 +187,20 @@ class AllocateJob:
 
     def check(self) -> None:
         """Find what would fail once all is measured. Raises PtqError."""
+        if all(group.decided for group in self.work.groups):
+            raise InputError(
+                "nothing to share out: --keep and the recipe's [[layers]] say what every layer gets",
+                hint="leave out --config, or those [[layers]] that an earlier budget decided",
+            )
         check_place(self._mixture[1].output)
-        check_place(self.table.path)
+        check_place(self.table.path, "--table")
         room(self.work.groups, self.budget, self.rest, sum(g.weights for g in self.work.groups))
+
+    def check_output(self, options: RunOptions) -> None:
+        """Before hours of measuring, refuse an output that could not be written after them. (A run
+        that has measured everything may find that it is the same.) Raises InputError."""
+        if self.missing:
+            self._mixture[1].target(options).check_output()
 
     def look(self) -> dict[str, Any]:
         """What `run` would do: the choices, what they weigh and, where all is measured, what they
@@ -290,7 +302,10 @@ def prepare_allocation(
         return make_plan(checkpoint, how, grid, own, fmt, found, missing=fallback)
 
     plans = _plan_choices(choices, plan)
-    groups = make_groups(plans, fmt, gguf_names(checkpoint) if fmt.container == "gguf" else {})
+    choices = {name: choices[name] for name in plans}
+    names = gguf_names(checkpoint) if fmt.container == "gguf" else {}
+    check_kept(budget.keep, plans.values(), checkpoint, names)
+    groups = make_groups(plans, fmt, names)
     rounding = Rounding(how.name, own, fmt.name, "rtn", settings.global_scale)
     tried = _tried(plans)
     corrects = source.in_sequence and _corrects_drift(command, base)
@@ -306,8 +321,8 @@ def prepare_allocation(
 
 
 def _plan_choices(choices: Mapping[str, Choice], plan: Callable[[Choice], Plan]) -> dict[str, Plan]:
-    """Plans by choice. Raises InputError of the first that cannot be, said of it unless it is the
-    same with all of them."""
+    """Plans by choice, by their sizes. Raises InputError of the first that cannot be, said of it
+    unless it is the same with all of them."""
     plans, failed = {}, {}
     for name, choice in choices.items():
         try:
@@ -319,7 +334,8 @@ def _plan_choices(choices: Mapping[str, Choice], plan: Callable[[Choice], Plan])
             raise found
         with stated_in(f"--choices {name}"):
             raise found
-    return plans
+    by_size = sorted(plans, key=lambda name: (plans[name].bytes_after, name))
+    return {name: plans[name] for name in by_size}
 
 
 def _check(given: Mapping[str, Any], recipe: Mapping[str, Any], budget: Budget) -> None:
@@ -370,8 +386,8 @@ def _usual_format(choices: Mapping[str, Choice]) -> str:
 
 
 def _tried(plans: Mapping[str, Plan]) -> tuple[str, ...]:
-    """The choices whose effect is tried: the smallest, and that in the middle."""
-    by_size = sorted(plans, key=lambda name: plans[name].bytes_after)
+    """The choices whose effect is tried: the smallest, and that in the middle. plans: by size"""
+    by_size = list(plans)
     return tuple(dict.fromkeys((by_size[0], by_size[len(by_size) // 2])))
 
 

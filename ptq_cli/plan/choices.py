@@ -25,7 +25,9 @@ from ptq_cli.formats.fused import fused_groups, scheme
 from ptq_cli.formats.gguf.types import TYPES
 from ptq_cli.plan.grid_settings import GridSettings
 from ptq_cli.plan.mixes import MIXES
+from ptq_cli.plan.name_patterns import matches
 from ptq_cli.plan.schemes import SCHEMES
+from ptq_cli.storage.checkpoint import Checkpoint
 
 _WIDTH = re.compile(r"W([2-8])A16", re.IGNORECASE)
 _EXPERTS = re.compile(r"^(.*\bexperts)\.\d+\.")
@@ -125,6 +127,21 @@ def kept_rules(words: Iterable[str], choices: Iterable[Choice]) -> tuple[dict[st
         _check_one_kind([*choices, kept], f"--keep {text}")
         rules.append({"match": word, **kept.rule})
     return tuple(rules)
+
+
+def check_kept(
+    words: Iterable[str],
+    plans: Iterable[Plan],
+    checkpoint: Checkpoint,
+    gguf_names: Mapping[str, str],
+) -> None:
+    """Raises InputError where --keep names nothing that any plan quantizes."""
+    names = {layer.tensor for plan in plans for layer in plan.layers}
+    for text in words:
+        pattern = re.compile(text.rpartition("=")[0])
+        if not any(matches(pattern, checkpoint.tensors[name], gguf_names) for name in names):
+            hint = "--include REGEX has it quantized, too"
+            raise InputError(f"--keep {text}: all that it names stays as it is", hint=hint)
 
 
 def make_groups(

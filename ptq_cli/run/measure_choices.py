@@ -3,8 +3,8 @@ can be run, what a few of them do to its predictions.
 
 A unit's statistics are those of the float model. From tokens the loop goes block by block; behind a
 block each group's trials, roundings of its layers at two choices, start on the way to the
-predictions (calibration/trials.py). When as many are on their way as fit the memory, they are taken
-to the end, and what is known by then is saved.
+predictions (calibration/trials.py). When a wave of them is on its way, or as many as fit the
+memory, they are taken to the end, and what is known by then is saved.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ptq_cli.storage.machine import cores
 from ptq_cli.storage.scratch import temporary_folder
 
 KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for trials
+WAVE = 32  # trials that are saved together: a run that is killed loses no more
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class _Measuring:
         else:
             self.trials.advance(changed, [key for key in changed if self._corrected(key[0])])
         full = self.trials.nbytes > self.resources.memory // KEPT_PART
-        if self.trials.nbytes and (full or block >= max(todo)):
+        if len(self.trials) and (full or len(self.trials) >= WAVE or block >= max(todo)):
             for (group_name, choice), kl in self.trials.divergences().items():
                 self.table.add_divergence(group_name, choice, kl)
             self.table.save()

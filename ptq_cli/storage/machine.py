@@ -89,10 +89,10 @@ def parse_size(text: str) -> int:
         InputError: something else, or nothing.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    size = 0 if found is None else int(float(found[1]) * _UNITS.get(found[2].lower(), 0))
-    if size <= 0:
+    size = 0.0 if found is None else float(found[1]) * _UNITS.get(found[2].lower(), 0)
+    if not 1 <= size < float("inf"):
         raise InputError(f"{text!r}: not a size", hint="write 4GB, 2GiB, 500MB")
-    return size
+    return int(size)
 
 
 @cache

@@ -32,13 +32,13 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_place(output: Path) -> None:
-    """Refuse an output where nothing can be written."""
+def check_place(output: Path, option: str = "-o") -> None:
+    """Refuse an output where nothing can be written. option: that names another place"""
     parent = output.parent
     if not parent.is_dir():
         raise FileError(f"{parent}: no such folder", hint="make it first")
     if not os.access(parent, os.W_OK):
-        raise FileError(f"{parent}: not writable", hint="choose another place with -o")
+        raise FileError(f"{parent}: not writable", hint=f"choose another place with {option}")
 
 
 def _other(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -384,6 +384,32 @@ def noting(found, function):
     return called
 
 
+def test_what_is_measured_is_saved_in_waves_however_much_memory_there_is(model, monkeypatch):
+    run = ("allocate", model, *TOKENS(model), *RECIPE[:4], *QUICK)
+    done(*run, "-o", "whole.toml", "--table", "whole.json")
+    monkeypatch.setattr(measure_choices, "WAVE", 8)
+    save, tried = ChoiceTable.save, []
+
+    def noted(self):
+        tried.append(len(self.divergences))
+        save(self)
+
+    monkeypatch.setattr(ChoiceTable, "save", noted)
+    done(*run, "-o", "r.toml")
+    assert tried == [4, 8, 8]
+    assert Path("r.toml").read_bytes() == Path("whole.toml").read_bytes()
+
+
+@pytest.mark.parametrize("fmt", ["ptq", "gguf"])
+def test_the_order_of_the_choices_says_nothing(llama, measured, fmt):
+    word, choices, *more = CHOICES[fmt]
+    back = ",".join(reversed(choices.split(",")))
+    for given, output in (choices, "a.toml"), (back, "b.toml"):
+        done("allocate", llama, *TOKENS(llama), "--format", fmt, word, given, *more, "--method",
+             "rtn", "--target-bpw", 5.8, "--table", measured(fmt), "-o", output)  # fmt: skip
+    assert Path("a.toml").read_bytes() == Path("b.toml").read_bytes()
+
+
 def test_waves_give_the_numbers_of_one(model):
     run = ("allocate", model, *TOKENS(model), *RECIPE[:4], *QUICK, "--include", "lm_head",
            "--include", "embed")  # fmt: skip
@@ -493,6 +519,9 @@ NEVER = {
     "a mix": (("--choices", "Q4_K_M,Q4_K_S"), ("no choice 'Q4_K_M'",)),
     "types and widths": (("--choices", "Q4_0,W4A16"), ("Q4_0,W4A16", "one file")),
     "types to keep": (("--keep", "q_proj=Q4_0"), ("--keep q_proj=Q4_0", "one file")),
+    "huge size": (("--target-size", f"{10**400}GB"), ("not a size",)),
+    "keeps what is dense": (("--keep", "lm_head=W6A16"), ("--keep lm_head=W6A16", "stays as it")),
+    "keeps all": (("--keep", ".=W4A16"), ("nothing to share out", "--keep")),
     "nothing to keep": (("--keep", "q_proj"), ("not REGEX=CHOICE",)),
     "no pattern": (("--keep", "(=W4A16"), ("not a regular expression",)),
     "keeps nothing": (("--keep", "nosuch=W4A16"), ("nosuch", "matches no tensor")),
@@ -516,6 +545,37 @@ def test_a_mistake_is_a_line_before_anything_is_measured(model, case, monkeypatc
     target = () if any("--target" in str(word) for word in options) else ("--target-bpw", 4.6)
     output = () if "-o" in options else ("-o", "r.toml")
     refuse("allocate", model, *TOKENS(model), "-g", 16, *target, *options, *output, words=words)
+
+
+def test_a_recipe_that_says_all_leaves_nothing_to_share_out(model):
+    done("allocate", model, *TOKENS(model), *RECIPE, *QUICK)
+    again = ("--config", "r.toml", "--target-bpw", 5, *QUICK, "-o", "s.toml")
+    refuse("allocate", model, *TOKENS(model), *again, words=("nothing to share out", "[[layers]]"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "output"])
+def test_an_output_that_is_there_is_refused_before_anything_is_measured(model, kind, monkeypatch):
+    output = Path("x.gguf" if kind == "file" else "out")
+    run = ("rtn", model, *TOKENS(model), "-o", output)
+    if kind == "folder":
+        (output / "of").mkdir(parents=True)
+    elif kind == "file":
+        output.write_text("mine")
+    else:
+        done(*run, "-g", 16)
+    choices = CHOICES["gguf"] if kind == "file" else ("-g", 16)
+    form = ("--format", "gguf") if kind == "file" else ()
+    monkeypatch.setattr(allocate, "measure_choices", None)
+    refuse(*run, *form, *choices, "--target-bpw", 5, words=(f"{output}: exists already",))
+
+
+def test_a_place_for_the_table_that_cannot_be_written_is_named_first(model, monkeypatch):
+    monkeypatch.setattr(allocate, "measure_choices", None)
+    Path("kept").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "kept")
+    outcome = refused("allocate", model, *TOKENS(model), *RECIPE, "--table", "kept/t.json",
+                      words=("kept: not writable",))  # fmt: skip
+    assert "choose another place with --table" in outcome.err
 
 
 @pytest.mark.parametrize(
