@@ -55,7 +55,7 @@ SPLIT = {  # phases told apart here, as they are cut differently
 ROWS = {  # phases of the table, in order: what is summed, and what limits it
     "read": ([phases.READ], "one after another"),
     "forward of both models": ([phases.FORWARD], "batches of 4096 tokens side by side"),
-    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "drift is summed by one thread"),
+    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "strips of 512 columns"),
     "factor": ([phases.FACTOR, FACTORED, FISHER], "its diagonal blocks"),
     "correction for drift": (
         [CORRECTED, SOLVED, PROVEN],
@@ -162,8 +162,9 @@ def ways(phase: str, size: tuple[int, int]) -> float:
     cut: dict[str, float] = {
         phases.FORWARD: SEQUENCES * LENGTH / BATCH,
         HESSIAN: triangle(width),
+        DRIFT: ceil(min(size) / drift.STRIP),
         FACTORED: max(1, width / ldl.ROWS_AT_ONCE / 2),
-        SOLVED: ceil(rows / ldl.ROWS_AT_ONCE),
+        SOLVED: ceil(min(size) / ldl.ROWS_AT_ONCE),
         PROVEN: ceil(rows / drift.ROWS_AT_ONCE),
         phases.ROUND: ceil(rows / gptq.PANEL_ROWS),
         phases.REFINE: ceil(rows / gptq.PANEL_ROWS),
