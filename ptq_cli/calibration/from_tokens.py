@@ -30,7 +30,7 @@ from ptq_cli.models.forward.attention import Packing, pack
 from ptq_cli.models.forward.head_fisher import has_head_fisher, head_fisher_memory
 from ptq_cli.models.forward.sizes import check_sizes
 from ptq_cli.models.forward.stages import stages
-from ptq_cli.numerics.drift import UNPROVEN_STRENGTH, drift_memory
+from ptq_cli.numerics.drift import PACKED, UNPROVEN_STRENGTH, drift_memory
 from ptq_cli.numerics.statistics import (
     HELDOUT_LIMIT,
     SAMPLE_LIMIT,
@@ -42,6 +42,10 @@ from ptq_cli.storage.machine import cores, memory_to_use
 from ptq_cli.storage.tokens import Tokens
 
 BATCH_TOKENS = 4096
+# Rows are coupled in the last blocks alone: what the predictions make of the stream is known behind
+# the last one, and holds the less the more blocks follow (docs/measurements.md).
+COUPLED_BLOCKS = 6
+FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
 KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for states
 READING = 12  # bytes a weight takes at most while it is read, or decoded, and made float32
 
@@ -160,11 +164,9 @@ class TokenSource(Source):
     def running_memory(self, workers: int | None, memory: int | None) -> int:
         """Bytes that running takes at most: a batch and an expert for each thread, and the weights
         of a stage, experts aside, which all share."""
-        running = self.n_threads(workers, memory) * self._batch_memory + self._stage_memory
-        if not self.couples:
-            return running
-        kept = 4 * self.arch.hidden_size**2
-        return kept + max(running, head_fisher_memory(self.arch))
+        coupling = 4 * self.arch.hidden_size**2 if self.couples else 0
+        batches = self.n_threads(workers, memory) * self._batch_memory
+        return coupling + batches + self._stage_memory
 
     @cached_property
     def _batch_memory(self) -> int:
@@ -198,8 +200,28 @@ class TokenSource(Source):
             sums += 4 * info.in_features * (info.in_features + HELDOUT_LIMIT + SAMPLE_LIMIT)
         if not self.drifts:
             return sums
-        stream = self.arch.hidden_size if self.places[site].adds else 0
-        return sums + drift_memory(info.in_features, stream, batch)
+        adds = self.places[site].adds
+        stream = self.arch.hidden_size if adds else 0
+        sums += drift_memory(info.in_features, stream, batch)
+        if site != self._first_coupled:
+            return sums
+        return max(sums, 4 * info.in_features * (info.in_features + stream) + self._coupling_memory)
+
+    @cached_property
+    def _first_coupled(self) -> str | None:
+        """The first site whose rows are coupled; None where none are."""
+        blocks = range(max(0, len(self.arch.blocks) - COUPLED_BLOCKS), len(self.arch.blocks))
+        places = self.places.items() if self.couples else ()
+        return next((x for x, place in places if place.adds and place.block in blocks), None)
+
+    @cached_property
+    def _coupling_memory(self) -> int:
+        """Bytes that making the coupling takes at most, for the first site that has it: a few
+        sequences run through the model, then the Fisher information of the head. (A run that goes
+        on makes it for a later one, while no batches run.)"""
+        residuals = 3 * 4 * FEW_TOKENS * self.arch.hidden_size  # before and behind a block, joined
+        running = self.arch.block_memory(FEW_TOKENS) + self._stage_memory + PACKED
+        return residuals + max(running, head_fisher_memory(self.arch))
 
 
 def model_architecture(checkpoint: Checkpoint) -> Architecture:

@@ -21,7 +21,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_tokens import Batch, TokenSource
+from ptq_cli.calibration.from_tokens import FEW_TOKENS, Batch, TokenSource
 from ptq_cli.core.tensors import Array
 from ptq_cli.models.experts import is_expert
 from ptq_cli.models.forward.attention import Cache, Packing, pack
@@ -30,8 +30,6 @@ from ptq_cli.models.forward.layers import LinearTensor, Tensor
 from ptq_cli.models.forward.stages import Stage, State, begin, embed, forward_block, stages
 from ptq_cli.numerics.kv_cache import head_absmax
 from ptq_cli.storage.scratch import FileScratch, MemoryScratch, Rows, Scratch
-
-FEW_TOKENS = 1024  # that say what the predictions make of the residual stream
 
 Read = Callable[[str], Tensor]
 Decode = Callable[[], Tensor]  # gives a tensor that is rounded

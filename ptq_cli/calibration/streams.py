@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_tokens import TokenSource
+from ptq_cli.calibration.from_tokens import COUPLED_BLOCKS, TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
 from ptq_cli.calibration.stream import Decode, Held, Stream, last_residuals
 from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
@@ -31,10 +31,6 @@ from ptq_cli.numerics.drift import DriftSum
 from ptq_cli.numerics.statistics import NonFiniteInput, SiteAccumulator
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.scratch import Scratch
-
-# Rows are coupled in the last blocks alone: what the predictions make of the stream is known behind
-# the last one, and holds the less the more blocks follow (docs/measurements.md).
-COUPLED_BLOCKS = 6
 
 
 class Streams:
@@ -127,10 +123,10 @@ class Streams:
             return self.sums(site)
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(copy_context().run, self._drift, site)  # its threads, too
-            statistics = self.sums(site)
-            last = place.block >= len(self.source.arch.blocks) - COUPLED_BLOCKS
-            coupling = self.coupling if place.adds and last else None
-            return dataclasses.replace(statistics, drift=drift.result(), coupling=coupling)
+            statistics = dataclasses.replace(self.sums(site), drift=drift.result())
+        last = place.block >= len(self.source.arch.blocks) - COUPLED_BLOCKS
+        coupling = self.coupling if place.adds and last else None
+        return dataclasses.replace(statistics, coupling=coupling)
 
     @cached_property
     def coupling(self) -> Coupling | None:

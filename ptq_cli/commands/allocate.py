@@ -189,7 +189,7 @@ class AllocateJob:
         """Find what would fail once all is measured. Raises PtqError."""
         if all(group.decided for group in self.work.groups):
             raise InputError(
-                "nothing to share out: --keep and the recipe's [[layers]] say what every layer gets",
+                "nothing to share out: --keep and the recipe's [[layers]] say it for every layer",
                 hint="leave out --config, or those [[layers]] that an earlier budget decided",
             )
         check_place(self._mixture[1].output)

@@ -43,6 +43,7 @@ from ptq_cli.numerics.parallel import each, strips
 ROWS_AT_ONCE = 256
 STRIP = 512  # columns, or tokens, of what is lacking that are one piece of work
 STREAM_DAMP = 0.05  # of the mean energy of a channel, where a map of the stream is fitted
+PACKED = 4 << 20  # bytes that products pack what they multiply into
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
 
@@ -104,7 +105,7 @@ def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:
         counted as it is read and as float32
     """
     sums = 2 * (hidden_size or in_features) + 2 * hidden_size
-    return 4 * (sums * in_features + n_tokens * (in_features + 2 * hidden_size))
+    return 4 * (sums * in_features + n_tokens * (in_features + 2 * hidden_size)) + PACKED
 
 
 class DriftSum:
