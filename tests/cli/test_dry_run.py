@@ -279,7 +279,7 @@ def test_states_are_counted_where_they_are(sample):
     """In memory where they fit a quarter of it, else in files, of which a batch of inputs is read
     at a time, and for the drift the inputs and residuals of both models."""
     rows, width, hidden = 1024, 384, 128
-    for command, drifts in (("gptq", True), ("awq", False), ("calibrate", False)):
+    for command, drifts in (("gptq", True), ("awq", True), ("calibrate", False)):
         words = [command, sample, *TOKENS, "--workers", 1, "-o", "out", "--max-memory"]
         there, files = (dry(*words, memory) for memory in ("1GiB", "1KiB"))
         states = files["disk"]["scratch"] - there["disk"]["scratch"]
