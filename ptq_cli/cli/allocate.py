@@ -243,8 +243,7 @@ def allocated_recipe(
         show_choices(job, options["as_json"])
         return None
     how = take_run_options(own)
-    if options["output"] is not None:
-        job.check_output(how)
+    job.check_output(how, named=options["output"] is not None)
     allocation = measured(job, how, options["quiet"])
     for line in job.notes(allocation):
         console.say("note", line)

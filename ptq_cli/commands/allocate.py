@@ -192,14 +192,17 @@ class AllocateJob:
                 "nothing to share out: --keep and the recipe's [[layers]] say it for every layer",
                 hint="leave out --config, or those [[layers]] that an earlier budget decided",
             )
-        check_place(self._mixture[1].output)
         check_place(self.table.path, "--table")
         room(self.work.groups, self.budget, self.rest, sum(g.weights for g in self.work.groups))
 
-    def check_output(self, options: RunOptions) -> None:
+    def check_output(self, options: RunOptions, *, named: bool) -> None:
         """Before hours of measuring, refuse an output that could not be written after them. (A run
-        that has measured everything may find that it is the same.) Raises InputError."""
-        if self.missing:
+        that has measured everything may find that it is the same.) Raises InputError, FileError.
+
+        named: whether the output's name does not depend on what is decided
+        """
+        check_place(self._mixture[1].output)
+        if self.missing and named:
             self._mixture[1].target(options).check_output()
 
     def look(self) -> dict[str, Any]:

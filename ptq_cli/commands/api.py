@@ -107,8 +107,7 @@ def _quantize(command: str, model: AnyPath, options: dict[str, Any]) -> RunRepor
     (budget, table), recipe = take_budget(options), {}
     if budget is not None:
         job = prepare_allocation(command, model, options, budget, {}, source, table=table, **where)
-        if where.get("output") is not None:
-            job.check_output(how)
+        job.check_output(how, named=where.get("output") is not None)
         options, recipe = {}, job.recipe(job.run(how))
     return prepare(command, model, options, recipe, source, **where).run(how)
 

@@ -14,6 +14,7 @@ from ptq_cli.plan.grid_settings import settings_classes
 from ptq_cli.plan.recipe import recipe_text
 from ptq_cli.storage.files import read_small, write_whole
 from ptq_cli.storage.machine import parse_size
+from ptq_cli.storage.output import check_place
 
 METHODS = ("gptq", "rtn", "awq")  # that take a budget
 TRIAL_TOKENS = Budget().trial_tokens
@@ -62,6 +63,7 @@ def check_recipe(job: AllocateJob, output: Path | None, *, force: bool) -> None:
     """Refuse a place where another file is before hours of measuring. (A run that has measured
     everything may find that it is the same.)"""
     path = output or Path(job.default_output)
+    check_place(path)
     if job.missing and path.exists() and not force:
         raise InputError(f"{path} exists already", hint="--force replaces it")
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Costs = Sequence[NDArray[np.float64]]  # of each group, by choice
 Sizes = Sequence[NDArray[np.int64]]
 
-MOST_SUMS = 1 << 16  # partial sums kept at a time; with more of them the least regrets are
+MOST_SUMS = 1 << 13  # partial sums kept at a time; with more of them the least regrets are
 
 
 @dataclass(frozen=True)

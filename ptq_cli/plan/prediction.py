@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptq_cli.core.settings import check_keys
 from ptq_cli.errors import InputError
 
 Point = tuple[float, float]  # bits a weight, predicted cost
@@ -68,6 +69,7 @@ def prediction_of(settings: Mapping[str, Any]) -> Prediction | None:
 
 def check_allocation(said: Mapping[str, Any]) -> None:
     """Raises InputError where a part of it is not what `ptq allocate` writes."""
+    check_keys(said, (*_NUMBERS, "curve", "uniform"), "key of [allocation]")
     for key in _NUMBERS:
         if key in said and not _is_number(said[key]):
             raise _wrong(key, said[key], "a number, 0 or more")

@@ -699,3 +699,12 @@ def test_a_dry_run_shows_what_would_be_decided(model):
     planned = ptq("rtn", model, *TOKENS(model), *run, *QUICK[2:], "-o", "out", "--json").document
     assert {row["bits"] for row in planned["layers"]} > {2}
     assert tree(Path()) == before
+
+
+def test_a_recipe_needs_room_where_it_goes_and_nowhere_else(model, monkeypatch):
+    Path("elsewhere").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path())
+    words = ("--target-bpw", 4.6, "-g", 16, "--table", "elsewhere/t.json", "-o")
+    done("allocate", model, *TOKENS(model), *words, "elsewhere/r.toml")
+    assert recipe_of("elsewhere/r.toml")["layers"]
+    refused("allocate", model, *TOKENS(model), *words, "r.toml", words=("not writable",))

@@ -92,6 +92,7 @@ def test_a_mix_that_was_edited_is_not_taken_for_the_predicted_one(one_block, fol
         ("bits_per_weight = ", "bits_per_weight = 'x'  # ", "allocation: bits_per_weight = 'x'"),
         ("curve = [", "curve = [ 3,", "allocation: curve = [3, ["),
         ("[allocation]", "[[allocation]]", "allocation = ("),
+        ("bytes = ", "when = 2020-01-01\nbytes = ", "unknown key of [allocation] 'when'"),
     ],
 )
 def test_a_garbled_recipe_is_one_line(one_block, folder, old, new, words):
