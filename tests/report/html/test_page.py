@@ -189,7 +189,8 @@ GARBLED = {
     "nothing for a number": {**GOOD, "predicted_kl": None},
     "half a point": {**GOOD, "curve": [[1]]}, "no curve": {**GOOD, "curve": []},
     "zeros": {**GOOD, "curve": [[0, 0], [0, 0]], "predicted_kl": 0, "uniform": {}},
-    "markup": {**GOOD, "uniform": {"<i>x</i>": [4, 0]}, "<i>y</i>": "<i>z</i>"},
+    "markup": {**GOOD, "uniform": {"<i>x</i>": [4, 0]}},
+    "a key of its own": {**GOOD, "<i>y</i>": "<i>z</i>"},
 }  # fmt: skip
 
 
