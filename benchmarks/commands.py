@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import BITS, GROUP, gptqmodel_task, torch_columns, torch_factor
+from contenders import BITS, GROUP, NEEDS, gptqmodel_task, torch_columns, torch_factor
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,6 @@ BATCH_TOKENS = 2048  # of the Hessians of the others
 SHARED = ["--bits", str(BITS), "--group-size", str(GROUP), "--asym", "--workers", "1"]
 PAPER = ["--refine", "0", "--sweeps", "0", "--no-mse", "--act-order", "none"]
 OURS = {"paper": PAPER, "fast": ["--effort", "fast"], "defaults": []}
-PEERS = {"torch": ("torch",), "gptqmodel": ("torch", "gptqmodel")}
 LABELS = {
     "paper": "`ptq gptq`, the paper's algorithm (*)",
     "fast": "`ptq gptq --effort fast`",
@@ -125,6 +124,15 @@ def environment(caches: Path) -> dict[str, str]:
     return {**os.environ, **threads, **cached, "PYTHONPATH": path}
 
 
+def served(script: str, told: list[str], caches: Path) -> Any:
+    """The last line, JSON, that a script prints for `--serve`, in a process of its own."""
+    command, env = [sys.executable, script, "--serve", *told], environment(caches)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def timed(command: list[str], env: dict[str, str]) -> Seconds:
     """Seconds of a process; where it prints its own, these too."""
     before, begin = os.times(), time.perf_counter()
@@ -144,7 +152,7 @@ def commands(given: argparse.Namespace, model: Path, out: Path) -> dict[str, lis
     """What is run, by the contender's name; those that are not installed are left out."""
     ours = [sys.executable, "-m", "ptq_cli", "gptq", str(model), "--force", "-o", str(out / "ptq")]
     found = {name: [*ours, *SHARED, *options, "--quiet"] for name, options in OURS.items()}
-    for name, packages in PEERS.items():
+    for name, packages in NEEDS.items():
         look = f"import importlib.util as i; exit(not all(map(i.find_spec, {packages!r})))"
         if subprocess.run([given.python, "-c", look]).returncode == 0:
             found[name] = [given.python, __file__, "--serve", name, str(model), str(out)]

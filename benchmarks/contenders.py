@@ -20,6 +20,7 @@ import numpy as np
 
 BITS, GROUP, BLOCK, DAMP = 4, 128, 128, 0.01
 TOP = 2**BITS - 1
+NEEDS = {"torch": ("torch",), "gptqmodel": ("torch", "gptqmodel")}  # packages, by contender
 
 Weights = np.ndarray[Any, np.dtype[np.float32]]
 Timed = tuple[float, float, Weights]  # seconds of factorization, of columns; decoded weight

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from commands import ROOT, environment, write_model
+from commands import ROOT, served, write_model
 from phases import FACTORS, FORWARD, MEASURE, STATISTICS, Clock
 
 Commands = dict[str, tuple[str, dict[str, Any]]]
@@ -60,13 +59,7 @@ def serve(command: str, model: Path, out: Path, settings: dict[str, Any]) -> Non
 def phases(command: str, model: Path, settings: dict[str, Any], base: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=base) as out:
         told = [command, str(model), f"{out}/out", json.dumps(settings)]
-        done = subprocess.run(
-            [sys.executable, __file__, "--serve", *told], env=environment(base / "caches"),
-            capture_output=True, text=True,
-        )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        found: dict[str, float] = served(__file__, told, base / "caches")
     return found
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -30,7 +29,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import phases
-from commands import environment
+from commands import served
 from safetensors.numpy import save_file
 
 from ptq_cli.numerics import drift, gptq, ldl, output_errors, statistics
@@ -127,13 +126,7 @@ def measure(shape: Mapping[str, int], sequences: int, length: int) -> Seconds:
         ids = random.integers(0, shape["vocabulary"], (sequences, length), np.int32)
         np.save(base / "tokens.npy", ids)
         told = [str(base / name) for name in ("model", "tokens.npy", "out")]
-        done = subprocess.run(
-            [sys.executable, __file__, "--serve", *told], env=environment(base / "caches"),
-            capture_output=True, text=True,
-        )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = served(__file__, told, base / "caches")
     return {(place, phase): spent for place, phase, spent in found}
 
 

@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from contenders import BITS, GROUP, loss  # noqa: E402
+from contenders import BITS, GROUP, NEEDS, loss  # noqa: E402
 
 from ptq_cli.core.grid import Grid  # noqa: E402
 from ptq_cli.numerics.rounding import round_to_nearest  # noqa: E402
@@ -37,7 +37,6 @@ SIZES = ["1024x1024", "4096x4096", "4096x11008"]
 TARGET_SIZE = "4096x4096"
 SLOW_ABOVE = 8192  # in_features beyond which contenders that are not ours run once
 OURS = ("paper", "refine", "fast", "defaults")
-NEEDS = {"torch": ("torch",), "gptqmodel": ("torch", "gptqmodel")}
 LABELS = {
     "paper": "ptq, paper's algorithm (*)",
     "refine": "ptq, (*) + 2 refine passes",

@@ -210,9 +210,12 @@ class TokenSource(Source):
     @cached_property
     def _first_coupled(self) -> str | None:
         """The first site whose rows are coupled; None where none are."""
-        blocks = range(max(0, len(self.arch.blocks) - COUPLED_BLOCKS), len(self.arch.blocks))
-        places = self.places.items() if self.couples else ()
-        return next((x for x, place in places if place.adds and place.block in blocks), None)
+        return next(filter(self.is_coupled, self.places), None)
+
+    def is_coupled(self, site: str) -> bool:
+        """Whether the rows of a site's linears make up for one another."""
+        place, first = self.places[site], len(self.arch.blocks) - COUPLED_BLOCKS
+        return self.couples and place.adds and place.block >= first
 
     @cached_property
     def _coupling_memory(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.calibration.from_tokens import COUPLED_BLOCKS, TokenSource
+from ptq_cli.calibration.from_tokens import TokenSource
 from ptq_cli.calibration.source import Parts, Place, Source
 from ptq_cli.calibration.stream import Decode, Held, Stream, last_residuals
 from ptq_cli.core.statistics import Coupling, Drift, SiteStatistics
@@ -124,8 +124,7 @@ class Streams:
         with ThreadPoolExecutor(1) as pool:
             drift = pool.submit(copy_context().run, self._drift, site)  # its threads, too
             statistics = dataclasses.replace(self.sums(site), drift=drift.result())
-        last = place.block >= len(self.source.arch.blocks) - COUPLED_BLOCKS
-        coupling = self.coupling if place.adds and last else None
+        coupling = self.coupling if self.source.is_coupled(site) else None
         return dataclasses.replace(statistics, coupling=coupling)
 
     @cached_property
@@ -135,8 +134,6 @@ class Streams:
         From the float model's predictions on a few of the sequences that are calibrated on.
         """
         source = self.source
-        if not source.couples:
-            return None
         hidden = last_residuals(source, self.main.n_threads)
         weights = Held(source.checkpoint.read, float32=False)
         return make_coupling(head_fisher(source.arch, weights, hidden))

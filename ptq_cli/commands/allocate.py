@@ -94,13 +94,7 @@ class AllocateJob:
     @cached_property
     def missing(self) -> list[Group]:
         """Groups of which something is to be measured yet."""
-        tried = self.work.tried
-        return [
-            group
-            for group in self.work.groups
-            if not self.table.has_errors(group.modules, group.layers)
-            or not self.table.has_divergences(group.name, tried(group))
-        ]
+        return self.work.lacking(self.table)
 
     def run(self, options: RunOptions) -> Allocation:
         """Measure what is missing, and decide."""

@@ -24,7 +24,6 @@ from ptq_cli.plan.prediction import rounded, thinned
 
 Point = tuple[float, int, float]  # bits a weight, bytes of all weights, cost
 
-CURVE_POINTS = 64  # that a recipe keeps
 LINEAR = 1.5  # a group's KL an error may differ so much between its trials and be called linear
 
 
@@ -116,21 +115,13 @@ class Allocation:
         return {**self.document(), "groups": chosen, "uniform": uniform, "bent": list(self.bent)}
 
 
-def _some(points: Sequence[Point]) -> list[Point]:
-    """Enough of them for a curve, the first and the last among them."""
-    count = min(len(points), CURVE_POINTS)
-    return [points[k * (len(points) - 1) // max(count - 1, 1)] for k in range(count)]
-
-
 def decide(
     groups: Sequence[Group],
     choices: Mapping[str, Choice],
     costs: Mapping[str, Mapping[str, float]],
     budget: Budget,
     rest: int,
-) -> tuple[
-    tuple[str, ...], tuple[tuple[float, int, float], ...], dict[str, tuple[float, int, float]]
-]:
+) -> tuple[tuple[str, ...], tuple[Point, ...], dict[str, Point]]:
     """The choice of each group, the curve, and the uniform choices.
 
     costs: by group and choice; rest: bytes of the weights that no choice changes

@@ -18,7 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ptq_cli.calibration.source import Source
+from ptq_cli.calibration.source import Place, Source
 from ptq_cli.calibration.stream import Decode
 from ptq_cli.calibration.streams import through_sites
 from ptq_cli.calibration.trials import Changed, Trial, Trials
@@ -72,6 +72,15 @@ class ChoiceJob:
             return []
         return [choice for choice in self.trials if choice in group.layers]
 
+    def lacking(self, table: ChoiceTable) -> list[Group]:
+        """Groups of which a table does not have all that is to be known."""
+        return [
+            group
+            for group in self.groups
+            if not table.has_errors(group.modules, group.layers)
+            or not table.has_divergences(group.name, self.tried(group))
+        ]
+
     def units(self) -> dict[str, dict[str, Unit]]:
         """Units by name, each at every choice that has it, in the order of the work."""
         found: dict[str, dict[str, Unit]] = {}
@@ -106,7 +115,10 @@ class _Measuring:
         self.done = 0
         self.total = len({module for group in job.groups for module in group.modules})
         self.blocks: dict[int, list[Group]] = {}
+        self.places: dict[str, Place] = {}  # by linear
         if job.runs:
+            places = job.source.places.values() if job.source else ()
+            self.places = {linear: place for place in places for linear in place.linears}
             for group in job.groups:
                 self.blocks.setdefault(self._block_of(group), []).append(group)
 
@@ -118,7 +130,7 @@ class _Measuring:
                     self._unit(name, at)
                     self.table.save()
             return
-        todo = {block for block, groups in self.blocks.items() if not self._known(groups)}
+        todo = {self._block_of(group) for group in self.job.lacking(self.table)}
         if todo:
             with temporary_folder() as work:
                 self._through_blocks(work, todo)
@@ -141,15 +153,17 @@ class _Measuring:
         """Start the trials of a block, and go on through it; all to the end where there is no more
         room, or no block left that starts any."""
         changed: dict[Trial, Changed] = {}
+        corrected: list[Trial] = []
         for group in self.blocks.get(block, ()) if block in todo else ():
             for choice in self.job.tried(group):
                 own = (layer.tensor for layer in group.layers[choice])
                 tensors = {name: self.waiting[choice][name] for name in own}
                 changed[group.name, choice] = tensors
+                corrected += [(group.name, choice)] if self._corrected(group) else []
         if block < 0:
             self.trials.embed(changed)
         else:
-            self.trials.advance(changed, [key for key in changed if self._corrected(key[0])])
+            self.trials.advance(changed, corrected)
         full = self.trials.nbytes > self.resources.memory // KEPT_PART
         if len(self.trials) and (full or len(self.trials) >= WAVE or block >= max(todo)):
             for (group_name, choice), kl in self.trials.divergences().items():
@@ -157,29 +171,19 @@ class _Measuring:
             self.table.save()
         self.waiting.clear()
 
-    def _corrected(self, group_name: str) -> bool:
+    def _corrected(self, group: Group) -> bool:
         """Whether layers that are rounded later make up for a group."""
-        source: Any = self.job.source
-        places = [x for x in source.places.values() if x.block < len(source.arch.blocks)]
-        group = next(group for group in self.job.groups if group.name == group_name)
-        inside = self._block_of(group) < len(source.arch.blocks)
-        last = {*places[-1].linears} if places else set()
-        return self.job.corrects_drift and inside and last.isdisjoint(group.modules)
-
-    def _known(self, groups: Sequence[Group]) -> bool:
-        """Whether all that is to be known of some groups is."""
-        return all(
-            self.table.has_errors(group.modules, group.layers)
-            and self.table.has_divergences(group.name, self.job.tried(group))
-            for group in groups
-        )
+        n_blocks = len(self.trials.arch.blocks)
+        *_, last = (linear for linear, place in self.places.items() if place.block < n_blocks)
+        others = {*self.places[last].linears}.isdisjoint(group.modules)
+        return self.job.corrects_drift and self._block_of(group) < n_blocks and others
 
     def _block_of(self, group: Group) -> int:
         """Behind the blocks for the head and what the forward does not reach, -1 for embeddings."""
         source: Any = self.job.source
-        for place in source.places.values():
-            if not {*place.linears}.isdisjoint(group.modules):
-                return int(place.block)
+        for module in group.modules:
+            if module in self.places:
+                return self.places[module].block
         tensors = {layer.tensor for layer in next(iter(group.layers.values()))}
         return -1 if source.arch.embedding in tensors else len(source.arch.blocks)
 
