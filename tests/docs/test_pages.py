@@ -1,12 +1,12 @@
 """The README and docs/, run: every shell block of a page, in order, in one folder.
 
-The folder holds what the pages speak of: `sample_data/`, `configs/`, and under the names of
-everybody's model the same again: `model/`, `model.safetensors`, `activations/`, `tokens.npy`,
-`heldout.npy`. Blocks of `sh` are run; `console` is for what cannot be run here (an installation, a
-benchmark, a cluster). A block of `text` right behind is what is printed, stdout and stderr: "…"
-stands for anything, on a line of its own for any lines, and numbers may differ by 5 %, as BLAS
-rounds differently from machine to machine. Lines of progress, which a terminal does not keep, are
-left out.
+The folder holds what the pages speak of: `sample_data/` (of a page that shows nothing printed, its
+first two blocks), `configs/`, and under the names of everybody's model those two blocks again:
+`model/`, `model.safetensors`, `activations/`, `tokens.npy`, `heldout.npy`. Blocks of `sh` are run;
+`console` is for what cannot be run here (an installation, a benchmark, a cluster). A block of
+`text` right behind is what is printed, stdout and stderr: "…" stands for anything, on a line of its
+own for any lines, and numbers may differ by 5 %, as BLAS rounds differently from machine to
+machine. Lines of progress, which a terminal does not keep, are left out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.plan.recipe import load_recipe
+from tests.builders import SAMPLE, copy_sample, half_sample
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -99,15 +100,14 @@ def test_comparing() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    data = ROOT / "sample_data"
-    for name in ("sample_data", "model"):
-        shutil.copytree(data, tmp_path / name, ignore=shutil.ignore_patterns("*.calibration.*"))
-    shutil.rmtree(tmp_path / "model" / "activations")
+    """What the pages speak of; see above."""
+    model = half_sample(tmp_path / "model")
+    copy_sample(tmp_path / "sample_data")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    shutil.copytree(data / "activations", tmp_path / "activations")
-    shutil.copy(data / "model.safetensors", tmp_path)
-    np.save(tmp_path / "tokens.npy", np.load(data / "calibration_tokens.npy")[:16])
-    np.save(tmp_path / "heldout.npy", np.load(data / "eval_tokens.npy")[:8])
+    shutil.move(model / "activations", tmp_path)
+    shutil.copy(model / "model.safetensors", tmp_path)
+    np.save(tmp_path / "tokens.npy", np.load(SAMPLE / "calibration_tokens.npy")[:8])
+    np.save(tmp_path / "heldout.npy", np.load(SAMPLE / "eval_tokens.npy")[:4])
     (tmp_path / "bin").mkdir()
     for name, words in (("ptq", "-m ptq_cli "), ("python", "")):
         tool = tmp_path / "bin" / name
@@ -143,7 +143,11 @@ SHOWING = [page for page in PAGES if SHELL.search(page.read_text("utf-8"))]
 @pytest.mark.slow(20)
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
 def test_page_runs(folder: Path, page: Path) -> None:
-    for script, shown in SHELL.findall(page.read_text("utf-8")):
+    scripts = SHELL.findall(page.read_text("utf-8"))
+    if not any(shown for _, shown in scripts):
+        shutil.rmtree(folder / "sample_data")
+        half_sample(folder / "sample_data")
+    for script, shown in scripts:
         if not script.startswith(SETUP):
             printed = run(folder, script)
             print(f"{script}\n{printed}")
