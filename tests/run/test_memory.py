@@ -259,7 +259,7 @@ def test_wide_dtypes_and_activations_read_on_the_way(tmp_path, method):
         check(stated, real)
 
 
-@pytest.mark.slow(25)
+@pytest.mark.slow(12)
 def test_the_largest_unit_of_a_model_of_two_billion_leaves_room_for_a_second(tmp_path):
     """Two workers, hidden 2560, inner 6912: everything together stays under 2 GiB."""
     model, inputs = job(tmp_path, (2560, 6912), n_tokens=3000)
