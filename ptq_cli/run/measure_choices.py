@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.plan.choices import Group
-from ptq_cli.run.quantize_unit import Rounding, quantize_unit
+from ptq_cli.run.quantize_unit import Prepared, Rounding, prepare_unit, quantize_unit
 from ptq_cli.run.schedule import Resources
 from ptq_cli.run.unit_job import Weights
 from ptq_cli.storage import interruption
@@ -206,17 +207,28 @@ class _Measuring:
 
     def _unit(self, name: str, at: Mapping[str, Unit]) -> None:
         """Round a unit at every choice, and keep the errors."""
+        first = next(iter(at.values()))
+        statistics = self._statistics(first)
+        if first.site is not None and statistics is None:
+            at = {k: replace(unit, nearest="no token reaches it") for k, unit in at.items()}
+        for _, alike in groupby(at.items(), lambda own: own[1].layers[0].grid.grouping):
+            self._round(dict(alike), statistics)
+        self.done += len(first.layers)
+        self.listen(Progress("measure", self.done, self.total, name))
+
+    def _round(self, at: Mapping[str, Unit], statistics: SiteStatistics | None) -> None:
+        """Round a unit at choices for which it is prepared once: all of its groups of columns."""
         rounding = self.job.rounding
-        statistics = self._statistics(next(iter(at.values())))
+        prepared: Prepared | None = None
         made: dict[tuple[Layer, ...], Any] = {}
         for choice, unit in at.items():
             interruption.check()
-            if unit.site is not None and statistics is None:
-                unit = replace(unit, nearest="no token reaches it")
             if unit.layers not in made:
                 with stated_in(unit.name), ExitStack() as files:
+                    prepared = prepared or prepare_unit(unit, statistics, rounding)
                     weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
-                    made[unit.layers] = quantize_unit(unit, statistics, weights.load, rounding)
+                    load = weights.load
+                    made[unit.layers] = quantize_unit(unit, statistics, load, rounding, prepared)
                     weights.check()
             tensors, rows = made[unit.layers]
             for row in rows:
@@ -226,8 +238,6 @@ class _Measuring:
                 for layer in unit.layers:
                     own = {spec.name: tensors[spec.name] for spec in rounding.fmt.specs(layer)}
                     waiting[layer.tensor] = partial(_decoded, rounding, layer, own)
-        self.done += len(next(iter(at.values())).layers)
-        self.listen(Progress("measure", self.done, self.total, name))
 
 
 def _decoded(rounding: Rounding, layer: Layer, tensors: Mapping[str, Array]) -> Tensor:
