@@ -60,6 +60,7 @@ def allocate(
     family: str = "",
     sites: tuple[Mapping[str, Any], ...] = (),
     format: str | None = None,
+    on_misfit: str = "error",
     effort: str = "default",
     mse: bool = True,
     weight: str = "hessian",

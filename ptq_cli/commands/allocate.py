@@ -219,7 +219,7 @@ class AllocateJob:
             "groups": len(self.work.groups),
             "to_measure": sum(len(group.modules) for group in self.missing),
             "trials": sum(len(self.work.tried(group)) for group in self.missing),
-            "trial_tokens": self.work.n_tokens if self.work.runs else 0,
+            "trial_tokens": self.work.trial_tokens,
             "table": str(self.table.path),
             "allocation": None if decided is None else decided.as_json(),
         }

@@ -21,7 +21,7 @@ TRIAL_TOKENS = Budget().trial_tokens
 # What choices say, and what a recipe of them says nothing of: no settings of `ptq allocate`.
 NO_SETTINGS = (
     *SAID_BY_CHOICES,
-    *("pure", "kv_cache", "on_misfit", "allocation"),
+    *("pure", "kv_cache", "allocation"),
 )
 _NAMES = ("target_bpw", "target_size", "choices", "keep", "fast", "trial_tokens", "table")
 

@@ -22,9 +22,10 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.source import Place, Source
 from ptq_cli.calibration.stream import Decode
 from ptq_cli.calibration.streams import through_sites
-from ptq_cli.calibration.trials import Changed, Trial, Trials
+from ptq_cli.calibration.trials import Changed, Trial, Trials, tokens_to_try
 from ptq_cli.core.layer import Layer, Plan, Unit
 from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import stated_in
@@ -39,6 +40,7 @@ from ptq_cli.storage import interruption
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.choices import ChoiceTable
 from ptq_cli.storage.machine import cores
+from ptq_cli.storage.output import check_free, free_space
 from ptq_cli.storage.scratch import temporary_folder
 
 KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for trials
@@ -49,7 +51,7 @@ WAVE = 32  # trials that are saved together: a run that is killed loses no more
 class ChoiceJob:
     """plans: of the whole model, by choice
     trials: the choices whose effect on the predictions is tried
-    n_tokens: that they are tried on
+    n_tokens: that they are to be tried on
     corrects_drift: whether the layers rounded later make up for what was rounded before
     """
 
@@ -66,6 +68,12 @@ class ChoiceJob:
     def runs(self) -> bool:
         """Whether the model itself is run."""
         return self.source is not None and self.source.in_sequence
+
+    @property
+    def trial_tokens(self) -> int:
+        """That there are to try choices on, of those asked for. Raises InputError."""
+        source: Any = self.source
+        return tokens_to_try(source, self.n_tokens)[1].n_tokens if self.runs else 0
 
     def tried(self, group: Group) -> list[str]:
         """The choices of a group that are tried."""
@@ -95,8 +103,12 @@ def measure_choices(
     job: ChoiceJob, table: ChoiceTable, resources: Resources, listen: Listener = nobody
 ) -> None:
     """Fill the table with what it lacks."""
-    with threadpool_limits(1), use_threads(resources.crew_for(cores())):
-        _Measuring(job, table, resources, listen).run()
+    interruption.work_begins(keeps=True)
+    try:
+        with threadpool_limits(1), use_threads(resources.crew_for(cores())):
+            _Measuring(job, table, resources, listen).run()
+    finally:
+        interruption.work_ends()
 
 
 class _Measuring:
@@ -140,6 +152,7 @@ class _Measuring:
         """for block: for unit: statistics → for choice: round; then its groups' trials."""
         source: Any = self.job.source
         limits = (self.resources.workers, self.resources.max_memory)
+        check_free(work, source.scratch(self.resources.max_memory), free_space(work))
         self.trials = Trials(source, self.job.n_tokens, self.resources.crew_for(cores()))
         units = [at for block in sorted(todo) for _, at in self._units_of(block)]
         wanted = {str(next(iter(at.values())).site) for at in units}
@@ -220,16 +233,13 @@ class _Measuring:
         """Round a unit at choices for which it is prepared once: all of its groups of columns."""
         rounding = self.job.rounding
         prepared: Prepared | None = None
-        made: dict[tuple[Layer, ...], Any] = {}
+        made: dict[tuple[Layer, ...], tuple[dict[str, Array], list[LayerReport]]] = {}
         for choice, unit in at.items():
             interruption.check()
             if unit.layers not in made:
-                with stated_in(unit.name), ExitStack() as files:
+                with stated_in(unit.name):
                     prepared = prepared or prepare_unit(unit, statistics, rounding)
-                    weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
-                    load = weights.load
-                    made[unit.layers] = quantize_unit(unit, statistics, load, rounding, prepared)
-                    weights.check()
+                    made[unit.layers] = self._quantized(unit, statistics, prepared)
             tensors, rows = made[unit.layers]
             for row in rows:
                 self.table.add_error(choice, row)
@@ -238,6 +248,15 @@ class _Measuring:
                 for layer in unit.layers:
                     own = {spec.name: tensors[spec.name] for spec in rounding.fmt.specs(layer)}
                     waiting[layer.tensor] = partial(_decoded, rounding, layer, own)
+
+    def _quantized(
+        self, unit: Unit, statistics: SiteStatistics | None, prepared: Prepared
+    ) -> tuple[dict[str, Array], list[LayerReport]]:
+        rounding = self.job.rounding
+        with ExitStack() as files:
+            weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
+            with weights.misfits_checked():
+                return quantize_unit(unit, statistics, weights.load, rounding, prepared)
 
 
 def _decoded(rounding: Rounding, layer: Layer, tensors: Mapping[str, Array]) -> Tensor:
