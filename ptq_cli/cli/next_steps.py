@@ -17,7 +17,7 @@ from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import format_named
 from ptq_cli.run.repack import may_become
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 # The runtime that most people load a format with.

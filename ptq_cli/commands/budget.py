@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.commands.allocate import SAID_BY_CHOICES, AllocateJob
+from ptq_cli.commands.allocate import AllocateJob
+from ptq_cli.commands.plan_allocation import SAID_BY_CHOICES
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
 from ptq_cli.plan.allocation import Allocation, Budget

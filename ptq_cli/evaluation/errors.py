@@ -38,9 +38,9 @@ from ptq_cli.report.report import dead_inputs, totals
 from ptq_cli.report.weak import weaknesses, with_weakness
 from ptq_cli.run.nearest import as_run, inputs_of
 from ptq_cli.run.quantize_unit import layer_row
-from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.output import check_free, free_space
+from ptq_cli.storage.quantized import QuantizedFolder
 from ptq_cli.storage.scratch import temporary_folder, temporary_place
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.report import LayerReport
+from ptq_cli.core.settings import is_amount
 from ptq_cli.errors import InputError
 from ptq_cli.storage.digest import digest_words
 from ptq_cli.storage.files import read_json, to_json, write_whole
@@ -95,10 +96,6 @@ def _sound(tables: Any) -> bool:
             return False
         numbers = [row.get("rel_err") for row in rows] + values
         numbers += [x for row in rows if (x := row.get("heldout_rel_err")) is not None]
-        if not all(_is_number(x) for x in numbers):
+        if not all(map(is_amount, numbers)):
             return False
     return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.commands import api
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.interop.clients import ENVIRONMENT, NEW_TOKENS, PROMPT
 
 NEEDED = ("torch", "transformers", "gptqmodel", "compressed_tensors", "gguf", "mlx_lm")

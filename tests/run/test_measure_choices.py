@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ptq_cli.calibration.find import SourceSettings
-from ptq_cli.commands.allocate import AllocateJob, prepare_allocation
+from ptq_cli.commands.allocate import AllocateJob
+from ptq_cli.commands.plan_allocation import prepare_allocation
 from ptq_cli.core.layer import Layer
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.plan.allocation import Budget

@@ -6,8 +6,8 @@ import json
 import tomllib
 from pathlib import Path
 
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq
 from tests.refusals import refused
 
