@@ -81,6 +81,7 @@ def allocate(
     seed: int | None = None,
     mask: str | PathLike[str] | None = None,
     min_expert_tokens: int | None = None,
+    imatrix: str | PathLike[str] | None = None,
     force: bool = False,
     listen: Callable[[Progress], None] = ...,
     workers: int | None = None,

@@ -111,7 +111,7 @@ def _parameters() -> list[click.Parameter]:
         *setting_options("Method", own),
     ]
     settings = [x for x in settings if x.name not in NO_SETTINGS]
-    sources = [*shared.TOKENS, shared.MIN_EXPERT_TOKENS, *shared.SOURCES]
+    sources = [*shared.TOKENS, shared.MIN_EXPERT_TOKENS, *shared.SOURCES, shared.IMATRIX]
     run = [x for x in (*shared.RUN, *shared.RESOURCES) if x.name not in ("scheduler",)]
     writing = [_RECIPE, shared.REPLACING[0]]
     chosen = [_METHOD, *BUDGET, _CONFIG]

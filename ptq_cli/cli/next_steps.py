@@ -137,4 +137,5 @@ def after_calibration(model: Path, output: Path, default: Path) -> Step:
 def after_allocation(model: Path, method: str, recipe: Path, given: Mapping[str, Any]) -> Step:
     """given: the parameters of ptq allocate"""
     words: list[object] = ["ptq", method, path(model), "--config", path(recipe)]
-    return "to use it", [*words, *(_given(given, *_TOKENS) or _source(given))]
+    source = _given(given, *_TOKENS) or _given(given, "imatrix") or _source(given)
+    return "to use it", [*words, *source]

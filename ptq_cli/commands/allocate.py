@@ -224,9 +224,10 @@ class AllocateJob:
                 " whatever they cost in the predictions"
             )
         if allocation.bent:
+            count = "1 group" if len(allocation.bent) == 1 else f"{len(allocation.bent)} groups"
             said.append(
-                f"not in proportion to the error, and taken as its power: the KL of"
-                f" {len(allocation.bent)} groups: {fold_names(allocation.bent)}"
+                f"not in proportion to the error, and taken as its power: the KL of {count}:"
+                f" {fold_names(allocation.bent)}"
             )
         return said
 

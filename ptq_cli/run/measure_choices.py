@@ -41,7 +41,7 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.choices import ChoiceTable
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.output import check_free, free_space
-from ptq_cli.storage.scratch import temporary_folder
+from ptq_cli.storage.scratch import temporary_folder, temporary_place
 
 KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for trials
 WAVE = 32  # trials that are saved together: a run that is killed loses no more
@@ -145,6 +145,8 @@ class _Measuring:
             return
         todo = {self._block_of(group) for group in self.job.lacking(self.table)}
         if todo:
+            needed = self.job.source.scratch(self.resources.max_memory) if self.job.source else 0
+            check_free(temporary_place(), needed, free_space(temporary_place()))
             with temporary_folder() as work:
                 self._through_blocks(work, todo)
 
@@ -152,7 +154,6 @@ class _Measuring:
         """for block: for unit: statistics → for choice: round; then its groups' trials."""
         source: Any = self.job.source
         limits = (self.resources.workers, self.resources.max_memory)
-        check_free(work, source.scratch(self.resources.max_memory), free_space(work))
         self.trials = Trials(source, self.job.n_tokens, self.resources.crew_for(cores()))
         units = [at for block in sorted(todo) for _, at in self._units_of(block)]
         wanted = {str(next(iter(at.values())).site) for at in units}

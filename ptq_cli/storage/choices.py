@@ -12,9 +12,9 @@ from typing import Any
 
 from ptq_cli.core.report import LayerReport
 from ptq_cli.core.settings import is_amount
-from ptq_cli.errors import InputError
+from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.digest import digest_words
-from ptq_cli.storage.files import read_json, to_json, write_whole
+from ptq_cli.storage.files import FULL, read_json, to_json, write_whole
 
 SUFFIX = ".choices.json"
 MAX_TABLE = 256 << 20
@@ -68,7 +68,11 @@ class ChoiceTable:
             for name, row in rows.items():
                 mine[kind][name] = {**row, **mine[kind].get(name, {})}
         text = to_json({"format": _FORMAT, "tables": {**tables, self._own: mine}})
-        write_whole(self.path, text)
+        try:
+            write_whole(self.path, text)
+        except FileError as error:
+            error.hint = FULL.replace("-o", "--table") if error.hint == FULL else error.hint
+            raise
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tests.stopping import stop_at, stopped
 
 MEASURE = "ptq_cli.run.measure_choices"
 ALLOCATE = [
-    (f"{MEASURE}:check_free", 1),  # the folder is there, and empty
+    (f"{MEASURE}:Trials", 1),  # the folder is there, and empty
     (f"{MEASURE}:quantize_unit", 5),
     ("ptq_cli.calibration.trials:forward_block", 7),  # in a thread
     ("ptq_cli.calibration.streams:Streams.advance", 2),

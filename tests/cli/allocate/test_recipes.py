@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.calibration.test_imatrix import write_imatrix
 from tests.cli.allocate.words import (
     BLOCKS,
     BUDGET,
@@ -117,6 +118,29 @@ def test_without_a_model_that_runs_relative_errors_decide(model):
     assert "the model was not run" in outcome.out
     assert recipe_of()["allocation"]["predicted_rel_err"] > 0
     assert len({rule["bits"] for rule in recipe_of()["layers"]}) > 1
+
+
+def test_an_importance_matrix_weighs_the_errors(model):
+    names = {"attn_q": 32, "attn_k": 32, "attn_v": 32, "attn_output": 32, "ffn_gate": 32,
+             "ffn_up": 32, "ffn_down": 64}  # fmt: skip
+    energies = np.random.default_rng(2).exponential(size=(1, 64)) ** 4
+    entries = {
+        f"blk.{block}.{name}.weight": (energies[:, :width], np.array([100]))
+        for block in range(2)
+        for name, width in names.items()
+    }
+    write_imatrix("i.gguf", entries)
+    run = ("allocate", model, *BUDGET, *QUICK, "-o", "r.toml", "--force", "--table")
+    done(*run, "without.json")
+    outcome = done(*run, "with.json", "--imatrix", "i.gguf")
+    assert "ptq rtn m --config r.toml --imatrix i.gguf" in outcome.out.replace(f"{model}", "m")
+    with_it, without = (table(f"{word}.json")["errors"] for word in ("with", "without"))
+    assert with_it.keys() == without.keys()
+    assert all(with_it[name] != without[name] for name in without)
+    done("rtn", model, "--config", "r.toml", "--imatrix", "i.gguf", "-o", "out")
+    said = recipe_of()["allocation"]["predicted_rel_err"]
+    rows = json.loads(Path("out/report.json").read_text())["layers"]
+    assert sum(row["rel_err"] for row in rows) == pytest.approx(said, rel=1e-3)
 
 
 def test_a_model_that_is_quantized_is_measured_against_what_it_decodes_to(model):

@@ -155,8 +155,9 @@ def test_a_table_is_whole_or_as_it_was(tmp_path, monkeypatch):
     before = table.path.read_bytes()
     monkeypatch.setattr(os, "replace", no_space)
     table.add_divergence("g", "W4A16", 0.5)
-    with pytest.raises(FileError, match="No space left"):
+    with pytest.raises(FileError, match="No space left") as found:
         table.save()
+    assert "--table" in found.value.hint
     assert table.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
