@@ -43,7 +43,7 @@ from ptq_cli.evaluation.perplexity import difference, quantized_tensors
 from ptq_cli.models.forward.likelihood import Prediction, measure_tokens, next_tokens
 from ptq_cli.models.forward.stages import finish
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
 SAMPLE = Path(__file__).parents[1] / "sample_data"

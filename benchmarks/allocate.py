@@ -41,12 +41,12 @@ from safetensors.numpy import save_file
 
 import ptq_cli
 from ptq_cli.calibration.find import SourceSettings
-from ptq_cli.commands.allocate import prepare_allocation
+from ptq_cli.commands.plan_allocation import prepare_allocation
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.plan.allocation import Budget
 from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 CELLS = ("3", "4", "Q2_K", "Q3_K_M", "Q4_K_M")

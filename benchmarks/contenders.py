@@ -42,7 +42,7 @@ def ours(**stated: Any) -> Run:
         start = time.perf_counter()
         feedback = make_feedback(hessian, DAMP, grid, settings.act_order)
         middle = time.perf_counter()
-        result = solve(weight, feedback.grid, feedback, passes)
+        result = solve(weight, grid, feedback, passes)
         end = time.perf_counter()
         return middle - start, end - middle, result.dequantized()
 

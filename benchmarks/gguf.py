@@ -51,8 +51,8 @@ from ptq_cli.numerics.gptq import solve
 from ptq_cli.numerics.panel import Passes
 from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import NUMBERS
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 
 MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")

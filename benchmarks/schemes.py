@@ -22,7 +22,7 @@ import ptq_cli
 from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.plan.schemes import SCHEMES
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 
 SMALL = [name for name, scheme in SCHEMES.items() if scheme.fixed]
 CONTENDERS: dict[str, dict[str, Any]] = {

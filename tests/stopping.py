@@ -50,8 +50,13 @@ def killed(place: str, number: int, *arguments: object) -> None:
     assert code == -signal.SIGKILL, f"it ended before call {number}: {err}"
 
 
-def stop_at(place: str, number: int, answer: Callable[[], None]) -> None:
-    """Have the function call `answer` at the beginning of its `number`-th call."""
+def stop_at(
+    place: str, number: int, answer: Callable[[], None], put: Callable[..., None] = setattr
+) -> None:
+    """Have the function call `answer` at the beginning of its `number`-th call.
+
+    put: takes its place, as `setattr` does
+    """
     module, _, path = place.partition(":")
     owner: Any = import_module(module)
     *owners, name = path.split(".")
@@ -66,7 +71,7 @@ def stop_at(place: str, number: int, answer: Callable[[], None]) -> None:
             answer()
         return function(*arguments, **options)
 
-    setattr(owner, name, counted)
+    put(owner, name, counted)
 
 
 def pause() -> None:

@@ -39,7 +39,7 @@ class Trials:
     def __init__(self, source: TokenSource, n_tokens: int, n_threads: int) -> None:
         self.arch, self.n_threads, self.block = source.arch, n_threads, 0
         self._read = source.checkpoint.read
-        self.tokens, self.packing = _some(source, n_tokens)
+        self.tokens, self.packing = tokens_to_try(source, n_tokens)
         self._exact = self._embedded({})
         self._states: dict[Trial, FloatArray] = {}
         self._heads: dict[Trial, Changed] = {}  # of trials that change the head, too
@@ -126,8 +126,9 @@ class Trials:
         return dict(zip(versions, map(float, found), strict=True))
 
 
-def _some(source: TokenSource, n_tokens: int) -> tuple[Array, Packing]:
-    """Sequences, evenly spaced, cut to LENGTH, and how they are packed."""
+def tokens_to_try(source: TokenSource, n_tokens: int) -> tuple[Array, Packing]:
+    """About so many of the source's tokens, or all: sequences, evenly spaced, cut to LENGTH, and
+    how they are packed. Raises InputError where none counts."""
     ids, mask = source.tokens.sequences(slice(None))
     length = min(LENGTH, ids.shape[1])
     count = min(len(ids), max(1, n_tokens // length))

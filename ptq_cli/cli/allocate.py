@@ -18,7 +18,7 @@ from ptq_cli.cli.common import check_path, emit_warnings, show_next
 from ptq_cli.cli.next_steps import after_allocation
 from ptq_cli.cli.options import Command, in_section, option, setting_options
 from ptq_cli.cli.progress import Follow
-from ptq_cli.commands.allocate import AllocateJob, prepare_allocation
+from ptq_cli.commands.allocate import AllocateJob
 from ptq_cli.commands.budget import (
     METHODS,
     NO_SETTINGS,
@@ -29,6 +29,7 @@ from ptq_cli.commands.budget import (
     write_recipe,
 )
 from ptq_cli.commands.job import take_run_options
+from ptq_cli.commands.plan_allocation import prepare_allocation
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.core.text import number, size
 from ptq_cli.plan.allocation import Allocation, Budget
@@ -110,7 +111,7 @@ def _parameters() -> list[click.Parameter]:
         *setting_options("Method", own),
     ]
     settings = [x for x in settings if x.name not in NO_SETTINGS]
-    sources = [*shared.TOKENS, shared.MIN_EXPERT_TOKENS, *shared.SOURCES]
+    sources = [*shared.TOKENS, shared.MIN_EXPERT_TOKENS, *shared.SOURCES, shared.IMATRIX]
     run = [x for x in (*shared.RUN, *shared.RESOURCES) if x.name not in ("scheduler",)]
     writing = [_RECIPE, shared.REPLACING[0]]
     chosen = [_METHOD, *BUDGET, _CONFIG]

@@ -14,7 +14,7 @@ from ptq_cli.cli.shared_options import PATH
 from ptq_cli.core.names import fold_names
 from ptq_cli.errors import GateMissed, InputError
 from ptq_cli.report.compare import Change, Difference, difference
-from ptq_cli.storage.folder import gguf_of, is_gguf_file
+from ptq_cli.storage.quantized import gguf_of, is_gguf_file
 from ptq_cli.storage.reports import read_report
 
 _SHOWN = 5

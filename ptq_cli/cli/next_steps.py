@@ -17,7 +17,7 @@ from ptq_cli.core.report import RunReport
 from ptq_cli.plan.grid_settings import FLOAT_BITS
 from ptq_cli.registry import format_named
 from ptq_cli.run.repack import may_become
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 # The runtime that most people load a format with.
@@ -137,4 +137,5 @@ def after_calibration(model: Path, output: Path, default: Path) -> Step:
 def after_allocation(model: Path, method: str, recipe: Path, given: Mapping[str, Any]) -> Step:
     """given: the parameters of ptq allocate"""
     words: list[object] = ["ptq", method, path(model), "--config", path(recipe)]
-    return "to use it", [*words, *(_given(given, *_TOKENS) or _source(given))]
+    source = _given(given, *_TOKENS) or _given(given, "imatrix") or _source(given)
+    return "to use it", [*words, *source]

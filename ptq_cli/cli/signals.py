@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM, for the command line alone: one line, and the exit code of the signal.
 
-As long as no work folder is open there is nothing to tidy up, and the process ends inside the
-handler: an exception would be at the mercy of any import it lands in. Later the handler raises
-`Stopped`; work folders and workers are closed on the way out, and finished units stay. A second
-signal ends the process at once.
+As long as there is nothing to tidy up, the process ends inside the handler: an exception would be
+at the mercy of any import it lands in. Later the handler raises `Stopped`; work folders and workers
+are closed on the way out, scratch files removed, and finished units stay. A second signal ends the
+process at once.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def _answer(number: int, frame: FrameType | None) -> None:
     for other in WORDS:
         signal.signal(other, signal.SIG_DFL)
     State.arrived = number
-    if State.open_folders:
+    if State.open_works:
         raise Stopped(number)
-    leave(number, "")
+    leave(number)
 
 
-def leave(number: int, more: str = "; finished work is kept, the same command goes on") -> None:
+def leave(number: int) -> None:
     """End the process with one line: whatever threads there are, nobody waits for them."""
+    more = "; finished work is kept, the same command goes on" if State.keeps else ""
     cursor = b"\x1b[?25h\n" if os.isatty(2) else b""
     try:
         os.write(2, cursor + f"ptq: {WORDS[number]}{more}\n".encode())

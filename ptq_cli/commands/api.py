@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.calibration.find import AnyPath, Paths, as_paths, find_source, take_source
-from ptq_cli.commands.allocate import prepare_allocation
 from ptq_cli.commands.budget import check_method, check_recipe, take_budget, write_recipe
 from ptq_cli.commands.calibrate import prepare_calibration
 from ptq_cli.commands.check import check as check
 from ptq_cli.commands.job import take_run_options
+from ptq_cli.commands.plan_allocation import prepare_allocation
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.commands.signatures import WHERE, allocate_signature, signature_of
 from ptq_cli.core.progress import Listener, nobody
@@ -34,8 +34,8 @@ from ptq_cli.numerics.statistics import HELDOUT_EVERY, HELDOUT_LIMIT
 from ptq_cli.run.schedule import ALL_THERE_IS, Resources, RunOptions
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import gguf_of, holds_quantized, open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
+from ptq_cli.storage.quantized import gguf_of, holds_quantized, open_quantized
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import TokenSettings
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq_cli.commands.allocate import SAID_BY_CHOICES, AllocateJob
+from ptq_cli.commands.allocate import AllocateJob
+from ptq_cli.commands.plan_allocation import SAID_BY_CHOICES
 from ptq_cli.core.settings import settings_fields
 from ptq_cli.errors import InputError
 from ptq_cli.plan.allocation import Allocation, Budget
@@ -21,7 +22,7 @@ TRIAL_TOKENS = Budget().trial_tokens
 # What choices say, and what a recipe of them says nothing of: no settings of `ptq allocate`.
 NO_SETTINGS = (
     *SAID_BY_CHOICES,
-    *("pure", "kv_cache", "on_misfit", "allocation"),
+    *("pure", "kv_cache", "allocation"),
 )
 _NAMES = ("target_bpw", "target_size", "choices", "keep", "fast", "trial_tokens", "table")
 

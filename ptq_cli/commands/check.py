@@ -24,9 +24,9 @@ from ptq_cli.registry import FORMATS, format_named
 from ptq_cli.run.repack import may_become
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing
-from ptq_cli.storage.folder import QuantizedFolder, declared_config, open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.gguf_model import check_model
+from ptq_cli.storage.quantized import QuantizedFolder, declared_config, open_quantized
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.evaluation.errors import evaluate as run_evaluation
 from ptq_cli.evaluation.sides import Sides, open_sides
 from ptq_cli.numerics.activations import ActivationSettings
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.reports import settings_of
 from ptq_cli.storage.sources import open_float
 from ptq_cli.storage.tokens import Tokens, TokenSettings, read_tokens

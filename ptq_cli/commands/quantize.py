@@ -23,7 +23,7 @@ from ptq_cli.registry import SMOOTHERS, format_named, method
 from ptq_cli.run.quantize_unit import Rounding
 from ptq_cli.run.repack import RepackSettings, plan_repack, run_repack
 from ptq_cli.run.work import Quantization
-from ptq_cli.storage.folder import QuantizedFolder, holds_quantized, open_quantized
+from ptq_cli.storage.quantized import QuantizedFolder, holds_quantized, open_quantized
 from ptq_cli.storage.sources import open_float
 
 

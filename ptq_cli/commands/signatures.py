@@ -58,7 +58,7 @@ BUDGET: Named = {
     "table": (AnyPath | None, None),
 }
 _NOT_OF_ALLOCATE = (
-    *("parallel_layers", "require_calibration", "imatrix"),
+    *("parallel_layers", "require_calibration"),
     *("restart", "max_shard_size", "scheduler"),
 )
 

@@ -106,6 +106,12 @@ class Grid:
         return runs
 
     @property
+    def grouping(self) -> tuple[int, bool]:
+        """Which columns form groups: how many, and whether super-blocks hold the groups together.
+        All that what a method prepares for a site may depend on."""
+        return self.group_size, self.multiples is not None
+
+    @property
     def by_rows(self) -> bool:
         """Whether no two rows share a scale."""
         return self.group_size != 0 and self.block_rows == 1

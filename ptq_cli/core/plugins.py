@@ -37,7 +37,8 @@ class Method:
     settings: the frozen dataclass of its settings; cli options, recipe keys and the report's
         `settings` are made from its fields
     prepare: what the linears of one site share (a factored Hessian, say), from the site's
-        statistics, or from None where there is no calibration; called once per unit
+        statistics, or from None where there is no calibration; it serves all grids of the same
+        `grouping`
     apply: rounds one weight, float32 or float64 [out_features, in_features]; the last argument is
         the weight of each squared rounding error in the scale search, of the same shape (Fisher
         information), or None where the method's own serves

@@ -94,3 +94,8 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if "check" in meta:
         meta["check"](value)
     return value
+
+
+def is_amount(value: object) -> bool:
+    """Whether what was read from a file is a number to work with, 0 or more."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300

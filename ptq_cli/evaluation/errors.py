@@ -7,7 +7,8 @@ the same grid, to compare with. A layer whose codes are those of plain rounding 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,9 +38,9 @@ from ptq_cli.report.report import dead_inputs, totals
 from ptq_cli.report.weak import weaknesses, with_weakness
 from ptq_cli.run.nearest import as_run, inputs_of
 from ptq_cli.run.quantize_unit import layer_row
-from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.storage.machine import cores
 from ptq_cli.storage.output import check_free, free_space
+from ptq_cli.storage.quantized import QuantizedFolder
 from ptq_cli.storage.scratch import temporary_folder, temporary_place
 
 
@@ -65,8 +66,9 @@ def evaluate(sides: Sides, listen: Listener = nobody) -> RunReport:
     site_of = sites_of(quantized.layers, source)
     rows: dict[str, LayerReport] = {}
     weights, work = sum(layer.size for layer in quantized.layers.values()), 0
-    with threadpool_limits(1), use_threads(cores()):
-        for layer, loaded in _with_statistics(sides, site_of):
+    with threadpool_limits(1), use_threads(cores()), ExitStack() as held:
+        found = held.enter_context(closing(_with_statistics(sides, site_of)))
+        for layer, loaded in found:
             row = rows[layer.module] = _row(layer, sides, loaded)
             count, total, work = len(rows), len(quantized.layers), work + layer.size
             listen(Progress("measure", count, total, layer.module, work, weights, row))
@@ -112,7 +114,7 @@ class Loaded:
 
 def _with_statistics(
     sides: Sides, site_of: Mapping[str, str]
-) -> Iterator[tuple[Layer, Loaded | None]]:
+) -> Generator[tuple[Layer, Loaded | None], None, None]:
     """Every layer, with the statistics of its inputs where there are any."""
     source = sides.source
     if source is not None and source.in_sequence:
@@ -130,7 +132,7 @@ def _with_statistics(
 
 def _in_sequence(
     sides: Sides, source: Source, site_of: Mapping[str, str]
-) -> Iterator[tuple[Layer, Loaded | None]]:
+) -> Generator[tuple[Layer, Loaded | None], None, None]:
     """The same where statistics are made on the way: in the order of the forward."""
     of_site: dict[str | None, list[Layer]] = {}
     for module, layer in sides.quantized.layers.items():

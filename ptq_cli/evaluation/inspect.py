@@ -22,7 +22,7 @@ from ptq_cli.plan.plan import make_plan
 from ptq_cli.registry import format_named, method
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.files import listing, read_json
-from ptq_cli.storage.folder import QuantizedFolder, already_quantized, check_float
+from ptq_cli.storage.quantized import QuantizedFolder, already_quantized, check_float
 
 LOUD = 10.0  # a channel is an outlier from this many times the median channel's absmax on
 TOP = 5

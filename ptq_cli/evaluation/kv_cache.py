@@ -12,7 +12,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.common import SCALE_NAMES
 from ptq_cli.models.forward.attention import Cache
 from ptq_cli.numerics.kv_cache import cache_scales, head_absmax, round_cached, rounded_cache
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.quantized import QuantizedFolder
 
 Caches = dict[int, Cache]  # by block, what becomes of the keys and values that it caches
 

@@ -32,8 +32,8 @@ from ptq_cli.models.forward.stages import finish
 from ptq_cli.numerics.rounding import grid_by_zeros, round_to_nearest
 from ptq_cli.numerics.weak_inputs import FEWEST_HELDOUT
 from ptq_cli.storage.checkpoint import Checkpoint
-from ptq_cli.storage.folder import QuantizedFolder
 from ptq_cli.storage.output import check_free, free_space
+from ptq_cli.storage.quantized import QuantizedFolder
 from ptq_cli.storage.scratch import Rows, temporary_folder, temporary_place
 from ptq_cli.storage.tokens import Tokens
 

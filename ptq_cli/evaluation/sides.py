@@ -12,7 +12,8 @@ from ptq_cli.numerics.activations import ActivationSettings
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.experts import fused_again
 from ptq_cli.storage.folded import folded_checkpoint, folds_between
-from ptq_cli.storage.folder import QuantizedFolder, container_of
+from ptq_cli.storage.folder import container_of
+from ptq_cli.storage.quantized import QuantizedFolder
 
 
 @dataclass(frozen=True)

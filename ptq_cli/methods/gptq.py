@@ -155,7 +155,6 @@ def _prepare(
         dead = np.flatnonzero(hessian.diagonal() == 0)
         hessian[dead, dead] = hessian.diagonal().mean()
     drift = statistics.drift if settings.drift else None
-    coupling = statistics.coupling if grid.by_rows else None
     tried: list[float] = []
     for damp in (settings.damp_percent, *(d for d in DAMP_LADDER if d > settings.damp_percent)):
         try:
@@ -165,7 +164,7 @@ def _prepare(
             continue
         notes = (f"damp_percent raised from {tried[0]:g} to {damp:g}",) if tried else ()
         solved = None if drift is None else (drift, solved_drift(drift, feedback))
-        return _Prepared(feedback, damp, notes, solved, statistics.heldout, coupling)
+        return _Prepared(feedback, damp, notes, solved, statistics.heldout, statistics.coupling)
     raise NumericalError(
         f"{statistics.site}: its Hessian ({statistics.in_features} columns) is not positive"
         f" definite with damp_percent {', '.join(f'{d:g}' for d in tried)}",
@@ -189,7 +188,7 @@ def _apply(
     strength = None
     if prepared.drift is not None:
         weight, strength = _corrected(weight, *prepared.drift, prepared.heldout, settings)
-    if prepared.coupling is None:
+    if prepared.coupling is None or not grid.by_rows:
         rounded = solve(weight, grid, prepared.feedback, passes, importance)
     else:
         rounded = solve_coupled(

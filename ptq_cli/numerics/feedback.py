@@ -48,16 +48,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Feedback:
-    """All that the linears of one site share: the factored Hessian and the order of the columns.
+    """All that the linears of one site share, whatever their bits: the factored Hessian and the
+    order of the columns.
 
-    grid, act_order: as `make_feedback` was given them
+    act_order: as `make_feedback` was given it
     order: column visited k-th, int [in_features]
     hessian, damping: H as it stands, and λ
     upper, pivots: `H + λI = upper · diag(pivots) · upperᵀ`, in that order
-    blocks: those of the grid, in that order
+    blocks: those of the columns, in that order
     """
 
-    grid: Grid
     act_order: str
     order: NDArray[np.intp]
     hessian: FloatArray
@@ -84,6 +84,7 @@ def make_feedback(
 ) -> Feedback:
     """Factor `hessian + damp · mean(diagonal) · I` with columns in the order of visits.
 
+    grid: one of those that it will serve: all of the same `grouping`
     act_order: as `column_order` knows it; refine: whether groups will be refined
 
     Raises:
@@ -115,7 +116,7 @@ def make_feedback(
 
     starts = _changes(numbers[cuts[:-1]] // per_block)
     blocks = tuple(each(block, pairwise(starts)))
-    return Feedback(grid, act_order, order, hessian, damping, upper, pivots, blocks)
+    return Feedback(act_order, order, hessian, damping, upper, pivots, blocks)
 
 
 def _changes(numbers: NDArray[np.intp]) -> list[int]:

@@ -49,7 +49,7 @@ def solve(
 ) -> QuantizedWeight:
     """Round `weight` [out_features, in_features] with the feedback of its site.
 
-    grid: the weight's own; its groups are the feedback's
+    grid: the weight's own, of the feedback's `grouping`
     importance: weights of the scale search, [out_features, in_features]; None: each column's pivot
     panel_rows: rows that are worked on together
 

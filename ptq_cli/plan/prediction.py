@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_cli.core.settings import check_keys
+from ptq_cli.core.settings import check_keys, is_amount
 from ptq_cli.errors import InputError
 
 Point = tuple[float, float]  # bits a weight, predicted cost
@@ -71,7 +71,7 @@ def check_allocation(said: Mapping[str, Any]) -> None:
     """Raises InputError where a part of it is not what `ptq allocate` writes."""
     check_keys(said, (*_NUMBERS, "curve", "uniform"), "key of [allocation]")
     for key in _NUMBERS:
-        if key in said and not _is_number(said[key]):
+        if key in said and not is_amount(said[key]):
             raise _wrong(key, said[key], "a number, 0 or more")
     curve, uniform = said.get("curve", []), said.get("uniform", {})
     if not isinstance(curve, list | tuple) or not all(map(_is_point, curve)):
@@ -88,11 +88,7 @@ def _wrong(key: str, value: object, wanted: str) -> InputError:
 
 
 def _is_point(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_amount, value))
 
 
 def rounded(value: float) -> float:

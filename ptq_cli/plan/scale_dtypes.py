@@ -18,7 +18,7 @@ from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.schemes import scheme_grid
 from ptq_cli.plan.select_tensors import rule_of
 from ptq_cli.storage.checkpoint import Checkpoint, StoredTensor
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.quantized import QuantizedFolder
 
 # Each has a wider range than those before it.
 BY_RANGE = ("float16", "bfloat16", "float32")

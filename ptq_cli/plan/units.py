@@ -61,8 +61,7 @@ def plan_units(
         parts: dict[tuple[str | None, int, bool], list[Layer]] = {}
         for module in group:
             layer = by_module[module]  # what a method prepares once may depend on the groups
-            own = (layer.grid.group_size, layer.grid.multiples is None)
-            parts.setdefault((site_of.get(module), *own), []).append(layer)
+            parts.setdefault((site_of.get(module), *layer.grid.grouping), []).append(layer)
         for (site, *_), members in parts.items():
             blind = is_embedding(members[0].module) or members[0].tensor in beyond
             units.append(_unit(site, members, method, source, blind))

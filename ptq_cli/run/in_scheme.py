@@ -12,7 +12,7 @@ from ptq_cli.errors import InputError
 from ptq_cli.formats.common import NUMBERS
 from ptq_cli.formats.fused import fused_groups
 from ptq_cli.plan.schemes import SCHEMES
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.quantized import QuantizedFolder
 
 _GREATEST_POWER = 8  # 2^8 is the greatest power of two among E4M3 numbers
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from threadpoolctl import threadpool_limits
 from ptq_cli.calibration.source import Place, Source
 from ptq_cli.calibration.stream import Decode
 from ptq_cli.calibration.streams import through_sites
-from ptq_cli.calibration.trials import Changed, Trial, Trials
+from ptq_cli.calibration.trials import Changed, Trial, Trials, tokens_to_try
 from ptq_cli.core.layer import Layer, Plan, Unit
 from ptq_cli.core.progress import Listener, Progress, nobody
+from ptq_cli.core.report import LayerReport
 from ptq_cli.core.statistics import SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import stated_in
@@ -31,14 +33,15 @@ from ptq_cli.models.forward.layers import Tensor
 from ptq_cli.models.forward.linear import as_tensor
 from ptq_cli.numerics.parallel import use_threads
 from ptq_cli.plan.choices import Group
-from ptq_cli.run.quantize_unit import Rounding, quantize_unit
+from ptq_cli.run.quantize_unit import Prepared, Rounding, prepare_unit, quantize_unit
 from ptq_cli.run.schedule import Resources
 from ptq_cli.run.unit_job import Weights
 from ptq_cli.storage import interruption
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.choices import ChoiceTable
 from ptq_cli.storage.machine import cores
-from ptq_cli.storage.scratch import temporary_folder
+from ptq_cli.storage.output import check_free, free_space
+from ptq_cli.storage.scratch import temporary_folder, temporary_place
 
 KEPT_PART = 4  # of the memory that a run may take: one in so many parts is for trials
 WAVE = 32  # trials that are saved together: a run that is killed loses no more
@@ -48,7 +51,7 @@ WAVE = 32  # trials that are saved together: a run that is killed loses no more
 class ChoiceJob:
     """plans: of the whole model, by choice
     trials: the choices whose effect on the predictions is tried
-    n_tokens: that they are tried on
+    n_tokens: that they are to be tried on
     corrects_drift: whether the layers rounded later make up for what was rounded before
     """
 
@@ -65,6 +68,12 @@ class ChoiceJob:
     def runs(self) -> bool:
         """Whether the model itself is run."""
         return self.source is not None and self.source.in_sequence
+
+    @property
+    def trial_tokens(self) -> int:
+        """That there are to try choices on, of those asked for. Raises InputError."""
+        source: Any = self.source
+        return tokens_to_try(source, self.n_tokens)[1].n_tokens if self.runs else 0
 
     def tried(self, group: Group) -> list[str]:
         """The choices of a group that are tried."""
@@ -94,8 +103,12 @@ def measure_choices(
     job: ChoiceJob, table: ChoiceTable, resources: Resources, listen: Listener = nobody
 ) -> None:
     """Fill the table with what it lacks."""
-    with threadpool_limits(1), use_threads(resources.crew_for(cores())):
-        _Measuring(job, table, resources, listen).run()
+    interruption.work_begins(keeps=True)
+    try:
+        with threadpool_limits(1), use_threads(resources.crew_for(cores())):
+            _Measuring(job, table, resources, listen).run()
+    finally:
+        interruption.work_ends()
 
 
 class _Measuring:
@@ -132,6 +145,8 @@ class _Measuring:
             return
         todo = {self._block_of(group) for group in self.job.lacking(self.table)}
         if todo:
+            needed = self.job.source.scratch(self.resources.max_memory) if self.job.source else 0
+            check_free(temporary_place(), needed, free_space(temporary_place()))
             with temporary_folder() as work:
                 self._through_blocks(work, todo)
 
@@ -206,18 +221,26 @@ class _Measuring:
 
     def _unit(self, name: str, at: Mapping[str, Unit]) -> None:
         """Round a unit at every choice, and keep the errors."""
+        first = next(iter(at.values()))
+        statistics = self._statistics(first)
+        if first.site is not None and statistics is None:
+            at = {k: replace(unit, nearest="no token reaches it") for k, unit in at.items()}
+        for _, alike in groupby(at.items(), lambda own: own[1].layers[0].grid.grouping):
+            self._round(dict(alike), statistics)
+        self.done += len(first.layers)
+        self.listen(Progress("measure", self.done, self.total, name))
+
+    def _round(self, at: Mapping[str, Unit], statistics: SiteStatistics | None) -> None:
+        """Round a unit at choices for which it is prepared once: all of its groups of columns."""
         rounding = self.job.rounding
-        statistics = self._statistics(next(iter(at.values())))
-        made: dict[tuple[Layer, ...], Any] = {}
+        prepared: Prepared | None = None
+        made: dict[tuple[Layer, ...], tuple[dict[str, Array], list[LayerReport]]] = {}
         for choice, unit in at.items():
             interruption.check()
-            if unit.site is not None and statistics is None:
-                unit = replace(unit, nearest="no token reaches it")
             if unit.layers not in made:
-                with stated_in(unit.name), ExitStack() as files:
-                    weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
-                    made[unit.layers] = quantize_unit(unit, statistics, weights.load, rounding)
-                    weights.check()
+                with stated_in(unit.name):
+                    prepared = prepared or prepare_unit(unit, statistics, rounding)
+                    made[unit.layers] = self._quantized(unit, statistics, prepared)
             tensors, rows = made[unit.layers]
             for row in rows:
                 self.table.add_error(choice, row)
@@ -226,8 +249,15 @@ class _Measuring:
                 for layer in unit.layers:
                     own = {spec.name: tensors[spec.name] for spec in rounding.fmt.specs(layer)}
                     waiting[layer.tensor] = partial(_decoded, rounding, layer, own)
-        self.done += len(next(iter(at.values())).layers)
-        self.listen(Progress("measure", self.done, self.total, name))
+
+    def _quantized(
+        self, unit: Unit, statistics: SiteStatistics | None, prepared: Prepared
+    ) -> tuple[dict[str, Array], list[LayerReport]]:
+        rounding = self.job.rounding
+        with ExitStack() as files:
+            weights = Weights(self.job.checkpoint, self.job.source, rounding, files)
+            with weights.misfits_checked():
+                return quantize_unit(unit, statistics, weights.load, rounding, prepared)
 
 
 def _decoded(rounding: Rounding, layer: Layer, tensors: Mapping[str, Array]) -> Tensor:

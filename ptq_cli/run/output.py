@@ -17,13 +17,7 @@ from ptq_cli.run.schedule import Resources
 from ptq_cli.run.work import Quantization, Work
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.folded import FOLDS_FILE, write_folds
-from ptq_cli.storage.folder import (
-    MAX_SHARD,
-    Assembly,
-    begin_weights,
-    container_of,
-    write_folder,
-)
+from ptq_cli.storage.folder import MAX_SHARD, Assembly, begin_weights, container_of, write_folder
 from ptq_cli.storage.gguf_model import GgufOutput
 from ptq_cli.storage.shards import Part, Shards
 from ptq_cli.storage.staging import Staging

@@ -71,15 +71,29 @@ class Rounding:
         return format_named(self.format)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the layers of a unit share, at whatever bits.
+
+    shared: what the method's `prepare` gave
+    failure: why they are only rounded to nearest, or None
+    """
+
+    shared: Any
+    failure: str | None
+
+
 def quantize_unit(
     unit: Unit,
     statistics: SiteStatistics | None,
     load: Callable[[Layer], LayerWeight],
     rounding: Rounding,
+    prepared: Prepared | None = None,
 ) -> tuple[dict[str, Array], list[LayerReport]]:
     """Quantize the layers of one unit: their tensors, and a row of the report for each.
 
     load: reads the weight of one
+    prepared: what `prepare_unit` made for the unit at other bits, in groups of the same columns
 
     Raises:
         NumericalError: the factorization failed for good.
@@ -87,7 +101,7 @@ def quantize_unit(
     """
     begin = time.perf_counter()
     unit = _with_global_scales(unit, load, rounding)
-    shared, failure = _prepare(unit, statistics, rounding)
+    prepared = prepared or prepare_unit(unit, statistics, rounding)
     preparing = (time.perf_counter() - begin) / len(unit.layers)
     few = [] if statistics is None else few_tokens_note(statistics)
     weak = None if statistics is None else weak_inputs(statistics) or None
@@ -96,7 +110,7 @@ def quantize_unit(
     for layer in unit.layers:
         begin = time.perf_counter()
         with stated_in(f"tensor {layer.tensor!r} {list(layer.full_shape)}"):
-            own, row = choose(load(layer), layer, statistics, rounding, shared, failure)
+            own, row = choose(load(layer), layer, statistics, rounding, prepared)
         tensors |= own
         seconds = preparing + time.perf_counter() - begin
         rows.append(replace(row, seconds=seconds, notes=(*row.notes, *few), weak=weak))
@@ -123,22 +137,20 @@ def _with_global_scales(
     return replace(unit, layers=tuple(layers))
 
 
-def _prepare(
-    unit: Unit, statistics: SiteStatistics | None, rounding: Rounding
-) -> tuple[Any, str | None]:
-    """What the layers of a unit share, and why they are only rounded to nearest, or None."""
+def prepare_unit(unit: Unit, statistics: SiteStatistics | None, rounding: Rounding) -> Prepared:
+    """What the layers of a unit share. Raises NumericalError: the factorization failed for good."""
     how = rounding.how
     if unit.nearest is not None:
-        return None, unit.nearest
+        return Prepared(None, unit.nearest)
     live = statistics is None or _dead_columns(statistics) < statistics.in_features
     if how.needs_hessian and not live:
-        return None, "its inputs are all zero"
+        return Prepared(None, "its inputs are all zero")
     try:
-        return how.prepare(statistics, unit.layers[0].grid, rounding.settings), None
+        return Prepared(how.prepare(statistics, unit.layers[0].grid, rounding.settings), None)
     except NumericalError as error:
         if rounding.on_failure != "rtn":
             raise
-        return None, error.message
+        return Prepared(None, error.message)
 
 
 def choose(
@@ -146,26 +158,24 @@ def choose(
     layer: Layer,
     statistics: SiteStatistics | None,
     rounding: Rounding,
-    shared: Any,
-    failure: str | None = None,
+    prepared: Prepared,
 ) -> tuple[dict[str, Array], LayerReport]:
     """The better of the method and plain rounding to nearest: on held-out inputs where there are
     any, else on the Hessian, else on the weight itself. What is measured is what the format's
     tensors unpack to, and they are returned with the layer's row of the report.
 
-    shared: what the method's `prepare` gave for the layers of a site
-    failure: why they are only rounded to nearest, or None
+    prepared: what the layers of its unit share
     """
     how, fmt, settings = rounding.how, rounding.fmt, rounding.settings
     layer = with_global_scale(layer, fmt, lambda: absmax_of(given.rows))
     plain, rtn = round_layer(given.rows, layer, fmt, statistics, given.outputs)
     nearest = replace(layer_row(layer, fmt, rtn, rtn, statistics), method="rtn")
-    if failure is not None or how.is_nearest(settings):
-        return plain, replace(nearest, fallback=failure)
+    if prepared.failure is not None or how.is_nearest(settings):
+        return plain, replace(nearest, fallback=prepared.failure)
     weight = given.rows[:]
     scale = input_scale(layer, statistics)
     with misfits_of(layer):
-        result = how.apply(weight, shared, layer.grid, settings, given.importance)
+        result = how.apply(weight, prepared.shared, layer.grid, settings, given.importance)
         tensors, unpacked = as_stored(layer, replace(result.weight, input_scale=scale), fmt)
     measures = measure(weight, unpacked, inputs_of(statistics), given.outputs, rtn.energy)
     measures = as_run(measures, weight, layer, unpacked, statistics, given.outputs)

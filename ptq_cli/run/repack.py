@@ -42,8 +42,9 @@ from ptq_cli.run.schedule import RunOptions
 from ptq_cli.storage.checkpoint import StoredTensor
 from ptq_cli.storage.digest import digest_of
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import Assembly, QuantizedFolder, container_of, write_folder
+from ptq_cli.storage.folder import Assembly, container_of, write_folder
 from ptq_cli.storage.gguf_model import check_model
+from ptq_cli.storage.quantized import QuantizedFolder
 from ptq_cli.storage.staging import Staging
 from ptq_cli.storage.tensors import NUMPY_DTYPES, Bytes, as_bytes
 

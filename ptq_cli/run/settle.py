@@ -29,7 +29,7 @@ from ptq_cli.numerics.scales import ScaleMisfit
 from ptq_cli.numerics.smoothquant import function_change
 from ptq_cli.report.report import row_error
 from ptq_cli.run.nearest import round_layer
-from ptq_cli.run.quantize_unit import LayerWeight, Rounding, choose
+from ptq_cli.run.quantize_unit import LayerWeight, Prepared, Rounding, choose
 from ptq_cli.run.site_inputs import Fold, SiteInputs
 from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
@@ -108,7 +108,7 @@ class Group:
         self.job, self.sites, self.source = job, sites, source
         self.folds: list[Fold] = []
         self.inputs = SiteInputs(source)
-        self._prepared: tuple[Any, Any] = (None, None)
+        self._prepared: tuple[Any, Prepared] = (None, Prepared(None, None))
         self.rtn: dict[str, Measures] = {}
 
     def settle(self) -> dict[str, Any]:
@@ -250,10 +250,10 @@ class Group:
         statistics = self.inputs.statistics(owner, folds, linear)
         layer = self.job.layers[linear.tensor]
         own = [factors.tobytes() for site, factors in folds if site is owner]
-        key = (owner.name, linear.expert, own, rounding.method, layer.grid)
+        key = (owner.name, linear.expert, own, rounding.method, layer.grid.grouping)
         if self._prepared[0] != key:
             shared = rounding.how.prepare(statistics, layer.grid, rounding.settings)
-            self._prepared = (key, shared)
+            self._prepared = (key, Prepared(shared, None))
         outputs = folded_checkpoint(self.job.checkpoint, folds).output_scale(layer)
         given = LayerWeight(self.weight(linear, folds), outputs=outputs)
         return choose(given, layer, statistics, rounding, self._prepared[1])[1]

@@ -4,8 +4,8 @@ became is staged. Names and settings travel, no arrays."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -90,12 +90,10 @@ def finish(job: UnitJob, unit: Unit, statistics: SiteStatistics | None) -> list[
     with ExitStack() as files:
         weights = Weights(job.checkpoint, job.source, job.rounding, files)
         try:
-            tensors, rows = quantize_unit(unit, statistics, weights.load, job.rounding)
+            with weights.misfits_checked():
+                tensors, rows = quantize_unit(unit, statistics, weights.load, job.rounding)
         except NumericalError as error:
             error.hint = " or ".join(filter(None, (error.hint, "allow --fallback rtn")))
-            raise
-        except ScaleMisfit:
-            weights.check()
             raise
         digests = weights.digests()
     packed = [as_bytes(name, values) for name, values in tensors.items()]
@@ -139,6 +137,15 @@ class Weights:
         values = source.load_fisher(layer.module)
         values = values.reshape(layer.shape[::-1]).T if layer.transposed else values
         return np.ascontiguousarray(values).reshape(layer.shape)
+
+    @contextmanager
+    def misfits_checked(self) -> Iterator[None]:
+        """A scale that does not fit is put down to a weight that is not finite, where one is."""
+        try:
+            yield
+        except ScaleMisfit:
+            self.check()
+            raise
 
     def check(self) -> None:
         """Raises InputError where a weight that was streamed is not finite."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ptq_cli.core.report import LayerReport
-from ptq_cli.errors import InputError
+from ptq_cli.core.settings import is_amount
+from ptq_cli.errors import FileError, InputError
 from ptq_cli.storage.digest import digest_words
-from ptq_cli.storage.files import read_json, to_json, write_whole
+from ptq_cli.storage.files import FULL, read_json, to_json, write_whole
 
 SUFFIX = ".choices.json"
 MAX_TABLE = 256 << 20
@@ -67,7 +68,11 @@ class ChoiceTable:
             for name, row in rows.items():
                 mine[kind][name] = {**row, **mine[kind].get(name, {})}
         text = to_json({"format": _FORMAT, "tables": {**tables, self._own: mine}})
-        write_whole(self.path, text)
+        try:
+            write_whole(self.path, text)
+        except FileError as error:
+            error.hint = FULL.replace("-o", "--table") if error.hint == FULL else error.hint
+            raise
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,10 +100,6 @@ def _sound(tables: Any) -> bool:
             return False
         numbers = [row.get("rel_err") for row in rows] + values
         numbers += [x for row in rows if (x := row.get("heldout_rel_err")) is not None]
-        if not all(_is_number(x) for x in numbers):
+        if not all(map(is_amount, numbers)):
             return False
     return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300

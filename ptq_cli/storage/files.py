@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.errors import FileError, InputError
+from ptq_cli.storage import interruption
 
 MAX_JSON = 10 << 20
 FULL = "free some space, or choose another place with -o"
@@ -182,6 +183,7 @@ def write_whole(path: Path, *pieces: bytes | str | memoryview, durable: bool = T
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to; at the end it is renamed to `path`, or removed after an error."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    interruption.work_begins()
     try:
         yield partial
         with named(path):
@@ -190,6 +192,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+        interruption.work_ends()
 
 
 def remove(path: Path) -> None:

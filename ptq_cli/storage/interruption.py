@@ -1,14 +1,14 @@
-"""Whether a work folder is open, for the command line's answer to Ctrl-C and SIGTERM.
+"""Whether there is something to tidy up, for the command line's answer to Ctrl-C and SIGTERM.
 
-As long as none is open there is nothing to tidy up, and the process may end inside the handler.
-Later the handler raises `Stopped`. (This must stand at once, so it imports nothing.)
+As long as there is not, the process may end inside the handler. While a work folder is open or a
+file half-written, the handler raises `Stopped`. (This must stand at once, so it imports nothing.)
 """
 
 from __future__ import annotations
 
 
 class Stopped(BaseException):
-    """A signal arrived while a work folder was open."""
+    """A signal arrived while there was something to tidy up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -16,17 +16,22 @@ class Stopped(BaseException):
 
 
 class State:
-    open_folders = 0
+    open_works: list[None] = []  # noqa: RUF012 (of the process; threads may begin some, too)
     arrived = 0
+    keeps = False  # whether the same command goes on with what was done so far
 
 
-def work_begins() -> None:
-    """A work folder is open: from now on signals are exceptions."""
-    State.open_folders += 1
+def work_begins(*, keeps: bool = False) -> None:
+    """Something must be tidied up in the end: until `work_ends`, signals are exceptions.
+
+    keeps: what is finished stays, and the same command goes on with it
+    """
+    State.open_works.append(None)
+    State.keeps = State.keeps or keeps
 
 
 def work_ends() -> None:
-    State.open_folders -= 1
+    State.open_works.pop()
 
 
 def check() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq_cli.core.tensors import Array
+from ptq_cli.storage import interruption
 from ptq_cli.storage.files import named, read_into
 
 
@@ -157,6 +159,18 @@ def temporary_place() -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for scratch files, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="ptq-") as name:
-        yield Path(name)
+    """A folder for scratch files, removed at the end, be that a signal. Raises FileError."""
+    folder = temporary_place() / f"ptq-{uuid.uuid4().hex}"
+    interruption.work_begins()
+    try:
+        with named(folder):
+            folder.mkdir(0o700)
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except interruption.Stopped:  # there is no second one
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            interruption.work_ends()

@@ -15,7 +15,8 @@ from ptq_cli.formats.sources import quantized_as
 from ptq_cli.storage.checkpoint import Checkpoint, open_checkpoint
 from ptq_cli.storage.decoded import decoded_checkpoint
 from ptq_cli.storage.experts import one_by_one
-from ptq_cli.storage.folder import (
+from ptq_cli.storage.gguf_source import open_gguf_source
+from ptq_cli.storage.quantized import (
     already_quantized,
     check_float,
     find_quantized,
@@ -23,7 +24,6 @@ from ptq_cli.storage.folder import (
     gguf_of,
     not_read,
 )
-from ptq_cli.storage.gguf_source import open_gguf_source
 from ptq_cli.storage.weights import check_whole
 
 # Of inputs and of the KV cache, which the float model does not round; and marks of a layout.

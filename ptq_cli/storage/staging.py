@@ -57,7 +57,7 @@ class Staging:
         self.store = UnitStore(self.folder / "units")
         self.out, self._aside = self.folder / "out", self.folder / "old"
         with contextlib.ExitStack() as held:
-            interruption.work_begins()
+            interruption.work_begins(keeps=True)
             held.callback(interruption.work_ends)
             check_place(self.output)
             held.enter_context(locked(self.folder))

@@ -19,9 +19,9 @@ import pytest
 
 from ptq_cli.commands.quantize import prepare
 from ptq_cli.errors import PtqError
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
 from ptq_cli.storage.imatrix import read_imatrix
+from ptq_cli.storage.quantized import open_quantized
 from tests.attacks.test_mutants import mutants
 from tests.builders import overwrite, ptq
 from tests.calibration.test_imatrix import importance, write_imatrix, write_old_imatrix

@@ -389,7 +389,7 @@ def test_seventy_billion_parameters_are_shared_out_in_seconds(headers, tmp_path)
     import resource
     import subprocess
 
-    from ptq_cli.commands.allocate import prepare_allocation
+    from ptq_cli.commands.plan_allocation import prepare_allocation
     from ptq_cli.plan.allocation import Budget
 
     table, recipe = tmp_path / "t.json", tmp_path / "r.toml"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import LINEARS, ptq, random_inputs, small_activations, small_model, tree
 from tests.report.html.reading import cells, read
 

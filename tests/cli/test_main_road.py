@@ -13,7 +13,7 @@ import ptq_cli
 from ptq_cli.core.grid import Grid
 from ptq_cli.report.report import CSV_COLUMNS
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests import oracles
 from tests.builders import OUTPUT, copy_sample, ptq, read_model, tree
 

@@ -10,7 +10,7 @@ import pytest
 
 from ptq_cli.plan.mixes import is_mix
 from ptq_cli.plan.schemes import SCHEMES
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ROOT, ptq, read_model, small_job
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))

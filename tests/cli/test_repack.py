@@ -16,7 +16,7 @@ from ptq_cli import registry
 from ptq_cli.commands import quantize
 from ptq_cli.run import repack
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq
 
 pytest.importorskip("gguf")

@@ -11,8 +11,8 @@ import pytest
 
 from ptq_cli.formats import gguf
 from ptq_cli.formats.gguf.types import TYPES
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import read_gguf_header
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq
 from tests.formats.ggml_weights import ggml_layer, ggml_weight, same_numbers
 from tests.storage.gguf_files import (

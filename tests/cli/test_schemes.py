@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ptq_cli.plan.schemes import SCHEMES
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests import oracles
 from tests.builders import ptq, random_inputs, random_weight, read_model, write_model
 

@@ -18,7 +18,7 @@ from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
 from ptq_cli.report.gates import check_gates, gates_of
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings
 
 SAMPLE = Path(__file__).parents[2] / "sample_data"

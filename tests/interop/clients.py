@@ -39,7 +39,7 @@ def reference(job: dict[str, Any]) -> Result:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ptq_cli.storage.folder import open_quantized
+    from ptq_cli.storage.quantized import open_quantized
 
     config = json.loads(Path(job["float"], "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(job["float"], dtype=torch.float32)

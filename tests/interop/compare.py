@@ -87,7 +87,7 @@ def _twin(job: Job, tokens: Any, folder: Path) -> Any:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from ptq_cli.storage.folder import open_quantized
+    from ptq_cli.storage.quantized import open_quantized
     from ptq_cli.storage.sources import open_float
 
     source, plain = Path(job["float"]), _client(job) == "transformers"

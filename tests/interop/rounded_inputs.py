@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq_cli.core.grid import Activation
 from ptq_cli.core.levels import SMALL_FLOATS
-from ptq_cli.storage.folder import QuantizedFolder
+from ptq_cli.storage.quantized import QuantizedFolder
 
 
 def round_inputs(model: Any, quantized: QuantizedFolder) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq
 
 torch = pytest.importorskip("torch")

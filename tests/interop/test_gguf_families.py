@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptq_cli.commands import api
 from ptq_cli.models.families import FAMILIES
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.interop import ggml
 from tests.interop.tiny_models import _causal, _fill, _with_images
 

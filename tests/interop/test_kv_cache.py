@@ -63,7 +63,7 @@ def ours(source: Path, folder: Path, ids: Any, rounded: bool) -> Any:
     from ptq_cli.models.forward.attention import pack
     from ptq_cli.models.forward.stages import embed, finish, forward_block, logits
     from ptq_cli.storage.checkpoint import open_checkpoint
-    from ptq_cli.storage.folder import open_quantized
+    from ptq_cli.storage.quantized import open_quantized
 
     checkpoint, quantized = open_checkpoint(source), open_quantized(folder)
     arch, packing = model_architecture(checkpoint), pack(ids.shape)

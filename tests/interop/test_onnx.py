@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.commands import api
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.interop.test_runtimes import mirrored_share
 
 # Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where this is not installed.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.commands import api
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.interop import clients
 from tests.interop.clients import NEW_TOKENS, PROMPT
 from tests.interop.own_process import in_own_process

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ptq_cli.cli.main import run
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 
 pytestmark = [
     pytest.mark.interop,

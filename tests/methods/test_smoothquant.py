@@ -13,7 +13,7 @@ import ptq_cli
 from ptq_cli.models.sites import Norm
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import half_sample, ptq, read_model, tree, write_model
 from tests.cli.conftest import check_report  # noqa: F401
 from tests.methods.rescaled import rescaled_sample

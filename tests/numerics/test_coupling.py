@@ -20,6 +20,7 @@ FISHER = (MIX @ MIX.T + 0.01 * np.eye(ROWS)).astype(np.float32)
 INPUTS = RANDOM.standard_normal((200, 6)) @ RANDOM.standard_normal((6, COLUMNS))
 HESSIAN = INPUTS.T @ INPUTS / 200 + 0.1 * np.eye(COLUMNS)
 WEIGHT = RANDOM.standard_normal((ROWS, COLUMNS))
+GRID = Grid(3, 16)
 
 
 def coupling_of(fisher: np.ndarray, levels: int) -> Coupling:
@@ -47,15 +48,14 @@ def test_the_factor_gives_the_damped_fisher_back(levels: int) -> None:
 
 def test_every_level_is_rounded_at_what_the_levels_before_it_leave() -> None:
     """With plain rounding in place of GPTQ, in the plainest loop."""
-    grid, fisher = Grid(3, 16), FISHER
-    feedback = make_feedback(np.eye(COLUMNS), 0.0, grid, "none")
-    coupling = coupling_of(fisher, ROWS)  # a level a row
-    found = solve_coupled(WEIGHT, feedback.grid, feedback, Passes(False, 0, 0), coupling)
+    feedback = make_feedback(np.eye(COLUMNS), 0.0, GRID, "none")
+    coupling = coupling_of(FISHER, ROWS)  # a level a row
+    found = solve_coupled(WEIGHT, GRID, feedback, Passes(False, 0, 0), coupling)
     upper = coupling.upper.astype(np.float64)
     errors: list[np.ndarray] = []
     for place, row in enumerate(coupling.order):
         target = WEIGHT[row] + sum(upper[k, place] * errors[k] for k in range(place))
-        rounded = solve(target[None], feedback.grid, feedback, Passes(False, 0, 0)).dequantized()[0]
+        rounded = solve(target[None], GRID, feedback, Passes(False, 0, 0)).dequantized()[0]
         np.testing.assert_array_equal(found.dequantized()[row], rounded)
         errors.append(WEIGHT[row] - rounded)
 
@@ -63,35 +63,35 @@ def test_every_level_is_rounded_at_what_the_levels_before_it_leave() -> None:
 @pytest.mark.parametrize("passes", [Passes(False, 0, 0), Passes()])
 @pytest.mark.parametrize("act_order", ["none", "static", "desc"])
 def test_the_loss_that_it_stands_for_falls(passes: Passes, act_order: str) -> None:
-    feedback = make_feedback(HESSIAN, 0.01, Grid(3, 16), act_order)
+    feedback = make_feedback(HESSIAN, 0.01, GRID, act_order)
 
     def loss(rounded: np.ndarray, fisher: np.ndarray = FISHER) -> float:
         error = WEIGHT - rounded
         return float(np.vdot(fisher @ error, error @ HESSIAN))
 
-    plain = solve(WEIGHT, feedback.grid, feedback, passes)
-    found = solve_coupled(WEIGHT, feedback.grid, feedback, passes, coupling_of(FISHER, 8))
+    plain = solve(WEIGHT, GRID, feedback, passes)
+    found = solve_coupled(WEIGHT, GRID, feedback, passes, coupling_of(FISHER, 8))
     assert loss(found.dequantized()) < 0.8 * loss(plain.dequantized())
     if found.g_idx is not None:
         assert np.array_equal(found.g_idx, plain.g_idx)
 
 
 def test_rows_that_do_not_matter_to_one_another_are_as_without() -> None:
-    feedback = make_feedback(HESSIAN, 0.01, Grid(3, 16), "static")
+    feedback = make_feedback(HESSIAN, 0.01, GRID, "static")
     coupling = coupling_of(np.eye(ROWS, dtype=np.float32), 8)
-    found = solve_coupled(WEIGHT, feedback.grid, feedback, Passes(), coupling)
-    plain = solve(WEIGHT, feedback.grid, feedback, Passes())
+    found = solve_coupled(WEIGHT, GRID, feedback, Passes(), coupling)
+    plain = solve(WEIGHT, GRID, feedback, Passes())
     assert np.array_equal(found.codes, plain.codes)
     assert np.array_equal(found.scales, plain.scales)
 
 
 def test_bytes_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptq_cli.numerics.coupling.PANEL_ROWS", 8)
-    feedback = make_feedback(HESSIAN, 0.01, Grid(3, 16), "static")
+    feedback = make_feedback(HESSIAN, 0.01, GRID, "static")
     coupling = coupling_of(FISHER, 4)
-    one = solve_coupled(WEIGHT, feedback.grid, feedback, Passes(), coupling)
+    one = solve_coupled(WEIGHT, GRID, feedback, Passes(), coupling)
     with use_threads(3):
-        other = solve_coupled(WEIGHT, feedback.grid, feedback, Passes(), coupling)
+        other = solve_coupled(WEIGHT, GRID, feedback, Passes(), coupling)
     assert np.array_equal(one.codes, other.codes)
 
 

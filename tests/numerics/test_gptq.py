@@ -31,7 +31,7 @@ THOROUGH = Passes(mse=True, refine=2, sweeps=2)
 
 def run(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):
     feedback = make_feedback(hessian, damp, grid, act_order, passes.refine > 0)
-    return solve(weight, feedback.grid, feedback, passes)
+    return solve(weight, grid, feedback, passes)
 
 
 def run_twin(weight, hessian, grid, act_order="none", passes=PLAIN, damp=DAMP):
@@ -317,11 +317,12 @@ def test_the_loss_that_sweeps_end_by_is_that_of_the_error(monkeypatch, group_siz
     """Made up of `Σ_k D_k |(E U)_k|²`, less what each sweep gained."""
     monkeypatch.setattr(panel, "LEAST_GAIN", 0)
     weight, hessian = some_weight(8, 64), some_hessian(64)
-    feedback = make_feedback(hessian, DAMP, Grid(2, group_size, sym=False), "static")
+    grid = Grid(2, group_size, sym=False)
+    feedback = make_feedback(hessian, DAMP, grid, "static")
     fixed = None if group_size else (np.full((1, 8), 0.03), np.full((1, 8), 2.0))
     ordered = np.ascontiguousarray(weight.T[feedback.order])
     for sweeps in (3, 6):
-        solved = Panel(ordered, feedback.grid, feedback, Passes(True, refine, sweeps), fixed)
+        solved = Panel(ordered, grid, feedback, Passes(True, refine, sweeps), fixed)
         solved.run()
         quadratic = damped(hessian)[np.ix_(feedback.order, feedback.order)]
         expected = ((quadratic @ solved.error) * solved.error).sum()

@@ -26,7 +26,7 @@ from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import begin, embed, stages
 from ptq_cli.numerics.statistics import SiteAccumulator
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from tests.builders import ptq
 from tests.stopping import TOLD, killed

@@ -18,7 +18,7 @@ from ptq_cli.evaluation.perplexity import quantized_tensors
 from ptq_cli.models.forward.attention import pack
 from ptq_cli.models.forward.stages import embed, forward_block
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq
 from tests.run.test_in_sequence import held_in, same_bytes
 from tests.run.tiny_llama import tiny_llama

@@ -14,7 +14,7 @@ import pytest
 
 from ptq_cli.errors import FileError
 from ptq_cli.run import loop
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq, random_inputs, random_weight, tree, write_model
 from tests.refusals import refused
 

@@ -22,7 +22,7 @@ from ptq_cli.numerics.rounding import round_to_nearest
 from ptq_cli.run import smooth_in_sequence
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import read_folds
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.tokens import TokenSettings, read_tokens
 from tests.builders import half_sample, ptq
 from tests.methods.rescaled import rescaled_sample

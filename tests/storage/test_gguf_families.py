@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptq_cli.storage.folder import open_quantized
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq, random_weight, write_model
 from tests.storage.test_gguf_model import in_gguf_order
 

@@ -14,9 +14,9 @@ import pytest
 from ptq_cli.errors import InputError
 from ptq_cli.storage.checkpoint import open_checkpoint
 from ptq_cli.storage.folded import folded_checkpoint
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_file import TYPES
 from ptq_cli.storage.gguf_source import GgufSource, open_gguf_source
+from ptq_cli.storage.quantized import open_quantized
 from ptq_cli.storage.sources import open_float
 from tests.builders import ptq, random_weight
 from tests.cli import tiny_folders

@@ -20,8 +20,8 @@ from ptq_cli.models.gguf_config import model_config
 from ptq_cli.models.gguf_keys import frequency_factors, hyperparameters
 from ptq_cli.models.gguf_names import names_of_file, names_of_model
 from ptq_cli.storage.checkpoint import open_checkpoint
-from ptq_cli.storage.folder import open_quantized
 from ptq_cli.storage.gguf_source import open_gguf_source
+from ptq_cli.storage.quantized import open_quantized
 from tests.builders import ptq, write_model
 from tests.refusals import refused
 from tests.storage.gguf_files import tensors as llama_tensors

@@ -13,8 +13,8 @@ from ptq_cli.calibration.source import Source
 from ptq_cli.report.gates import Gate
 from ptq_cli.report.report import JsonObject, row_error
 from ptq_cli.storage.folded import read_folds
-from ptq_cli.storage.folder import QuantizedFolder, open_quantized
 from ptq_cli.storage.made import REPORT
+from ptq_cli.storage.quantized import QuantizedFolder, open_quantized
 from ptq_cli.storage.reports import read_report
 
 WORST = 3  # layers whose codes and scales are shown, sites whose channels are
