@@ -33,14 +33,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     threadpool_limits(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-case", metavar="FOLDER", help="of each test there, one case only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first, by the seconds of their mark `slow`, so that all workers end together."""
+    folder = config.getoption("one_case")
+    if folder is not None:
+        items[:] = one_case(items, config.rootpath / folder)
 
     def seconds(item: pytest.Item) -> float:
         mark = item.get_closest_marker("slow")
         return mark.args[0] if mark and mark.args else 0
 
     items.sort(key=seconds, reverse=True)
+
+
+def one_case(items: list[pytest.Item], folder: Path) -> list[pytest.Item]:
+    """Of each parametrized test in a folder the first case; all others."""
+    found = {}
+    for item in items:
+        name = item.nodeid
+        found.setdefault(name.partition("[")[0] if folder in item.path.parents else name, item)
+    return list(found.values())
 
 
 @pytest.fixture(scope="session", autouse=True)

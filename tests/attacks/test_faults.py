@@ -112,9 +112,6 @@ def check_again(case):
     assert case["again_left"] == [], case
 
 
-OLD = pytest.mark.parametrize("old", [False, True], ids=["new", "over an older output"])
-
-
 @pytest.mark.parametrize(
     ("command", "kind", "old"),
     [("gptq", "kill", True), ("calibrate", "kill", False), ("gptq", "ENOSPC", False),
@@ -125,39 +122,39 @@ def test_every_seventh_call(tmp_path, command, kind, old):
         (check_kill if kind == "kill" else check_failure)(case)
 
 
-@pytest.mark.slow(20)
-@OLD
-@pytest.mark.parametrize("command", ["gptq", "calibrate", "calibrate in parts"])
-def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, old, command):
+@pytest.mark.slow(10)
+@pytest.mark.parametrize(
+    ("command", "old"),
+    [("gptq", False), ("gptq", True), ("calibrate", False), ("calibrate in parts", True)],
+)
+def test_a_kill_leaves_the_old_or_the_new_and_the_rerun_ends_the_same(tmp_path, command, old):
     for case in cases(tmp_path, "kill", 1, command, old):
         check_kill(case)
 
 
-@pytest.mark.slow(10)
-@OLD
-@pytest.mark.parametrize(("command", "kind"), [("gptq", "ENOSPC"), ("calibrate", "EIO")])
-def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, old, command, kind):
+@pytest.mark.slow(8)
+@pytest.mark.parametrize(
+    ("command", "kind", "old"),
+    [("gptq", "ENOSPC", False), ("gptq", "ENOSPC", True), ("gptq", "EIO", True),
+     ("gptq", "EACCES", False), ("calibrate", "EIO", False), ("calibrate", "EIO", True)],
+)  # fmt: skip
+def test_a_failing_call_is_an_error_or_does_no_harm(tmp_path, command, kind, old):
     for case in cases(tmp_path, kind, 1, command, old):
         check_failure(case)
 
 
-@pytest.mark.slow
-@OLD
-@pytest.mark.parametrize("kind", ["kill", "ENOSPC"])
+@pytest.mark.slow(3)
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [("kill", True), ("ENOSPC", False)],
+    ids=["kill over an older output", "ENOSPC"],
+)
 @pytest.mark.parametrize(
     ("command", "step"),
     [("onnx", 3), ("gguf", 11), ("gguf file", 7), ("repack", 3), ("dequantize", 2)],
 )
-def test_other_containers(tmp_path, old, command, step, kind):
+def test_other_containers(tmp_path, command, step, kind, old):
     needed = {"onnx": "onnx", "gguf file": "gguf"}
     pytest.importorskip(needed.get(command, "numpy"))
     for case in cases(tmp_path, kind, step, command, old):
         (check_kill if kind == "kill" else check_failure)(case)
-
-
-@pytest.mark.slow(10)
-@OLD
-@pytest.mark.parametrize("kind", ["EIO", "EACCES"])
-def test_other_failures(tmp_path, old, kind):
-    for case in cases(tmp_path, kind, 1, "gptq", old):
-        check_failure(case)

@@ -2,11 +2,12 @@
 
 The folder holds what the pages speak of: `sample_data/`, `configs/`, and under the names of
 everybody's model the same again: `model/`, `model.safetensors`, `activations/`, `tokens.npy`,
-`heldout.npy`. Blocks of `sh` are run; `console` is for what cannot be run here (an installation, a
-benchmark, a cluster). A block of `text` right behind is what is printed, stdout and stderr: "…"
-stands for anything, on a line of its own for any lines, and numbers may differ by 5 %, as BLAS
-rounds differently from machine to machine. Lines of progress, which a terminal does not keep, are
-left out.
+`heldout.npy`. It is the sample's first two blocks for pages that show no numbers of it and, unlike
+the README, have no gates that take a model that predicts. Blocks of `sh` are run; `console` is for
+what cannot be run here (an installation, a benchmark, a cluster). A block of `text` right behind is
+what is printed, stdout and stderr: "…" stands for anything, on a line of its own for any lines, and
+numbers may differ by 5 %, as BLAS rounds differently from machine to machine. Lines of progress,
+which a terminal does not keep, are left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 from ptq_cli.plan.recipe import load_recipe
+from tests.builders import SAMPLE, copy_sample, half_sample
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -97,23 +99,21 @@ def test_comparing() -> None:
             compare("a 1.00 b …\n…\nend", printed)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data = ROOT / "sample_data"
-    for name in ("sample_data", "model"):
-        shutil.copytree(data, tmp_path / name, ignore=shutil.ignore_patterns("*.calibration.*"))
-    shutil.rmtree(tmp_path / "model" / "activations")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    shutil.copytree(data / "activations", tmp_path / "activations")
-    shutil.copy(data / "model.safetensors", tmp_path)
-    np.save(tmp_path / "tokens.npy", np.load(data / "calibration_tokens.npy")[:16])
-    np.save(tmp_path / "heldout.npy", np.load(data / "eval_tokens.npy")[:8])
-    (tmp_path / "bin").mkdir()
+def furnish(folder: Path, whole: bool) -> None:
+    """Put there what the pages speak of; see above."""
+    data = (copy_sample if whole else half_sample)(folder / "sample_data")
+    shutil.copytree(data, folder / "model", ignore=shutil.ignore_patterns("activations"))
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(data / "activations", folder / "activations")
+    shutil.copy(data / "model.safetensors", folder)
+    few = 16 if whole else 8
+    np.save(folder / "tokens.npy", np.load(SAMPLE / "calibration_tokens.npy")[:few])
+    np.save(folder / "heldout.npy", np.load(SAMPLE / "eval_tokens.npy")[: few // 2])
+    (folder / "bin").mkdir()
     for name, words in (("ptq", "-m ptq_cli "), ("python", "")):
-        tool = tmp_path / "bin" / name
+        tool = folder / "bin" / name
         tool.write_text(f'#!/bin/sh\nexec {sys.executable} {words}"$@"\n')
         tool.chmod(0o755)
-    return tmp_path
 
 
 def run(folder: Path, script: str) -> str:
@@ -130,11 +130,12 @@ def run(folder: Path, script: str) -> str:
     return PROGRESS.sub("", ended.stdout)
 
 
-def test_the_first_command_ends_with_what_the_readme_shows(folder: Path) -> None:
+def test_the_first_command_ends_with_what_the_readme_shows(tmp_path: Path) -> None:
+    furnish(tmp_path, whole=True)
     readme = PAGES[0].read_text("utf-8")
     command = BLOCK.findall(readme)[0][1].split("&&")[-1].replace(".venv/bin/", "")
     shown = readme.split("\nThe first ends with\n\n```text\n")[1].split("```")[0]
-    compare("…\n" + shown, run(folder, command))
+    compare("…\n" + shown, run(tmp_path, command))
 
 
 SHOWING = [page for page in PAGES if SHELL.search(page.read_text("utf-8"))]
@@ -142,10 +143,12 @@ SHOWING = [page for page in PAGES if SHELL.search(page.read_text("utf-8"))]
 
 @pytest.mark.slow(20)
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: page.stem)
-def test_page_runs(folder: Path, page: Path) -> None:
-    for script, shown in SHELL.findall(page.read_text("utf-8")):
+def test_page_runs(tmp_path: Path, page: Path) -> None:
+    scripts = SHELL.findall(page.read_text("utf-8"))
+    furnish(tmp_path, whole=page == PAGES[0] or any(shown for _, shown in scripts))
+    for script, shown in scripts:
         if not script.startswith(SETUP):
-            printed = run(folder, script)
+            printed = run(tmp_path, script)
             print(f"{script}\n{printed}")
             if shown:
                 compare(shown, printed)

@@ -1,16 +1,16 @@
-"""Each client in a process of its own: `python -m tests.interop.clients CLIENT JOBS.json OUT.npz`.
+"""What each client makes of quantized folders: `in_own_process(results, client, jobs)`.
 
-JOBS is a list of `{"name", "folder", "float", …}`; OUT gets `<name>`, float32 logits
+Jobs are `{"name", "folder", "float", …}`. Of each there is `<name>`, float32 logits
 [1, n, vocabulary] of PROMPT, and `<name>.generated`, the token ids of `generate()`. A job that
-fails puts its words into `<name>.error`. Processes, because loading one client patches another.
+fails puts its words into `<name>.error`.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,6 @@ import numpy as np
 
 PROMPT = [[5, 300, 17, 1200, 44, 2, 99, 640, 7, 1999, 3, 815]]
 NEW_TOKENS = 2
-# GPTQModel compiles the loop that unpacks each layer, which takes 20 times as long as running it;
-# the blocks of docs/loading.md compile it.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1",
-    "PYTHONDONTWRITEBYTECODE": "",  # the next process has it compiled
-}  # fmt: skip
 Result = tuple[Any, Any]
 
 
@@ -145,18 +139,19 @@ CLIENTS: dict[str, Callable[[dict[str, Any]], Result]] = {
 }
 
 
-def _results(client: str, jobs: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def compile_nothing() -> None:
+    """GPTQModel compiles the loop that unpacks each layer, which takes 20 times as long as running
+    it; the blocks of docs/loading.md compile it."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def results(client: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    compile_nothing()
+    found: dict[str, Any] = {}
     for job in jobs:
         try:
-            logits, generated = CLIENTS[client](job)
+            found[job["name"]], found[f"{job['name']}.generated"] = CLIENTS[client](job)
         except Exception as error:
-            yield f"{job['name']}.error", np.array(f"{type(error).__name__}: {error}")
-            continue
-        yield job["name"], logits
-        yield f"{job['name']}.generated", generated
+            found[f"{job['name']}.error"] = f"{type(error).__name__}: {error}"
         gc.freeze()  # GPTQModel collects garbage again and again, and would look at all modules
-
-
-if __name__ == "__main__":
-    client_name, jobs_file, out_file = sys.argv[1:]
-    np.savez(out_file, **dict(_results(client_name, json.loads(Path(jobs_file).read_text()))))
+    return found

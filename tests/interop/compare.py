@@ -1,7 +1,7 @@
-"""What clients make of quantized folders: `python -m tests.interop.compare JOBS.json OUT.json`.
+"""What clients make of quantized folders: `in_own_process(compare_all, jobs)`.
 
-JOBS is a list of `{"name", "client", "float", "folder"}`; the client is transformers unless said
-otherwise. For each OUT has `missing` and `unexpected` keys, and `error`, the largest difference of
+Jobs are `{"name", "client", "float", "folder"}`; the client is transformers unless said otherwise.
+Of each there are `missing` and `unexpected` keys, and `error`, the largest difference of
 the logits from those of the twin, over the largest of them. The twin is the float model with what
 this tool's decoder gives and the folder's own dense tensors: in the model's own dtype for
 plain transformers, in float32 for the other clients, which compute in it. Where the folder says
@@ -12,13 +12,13 @@ clients that do not round them).
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.interop.clients import compile_nothing
 from tests.interop.rounded_inputs import round_inputs
 
 Job = dict[str, str]
@@ -137,12 +137,13 @@ def compare(job: Job) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    jobs_file, out_file = sys.argv[1:]
+def compare_all(jobs: list[Job]) -> dict[str, dict[str, Any]]:
+    """`compare` by the jobs' names; of one that fails, the words as `raised`."""
+    compile_nothing()
     results = {}
-    for job in json.loads(Path(jobs_file).read_text()):
+    for job in jobs:
         try:
             results[job["name"]] = compare(job)
         except Exception as error:
             results[job["name"]] = {"raised": f"{type(error).__name__}: {error}"}
-    Path(out_file).write_text(json.dumps(results))
+    return results

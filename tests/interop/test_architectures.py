@@ -8,10 +8,7 @@ docs/models.md is made.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +17,9 @@ from typing import Any
 import pytest
 
 from ptq_cli.models.families import family_of
-from tests.builders import ROOT, ptq
-from tests.interop.clients import ENVIRONMENT
+from tests.builders import ptq
+from tests.interop.compare import compare_all
+from tests.interop.own_process import in_own_process
 from tests.interop.tiny_models import MODELS, write_models
 
 NEEDED = ("torch", "transformers", "compressed_tensors", "gptqmodel", "mlx_lm")
@@ -55,13 +53,6 @@ REFUSED = {
 WITH_HEADS = {"tied_llama": "llama", "llama": "llama", "gpt_neox": "gpt_neox"}
 
 
-def _run(module: str, *words: object) -> None:
-    own = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", f"tests.interop.{module}", *map(str, words)]
-    ended = subprocess.run(command, env=own, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tried(tmp_path_factory.mktemp("architectures"))
@@ -84,10 +75,8 @@ def tried(folder: Path) -> dict[str, Any]:
             assert not list(folder.glob(f"{out.name}*"))
             found[out.name] = {"refused": outcome.errors[0]}
     jobs["transformers"] += [with_head(folder, name) for name in WITH_HEADS]
-    for client, own in jobs.items():
-        (folder / f"{client}.json").write_text(json.dumps(own))
-        _run("compare", folder / f"{client}.json", folder / "out.json")
-        found |= json.loads((folder / "out.json").read_text())
+    for own in jobs.values():
+        found |= in_own_process(compare_all, own)
     return found
 
 

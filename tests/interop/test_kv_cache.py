@@ -9,9 +9,6 @@ the cache, and round the new token only. All three are our forward with the roun
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.builders import ROOT, SAMPLE
-from tests.interop.clients import ENVIRONMENT
+from tests.builders import SAMPLE
+from tests.interop.own_process import in_own_process
 
 pytestmark = [
     pytest.mark.interop,
@@ -80,8 +77,12 @@ def ours(source: Path, folder: Path, ids: Any, rounded: bool) -> Any:
     return logits(arch, read, finish(arch, read, hidden)).reshape(*ids.shape, -1)
 
 
-def work(folder: Path) -> None:
-    """Quantize and load every job; prints each way's error and what rounding the cache changes."""
+Found = dict[str, list[tuple[str, float, float]]]
+
+
+def work(folder: Path) -> Found:
+    """Quantize and load every job: of each the ways, their errors, and the effect of rounding the
+    cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -91,6 +92,7 @@ def work(folder: Path) -> None:
     write_models(folder, ["qwen3", "phi3"])
     ids = np.random.default_rng(3).integers(3, 250, (2, 32))
     np.save(folder / "tokens.npy", np.random.default_rng(4).integers(3, 250, (16, 32)))
+    results: Found = {name: [] for name in JOBS}
     for name, (source, kind, *options) in JOBS.items():
         model, out = folder / source, folder / f"{name}-out"
         words = ["rtn", model, "--tokens", folder / "tokens.npy", "--kv-cache", kind, *options]
@@ -102,28 +104,13 @@ def work(folder: Path) -> None:
         effect = float(np.sqrt(((plain - exact) ** 2).mean()) / size)
         for way, found in logits_of(client, ids).items():
             error = float(np.sqrt(((found - exact) ** 2).mean()) / size)
-            print("RESULT", name, error, effect, way, sep="\t")
+            results[name].append((way, error, effect))
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, float, float]]]:
-    """Of each job: the ways, their errors, and the effect of rounding the cache. In a process of
-    its own, because loading one client patches another."""
-    folder = tmp_path_factory.mktemp("kv-cache")
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.interop.test_kv_cache", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found: dict[str, list[tuple[str, float, float]]] = {}
-    for line in ended.stdout.splitlines():
-        if line.startswith("RESULT"):
-            _, name, error, effect, way = line.split("\t")
-            found.setdefault(name, []).append((way, float(error), float(effect)))
-    return found
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return in_own_process(work, tmp_path_factory.mktemp("kv-cache"))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -133,7 +120,3 @@ def test_logits_are_those_of_the_rounded_cache(name: str, results: Any) -> None:
         assert effect > 3e-3
         # a key that lies between two levels may be rounded to the other one
         assert error < 0.05 * effect, way
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

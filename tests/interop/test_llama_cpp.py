@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from ptq_cli.commands import api
-from tests.interop.test_runtimes import PLAINLY, mirrored_share, run_client
+from tests.interop import clients
+from tests.interop.own_process import in_own_process
+from tests.interop.test_runtimes import PLAINLY, mirrored_share
 
 pytestmark = [
     pytest.mark.interop,
@@ -34,7 +36,10 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         assert not sym or mirrored_share(out) > 0.25
         jobs.append({"name": out.name, "float": str(SAMPLE), "folder": str(out)})
     jobs = [job | {"format": "gguf", "rounded": False} for job in jobs]
-    return {client: run_client(client, jobs, folder) for client in ("reference", "llama.cpp")}
+    return {
+        client: in_own_process(clients.results, client, jobs)
+        for client in ("reference", "llama.cpp")
+    }
 
 
 def centred(values: NDArray[Any]) -> NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -11,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.interop.own_process import in_own_process
 
 pytestmark = pytest.mark.interop
 if not all(find_spec(name) for name in ("torch", "gptqmodel", "mlx_lm", "gguf")):
@@ -27,6 +31,14 @@ def test_there_is_a_block_for_each() -> None:
     assert formats == ["compressed-tensors", "fp8", "gptq", "awq", "gguf", "mlx"]
 
 
+def printed_by(code: str, folder: Path) -> str:
+    """What a script prints that is run in a folder."""
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "block.py", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
 @pytest.mark.parametrize(("command", "code"), BLOCKS, ids=[c.split()[-1] for c, _ in BLOCKS])
 def test_block(tmp_path: Path, command: str, code: str) -> None:
     shutil.copytree(ROOT / "sample_data", tmp_path / "sample_data")
@@ -35,12 +47,6 @@ def test_block(tmp_path: Path, command: str, code: str) -> None:
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m ptq_cli "$@"\n')
     tool.chmod(0o755)
     path = f"{tool.parent}:{os.environ['PATH']}"
-    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+    own = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=own, check=True)
-    (tmp_path / "block.py").write_text(code)
-    ended = subprocess.run(
-        [sys.executable, "block.py"], cwd=tmp_path, env=own, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    print(ended.stdout[-300:])
-    assert ended.stdout.strip()
+    assert in_own_process(printed_by, code, tmp_path).strip()

@@ -6,10 +6,6 @@ client's own arithmetic costs. Every client works in one process for all of its 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,7 +17,9 @@ import pytest
 
 from ptq_cli.commands import api
 from ptq_cli.storage.folder import open_quantized
-from tests.interop.clients import ENVIRONMENT, NEW_TOKENS, PROMPT
+from tests.interop import clients
+from tests.interop.clients import NEW_TOKENS, PROMPT
+from tests.interop.own_process import in_own_process
 
 NEEDED = ("torch", "transformers", "gptqmodel", "compressed_tensors", "gguf", "mlx_lm")
 # Marks, not a skip of the module: tests/docs/test_docs.py reads CASES where none is installed.
@@ -196,17 +194,6 @@ def mirrored_share(out: Path) -> float:
     return float(np.concatenate(found).mean())
 
 
-def run_client(client: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    path, out = folder / f"{client}.json", folder / f"{client}.npz"
-    path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.interop.clients", client, str(path), str(out)]
-    own = {**os.environ, **ENVIRONMENT}
-    ended = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    with np.load(out) as results:
-        return {key: results[key] for key in results.files}
-
-
 Outcome = Callable[[Case], tuple[dict[str, Any], dict[str, Any]]]
 
 
@@ -227,7 +214,7 @@ def outcome(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         if client not in done:
             names = [case.reference if client == "reference" else case.name for case in cases]
             jobs = {name: job(case, name) for name, case in zip(names, cases, strict=True)}
-            done[client] = run_client(client, list(jobs.values()), folder)
+            done[client] = in_own_process(clients.results, client, list(jobs.values()))
         return done[client]
 
     def find(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,6 @@ missing, and logits are those of the twin with our decoded weights, inputs round
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.builders import ROOT, ptq
-from tests.interop.test_architectures import _run
+from tests.interop.compare import compare_all
+from tests.interop.own_process import in_own_process
 from tests.interop.test_runtimes import make_qwen
 from tests.interop.tiny_models import write_models
 
@@ -120,9 +120,7 @@ def results(
             if case.format != CT:
                 job["inputs"] = "float"
             jobs.append(job)
-        (folder / f"{client}.json").write_text(json.dumps(jobs))
-        _run("compare", folder / f"{client}.json", folder / "out.json")
-        found |= json.loads((folder / "out.json").read_text())
+        found |= in_own_process(compare_all, jobs)
     return found
 
 

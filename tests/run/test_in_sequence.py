@@ -362,7 +362,7 @@ def test_tokens_exclude_other_statistics(tmp_path: Path) -> None:
         api.gptq(SAMPLE, activations=[SAMPLE / "activations"], output=tmp_path / "out", **TOKENS)
 
 
-@pytest.mark.slow(25)
+@pytest.mark.slow(12)
 @pytest.mark.parametrize(("bits", "part"), [(3, 0.80), (2, 0.50)])
 def test_perplexity_rises_less_than_after_the_fields_algorithm(
     tmp_path: Path, bits: int, part: float

@@ -449,7 +449,7 @@ def test_in_sequence_predictions_change_no_more_than_in_parallel(
             SAMPLE, tokens=calibration, nsamples=32, parallel_layers=parallel, bits=3, sym=False,
             then=then, compare=False, output=out,
         )  # fmt: skip
-        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation, nsamples=64))
+        report = ptq_cli.evaluate(SAMPLE, out, tokens=TokenSettings(evaluation, nsamples=32))
         assert report.quality is not None
         divergence.append(report.quality["kl"]["quantized"]["mean"])
     assert divergence[0] < part * divergence[1]
