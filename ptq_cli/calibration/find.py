@@ -112,12 +112,21 @@ def find_source(
     *,
     correct: bool = False,
     couple: bool = False,
+    hessians: bool = True,
 ) -> Source | None:
     """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
 
     Linears that they lack are the plan's business: it knows which are quantized.
     correct, couple: with tokens, the drift and the coupling of rows are wanted too (`token_source`)
+    hessians: so are whole Hessians, not their diagonals alone
     """
+    found = _found(checkpoint, settings, correct, couple)
+    return None if found is None else dataclasses.replace(found, hessians=hessians)
+
+
+def _found(
+    checkpoint: Checkpoint, settings: SourceSettings, correct: bool, couple: bool
+) -> Source | None:
     folders, path = list(settings.activations), settings.calibration
     if settings.imatrix is not None:
         if settings.tokens.given or path is not None or folders:

@@ -110,6 +110,7 @@ class Activations(Source):
             part.start,
             self._n_seen(site),
             described=self.described,
+            whole=self.hessians,
         )
         for file, start, stop in self._pieces(site, part):
             try:
@@ -181,7 +182,7 @@ class Activations(Source):
         ordered by it keep its parts together, and few sites are in parts at a time."""
         last = self.all_parts(site)[1]
         longest = max(len(self.tokens(site, part)) for part in ((0, 1), (last - 1, last)))
-        return statistics_memory(self.sites[site].in_features, longest)
+        return statistics_memory(self.sites[site].in_features, longest, whole=self.hessians)
 
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most: those of one part, and a Hessian a level of the tree."""

@@ -195,7 +195,7 @@ class TokenSource(Source):
         expert that may share, of those of all experts too, which are kept for the next one."""
         info = self.sites[site]
         batch = min(info.n_tokens, self._largest_batch)
-        sums = statistics_memory(info.in_features, info.n_tokens, batch)
+        sums = statistics_memory(info.in_features, info.n_tokens, batch, self.hessians)
         if self.own_tokens_needed(site):
             sums += 4 * info.in_features * (info.in_features + HELDOUT_LIMIT + SAMPLE_LIMIT)
         if not self.drifts:

@@ -77,6 +77,8 @@ class Source:
     fisher: modules whose Fisher information it has
     diagonal: of the Hessian it knows the diagonal alone, and nothing else of the inputs
     described: how the values of the inputs are distributed is wanted too, for a statistics file
+    hessians: whole Hessians are wanted; else their diagonals do, and what is summed here has zeros
+        in place of the rest
 
     in_sequence: sites are made on the way, in their order; then
     feedback: rounded layers feed those after them
@@ -95,6 +97,7 @@ class Source:
     fisher: Mapping[str, FisherInfo] = field(default_factory=dict)
     diagonal: bool = False
     described: bool = False
+    hessians: bool = True
 
     in_sequence: ClassVar[bool] = False
     feedback: bool = False
@@ -122,7 +125,7 @@ class Source:
 
     def merged(self, left: SiteStatistics, right: SiteStatistics) -> SiteStatistics:
         """Statistics of two neighbouring parts as one."""
-        return merge(left, right, self.heldout[1])
+        return merge(left, right, self.heldout[1], self.hessians)
 
     def load_memory(self, site: str) -> int:
         """Bytes that `load` takes at most."""

@@ -165,8 +165,9 @@ class Streams:
 
     def _summed(self, site: str, sites: list[str], ahead: Scratch | None) -> SiteStatistics:
         """Of all inputs of some sites, as those of one."""
-        width, described = self.source.sites[site].in_features, self.source.described
-        sums = SiteAccumulator(width, described=described)
+        source = self.source
+        width = source.sites[site].in_features
+        sums = SiteAccumulator(width, described=source.described, whole=source.hessians)
         inputs_of = (self.main.inputs(other, ahead) for other in sites)
         held_of = (self.main.held(other, ahead) for other in sites)
         both = zip(chain.from_iterable(inputs_of), chain.from_iterable(held_of), strict=True)

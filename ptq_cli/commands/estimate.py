@@ -218,13 +218,14 @@ def _rounding_effort(layers: Iterable[Layer], *efforts: float) -> float:
 
 
 def _statistics_effort(source: Source | None) -> float:
-    """Multiply-adds of half a Hessian for each site. In sequence: of its linears in two models,
-    each about two squares, and of the drift."""
+    """Multiply-adds of half a Hessian for each site, where it is wanted. In sequence: of its
+    linears in two models, each about two squares, and of the drift."""
     if source is None:
         return 0.0
     squares = 5.5 if source.in_sequence else 0.5
-    sites = source.sites.values()
-    return sum(squares * (n := info.in_features) * (n + 300) * info.n_tokens for info in sites)
+    products = squares if source.hessians else squares - 0.5
+    sizes = ((info.in_features, info.n_tokens) for info in source.sites.values())
+    return sum((products * n + 300 * squares) * n * n_tokens for n, n_tokens in sizes)
 
 
 def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:

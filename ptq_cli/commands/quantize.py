@@ -59,7 +59,9 @@ def prepare(
     found = None
     if not packs:
         correct, couple = how.corrects_drift(own), how.couples_rows(own)
-        found = find_source(checkpoint, source, correct=correct, couple=couple)
+        found = find_source(
+            checkpoint, source, correct=correct, couple=couple, hessians=how.needs_hessian
+        )
     plan = make_plan(
         checkpoint,
         how,

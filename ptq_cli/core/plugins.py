@@ -42,7 +42,8 @@ class Method:
     apply: rounds one weight, float32 or float64 [out_features, in_features]; the last argument is
         the weight of each squared rounding error in the scale search, of the same shape (Fisher
         information), or None where the method's own serves
-    needs_hessian: whether statistics change the result
+    needs_hessian: whether it reads more of the Hessian than its diagonal; without statistics it
+        then does nothing of its own
     memory: bytes that `prepare` and `apply` need for a weight of this shape, beyond the weight
         itself, the result and the statistics; the last argument says whether those have the drift
     effort: roughly how many products of a weight with a square of its columns it takes as long as

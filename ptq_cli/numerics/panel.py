@@ -265,8 +265,10 @@ class Panel:
 
         def visit(a: int, b: int) -> None:
             for k in range(a, b):
-                target[k] += coupling[a:k, k] @ change[a:k]
-                change[k] = levels[k] - self.numbers.round(target[k], limits, self.grid, None)
+                place = target[k]
+                place += coupling[a:k, k] @ change[a:k]
+                moved = self.numbers.round(place, limits, self.grid, None)
+                np.subtract(levels[k], moved, out=change[k])
 
         _by_halves(_leaves(0, len(error)), coupling, change, target, visit)
         levels -= change

@@ -49,12 +49,16 @@ def _chunk_tokens(in_features: int) -> int:
     return min(CHUNK_TOKENS, max(256, CHUNK_ELEMENTS // max(1, in_features)))
 
 
-def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0) -> int:
+def statistics_memory(in_features: int, n_tokens: int, at_once: int = 0, whole: bool = True) -> int:
     """Bytes that the accumulator of so many tokens of a site takes at most.
 
     at_once: tokens handed to it at a time, where they are more than `piece_tokens`; counted are
         those not held out
+    whole: as of `SiteAccumulator`
     """
+    if not whole:
+        elements = in_features * (in_features + at_once + 4 * SAMPLE_LIMIT) + 8 * PIECE_ELEMENTS
+        return 4 * elements
     rows = min(n_tokens, _chunk_tokens(in_features)) + at_once
     blocks = 2 * min(BLOCK_COLUMNS, in_features) * in_features
     elements = in_features * (in_features + rows + 4 * SAMPLE_LIMIT) + blocks + 8 * PIECE_ELEMENTS
@@ -106,6 +110,7 @@ class SiteAccumulator:
     neither on the pieces nor on the machine.
 
     described: the distribution of the values is wanted too
+    whole: so is all of the Hessian; else only its diagonal, and the rest of it is zero
     first, total: where these are but a part of a site's `total` tokens, the place of the first:
         tokens are held out, and taken as samples, so that merged parts have those of the whole
     """
@@ -118,10 +123,12 @@ class SiteAccumulator:
         first: int = 0,
         total: int | None = None,
         described: bool = False,
+        whole: bool = True,
     ) -> None:
         self.in_features, self._first = in_features, first
         self._every = heldout_every
-        self.hessian = np.zeros((in_features, in_features), np.float32)
+        self._squares = None if whole else np.zeros(in_features, np.float64)
+        self.hessian = np.zeros((in_features, in_features) if whole else (0, 0), np.float32)
         self.n_tokens, self.n_seen = 0, first
         self.low = np.full(in_features, np.inf, np.float32)
         self.high = np.full(in_features, -np.inf, np.float32)
@@ -135,7 +142,8 @@ class SiteAccumulator:
         self._stride = 1
         while calibration_tokens(total or 0, heldout) > SAMPLE_LIMIT * self._stride:
             self._stride *= 2
-        self._chunk = np.empty((_chunk_tokens(in_features), in_features), np.float32)
+        rows = _chunk_tokens(in_features) if whole else piece_tokens(in_features)
+        self._chunk = np.empty((rows, in_features), np.float32)
         self._filled = 0
 
     def update(self, inputs: Array, held: NDArray[np.bool_] | None = None) -> None:
@@ -207,9 +215,14 @@ class SiteAccumulator:
             self._distribution.update(piece)
 
     def _multiply(self) -> None:
-        """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time."""
+        """Add the lower triangle of `chunk.T @ chunk`, a block of columns at a time; or its
+        diagonal."""
         chunk, self._filled = self._chunk[: self._filled], 0
         if len(chunk) == 0:
+            return
+        if self._squares is not None:
+            with np.errstate(over="ignore"):  # `result` finds it
+                self._squares += np.einsum("ij,ij->j", chunk, chunk)
             return
 
         def add(rows: slice) -> None:
@@ -229,6 +242,9 @@ class SiteAccumulator:
             InputError: there was no token, or the sums left the range of float32.
         """
         self._multiply()
+        if self._squares is not None:
+            with np.errstate(over="ignore"):
+                self.hessian = np.diag(self._squares.astype(np.float32))
         if self.n_tokens == 0:
             raise InputError(
                 f"{site}: no tokens to calibrate on ({self.n_seen - self._first} seen)"
@@ -239,7 +255,8 @@ class SiteAccumulator:
                 " float32 when squared",
                 hint="scale the activations down",
             )
-        _mirror(self.hessian)
+        if self._squares is None:
+            _mirror(self.hessian)
         distribution = None
         if self._distribution is not None:
             low, high = float(self.low.min()), float(self.high.max())
@@ -272,8 +289,12 @@ def _mirror(matrix: NDArray[np.float32]) -> None:
         matrix[: rows.start, rows] = matrix[rows, : rows.start].T
 
 
-def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStatistics:
+def merge(
+    first: SiteStatistics, second: SiteStatistics, limit: int, whole: bool = True
+) -> SiteStatistics:
     """Statistics of all the data of both, as if calibrated in one go (`first`'s data first).
+
+    limit: tokens that are held out at most; whole: as of `SiteAccumulator`
 
     Raises:
         InputError: the two differ in site or width.
@@ -287,7 +308,7 @@ def merge(first: SiteStatistics, second: SiteStatistics, limit: int) -> SiteStat
     surplus, second = second.heldout[room:], replace(second, heldout=second.heldout[:room])
     if len(surplus):
         described = second.distribution is not None
-        sums = SiteAccumulator(first.in_features, heldout_every=0, described=described)
+        sums = SiteAccumulator(first.in_features, heldout_every=0, described=described, whole=whole)
         sums.update(surplus)
         extra = sums.result(second.site, second.linears)
         own = None if second.own_tokens is None else 0

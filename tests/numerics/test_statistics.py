@@ -150,6 +150,20 @@ def test_two_halves_merge_to_the_whole(cut):
     assert D.percentile(merged.distribution, 0.99) == D.percentile(whole.distribution, 0.99)
 
 
+@pytest.mark.parametrize("cut", [400, 5000])
+def test_a_diagonal_alone_is_that_of_the_hessian(cut):
+    x = inputs(6000)
+    both = [collected(x[own], whole=False) for own in (np.s_[:cut], np.s_[cut:])]
+    whole, merged = collected(x), S.merge(*both, S.HELDOUT_LIMIT, whole=False)
+    expected = np.diag(whole.hessian.diagonal())
+    for found in (collected(x, (7, 100), whole=False), merged):
+        np.testing.assert_allclose(found.hessian, expected, rtol=1e-5)
+        assert found.hessian.dtype == np.float32
+        for exact in ("heldout", "absmax"):
+            np.testing.assert_array_equal(getattr(found, exact), getattr(whole, exact))
+    assert S.statistics_memory(1024, 9000, whole=False) < 0.5 * S.statistics_memory(1024, 9000)
+
+
 def test_merging_different_sites_is_refused():
     a = collected(inputs(64))
     with pytest.raises(InputError, match=r"site \[24\] with site \[16\]"):
@@ -192,8 +206,9 @@ def test_no_tokens_is_an_error():
         S.SiteAccumulator(4).result("site", ("site",))
 
 
-def test_squares_that_overflow_are_an_error():
-    sums = S.SiteAccumulator(2)
+@pytest.mark.parametrize("whole", [True, False])
+def test_squares_that_overflow_are_an_error(whole):
+    sums = S.SiteAccumulator(2, whole=whole)
     sums.update(np.full((16, 2), 1e30, np.float32))
     with pytest.raises(InputError, match="overflow float32"):
         sums.result("site", ("site",))

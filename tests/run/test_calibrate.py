@@ -114,6 +114,18 @@ def test_gptq_reads_activations_as_the_same_tree(tmp_path, folder, small_parts):
     assert reports[0] == reports[1]
 
 
+def test_rtn_reads_the_diagonal_of_the_same_tree(tmp_path, folder, small_parts):
+    """Of activations it is all that is summed."""
+    calibrate(folder, tmp_path / "c.safetensors")
+    words = {"file": tmp_path / "c.safetensors", "acts": folder / "acts"}
+    for option, name in (("--calibration", "file"), ("--activations", "acts")):
+        model, out = folder / "model.safetensors", tmp_path / name
+        assert ptq("rtn", model, option, words[name], "-o", out).code == 0
+    for file in ("model.safetensors", "report.json"):
+        one, other = ((tmp_path / name / file).read_bytes() for name in words)
+        assert one == other
+
+
 def test_sites_of_one_part_are_as_they_were(tmp_path, folder, monkeypatch):
     """Up to one part and a half."""
     whole = calibrate(folder, tmp_path / "whole.safetensors")

@@ -248,6 +248,14 @@ def test_a_unit_takes_what_it_states(tmp_path, calibrated, shape, words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2048, 1024), (1024, 4096)], ids=str)
+def test_where_no_hessian_is_summed(tmp_path, shape):
+    model, inputs = job(tmp_path, shape)
+    ((_, stated, real),) = measured("rtn", model, "--activations", inputs, "-o", tmp_path / "out")
+    check(stated, real)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_wide_dtypes_and_activations_read_on_the_way(tmp_path, method):
     model, inputs = job(tmp_path, (2048, 1024), np.float32)
