@@ -48,8 +48,8 @@ def road(sample, tmp_path_factory):
 # ---- names and files ----
 
 
-def test_the_users_own_command_works_with_nothing_else_said(sample, tmp_path):
-    model = sample / "model.safetensors"
+def test_the_users_own_command_works_with_nothing_else_said(one_block, tmp_path):
+    model = one_block / "model.safetensors"
     outcome = ptq("gptq", model, "--bits", 4, "--group-size", 128)
     assert outcome.code == 0
     assert outcome.err == ""
@@ -329,8 +329,8 @@ def test_symmetric_groups_are_mirrored_where_that_is_better(road, sample):
     [["--asym"], ["--narrow-range"], ["--scheme", "W8A8"]],
     ids=["asymmetric", "narrow range", "integer inputs"],
 )
-def test_no_other_groups_are_mirrored(options, sample):
-    assert ptq("pack", sample, *options, "-o", "out").code == 0
+def test_no_other_groups_are_mirrored(options, one_block):
+    assert ptq("pack", one_block, *options, "-o", "out").code == 0
     folder = open_quantized(Path("out"))
     assert not any(layer.grid.mirrored for layer in folder.layers.values())
     if "--asym" not in options:
@@ -379,8 +379,8 @@ def test_untouched_tensors_are_the_models_bytes(road, sample):
 # ---- merged calibrations ----
 
 
-def halves(sample, folder, cut):
-    for source in (sample / "activations").iterdir():
+def halves(one_block, folder, cut):
+    for source in (one_block / "activations").iterdir():
         inputs = np.load(source)
         for half, part in (("first", inputs[:cut]), ("second", inputs[cut:])):
             (folder / half).mkdir(exist_ok=True)
@@ -388,14 +388,14 @@ def halves(sample, folder, cut):
 
 
 @pytest.mark.parametrize("cut", [512, 200, 301])
-def test_two_halves_merged_equal_the_whole(sample, tmp_path, cut):
-    halves(sample, tmp_path, cut)
-    assert ptq("calibrate", sample, "-o", "whole.safetensors").code == 0
+def test_two_halves_merged_equal_the_whole(one_block, tmp_path, cut):
+    halves(one_block, tmp_path, cut)
+    assert ptq("calibrate", one_block, "-o", "whole.safetensors").code == 0
     for half in ("first", "second"):
-        made = ptq("calibrate", sample, "--activations", half, "-o", f"{half}.safetensors")
+        made = ptq("calibrate", one_block, "--activations", half, "-o", f"{half}.safetensors")
         assert made.code == 0
     parts = ["--merge", "first.safetensors", "--merge", "second.safetensors"]
-    assert ptq("calibrate", sample, *parts, "-o", "merged.safetensors").code == 0
+    assert ptq("calibrate", one_block, *parts, "-o", "merged.safetensors").code == 0
     whole, merged = (open_checkpoint(Path(f"{n}.safetensors")) for n in ("whole", "merged"))
     ours, theirs = (json.loads(c.metadata["ptq"])["sites"] for c in (merged, whole))
     assert list(ours) == list(theirs)
@@ -420,10 +420,10 @@ def test_two_halves_merged_equal_the_whole(sample, tmp_path, cut):
         )
 
 
-def test_the_percentile_is_within_its_bound_of_the_exact_one(sample):
-    document = ptq("calibrate", sample, "-o", "s.safetensors", "--heldout-every", 0, "--json")
+def test_the_percentile_is_within_its_bound_of_the_exact_one(one_block):
+    document = ptq("calibrate", one_block, "-o", "s.safetensors", "--heldout-every", 0, "--json")
     for site, entry in document.document["sites"].items():
-        inputs = np.abs(np.load(sample / "activations" / f"{site}.npy").astype(np.float64))
+        inputs = np.abs(np.load(one_block / "activations" / f"{site}.npy").astype(np.float64))
         exact = np.sort(inputs.ravel())[int(np.ceil(0.99 * inputs.size)) - 1]
         assert entry["p99"] == pytest.approx(exact, rel=2.0**-8)
         assert entry["n_tokens"] == entry["n_seen"] == 1024
