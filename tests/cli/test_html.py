@@ -69,7 +69,7 @@ def test_each_command_writes_a_page_of_its_report(folders, command):
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["awq", pytest.param("smoothquant", marks=pytest.mark.slow)])
 def test_smoothing_commands_write_one_too(sample, command):
-    fast = ("--n-grid", "2") if command == "awq" else ()
+    fast = ("--n-grid", "6") if command == "awq" else ()
     outcome = ptq(command, sample, *fast, "--html", "page.html", "-o", "out")
     assert outcome.code == 0, outcome.err
     root = shown("page.html")

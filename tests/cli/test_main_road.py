@@ -23,10 +23,10 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 # the greatest mean error: mirrored groups help rounding to nearest more than they help GPTQ.
 FLOORS = [
     (4, "--sym", 1.93, 0.0028),
-    (4, "--asym", 1.8, 0.0028),
-    (3, "--sym", 2.05, 0.0104),
+    pytest.param(4, "--asym", 1.8, 0.0028, marks=pytest.mark.slow),
+    pytest.param(3, "--sym", 2.05, 0.0104, marks=pytest.mark.slow),
     (3, "--asym", 2.12, 0.0104),
-    (2, "--sym", 2.15, 0.0425),
+    pytest.param(2, "--sym", 2.15, 0.0425, marks=pytest.mark.slow),
     (2, "--asym", 2.8, 0.0425),
 ]
 
