@@ -26,7 +26,7 @@ _PLAIN = (bool, int, float, str)
 def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Fields of settings classes with their types."""
     for cls in classes:
-        types = _types(cls)
+        types = _types(cls)  # type: ignore[arg-type]  # classes are hashable
         for field in dataclasses.fields(cls):
             yield field, types[field.name]
 
