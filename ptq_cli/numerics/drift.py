@@ -42,7 +42,7 @@ from ptq_cli.numerics.parallel import each, strips
 
 ROWS_AT_ONCE = 256
 STRIP = 512  # columns, or tokens, of what is lacking that are one piece of work
-STREAM_DAMP = 0.05  # of the mean energy of a channel, where a map of the stream is fitted
+STREAM_DAMP = 0.2  # of the mean energy of a channel, where a map of the stream is fitted
 PACKED = 4 << 20  # bytes that products pack what they multiply into
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
 
@@ -181,18 +181,20 @@ def corrected_stream(stream: FloatArray, stream_fp: FloatArray) -> FloatArray:
 
     stream, stream_fp: [n_tokens, width], of the rounded and of the float model
 
-    With tokens scaled to the same energy, x of the stream and d of what it lacks, the map fitted
-    on every second token says of another token with y what is made up for:
+    With tokens, and then channels, scaled to the same energy (or a few loud channels would be all
+    that is fitted, at the cost of the others, and later norms make little of them), x of the stream
+    and d of what it lacks, the map fitted on every second token says of another token with y what
+    is made up for:
 
     `y · (xᵀx + λI)⁻¹ · xᵀd = y · xᵀ · (x xᵀ + λI)⁻¹ · d`
 
     (the latter is smaller where tokens are few). That is taken at the strength (above) that it has
-    proven. A stream that is not finite stays as it is.
+    proven. A stream without tokens, or one that is not finite, stays as it is.
     """
-    if not (np.isfinite(stream).all() and np.isfinite(stream_fp).all()):
+    if not stream.size or not (np.isfinite(stream).all() and np.isfinite(stream_fp).all()):
         return stream
-    scale = np.sqrt(np.mean(np.square(stream_fp), axis=1, keepdims=True))
-    scale[scale == 0] = 1
+    scale = _root_mean_square(stream_fp, axis=1)
+    scale = scale * _root_mean_square(stream_fp / scale, axis=0)
     inputs, needed = stream / scale, (stream_fp - stream) / scale
     given = np.zeros_like(needed)
     for first in (0, 1):
@@ -204,3 +206,10 @@ def corrected_stream(stream: FloatArray, stream_fp: FloatArray) -> FloatArray:
     strength = _strength(float(np.vdot(needed, given)), float(np.vdot(given, given)))
     corrected: FloatArray = stream + stream.dtype.type(strength) * scale * given
     return corrected
+
+
+def _root_mean_square(values: FloatArray, axis: int) -> FloatArray:
+    """Along an axis that stays, of length 1; 1 where all is zero."""
+    found: FloatArray = np.sqrt(np.mean(np.square(values), axis=axis, keepdims=True))
+    found[found == 0] = 1
+    return found

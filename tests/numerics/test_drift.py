@@ -148,6 +148,7 @@ def test_a_drift_of_the_stream_is_made_up_for_as_far_as_a_map_of_it_goes() -> No
     size = np.exp(RANDOM.standard_normal((200, 1)))
     wanted, stream = size * EXACT, size * INPUTS
     unit = np.sqrt((wanted**2).mean(1, keepdims=True))
+    unit = unit * np.sqrt(((wanted / unit) ** 2).mean(0))
     inputs, needed = stream / unit, (wanted - stream) / unit
     given = np.zeros_like(needed)
     for first in (0, 1):
@@ -160,6 +161,16 @@ def test_a_drift_of_the_stream_is_made_up_for_as_far_as_a_map_of_it_goes() -> No
     found = corrected_stream(stream, wanted)
     np.testing.assert_allclose(found, stream + strength * unit * given, rtol=1e-9)
     assert ((found - wanted) ** 2).sum() < 0.8 * ((stream - wanted) ** 2).sum()
+
+
+def test_a_loud_channel_is_not_corrected_at_the_cost_of_the_others() -> None:
+    """The channels do not know of one another; the first, a hundred times as loud, lacks a tenth of
+    itself, and so does each of the others."""
+    loud = np.random.default_rng(2).standard_normal((200, 12)) * ([100] + [1] * 11)
+    gaps = np.random.default_rng(3).standard_normal((200, 12)) * ([1] + [0.01] * 11)
+    stream = 0.9 * loud + gaps
+    left = ((corrected_stream(stream, loud) - loud) ** 2).sum(axis=0)
+    assert (left < 0.5 * ((stream - loud) ** 2).sum(axis=0)).all()
 
 
 def test_a_drift_that_no_map_explains_stays() -> None:
