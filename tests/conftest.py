@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import signal
 from pathlib import Path
@@ -17,10 +18,8 @@ from tests import builders
 # A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hundreds of processes are started, and find the modules compiled; none writes any itself, as one
-# whose disk is full or that is killed could leave half of one.
+# Hundreds of processes are started, and find the modules compiled.
 compileall.compile_dir(Path(ptq_cli.__file__).parent, quiet=2)
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 # What tests run in keeps memory that is freed, as the tool's own workers do: a sixth of a long run
 # would go into fetching pages again.
@@ -59,11 +58,21 @@ def one_case(items: list[pytest.Item], folder: Path) -> list[pytest.Item]:
     return list(found.values())
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests are collected, and live to the end: no collection of garbage need look at
+    them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _no_waiting_for_disks():
-    """No test cuts the power, so what it writes need not be on the disk before it goes on."""
+def _environment():
+    """No test cuts the power, so what it writes need not be on the disk before it goes on. No
+    process of a test writes compiled modules: one whose disk is full or that is killed could leave
+    half of one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # fails as fsync does on what is not open
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         yield
 
 
@@ -77,3 +86,12 @@ def here(tmp_path, monkeypatch):
 def job(tmp_path) -> Path:
     """A folder with a small model and its activations; the model's path."""
     return builders.small_job(tmp_path)[0]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts of a page are without their picture, which takes most of its time: for tests of its
+    tables, titles and captions."""
+    from ptq_cli.report.html import drawing
+
+    monkeypatch.setattr(drawing, "_as_svg", lambda figure, name, css: "<svg/>")

@@ -16,7 +16,6 @@ from ptq_cli.core.layer import Layer
 from ptq_cli.core.report import RunReport
 from ptq_cli.errors import GateMissed, InputError, import_extra
 from ptq_cli.report.gates import check_gates, gates_of
-from ptq_cli.report.junit import as_junit
 from ptq_cli.report.report import as_csv, as_document
 from ptq_cli.storage.files import to_json, write_whole
 
@@ -82,6 +81,8 @@ def finish(
     fresh = written and not report.earlier
     document = as_document(report, times=True) | ({"output": output} if written else {})
     if options["junit"] is not None:
+        from ptq_cli.report.junit import as_junit
+
         write_whole(options["junit"], as_junit(report, gates, output))
     if (path := options["report_path"]) is not None:
         write_whole(path, as_csv(report) if path.suffix == ".csv" else to_json(document))

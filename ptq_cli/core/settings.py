@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ptq_cli.core.text import nearest_or_all
@@ -25,9 +26,15 @@ _PLAIN = (bool, int, float, str)
 def settings_fields(*classes: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Fields of settings classes with their types."""
     for cls in classes:
-        hints = get_type_hints(cls)
+        types = _types(cls)  # type: ignore[arg-type]  # classes are hashable
         for field in dataclasses.fields(cls):
-            yield field, hints[field.name]
+            yield field, types[field.name]
+
+
+@cache
+def _types(cls: type[Any]) -> dict[str, Any]:
+    """The annotations of a class, which Python keeps as text, each read once."""
+    return get_type_hints(cls)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -22,8 +22,14 @@ sys.exit(run(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("limit", [100, 20_000, 200_000, 1_000_000])
-@pytest.mark.parametrize("command", ["gptq", "calibrate"])
+@pytest.mark.parametrize(
+    ("command", "limit"),
+    [
+        *(("gptq", 100), ("gptq", 200_000), ("calibrate", 20_000), ("calibrate", 1_000_000)),
+        pytest.param("gptq", 1_000_000, marks=pytest.mark.slow),
+        pytest.param("calibrate", 200_000, marks=pytest.mark.slow),
+    ],
+)
 def test_a_limit_on_files_is_an_error_and_nothing_is_left(tmp_path, command, limit):
     words = [limit, command, MODEL, "-o", tmp_path / "o", "--workers", 1]
     result = subprocess.run(

@@ -59,8 +59,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("runtime", "options", "code", "level", "words"), CASES)
-def test_facts(sample, runtime, options, code, level, words):
-    made = ptq("rtn", sample, *options, "--runtime", runtime, "-o", "out")
+def test_facts(one_block, runtime, options, code, level, words):
+    made = ptq("rtn", one_block, *options, "--runtime", runtime, "-o", "out")
     assert made.code == 0
     outcome = ptq("check", "out", "--runtime", runtime)
     assert outcome.code == code
@@ -170,16 +170,16 @@ def test_folders_that_contradict_themselves(sample, made, case):
     assert not Path("x").exists()
 
 
-def test_formats_that_are_not_known(sample):
-    assert ptq("rtn", sample, "--format", "zip", "-o", "out").code == 2
+def test_formats_that_are_not_known(one_block):
+    assert ptq("rtn", one_block, "--format", "zip", "-o", "out").code == 2
     Path("r.toml").write_text('format = "zip"\n')
-    outcome = ptq("rtn", sample, "--config", "r.toml", "-o", "out")
+    outcome = ptq("rtn", one_block, "--config", "r.toml", "-o", "out")
     assert (outcome.code, "zip" in outcome.err) == (1, True)
 
 
-def test_mixed_layers_in_a_fused_group(sample):
+def test_mixed_layers_in_a_fused_group(one_block):
     Path("r.toml").write_text('[[layers]]\nmatch = "q_proj"\nbits = 8\n')
-    outcome = ptq("rtn", sample, "--config", "r.toml", "--format", "gptq", "-o", "out")
+    outcome = ptq("rtn", one_block, "--config", "r.toml", "--format", "gptq", "-o", "out")
     assert outcome.code == 1
     for word in ("k_proj has 4 bits", "q_proj has 8 bits", "fuse"):
         assert word in outcome.err

@@ -33,7 +33,7 @@ QUANTIZING = [
     ["gptq", *TOKENS],
     ["rtn", "--include", "lm_head"],
     ["pack", "--bits", 8, "--group-size", -1],
-    ["awq", "--no-compare"],
+    ["awq", "--no-compare", "--n-grid", 2],
     ["smoothquant"],
     ["smoothquant", "--bits", 16],
     ["smoothquant", *TOKENS],
@@ -361,10 +361,15 @@ def headers(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "words",
-    [["inspect", "."], ["gptq", ".", "--dry-run", "--json"],
-     ["rtn", ".", "--dry-run"], ["pack", ".", "--dry-run", "--format", "compressed-tensors"]],
+    [
+        *(["inspect", "."], ["gptq", ".", "--dry-run", "--json"]),
+        pytest.param(["rtn", ".", "--dry-run"], marks=pytest.mark.slow),
+        pytest.param(
+            ["pack", ".", "--dry-run", "--format", "compressed-tensors"], marks=pytest.mark.slow
+        ),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_seventy_billion_parameters_in_200_mib(headers, words):
     import subprocess
 

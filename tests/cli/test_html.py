@@ -45,6 +45,7 @@ def layers(path: str | Path) -> dict[str, dict[str, str]]:
     return {row["Layer"]: row for row in cells(shown(path).by_id("layers"))}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["gptq", "rtn", "pack", "eval"])
 def test_each_command_writes_a_page_of_its_report(folders, command):
     model, sources = folders / "model.safetensors", ("--activations", folders / "acts")
@@ -65,9 +66,11 @@ def test_each_command_writes_a_page_of_its_report(folders, command):
     assert any(title.startswith("Input channels") for title in titles) == (command != "pack")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["awq", pytest.param("smoothquant", marks=pytest.mark.slow)])
 def test_smoothing_commands_write_one_too(sample, command):
-    outcome = ptq(command, sample, "--html", "page.html", "-o", "out")
+    fast = ("--n-grid", "6") if command == "awq" else ()
+    outcome = ptq(command, sample, *fast, "--html", "page.html", "-o", "out")
     assert outcome.code == 0, outcome.err
     root = shown("page.html")
     assert "sites smoothed" in root.text
@@ -75,6 +78,7 @@ def test_smoothing_commands_write_one_too(sample, command):
     assert ("Methods compared" in root.text) == (command == "awq")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_float_weights_have_a_page_without_layers(sample):
     outcome = ptq("smoothquant", sample, "--bits", "16", "--html", "page.html", "-o", "out")
     assert outcome.code == 0, outcome.err
@@ -99,6 +103,7 @@ def test_perplexity_and_integer_inputs_stand_on_the_page_of_eval(sample):
     assert "Integer error" in root.by_id("layers").text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_histograms_are_those_of_the_folder(folders):
     assert ptq("report", folders / "w4").code == 0
     folder = open_quantized(folders / "w4")
@@ -117,6 +122,7 @@ def test_histograms_are_those_of_the_folder(folders):
     assert found == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_channels_are_those_of_the_inputs(folders):
     calibrated = ptq(
         "calibrate", folders / "model.safetensors", "--activations", folders / "acts",
@@ -131,6 +137,7 @@ def test_channels_are_those_of_the_inputs(folders):
         assert f"{words} with {peaks.max():.3g}, {peaks.max() / np.median(peaks):.3g}" in captions
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loud_channel_is_named(folders, tmp_path):
     inputs = random_inputs(96, 32)
     inputs[:, 5] *= 100
@@ -144,6 +151,7 @@ def test_a_loud_channel_is_named(folders, tmp_path):
     assert "1 channels are above ten times the median" in shown("page.html").text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_missed_gate_is_on_the_page_that_is_written_all_the_same(folders):
     outcome = ptq(
         "eval", folders / "model.safetensors", folders / "w4", "--activations", folders / "acts",
@@ -181,9 +189,12 @@ def test_several_runs_are_told_apart(folders):
             own = rows[row["module"].removeprefix("layers.0.")]
             assert float(own[f"w{bits}"]) == pytest.approx(row["heldout_rel_err"], rel=6e-3)
             assert own["Best"] == "w4"
-    assert "2 runs compared" in shown("both.html").text
+    root = shown("both.html")
+    assert "2 runs compared" in root.text
+    assert all(len(picture.all("text")) > 2 for picture in root.all("svg"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_folders_of_one_name_get_longer_names(folders, tmp_path):
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
@@ -205,6 +216,7 @@ def test_a_report_alone_has_a_page_without_histograms(folders, tmp_path):
     assert not [title for title in titles if title.startswith("Codes")]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_writing_a_page_leaves_the_folder_alone(folders):
     before = tree(folders)
     assert ptq("report", folders / "w4").code == 0

@@ -22,13 +22,13 @@ TOKENS = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 2, "--seq
 
 
 @pytest.fixture
-def model(here):
+def model(here, one_block):
     """The sample, with infinities in its config.json and keys in an order of their own."""
     folder = Path("m")
     folder.mkdir()
     for name in ("model.safetensors", "tokenizer.json"):
-        shutil.copy(SAMPLE / name, folder / name)
-    own = json.loads((SAMPLE / "config.json").read_text())
+        shutil.copy(one_block / name, folder / name)
+    own = json.loads((one_block / "config.json").read_text())
     text = json.dumps({"tagged": TAGGED, **dict(reversed(own.items()))})
     (folder / "config.json").write_text(ODD + text[1:])
     (folder / "generation_config.json").write_text('{"b": Infinity, "a": NaN}')
@@ -112,8 +112,8 @@ def test_what_nobody_reads(text, job):
 
 @pytest.mark.parametrize("kind", ["{}", "[]", "5", "null", "true", '["llama"]', '"unheard of"'])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_model_type_that_is_no_word(kind, nested, model):
-    own = json.loads((SAMPLE / "config.json").read_text())
+def test_a_model_type_that_is_no_word(kind, nested, model, one_block):
+    own = json.loads((one_block / "config.json").read_text())
     own["model_type"] = json.loads(kind)
     (model / "config.json").write_text(json.dumps({"text_config": own} if nested else own))
     assert ptq("inspect", model).code == 0
@@ -131,8 +131,8 @@ def test_a_model_type_that_is_no_word(kind, nested, model):
     "change",
     [{"head_dim": math.inf}, {"hidden_act": {}}, {"rope_parameters": "x"}, {"rms_norm_eps": []}],
 )
-def test_settings_that_are_no_numbers(change, model):
-    own = json.loads((SAMPLE / "config.json").read_text())
+def test_settings_that_are_no_numbers(change, model, one_block):
+    own = json.loads((one_block / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(own | change))
     refused("gptq", model, *TOKENS, "-o", "out", words=("config.json",))
     outcome = ptq("rtn", model, "--format", "gguf", "-o", "out", "--dry-run")

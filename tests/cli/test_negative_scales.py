@@ -20,16 +20,18 @@ FORMATS = ("ptq", "gptq", "gptq_v2", "awq", "compressed-tensors", "mlx", "gguf",
 
 
 @pytest.fixture(scope="module")
-def foreign(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def foreign(
+    one_block: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """GPTQ, half of whose scales are negative, and what its weights are."""
     folder = tmp_path_factory.mktemp("foreign")
     model, out = folder / "model", folder / "out"
     model.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (model / name).write_bytes((sample / name).read_bytes())
-    config = json.loads((sample / "config.json").read_text())
+        (model / name).write_bytes((one_block / name).read_bytes())
+    config = json.loads((one_block / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    tensors = load_file(sample / "model.safetensors")
+    tensors = load_file(one_block / "model.safetensors")
     halves = {name: values.astype(np.float16) for name, values in tensors.items()}
     save_file(halves, model / "model.safetensors")
     assert ptq("pack", model, "--format", "gptq", "-g", 64, "-o", out).code == 0

@@ -118,7 +118,11 @@ def test_live_lines_fit_and_the_count_comes_first(width, unicode, job):
 
 
 @pytest.mark.parametrize(
-    ("columns", "env"), [(60, {}), (80, {"PYTHONIOENCODING": "ascii"}), (200, {})]
+    ("columns", "env"),
+    [
+        *((60, {}), (80, {"PYTHONIOENCODING": "ascii"})),
+        pytest.param(200, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_on_a_terminal(columns, env):
     model = SAMPLE / "model.safetensors"
@@ -179,14 +183,14 @@ def test_quiet_says_nothing(job):
         assert (outcome.code, outcome.err, outcome.progress) == (0, "", ())
 
 
-def test_every_long_phase_is_told(sample):
+def test_every_long_phase_is_told(one_block):
     tokens = ("--tokens", SAMPLE / "eval_tokens.npy", "--nsamples", 2)
     phases = {
-        ("calibrate", sample, *tokens, "-o", "c.safetensors"): {"calibrated": 9},
-        ("smoothquant", sample, "-o", "smooth"): {"smoothed": 4, "layer": 14, "wrote": 1},
-        ("gptq", sample, *tokens, "-o", "out"): {"layer": 14, "wrote": 1},
-        ("eval", sample, "out", *tokens): {"layer": 14, "ran": 6, "predicted": 1},
-        ("pack", "out", "--format", "gptq", "-o", "packed"): {"repacked": 14, "wrote": 1},
+        ("calibrate", one_block, *tokens, "-o", "c.safetensors"): {"calibrated": 5},
+        ("smoothquant", one_block, "-o", "smooth"): {"smoothed": 2, "layer": 7, "wrote": 1},
+        ("gptq", one_block, *tokens, "-o", "out"): {"layer": 7, "wrote": 1},
+        ("eval", one_block, "out", *tokens): {"layer": 7, "ran": 3, "predicted": 1},
+        ("pack", "out", "--format", "gptq", "-o", "packed"): {"repacked": 7, "wrote": 1},
     }
     for words, expected in phases.items():
         outcome = ptq(*words)

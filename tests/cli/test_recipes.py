@@ -28,10 +28,10 @@ def test_the_recipes_are_all_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_on_the_sample(sample, path):
+def test_a_recipe_runs_on_the_sample(one_block, path):
     recipe = tomllib.loads(path.read_text())
     assert path.read_text().startswith("# ")
-    outcome = ptq(recipe["method"], sample, "--config", path, "-o", "out", "--top", 1)
+    outcome = ptq(recipe["method"], one_block, "--config", path, "-o", "out", "--top", 1)
     assert outcome.code == 0, outcome.err
     if is_mix(recipe.get("scheme", "")):
         kinds = {row["module"]: row["type"] for row in outcome_rows()}
@@ -147,12 +147,12 @@ def test_other_widths_of_a_layer_are_refused(job, bits):
     assert (outcome.code, f"bits = {bits}" in outcome.err) == (1, True)
 
 
-def test_all_layers_at_sixteen_bits_is_for_smoothquant_alone(sample):
+def test_all_layers_at_sixteen_bits_is_for_smoothquant_alone(one_block):
     Path("r.toml").write_text("bits = 16\n")
     for command in ("gptq", "rtn", "awq"):
-        outcome = ptq(command, sample, "--config", "r.toml", "-o", "out")
+        outcome = ptq(command, one_block, "--config", "r.toml", "-o", "out")
         assert (outcome.code, "nothing to do" in outcome.err) == (1, True), outcome.err
-    outcome = ptq("smoothquant", sample, "--config", "r.toml", "-o", "out", "--json")
+    outcome = ptq("smoothquant", one_block, "--config", "r.toml", "-o", "out", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.document["settings"]["bits"] == 16
     assert {entry[0] for entry in read_model(Path("out/model.safetensors")).values()} == {"BF16"}
@@ -171,20 +171,20 @@ def test_a_sibling_left_dense_is_refused_where_runtimes_fuse_the_two(sample, nam
 
 
 @pytest.mark.parametrize("name", ["ptq", "mlx", "gguf"])
-def test_siblings_may_differ_where_nothing_fuses_them(sample, name):
+def test_siblings_may_differ_where_nothing_fuses_them(one_block, name):
     rules = 'group_size = 32\nsym = false\n[[layers]]\nmatch = "v_proj"\nbits = 16\n'
     Path("r.toml").write_text(rules)
-    outcome = ptq("rtn", sample, "--config", "r.toml", "--format", name, "-o", "out")
+    outcome = ptq("rtn", one_block, "--config", "r.toml", "--format", name, "-o", "out")
     assert outcome.code == 0, outcome.err
 
 
-def test_siblings_with_other_groups_are_each_rounded_by_their_own(sample):
+def test_siblings_with_other_groups_are_each_rounded_by_their_own(one_block):
     """A site's columns are ordered by groups: with those of the first layer the others' scales had
     been nonsense, and plain rounding was kept."""
     Path("r.toml").write_text('[[layers]]\nmatch = "(k|v)_proj"\ngroup_size = 32\n')
-    assert ptq("gptq", sample, "--config", "r.toml", "-o", "mixed").code == 0
+    assert ptq("gptq", one_block, "--config", "r.toml", "-o", "mixed").code == 0
     for size in (32, 128):
-        assert ptq("gptq", sample, "--group-size", size, "-o", f"all{size}").code == 0
+        assert ptq("gptq", one_block, "--group-size", size, "-o", f"all{size}").code == 0
     mixed, narrow, wide = (
         read_model(Path(folder) / "model.safetensors") for folder in ("mixed", "all32", "all128")
     )

@@ -27,19 +27,21 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def half(sample, tmp_path_factory):
-    """The sample as a float16 model, in which every layout of scales is at home."""
+def half(one_block, tmp_path_factory):
+    """One block of the sample as a float16 model, in which every layout of scales is at home."""
     import ml_dtypes
     from safetensors.numpy import load_file, save_file
 
     folder = tmp_path_factory.mktemp("half") / "sample"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((sample / name).read_bytes())
-    config = json.loads((sample / "config.json").read_text())
+        (folder / name).write_bytes((one_block / name).read_bytes())
+    config = json.loads((one_block / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     assert ml_dtypes
-    tensors = {k: v.astype(np.float16) for k, v in load_file(sample / "model.safetensors").items()}
+    tensors = {
+        k: v.astype(np.float16) for k, v in load_file(one_block / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -143,42 +145,42 @@ def test_mirrored_groups_where_the_target_holds_none(sample, monkeypatch):
     assert "mirrored groups" in outcome.err
 
 
-def test_scales_that_the_target_cannot_hold(sample):
-    ptq("rtn", sample, "--format", "gptq", "-o", "first")
+def test_scales_that_the_target_cannot_hold(one_block):
+    ptq("rtn", one_block, "--format", "gptq", "-o", "first")
     words = ["some of which bfloat16 cannot hold", "--scale-dtype bfloat16"]
     pack("first", "--format", "compressed-tensors", "-o", "out", code=1, words=words)
-    ptq("rtn", sample, "--scale-dtype", "bfloat16", "-o", "second")
+    ptq("rtn", one_block, "--scale-dtype", "bfloat16", "-o", "second")
     pack("second", "--format", "compressed-tensors", "-o", "out")
     same_values("second", "out")
 
 
-def test_groups(sample):
-    ptq("rtn", sample, "-g", -1, "-o", "first")
+def test_groups(one_block):
+    ptq("rtn", one_block, "-g", -1, "-o", "first")
     pack("first", "--format", "mlx", "-o", "x", code=1, words=["--group-size 128"])
     pack("first", "--format", "mlx", "--group-size", 128, "-o", "second")
     same_values("first", "second")
     pack("second", "--format", "ptq", "--group-size", -1, "-o", "third")
     same_values("first", "third")
-    ptq("rtn", sample, "-g", 32, "-o", "fine")
+    ptq("rtn", one_block, "-g", 32, "-o", "fine")
     words = ["groups of 32 columns do not fit into groups of 64"]
     pack("fine", "--format", "ptq", "--group-size", 64, "-o", "x", code=1, words=words)
 
 
 @pytest.mark.parametrize("misfit", ["error", "keep"])
 @pytest.mark.parametrize(("there", "size"), [("gguf", 32), ("mlx", 128)])
-def test_groups_too_small_are_for_the_float_model(there, size, misfit, sample):
+def test_groups_too_small_are_for_the_float_model(there, size, misfit, one_block):
     """Groups can be split, and are joined only where they are equal."""
-    ptq("rtn", sample, "-g", 16, "-o", "g16")
+    ptq("rtn", one_block, "-g", 16, "-o", "g16")
     again = f"hint: --group-size {size} when the float model is quantized"
     outcome = pack("g16", "--format", there, "--on-misfit", misfit, "-o", "x", code=1, words=["16"])
     assert again in outcome.err
     outcome = pack("g16", "--format", there, "-g", size, "-o", "x", code=1, words=["do not fit"])
     assert again in outcome.err
-    assert ptq("rtn", sample, "-g", size, "--format", there, "-o", "again").code == 0
+    assert ptq("rtn", one_block, "-g", size, "--format", there, "-o", "again").code == 0
 
 
-def test_act_order_goes_to_gptq_only(sample):
-    assert ptq("gptq", sample, "--act-order", "desc", "-o", "first").code == 0
+def test_act_order_goes_to_gptq_only(one_block):
+    assert ptq("gptq", one_block, "--act-order", "desc", "-o", "first").code == 0
     pack("first", "--format", "gptq", "-o", "second")
     same_values("first", "second")
     for there in ("awq", "compressed-tensors", "mlx", "gguf", "onnx"):
@@ -187,15 +189,15 @@ def test_act_order_goes_to_gptq_only(sample):
     pack("first", "--format", "gptq", "-g", 64, "-o", "x", code=1, words=words)
 
 
-def test_codes_stay(sample):
-    ptq("rtn", sample, "-o", "first")
+def test_codes_stay(one_block):
+    ptq("rtn", one_block, "-o", "first")
     words = ["--bits", "start from the float model"]
     pack("first", "--bits", 3, "-o", "x", code=1, words=words)
     pack("first", "-o", "first", "--force", code=1, words=["being read"])
 
 
-def test_a_name_by_default(sample):
-    ptq("rtn", sample, "-o", "first")
+def test_a_name_by_default(one_block):
+    ptq("rtn", one_block, "-o", "first")
     pack("first", "--format", "awq")
     same_values("first", "first-awq")
 
@@ -215,13 +217,13 @@ def test_quantize_config_beside(sample):
         values("first")
 
 
-def test_gguf_files(sample):
-    assert ptq("rtn", sample, "--format", "gguf", "-o", "out").code == 0
-    report = ptq("eval", sample, "out/model.gguf", "--json").document
+def test_gguf_files(one_block):
+    assert ptq("rtn", one_block, "--format", "gguf", "-o", "out").code == 0
+    report = ptq("eval", one_block, "out/model.gguf", "--json").document
     assert not [text for text in report["warnings"] if "differ" in text]
     assert {row["group_size"] for row in report["layers"]} == {128}
     Path("bare").mkdir()
-    Path("bare/model.safetensors").write_bytes((sample / "model.safetensors").read_bytes())
+    Path("bare/model.safetensors").write_bytes((one_block / "model.safetensors").read_bytes())
     outcome = ptq("rtn", "bare/model.safetensors", "--format", "gguf", "-o", "x")
     assert (outcome.code, "config.json" in outcome.err) == (1, True)
 
@@ -254,7 +256,7 @@ def test_dense_rows_of_a_gguf_file_come_back_in_order(half):
     pack("first", "--format", "ptq", "-o", "second")
     original, back = open_checkpoint(half), open_quantized(Path("second")).checkpoint
     for name in ("q_proj", "k_proj"):
-        tensor = f"model.layers.1.self_attn.{name}.weight"
+        tensor = f"model.layers.0.self_attn.{name}.weight"
         np.testing.assert_array_equal(original.read(tensor), back.read(tensor))
 
 
@@ -290,8 +292,8 @@ def test_the_whole_file_by_ggufwriter():
     assert Path("own.gguf").read_bytes() == data
 
 
-def test_what_is_packed_already_is_not_converted_again(sample, monkeypatch):
-    assert ptq("pack", sample, "-o", "first").code == 0
+def test_what_is_packed_already_is_not_converted_again(one_block, monkeypatch):
+    assert ptq("pack", one_block, "-o", "first").code == 0
     words = ("pack", "first", "--format", "mlx", "-g", 128, "-o", "second")
     assert ptq(*words).code == 0
     monkeypatch.setattr(repack, "convert", None)

@@ -28,8 +28,8 @@ def error(inputs, weight, dequantized, scale=None):
     return (lost**2).sum() / (exact**2).sum()
 
 
-def heldout(sample, site):
-    inputs = np.load(sample / "activations" / f"{site}.npy").astype(np.float64)
+def heldout(one_block, site):
+    inputs = np.load(one_block / "activations" / f"{site}.npy").astype(np.float64)
     return inputs[7::8][:512], np.delete(inputs, np.arange(7, len(inputs), 8), axis=0)
 
 
@@ -39,11 +39,11 @@ def plain_rounding(weight):
 
 
 @pytest.mark.parametrize("scheme", ["dynamic-token", "static"])
-def test_rows_are_those_of_the_formula(scheme, sample):
-    report = ptq_cli.smoothquant(sample, activation_scheme=scheme, output="out")
-    weights = ptq_cli.storage.checkpoint.open_checkpoint(sample)
+def test_rows_are_those_of_the_formula(scheme, one_block):
+    report = ptq_cli.smoothquant(one_block, activation_scheme=scheme, output="out")
+    weights = ptq_cli.storage.checkpoint.open_checkpoint(one_block)
     module = "model.layers.0.self_attn.q_proj"
-    held, seen = heldout(sample, module)
+    held, seen = heldout(one_block, module)
     weight = weights.read(f"{module}.weight").astype(np.float64)
     scale = None if scheme != "static" else np.abs(seen).max() / 127
     row = next(row for row in report.rows if row.module == module)
@@ -59,8 +59,8 @@ def test_rows_are_those_of_the_formula(scheme, sample):
 @pytest.mark.parametrize(
     "words", [(), ("--activation-scheme", "static"), ("--alpha", "auto", "--then", "gptq")]
 )
-def test_smoothing_that_is_kept_is_a_gain(words, sample):
-    outcome = ptq("smoothquant", sample, *words, "-o", "out", "--min-gain", "1", "--json")
+def test_smoothing_that_is_kept_is_a_gain(words, one_block):
+    outcome = ptq("smoothquant", one_block, *words, "-o", "out", "--min-gain", "1", "--json")
     assert outcome.code == 0, outcome.err
     document = outcome.document
     assert document["totals"]["gain_vs_rtn"] > 1
@@ -76,10 +76,10 @@ def test_smoothing_that_is_kept_is_a_gain(words, sample):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["rtn", "gptq", "smoothquant"])
-def test_an_evaluation_measures_the_same(command, sample):
+def test_an_evaluation_measures_the_same(command, one_block):
     scheme = () if command == "smoothquant" else ("--scheme", "W8A8")
-    made = ptq(command, sample, *scheme, "-o", "out", "--json").document
-    found = ptq("eval", sample, "out", "--json", "--junit", "j.xml", "--html", "p.html").document
+    made = ptq(command, one_block, *scheme, "-o", "out", "--json").document
+    found = ptq("eval", one_block, "out", "--json", "--junit", "j.xml", "--html", "p.html").document
     for ours, theirs in zip(made["layers"], sorted(found["layers"], key=order(made)), strict=True):
         for key in ("rel_err", "heldout_rel_err", "rtn_heldout_rel_err", "weight_rel_err"):
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
@@ -97,9 +97,9 @@ def order(document):
     return lambda row: places.index(row["module"])
 
 
-def test_in_sequence(sample):
+def test_in_sequence(one_block):
     tokens = ("--tokens", SAMPLE / "calibration_tokens.npy", "--nsamples", 4, "--seq-len", 64)
-    document = ptq("smoothquant", sample, *tokens, "-o", "out", "--json").document
+    document = ptq("smoothquant", one_block, *tokens, "-o", "out", "--json").document
     assert document["totals"]["rounded_inputs"]
     assert all(row["weight_rel_err"] is not None for row in document["layers"])
     assert document["totals"]["gain_vs_rtn"] > 0.99

@@ -36,7 +36,7 @@ COMMANDS = {
     "rtn": ("rtn", "model"),
     "rtn gptq": ("rtn", "model", "--format", "gptq"),
     "rtn gguf": ("rtn", "model", "--format", "gguf", "-g", 32),
-    "awq": ("awq", "model"),
+    "awq": ("awq", "model", "--no-compare", "--n-grid", 2),
     "smoothquant": ("smoothquant", "model", *TOKENS),
     "floats": ("smoothquant", "model", "--bits", 16),
     "pack": ("pack", "model/model.safetensors"),
@@ -127,7 +127,7 @@ def test_gates_are_held_against_the_report_anew():
     assert "quality gate missed: --max-rel-err 1e-06" in missed.errors[0]
 
 
-@pytest.mark.usefixtures("sample")
+@pytest.mark.usefixtures("sample", "undrawn")
 def test_reports_are_written_again(monkeypatch):
     pytest.importorskip("matplotlib")
     names = ("r.json", "r.csv", "j.xml", "h.html")

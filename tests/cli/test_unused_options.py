@@ -131,11 +131,15 @@ def test_other_options_that_are_not_read(line, code, words, sample):
 
 
 MODES = [
-    "rtn", "rtn --no-mse", "pack", "pack --mse",
-    "gptq", "gptq --no-mse", "gptq TOKENS", "gptq TOKENS --parallel-layers",
-    "awq", "awq --then gptq", "awq --then gptq --no-compare",
-    "smoothquant", "smoothquant --then gptq TOKENS", "smoothquant --activation-scheme none",
-    "smoothquant --bits 16",
+    *("rtn", "pack", "gptq TOKENS", "awq --then gptq", "smoothquant", "smoothquant --bits 16"),
+    *(
+        pytest.param(mode, marks=pytest.mark.slow)
+        for mode in (
+            "rtn --no-mse", "pack --mse", "gptq", "gptq --no-mse", "gptq TOKENS --parallel-layers",
+            "awq", "awq --then gptq --no-compare", "smoothquant --then gptq TOKENS",
+            "smoothquant --activation-scheme none",
+        )
+    ),
 ]  # fmt: skip
 VALUES: dict[Any, tuple[Any, ...]] = {int: (3, 5), float: (0.25, 0.5), tuple[str, ...]: ("q_proj",)}
 

@@ -89,8 +89,8 @@ def test_good_tokens_pass_without_a_word(name, plain):
     assert not [line for line in outcome.warnings if "fewer than its" not in line]
 
 
-def test_the_sample_is_no_weak_calibration(sample):
-    outcome = ptq("gptq", sample, "-o", "out", "--strict", "--min-gain", "1.5")
+def test_the_sample_is_no_weak_calibration(one_block):
+    outcome = ptq("gptq", one_block, "-o", "out", "--strict", "--min-gain", "1.5")
     assert (outcome.code, outcome.err) == (0, "")
     assert "weak" not in json.loads(Path("out/report.json").read_text())
 

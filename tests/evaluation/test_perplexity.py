@@ -72,7 +72,9 @@ def test_quality_is_what_the_whole_distributions_say(folder: Path, report: RunRe
     assert quality["quantized_minus_rtn"]["perplexity"] == 0
 
 
-@pytest.mark.parametrize("scheme", ["dynamic-token", "static"])
+@pytest.mark.parametrize(
+    "scheme", ["dynamic-token", pytest.param("static", marks=pytest.mark.slow)]
+)
 def test_integer_inputs_are_part_of_what_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:

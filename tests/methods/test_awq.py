@@ -29,7 +29,7 @@ GRIDS = [
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Path:
-    return half_sample(tmp_path_factory.mktemp("plain") / "sample_data")
+    return half_sample(tmp_path_factory.mktemp("plain") / "sample_data", blocks=1)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ from tests.methods.rescaled import rescaled_sample
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Path:
-    return half_sample(tmp_path_factory.mktemp("plain") / "sample_data")
+    return half_sample(tmp_path_factory.mktemp("plain") / "sample_data", blocks=1)
 
 
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory) -> Path:
     """The sample with a 64-fold gain in 1 % of every norm's channels."""
-    return rescaled_sample(tmp_path_factory.mktemp("loud") / "sample_data", copy=half_sample)
+    return rescaled_sample(
+        tmp_path_factory.mktemp("loud") / "sample_data", copy=partial(half_sample, blocks=1)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_the_smoothed_float_model_computes_the_same(loud, tmp_path, dtype):
         write_model(folder / "model.safetensors", tensors)
     report = ptq_cli.smoothquant(folder, bits=16, alpha=0.5, output="out")
     folded = [site for site in report.sites if site["fed_by"]]
-    assert len(folded) >= 4
+    assert len(folded) >= 2
     worst = max(site["function_change"] for site in folded)
     assert worst < (1e-5 if dtype == "float32" else 5e-3)
     assert (worst > 1e-4) == (dtype == "bfloat16")
@@ -243,7 +246,7 @@ def test_a_percentile_out_of_range(sample, percentile):
 def test_a_site_whose_norm_is_missing(sample, tmp_path):
     folder = shutil.copytree(sample, tmp_path / "model")
     read = open_checkpoint(folder)
-    gone = "model.layers.1.input_layernorm.weight"
+    gone = "model.layers.0.input_layernorm.weight"
     tensors = {name: read.read(name) for name in read.tensors if name != gone}
     write_model(folder / "model.safetensors", tensors)
     outcome = ptq("smoothquant", folder, "-o", "out")
@@ -297,7 +300,7 @@ def test_a_model_of_no_known_family_names_its_sites(command, sample, tmp_path):
 def test_a_format_that_cannot_hold_rounded_inputs(sample):
     outcome = ptq("smoothquant", sample, "--format", "gptq", "-o", "out")
     assert outcome.code == 1
-    assert "14 of 14 layers: gptq does not round inputs" in outcome.err
+    assert "7 of 7 layers: gptq does not round inputs" in outcome.err
 
 
 def test_float_weights_in_a_quantized_format_are_refused(sample):

@@ -134,7 +134,7 @@ def test_dead_columns_equal_the_twin(act_order, passes):
 def test_mirrored_groups_are_the_twins(group_size, act_order, passes):
     """Groups with the longer side below zero and above it, in one weight; scales are positive."""
     weight, hessian = some_weight(5, 50, seed=1), some_hessian(50, seed=1)
-    for bits in (2, 3, 4, 8):
+    for bits in (3, 8):
         grid = Grid(bits, group_size, mirrored=True)
         result = run(weight, hessian, grid, act_order, passes)
         assert_equal_to_twin(result, run_twin(weight, hessian, grid, act_order, passes))

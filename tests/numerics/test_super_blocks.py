@@ -329,7 +329,7 @@ def test_signed_scales_put_the_farthest_weight_on_the_longer_side():
 
 
 @pytest.mark.parametrize("kind", NEW)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_odd_rows_stay_finite_and_zeros_stay_zeros(kind, dtype):
     rng = np.random.default_rng(6)
     weight = rng.normal(size=(7, 512)).astype(dtype)

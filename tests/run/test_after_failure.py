@@ -153,7 +153,7 @@ def other_command(name, folder):
         return "pack", folder / "packed", "--format", "ptq"
     if name == "calibrate":
         return "calibrate", model, "--activations", activations, "--workers", 1
-    sample = half_sample(folder / "sample")
+    sample = half_sample(folder / "sample", blocks=1)
     return name, sample, "--tokens", sample / "calibration_tokens.npy", "--nsamples", 4
 
 
@@ -205,7 +205,7 @@ def test_a_smoothing_that_cannot_be_planned_leaves_no_lock(tmp_path, monkeypatch
     def failing(*_arguments):
         raise RuntimeError("oh")
 
-    sample = half_sample(tmp_path / "sample")
+    sample = half_sample(tmp_path / "sample", blocks=1)
     words = ("smoothquant", sample, "--tokens", sample / "calibration_tokens.npy")
     with monkeypatch.context() as patch:
         patch.setattr(smooth_in_sequence, "place_groups", failing)

@@ -284,7 +284,9 @@ def test_parts_that_changed_are_refused(tmp_path, small_parts, monkeypatch):
     assert ptq(*words, "--restart").code == 0
 
 
-@pytest.mark.parametrize(("workers", "place"), [(1, STAGED), (2, TOLD)])
+@pytest.mark.parametrize(
+    ("workers", "place"), [pytest.param(1, STAGED, marks=pytest.mark.slow), (2, TOLD)]
+)
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     tmp_path, folder, small_parts, workers, place
 ):

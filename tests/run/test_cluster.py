@@ -15,14 +15,13 @@ from tests.stopping import STAGED, TOLD, end_here, stop_at, stopped
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
-distributed = pytest.importorskip("distributed")
-
 MODEL = SAMPLE / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Two worker processes that find this package; nothing else is shared but disks."""
+    distributed = pytest.importorskip("distributed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with distributed.LocalCluster(
@@ -76,6 +75,8 @@ def test_a_dry_run_asks_the_cluster(tmp_path, cluster, monkeypatch):
 def test_a_worker_that_is_killed_is_survived(tmp_path, cluster):
     """In the middle of its third unit, as by the kernel; the unit is done again."""
     assert ptq("gptq", MODEL, "-o", tmp_path / "one", "--workers", 1).code == 0
+    import distributed
+
     with distributed.Client(cluster, set_as_default=False) as client:
         victim = next(iter(cluster.workers.values()))
         pid = victim.pid

@@ -171,7 +171,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("after", "memory"), [(1, "1KiB"), (7, "1GiB"), (10, "1KiB"), (10, "1GiB"), (27, "1GiB")]
+    ("after", "memory"),
+    [
+        *((10, "1KiB"), (10, "1GiB")),
+        pytest.param(1, "1KiB", marks=pytest.mark.slow),
+        pytest.param(7, "1GiB", marks=pytest.mark.slow),
+        pytest.param(27, "1GiB", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, whole: Path, after: int, memory: str

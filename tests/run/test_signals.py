@@ -18,7 +18,10 @@ SIGNALS = pytest.mark.parametrize(
 
 
 @SIGNALS
-@pytest.mark.parametrize(("workers", "place"), [(1, STAGED), (1, TOLD), (2, TOLD)])
+@pytest.mark.parametrize(
+    ("workers", "place"),
+    [(1, STAGED), pytest.param(1, TOLD, marks=pytest.mark.slow), (2, TOLD)],
+)
 def test_one_line_while_it_works(tmp_path, number, word, workers, place):
     words = ["gptq", SAMPLE / "model.safetensors", "-o", tmp_path / "o", "-q"]
     process = start(place, 3, f"group {number.name}", *words, "--workers", workers)

@@ -81,7 +81,7 @@ def test_from_tokens(tmp_path: Path, model: Path, command: str) -> None:
     assert not any("differ" in warning for warning in seen.warnings)
 
 
-@pytest.mark.parametrize("routers", [True, False])
+@pytest.mark.parametrize("routers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", WORDS)
 def test_from_activations(tmp_path: Path, model: Path, command: str, routers: bool) -> None:
     """Without the router's own inputs, a site's are those of all its experts."""

@@ -13,7 +13,7 @@ import pytest
 from ptq_cli.errors import FileError
 from ptq_cli.storage import companions
 from ptq_cli.storage.files import copy_file
-from tests.builders import SAMPLE, ptq, tree
+from tests.builders import SAMPLE, half_sample, ptq, tree
 
 WEIGHTS = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt",
@@ -24,12 +24,17 @@ WEIGHTS = (
 COMPANIONS = ("LICENSE", "merges.txt", "tokenizer.model", "modeling_own.py", "preprocessor.json")
 
 
+@pytest.fixture(scope="module")
+def block(tmp_path_factory):
+    return half_sample(tmp_path_factory.mktemp("block") / "model", blocks=1)
+
+
 @pytest.fixture
-def model(tmp_path):
+def model(block, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        shutil.copy(SAMPLE / name, folder / name)
+        shutil.copy(block / name, folder / name)
     return folder
 
 

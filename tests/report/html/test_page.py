@@ -75,6 +75,7 @@ def pages(one) -> dict[str, str]:
 EACH = pytest.mark.parametrize("which", ["one", "several"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_holds_the_reports_numbers():
     layers = documents.rows(28)
     layers[3]["fallback"] = "not positive definite"
@@ -138,6 +139,7 @@ def allocated(**said) -> dict:
     return document
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_prediction_stands_beside_what_was_measured():
     root = read(page([Subject("out", {**allocated(), "layers": []})]))
     tiles = {t.all("dt")[0].text: t.all("dd")[0].text for t in root.all("div") if t.all("dt")}
@@ -209,6 +211,7 @@ def test_300_layers_are_less_than_a_megabyte():
     assert len(page([whole(documents.rows(300))]).encode()) < 1_000_000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_many_layers_are_cut_and_that_is_said():
     text = page([Subject("out", documents.document(documents.rows(2100)))])
     assert len(cells(read(text).by_id("layers"))) == 2000
@@ -308,6 +311,7 @@ def test_odd_reports_have_pages(layers):
         assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_without_what_may_be_missing_has_a_page():
     layers = documents.rows(8)
     for row in layers:
@@ -321,6 +325,7 @@ def test_a_report_without_what_may_be_missing_has_a_page():
     assert "format gguf" in read(page([Subject("a", document), Subject("b", document)])).text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_of_several_runs_stand_beside_each_other():
     a, b = documents.rows(14, seed=1), documents.rows(15, seed=2)
     root = read(page([Subject("a", documents.document(a)), Subject("b", documents.document(b))]))
@@ -336,6 +341,7 @@ def test_layers_of_several_runs_stand_beside_each_other():
     assert {"Size against error", "Error by kind of layer"} <= {h.text for h in root.all("h3")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_measured_on_different_things_are_named():
     a, b = documents.rows(7), documents.rows(7)
     for row in b:
