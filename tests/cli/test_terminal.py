@@ -119,7 +119,14 @@ def test_eval_that_cannot_tell_fails(target, style, packed):
     assert "internal" not in line
 
 
-@pytest.mark.parametrize("streams", ["2>&-", "<&-", "<&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        *("<&- 2>&-", "2>/dev/full"),
+        pytest.param("2>&-", marks=pytest.mark.slow),
+        pytest.param("<&-", marks=pytest.mark.slow),
+    ],
+)
 def test_streams_that_are_not_there(streams, packed, job):
     result = shell(f"ptq pack {job} -o out {streams}")
     assert result.returncode == 0
@@ -240,7 +247,7 @@ def test_no_colours_where_none_are_wanted(env, job):
         assert "\x1b" not in shown
 
 
-@pytest.mark.parametrize("columns", [40, 1])
+@pytest.mark.parametrize("columns", [pytest.param(40, marks=pytest.mark.slow), 1])
 def test_a_narrow_terminal_is_no_error(columns, job):
     code, shown = on_terminal("rtn", job, "--activations", "acts", "-o", "out", columns=columns)
     assert code == 0
