@@ -28,10 +28,10 @@ def test_the_recipes_are_all_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_on_the_sample(one_block, path):
+def test_a_recipe_runs_on_the_sample(sample, path):
     recipe = tomllib.loads(path.read_text())
     assert path.read_text().startswith("# ")
-    outcome = ptq(recipe["method"], one_block, "--config", path, "-o", "out", "--top", 1)
+    outcome = ptq(recipe["method"], sample, "--config", path, "-o", "out", "--top", 1)
     assert outcome.code == 0, outcome.err
     if is_mix(recipe.get("scheme", "")):
         kinds = {row["module"]: row["type"] for row in outcome_rows()}
