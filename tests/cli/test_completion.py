@@ -79,6 +79,7 @@ def test_commands_options_choices_and_files(shell, line, path, monkeypatch, caps
     assert offered(monkeypatch, capsys, shell, line) == CASES[line]
 
 
+@pytest.mark.slow
 def test_bash_itself(path):
     """The script in a real bash; compopt works only while it completes, so it is written down."""
     script = (

@@ -359,6 +359,7 @@ def headers(tmp_path_factory):
         path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

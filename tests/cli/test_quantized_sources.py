@@ -207,6 +207,7 @@ def test_scales_of_the_cache_are_left_out():
     assert names == arrays("float/model.safetensors").keys()
 
 
+@pytest.mark.slow
 def test_calibration_and_gptq_run_on_what_it_decodes_to():
     """The same bytes from the quantized folder and from its float32 folder, on tokens too."""
     tokens = with_tokens("compressed-tensors")
@@ -223,6 +224,7 @@ def test_calibration_and_gptq_run_on_what_it_decodes_to():
     assert quality[0].document["quality"] == quality[1].document["quality"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8])
 def test_smoothing_a_quantized_model(bits):
     tokens = with_tokens("gptq", "--bits", 8)
@@ -311,6 +313,7 @@ def test_what_it_would_take_and_what_it_says():
     assert ptq_cli.dequantize("m", "other")["decoded"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on():
     llama(Path("float"))
     assert ptq("rtn", "float", "--format", "gptq", "--group-size", 64, "-o", "m").code == 0

@@ -97,6 +97,7 @@ def test_a_reader_that_leaves_is_no_error(packed, job):
     assert b"Exception" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [">/dev/full", ">&-"])
 def test_work_is_done_before_it_is_told(target, packed, job):
     result = shell(f"ptq pack {job} -o out {target}")
@@ -107,6 +108,7 @@ def test_work_is_done_before_it_is_told(target, packed, job):
     assert not list(Path().glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [">/dev/full", ">&-"])
 @pytest.mark.parametrize("style", ["", "--json"])
 def test_eval_that_cannot_tell_fails(target, style, packed):
@@ -119,6 +121,7 @@ def test_eval_that_cannot_tell_fails(target, style, packed):
     assert "internal" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams",
     [
@@ -168,6 +171,7 @@ for words in (run, ["gptq", "--help"], ["pack", sys.argv[1]]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env",
     [
@@ -199,6 +203,7 @@ def test_the_environment_changes_no_file_and_no_exit_code(env, tmp_path):
     assert "\x1b" not in text or "FORCE_COLOR" in env
 
 
+@pytest.mark.slow
 def test_no_home_and_no_term(packed):
     bare = {key: ENVIRONMENT[key] for key in ("PATH", "PYTHONPATH")}
     command = [*PTQ, "eval", str(packed / "model.safetensors"), str(packed / "out")]
@@ -237,6 +242,7 @@ def test_nothing_is_wider_than_80_columns(command, packed, job):
     assert any("layers.0" in line or "q_proj" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
 def test_no_colours_where_none_are_wanted(env, job):
     code, shown = on_terminal("pack", job, "-o", "out", env=env)
@@ -247,7 +253,8 @@ def test_no_colours_where_none_are_wanted(env, job):
         assert "\x1b" not in shown
 
 
-@pytest.mark.parametrize("columns", [pytest.param(40, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [40, 1])
 def test_a_narrow_terminal_is_no_error(columns, job):
     code, shown = on_terminal("rtn", job, "--activations", "acts", "-o", "out", columns=columns)
     assert code == 0

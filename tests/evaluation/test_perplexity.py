@@ -72,6 +72,7 @@ def test_quality_is_what_the_whole_distributions_say(folder: Path, report: RunRe
     assert quality["quantized_minus_rtn"]["perplexity"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", ["dynamic-token", pytest.param("static", marks=pytest.mark.slow)]
 )

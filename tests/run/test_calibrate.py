@@ -88,6 +88,7 @@ def test_the_tree_gives_the_sums_of_the_whole(tmp_path, folder, heldout, monkeyp
             assert (a.hessian != b.hessian).any()  # it was cut indeed
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_tree_do_not_depend_on_the_workers(tmp_path, folder, small_parts):
     one = calibrate(folder, tmp_path / "one.safetensors", "--workers", 1)
     for workers in (2, 3):
@@ -284,9 +285,8 @@ def test_parts_that_changed_are_refused(tmp_path, small_parts, monkeypatch):
     assert ptq(*words, "--restart").code == 0
 
 
-@pytest.mark.parametrize(
-    ("workers", "place"), [pytest.param(1, STAGED, marks=pytest.mark.slow), (2, TOLD)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "place"), [(1, STAGED), (2, TOLD)])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     tmp_path, folder, small_parts, workers, place
 ):

@@ -177,6 +177,7 @@ def test_the_scales_are_declared_and_nothing_else_changes(
     np.testing.assert_array_equal(first[before], second[before])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bytes(
     model: Path, made: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_statistics_too(tmp_path, expected):
     assert target.read_bytes() == (expected / "stats.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_little_memory_one_at_a_time(tmp_path, expected):
     outcome = ptq("gptq", MODEL, "-o", tmp_path / "gptq", "--workers", 2, "--max-memory", "1MB")
     assert outcome.code == 0

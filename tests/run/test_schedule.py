@@ -115,6 +115,7 @@ def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_task_done_again(tmp_path):
     pool = ProcessPool(2)
     try:

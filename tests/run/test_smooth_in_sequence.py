@@ -283,6 +283,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert same_bytes(out, whole(case))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_its_factors_ends_with_the_same_bytes(
     tmp_path: Path, loud: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +362,7 @@ def test_float_weights_are_smoothed_on_the_float_model(tmp_path: Path, loud: Pat
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_fold_changes_nothing_where_nothing_is_better_folded(tmp_path: Path) -> None:
     """One step of the search is no factors at all: what is left is `ptq gptq`."""
     model = half_sample(tmp_path / "model")
@@ -386,6 +388,7 @@ def test_layers_that_are_left_alone_are_folded_on_the_way(tmp_path: Path, loud: 
     assert seen.quality["kl"]["quantized"]["mean"] < seen.quality["kl"]["rtn"]["mean"]
 
 
+@pytest.mark.slow
 def test_experts_are_smoothed_where_a_recipe_names_them(tmp_path: Path) -> None:
     model = moe_folder(tmp_path / "moe")
     moe = "model.layers.*.block_sparse_moe."

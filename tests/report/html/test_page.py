@@ -256,6 +256,7 @@ HOSTILE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_names_are_text_whatever_they_hold(several):
     """Tensor names, and every other string of a report."""
