@@ -66,12 +66,8 @@ def numbers_of(grid: Grid) -> Numbers:
 def _round_integers(
     steps: FloatArray, limits: Limits, grid: Grid, out: FloatArray | None
 ) -> FloatArray:
-    """A column at a time, of few rows where these are coupled: every call counts."""
     assert limits is not None
-    low, high = limits
-    nearest: FloatArray = np.rint(steps, out=out)
-    np.maximum(nearest, low, out=nearest)
-    return np.minimum(nearest, high, out=nearest)
+    return integers.round_centred(steps, *limits, out=out)
 
 
 def _fit_offsets(
