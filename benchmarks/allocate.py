@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 from accuracy import SAMPLE, Measured, Setup, predict
-from gguf import dithered, times_smaller
+from gguf_quality import dithered, times_smaller
 from peers import cpu_seconds
 from safetensors.numpy import save_file
 

@@ -1,9 +1,9 @@
 """GGUF at the same types and bytes: llama.cpp's quantizer, the same with an importance matrix, and
 this tool.
 
-    python benchmarks/gguf.py --model DIR                    # KL of whole files
-    python benchmarks/gguf.py --layers --model DIR           # output error of single layers
-    python benchmarks/gguf.py --speed                        # CPU seconds of a 4096 × 4096 weight
+    python benchmarks/gguf_quality.py --model DIR             # KL of whole files
+    python benchmarks/gguf_quality.py --layers --model DIR    # output error of single layers
+    python benchmarks/gguf_quality.py --speed                 # CPU seconds of a 4096 × 4096 weight
 
 `DIR` holds a model whose rows are whole super-blocks (`benchmarks/train_model.py` makes one),
 `calibration_tokens.npy` and `eval_tokens.npy`. llama.cpp's quantizer is `ggml_quantize_chunk` of
