@@ -32,6 +32,7 @@ import phases
 from commands import served
 from safetensors.numpy import save_file
 
+from ptq_cli.models.forward import head_fisher
 from ptq_cli.numerics import drift, gptq, ldl, output_errors, statistics
 
 Seconds = Mapping[tuple[str, str], float]  # by place and phase
@@ -54,7 +55,7 @@ SPLIT = {  # phases told apart here, as they are cut differently
 ROWS = {  # phases of the table, in order: what is summed, and what limits it
     "read": ([phases.READ], "one after another"),
     "forward of both models": ([phases.FORWARD], "batches of 4096 tokens side by side"),
-    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "strips of 512 columns"),
+    "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "strips of 384 columns"),
     "factor": ([phases.FACTOR, FACTORED, FISHER], "its diagonal blocks"),
     "correction for drift": (
         [CORRECTED, SOLVED, PROVEN],
@@ -155,7 +156,8 @@ def ways(phase: str, size: tuple[int, int]) -> float:
     cut: dict[str, float] = {
         phases.FORWARD: SEQUENCES * LENGTH / BATCH,
         HESSIAN: triangle(width),
-        DRIFT: ceil(min(size) / drift.STRIP),
+        DRIFT: ceil(min(size) / drift.COLUMNS),
+        FISHER: head_fisher.TOKENS_AT_ONCE / head_fisher.TOKENS_IN_PIECE,
         FACTORED: max(1, width / ldl.ROWS_AT_ONCE / 2),
         SOLVED: ceil(min(size) / ldl.ROWS_AT_ONCE),
         PROVEN: ceil(rows / drift.ROWS_AT_ONCE),

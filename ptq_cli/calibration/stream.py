@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -102,11 +103,13 @@ class Stream:
 
     def embed(self, rounded: Mapping[str, Decode] = {}) -> None:
         """Make the residual before the first block. rounded: as of `advance`"""
-        weights = Held(self.read, float32=False, instead=rounded)
         rows = self.boundary(0)
-        rows.begin()
-        for batch in self.batches:
+
+        def work(weights: Held, batch: Batch) -> None:
             rows.write(batch.rows, embed(self.arch, weights, batch.tokens, batch.packing))
+
+        rows.begin()
+        self._in_threads(work, rounded, float32=False)
         rows.finish()
 
     def enter(self, block: int) -> None:
@@ -123,6 +126,12 @@ class Stream:
         """Apply the stage in hand to every batch; behind the last one the boundary is written, and
         the next block entered (who drops the boundary before it knows whether another stream still
         needs it). rounded: what gives the tensors that are used in place of those that are read"""
+        with self.advancing(rounded):
+            pass
+
+    @contextmanager
+    def advancing(self, rounded: Mapping[str, Decode] = {}) -> Iterator[None]:
+        """`advance`, beside what is done inside the block."""
         last = self.stage + 1 == len(self._stages(self.batches[0]))
         rows = self.boundary(self.block + 1)
         if last:
@@ -136,7 +145,8 @@ class Stream:
                 state = begin(self.arch, self.block + 1, weights, hidden)
             self._keep(batch, state)
 
-        self._in_threads(work, rounded)
+        with self._beside(work, rounded):
+            yield
         self.stage += 1
         if last:
             rows.finish()
@@ -226,13 +236,34 @@ class Stream:
         return stages(self.arch, self.block, batch.packing, self.caches.get(self.block))
 
     def _in_threads(
-        self, work: Callable[[Held, Batch], None], rounded: Mapping[str, Decode] = {}
+        self,
+        work: Callable[[Held, Batch], None],
+        rounded: Mapping[str, Decode] = {},
+        *,
+        float32: bool = True,
     ) -> None:
         """`work` with the weights on every batch, `n_threads` at a time."""
-        weights = Held(self.read, instead=rounded)
+        with self._beside(work, rounded, float32):
+            pass
+
+    @contextmanager
+    def _beside(
+        self,
+        work: Callable[[Held, Batch], None],
+        rounded: Mapping[str, Decode],
+        float32: bool = True,
+    ) -> Iterator[None]:
+        """The same, beside what is done inside the block; where that fails, no more is begun."""
+        weights = Held(self.read, float32=float32, instead=rounded)
         with ThreadPoolExecutor(self.n_threads) as pool:
-            for _ in pool.map(partial(work, weights), self.batches):
-                pass  # an error of a thread is raised here
+            done = pool.map(partial(work, weights), self.batches)
+            try:
+                yield
+                for _ in done:
+                    pass  # an error of a thread is raised here
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _new_scratch(self, name: str) -> Scratch:
         return MemoryScratch() if self.in_memory else FileScratch(self.work / f"{self.name}.{name}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import cached_property
 from itertools import chain
@@ -98,13 +99,24 @@ class Streams:
         for stream in self.streams:
             stream.enter(start)
 
+    @contextmanager
+    def float_ahead(self) -> Iterator[None]:
+        """Let the float model leave the stage in hand beside what is done inside the block, if
+        there is a second thread; `advance` then moves the first stream alone."""
+        with ExitStack() as running:
+            for other in self.streams[1:]:
+                if other.n_threads > 1:
+                    running.enter_context(other.advancing())
+            yield
+
     def advance(self, rounded: Mapping[str, Decode]) -> None:
         """Put every batch of every stream through the stage in hand; from a block's last stage on
         to the next block. rounded: what gives the tensors that are rounded in the first stream"""
         block, self._shared = self.main.block, None
         self.main.advance(rounded)
         for other in self.streams[1:]:
-            other.advance({})
+            if (other.block, other.stage) != self.order:
+                other.advance({})
         if self.main.block != block:
             for stream in self.streams:
                 stream.boundary(block).drop()

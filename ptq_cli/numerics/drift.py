@@ -38,10 +38,11 @@ from ptq_cli.errors import NumericalError
 from ptq_cli.numerics.feedback import Feedback
 from ptq_cli.numerics.ldl import solve_right
 from ptq_cli.numerics.output_errors import inner
-from ptq_cli.numerics.parallel import each, strips
+from ptq_cli.numerics.parallel import each, equal_strips, strips
 
 ROWS_AT_ONCE = 256
-STRIP = 512  # columns, or tokens, of what is lacking that are one piece of work
+STRIP = 512  # tokens of what is lacking that are one piece of work
+COLUMNS = 384  # of it, at most, that are another
 STREAM_DAMP = 0.2  # of the mean energy of a channel, where a map of the stream is fitted
 PACKED = 4 << 20  # bytes that products pack what they multiply into
 UNPROVEN_STRENGTH = 0.75  # where no token is held out
@@ -145,7 +146,7 @@ class DriftSum:
         def add(columns: slice) -> None:
             self._sum[columns] += lacking[:, columns].T @ inputs
 
-        each(add, strips(lacking.shape[1], STRIP))
+        each(add, equal_strips(lacking.shape[1], COLUMNS))
 
     def _lacking(
         self,

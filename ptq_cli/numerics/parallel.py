@@ -49,6 +49,11 @@ def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) 
     return strips(stop, max(1, elements // max(1, columns)), start)
 
 
+def equal_strips(stop: int, most: int) -> list[slice]:
+    """Rows or columns 0 … stop−1 in strips of one length, as few as are at most `most` long."""
+    return strips(stop, -(-stop // max(1, -(-stop // most))))
+
+
 def strips(stop: int, step: int, start: int = 0) -> list[slice]:
     """Rows or columns start … stop−1, `step` at a time."""
     return [slice(top, min(stop, top + step)) for top in range(start, stop, step)]

@@ -9,6 +9,7 @@ interrupted goes on at the last block whose boundary is there, with the layers t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from ptq_cli.calibration.from_tokens import TokenSource
@@ -93,11 +94,13 @@ def _through_blocks(
         here = units_at.get(order, [])
         if smooth is not None:
             smooth.settle(order, streams)
-        for unit in here:
-            if unit.name in missing:
-                statistics = streams.statistics(str(unit.site))
-                if smooth is not None:
-                    smooth.keep_plain(statistics)
+        todo_here = [unit for unit in here if unit.name in missing]
+        for unit in todo_here:
+            statistics = streams.statistics(str(unit.site))
+            if smooth is not None:
+                smooth.keep_plain(statistics)
+            leaves = unit is todo_here[-1] and order < max(todo)
+            with streams.float_ahead() if leaves else nullcontext():
                 work.add(unit.name, _round(work, unit, statistics), kept=False)
         rounded = _decoded(work, here) if order < max(todo) or cache is not None else {}
         if cache is not None:

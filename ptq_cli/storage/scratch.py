@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,14 @@ Scratch = MemoryScratch | FileScratch
 class Rows:
     """A float32 matrix [n, width] in a file: its parts are written in any order, then read.
 
+    path: `<stream>.<number>`; those of a stream are of one size
     parts: slices of rows, one after the other from 0 to n; the file ends with the CRC-32 of each
     """
 
     def __init__(self, path: Path, parts: Sequence[slice], width: int) -> None:
         self.path, self.parts, self.width = path, parts, width
         self.size = 4 * width * parts[-1].stop  # bytes before the checksums
-        self._partial = path.with_name(path.name + ".tmp")
+        self._partial = path.with_suffix(".next")
         self._sums: dict[int, int] = {}
 
     @property
@@ -120,10 +121,11 @@ class Rows:
         return all(crc32(self.read(part).data) == own for part, own in pairs)
 
     def begin(self) -> None:
-        """Begin to write, into another file."""
+        """Begin to write, into another file: what one of the stream that was dropped has left, for
+        a file system takes long to find new blocks."""
         with named(self._partial):
             self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.write_bytes(b"")
+            self._partial.touch()
         self._sums = {}
 
     def write(self, part: slice, rows: NDArray[np.float32]) -> None:
@@ -138,8 +140,10 @@ class Rows:
         """Everything is written: give the file its name."""
         sums = np.array([self._sums[part.start] for part in self.parts], np.uint32)
         with named(self.path):
-            with open(self._partial, "ab") as file:
+            with open(self._partial, "r+b") as file:
+                file.seek(self.size)
                 file.write(sums.data)
+                file.truncate()
             os.replace(self._partial, self.path)
 
     def read(self, part: slice) -> NDArray[np.float32]:
@@ -149,7 +153,9 @@ class Rows:
         return values
 
     def drop(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """It is no longer needed; its file is for the next to write over."""
+        with suppress(FileNotFoundError):
+            os.replace(self.path, self._partial)
 
 
 def temporary_place() -> Path:

@@ -20,8 +20,9 @@ OPT = {**LLAMA, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
 def test_it_is_the_mean_over_tokens_of_the_curvature(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(made, "TOKENS_AT_ONCE", 7)
-    monkeypatch.setattr(made, "VOCABULARY", 11)
+    pieces = {"TOKENS_AT_ONCE": 7, "VOCABULARY": 11, "IDS_IN_PIECE": 3}
+    for name, size in (pieces | {"TOKENS_IN_PIECE": 2, "COLUMNS_IN_PIECE": 5}).items():
+        monkeypatch.setattr(made, name, size)
     arch = read_architecture(config)
     weights = random_weights(arch)
     hidden = RANDOM.standard_normal((20, arch.hidden_size)).astype(np.float32) * 3

@@ -196,7 +196,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     found = {path.name for path in (tmp_path / "out.partial" / "stream").iterdir()}
     states = {"float.now", "rounded.now"}
     assert found & states == (states if memory == "1KiB" else set())
-    assert len(found - states) == 2  # the boundary before the block in hand, of either model
+    boundaries = {name for name in found - states if not name.endswith(".next")}
+    assert len(boundaries) == 2  # before the block in hand, of either model
     api.gptq(SAMPLE, output=out, **TOKENS, **FAST)
     assert same_bytes(out, whole)
 

@@ -174,6 +174,19 @@ def test_rows_are_whole_only_when_closed(tmp_path: Path) -> None:
     assert not rows.whole
 
 
+def test_rows_are_written_over_those_that_were_dropped(tmp_path: Path) -> None:
+    """Which may be longer: another run's, that stopped."""
+    first = written(tmp_path / "r.0")
+    inode = first.path.stat().st_ino
+    with open(first.path, "ab") as file:
+        file.write(bytes(100))
+    first.drop()
+    second = written(tmp_path / "r.1")
+    assert second.whole
+    assert second.path.stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["r.1"]
+
+
 @pytest.mark.parametrize("place", [0, 17, 39, 40, 47])
 def test_rows_that_are_damaged_are_not_there(tmp_path: Path, place: int) -> None:
     """As a power loss leaves what was not yet on the disk: cut, empty, zeros."""

@@ -16,15 +16,19 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_cli.core.tensors import FloatArray
+from ptq_cli.core.tensors import Array, FloatArray
 from ptq_cli.models.forward import layers
 from ptq_cli.models.forward.architecture import Architecture
 from ptq_cli.models.forward.layers import Weights
 from ptq_cli.models.forward.likelihood import VOCABULARY
 from ptq_cli.models.forward.stages import finish, logits
-from ptq_cli.numerics.parallel import strips
+from ptq_cli.numerics.parallel import each, pieces, strips
 
 TOKENS_AT_ONCE = 256
+# Pieces of work: of the vocabulary, of the tokens at once, of the columns of F.
+IDS_IN_PIECE = 1 << 11
+TOKENS_IN_PIECE = 64
+COLUMNS_IN_PIECE = 192
 
 
 def has_head_fisher(arch: Architecture, tensors: Collection[str]) -> bool:
@@ -39,8 +43,8 @@ def has_head_fisher(arch: Architecture, tensors: Collection[str]) -> bool:
 
 
 def head_fisher_memory(arch: Architecture) -> int:
-    """Bytes that `head_fisher` takes at most, its inputs aside: probabilities, logits of a piece,
-    rows of the head and the same weighted, sums."""
+    """Bytes that `head_fisher` takes at most, its inputs aside: probabilities, rows of the head (as
+    many at once as the pieces of all threads have at most), logits of a piece, sums."""
     rows = min(VOCABULARY, arch.vocab_size)
     width = arch.hidden_size
     scores = TOKENS_AT_ONCE * (arch.vocab_size + rows)
@@ -56,24 +60,17 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
     assert norm is not None  # `has_head_fisher` said so
     finished, inverse = finish(arch, weights, hidden), layers.centred_and_scale(norm, hidden)[1]
     table = layers.stored(weights, arch.head)
-    pieces = strips(len(table), VOCABULARY)
     mass = np.zeros(len(table), np.float32)
     fisher = np.zeros((arch.hidden_size, arch.hidden_size), np.float32)
     for rows in strips(len(hidden), TOKENS_AT_ONCE):
-        share = np.empty((rows.stop - rows.start, len(table)), np.float32)
-        for ids in pieces:
-            share[:, ids] = logits(arch, weights, finished[rows], ids)
-        share -= share.max(axis=1, keepdims=True)
-        np.exp(share, out=share)
-        share *= inverse[rows, None] / share.sum(axis=1, keepdims=True)
+        share = _shares(arch, weights, finished[rows])
+        share *= inverse[rows, None]
         mass += inverse[rows] @ share
-        mean = np.zeros((len(share), arch.hidden_size), np.float32)
-        for ids in pieces:
-            mean += share[:, ids] @ np.asarray(table[ids], np.float32)
+        mean = _mean(share, table)
         fisher -= mean.T @ mean
-    for ids in pieces:
-        part = np.asarray(table[ids], np.float32) * np.sqrt(mass[ids, None])
-        fisher += part.T @ part
+    for ids in strips(len(table), VOCABULARY):
+        _add_gram(fisher, _scaled(table[ids], np.sqrt(mass[ids, None])))
+    fisher = np.tril(fisher) + np.tril(fisher, -1).T
     if norm.affine:
         gain = layers.fetch(weights, f"{norm.name}.weight") + np.float32(norm.offset)
         fisher *= gain
@@ -83,3 +80,55 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
         fisher -= fisher.mean(axis=1, keepdims=True)
     fisher /= np.float32(len(hidden))
     return fisher
+
+
+def _shares(arch: Architecture, weights: Weights, finished: FloatArray) -> NDArray[np.float32]:
+    """Probabilities of the tokens of the vocabulary, [n_tokens, vocab_size]."""
+    share = np.empty((len(finished), arch.vocab_size), np.float32)
+
+    def score(ids: slice) -> None:
+        share[:, ids] = logits(arch, weights, finished, ids)
+
+    def normalize(rows: slice) -> None:
+        share[rows] -= share[rows].max(axis=1, keepdims=True)
+        np.exp(share[rows], out=share[rows])
+        share[rows] /= share[rows].sum(axis=1, keepdims=True)
+
+    each(score, strips(arch.vocab_size, IDS_IN_PIECE))
+    each(normalize, pieces(0, len(share), arch.vocab_size))
+    return share
+
+
+def _mean(share: NDArray[np.float32], table: Array) -> NDArray[np.float32]:
+    """`share · table`. share: [n_tokens, vocab_size]; table: [vocab_size, width]"""
+    mean = np.zeros((len(share), table.shape[1]), np.float32)
+    for ids in strips(len(table), VOCABULARY):
+        rows = _scaled(table[ids])
+
+        def add(tokens: slice, ids: slice = ids, rows: FloatArray = rows) -> None:
+            mean[tokens] += share[tokens, ids] @ rows
+
+        each(add, strips(len(share), TOKENS_IN_PIECE))
+    return mean
+
+
+def _scaled(rows: Array, scale: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Rows as float32, each times its scale. rows: [n, width]; scale: [n, 1], or None for 1"""
+    scaled = np.empty(rows.shape, np.float32)
+
+    def fill(some: slice) -> None:
+        scaled[some] = rows[some]
+        if scale is not None:
+            scaled[some] *= scale[some]
+
+    each(fill, pieces(0, len(rows), rows.shape[1]))
+    return scaled
+
+
+def _add_gram(gram: NDArray[np.float32], rows: NDArray[np.float32]) -> None:
+    """Add `rowsᵀ · rows` to the lower triangle. rows: [n, width]"""
+
+    def add(own: slice) -> None:
+        gram[own, : own.stop] += rows[:, own].T @ rows[:, : own.stop]
+
+    each(add, reversed(strips(len(gram), COLUMNS_IN_PIECE)))  # the longest first
