@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import ceil
 from typing import TypeVar
 
 PIECE_ELEMENTS = 1 << 17  # of a matrix, worked on at a time
@@ -51,7 +52,8 @@ def pieces(start: int, stop: int, columns: int, elements: int = PIECE_ELEMENTS) 
 
 def equal_strips(stop: int, most: int) -> list[slice]:
     """Rows or columns 0 … stop−1 in strips of one length, as few as are at most `most` long."""
-    return strips(stop, -(-stop // max(1, -(-stop // most))))
+    count = max(1, ceil(stop / most))
+    return strips(stop, max(1, ceil(stop / count)))
 
 
 def strips(stop: int, step: int, start: int = 0) -> list[slice]:

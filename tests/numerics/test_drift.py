@@ -8,6 +8,7 @@ import pytest
 from ptq_cli.core.grid import Grid
 from ptq_cli.core.statistics import Drift
 from ptq_cli.errors import NumericalError
+from ptq_cli.numerics import drift
 from ptq_cli.numerics.drift import (
     STREAM_DAMP,
     DriftSum,
@@ -92,7 +93,8 @@ def test_a_strength_that_is_not_finite_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("piece", [7, 64, 200])
-def test_sums_leave_out_the_held_out_tokens(piece: int) -> None:
+def test_sums_leave_out_the_held_out_tokens(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "COLUMNS", 5)
     exact, inputs, stream, weight = (x.astype(np.float32) for x in (EXACT, INPUTS, STREAM, WEIGHT))
     alone, added = DriftSum(12), DriftSum(12, weight)
     held = np.isin(np.arange(200), [3, 4, 5, 100, 199])
