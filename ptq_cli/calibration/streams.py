@@ -195,8 +195,9 @@ class Streams:
         return sums.result(site, self.source.places[site].linears)
 
     def _drift(self, site: str) -> Drift:
-        adds = self.source.places[site].adds
-        sums = DriftSum(self.source.sites[site].in_features, self._weight(site) if adds else None)
+        adds, whole = self.source.places[site].adds, self.source.hessians
+        width = self.source.sites[site].in_features
+        sums = DriftSum(width, self._weight(site) if adds and whole else None, whole=whole)
         ours, exact = (stream.inputs(site) for stream in self.streams)
         hidden, hidden_exact = (stream.hidden() for stream in self.streams)
         divisor = self.divisors.get(site)

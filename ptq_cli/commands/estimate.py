@@ -218,14 +218,14 @@ def _rounding_effort(layers: Iterable[Layer], *efforts: float) -> float:
 
 
 def _statistics_effort(source: Source | None) -> float:
-    """Multiply-adds of half a Hessian for each site, where it is wanted. In sequence: of its
-    linears in two models, each about two squares, and of the drift."""
+    """Multiply-adds of half a Hessian for each site, and of the drift, where they are wanted. In
+    sequence: of its linears, about two squares, in every model that runs."""
     if source is None:
         return 0.0
-    squares = 5.5 if source.in_sequence else 0.5
-    products = squares if source.hessians else squares - 0.5
+    forward, sums = 2.0 * (1 + source.drifts) * source.in_sequence, 0.5 + source.drifts
+    products = forward + sums * source.hessians
     sizes = ((info.in_features, info.n_tokens) for info in source.sites.values())
-    return sum((products * n + 300 * squares) * n * n_tokens for n, n_tokens in sizes)
+    return sum((products * n + 300 * (forward + sums)) * n * n_tokens for n, n_tokens in sizes)
 
 
 def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:

@@ -79,6 +79,12 @@ class _Settings:
         gptq = self.rounding.settings if chosen else method("gptq").settings()
         return {self.how.method: self.own, "gptq": gptq}
 
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the search, or a method that rounds, reads whole Hessians."""
+        rounders = (self.rounding.how, *map(method, self.rivals))
+        return self.how.needs_hessian or any(how.needs_hessian for how in rounders)
+
 
 def prepare_smoothing(
     command: str,
@@ -104,7 +110,8 @@ def prepare_smoothing(
     couple = told.rounding.how.couples_rows(told.rounding.settings)
     if source.imatrix is not None:
         raise InputError(f"--imatrix does nothing for {command}, which needs inputs themselves")
-    found = find_source(checkpoint, source, correct=True, couple=couple)
+    hessians = told.needs_hessian
+    found = find_source(checkpoint, source, correct=True, couple=couple, hessians=hessians)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)

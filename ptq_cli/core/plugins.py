@@ -115,6 +115,7 @@ class Smoother:
     compares: whether, with these settings, methods are tried on every layer beside the one chosen
     floats: whether its factors are worth having without any rounding (`bits` 16)
     effort: as `Method.effort`, of `search`
+    needs_hessian: whether `search` reads more of the Hessian than its diagonal
     """
 
     name: str
@@ -128,6 +129,7 @@ class Smoother:
     inputs: Callable[[Any], Any] = lambda settings: None
     compares: Callable[[Any], bool] = lambda settings: False
     floats: bool = False
+    needs_hessian: bool = True
 
 
 @dataclass(frozen=True)

@@ -88,4 +88,5 @@ SMOOTHER = Smoother(
     effort=1.2,
     inputs=_inputs,
     floats=True,
+    needs_hessian=False,
 )

@@ -114,12 +114,15 @@ class DriftSum:
 
     weight: [hidden_size, in_features], of the site's linear where its outputs are added to the
         stream as they are; else None
+    whole: the sum is wanted; else the held-out tokens are kept, and nothing is summed
     """
 
-    def __init__(self, in_features: int, weight: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self, in_features: int, weight: NDArray[np.float32] | None = None, *, whole: bool = True
+    ) -> None:
         width = in_features if weight is None else len(weight)
         self.weight, self.n_tokens = weight, 0
-        self._sum = np.zeros((width, in_features), np.float32)
+        self._sum = np.zeros((width, in_features), np.float32) if whole else None
         self._heldout: list[NDArray[np.float32]] = []
         self._heldout_stream: list[NDArray[np.float32]] = []
 
@@ -134,19 +137,17 @@ class DriftSum:
 
         exact, inputs: [n, in_features], of the float model and of the one being rounded
         held: [n], the tokens that are held out: they are left out of the sums, and kept
-        stream: `stream_fp − stream`, [n, hidden_size], beside a weight
+        stream: `stream_fp − stream`, [n, hidden_size], beside a weight; without sums, where outputs
+            are added to it
         """
         self._heldout.append(exact[held])
         if stream is not None:
             self._heldout_stream.append(stream[held])
-        self.n_tokens += int((~held).sum())
-        lacking = self._lacking(exact, inputs, stream)
-        lacking[held] = 0
-
-        def add(columns: slice) -> None:
-            self._sum[columns] += lacking[:, columns].T @ inputs
-
-        each(add, equal_strips(lacking.shape[1], COLUMNS))
+        if self._sum is not None:
+            self.n_tokens += int((~held).sum())
+            lacking = self._lacking(exact, inputs, stream)
+            lacking[held] = 0
+            _add_product(self._sum, lacking, inputs)
 
     def _lacking(
         self,
@@ -169,11 +170,25 @@ class DriftSum:
 
     def result(self) -> Drift:
         """The drift so far. The sum is used up."""
-        self._sum /= np.float32(max(1, self.n_tokens))
         heldout = np.concatenate(self._heldout)
+        stream = np.concatenate(self._heldout_stream) if self._heldout_stream else None
+        if self._sum is None:
+            return Drift(None, heldout, None, stream)
+        self._sum /= np.float32(max(1, self.n_tokens))
         if self.weight is None:
             return Drift(self._sum, heldout)
-        return Drift(None, heldout, self._sum, np.concatenate(self._heldout_stream))
+        return Drift(None, heldout, self._sum, stream)
+
+
+def _add_product(
+    total: NDArray[np.float32], lacking: NDArray[np.float32], inputs: NDArray[np.float32]
+) -> None:
+    """Add `lackingᵀ · inputs`."""
+
+    def add(columns: slice) -> None:
+        total[columns] += lacking[:, columns].T @ inputs
+
+    each(add, equal_strips(lacking.shape[1], COLUMNS))
 
 
 def corrected_stream(stream: FloatArray, stream_fp: FloatArray) -> FloatArray:

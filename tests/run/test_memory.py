@@ -152,6 +152,7 @@ TOKEN_CASES = [
     ("gptq", "--group-size", "-1"),
     ("awq", "--no-compare", "--n-grid", "4"),  # each step takes the same
     ("smoothquant", "--then", "gptq"),
+    ("smoothquant",),
 ]
 
 

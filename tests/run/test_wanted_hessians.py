@@ -29,7 +29,11 @@ def from_tokens(model, *words):
     return ptq(*words, model, *tokens, "-o", model.parent / "-".join(words))
 
 
-@pytest.mark.parametrize("words", [("rtn",), ("rtn", "--parallel-layers")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [(name, *more) for name in ("rtn", "smoothquant") for more in ((), ("--parallel-layers",))],
+    ids=" ".join,
+)
 def test_nothing_reads_them(model, words):
     outcome = from_tokens(model, *words)
     assert outcome.code == 0, outcome.err
