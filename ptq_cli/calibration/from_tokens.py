@@ -202,6 +202,9 @@ class TokenSource(Source):
             return sums
         adds = self.places[site].adds
         stream = self.arch.hidden_size if adds else 0
+        if not self.corrects:
+            quotients = 2 * info.in_features  # of this batch, and while it is made of the last
+            return sums + 4 * batch * (quotients + stream) + PACKED
         sums += drift_memory(info.in_features, stream, batch)
         if site != self._first_coupled:
             return sums

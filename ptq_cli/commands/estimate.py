@@ -222,10 +222,11 @@ def _statistics_effort(source: Source | None) -> float:
     sequence: of its linears, about two squares, in every model that runs."""
     if source is None:
         return 0.0
-    forward, sums = 2.0 * (1 + source.drifts) * source.in_sequence, 0.5 + source.drifts
-    products = forward + sums * source.hessians
+    forward = 2.0 * (1 + source.drifts) * source.in_sequence
+    products = forward + 0.5 * source.hessians + (source.drifts and source.corrects)
     sizes = ((info.in_features, info.n_tokens) for info in source.sites.values())
-    return sum((products * n + 300 * (forward + sums)) * n * n_tokens for n, n_tokens in sizes)
+    elements = 300 * (forward + 0.5 + source.drifts)
+    return sum((products * n + elements) * n * n_tokens for n, n_tokens in sizes)
 
 
 def document(estimate: Estimate, rate: float | None = None) -> dict[str, Any]:

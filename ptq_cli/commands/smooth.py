@@ -107,11 +107,12 @@ def prepare_smoothing(
     if told.floats:  # nothing is rounded that could feed what comes after it
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
-    couple = told.rounding.how.couples_rows(told.rounding.settings)
+    rounder, how = told.rounding.settings, told.rounding.how
+    wanted = {"hessians": told.needs_hessian, "corrects": how.corrects_drift(rounder)}
     if source.imatrix is not None:
         raise InputError(f"--imatrix does nothing for {command}, which needs inputs themselves")
-    hessians = told.needs_hessian
-    found = find_source(checkpoint, source, correct=True, couple=couple, hessians=hessians)
+    couple = how.couples_rows(rounder)
+    found = find_source(checkpoint, source, correct=True, couple=couple, **wanted)
     sites = model_sites(checkpoint, told.grid.family, told.grid.sites)
     _check(command, told, sites, checkpoint.path)
     rounded = _rounded(told, checkpoint, found, sites)

@@ -47,7 +47,7 @@ class Drift:
     float model's, where layers before it are rounded (numerics/drift.py).
 
     inputs: float32 [in_features, in_features], `(inputs_fp - inputs).T @ inputs / n_tokens`; None
-        where `outputs` is known, or where whole Hessians are not wanted
+        where `outputs` is known, or where nothing makes up for the drift
     heldout: inputs_fp at the held-out tokens, float32 [n, in_features]
     outputs: of a linear whose outputs are added to the stream as they are, what the stream lacks
         behind the addition, float32 [hidden_size, in_features]:

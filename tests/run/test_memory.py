@@ -151,6 +151,7 @@ TOKEN_CASES = [
     ("gptq", "--drift", "0"),
     ("gptq", "--group-size", "-1"),
     ("awq", "--no-compare", "--n-grid", "4"),  # each step takes the same
+    ("awq", "--no-compare", "--n-grid", "4", "--then", "gptq"),
     ("smoothquant", "--then", "gptq"),
     ("smoothquant",),
 ]
