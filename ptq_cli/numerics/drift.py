@@ -100,13 +100,13 @@ def _strength(fits: float, power: float) -> float:
 
 def drift_memory(in_features: int, hidden_size: int, n_tokens: int) -> int:
     """Bytes that a sum takes at most, with pairs of inputs of at most `n_tokens` at a time, which
-    are not counted.
+    are not counted (but where the float model's are divided before: the quotients are).
 
     hidden_size: of the stream that outputs are added to; 0 where they are not. Their weight is
         counted as it is read and as float32
     """
     sums = 2 * (hidden_size or in_features) + 2 * hidden_size
-    return 4 * (sums * in_features + n_tokens * (in_features + 2 * hidden_size)) + PACKED
+    return 4 * (sums * in_features + 2 * n_tokens * (in_features + hidden_size)) + PACKED
 
 
 class DriftSum:
