@@ -94,12 +94,12 @@ def _through_blocks(
         here = units_at.get(order, [])
         if smooth is not None:
             smooth.settle(order, streams)
-        todo_here = [unit for unit in here if unit.name in missing]
-        for unit in todo_here:
+        unrounded = [unit for unit in here if unit.name in missing]
+        for unit in unrounded:
             statistics = streams.statistics(str(unit.site))
             if smooth is not None:
                 smooth.keep_plain(statistics)
-            leaves = unit is todo_here[-1] and order < max(todo)
+            leaves = unit is unrounded[-1] and order < max(todo)
             with streams.float_ahead() if leaves else nullcontext():
                 work.add(unit.name, _round(work, unit, statistics), kept=False)
         rounded = _decoded(work, here) if order < max(todo) or cache is not None else {}

@@ -84,7 +84,8 @@ def head_fisher(arch: Architecture, weights: Weights, hidden: FloatArray) -> NDA
 
 def _shares(arch: Architecture, weights: Weights, finished: FloatArray) -> NDArray[np.float32]:
     """Probabilities of the tokens of the vocabulary, [n_tokens, vocab_size]."""
-    share = np.empty((len(finished), arch.vocab_size), np.float32)
+    vocabulary = len(layers.stored(weights, arch.head))
+    share = np.empty((len(finished), vocabulary), np.float32)
 
     def score(ids: slice) -> None:
         share[:, ids] = logits(arch, weights, finished, ids)
@@ -94,8 +95,8 @@ def _shares(arch: Architecture, weights: Weights, finished: FloatArray) -> NDArr
         np.exp(share[rows], out=share[rows])
         share[rows] /= share[rows].sum(axis=1, keepdims=True)
 
-    each(score, strips(arch.vocab_size, IDS_IN_PIECE))
-    each(normalize, pieces(0, len(share), arch.vocab_size))
+    each(score, strips(vocabulary, IDS_IN_PIECE))
+    each(normalize, pieces(0, len(share), vocabulary))
     return share
 
 
