@@ -37,7 +37,7 @@ from ptq_cli.numerics import drift, gptq, ldl, output_errors, statistics
 
 Seconds = Mapping[tuple[str, str], float]  # by place and phase
 CORES = (1, 2, 16, 64)
-BLOCKS, SEQUENCES, LENGTH, BATCH = 32, 128, 2048, 4096
+BLOCKS, SEQUENCES, LENGTH, BATCH = 32, 128, 2048, 2048
 LLAMA = {"hidden": 4096, "inner": 14336, "kv": 1024, "heads": 32, "vocabulary": 128256}
 SMALL = {"hidden": 256, "inner": 512, "kv": 64, "heads": 8, "vocabulary": 512}
 
@@ -54,7 +54,7 @@ SPLIT = {  # phases told apart here, as they are cut differently
 }
 ROWS = {  # phases of the table, in order: what is summed, and what limits it
     "read": ([phases.READ], "one after another"),
-    "forward of both models": ([phases.FORWARD], "batches of 4096 tokens side by side"),
+    "forward of both models": ([phases.FORWARD], "batches of 2048 tokens side by side"),
     "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "strips of 384 columns"),
     "factor": ([phases.FACTOR, FACTORED, FISHER], "its diagonal blocks"),
     "correction for drift": (

@@ -41,7 +41,10 @@ from ptq_cli.storage.checkpoint import Checkpoint
 from ptq_cli.storage.machine import cores, memory_to_use
 from ptq_cli.storage.tokens import Tokens
 
-BATCH_TOKENS = 4096
+# Of larger batches the arrays come from the system anew each time, and page by page; experts are
+# decoded anew for each batch.
+BATCH_TOKENS = 2048
+EXPERTS_TOKENS = 4096
 # Rows are coupled in the last blocks alone: what the predictions make of the stream is known behind
 # the last one, and holds the less the more blocks follow (docs/measurements.md).
 COUPLED_BLOCKS = 6
@@ -64,10 +67,10 @@ class Batch:
     held: NDArray[np.bool_]
 
 
-def batches(tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
-    """Rows in their order, so many together that their columns are about BATCH_TOKENS; each
-    sequence that is packed into one of them goes on its own."""
-    step = max(1, BATCH_TOKENS // tokens.ids.shape[1])
+def batches(tokens: Tokens, heldout: tuple[int, int], at_once: int) -> tuple[Batch, ...]:
+    """Rows in their order, so many together that their columns are about `at_once`; each sequence
+    that is packed into one of them goes on its own."""
+    step = max(1, at_once // tokens.ids.shape[1])
     held = heldout_tokens(tokens.mask.sum(axis=1).tolist(), heldout)
     result, start = [], 0
     for first in range(0, len(tokens.ids), step):
@@ -289,7 +292,9 @@ def token_source(
         InputError: no config.json, an architecture without a forward, a tensor that is missing;
             `min_expert_tokens` without experts.
     """
-    arch, parts = model_architecture(checkpoint), batches(tokens, heldout)
+    arch = model_architecture(checkpoint)
+    has_experts = any(block.experts is not None for block in arch.blocks)
+    parts = batches(tokens, heldout, EXPERTS_TOKENS if has_experts else BATCH_TOKENS)
     places = {
         site: Place(block, number, linears, site in stage.routed, site == stage.adds)
         for block in range(len(arch.blocks) + arch.has_head(checkpoint.tensors))
