@@ -67,10 +67,11 @@ class Batch:
     held: NDArray[np.bool_]
 
 
-def batches(tokens: Tokens, heldout: tuple[int, int], at_once: int) -> tuple[Batch, ...]:
-    """Rows in their order, so many together that their columns are about `at_once`; each sequence
-    that is packed into one of them goes on its own."""
-    step = max(1, at_once // tokens.ids.shape[1])
+def batches(arch: Architecture, tokens: Tokens, heldout: tuple[int, int]) -> tuple[Batch, ...]:
+    """Rows in their order, so many together that their columns are about BATCH_TOKENS, or
+    EXPERTS_TOKENS; each sequence that is packed into one of them goes on its own."""
+    has_experts = any(block.experts is not None for block in arch.blocks)
+    step = max(1, (EXPERTS_TOKENS if has_experts else BATCH_TOKENS) // tokens.ids.shape[1])
     held = heldout_tokens(tokens.mask.sum(axis=1).tolist(), heldout)
     result, start = [], 0
     for first in range(0, len(tokens.ids), step):
@@ -293,8 +294,7 @@ def token_source(
             `min_expert_tokens` without experts.
     """
     arch = model_architecture(checkpoint)
-    has_experts = any(block.experts is not None for block in arch.blocks)
-    parts = batches(tokens, heldout, EXPERTS_TOKENS if has_experts else BATCH_TOKENS)
+    parts = batches(arch, tokens, heldout)
     places = {
         site: Place(block, number, linears, site in stage.routed, site == stage.adds)
         for block in range(len(arch.blocks) + arch.has_head(checkpoint.tensors))

@@ -25,7 +25,7 @@ ALLOCATE = [
     ("ptq_cli.storage.choices:ChoiceTable.save", 1),
     ("os:replace", 1),  # of the table, written beside it
     ("shutil:rmtree", 1),  # the end of the folder
-    ("os:replace", 5),  # of the recipe
+    ("os:replace", 6),  # of the recipe
 ]
 EVALUATE = [
     ("ptq_cli.evaluation.errors:_row", 9),  # between two sites
