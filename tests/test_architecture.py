@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import ptq_cli
@@ -353,3 +354,11 @@ def test_marks_that_ci_looks_for_by_path_stand_there():
         assert names
         assert [name for name in names if not name.startswith(places)] == []
         assert all(re.search(rf"-m {mark} .*{place}", script) for place in places)
+
+
+def test_no_benchmark_hides_a_package() -> None:
+    """A script's folder comes first where modules are looked for: beside `benchmarks/gguf.py` none
+    of them would find the package gguf."""
+    scripts = {path.stem for path in (PACKAGE.parent / "benchmarks").glob("*.py")}
+    assert scripts
+    assert not {name for name in scripts if find_spec(name)}
