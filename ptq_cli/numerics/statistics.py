@@ -33,7 +33,7 @@ from ptq_cli.numerics.parallel import each, strips
 CHUNK_TOKENS = 4096  # multiplied at a time: enough to make up for adding what they give
 CHUNK_ELEMENTS = 1 << 25  # of wide inputs fewer, so that they are 128 MiB at most
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
-BLOCK_COLUMNS = 1024  # of the Hessian, computed at a time
+BLOCK_COLUMNS = 512  # of the Hessian, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
 SAMPLE_LIMIT = 512
