@@ -35,6 +35,7 @@ BEGIN = {
     "calibration.streams:head_fisher": FORWARD,
     "calibration.streams:last_residuals": FORWARD,
     "calibration.streams:Streams.statistics": STATISTICS,
+    "calibration.streams:Streams._drift": STATISTICS,  # in a thread of its own
     "calibration.from_activations:Activations.load": STATISTICS,
     "run.settle:Group.settle": FACTORS,
     "numerics.feedback:make_feedback": FACTOR,
