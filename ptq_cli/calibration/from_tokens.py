@@ -206,11 +206,11 @@ class TokenSource(Source):
             return sums
         adds = self.places[site].adds
         stream = self.arch.hidden_size if adds else 0
+        sums += 4 * batch * info.in_features  # two threads sum: what one frees, the other can't use
         if not self.corrects:
-            quotients = 2 * info.in_features  # of this batch, and while it is made of the last
+            quotients = 3 * info.in_features  # of this batch, and of those not yet let go of
             return sums + 4 * batch * (quotients + stream)
         sums += drift_memory(info.in_features, stream, batch)
-        sums += 4 * batch * info.in_features  # two threads sum: what one frees, the other can't use
         if site != self._first_coupled:
             return sums
         return max(sums, 4 * info.in_features * (info.in_features + stream) + self._coupling_memory)
