@@ -113,19 +113,19 @@ def find_source(
     correct: bool = False,
     couple: bool = False,
     hessians: bool = True,
-    corrects: bool = True,
+    sums_drift: bool = True,
 ) -> Source | None:
     """Statistics for a model: as named, else the file beside it, else `activations/` beside it.
 
     Linears that they lack are the plan's business: it knows which are quantized.
     correct, couple: with tokens, the drift and the coupling of rows are wanted too (`token_source`)
-    hessians: so are whole Hessians, not their diagonals alone; corrects: and sums of the drift, not
-        its held-out tokens alone
+    hessians: so are whole Hessians, not their diagonals alone
+    sums_drift: so are sums of the drift, where there is any, not its held-out tokens alone
     """
     found = _found(checkpoint, settings, correct, couple)
     if found is None:
         return None
-    return dataclasses.replace(found, hessians=hessians, corrects=corrects)
+    return dataclasses.replace(found, hessians=hessians, sums_drift=sums_drift)
 
 
 def _found(

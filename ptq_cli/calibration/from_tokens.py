@@ -207,7 +207,7 @@ class TokenSource(Source):
         adds = self.places[site].adds
         stream = self.arch.hidden_size if adds else 0
         sums += 4 * batch * info.in_features  # two threads sum: what one frees, the other can't use
-        if not self.corrects:
+        if not self.sums_drift:
             quotients = 3 * info.in_features  # of this batch, and of those not yet let go of
             return sums + 4 * batch * (quotients + stream)
         sums += drift_memory(info.in_features, stream, batch)

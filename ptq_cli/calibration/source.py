@@ -79,7 +79,7 @@ class Source:
     described: how the values of the inputs are distributed is wanted too, for a statistics file
     hessians: whole Hessians are wanted; else their diagonals do, and what is summed here has zeros
         in place of the rest
-    corrects: the drift is made up for, so its sums are wanted; else its held-out tokens do
+    sums_drift: the drift is made up for, so its sums are wanted; else its held-out tokens do
 
     in_sequence: sites are made on the way, in their order; then
     feedback: rounded layers feed those after them
@@ -99,7 +99,7 @@ class Source:
     diagonal: bool = False
     described: bool = False
     hessians: bool = True
-    corrects: bool = True
+    sums_drift: bool = True
 
     in_sequence: ClassVar[bool] = False
     feedback: bool = False

@@ -195,7 +195,7 @@ class Streams:
         return sums.result(site, self.source.places[site].linears)
 
     def _drift(self, site: str) -> Drift:
-        adds, whole = self.source.places[site].adds, self.source.corrects
+        adds, whole = self.source.places[site].adds, self.source.sums_drift
         width = self.source.sites[site].in_features
         sums = DriftSum(width, self._weight(site) if adds and whole else None, whole=whole)
         ours, exact = (stream.inputs(site) for stream in self.streams)

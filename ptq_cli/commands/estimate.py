@@ -223,7 +223,7 @@ def _statistics_effort(source: Source | None) -> float:
     if source is None:
         return 0.0
     forward = 2.0 * (1 + source.drifts) * source.in_sequence
-    products = forward + 0.5 * source.hessians + (source.drifts and source.corrects)
+    products = forward + 0.5 * source.hessians + (source.drifts and source.sums_drift)
     sizes = ((info.in_features, info.n_tokens) for info in source.sites.values())
     elements = 300 * (forward + 0.5 + source.drifts)
     return sum((products * n + elements) * n * n_tokens for n, n_tokens in sizes)

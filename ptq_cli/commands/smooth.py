@@ -108,7 +108,7 @@ def prepare_smoothing(
         source = dataclasses.replace(source, parallel_layers=True)
     source = dataclasses.replace(source, required=True)
     rounder, how = told.rounding.settings, told.rounding.how
-    wanted = {"hessians": told.needs_hessian, "corrects": how.corrects_drift(rounder)}
+    wanted = {"hessians": told.needs_hessian, "sums_drift": how.corrects_drift(rounder)}
     if source.imatrix is not None:
         raise InputError(f"--imatrix does nothing for {command}, which needs inputs themselves")
     couple = how.couples_rows(rounder)

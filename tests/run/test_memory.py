@@ -169,8 +169,8 @@ def test_units_in_sequence_take_what_they_state(tmp_path, words, hidden, inner):
     assert len(units) == 4 < len(found)
     for name, stated, real in found:
         assert real <= 1.02 * stated, f"{name} takes {real / 1e6:.0f} MB, states {stated / 1e6:.0f}"
-    # Two threads sum, and it varies what they hold at once.
-    check(*max(units, key=lambda unit: unit[1])[1:], most=2.5)
+    # Without sums of the drift batches are most of it, and what two threads hold at once varies.
+    check(*max(units, key=lambda unit: unit[1])[1:], most=2 if "gptq" in words else 2.5)
 
 
 def mixture_of(folder, experts, hidden, inner):
