@@ -156,13 +156,14 @@ class DriftSum:
         stream: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         """Of each token, what is summed: [n, in_features], or beside a weight [n, hidden_size]."""
-        drifted, weight = exact - inputs, self.weight
-        if weight is None or stream is None:
-            return drifted
-        lacking = np.empty(stream.shape, np.float32)
+        weight = self.weight
+        lacking = np.empty_like(exact if weight is None or stream is None else stream)
 
         def fill(rows: slice) -> None:
-            lacking[rows] = drifted[rows] @ weight.T
+            if weight is None or stream is None:
+                np.subtract(exact[rows], inputs[rows], out=lacking[rows])
+                return
+            np.matmul(exact[rows] - inputs[rows], weight.T, out=lacking[rows])
             lacking[rows] += stream[rows]
 
         each(fill, strips(len(lacking), STRIP))
