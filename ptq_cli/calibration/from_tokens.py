@@ -43,7 +43,7 @@ from ptq_cli.storage.tokens import Tokens
 
 # Of larger batches the arrays come from the system anew each time, and page by page; experts are
 # decoded anew for each batch.
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 EXPERTS_TOKENS = 4096
 # Rows are coupled in the last blocks alone: what the predictions make of the stream is known behind
 # the last one, and holds the less the more blocks follow (docs/measurements.md).
@@ -209,7 +209,8 @@ class TokenSource(Source):
         sums += 4 * batch * info.in_features  # two threads sum: what one frees, the other can't use
         if not self.sums_drift:
             quotients = 3 * info.in_features  # of this batch, and of those not yet let go of
-            return sums + 4 * batch * (quotients + stream)
+            held = 2 * HELDOUT_LIMIT * (info.in_features + stream)  # in pieces, then in one
+            return sums + 4 * (batch * (quotients + stream) + held)
         sums += drift_memory(info.in_features, stream, batch)
         if site != self._first_coupled:
             return sums

@@ -147,10 +147,9 @@ def measure_rows(
     sample, heldout, hessian = _columns(inputs.sample), _Heldout.of(inputs), inputs.hessian
     # products need many rows at once
     whole = not (hessian is None and sample is None and heldout is None)
-    room = np.empty((2, min(shape[0], ROWS_AT_ONCE), shape[1]), np.float32) if whole else None
     error = power = largest = loss = seen = heldout_loss = heldout_seen = 0.0
     for rows in strips(shape[0], ROWS_AT_ONCE):
-        kept = None if room is None else room[:, : rows.stop - rows.start]
+        kept = np.empty((2, rows.stop - rows.start, shape[1]), np.float32) if whole else None
         work = partial(_measure_panel, pieces_of, outputs, kept, rows.start)
         panels = pieces(rows.start, rows.stop, shape[1], PANEL_ELEMENTS)
         for lost, square, reach in each(work, panels):

@@ -28,12 +28,12 @@ from ptq_cli.core.statistics import Drift, SiteStatistics
 from ptq_cli.core.tensors import Array
 from ptq_cli.errors import InputError
 from ptq_cli.numerics.distribution import DistributionSum, merge_distributions
-from ptq_cli.numerics.parallel import each, strips
+from ptq_cli.numerics.parallel import each, equal_strips, strips
 
 CHUNK_TOKENS = 4096  # multiplied at a time: enough to make up for adding what they give
 CHUNK_ELEMENTS = 1 << 25  # of wide inputs fewer, so that they are 128 MiB at most
 PIECE_ELEMENTS = 1 << 18  # inputs read, converted and looked at one by one: they stay in the cache
-BLOCK_COLUMNS = 512  # of the Hessian, computed at a time
+BLOCK_COLUMNS = 512  # of the Hessian, at most, computed at a time
 HELDOUT_EVERY = 8
 HELDOUT_LIMIT = 512
 SAMPLE_LIMIT = 512
@@ -233,7 +233,7 @@ class SiteAccumulator:
                 self.hessian[rows, rows] += block.T @ block
 
         # The last blocks are the longest, so they come first.
-        each(add, reversed(strips(self.in_features, BLOCK_COLUMNS)))
+        each(add, reversed(equal_strips(self.in_features, BLOCK_COLUMNS)))
 
     def result(self, site: str, linears: tuple[str, ...]) -> SiteStatistics:
         """The statistics so far. The accumulator is used up: its Hessian is handed over.
@@ -285,7 +285,7 @@ class SiteAccumulator:
 
 def _mirror(matrix: NDArray[np.float32]) -> None:
     """Copy the lower triangle of blocks to the upper one, in place."""
-    for rows in strips(len(matrix), BLOCK_COLUMNS):
+    for rows in equal_strips(len(matrix), BLOCK_COLUMNS):
         matrix[: rows.start, rows] = matrix[rows, : rows.start].T
 
 

@@ -141,6 +141,8 @@ def test_each_site_is_rounded_on_what_the_smoothed_and_rounded_layers_produce(
     tmp_path: Path, loud: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     seen = seen_by(monkeypatch)
+    if case == "gpt2":  # whose inputs have one scale for all tokens that go together
+        monkeypatch.setattr("ptq_cli.calibration.from_tokens.BATCH_TOKENS", HELD.size)
     model = gpt2_folder(tmp_path / "gpt2") if case == "gpt2" else loud
     report = quantize(model, case, tmp_path / "out")
     folds = {site.name: factors for site, factors in read_folds(tmp_path / "out")}
