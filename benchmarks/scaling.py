@@ -54,7 +54,7 @@ SPLIT = {  # phases told apart here, as they are cut differently
 }
 ROWS = {  # phases of the table, in order: what is summed, and what limits it
     "read": ([phases.READ], "one after another"),
-    "forward of both models": ([phases.FORWARD], "batches of 2048 tokens side by side"),
+    "forward of both models": ([phases.FORWARD], "batches of one sequence side by side"),
     "Hessians and drift": ([phases.STATISTICS, HESSIAN, DRIFT], "strips of 512 and 384 columns"),
     "factor": ([phases.FACTOR, FACTORED, FISHER], "its diagonal blocks"),
     "correction for drift": (

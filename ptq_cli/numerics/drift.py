@@ -157,14 +157,14 @@ class DriftSum:
     ) -> NDArray[np.float32]:
         """Of each token, what is summed: [n, in_features], or beside a weight [n, hidden_size]."""
         weight = self.weight
-        lacking = np.empty_like(exact if weight is None or stream is None else stream)
+        lacking = np.empty_like(exact if stream is None else stream)
 
         def fill(rows: slice) -> None:
-            if weight is None or stream is None:
-                np.subtract(exact[rows], inputs[rows], out=lacking[rows])
-                return
-            np.matmul(exact[rows] - inputs[rows], weight.T, out=lacking[rows])
-            lacking[rows] += stream[rows]
+            own = exact[rows] - inputs[rows]
+            if weight is not None and stream is not None:
+                own = own @ weight.T
+                own += stream[rows]
+            lacking[rows] = own
 
         each(fill, strips(len(lacking), STRIP))
         return lacking
